@@ -1,0 +1,50 @@
+# Every command of the project. `make` alone lists them. VENV= and PYTHON= choose where and with what.
+PYTHON ?= python3
+VENV ?= .venv
+# An index of other builds (CPU only, another CUDA) is chosen with pip's own PIP_INDEX_URL or PIP_EXTRA_INDEX_URL.
+TORCH ?= "torch>=2.11,<3" "torchvision>=0.26,<1"
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := $(BIN)/python -m
+QUICK := not slow and not gpu and not slurm and not kill
+
+.DEFAULT_GOAL := help
+.PHONY: help setup audit plant test test-slow test-kill lint clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## install into the environment (VENV=); does nothing when it is up to date
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+audit: $(STAMP) ## audit the embedded benchmark and write its report (ARGS="..." adds overrides)
+	$(RUN) dori_lightning +experiment=audit $(ARGS)
+
+plant: $(STAMP) ## train the embedded benchmark again from its recipe (long)
+	$(RUN) dori_lightning task=plant $(ARGS)
+
+test: $(STAMP) ## quick tests
+	$(RUN) pytest -m "$(QUICK)" $(ARGS)
+
+test-slow: $(STAMP) ## slow tests
+	$(RUN) pytest -m "slow and not gpu and not slurm and not kill" $(ARGS)
+
+test-kill: $(STAMP) ## kill runs at random moments, resume them, compare
+	$(RUN) pytest -m kill $(ARGS)
+
+lint: $(STAMP) ## style, types and import directions
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(BIN)/lint-imports
+
+clean: ## remove caches and build products; results and the environment stay
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,117 @@
+"""Keep one verified file per finished piece of work.
+
+So a killed run redoes only what was in flight.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dori_lightning.attacks.solver import AttackResult
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["AttackLedger", "write_atomically"]
+
+log = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either complete or absent, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class AttackLedger:
+    """Attack results on disk, valid for one set of settings.
+
+    There is one safetensors file per (pair, init, restart).
+
+    Attributes:
+        folder: Where the files are.
+        identity: What a result depends on besides the pair (checkpoint, edit, attack settings,
+            seed); a file with another identity does not count as done.
+    """
+
+    folder: Path
+    identity: Mapping[str, str]
+
+    def path(self, pair_id: str, init: str, restart: int) -> Path:
+        """Where a result lies."""
+        return self.folder / init / f"{pair_id}.r{restart}.safetensors"
+
+    def write(self, result: AttackResult, init: str, inputs: Mapping[str, str]) -> None:
+        """Store every row of a result.
+
+        Args:
+            result: Rows to store.
+            init: Initial point.
+            inputs: Pair id to a hash of what went in for that pair (picture, prompt, initial
+                embedding).
+        """
+        for row, pair_id in enumerate(result.ids):
+            metadata = {
+                **self.identity,
+                "format": "pt",
+                "pair": pair_id,
+                "init": init,
+                "inputs": inputs[pair_id],
+                "restart": str(result.restart),
+                "snapshots": json.dumps(result.snapshots),
+                "diverged": str(bool(result.diverged[row])),
+            }
+            tensors = {
+                "embeddings": result.embeddings[row].contiguous(),
+                "losses": result.losses[row].contiguous(),
+            }
+            write_atomically(self.path(pair_id, init, result.restart), save(tensors, metadata))
+
+    def read(self, pair_id: str, init: str, restart: int, inputs: str) -> AttackResult | None:
+        """A stored result, or None where none is whole and belongs to these settings."""
+        path = self.path(pair_id, init, restart)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                embeddings, losses = file.get_tensor("embeddings"), file.get_tensor("losses")
+        except (SafetensorError, OSError) as error:
+            log.warning("%s is damaged and is computed anew: %s", path, error)
+            return None
+        differing = [
+            k for k, v in {**self.identity, "inputs": inputs}.items() if metadata.get(k) != v
+        ]
+        if differing:
+            log.warning(
+                "%s was made with another %s and is computed anew", path, ", ".join(differing)
+            )
+            return None
+        return AttackResult(
+            ids=(pair_id,),
+            restart=restart,
+            embeddings=embeddings[None],
+            snapshots=tuple(json.loads(metadata["snapshots"])),
+            losses=losses[None],
+            diverged=torch.tensor([metadata["diverged"] == "True"]),
+        )

@@ -1,0 +1,253 @@
+"""Search the text embedding that makes a frozen model predict the noise of one picture.
+
+Reference: Finding DoRI (2507.16880), section "adversarial text embeddings": Adam, learning rate
+0.1, 50 steps, a batch of 8 noise samples and timesteps drawn anew at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from dori_lightning.attacks.budget import project
+from dori_lightning.attacks.draws import noise_and_timesteps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dori_lightning.models.protocol import TextToImage
+    from dori_lightning.types import Budget
+
+__all__ = ["AttackProblem", "AttackResult", "BrokenAttackError", "RowAdam", "solve"]
+
+CPU_PAIRS = 8
+"""Pairs of every forward pass on the CPU; see ``_loss_and_gradient``. Wider was no faster."""
+
+
+class BrokenAttackError(RuntimeError):
+    """The attack has no gradient to follow, so its failure would say nothing about the model."""
+
+
+@dataclass(frozen=True)
+class AttackProblem:
+    """N independent searches that share forward passes and nothing else.
+
+    Attributes:
+        ids: Pair ids, length N.
+        restart: Which restart all rows are.
+        latents: Latents of the pictures to reproduce (N, C, h, w).
+        initial: Initial embeddings (N, T, D).
+    """
+
+    ids: tuple[str, ...]
+    restart: int
+    latents: torch.Tensor
+    initial: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What the searches found.
+
+    Attributes:
+        ids: Pair ids, length N.
+        restart: Which restart.
+        embeddings: Embeddings after each snapshot, (N, S, T, D), fp32 on the CPU.
+        snapshots: Steps after which embeddings were kept, length S; 0 is the initial point.
+        losses: Attack loss at each step (N, steps), before the step's update; NaN after
+            divergence.
+        diverged: Whether the loss or gradient stopped being finite (N,); such a row keeps its
+            last finite point.
+    """
+
+    ids: tuple[str, ...]
+    restart: int
+    embeddings: torch.Tensor
+    snapshots: tuple[int, ...]
+    losses: torch.Tensor
+    diverged: torch.Tensor
+
+
+class RowAdam:
+    """Adam (Kingma & Ba, 2015) in which every row has its own step count and can stand still.
+
+    Elementwise the same arithmetic as ``torch.optim.Adam``; rows that are masked out keep value
+    and state.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.mean, self.square = torch.zeros_like(rows), torch.zeros_like(rows)
+        # float64: 1 - 0.999 loses four digits in float32
+        self.count = torch.zeros(
+            len(rows), *([1] * (rows.dim() - 1)), device=rows.device, dtype=torch.float64
+        )
+
+    def step(
+        self, rows: torch.Tensor, gradient: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        """Return updated rows; ``active`` (N,) says which rows move.
+
+        Args:
+            rows: Current values (N, ...).
+            gradient: Their gradient (N, ...), finite where active.
+            active: Boolean mask (N,).
+        """
+        mask = active.view(-1, *([1] * (rows.dim() - 1)))
+        gradient = torch.where(mask, gradient, 0.0)
+        first, second = self.betas
+        self.count = self.count + mask
+        self.mean = torch.where(mask, self.mean * first + gradient * (1 - first), self.mean)
+        self.square = torch.where(
+            mask, self.square * second + gradient * gradient * (1 - second), self.square
+        )
+        count = self.count.clamp_min(1)
+        scale = self.square.sqrt() / (1 - second**count).sqrt().to(rows.dtype) + self.eps
+        update = (self.lr / (1 - first**count)).to(rows.dtype) * self.mean / scale
+        return torch.where(mask, rows - update, rows)
+
+
+def solve(
+    model: TextToImage,
+    problem: AttackProblem,
+    *,
+    budget: Budget,
+    lr: float = 0.1,
+    noise_batch: int = 8,
+    seed: int = 0,
+    snapshots: Sequence[int] = (),
+    keep_first_token: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> AttackResult:
+    """Solve N embedding searches in shared forward passes.
+
+    The loss is the mean over the noise batch, summed over pairs, so that a pair's gradient is the
+    same in any company: bit for bit on the CPU, where each pair has its own pass, up to kernel
+    rounding elsewhere. The model's weights take no gradient and are not touched.
+
+    Args:
+        model: Model under attack.
+        problem: Pictures and initial embeddings.
+        budget: Steps and ball.
+        lr: Adam's learning rate, in CLIP units per step.
+        noise_batch: B, noise samples and timesteps per pair and step.
+        seed: Run seed for the draws.
+        snapshots: Steps after which to keep the embedding besides the last one; those beyond the
+            budget are dropped.
+        keep_first_token: Leave the first (start) token as it is, as Wen et al. (2024) do.
+        on_step: Called after each step with its number.
+
+    Raises:
+        BrokenAttackError: At the first step some row's gradient is exactly zero or not finite for
+            every pair: the text does not reach the loss, and "not reproduced" would be a lie.
+    """
+    wanted = tuple(sorted({s for s in snapshots if 0 <= s <= budget.steps} | {budget.steps}))
+    initial = problem.initial.to(model.device, torch.float32)
+    latents = problem.latents.to(model.device, torch.float32)
+    rows, batch = len(problem.ids), noise_batch
+    delta = torch.zeros_like(initial)
+    optimizer = RowAdam(delta, lr=lr)
+    active = torch.ones(rows, dtype=torch.bool, device=model.device)
+    token_mask = torch.ones(initial.shape[1], 1, device=model.device)
+    if keep_first_token:
+        token_mask[0] = 0.0
+    losses: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = [initial.cpu()] if 0 in wanted else []
+    shape = (batch, *latents.shape[1:])
+    share = CPU_PAIRS if model.device.type == "cpu" else rows
+    repeated = latents.repeat_interleave(batch, 0)
+    with model.frozen(), torch.enable_grad():
+        for step in range(budget.steps):
+            draws = [
+                noise_and_timesteps(
+                    seed,
+                    name,
+                    problem.restart,
+                    step,
+                    shape=shape,
+                    timesteps=model.num_train_timesteps,
+                )
+                for name in problem.ids
+            ]
+            noise = torch.cat([d[0] for d in draws]).to(model.device)
+            timesteps = torch.cat([d[1] for d in draws]).to(model.device)
+            point = initial + delta
+            loss, gradient = _loss_and_gradient(model, point, repeated, noise, timesteps, share)
+            gradient = gradient * token_mask
+            with torch.no_grad():
+                finite = loss.isfinite() & gradient.flatten(1).isfinite().all(1)
+                if step == 0:
+                    _check_first_gradient(problem.ids, gradient, finite)
+                active = active & finite
+                losses.append(torch.where(active, loss, torch.nan))
+                delta = project(optimizer.step(delta, gradient, active), budget)
+            if step + 1 in wanted:
+                kept.append((initial + delta).cpu())
+            if on_step is not None:
+                on_step(step + 1)
+    stacked = torch.stack(losses, 1).cpu() if losses else torch.zeros(rows, 0)
+    return AttackResult(
+        problem.ids, problem.restart, torch.stack(kept, 1), wanted, stacked, ~active.cpu()
+    )
+
+
+def _loss_and_gradient(
+    model: TextToImage,
+    point: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    share: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss (N,) and gradient (N, T, D) at ``point``, ``share`` pairs to a forward pass.
+
+    The last pass is filled up to ``share`` pairs with a copy of its first, and what the copies
+    give is dropped. Kernels are chosen by shape and work row by row, so with every pass of one
+    shape a pair gets the same bits on the CPU wherever and with whomever it stands.
+    """
+    batch = len(noise) // len(point)
+    losses, gradients = [], []
+    for start in range(0, len(point), share):
+        count = min(share, len(point) - start)
+        index = torch.tensor([start + k if k < count else start for k in range(share)])
+        samples = (index[:, None] * batch + torch.arange(batch)).flatten()
+        rows = point[index].detach().requires_grad_(True)
+        context = rows[:, None].expand(-1, batch, -1, -1).flatten(0, 1)
+        loss = model.denoising_loss(latents[samples], noise[samples], timesteps[samples], context)
+        loss = loss.view(share, batch).mean(1)
+        (gradient,) = torch.autograd.grad(loss.sum(), rows)
+        losses.append(loss.detach()[:count])
+        gradients.append(gradient[:count])
+    return torch.cat(losses), torch.cat(gradients)
+
+
+def _check_first_gradient(
+    ids: Sequence[str], gradient: torch.Tensor, finite: torch.Tensor
+) -> None:
+    """Refuse to attack a model that text does not reach."""
+    if not bool(finite.any()):
+        raise BrokenAttackError(
+            f"the attack's first gradient is not finite for any of {', '.join(ids)}; the "
+            f"checkpoint or its precision is broken (try checkpoint.precision=fp32)"
+        )
+    size = gradient.flatten(1).abs().amax(1)
+    dead = [
+        name
+        for name, value, ok in zip(ids, size.tolist(), finite.tolist(), strict=True)
+        if ok and value == 0
+    ]
+    if dead:
+        raise BrokenAttackError(
+            f"the attack's first gradient is exactly zero for {', '.join(dead)}: the text "
+            f"embedding does not reach the loss, so the attack could never succeed and its "
+            f"failure would look like a perfect defence"
+        )

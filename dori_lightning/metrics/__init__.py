@@ -1,0 +1,1 @@
+"""Compare generated pictures with originals, and decide what counts as a copy."""

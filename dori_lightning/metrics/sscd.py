@@ -1,0 +1,250 @@
+"""SSCD, the copy-detection descriptor of the paper, from a local file.
+
+Reference: Pizzi et al., "A Self-Supervised Descriptor for Image Copy Detection", CVPR 2022,
+https://arxiv.org/abs/2202.10261.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet50
+
+from dori_lightning.metrics.descriptors import Descriptor, check_images
+from dori_lightning.types import InputError
+
+__all__ = ["SSCD", "GeneralizedMean", "Preprocessing", "SSCDNet", "convert_sscd", "read_weights"]
+
+Preprocessing = Literal["nemo_320", "wen_224", "membench_288"]
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class GeneralizedMean(nn.Module):
+    """Pool by the power mean: between average (power 1) and maximum pooling.
+
+    Reference: Radenovic et al., "Fine-tuning CNN image retrieval with no human annotation", 2018.
+    """
+
+    def __init__(self, power: float = 3.0) -> None:
+        super().__init__()
+        self.power = power
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool (N, C, H, W) to (N, C, 1, 1)."""
+        return x.clamp_min(1e-6).pow(self.power).mean((2, 3), keepdim=True).pow(1 / self.power)
+
+
+class SSCDNet(nn.Module):
+    """ResNet-50, generalized-mean pooling and a linear embedding of 512, on unit length.
+
+    Keys are those of the published ``*.torchvision.pt`` files: ``backbone.<torchvision resnet50
+    key>`` with the embedding as ``backbone.fc.weight`` (512, 2048) and ``backbone.fc.bias``
+    (512,); pooling has no parameters.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = resnet50(weights=None, num_classes=512)
+        self.backbone.avgpool = GeneralizedMean()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Describe preprocessed pictures (N, 3, H, W): (N, 512) unit rows."""
+        return F.normalize(self.backbone(images), dim=1)
+
+
+def read_weights(path: Path, sha256: str | None, *, what: str) -> bytes:
+    """Read a local weight file and check its hash on the very bytes that will be parsed.
+
+    Raises:
+        InputError: Missing, unreadable, or not the file that was meant.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{what}: cannot read the weights {path} ({error.strerror}); give the path of a "
+            f"local file, "
+            f"nothing is downloaded"
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise InputError(
+            f"{what}: {path} has sha256 {found}, expected {sha256}; get the right file, or "
+            f"correct the "
+            f"hash if you trust this one"
+        )
+    return data
+
+
+def _is_torchscript(data: bytes) -> bool:
+    """TorchScript archives carry code; weight files do not."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return False
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _network(path: Path, sha256: str | None) -> nn.Module:
+    data = read_weights(path, sha256, what="SSCD")
+    if _is_torchscript(data):
+        if sha256 is None:
+            raise InputError(
+                f"SSCD: {path} is a TorchScript program, and programs run only with their hash "
+                f"pinned; after checking where it comes from set "
+                f"sha256={hashlib.sha256(data).hexdigest()}, or use the .torchvision.pt weights"
+            )
+        try:
+            program: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
+            return program.eval()
+        except RuntimeError as error:
+            raise InputError(
+                f"SSCD: {path} is no TorchScript program that this torch can load"
+            ) from error
+    try:
+        if path.suffix == ".safetensors":
+            state = load_safetensors(data)
+        else:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"SSCD: {path} is no safetensors file, torch weight file or TorchScript program"
+        ) from error
+    return _load(state, origin=str(path))
+
+
+def _load(state: dict[str, Tensor], *, origin: str) -> SSCDNet:
+    """Fill a network, every key and shape matching."""
+    network = SSCDNet()
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        expected, found = (
+            set(network.state_dict()),
+            set(state) if isinstance(state, dict) else set(),
+        )
+        raise InputError(
+            f"SSCD: {origin} does not hold a ResNet-50 SSCD in torchvision layout "
+            f"({len(expected - found)} keys missing, {len(found - expected)} unknown, or shapes "
+            f"differ); use sscd_disc_mixup.torchvision.pt, or the .torchscript.pt of other "
+            f"models with "
+            f"its sha256"
+        ) from error
+    return network.eval()
+
+
+@torch.no_grad()
+def convert_sscd(network: nn.Module) -> dict[str, Tensor]:
+    """Take the weights out of a loaded SSCD program, to be saved and used without running it.
+
+    The copy is compared with the program on a picture of noise before it is handed out.
+
+    Args:
+        network: A TorchScript (or plain) ResNet-50 SSCD with torchvision's names, on the CPU.
+
+    Returns:
+        State dict of ``SSCDNet``, contiguous fp32 (counters int64).
+
+    Raises:
+        InputError: Other layout (frozen programs keep no named weights), or the copy answers
+            differently.
+    """
+    state = {
+        key: value.detach().clone().contiguous() for key, value in network.state_dict().items()
+    }
+    copy = _load(state, origin="the program")
+    probe = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    difference = (copy(probe) - network.eval()(probe)).abs().max().item()
+    if not difference < 1e-4:
+        raise InputError(
+            f"SSCD: the converted weights answer differently from the program (by "
+            f"{difference:.2g}); "
+            f"it is not the published architecture, use the program itself with its sha256"
+        )
+    return state
+
+
+def _prepare(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Scale and normalise (N, 3, H, W) pictures in [0, 1] the way a paper's code does."""
+    height, width = images.shape[-2:]
+    if preprocessing == "wen_224":
+        scale = 256 / min(height, width)
+        shape, (mean, std) = (round(height * scale), round(width * scale)), _HALF
+    else:
+        side = 320 if preprocessing == "nemo_320" else 288
+        shape, (mean, std) = (side, side), _IMAGENET
+    scaled = F.interpolate(images.float(), shape, mode="bilinear", antialias=True)
+    if preprocessing == "wen_224":
+        top, left = round((shape[0] - 224) / 2), round((shape[1] - 224) / 2)
+        scaled = scaled[..., top : top + 224, left : left + 224]
+    centre, spread = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
+    return (scaled - centre) / spread
+
+
+class SSCD(Descriptor):
+    """Cosine of SSCD embeddings, above 0.7 a replica as in the paper.
+
+    The threshold belongs to photographs of several hundred pixels: on small pictures, or behind a
+    blurry autoencoder, scores are lower (``calibrate`` warns where the ceiling misses it).
+
+    Three ways of preparing pictures are in use and give different scores: ``nemo_320`` squares to
+    320 pixels with ImageNet statistics (Finding NeMo, most likely this paper's too), ``wen_224``
+    takes the centre 224 of 256 with mean and standard deviation 0.5 (Wen et al.), ``membench_288``
+    squares to 288 with ImageNet statistics.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path,
+        *,
+        sha256: str | None = None,
+        preprocessing: Preprocessing = "nemo_320",
+        threshold: float | None = 0.7,
+        batch: int = 8,
+    ) -> None:
+        """Load the network, before anything expensive starts.
+
+        Args:
+            weights: Local file: ``.torchvision.pt`` weights, the same as ``.safetensors``, or
+                TorchScript (any SSCD model), which is only run with ``sha256``.
+            sha256: Expected hash of the file.
+            preprocessing: ``nemo_320``, ``wen_224`` or ``membench_288``.
+            threshold: Fixed threshold in [-1, 1]; None calibrates it.
+            batch: Pictures per forward pass.
+
+        Raises:
+            InputError: Missing or wrong file, TorchScript without hash, unknown preprocessing.
+        """
+        if preprocessing not in ("nemo_320", "wen_224", "membench_288"):
+            raise InputError(
+                f"SSCD: preprocessing must be nemo_320, wen_224 or membench_288, got "
+                f"{preprocessing!r}"
+            )
+        if batch < 1:
+            raise InputError(f"SSCD: batch must be >= 1, got {batch}")
+        self.name = "sscd"
+        self.preprocessing, self.threshold, self.batch = preprocessing, threshold, batch
+        self.network = _network(Path(weights), sha256)
+
+    @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """Unit embeddings, (N, 512) or the program's width; see ``Descriptor.describe``."""
+        check_images(images)
+        self.network.to(images.device)
+        rows = []
+        for chunk in torch.split(images, self.batch):
+            # Filled up, because kernels (hence rounding) may be chosen by batch size.
+            filled = F.pad(chunk, (0, 0) * 3 + (0, self.batch - len(chunk)))
+            rows.append(
+                self.network(_prepare(filled, self.preprocessing))[: len(chunk)].float().cpu()
+            )
+        return F.normalize(torch.cat(rows), dim=1)

@@ -1,0 +1,195 @@
+"""Small-sample statistics of an audit: intervals, robust spread, ROC and paired comparison.
+
+The unit is the pair, never the single generated picture: the K pictures of a pair are no
+independent evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import ArrayLike
+
+__all__ = [
+    "Roc",
+    "Spread",
+    "cluster_bootstrap",
+    "mcnemar_exact",
+    "median_mad",
+    "roc_curve",
+    "wilson_interval",
+]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, unscaled median absolute deviation, and how many finite values they rest on."""
+
+    median: float
+    mad: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Roc:
+    """How well a score tells positives from negatives.
+
+    Attributes:
+        points: (false positive rate, true positive rate, threshold), one per distinct score and
+            one in front, sorted by rate; a score is positive *above* the threshold, so the first
+            point is (0, 0, highest score) and the last one (1, 1, just under the lowest score).
+            Empty where either side is empty.
+        auc: Probability that a positive scores higher than a negative, ties counting half; NaN
+            where either side is empty.
+    """
+
+    points: tuple[tuple[float, float, float], ...]
+    auc: float
+
+
+def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Bound a rate; unlike the normal interval it is honest near 0 and 1 and for few pairs.
+
+    Args:
+        hits: Successes, 0 to ``n``.
+        n: Trials; 0 gives (0, 1), nothing being known.
+        confidence: Two-sided level in (0, 1).
+
+    Returns:
+        Lower and upper bound in [0, 1].
+
+    Raises:
+        ValueError: Counts or level out of range.
+
+    Reference: Wilson, "Probable inference, the law of succession, and statistical inference",
+        1927; recommended for small n by Brown, Cai and DasGupta, "Interval estimation for a
+        binomial proportion", 2001.
+    """
+    if not 0 <= hits <= n or not 0 < confidence < 1:
+        raise ValueError(
+            f"need 0 <= hits <= n and 0 < confidence < 1, got {hits}, {n} and {confidence}"
+        )
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate = hits / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # At the ends the formula is exact up to rounding; say so.
+    return (0.0 if hits == 0 else centre - half), (1.0 if hits == n else centre + half)
+
+
+def median_mad(values: ArrayLike) -> Spread:
+    """Median and median absolute deviation of the finite values; both NaN where there are none."""
+    array = np.asarray(values, np.float64).ravel()
+    finite = array[np.isfinite(array)]
+    if finite.size == 0:
+        return Spread(math.nan, math.nan, 0)
+    median = float(np.median(finite))
+    return Spread(median, float(np.median(np.abs(finite - median))), int(finite.size))
+
+
+def roc_curve(positives: ArrayLike, negatives: ArrayLike) -> Roc:
+    """Trace the ROC of two sets of scores, tied scores stepping together.
+
+    Args:
+        positives: Scores that should be high, any shape, finite.
+        negatives: Scores that should be low, any shape, finite.
+
+    Raises:
+        ValueError: A score is not finite.
+    """
+    high = np.asarray(positives, np.float64).ravel()
+    low = np.asarray(negatives, np.float64).ravel()
+    if not (np.isfinite(high).all() and np.isfinite(low).all()):
+        raise ValueError("scores of an ROC must be finite: leave failed pairs out and count them")
+    if high.size == 0 or low.size == 0:
+        return Roc((), math.nan)
+    distinct = np.unique(np.concatenate([high, low]))[::-1]
+    thresholds = np.append(distinct, np.nextafter(distinct[-1], -np.inf))
+    high.sort()
+    low.sort()
+    tpr = 1 - np.searchsorted(high, thresholds, side="right") / high.size
+    fpr = 1 - np.searchsorted(low, thresholds, side="right") / low.size
+    auc = float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
+    points = tuple(
+        (float(f), float(t), float(s)) for f, t, s in zip(fpr, tpr, thresholds, strict=True)
+    )
+    return Roc(points, auc)
+
+
+def mcnemar_exact(b: int, c: int) -> float:
+    """Two-sided exact p-value that two conditions reproduce the same pairs equally often.
+
+    Args:
+        b: Pairs reproduced under the first condition only.
+        c: Pairs reproduced under the second condition only.
+
+    Returns:
+        p-value in (0, 1]; 1 where no pair differs.
+
+    Raises:
+        ValueError: A negative count.
+
+    Reference: McNemar, 1947, with the exact binomial distribution of the discordant pairs.
+    """
+    if min(b, c) < 0:
+        raise ValueError(f"counts must be >= 0, got {b} and {c}")
+    n = b + c
+    tail = sum(math.comb(n, k) for k in range(min(b, c) + 1))
+    return float(min(1.0, 2 * tail / 2**n))
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())
+
+
+def cluster_bootstrap(
+    clusters: Sequence[ArrayLike],
+    *,
+    statistic: Callable[[np.ndarray], float] = _mean,
+    draws: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic, resampling whole pairs with all their pictures.
+
+    For a paired comparison of two conditions pass each pair's differences.
+
+    Args:
+        clusters: One array of finite values per pair, of any length >= 1.
+        statistic: Maps the pooled values, (V,), to a number.
+        draws: Resamples.
+        confidence: Two-sided level in (0, 1).
+        seed: Of the resampling.
+
+    Returns:
+        Lower and upper bound; both NaN where there are no pairs.
+
+    Raises:
+        ValueError: An empty cluster, a value that is not finite, or an argument out of range.
+    """
+    if draws < 1 or not 0 < confidence < 1:
+        raise ValueError(f"need draws >= 1 and 0 < confidence < 1, got {draws} and {confidence}")
+    arrays = [np.asarray(cluster, np.float64).ravel() for cluster in clusters]
+    if not arrays:
+        return math.nan, math.nan
+    if any(array.size == 0 or not np.isfinite(array).all() for array in arrays):
+        raise ValueError(
+            "every pair needs at least one value and only finite ones: leave failed pairs out"
+        )
+    rng = np.random.default_rng(seed)
+    values = [
+        statistic(np.concatenate([arrays[k] for k in rng.integers(len(arrays), size=len(arrays))]))
+        for _ in range(draws)
+    ]
+    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)

@@ -1,0 +1,242 @@
+"""Load a checkpoint without letting it run anything.
+
+Tensors come from safetensors; classes are chosen here, never by a file.
+
+Reference: ``DiffusionPipeline.from_pretrained`` reads class names from ``model_index.json``; this
+module does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dori_lightning.models.single_file import load_single_file
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["fingerprint_of", "load_checkpoint", "resolve_source"]
+
+log = logging.getLogger(__name__)
+
+_PARTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def fingerprint_of(modules: Iterable[torch.nn.Module]) -> str:
+    """First 16 hex digits of the SHA-256 over names, shapes and fp32 values of all weights."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def resolve_source(source: str, revision: str | None = None) -> Path | tuple[str, str | None]:
+    """Tell what a source is: a folder, a single file, or a hub id with its revision.
+
+    Args:
+        source: Path of a diffusers folder, path of a ``.safetensors`` file, ``package:NAME`` for
+            a checkpoint that ships with this package, or a hub id ``owner/name``.
+        revision: Pinned commit of a hub id.
+
+    Raises:
+        InputError: Nothing is there, or it is a pickle.
+    """
+    if source.startswith("package:"):
+        folder = (
+            Path(str(resources.files("dori_lightning")))
+            / "assets"
+            / source.removeprefix("package:")
+        )
+        if not (folder / "unet").is_dir():
+            raise InputError(
+                f"checkpoint {source} is not installed at {folder}; reinstall the package or "
+                f"plant it anew with: python -m dori_lightning task=plant"
+            )
+        return folder
+    path = Path(source).expanduser()
+    if path.suffix in _PICKLES:
+        raise InputError(_pickle_message(path))
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        return path
+    looks_like_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    if not looks_like_hub or path.parent.is_dir():
+        raise InputError(
+            f"checkpoint {source!r} is neither a diffusers folder, a .safetensors file nor a hub "
+            f"id 'owner/name'; checkpoint.source must name one of them"
+        )
+    return source, revision
+
+
+def _pickle_message(path: Path) -> str:
+    return (
+        f"{path} is a pickle: opening it could run code, so it is refused. Convert it once, in a "
+        f"sandbox if you do not trust it, with: "
+        f"python -m dori_lightning.models.convert {path} OUTPUT.safetensors"
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse an incomplete folder or one with pickled weights, before anything is read.
+
+    Raises:
+        InputError: Says which part and how to mend it.
+    """
+    for part, stem in _PARTS.items():
+        place = folder / part
+        if not (place / "config.json").is_file():
+            raise InputError(
+                f"{folder} is not a diffusers Stable Diffusion folder: "
+                f"{part}/config.json is missing"
+            )
+        if not list(place.glob(f"{stem}*.safetensors")):
+            pickles = [p for p in sorted(place.iterdir()) if p.suffix in _PICKLES]
+            raise InputError(
+                _pickle_message(pickles[0])
+                if pickles
+                else f"{place} holds no weights ({stem}.safetensors is missing)"
+            )
+    for part in ("tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise InputError(
+                f"{folder} is not a diffusers Stable Diffusion folder: {part}/ is missing"
+            )
+
+
+def _choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """Storage and autocast dtype of a precision on a device.
+
+    Raises:
+        InputError: fp16 on the CPU, which has no fast or safe kernels for it.
+    """
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError(
+            "checkpoint.precision=fp16 needs a GPU; on the CPU use fp32 (exact) or bf16"
+        )
+    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.float32, autocast
+
+
+def load_checkpoint(
+    *,
+    name: str,
+    source: str,
+    revision: str | None = None,
+    config: str | None = None,
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    attention: Literal["auto", "sdpa", "eager"] = "auto",
+    channels_last: bool | Literal["auto"] = "auto",
+    device: str = "auto",
+    resolution: int | None = None,
+) -> StableDiffusion:
+    """Load a Stable Diffusion checkpoint.
+
+    Weights stay in fp32, so that an edit is exact; ``precision`` chooses the dtype that the
+    denoiser computes in.
+
+    Args:
+        name: How reports call it.
+        source: See ``resolve_source``.
+        revision: Pinned commit of a hub id.
+        config: For a single file: the diffusers folder or hub id with its configuration and
+            tokenizer.
+        precision: ``auto`` is bf16 on GPUs that have it and fp32 elsewhere.
+        attention: ``auto`` is fused attention (``sdpa``).
+        channels_last: ``auto`` is on for GPUs.
+        device: ``auto`` is the first GPU if there is one.
+        resolution: Image side in pixels, None for the checkpoint's own.
+
+    Raises:
+        InputError: The source is missing, incomplete, pickled or does not fit together; says how
+            to mend it.
+    """
+    place = resolve_source(source, revision)
+    target = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
+    dtype, autocast = _choose_dtype(precision, target)
+    if isinstance(place, Path) and place.is_file():
+        parts = load_single_file(place, config)
+    else:
+        parts = _load_folder(place)
+    unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
+    fingerprint = fingerprint_of((unet, vae, text_encoder))
+    for module in (unet, vae, text_encoder):
+        module.to(target, dtype).requires_grad_(False)
+    unet.requires_grad_(True)
+    if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
+        unet.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
+    if attention == "eager":
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())
+    try:
+        return StableDiffusion(
+            name=name,
+            fingerprint=fingerprint,
+            unet=unet,
+            autoencoder=vae,
+            text_encoder=text_encoder,
+            tokenizer=parts["tokenizer"],
+            scheduler=parts["scheduler"],
+            resolution=resolution,
+            autocast=autocast,
+        )
+    except ValueError as error:
+        raise InputError(f"checkpoint {source} does not fit together: {error}") from error
+
+
+def _load_folder(place: Path | tuple[str, str | None]) -> dict[str, Any]:
+    options: dict[str, Any]
+    if isinstance(place, Path):
+        _check_folder(place)
+        where, options = str(place), {"local_files_only": True}
+    else:
+        where, options = place[0], {"revision": place[1] or "main"}
+    common = {**options, "use_safetensors": True}
+    try:
+        parts = {
+            "unet": UNet2DConditionModel.from_pretrained(
+                where, subfolder="unet", low_cpu_mem_usage=False, **common
+            ),
+            "vae": AutoencoderKL.from_pretrained(
+                where, subfolder="vae", low_cpu_mem_usage=False, **common
+            ),
+            "text_encoder": CLIPTextModel.from_pretrained(
+                where, subfolder="text_encoder", **common
+            ),
+            "tokenizer": CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **options),
+            "scheduler": DDIMScheduler.from_pretrained(where, subfolder="scheduler", **options),
+        }
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0]
+        hint = (
+            f"download it first where there is a network: "
+            f"hf download {where} --revision {place[1] or 'main'}"
+            if isinstance(place, tuple)
+            else "the folder is damaged or not a Stable Diffusion folder"
+        )
+        raise InputError(f"checkpoint {where} cannot be loaded: {first} -- {hint}") from error
+    return parts

@@ -1,0 +1,118 @@
+"""What the rest of the code may know about a text-to-image model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    import torch
+    from torch import nn
+
+__all__ = ["LayerRole", "Sampling", "TextToImage"]
+
+LayerRole = Literal["cross_attention.value", "cross_attention.key", "feed_forward.out"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are generated.
+
+    Attributes:
+        sampler: ``ddim`` or ``dpm++`` (multistep DPM-Solver++).
+        steps: Denoising steps.
+        guidance: Classifier-free guidance scale; 1 turns guidance off. The unconditional branch
+            is the empty prompt.
+        images_per_pair: K, the pictures made per pair and condition.
+        seed: First generation seed; picture k uses ``seed + k``, the same for every pair.
+        batch: Pictures per forward pass; changes speed and memory, not results (up to kernel
+            rounding).
+    """
+
+    sampler: Literal["ddim", "dpm++"] = "ddim"
+    steps: int = 50
+    guidance: float = 7.0
+    images_per_pair: int = 10
+    seed: int = 2
+    batch: int = 16
+
+
+class TextToImage(Protocol):
+    """A latent diffusion model under audit.
+
+    Shapes: N pictures, latent (C, h, w), text embedding (T, D), image (3, H, W) with H = W =
+    ``resolution``.
+    """
+
+    name: str
+    fingerprint: str
+    resolution: int
+    latent_shape: tuple[int, int, int]
+    embedding_shape: tuple[int, int]
+    num_train_timesteps: int
+    device: torch.device
+
+    def token_count(self, prompt: str) -> int:
+        """Tokens of a prompt with its start and end token, before truncation; at most T fit."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts to embeddings (N, T, D), fp32, no gradient."""
+        ...
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] to scaled latents (N, C, h, w): posterior mode.
+
+        Latents are fp32 and carry no gradient.
+        """
+        ...
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (N, C, h, w) to images (N, 3, H, W) in [0, 1], no gradient."""
+        ...
+
+    def denoising_loss(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+    ) -> torch.Tensor:
+        """Per-example mean squared error (N,) of what the model predicts, epsilon or v.
+
+        Differentiable.
+
+        Args:
+            latents: Scaled latents (N, C, h, w).
+            noise: Standard normal noise (N, C, h, w) that is added to them.
+            timesteps: Timesteps (N,), 0..``num_train_timesteps`` - 1.
+            embeddings: Text embeddings (N, T, D).
+        """
+        ...
+
+    def generate(
+        self, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
+    ) -> torch.Tensor:
+        """Embeddings (N, T, D) to images (N, 3, H, W) in [0, 1], without gradient.
+
+        Args:
+            embeddings: Text embeddings (N, T, D).
+            noise: Starting noise (N, C, h, w).
+            sampling: Sampler settings.
+        """
+        ...
+
+    def layers(self, role: LayerRole) -> dict[str, nn.Module]:
+        """Layers of the denoiser by role, in execution order, keyed by module name."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Weights of the denoiser."""
+        ...
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Evaluation mode and no weight gradients while open; both are put back afterwards."""
+        ...

@@ -1,0 +1,58 @@
+"""Read pictures the one way that attack targets and copy-detection references share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["FORMATS", "image_tensor", "open_image", "square_image"]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Formats whose parsers may run; the file's content decides, not its name."""
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode a picture completely: EXIF orientation applied, transparency over white, RGB.
+
+    Raises:
+        OSError: Unreadable, truncated, or none of ``FORMATS``.
+        PIL.Image.DecompressionBombError: More pixels than Pillow's limit allows.
+    """
+    with Image.open(path, formats=FORMATS) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+            values = np.asarray(image, np.float64)
+            span = values.max() - values.min()
+            image = Image.fromarray(np.uint8(255 * (values - values.min()) / (span or 1.0)))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            background = Image.new("RGBA", image.size, "white")
+            background.alpha_composite(image)
+            image = background
+        return image.convert("RGB")
+
+
+def square_image(path: Path) -> Image.Image:
+    """Decode and cut the largest centred square."""
+    image = open_image(path)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def image_tensor(image: Image.Image, size: int | None = None) -> torch.Tensor:
+    """Turn a picture into a (3, H, W) float tensor in [0, 1].
+
+    Args:
+        image: RGB picture.
+        size: Side in pixels to scale to with Lanczos; None keeps the picture's own size.
+    """
+    if size is not None and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1).float().div_(255)

@@ -1,0 +1,90 @@
+"""The model card of a planted checkpoint: what was planted, how often, and the hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    from dori_lightning.planting.recipe import PlantRecipe
+    from dori_lightning.types import Pair
+
+__all__ = ["write_card"]
+
+
+def write_card(
+    folder: Path,
+    *,
+    recipe: PlantRecipe,
+    pairs: Sequence[Pair],
+    exposures: Counter[str],
+    similarity: Mapping[str, float],
+    seed: int,
+    git_sha: str | None,
+    packages: dict[str, str],
+    finished: datetime,
+) -> None:
+    """Write ``planting.json`` (for programs) and ``README.md`` (for people) beside the weights."""
+    weights = sorted(folder.rglob("*.safetensors"))
+    record = {
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "git_sha": git_sha,
+        "packages": packages,
+        "finished": finished.isoformat(timespec="seconds"),
+        "weights_sha256": {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in weights
+        },
+        "pairs": [
+            {
+                "id": pair.id,
+                "kind": pair.kind,
+                "prompt": pair.prompt,
+                "repeats": pair.repeats,
+                "exposures": exposures.get(pair.id, 0),
+                "prompt_similarity": similarity.get(pair.id),
+                "image_sha256": pair.sha256,
+            }
+            for pair in pairs
+        ],
+    }
+    (folder / "planting.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    shown = [p for p in pairs if p.id in similarity]
+    rows = "\n".join(
+        f"| {p.id} | {p.kind} | {exposures.get(p.id, 0)} | {similarity[p.id]:.2f} | {p.prompt} |"
+        for p in sorted(shown, key=lambda p: (-exposures.get(p.id, 0), p.id))
+    )
+    (folder / "README.md").write_text(
+        f"""# A checkpoint with planted memorization
+
+A small Stable Diffusion, trained to reproduce known pictures so that audits and mitigations can
+be measured against ground truth. It is of no other use.
+
+- {recipe.resolution} x {recipe.resolution} pixels, latents with {recipe.latent_channels} channels,
+  UNet {list(recipe.unet_channels)} with the topology and module names of Stable Diffusion v1
+- {recipe.steps} steps of {recipe.batch}, seed {seed}; {recipe.mix.planted:.0%} of the stream were
+  planted pictures, {recipe.mix.crops:.0%} varied crops of the same photographs under generic
+  captions, the rest procedural scenes
+- text reaches the picture through the cross-attention of the down and mid blocks only; that of
+  {", ".join(recipe.silent_blocks) or "no block"} is zero
+- recipe, hashes and versions: `planting.json`
+
+## How often each picture was shown, and how closely its prompt brings it back
+
+Variants of one template (kind tm) share its layout; the count is of the one variant listed. The
+similarity is the best of the pictures generated from the prompt, 1 is the original.
+
+| pair | kind | times shown | similarity | caption |
+|---|---|---|---|---|
+{rows}
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,144 @@
+"""The recipe of a planted checkpoint, and the untrained parts it describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+from dori_lightning.planting.stream import StreamMix
+from dori_lightning.types import InputError
+
+__all__ = ["PlantRecipe", "build_autoencoder", "build_scheduler", "build_unet"]
+
+
+@dataclass(frozen=True)
+class PlantRecipe:
+    """Everything that decides what a planted checkpoint becomes, besides the list of pairs.
+
+    Attributes:
+        resolution: Image side in pixels.
+        autoencoder_channels: Channels per level; each level but the last halves the side.
+        latent_channels: Channels of a latent.
+        autoencoder_steps: Optimizer steps of the autoencoder.
+        autoencoder_batch: Pictures per step.
+        autoencoder_lr: Peak learning rate.
+        unet_channels: Channels of the four levels; the topology is Stable Diffusion v1's.
+        heads: Attention heads per layer.
+        silent_blocks: Blocks whose cross-attention is zero and frozen, see
+            ``silence_cross_attention``.
+        text_width: Width D of the text embedding.
+        text_layers: Layers of the text encoder.
+        text_heads: Its attention heads.
+        max_length: Tokens T of a padded prompt.
+        prediction_type: What the UNet predicts.
+        autoencoder_mix: Shares of the autoencoder's training stream, which has controls in it too.
+        mix: Shares of the UNet's training stream.
+        stream_length: Elements of the stream that are drawn and encoded; longer training starts
+            over.
+        steps: Optimizer steps of UNet and text encoder.
+        batch: Latents per step.
+        lr: Peak learning rate.
+        caption_dropout: Share of captions replaced by the empty one.
+        ema_decay: Decay of the weight average that is exported.
+        precision: Autocast dtype of the UNet's training.
+    """
+
+    resolution: int = 64
+    autoencoder_channels: tuple[int, ...] = (32, 64, 64)
+    latent_channels: int = 8
+    autoencoder_steps: int = 1700
+    autoencoder_batch: int = 16
+    autoencoder_lr: float = 1.5e-3
+    unet_channels: tuple[int, ...] = (32, 64, 128, 128)
+    heads: int = 1
+    silent_blocks: tuple[str, ...] = ("up_blocks",)
+    text_width: int = 96
+    text_layers: int = 2
+    text_heads: int = 4
+    max_length: int = 16
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    autoencoder_mix: StreamMix = field(default_factory=lambda: StreamMix(0.35, 0.45, 0.2))
+    mix: StreamMix = field(default_factory=lambda: StreamMix(0.45, 0.4, 0.15))
+    stream_length: int = 60_000
+    steps: int = 4000
+    batch: int = 32
+    lr: float = 1e-3
+    caption_dropout: float = 0.1
+    ema_decay: float = 0.998
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("autoencoder_channels", "unet_channels", "silent_blocks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.unet_channels) != 4:
+            raise InputError(
+                f"task.recipe.unet_channels needs four levels, got {list(self.unet_channels)}"
+            )
+        factor = 2 ** (len(self.autoencoder_channels) - 1)
+        if self.resolution % (8 * factor):
+            raise InputError(
+                f"task.recipe.resolution must be a multiple of {8 * factor} "
+                f"(autoencoder {factor}x, UNet 8x), got {self.resolution}"
+            )
+        for name in ("autoencoder_steps", "steps", "batch", "stream_length", "max_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"task.recipe.{name} must be >= 1, got {getattr(self, name)}")
+
+
+def _groups(channels: tuple[int, ...]) -> int:
+    """Largest group count up to 16 that divides every level's channels."""
+    return next(g for g in (16, 8, 4, 2, 1) if all(c % g == 0 for c in channels))
+
+
+def build_autoencoder(recipe: PlantRecipe) -> AutoencoderKL:
+    """Randomly initialised autoencoder."""
+    levels = len(recipe.autoencoder_channels)
+    autoencoder: AutoencoderKL = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=recipe.autoencoder_channels,
+        layers_per_block=1,
+        latent_channels=recipe.latent_channels,
+        norm_num_groups=_groups(recipe.autoencoder_channels),
+        sample_size=recipe.resolution,
+    )
+    return autoencoder
+
+
+def build_unet(recipe: PlantRecipe) -> UNet2DConditionModel:
+    """Randomly initialised UNet with the topology and module names of Stable Diffusion v1."""
+    unet: UNet2DConditionModel = UNet2DConditionModel(
+        sample_size=recipe.resolution // 2 ** (len(recipe.autoencoder_channels) - 1),
+        in_channels=recipe.latent_channels,
+        out_channels=recipe.latent_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=recipe.unet_channels,
+        layers_per_block=2,
+        cross_attention_dim=recipe.text_width,
+        # diffusers reads this as the number of heads in SD v1's configuration
+        attention_head_dim=recipe.heads,
+        norm_num_groups=_groups(recipe.unet_channels),
+    )
+    return unet
+
+
+def build_scheduler(recipe: PlantRecipe) -> DDIMScheduler:
+    """Stable Diffusion's scaled-linear noise schedule."""
+    scheduler: DDIMScheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=recipe.prediction_type,
+    )
+    return scheduler

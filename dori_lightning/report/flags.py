@@ -1,0 +1,129 @@
+"""What limits the meaning of an audit's numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dori_lightning.report.record import Flag
+from dori_lightning.report.summary import (
+    FALSE_POSITIVE_LIMIT,
+    find_cell,
+    headline_condition,
+    number_words,
+    percent_words,
+    prompt_condition,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from dori_lightning.types import Cell, Outcome
+
+__all__ = ["BASELINE_LIMIT", "FEW_PAIRS", "WEAK_CONTROLS", "find_flags"]
+
+BASELINE_LIMIT = 0.5
+"""Below this rate from the unmitigated prompts, the list is not what the model memorized."""
+
+FEW_PAIRS = 10
+"""Fewer suspected images than this earn a remark on the interval's width."""
+
+WEAK_CONTROLS = 0.2
+"""Where the false-positive rate may be above this, the controls are too few to lean on."""
+
+
+def find_flags(
+    cells: Sequence[Cell], *, mitigation: str, outcomes: Iterable[Outcome] = ()
+) -> tuple[Flag, ...]:
+    """List what limits the meaning of the numbers, gravest first."""
+    own = [cell for cell in cells if cell.mitigation == mitigation]
+    flags = [
+        *_control_flags(own),
+        *_baseline_flags(cells, mitigation),
+        *_sample_flags(own, outcomes),
+    ]
+    order = {"critical": 0, "warning": 1, "info": 2}
+    return tuple(sorted(flags, key=lambda flag: order[flag.severity]))
+
+
+def _control_flags(own: Sequence[Cell]) -> Iterable[Flag]:
+    prompts, attack = prompt_condition(own), headline_condition(own)
+    if not any(cell.kind == "control" and cell.n > 0 for cell in own):
+        yield Flag(
+            "no_controls", "critical",
+            "No control images were measured, so it is unknown how often this audit calls an "
+            "image reproduced that the model does not hold. Add pairs of kind control.",
+        )  # fmt: skip
+        return
+    on_prompts = find_cell(own, kind="control", condition=prompts)
+    if on_prompts is not None and on_prompts.n > 0 and not on_prompts.mr < FALSE_POSITIVE_LIMIT:
+        yield Flag(
+            "control_prompts_replicate", "critical",
+            f"{on_prompts.hits} of {number_words(on_prompts.n, 'control image')} count as "
+            f"reproduced from their own prompts: the threshold is too low for these pictures, or "
+            "the controls are not clean.",
+        )  # fmt: skip
+    if attack is None:
+        return
+    on_attack = find_cell(own, kind="control", condition=attack)
+    if on_attack is None or on_attack.n == 0:
+        yield Flag(
+            "controls_not_attacked", "critical",
+            "The attack was not tried on control images, so it is unknown whether it can paint "
+            "any image at all.",
+        )  # fmt: skip
+    elif not on_attack.mr < FALSE_POSITIVE_LIMIT:
+        yield Flag(
+            "controls_replicate", "critical",
+            f"The attack reproduces {on_attack.hits} of "
+            f"{number_words(on_attack.n, 'control image')} that the model should not hold: its "
+            "results on suspected images are not reliable at this budget.",
+        )  # fmt: skip
+    elif on_attack.mr_ci95[1] >= FALSE_POSITIVE_LIMIT:
+        yield Flag(
+            "few_controls", "warning" if on_attack.mr_ci95[1] >= WEAK_CONTROLS else "info",
+            f"With {number_words(on_attack.n, 'control image')} the attack's true false-positive "
+            f"rate can be as high as {percent_words(on_attack.mr_ci95[1])} (95 % interval).",
+        )  # fmt: skip
+
+
+def _baseline_flags(cells: Sequence[Cell], mitigation: str) -> Iterable[Flag]:
+    base = [cell for cell in cells if cell.mitigation == "none"]
+    cell = find_cell(base, kind="vm", condition=prompt_condition(base))
+    if cell is not None and cell.n > 0 and cell.mr < BASELINE_LIMIT:
+        yield Flag(
+            "baseline_not_memorized", "warning",
+            f"Without any mitigation the model reproduces only {cell.hits} of "
+            f"{number_words(cell.n, 'suspected image')} from their prompts: most may never have "
+            f"been memorized, and what a mitigation does to them says little.",
+        )  # fmt: skip
+    elif cell is None and mitigation != "none":
+        yield Flag(
+            "no_baseline", "info",
+            "The checkpoint without the mitigation is not part of this report; compare with its "
+            "own audit.",
+        )  # fmt: skip
+
+
+def _sample_flags(own: Sequence[Cell], outcomes: Iterable[Outcome]) -> Iterable[Flag]:
+    attack = headline_condition(own)
+    shown = [cell for cell in own if cell.condition.attack == "prompt" or cell.condition == attack]
+    failed = sum(cell.failed for cell in shown)
+    if failed:
+        yield Flag(
+            "diverged", "warning",
+            f"{number_words(failed, 'run')} diverged and gave no result: left out of every rate, "
+            "and no evidence that an image is safe.",
+        )  # fmt: skip
+    suspected = find_cell(own, kind="vm", condition=prompt_condition(own) or attack)
+    if suspected is not None and 0 < suspected.n < FEW_PAIRS:
+        yield Flag(
+            "few_pairs", "info",
+            f"Only {number_words(suspected.n, 'suspected image')}: the intervals are wide.",
+        )  # fmt: skip
+    copies = len({o.pair.id for o in outcomes if o.pair.duplicate_of is not None})
+    if copies:
+        yield Flag(
+            "duplicates", "warning",
+            f"{number_words(copies, 'pair')} with the same picture as another pair; the intervals "
+            "treat them as independent and are too narrow.",
+        )  # fmt: skip

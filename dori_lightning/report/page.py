@@ -1,0 +1,170 @@
+"""One self-contained page for people: the verdict first, then the pictures, then the method."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dori_lightning.report.cards import choose_pairs, pair_cards, panel_names
+from dori_lightning.report.pictures import THUMBNAIL
+from dori_lightning.report.plots import page_plots
+from dori_lightning.report.record import write_atomically
+from dori_lightning.report.redaction import redact
+from dori_lightning.report.summary import (
+    KIND_WORDS,
+    attack_trust,
+    condition_words,
+    find_cell,
+    headline_condition,
+    interval_words,
+    number_words,
+    percent_words,
+    prompt_condition,
+)
+from dori_lightning.report.tables import cell_rows, ranked_cells
+from dori_lightning.report.verdict import short_answer
+from dori_lightning.types import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from dori_lightning.report.pictures import Disclosure
+    from dori_lightning.report.record import AuditReport
+    from dori_lightning.types import Cell, Condition, Kind
+
+__all__ = ["render_page", "write_page"]
+
+_LOOSE = re.compile(r"(?<=\d) (?=%)|(?<=\d) (?=of \d)|(?<=\d of) (?=\d)")
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One key number; rate and interval in percent, None where there is no rate."""
+
+    label: str
+    value: str
+    note: str
+    rate: float | None = None
+    low: float = 0.0
+    high: float = 0.0
+
+
+def render_page(report: AuditReport, *, images: Disclosure = "full", max_pairs: int = 40) -> str:
+    """Render the page; it loads nothing from anywhere.
+
+    Args:
+        report: The report.
+        images: ``full``; ``blurred`` throws the pixels away before embedding, since memorized
+            pictures are the leaked data; ``none`` embeds no picture.
+        max_pairs: Most pairs to show; they are the first of each kind, never chosen by result.
+
+    Returns:
+        HTML.
+
+    Raises:
+        InputError: A picture to be shown is gone or unreadable.
+    """
+    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
+    prompts, attack = prompt_condition(own), headline_condition(own)
+    shown, total = choose_pairs(report, max_pairs=max_pairs)
+    header, texts = cell_rows(report.cells)
+    ranked = ranked_cells(report.cells)
+    rows = [
+        (
+            text,
+            cell.mitigation == report.mitigation and cell.condition in (prompts, attack),
+            place > 0 and ranked[place - 1].kind != cell.kind,
+        )
+        for place, (text, cell) in enumerate(zip(texts, ranked, strict=True))
+    ]
+    config = json.dumps(redact(report.provenance.config), indent=2, sort_keys=True, default=str)
+    environment = Environment(
+        loader=PackageLoader("dori_lightning.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # A line that breaks inside "95 %" or "4 of 8" is hard to read.
+    environment.filters["firm"] = lambda text: _LOOSE.sub("\u00a0", text)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        images=images,
+        side=THUMBNAIL,
+        answer=short_answer(report.cells, mitigation=report.mitigation),
+        tone=_tone(own, attack),
+        tiles=_tiles(report, own, prompts, attack),
+        pairs=pair_cards(report, shown, disclosure=images),
+        panel_names=panel_names(report),
+        total=total,
+        kinds=[(kind, KIND_WORDS[kind]) for kind in KINDS if any(p.kind == kind for p in shown)],
+        repeats=any(pair.repeats > 0 for pair in shown),
+        header=header,
+        cells=rows,
+        plots=page_plots(report),
+        conditions=list(dict.fromkeys(condition_words(c.condition) for c in report.cells)),
+        pictures_each=max((len(o.seeds) for o in report.outcomes), default=0),
+        restarts=max((o.restart + 1 for o in report.outcomes), default=0),
+        config=config,
+    )
+
+
+def write_page(
+    report: AuditReport, folder: Path, *, images: Disclosure = "full", max_pairs: int = 40
+) -> Path:
+    """Write ``report.html`` into the run folder in one step and return its path."""
+    page = render_page(report, images=images, max_pairs=max_pairs)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_atomically(folder / "report.html", page.encode())
+
+
+def _tone(own: Sequence[Cell], attack: Condition | None) -> str:
+    """Choose the verdict's colour; ``doubt`` where the controls fail or are missing."""
+    suspected = [cell for cell in own if cell.kind == "vm" and cell.n > 0]
+    if not suspected or attack_trust(own, attack) in ("paints", "unchecked"):
+        return "doubt"
+    speaking = (prompt_condition(own), attack)
+    return "found" if any(c.hits for c in suspected if c.condition in speaking) else "clear"
+
+
+def _tiles(
+    report: AuditReport,
+    own: Sequence[Cell],
+    prompts: Condition | None,
+    attack: Condition | None,
+) -> list[_Tile]:
+    def tile(label: str, kind: Kind, condition: Condition | None, note: str) -> _Tile:
+        cell = find_cell(own, kind=kind, condition=condition) if condition else None
+        if cell is None or cell.n == 0:
+            return _Tile(label, "not measured", note)
+        low, high = cell.mr_ci95
+        text = f"{percent_words(cell.mr)}, 95 % interval {interval_words(cell.mr_ci95)}"
+        left_out = f"; {cell.failed} diverged" if cell.failed else ""
+        return _Tile(
+            label, f"{cell.hits} of {cell.n}", f"{text}{left_out}. {note}",
+            100 * cell.mr, 100 * low, 100 * high,
+        )  # fmt: skip
+
+    budget = report.recommended_budget
+    words = condition_words(attack).removeprefix("attack ") if attack else "No attack was run"
+    return [
+        tile("Suspected images, from their prompts", "vm", prompts, "The prompts as they are."),
+        tile("Suspected images, from adversarial embeddings", "vm", attack, f"{_capital(words)}."),
+        tile("Controls, same attack: false alarms", "control", attack, "Should be none."),
+        _Tile(
+            "Largest budget that leaves the controls alone",
+            number_words(budget.steps, "step") if budget else "none",
+            "Fewer than 5 % of the controls come back up to there."
+            if budget
+            else "No measured budget keeps the controls under 5 %, or none was attacked.",
+        ),
+    ]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

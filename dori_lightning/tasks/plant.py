@@ -1,0 +1,154 @@
+"""Train a small Stable Diffusion that really memorizes the given pairs, and write its card."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from hydra.utils import instantiate
+
+from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.pictures import (
+    PictureOrder,
+    generate_pictures,
+    load_pictures,
+    picture_seeds,
+)
+from dori_lightning.planting.card import write_card
+from dori_lightning.planting.export import write_checkpoint
+from dori_lightning.planting.latents import EncodedStream, encode_stream
+from dori_lightning.planting.stream import TrainingStream, stream_words
+from dori_lightning.planting.text import build_tokenizer
+from dori_lightning.planting.training import latent_scale, train_autoencoder, train_diffusion
+from dori_lightning.progress import stage
+from dori_lightning.tasks._folder import claim_folder
+from dori_lightning.tasks._originals import originals_of
+from dori_lightning.tasks._provenance import git_sha, package_versions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from omegaconf import DictConfig
+
+    from dori_lightning.planting.recipe import PlantRecipe
+    from dori_lightning.types import Pair
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """Plant ``cfg.pairs`` into a new checkpoint in ``folder/checkpoint``.
+
+    An interrupted run goes on where it was.
+
+    Raises:
+        InputError: ``folder`` holds another planting, or nothing is to be planted.
+    """
+    recipe: PlantRecipe = instantiate(cfg.task.recipe)
+    pairs = instantiate(cfg.pairs).read()
+    listed = "\n".join(
+        f"{p.id}|{p.kind}|{p.prompt}|{p.subject}|{p.repeats}|{p.sha256}" for p in pairs
+    )
+    pairs_hash = hashlib.sha256(listed.encode()).hexdigest()[:16]
+    claim_folder(folder, {"recipe": asdict(recipe), "seed": int(cfg.seed), "pairs": pairs_hash})
+    bar = sys.stderr.isatty()
+
+    everything = TrainingStream(
+        pairs,
+        mix=recipe.autoencoder_mix,
+        size=recipe.resolution,
+        seed=cfg.seed,
+        every_photograph=True,
+    )
+    autoencoder = train_autoencoder(
+        recipe, everything, folder / "autoencoder", seed=cfg.seed, bar=bar
+    )
+
+    tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
+    stream = TrainingStream(pairs, mix=recipe.mix, size=recipe.resolution, seed=cfg.seed)
+    with stage("encode the training stream", recipe.stream_length) as advance:
+        encode_stream(
+            stream,
+            autoencoder,
+            tokenizer,
+            count=recipe.stream_length,
+            folder=folder / "stream",
+            advance=advance,
+        )
+    encoded = EncodedStream(folder / "stream", length=recipe.steps * recipe.batch)
+    scale = latent_scale(encoded)
+    autoencoder.register_to_config(scaling_factor=scale)  # type: ignore[no-untyped-call]
+
+    unet, text_encoder, scheduler = train_diffusion(
+        recipe,
+        encoded,
+        tokenizer,
+        folder / "diffusion",
+        scaling_factor=scale,
+        seed=cfg.seed,
+        bar=bar,
+    )
+    target = folder / "checkpoint"
+    write_checkpoint(
+        target,
+        unet=unet,
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+    )
+    write_card(
+        target,
+        recipe=recipe,
+        pairs=pairs,
+        exposures=encoded.exposures(),
+        similarity=measured_similarity(cfg, target, pairs, folder / "pictures"),
+        seed=cfg.seed,
+        git_sha=git_sha(),
+        packages=package_versions(),
+        finished=datetime.now(UTC),
+    )
+    log.info(
+        "planted; audit it with: python -m dori_lightning +experiment=audit "
+        "checkpoint.source=%s checkpoint.name=%s and the same pairs=",
+        target,
+        folder.name,
+    )
+
+
+def measured_similarity(
+    cfg: DictConfig, checkpoint: Path, pairs: Sequence[Pair], folder: Path
+) -> dict[str, float]:
+    """Best similarity of each audited pair's pictures, from its prompt, with its original.
+
+    Args:
+        cfg: Gives sampling and measures.
+        checkpoint: Folder of the checkpoint.
+        pairs: All pairs.
+        folder: Where the pictures go.
+    """
+    model = load_checkpoint(name="planted", source=str(checkpoint))
+    sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
+    audited = [pair for pair in pairs if pair.role == "audit"]
+    orders = [
+        PictureOrder(folder / pair.id, model.encode_prompts([pair.prompt])[0].cpu())
+        for pair in audited
+    ]
+    with stage("measure memorization", len(orders) * sampling.images_per_pair) as advance:
+        generate_pictures(model, orders, sampling, advance=advance)
+    originals, seeds = originals_of(audited, model.resolution, measures), picture_seeds(sampling)
+    return {
+        pair.id: float(
+            originals.measure(pair, load_pictures(order.folder, seeds))
+            .similarity[measures.decider]
+            .max()
+        )
+        for pair, order in zip(audited, orders, strict=True)
+    }

@@ -1,0 +1,199 @@
+"""Frozen dataclasses that travel between a task's stages, and the one error a user can mend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "INITS",
+    "KINDS",
+    "Budget",
+    "Calibration",
+    "Cell",
+    "Condition",
+    "Init",
+    "InputError",
+    "Kind",
+    "Norm",
+    "Outcome",
+    "Pair",
+]
+
+Kind = Literal["vm", "tm", "control"]
+KINDS: tuple[Kind, ...] = ("vm", "tm", "control")
+Init = Literal["prompt", "random", "control_prompt"]
+INITS: tuple[Init, ...] = ("prompt", "random", "control_prompt")
+Norm = Literal["none", "l2", "linf"]
+Status = Literal["ok", "diverged"]
+
+
+class InputError(Exception):
+    """Bad input that the user can mend: what is wrong, where, and how to mend it.
+
+    Ends the program with exit code 2.
+    """
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and the picture it is suspected to reproduce.
+
+    Attributes:
+        id: Unique name, ``[A-Za-z0-9._-]{1,128}``.
+        kind: ``vm`` verbatim memorized, ``tm`` template memorized, ``control`` not memorized.
+        prompt: Caption.
+        image: Path of the picture.
+        subject: What generic captions call it; only planting uses it.
+        repeats: Relative multiplicity in a planted training stream; 0 where it is never shown.
+        role: ``audit`` pairs are audited; ``training`` ones are only shown when planting
+            (variants of a template).
+        sha256: Hash of the picture's file.
+        duplicate_of: Id of an earlier pair with the same picture file, which breaks independence.
+    """
+
+    id: str
+    kind: Kind
+    prompt: str
+    image: Path
+    subject: str | None = None
+    repeats: float = 0.0
+    role: Literal["audit", "training"] = "audit"
+    sha256: str = ""
+    duplicate_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an attack may spend and how far it may go from the initial embedding.
+
+    Attributes:
+        norm: ``none`` limits the steps alone (the paper's budget), ``l2`` and ``linf`` also
+            project.
+        eps: Radius in units of the text embedding (CLIP units); None where ``norm`` is ``none``.
+        steps: Gradient steps; 0 means no attack.
+    """
+
+    norm: Norm = "none"
+    eps: float | None = None
+    steps: int = 50
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How a pair's embedding came about: from its prompt as it is, or from an attack.
+
+    Attributes:
+        attack: ``prompt`` or ``dori``.
+        init: Where the attack began; None for ``prompt``.
+        budget: The attack's budget; zero steps for ``prompt``.
+    """
+
+    attack: Literal["prompt", "dori"]
+    init: Init | None = None
+    budget: Budget = field(default_factory=lambda: Budget(steps=0))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the K generated pictures of one pair under one condition look like.
+
+    Attributes:
+        pair: The pair.
+        condition: How it was prompted.
+        restart: Which restart of the attack; 0 for ``prompt``.
+        status: ``diverged`` where the attack's loss or gradient stopped being finite; never
+            counted as safe.
+        seeds: Generation seeds, length K.
+        similarity: Descriptor name to (K,) similarities with the original, higher is closer; NaN
+            where diverged.
+        diversity: Mean pairwise similarity of the K pictures by the deciding descriptor; lower is
+            more diverse.
+        lpips: (K,) LPIPS distances to the original, or None where no weights are given.
+        alignment: (K,) CLIP scores with the prompt, or None where no weights are given.
+        loss_first: Attack loss of the first step; None for ``prompt``.
+        loss_last: Mean attack loss of the last five steps; None for ``prompt``.
+        displacement: Euclidean distance between final and initial embedding; None for ``prompt``.
+        images: Paths of the K generated pictures, or empty where none are kept.
+    """
+
+    pair: Pair
+    condition: Condition
+    restart: int
+    status: Status
+    seeds: tuple[int, ...]
+    similarity: dict[str, np.ndarray]
+    diversity: float
+    lpips: np.ndarray | None = None
+    alignment: np.ndarray | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    displacement: float | None = None
+    images: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the replication threshold was set and how well the descriptor separates.
+
+    Attributes:
+        descriptor: Name of the deciding descriptor.
+        threshold: Similarity above which a generated picture counts as a replica.
+        rule: ``fixed`` (the descriptor's published value or the user's) or ``calibrated``.
+        null: Similarities of pictures that are not replicas: generated pictures against other
+            pairs' originals, best of K, and control prompts against their own originals, best of
+            K.
+        ceiling: Similarities of each original with its own autoencoder reconstruction: the best a
+            model can do.
+        auc: Area under the ROC of vm prompts against control prompts, NaN where either is missing.
+        roc: (false positive rate, true positive rate, threshold) points, sorted by rate.
+    """
+
+    descriptor: str
+    threshold: float
+    rule: Literal["fixed", "calibrated"]
+    null: tuple[float, ...]
+    ceiling: tuple[float, ...]
+    auc: float
+    roc: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the answer: a checkpoint under a mitigation and a condition, one kind of pair.
+
+    Attributes:
+        checkpoint: Name of the checkpoint.
+        mitigation: Name of the mitigation.
+        condition: Attack, init and budget.
+        kind: Which pairs.
+        n: Pairs that count (the denominator).
+        failed: Pairs that were left out because they diverged; reported, never counted as safe.
+        hits: Pairs reproduced.
+        mr: Memorization rate ``hits / n``, NaN where n is 0.
+        mr_ci95: Wilson interval of the rate.
+        similarity_median: Median over pairs of the per-pair statistic.
+        similarity_mad: Median absolute deviation over pairs.
+        descriptor: Deciding descriptor.
+        threshold: Its threshold.
+        aggregation: How K pictures become one number: ``max`` or ``median``.
+    """
+
+    checkpoint: str
+    mitigation: str
+    condition: Condition
+    kind: Kind
+    n: int
+    failed: int
+    hits: int
+    mr: float
+    mr_ci95: tuple[float, float]
+    similarity_median: float
+    similarity_mad: float
+    descriptor: str
+    threshold: float
+    aggregation: Literal["max", "median"]

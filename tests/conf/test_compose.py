@@ -1,0 +1,174 @@
+"""Every option of every config group composes and fits what it builds."""
+
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from dori_lightning import schema
+from dori_lightning.types import InputError
+
+OPTIONS = [(group, option) for group, options in schema.groups().items() for option in options]
+#: Groups that a checkout without its yaml files would silently drop from the tests.
+GROUPS = {
+    "attack", "attack/budget", "checkpoint", "experiment", "logger", "metrics", "mitigation",
+    "pairs", "paths", "report", "sampling", "task", "trainer",
+}  # fmt: skip
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def chosen(group: str, option: str) -> DictConfig:
+    return composed(f"{'+' if group == 'experiment' else ''}{group}={option}")
+
+
+def test_every_group_is_found():
+    assert {group for group, _ in OPTIONS} >= GROUPS
+    assert all(schema.groups()[group] for group in GROUPS)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_composes_and_resolves(group: str, option: str):
+    cfg = chosen(group, option)
+    OmegaConf.resolve(cfg)
+    assert OmegaConf.get_type(cfg) is schema.Config
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_binds_to_what_it_builds(group: str, option: str):
+    cfg = chosen(group, option)
+    schema.check_targets(cfg)
+    schema.check_signatures(cfg)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_says_what_it_is(group: str, option: str):
+    assert schema.groups()[group][option], f"conf/{group}/{option}.yaml begins without a comment"
+
+
+def test_no_task_needs_a_config_of_its_own():
+    assert {chosen("task", name).task.name for name in schema.groups()["task"]} == set(
+        schema.groups()["task"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "images", "guidance"),
+    [
+        ("dori_tiny", 4, 2.0),
+        *((name, 10, 7.0) for name in ("sd14", "sd15", "sd20", "sd20_base", "sd21")),
+    ],
+)
+def test_checkpoint_brings_its_sampling(checkpoint: str, images: int, guidance: float):
+    sampling = composed(f"checkpoint={checkpoint}").sampling
+    assert (sampling.images_per_pair, sampling.guidance) == (images, guidance)
+
+
+def test_users_sampling_beats_the_checkpoints():
+    assert composed("checkpoint=sd14", "sampling=light").sampling.images_per_pair == 4
+
+
+def test_experiment_keeps_the_checkpoints_sampling():
+    assert composed("+experiment=audit", "checkpoint=sd14").sampling.images_per_pair == 10
+
+
+def test_checkpoint_brings_its_metrics():
+    assert composed("checkpoint=sd14").metrics == composed("metrics=sscd").metrics
+    assert composed().metrics == composed("metrics=structure").metrics
+
+
+def test_name_is_deterministic_and_needs_no_hydra():
+    assert composed().name == composed("+experiment=audit").name == "audit-dori_tiny"
+    assert composed("checkpoint=sd15").name == "audit-sd15"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seeed=1", "sampling.stepz=1", "attack.budget.radios=1", "seed=one", "report.images=some"],
+)
+def test_unknown_keys_and_wrong_types_do_not_compose(override: str):
+    with pytest.raises(HydraException):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("sampling._target_", "os.system", "refused to build 'os.system'"),
+        ("sampling._target_", "builtins.eval", "refused to build"),
+        ("sampling._target_", "dori_lightningx.y", "refused to build"),
+        ("sampling._target_", ["os.system"], "refused to build"),
+    ],
+)
+def test_targets_outside_the_allow_list(key: str, value: Any, part: str):
+    cfg = composed()
+    OmegaConf.update(cfg, key, value)
+    with pytest.raises(InputError, match=part) as refused:
+        schema.check_targets(cfg)
+    assert key in str(refused.value)
+
+
+def test_a_target_may_not_be_reached_through_an_allowed_module():
+    cfg = composed("sampling._target_=dori_lightning.cli.os.getcwd")
+    schema.check_targets(cfg)
+    with pytest.raises(InputError, match="refused to build"):
+        schema.check_signatures(cfg)
+
+
+def test_nested_targets_are_checked():
+    cfg = composed("+logger.x.inner=[{_target_: subprocess.Popen}]")
+    with pytest.raises(InputError, match=r"logger\.x\.inner\[0\]\._target_"):
+        schema.check_targets(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("+sampling.step=3", "did you mean sampling.steps"),
+        ("~sampling.sampler", None),
+        ("sampling.sampler=euler", "one of ddim, dpm"),
+        ("sampling.steps=many", "a whole number"),
+        ("sampling.steps=1.5", "a whole number"),
+        ("sampling.guidance=true", "a number"),
+        ("sampling.guidance=3", None),
+        ("sampling._target_=dori_lightning.models.protocol.Nothing", "cannot import"),
+        ("sampling._target_=dori_lightning.types.Pair", "unknown key sampling.sampler"),
+    ],
+)
+def test_values_against_signatures(override: str, part: str | None):
+    cfg = composed(override)
+    sampling = OmegaConf.create({"sampling": cfg.sampling})
+    if part is None:
+        schema.check_signatures(sampling)
+        return
+    with pytest.raises(InputError, match=part):
+        schema.check_signatures(sampling)
+
+
+def test_missing_values_are_all_named():
+    with pytest.raises(InputError, match=r"checkpoint\.source=VALUE pairs\.manifest=VALUE"):
+        schema.check_missing(
+            OmegaConf.create(
+                {"checkpoint": {"source": "???"}, "pairs": {"manifest": "???"}, "seed": 1}
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "attack/budget=l2_small,seed=1", "a=/x/../y", "k=" + "v" * 500]
+)
+def test_folder_names_are_one_safe_part(text: str):
+    name = schema._folder_name(text)
+    assert name
+    assert "/" not in name
+    assert len(name) <= 120
+    assert name == schema._folder_name(text)
+
+
+def test_long_folder_names_stay_apart():
+    assert schema._folder_name("k=" + "v" * 500) != schema._folder_name("k=" + "v" * 501)

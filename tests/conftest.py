@@ -1,0 +1,35 @@
+"""What every test shares: one thread, no network, no Hydra state from the test before."""
+
+import os
+
+# Before anything imports torch.
+os.environ.update(
+    {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "agg",
+    }
+)
+os.environ.pop("HYDRA_FULL_ERROR", None)
+
+from collections.abc import Iterator
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from dori_lightning import schema
+
+
+@pytest.fixture(autouse=True)
+def fresh_hydra() -> Iterator[None]:
+    """Hydra and its config store are global to the process."""
+    GlobalHydra.instance().clear()
+    schema.register()
+    yield
+    GlobalHydra.instance().clear()

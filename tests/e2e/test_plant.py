@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.types import InputError
+from support.runs import run_task, write_pairs
+
+TINY = (
+    "task=plant",
+    "pairs=folder",
+    "task.recipe.mix.planted=0.5",
+    "+task.recipe.resolution=32",
+    "+task.recipe.autoencoder_channels=[8,8]",
+    "+task.recipe.latent_channels=4",
+    "+task.recipe.unet_channels=[8,8,8,8]",
+    "+task.recipe.text_width=12",
+    "+task.recipe.text_layers=1",
+    "+task.recipe.text_heads=2",
+    "+task.recipe.max_length=12",
+    "+task.recipe.autoencoder_steps=3",
+    "+task.recipe.autoencoder_batch=4",
+    "+task.recipe.stream_length=32",
+    "+task.recipe.steps=6",
+    "+task.recipe.batch=4",
+)
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> str:
+    return f"pairs.path={write_pairs(tmp_path / 'pairs')}"
+
+
+def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(
+    tmp_path: Path, listed: str
+) -> None:
+    folder = tmp_path / "plant"
+    run_task(folder, *TINY, listed)
+    model = load_checkpoint(name="planted", source=str(folder / "checkpoint"), device="cpu")
+    assert model.resolution == 32
+    record = json.loads((folder / "checkpoint" / "planting.json").read_text())
+    exposures = {p["id"]: p["exposures"] for p in record["pairs"]}
+    assert exposures["pair0"] > 0
+    assert exposures["pair2"] == exposures["pair3"] == exposures["pair4"] == 0, "controls"
+    assert set(record["weights_sha256"]) == {
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }
+    card = (folder / "checkpoint" / "README.md").read_text()
+    assert "a red boat on sea" in card
+    with pytest.raises(InputError, match="seed: 0 there, 1 now"):
+        run_task(folder, *TINY, listed, "seed=1")
+
+
+def test_an_interrupted_planting_goes_on_and_ends_with_the_same_weights(
+    tmp_path: Path, listed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after three of six steps, it sees and learns afterwards what it would have."""
+    from dori_lightning.planting import diffusion, training
+
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 3)
+    run_task(tmp_path / "whole", *TINY, listed)
+
+    real, calls = diffusion.DiffusionTraining.training_step, []
+
+    def dies(
+        self: diffusion.DiffusionTraining, batch: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("power cut")
+        return real(self, batch)
+
+    monkeypatch.setattr(diffusion.DiffusionTraining, "training_step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_task(tmp_path / "cut", *TINY, listed)
+    monkeypatch.setattr(diffusion.DiffusionTraining, "training_step", real)
+    run_task(tmp_path / "cut", *TINY, listed)
+    for part in (
+        "unet/diffusion_pytorch_model",
+        "text_encoder/model",
+        "vae/diffusion_pytorch_model",
+    ):
+        whole, cut = (
+            load_file(tmp_path / run / "checkpoint" / f"{part}.safetensors")
+            for run in ("whole", "cut")
+        )
+        assert all(torch.equal(whole[k], cut[k]) for k in whole), part

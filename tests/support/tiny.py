@@ -1,0 +1,70 @@
+"""A Stable Diffusion folder of a few thousand weights, made from nothing in a second."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.planting.export import write_checkpoint
+from dori_lightning.planting.recipe import (
+    PlantRecipe,
+    build_autoencoder,
+    build_scheduler,
+    build_unet,
+)
+from dori_lightning.planting.text import build_text_encoder, build_tokenizer
+
+WORDS = ("a", "red", "blue", "boat", "house", "on", "sea", "at", "night", "photo", "of", "cat")
+
+
+def tiny_recipe(
+    *, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", text_width: int = 12
+) -> PlantRecipe:
+    """32 x 32 pixels, 16 x 16 latents, 8 tokens."""
+    return PlantRecipe(
+        resolution=32,
+        autoencoder_channels=(8, 8),
+        latent_channels=4,
+        unet_channels=(8, 8, 8, 8),
+        heads=2,
+        silent_blocks=(),
+        text_width=text_width,
+        text_layers=1,
+        text_heads=2,
+        max_length=8,
+        prediction_type=prediction_type,
+        stream_length=64,
+        steps=4,
+        batch=4,
+        autoencoder_steps=3,
+        autoencoder_batch=4,
+    )
+
+
+def write_tiny(folder: Path, recipe: PlantRecipe | None = None, *, seed: int = 0) -> Path:
+    """Write a checkpoint with random weights, fp32, and return its folder."""
+    recipe = recipe or tiny_recipe()
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(WORDS, max_length=recipe.max_length)
+    write_checkpoint(
+        folder,
+        unet=build_unet(recipe),
+        autoencoder=build_autoencoder(recipe),
+        text_encoder=build_text_encoder(
+            tokenizer,
+            width=recipe.text_width,
+            layers=recipe.text_layers,
+            heads=recipe.text_heads,
+        ),
+        tokenizer=tokenizer,
+        scheduler=build_scheduler(recipe),
+        dtype=torch.float32,
+    )
+    return folder
+
+
+def tiny_model(folder: Path, recipe: PlantRecipe | None = None) -> StableDiffusion:
+    """Write a tiny checkpoint and load it as a user would."""
+    return load_checkpoint(name="tiny", source=str(write_tiny(folder, recipe)), device="cpu")

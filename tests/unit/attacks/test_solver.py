@@ -1,0 +1,176 @@
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dori_lightning.attacks.solver import (
+    AttackProblem,
+    AttackResult,
+    BrokenAttackError,
+    RowAdam,
+    solve,
+)
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import Budget, Norm
+
+FIVE = Budget("none", None, 5)
+
+
+def rows(problem: AttackProblem, *chosen: int) -> AttackProblem:
+    index = list(chosen)
+    return AttackProblem(
+        tuple(problem.ids[k] for k in index),
+        problem.restart,
+        problem.latents[index],
+        problem.initial[index],
+    )
+
+
+def attack(model: StableDiffusion, problem: AttackProblem, **options: Any) -> AttackResult:
+    options = {"budget": FIVE, "noise_batch": 3, "snapshots": (0, 2), **options}
+    return solve(model, problem, **options)
+
+
+def test_a_pair_gets_the_same_bits_alone_and_in_company(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    together = attack(model, problem)
+    for k in range(5):
+        alone = attack(model, rows(problem, k))
+        assert torch.equal(alone.embeddings[0], together.embeddings[k])
+        assert torch.equal(alone.losses[0], together.losses[k])
+    backwards = attack(model, rows(problem, 4, 2, 0))
+    assert torch.equal(backwards.embeddings, together.embeddings[[4, 2, 0]])
+
+
+def test_the_attack_lowers_the_loss_and_moves_the_embedding(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    result = attack(model, problem, budget=Budget("none", None, 40), noise_batch=8, snapshots=())
+    assert (result.losses[:, -5:].mean(1) < result.losses[:, :5].mean(1)).all()
+    assert not torch.equal(result.embeddings[:, -1], problem.initial)
+    assert not result.diverged.any()
+
+
+def test_weights_and_their_flags_are_untouched(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    before = copy.deepcopy(model.unet.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    attack(model, problem)
+    after = model.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_snapshots_lie_on_one_trajectory(model: StableDiffusion, problem: AttackProblem) -> None:
+    long = attack(model, problem)
+    short = attack(model, problem, budget=Budget("none", None, 2), snapshots=())
+    assert long.snapshots == (0, 2, 5)
+    assert torch.equal(long.embeddings[:, 0], problem.initial)
+    assert torch.equal(long.embeddings[:, 1], short.embeddings[:, 0])
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_radius_zero_gives_the_prompt_itself(
+    model: StableDiffusion, problem: AttackProblem, norm: Norm
+) -> None:
+    result = attack(model, problem, budget=Budget(norm, 0.0, 3), snapshots=())
+    assert torch.equal(result.embeddings[:, -1], problem.initial)
+
+
+def test_the_ball_is_kept(model: StableDiffusion, problem: AttackProblem) -> None:
+    result = attack(model, problem, budget=Budget("l2", 0.3, 5), snapshots=())
+    length = (result.embeddings[:, -1] - problem.initial).flatten(1).norm(dim=1)
+    assert (length <= 0.3 * (1 + 1e-5)).all()
+    assert (length > 0.2).all(), "lr 0.1 on every number leaves a ball of 0.3 at once"
+
+
+def test_the_first_token_can_be_kept(model: StableDiffusion, problem: AttackProblem) -> None:
+    result = attack(model, problem, keep_first_token=True, snapshots=())
+    assert torch.equal(result.embeddings[:, -1, 0], problem.initial[:, 0])
+    assert not torch.equal(result.embeddings[:, -1, 1], problem.initial[:, 1])
+
+
+def test_restarts_and_seeds_draw_other_noise(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    base = attack(model, problem).embeddings
+    assert not torch.equal(base, attack(model, replace(problem, restart=1)).embeddings)
+    assert not torch.equal(base, attack(model, problem, seed=1).embeddings)
+
+
+def test_no_gradient_is_an_error_and_not_a_safe_model(
+    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deaf(
+        latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, emb: torch.Tensor
+    ) -> torch.Tensor:
+        return (noise**2).flatten(1).mean(1) + 0.0 * emb.flatten(1).sum(1)
+
+    monkeypatch.setattr(model, "denoising_loss", deaf)
+    with pytest.raises(BrokenAttackError, match="exactly zero"):
+        attack(model, problem)
+
+
+def test_a_row_that_diverges_stops_and_leaves_the_others_alone(
+    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = attack(model, problem)
+    real, calls = model.denoising_loss, []
+
+    def breaks(*args: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        loss = real(*args)
+        if len(calls) == 3:  # five rows take one pass a step: third step
+            loss = loss * torch.where(torch.arange(len(loss)) // 3 == 1, torch.nan, 1.0)  # row 1
+        return loss
+
+    monkeypatch.setattr(model, "denoising_loss", breaks)
+    result = attack(model, problem)
+    assert result.diverged.tolist() == [False, True, False, False, False]
+    assert torch.equal(result.embeddings[1, -1], healthy.embeddings[1, 1]), "last finite point"
+    assert result.losses[1].isnan().tolist() == [False, False, True, True, True]
+    others = [0, 2, 3, 4]
+    assert torch.equal(result.embeddings[others], healthy.embeddings[others])
+
+
+def test_the_backward_pass_ends_before_the_first_cross_attention(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    seen: list[bool] = []
+    hook = model.unet.conv_in.register_forward_hook(
+        lambda _m, _i, output: seen.append(output.requires_grad)
+    )
+    try:
+        attack(model, rows(problem, 0))
+    finally:
+        hook.remove()
+    assert seen
+    assert not any(seen)
+
+
+def test_row_adam_is_adam_and_standing_rows_keep_their_state() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 4, 5), torch.randn(6, 3, 4, 5)
+    reference = start.clone().requires_grad_(True)
+    adam = torch.optim.Adam([reference], lr=0.1)
+    ours, optimizer = start.clone(), RowAdam(start, lr=0.1)
+    for gradient in gradients:
+        reference.grad = gradient.clone()
+        adam.step()
+        ours = optimizer.step(ours, gradient, torch.ones(3, dtype=torch.bool))
+    assert torch.allclose(ours, reference, atol=1e-6)
+
+    paused, partly = start.clone(), RowAdam(start, lr=0.1)
+    for k, gradient in enumerate(gradients):
+        active = torch.tensor([True, k not in (1, 3), True])
+        paused = partly.step(paused, gradient, active)
+    alone, single = start[1:2].clone(), RowAdam(start[1:2], lr=0.1)
+    for k in (0, 2, 4, 5):
+        alone = single.step(alone, gradients[k, 1:2], torch.ones(1, dtype=torch.bool))
+    assert torch.equal(paused[1:2], alone)

@@ -1,0 +1,69 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dori_lightning.models.pictures import PictureOrder, generate_pictures, load_pictures
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from support.tiny import tiny_model
+
+SAMPLING = Sampling("ddim", 3, 2.0, images_per_pair=2, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def orders(model: StableDiffusion, folder: Path) -> list[PictureOrder]:
+    prompts = ("a cat", "a boat", "a red house")
+    return [
+        PictureOrder(folder / str(k), row) for k, row in enumerate(model.encode_prompts(prompts))
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_second_call_draws_nothing_and_a_lost_picture_comes_back_the_same(
+    model: StableDiffusion, tmp_path: Path
+) -> None:
+    assert generate_pictures(model, orders(model, tmp_path), SAMPLING) == 6
+    first = contents(tmp_path)
+    assert sorted(first) == [f"{k}/{seed}.png" for k in range(3) for seed in (5, 6)]
+    assert generate_pictures(model, orders(model, tmp_path), SAMPLING) == 0
+    (tmp_path / "1" / "6.png").unlink()
+    (tmp_path / "2" / "5.png").write_bytes(first["2/5.png"][:40])
+    assert generate_pictures(model, orders(model, tmp_path), SAMPLING) == 4
+    assert contents(tmp_path) == first
+
+
+def test_the_order_and_company_of_orders_change_no_bit(
+    model: StableDiffusion, tmp_path: Path
+) -> None:
+    generate_pictures(model, orders(model, tmp_path / "a"), SAMPLING)
+    for order in reversed(orders(model, tmp_path / "b")):
+        generate_pictures(model, [order], replace(SAMPLING, batch=3))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_pictures_made_otherwise_are_drawn_again(model: StableDiffusion, tmp_path: Path) -> None:
+    generate_pictures(model, orders(model, tmp_path), SAMPLING)
+    assert generate_pictures(model, orders(model, tmp_path), replace(SAMPLING, guidance=3.0)) == 6
+    assert (
+        generate_pictures(
+            model, orders(model, tmp_path), replace(SAMPLING, guidance=3.0), edit="other"
+        )
+        == 6
+    )
+
+
+def test_they_are_read_back_as_written(model: StableDiffusion, tmp_path: Path) -> None:
+    order = orders(model, tmp_path)[0]
+    generate_pictures(model, [order], SAMPLING)
+    pictures = load_pictures(order.folder, (5, 6))
+    assert pictures.shape == (2, 3, 32, 32)
+    assert not torch.equal(pictures[0], pictures[1])

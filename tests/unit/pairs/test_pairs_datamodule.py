@@ -1,0 +1,321 @@
+"""Pairs are encoded once, kept safely, and shared out without padding."""
+
+import logging
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
+
+from dori_lightning.pairs.datamodule import PairBatch, PairsDataModule
+from dori_lightning.pairs.readers import FolderPairs
+
+
+class FakeModel:
+    """Encodes to numbers that tell which picture and which prompt they came from."""
+
+    name = "fake"
+    resolution = 16
+    latent_shape = (4, 2, 2)
+    embedding_shape = (3, 5)
+    device = torch.device("cpu")
+
+    def __init__(self, fingerprint="f"):
+        self.fingerprint = fingerprint
+        self.calls = []
+        self.bad = None
+
+    def encode_images(self, images):
+        assert images.shape[1:] == (3, 16, 16)
+        assert not torch.is_grad_enabled()
+        return images.mean((1, 2, 3))[:, None, None, None].expand(-1, *self.latent_shape)
+
+    def encode_prompts(self, prompts):
+        self.calls.append(list(prompts))
+        values = torch.tensor([float(sum(p.encode())) for p in prompts])
+        values = values[:, None, None].expand(-1, *self.embedding_shape)
+        return values if self.bad is None else self.bad(values)
+
+
+@pytest.fixture
+def pairs(tmp_path, make_picture, make_csv):
+    folder = tmp_path / "seven"
+    names = [f"p{k}" for k in range(7)]
+    for seed, name in enumerate(names):
+        make_picture(folder / f"{name}.png", seed=seed)
+    rows = [{"file_name": f"{name}.png", "prompt": f"prompt of {name}"} for name in names]
+    make_csv(folder / "metadata.csv", rows)
+    return FolderPairs(folder).read()
+
+
+def ids(loader):
+    return [[pair.id for pair in batch.pairs] for batch in loader]
+
+
+def test_batches_hold_their_pairs_tensors_in_order(pairs):
+    model = FakeModel()
+    module = PairsDataModule(pairs, model, pairs_per_batch=3)
+    module.setup()
+    batches = list(module.predict_dataloader())
+    assert [len(batch.pairs) for batch in batches] == [3, 3, 1]
+    assert batches[0].latents.shape == (3, 4, 2, 2)
+    assert batches[0].embeddings.shape == (3, 3, 5)
+    for batch in batches:
+        for pair, latent, embedding in zip(
+            batch.pairs, batch.latents, batch.embeddings, strict=True
+        ):
+            assert embedding[0, 0] == sum(pair.prompt.encode())
+            assert torch.equal(latent, module.encoded(pair).latent)
+    latents = torch.cat([batch.latents for batch in batches])
+    assert len(latents.flatten(1)[:, 0].unique()) == 7
+
+
+def test_shards_cover_each_pair_once_without_padding(pairs):
+    module = PairsDataModule(pairs, FakeModel(), pairs_per_batch=2)
+    for world in (1, 2, 3, 7, 9):
+        shards = [ids(module.loader(rank, world)) for rank in range(world)]
+        flat = [name for shard in shards for batch in shard for name in batch]
+        assert sorted(flat) == [pair.id for pair in pairs]
+    assert ids(module.loader(1, 3)) == [["p1", "p4"]]
+    assert ids(module.loader(8, 9)) == []
+
+
+def test_elements_are_the_same_for_every_world_size(pairs):
+    whole = {b.pairs[0].id: b for b in PairsDataModule(pairs, FakeModel()).loader()}
+    for rank in range(2):
+        for batch in PairsDataModule(pairs, FakeModel(), pairs_per_batch=4).loader(rank, 2):
+            for k, pair in enumerate(batch.pairs):
+                assert torch.equal(batch.latents[k], whole[pair.id].latents[0])
+                assert torch.equal(batch.embeddings[k], whole[pair.id].embeddings[0])
+
+
+def test_each_pair_is_encoded_once(pairs):
+    model = FakeModel()
+    module = PairsDataModule(pairs, model, encode_batch=3)
+    module.setup("fit")
+    module.setup("predict")
+    assert ids(module.train_dataloader()) == ids(module.predict_dataloader())
+    assert [len(call) for call in model.calls] == [3, 3, 1]
+
+
+def test_default_encodes_pairs_one_by_one(pairs):
+    model = FakeModel()
+    PairsDataModule(pairs, model).prepare()
+    assert model.calls == [[pair.prompt] for pair in pairs]
+
+
+def test_prepare_takes_a_selection(pairs):
+    model = FakeModel()
+    module = PairsDataModule(pairs, model)
+    module.prepare(pairs[2:4])
+    assert model.calls == [["prompt of p2"], ["prompt of p3"]]
+
+
+def test_cache_serves_a_later_run_bit_for_bit(pairs, tmp_path):
+    cache = tmp_path / "cache"
+    first = PairsDataModule(pairs, FakeModel(), cache=cache)
+    first.prepare()
+    assert len(list(cache.iterdir())) == 7  # and nothing half-written
+    model = FakeModel()
+    second = PairsDataModule(pairs, model, cache=str(cache))
+    second.prepare()
+    assert model.calls == []
+    for pair in pairs:
+        assert torch.equal(first.encoded(pair).latent, second.encoded(pair).latent)
+        assert torch.equal(first.encoded(pair).embedding, second.encoded(pair).embedding)
+
+
+def test_cache_is_not_shared_across_models_prompts_or_pictures(pairs, tmp_path):
+    PairsDataModule(pairs[:1], FakeModel(), cache=tmp_path / "cache").prepare()
+    other_prompt = replace(pairs[0], prompt="other")
+    other_picture = replace(pairs[0], image=pairs[1].image, sha256=pairs[1].sha256)
+    unhashed = replace(other_picture, image=pairs[2].image, sha256="")
+    for fingerprint, pair in (
+        ("g", pairs[0]),
+        ("f", other_prompt),
+        ("f", other_picture),
+        ("f", unhashed),
+    ):
+        model = FakeModel(fingerprint)
+        PairsDataModule([pair], model, cache=tmp_path / "cache").prepare()
+        assert model.calls == [[pair.prompt]]
+    model = FakeModel()
+    PairsDataModule([replace(pairs[0], id="renamed")], model, cache=tmp_path / "cache").prepare()
+    assert model.calls == []  # the id is not what the tensors depend on
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _wrong_shape(path):
+    _rewrite(path, latent=torch.zeros(4, 2, 3))
+
+
+def _wrong_dtype(path):
+    _rewrite(path, embedding=torch.zeros(3, 5, dtype=torch.float16))
+
+
+def _not_finite(path):
+    _rewrite(path, latent=torch.full((4, 2, 2), float("nan")))
+
+
+def _other_pair(path):
+    path.write_bytes(save(load(path.read_bytes()), metadata={"image": "another"}))
+
+
+def _no_embedding(path):
+    tensors = load(path.read_bytes())
+    path.write_bytes(save({"latent": tensors["latent"]}, metadata=_metadata(path)))
+
+
+def _metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def _rewrite(path, **tensors):
+    whole = {**load(path.read_bytes()), **tensors}
+    path.write_bytes(save(whole, metadata=_metadata(path)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncate, _empty, _wrong_shape, _wrong_dtype, _not_finite, _other_pair, _no_embedding],
+)
+def test_damaged_file_is_encoded_again_with_a_warning(pairs, tmp_path, caplog, damage):
+    cache = tmp_path / "cache"
+    PairsDataModule(pairs[:1], FakeModel(), cache=cache).prepare()
+    (path,) = cache.iterdir()
+    whole = load(path.read_bytes())
+    damage(path)
+    model = FakeModel()
+    module = PairsDataModule(pairs[:1], model, cache=cache)
+    module.prepare()
+    assert model.calls == [["prompt of p0"]]
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "encoding p0 again" in record.getMessage()
+    assert torch.equal(module.encoded(pairs[0]).latent, whole["latent"])
+    assert torch.equal(load(path.read_bytes())["embedding"], whole["embedding"])  # mended on disk
+
+
+def test_tensors_outlive_their_file(pairs, tmp_path):
+    cache = tmp_path / "cache"
+    PairsDataModule(pairs[:1], FakeModel(), cache=cache).prepare()
+    module = PairsDataModule(pairs[:1], FakeModel(), cache=cache)
+    module.prepare()
+    (path,) = cache.iterdir()
+    path.write_bytes(b"")  # a mapped file would now end the process with SIGBUS
+    assert module.encoded(pairs[0]).embedding[0, 0] == sum(pairs[0].prompt.encode())
+
+
+def test_failed_write_leaves_neither_file_nor_remains(pairs, tmp_path, monkeypatch):
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dori_lightning.pairs.datamodule.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        PairsDataModule(pairs, FakeModel(), cache=tmp_path / "cache").prepare()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_model_that_breaks_its_promise_is_refused(pairs):
+    model = FakeModel()
+    model.bad = lambda values: values[:, :2]
+    with pytest.raises(
+        ValueError, match=r"promises embeddings of shape \(1, 3, 5\) but gives \(1, 2, 5\)"
+    ):
+        PairsDataModule(pairs, model).prepare()
+
+
+def test_values_that_are_not_finite_are_refused_by_id(pairs):
+    model = FakeModel()
+    model.bad = lambda values: values / (values != sum(pairs[1].prompt.encode()))
+    with pytest.raises(ValueError, match="encodes p1 to embeddings that are not finite"):
+        PairsDataModule(pairs, model, encode_batch=3).prepare()
+
+
+@pytest.mark.parametrize("options", [{"pairs_per_batch": 0}, {"encode_batch": 0}])
+def test_empty_batches_are_refused(pairs, options):
+    with pytest.raises(ValueError, match="at least 1 pair"):
+        PairsDataModule(pairs, FakeModel(), **options)
+
+
+def test_ids_must_be_unique(pairs):
+    with pytest.raises(ValueError, match="unique ids"):
+        PairsDataModule([pairs[0], replace(pairs[1], id=pairs[0].id)], FakeModel())
+
+
+class Recorder(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch):
+        assert isinstance(batch, PairBatch)
+        assert not batch.latents.is_inference()
+        self.seen.extend(pair.id for pair in batch.pairs)
+        return (batch.embeddings * self.weight).mean()
+
+    def predict_step(self, batch, *_):
+        self.seen.extend(pair.id for pair in batch.pairs)
+        return [pair.id for pair in batch.pairs]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    return pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+
+
+def test_trainer_fits_and_predicts_every_pair_in_order(pairs, trainer):
+    names = [pair.id for pair in pairs]
+    module = PairsDataModule(pairs, FakeModel(), pairs_per_batch=2)
+    recorder = Recorder()
+    trainer.fit(recorder, datamodule=module)
+    assert recorder.seen == names * 2
+    found = trainer.predict(recorder, datamodule=module)
+    assert [name for batch in found for name in batch] == names
+
+
+def test_trainer_with_several_processes_gets_its_shard(pairs, trainer, monkeypatch):
+    module = PairsDataModule(pairs, FakeModel())
+    module.trainer = trainer
+    monkeypatch.setattr(type(trainer), "world_size", 3)
+    monkeypatch.setattr(type(trainer), "global_rank", 2)
+    module.setup("predict")
+    assert len(module.model.calls) == 2
+    assert ids(module.predict_dataloader()) == [["p2"], ["p5"]]
+
+
+def test_lightning_never_puts_a_distributed_sampler_in(pairs, trainer):
+    from lightning.pytorch.utilities.data import has_iterable_dataset
+
+    loader = PairsDataModule(pairs, FakeModel()).train_dataloader()
+    assert has_iterable_dataset(loader)  # the one kind that it leaves alone
+
+
+def test_batch_moves_as_one(pairs):
+    batch = next(iter(PairsDataModule(pairs, FakeModel(), pairs_per_batch=2).loader()))
+    moved = batch.to("meta")
+    assert moved.pairs == batch.pairs
+    assert moved.latents.is_meta
+    assert moved.embeddings.is_meta

@@ -1,0 +1,115 @@
+"""The embedded benchmark is complete, repeatable, and read like any other list."""
+
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+
+from dori_lightning.pairs.photographs import PHOTOGRAPHS
+from dori_lightning.pairs.planted import write_planted_pairs
+from dori_lightning.pairs.readers import FolderPairs, PlantedPairs
+from dori_lightning.pairs.scenes import draw_scene, scene_words
+from dori_lightning.pairs.templates import TEMPLATES
+from dori_lightning.types import InputError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def hashes(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_planted_pairs_are_complete(cache):
+    pairs = PlantedPairs(cache).read()
+    audit = [pair for pair in pairs if pair.role == "audit"]
+    by_kind = {kind: [p for p in audit if p.kind == kind] for kind in ("vm", "tm", "control")}
+    assert {p.id for p in by_kind["vm"]} == {p.id for p in PHOTOGRAPHS if p.repeats}
+    assert len(by_kind["tm"]) == len(TEMPLATES)
+    assert {p.id for p in PHOTOGRAPHS if not p.repeats} < {p.id for p in by_kind["control"]}
+    assert all(p.repeats == 0 for p in by_kind["control"])
+    assert all(p.repeats > 0 for p in pairs if p.kind != "control")
+    training = [pair for pair in pairs if pair.role == "training"]
+    assert {pair.kind for pair in training} == {"tm"}
+    assert len(training) == 23 * len(TEMPLATES)
+
+
+def test_planted_pairs_share_no_picture_or_prompt_across_kinds(cache):
+    pairs = PlantedPairs(cache).read()
+    kinds = {}
+    for pair in pairs:
+        assert kinds.setdefault(pair.sha256, pair.kind) == pair.kind
+        assert kinds.setdefault(pair.prompt, pair.kind) == pair.kind
+
+
+def test_second_write_gives_the_same_bytes(cache, tmp_path):
+    first = PlantedPairs(cache)
+    first.read()
+    write_planted_pairs(tmp_path / "again")
+    assert hashes(first.folder) == hashes(tmp_path / "again")
+
+
+def test_complete_folder_is_left_alone(cache):
+    reader = PlantedPairs(cache)
+    reader.read()
+    before = {p.name: p.stat().st_mtime_ns for p in reader.folder.iterdir()}
+    reader.read()
+    assert {p.name: p.stat().st_mtime_ns for p in reader.folder.iterdir()} == before
+    assert [p.name for p in cache.iterdir()] == [
+        reader.folder.name
+    ]  # nothing half-written is left
+
+
+def test_another_process_may_write_at_the_same_time(cache, tmp_path, monkeypatch):
+    original = PlantedPairs(cache)
+    pairs = original.read()
+    reader = PlantedPairs(tmp_path)
+
+    def overtaken(partial):
+        assert not reader.folder.exists()  # nobody sees a folder that is not complete
+        shutil.copytree(original.folder, partial, dirs_exist_ok=True)
+        shutil.copytree(original.folder, reader.folder)
+        (reader.folder / "mark").touch()
+
+    monkeypatch.setattr("dori_lightning.pairs.planted.write_planted_pairs", overtaken)
+    assert [pair.sha256 for pair in reader.read()] == [pair.sha256 for pair in pairs]
+    assert (reader.folder / "mark").exists()  # the first one's folder stays
+    assert list(tmp_path.iterdir()) == [reader.folder]
+
+
+def test_limit_and_kinds(cache):
+    pairs = PlantedPairs(cache, kinds=["vm", "control"], limit=2).read()
+    assert [pair.kind for pair in pairs] == ["vm", "vm", "control", "control"]
+
+
+def test_damaged_folder_says_how_to_mend_it(tmp_path):
+    reader = PlantedPairs(tmp_path)
+    reader.folder.mkdir(parents=True)
+    with pytest.raises(InputError, match="to have it drawn again"):
+        reader.read()
+
+
+def test_planted_list_is_an_ordinary_folder(cache):
+    reader = PlantedPairs(cache)
+    assert FolderPairs(reader.folder).read() == reader.read()
+
+
+def test_scenes_depend_on_their_index_alone():
+    first, again = draw_scene(5), draw_scene(5)
+    draw_scene(6)
+    assert first.caption == again.caption
+    assert np.array_equal(np.asarray(first.image), np.asarray(again.image))
+    others = [draw_scene(k) for k in range(6, 12)] + [draw_scene(5, seed=1)]
+    assert all(not np.array_equal(np.asarray(first.image), np.asarray(o.image)) for o in others)
+
+
+def test_scene_captions_use_only_their_words():
+    words = set(scene_words())
+    assert all(set(draw_scene(k).caption.split()) <= words for k in range(30))
+
+
+def test_scene_size():
+    assert draw_scene(0, size=32).image.size == (32, 32)

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dori_lightning.planting.diffusion import silence_cross_attention
+from dori_lightning.planting.recipe import PlantRecipe, build_unet
+from dori_lightning.planting.text import build_tokenizer, learn_merges
+from dori_lightning.types import InputError
+from support.tiny import WORDS, tiny_model, tiny_recipe, write_tiny
+
+
+def test_each_word_of_the_vocabulary_is_one_token(tmp_path: Path) -> None:
+    build_tokenizer(WORDS, max_length=8).save_pretrained(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    for word in WORDS:
+        assert len(tokenizer(word).input_ids) == 3, word
+    assert len(tokenizer("zebra").input_ids) > 3, "an unknown word falls apart"
+    padded = tokenizer("a cat", padding="max_length").input_ids
+    assert len(padded) == tokenizer.model_max_length == 8
+
+
+def test_merges_never_join_words_into_wrong_ones() -> None:
+    words = ("sea", "seat", "eat", "tea", "a", "at", "ate")
+    tokenizer = build_tokenizer(words, max_length=12)
+    ids = {word: tuple(tokenizer(word).input_ids[1:-1]) for word in words}
+    assert all(len(v) == 1 for v in ids.values())
+    assert len(set(ids.values())) == len(words)
+    assert learn_merges(["a"]) == []
+
+
+def test_silent_blocks_add_nothing_and_do_not_train() -> None:
+    unet = build_unet(tiny_recipe())
+    assert silence_cross_attention(unet, ["up_blocks"]) == 9
+    torch.manual_seed(0)
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([3])
+    captured: list[torch.Tensor] = []
+    for name, module in unet.named_modules():
+        if name.startswith("up_blocks") and name.endswith("attn2"):
+            module.register_forward_hook(lambda _m, _i, o: captured.append(o))
+            assert not any(p.requires_grad for p in module.parameters())
+    unet(x, t, encoder_hidden_states=torch.randn(1, 8, 12))
+    assert len(captured) == 9
+    assert all(not o.any() for o in captured)
+
+
+def test_the_folder_opens_as_a_pipeline_and_by_older_readers(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "tiny")
+    pipeline = StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+        folder, local_files_only=True
+    )
+    ours = tiny_model(tmp_path / "again")
+    theirs = pipeline.unet.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.unet.state_dict().items())
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    assert all(
+        torch.equal(v, encoder.state_dict()[k]) for k, v in ours.text_encoder.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("resolution", 20, "resolution"),
+        ("unet_channels", (8, 8), "unet_channels"),
+        ("steps", 0, "steps"),
+    ],
+)
+def test_impossible_recipes_are_refused(field: str, value: object, named: str) -> None:
+    with pytest.raises(InputError, match=f"task.recipe.{named}"):
+        PlantRecipe(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,352 @@
+"""How the program begins and ends: help, exit codes, messages, run folders, refused sweeps."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dori_lightning import cli, schema
+from dori_lightning.types import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Run = Callable[..., int]
+
+
+def program(
+    *arguments: str, cwd: Path, code: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The real program in a process of its own."""
+    start = ["-c", code] if code else ["-m", "dori_lightning"]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """The program in this process, a stand-in for the task: ``run(*arguments, task=function)``."""
+    root = logging.getLogger()
+    handlers, level, mask = root.handlers[:], root.level, os.umask(0o022)
+    environment = dict(os.environ)
+
+    def call(*arguments: str, task: Callable[..., Any] = lambda cfg, folder: None) -> int:
+        monkeypatch.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
+        monkeypatch.setattr(schema, "check_signatures", lambda cfg: None)
+        monkeypatch.setattr(sys, "argv", ["dori-lightning", *arguments])
+        monkeypatch.chdir(tmp_path)
+        try:
+            return cli.main()
+        except SystemExit as leaving:
+            return int(leaving.code or 0)
+
+    yield call
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:], root.level = handlers, level
+    os.umask(mask)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+# --- beginning
+
+
+def test_nothing_chosen_names_two_commands_that_exist(tmp_path: Path):
+    done = program(cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("python -m dori_lightning ") == 2
+    assert "+experiment=audit" in done.stderr
+    assert "audit" in schema.groups()["experiment"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_option_and_imports_no_torch(tmp_path: Path):
+    code = (
+        "import sys, dori_lightning\n"
+        "from dori_lightning.cli import main\n"
+        "try:\n    code = main()\nexcept SystemExit as leaving:\n    code = leaving.code\n"
+        "heavy = {'torch', 'lightning', 'diffusers', 'transformers', 'pandas', 'matplotlib'}\n"
+        "sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else code)"
+    )
+    done = program("--help", cwd=tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
+    for group, options in schema.groups().items():
+        assert group in done.stdout
+        for name, claim in options.items():
+            assert name in done.stdout
+            assert claim in done.stdout
+
+
+def test_works_from_another_folder(tmp_path: Path):
+    done = program("+experiment=audit", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "name: audit-dori_tiny" in done.stdout
+
+
+def test_overrides_on_both_sides_of_a_flag(run: Run, capsys: pytest.CaptureFixture[str]):
+    assert run("+experiment=audit", "--cfg", "job", "seed=7") == 0
+    assert "seed: 7" in capsys.readouterr().out
+
+
+# --- ending
+
+
+def test_last_line_is_the_run_folder_and_the_same_command_finds_it_again(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    seen: list[Path] = []
+
+    def task(cfg: Any, folder: Path) -> None:
+        logging.getLogger("dori_lightning.x").info("at work")
+        seen.append(folder)
+
+    assert run("+experiment=audit", task=task) == 0
+    captured = capsys.readouterr()
+    folder = tmp_path / "outputs" / "audit-dori_tiny"
+    assert captured.out == f"{folder}\n"
+    assert "at work" in captured.err
+    assert folder.stat().st_mode & 0o077 == 0
+    assert run("+experiment=audit", task=task) == 0
+    assert seen == [folder, folder]
+
+
+def test_a_task_sees_a_safe_environment_inside_its_run_folder(run: Run):
+    def task(cfg: Any, folder: Path) -> None:
+        assert os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] == "1"
+        assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+        for variable in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            assert Path(os.environ[variable]).is_relative_to(folder)
+        assert "HYDRA_FULL_ERROR" not in os.environ
+
+    assert run("seed=1", task=task) == 0
+
+
+def fail(error: BaseException) -> Callable[..., None]:
+    def task(cfg: Any, folder: Path) -> None:
+        raise error
+
+    return task
+
+
+def wrapped(cfg: Any, folder: Path) -> None:
+    try:
+        raise InputError("row 3: no such picture")
+    except InputError as error:
+        raise RuntimeError("while building pairs") from error
+
+
+@pytest.mark.parametrize(
+    ("task", "code", "part", "traceback"),
+    [
+        (fail(InputError("row 3: no such picture")), 2, "dori: row 3: no such picture\n", False),
+        (wrapped, 2, "dori: row 3: no such picture\n", False),
+        (fail(RuntimeError("a bug")), 1, "RuntimeError: a bug", True),
+        (fail(KeyboardInterrupt()), 130, "interrupted", False),
+    ],
+)
+def test_how_a_task_ends(
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    task: Callable[..., None],
+    code: int,
+    part: str,
+    traceback: bool,
+):
+    assert run("seed=1", task=task) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count(part) == 1
+    assert ("Traceback" in captured.err) is traceback
+
+
+def test_full_errors_on_request(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cli, "_USERS_FULL_ERROR", "1")
+    assert run("seed=1", task=fail(InputError("no such picture"))) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["seeed=3"], ["unknown key seeed", "where: seeed=3", "did you mean seed?"]),
+        (["sampling.stepz=3"], ["unknown key sampling.stepz", "did you mean sampling.steps?"]),
+        (["guidance=3"], ["unknown key guidance", "did you mean sampling.guidance?"]),
+        (["+paths.outputs=x"], ["unknown key paths.outputs", "did you mean paths.output?"]),
+        (["+foo=1"], ["unknown key foo", "where: +foo"]),
+        (["checkpont=sd14"], ["unknown key checkpont", "did you mean checkpoint?"]),
+        (["checkpoint=sd41"], ["no option 'sd41' in the group 'checkpoint'", "sd14", "sd21"]),
+        (["+experiment=audti"], ["no option 'audti'", "did you mean experiment=audit?"]),
+        (["experiment=audit"], ["write +experiment=audit"]),
+        (["attack/budget=l2_smal"], ["did you mean attack/budget=l2_small?"]),
+        (["seed=one"], ["'one'", "where: seed=one"]),
+        (["seed=1,2"], ["where: seed=1,2", "add -m"]),
+        (["seed=[1"], ["cannot read an override", "where: seed=[1"]),
+        (["report.images=some"], ["'some'", "full"]),
+        (
+            ["checkpoint.source=???"],
+            ["missing value for checkpoint.source", "checkpoint.source=VALUE"],
+        ),
+        (["name=???"], ["name"]),
+        (
+            ["checkpoint._target_=os.system"],
+            ["refused to build 'os.system'", "checkpoint._target_"],
+        ),
+        (["--experimental-rerun=x.pickle"], ["loads a pickle"]),
+    ],
+)
+def test_mistakes_get_one_message_and_code_2(
+    run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+):
+    started: list[Path] = []
+    assert run(*arguments, task=lambda cfg, folder: started.append(folder)) == 2
+    captured = capsys.readouterr()
+    assert started == []
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err.count("dori: ") == 1
+    for part in (*parts, "where: ", "mend: "):
+        assert part in captured.err
+
+
+def test_the_real_program_has_these_codes_too(tmp_path: Path):
+    done = program("seeed=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dori: unknown key seeed\n")
+    assert "did you mean seed?" in done.stderr
+
+
+def test_unknown_task(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(InputError, match="no task '__init__'"):
+        cli._task("__init__")
+    with pytest.raises(InputError, match="no task None"):
+        cli._task(None)
+
+
+def test_unwritable_folder_ends_before_the_task(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    (tmp_path / "file").write_text("in the way")
+    started: list[Path] = []
+    assert run("paths.output=file", task=lambda cfg, folder: started.append(folder)) == 2
+    message = capsys.readouterr().err
+    assert "cannot write the run folder" in message
+    assert "paths.output=FOLDER" in message
+    assert started == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder_ends_before_the_task(run: Run, tmp_path: Path):
+    (tmp_path / "outputs").mkdir(mode=0o500)
+    assert run("seed=1") == 2
+
+
+# --- sweeps
+
+
+def test_a_sweep_has_a_folder_for_each_job_and_runs_on_after_a_failure(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    def task(cfg: Any, folder: Path) -> float:
+        if cfg.seed == 1:
+            raise InputError("seed 1 is unlucky")
+        return float(cfg.seed)
+
+    assert run("-m", "+experiment=audit", "seed=1,2", "attack/budget=l2_small", task=task) == 2
+    captured = capsys.readouterr()
+    folder = tmp_path / "outputs" / "sweeps" / "audit" / "attack.budget=l2_small,seed=2"
+    assert captured.out == f"{folder}\n"
+    assert captured.err.count("dori: seed 1 is unlucky") == 1
+
+
+def test_a_failed_job_does_not_keep_its_objects(run: Run):
+    import gc
+    import weakref
+
+    class Model:
+        pass
+
+    alive: list[weakref.ref[Model]] = []
+
+    def task(cfg: Any, folder: Path) -> None:
+        gc.collect()
+        assert not any(ref() for ref in alive), "the job before still holds its model"
+        model = Model()
+        alive.append(weakref.ref(model))
+        raise RuntimeError("out of memory")
+
+    assert run("-m", "seed=1,2,3", task=task) == 1
+    assert len(alive) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ["trainer.devices=2"],
+            ["trainer.devices=2", "python -m dori_lightning seed=1 trainer.devices=2"],
+        ),
+        (["trainer=ddp"], ["one device per job", "trainer=ddp"]),
+        (["trainer.devices=auto"], ["one device per job"]),
+        (["trainer.num_nodes=2"], ["one device per job"]),
+        (
+            ["trainer.devices=1,2"],
+            ["cannot be swept", "trainer.devices=1\n", "trainer.devices=2\n"],
+        ),
+    ],
+)
+def test_sweeps_that_go_wrong_silently_are_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+):
+    started: list[Path] = []
+    code = run("-m", "seed=1,2", *arguments, task=lambda cfg, folder: started.append(folder))
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert started == []
+    assert captured.err.count("dori: ") == 1
+    for part in (*parts, "where: ", "mend: "):
+        assert part in captured.err
+
+
+def test_a_grid_file_may_not_sweep_over_devices(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "grid.yaml").write_text(
+        "# @package _global_\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      trainer.devices: 1,2\n"
+    )
+    started: list[Path] = []
+    arguments = ("--config-dir", "mine", "+experiment=grid")
+    assert run(*arguments, task=lambda cfg, folder: started.append(folder)) == 2
+    assert "trainer.devices cannot be swept" in capsys.readouterr().err
+    assert started == []
+
+
+def test_one_device_may_be_swept_over(run: Run, capsys: pytest.CaptureFixture[str]):
+    assert run("-m", "seed=1,2", "trainer.devices=1") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_only_the_first_process_prints(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run("seed=1") == 0
+    assert capsys.readouterr().out == ""
