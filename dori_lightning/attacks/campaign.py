@@ -133,6 +133,7 @@ def attack_pairs(
                     trainer.predict(
                         module, datamodule=data.subset(chosen), return_predictions=False
                     )
+                    trainer.strategy.barrier()  # the others' results are read below
             for pair in chosen:
                 triggers += _read(module, data, pair, budget, init, restart)
     return triggers

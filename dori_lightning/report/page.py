@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dori_lightning.files import write_atomically
 from dori_lightning.report.cards import choose_pairs, pair_cards, panel_names
 from dori_lightning.report.pictures import THUMBNAIL
 from dori_lightning.report.plots import page_plots
-from dori_lightning.report.record import write_atomically
 from dori_lightning.report.redaction import redact
 from dori_lightning.report.summary import (
     KIND_WORDS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dori_lightning.files import write_atomically
 from dori_lightning.report.figures import (
     memorization_against_repeats,
     picture_grid,
@@ -13,7 +14,6 @@ from dori_lightning.report.figures import (
     similarity_histograms,
 )
 from dori_lightning.report.pictures import png_uri
-from dori_lightning.report.record import write_atomically
 from dori_lightning.report.summary import headline_condition, pair_results, prompt_condition
 
 if TYPE_CHECKING:

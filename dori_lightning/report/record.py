@@ -7,13 +7,12 @@ so that no mean has to be believed.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dori_lightning.files import write_atomically
 from dori_lightning.report.document import report_document
 from dori_lightning.report.redaction import redact
 from dori_lightning.report.rows import pair_rows, parquet_bytes
@@ -30,7 +29,6 @@ __all__ = [
     "Provenance",
     "read_report",
     "redact",
-    "write_atomically",
     "write_report",
 ]
 
@@ -158,20 +156,6 @@ def write_report(report: AuditReport, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "pairs.parquet", table)
     return write_atomically(folder / "report.json", (document + "\n").encode())
-
-
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Replace a file in one step: a reader, or a crash, sees old or new bytes, never a part."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from dori_lightning.report.record import write_atomically
+from dori_lightning.files import write_atomically
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from dori_lightning.pairs.scenes import draw_scene
 
 def configuration(*overrides: str, experiment: str | None = None) -> DictConfig:
     """Composed configuration of the overrides."""
+    schema.register()
     chosen = [f"+experiment={experiment}"] if experiment else []
     with initialize_config_dir(str(schema.CONF), version_base="1.3"):
         return compose("config", [*chosen, *overrides])

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.attacks.ledger import AttackLedger, write_atomically
+from dori_lightning.attacks.ledger import AttackLedger
 from dori_lightning.attacks.solver import AttackResult
+from dori_lightning.files import write_atomically
 
 
 def result() -> AttackResult:

@@ -77,7 +77,7 @@ def test_full_disk_leaves_the_old_file(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dori_lightning.report.record.os.fsync", full)
+    monkeypatch.setattr("dori_lightning.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(replace(report, verdict="new"), tmp_path)
     assert (tmp_path / "report.json").read_bytes() == old
