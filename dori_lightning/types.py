@@ -144,9 +144,8 @@ class Calibration:
         descriptor: Name of the deciding descriptor.
         threshold: Similarity above which a generated picture counts as a replica.
         rule: ``fixed`` (the descriptor's published value or the user's) or ``calibrated``.
-        null: Similarities of pictures that are not replicas: generated pictures against other
-            pairs' originals, best of K, and control prompts against their own originals, best of
-            K.
+        null: Similarities of pictures that are not replicas: those of any prompt, unattacked,
+            against originals of control pairs, best of K.
         ceiling: Similarities of each original with its own autoencoder reconstruction: the best a
             model can do.
         auc: Area under the ROC of vm prompts against control prompts, NaN where either is missing.

@@ -145,9 +145,8 @@ def calibrate(
 
     Args:
         descriptor: Name of the deciding descriptor.
-        null: Similarities of pictures that are no replicas: generated pictures against other
-            pairs' originals and control prompts against their own originals, best of K each,
-            unattacked.
+        null: Similarities of pictures that are no replicas: those of any prompt, unattacked,
+            against originals of control pairs, best of K each.
         ceiling: Similarity of each original with its own autoencoder reconstruction.
         vm_scores: Per-pair similarities of unattacked vm prompts; only for the ROC.
         control_scores: Per-pair similarities of unattacked control prompts; only for the ROC, but

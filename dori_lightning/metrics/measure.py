@@ -137,9 +137,9 @@ def null_similarities(
 ) -> list[float]:
     """Best-of-K similarities of pictures that cannot be copies, by one descriptor.
 
-    Only comparisons in which the model cannot hold the original: pictures of any prompt against
-    the originals of *control* pairs, and pictures of control prompts against any original. A pair
-    is never compared with a picture file that is the same as its own.
+    Pictures of every prompt against the originals of *control* pairs, which the model cannot
+    hold. Not against the others: a control prompt may well bring back somebody else's memorized
+    picture. A pair is never compared with a picture file that is the same as its own.
 
     Args:
         originals: All audited pairs.
@@ -151,7 +151,7 @@ def null_similarities(
         best = originals.best(name, pictures[pair.id]).tolist()
         for other, value in zip(originals.pairs, best, strict=True):
             copy = other.id != pair.id and other.sha256 != "" and other.sha256 == pair.sha256
-            if "control" in (pair.kind, other.kind) and not copy:
+            if other.kind == "control" and not copy:
                 values.append(value)
     return values
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,6 +139,15 @@ def _choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, to
     return torch.float32, autocast
 
 
+def _choose_device(device: str) -> torch.device:
+    """The named device; ``auto`` is this process's GPU, told by LOCAL_RANK, or else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def load_checkpoint(
     *,
     name: str,
@@ -164,7 +174,7 @@ def load_checkpoint(
         precision: ``auto`` is bf16 on GPUs that have it and fp32 elsewhere.
         attention: ``auto`` is fused attention (``sdpa``).
         channels_last: ``auto`` is on for GPUs.
-        device: ``auto`` is the first GPU if there is one.
+        device: ``auto`` is this process's GPU (LOCAL_RANK) if there is one.
         resolution: Image side in pixels, None for the checkpoint's own.
 
     Raises:
@@ -172,9 +182,7 @@ def load_checkpoint(
             to mend it.
     """
     place = resolve_source(source, revision)
-    target = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
+    target = _choose_device(device)
     dtype, autocast = _choose_dtype(precision, target)
     if isinstance(place, Path) and place.is_file():
         parts = load_single_file(place, config)
