@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch.utils.data import DataLoader, IterableDataset
 
+from dori_lightning.files import write_atomically
 from dori_lightning.pairs.images import image_tensor, square_image
 
 if TYPE_CHECKING:
@@ -285,11 +285,5 @@ class PairsDataModule(LightningDataModule):
         path = self._file(identity)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-        try:
-            tensors = {"latent": encoded.latent, "embedding": encoded.embedding}
-            save_file(tensors, partial, metadata=identity)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        tensors = {"latent": encoded.latent, "embedding": encoded.embedding}
+        write_atomically(path, save(tensors, metadata=identity))

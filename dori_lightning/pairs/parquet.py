@@ -1,12 +1,12 @@
 """Read pairs out of a parquet file, with pictures beside it or inside it."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dori_lightning.files import write_atomically
 from dori_lightning.pairs.pictures import sniff
 from dori_lightning.pairs.reading import (
     PROMPT_NAMES,
@@ -127,7 +127,5 @@ def _store(data: bytes, folder: Path) -> str:
     name = f"{digest}.{(sniff(data[:64]) or 'unknown').split()[0].lower()}"
     path = folder / name
     if not path.is_file():
-        partial = folder / f".{digest}.{os.getpid()}.tmp"
-        partial.write_bytes(data)
-        partial.replace(path)
+        write_atomically(path, data)
     return name

@@ -216,11 +216,10 @@ def test_tensors_outlive_their_file(pairs, tmp_path):
 
 
 def test_failed_write_leaves_neither_file_nor_remains(pairs, tmp_path, monkeypatch):
-    def fail(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def fail(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dori_lightning.pairs.datamodule.save_file", fail)
+    monkeypatch.setattr("dori_lightning.files.os.fsync", fail)  # the bytes are written by then
     with pytest.raises(OSError, match="No space"):
         PairsDataModule(pairs, FakeModel(), cache=tmp_path / "cache").prepare()
     assert list((tmp_path / "cache").iterdir()) == []
