@@ -79,6 +79,8 @@ class Config:
         task: What to do: ``name`` is a module of `dori_lightning.tasks`, the rest its settings.
         checkpoint: The model under audit.
         pairs: Prompts and pictures.
+        corpus: Ordinary prompts and pictures, which mitigations calibrate on and utility is
+            measured on.
         mitigation: What is done to the checkpoint before the audit.
         attack: The search for embeddings that bring a picture back.
         sampling: How pictures are generated.
@@ -95,6 +97,7 @@ class Config:
     task: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     pairs: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] = field(default_factory=dict)
     mitigation: dict[str, Any] = field(default_factory=dict)
     attack: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)

@@ -181,7 +181,9 @@ def solve(
             noise = torch.cat([d[0] for d in draws]).to(model.device)
             timesteps = torch.cat([d[1] for d in draws]).to(model.device)
             point = initial + delta
-            loss, gradient = _loss_and_gradient(model, point, repeated, noise, timesteps, share)
+            loss, gradient = _loss_and_gradient(
+                model, problem.ids, point, repeated, noise, timesteps, share
+            )
             gradient = gradient * token_mask
             with torch.no_grad():
                 finite = loss.isfinite() & gradient.flatten(1).isfinite().all(1)
@@ -202,6 +204,7 @@ def solve(
 
 def _loss_and_gradient(
     model: TextToImage,
+    ids: Sequence[str],
     point: torch.Tensor,
     latents: torch.Tensor,
     noise: torch.Tensor,
@@ -222,7 +225,13 @@ def _loss_and_gradient(
         samples = (index[:, None] * batch + torch.arange(batch)).flatten()
         rows = point[index].detach().requires_grad_(True)
         context = rows[:, None].expand(-1, batch, -1, -1).flatten(0, 1)
-        loss = model.denoising_loss(latents[samples], noise[samples], timesteps[samples], context)
+        loss = model.denoising_loss(
+            latents[samples],
+            noise[samples],
+            timesteps[samples],
+            context,
+            pair_ids=[ids[k] for k in index.repeat_interleave(batch).tolist()],
+        )
         loss = loss.view(share, batch).mean(1)
         (gradient,) = torch.autograd.grad(loss.sum(), rows)
         losses.append(loss.detach()[:count])

@@ -2,55 +2,211 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from filelock import FileLock
+
+from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
+from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, WeightEdit
+from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Sequence
 
-    from dori_lightning.models.protocol import TextToImage
+    import lightning.pytorch as L
+    import torch
+
+    from dori_lightning.metrics.measure import Originals
+    from dori_lightning.mitigations.edits import Edit
+    from dori_lightning.models.protocol import Sampling, TextToImage
+    from dori_lightning.pairs.corpus import Corpus, Split
+    from dori_lightning.pairs.datamodule import PairsDataModule
     from dori_lightning.types import Pair
 
-__all__ = ["Edit", "EmptyEdit", "Mitigation"]
-
-
-class Edit(Protocol):
-    """What a mitigation changes in a model; applied in a context, undone exactly afterwards."""
-
-    @property
-    def identity(self) -> str:
-        """Content hash, part of the identity of every result made under the edit."""
-        ...
-
-    def applied(self, model: TextToImage) -> AbstractContextManager[None]:
-        """Context in which the model carries the edit."""
-        ...
+__all__ = ["Encodings", "Found", "Mitigation", "Workshop", "edit_key", "settings_of"]
 
 
 class Mitigation(Protocol):
     """A way to make a model forget pictures.
 
+    Implementations are frozen dataclasses: their fields are the settings that decide the edit.
+
     Attributes:
         name: How reports call it.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        ...
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair]) -> Edit:
-        """Find the edit that should make ``model`` forget ``pairs``; leave the model as it was."""
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> Edit:
+        """Find the edit that should make ``model`` forget ``pairs``; leave the model as it was.
+
+        Args:
+            model: Checkpoint to mend.
+            pairs: Pairs to forget (vm and tm); nothing may be read of any other pair.
+            workshop: What mitigations work with.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class EmptyEdit:
-    """The edit that changes nothing."""
+class Encodings:
+    """Ordinary prompts and pictures as the model sees them.
 
-    identity: str = "none"
+    Attributes:
+        embeddings: Text embeddings (N, T, D).
+        latents: Scaled latents (N, C, h, w).
+    """
 
-    @contextmanager
-    def applied(self, model: TextToImage) -> Iterator[None]:
-        """Leave the model as it is."""
-        del model
-        yield
+    embeddings: torch.Tensor
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """An edit, and whether it had to be made.
+
+    Attributes:
+        edit: The edit.
+        key: Hash of everything that decides it.
+        made: Whether it was made now rather than read.
+        path: Where it is kept; None where there is nothing to keep.
+    """
+
+    edit: Edit
+    key: str
+    made: bool
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What mitigations work with besides the model and the pairs.
+
+    Attributes:
+        seed: Run seed; mitigations draw by keyed generators (``attacks.draws``).
+        corpus: Ordinary prompts and pictures.
+        data: Encoded pairs, a superset of those to forget.
+        originals: Their pictures, described: what a surrogate must not resemble.
+        sampling: How pictures are generated.
+        trainer: Makes a Trainer for a fit, given its keyword arguments.
+        folder: Where edits are kept, shared by the jobs of a sweep.
+    """
+
+    seed: int
+    corpus: Corpus
+    data: PairsDataModule
+    originals: Originals
+    sampling: Sampling
+    trainer: Callable[..., L.Trainer]
+    folder: Path
+
+    def prompts(self, model: TextToImage, split: Split, count: int) -> torch.Tensor:
+        """Embeddings (N, T, D) of ordinary prompts."""
+        return model.encode_prompts(self.corpus.prompts(split, count))
+
+    def encodings(self, model: TextToImage, split: Split, count: int) -> Encodings:
+        """Embeddings and latents of ordinary prompts and pictures."""
+        examples = self.corpus.examples(split, count, model.resolution)
+        return Encodings(
+            model.encode_prompts(examples.prompts), model.encode_images(examples.images)
+        )
+
+    def scratch(self, key: str) -> Path:
+        """Where a fit keeps its checkpoints until its edit is written."""
+        return self.folder / "unfinished" / key
+
+    def find(self, mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair]) -> Found:
+        """Read a mitigation's edit where it is kept already, or make and keep it.
+
+        Jobs that want the same edit at the same time wait for the one that makes it. A damaged
+        file is made again.
+        """
+        key = edit_key(mitigation, model, pairs, self)
+        path = self.folder / f"{key}.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f"{key}.lock"):
+            if path.is_file():
+                edit = read_edit(path)
+                if edit.origin is not None:
+                    edit.origin.check(model)
+                return Found(edit, key, made=False, path=path)
+            started, evaluations = time.monotonic(), model.unet_evaluations
+            edit = mitigation.apply(model, pairs, self)
+            if not is_writable(edit):
+                return Found(edit, key, made=True, path=None)
+            edit = _described(
+                edit,
+                mitigation,
+                unet_evaluations=model.unet_evaluations - evaluations,
+                seconds=round(time.monotonic() - started, 2),
+            )
+            write_edit(path, edit)
+        return Found(edit, key, made=True, path=path)
+
+
+def _described(edit: Edit, mitigation: Mitigation, **cost: float) -> Edit:
+    """Add name, settings and cost to an edit's origin; what it says itself stays."""
+    assert isinstance(edit, MaskEdit | PairMaskEdit | WeightEdit)
+    origin = replace(
+        edit.origin,
+        mitigation=mitigation.name,
+        settings=settings_of(mitigation),
+        cost={**cost, **edit.origin.cost},
+    )
+    return replace(edit, origin=origin)
+
+
+def settings_of(thing: Any) -> Any:
+    """Settings of a mitigation as plain values, those of mitigations in it too."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        own = {item.name: settings_of(getattr(thing, item.name)) for item in fields(thing)}
+        return {"kind": type(thing).__qualname__, **own}
+    if isinstance(thing, dict):
+        return {str(key): settings_of(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [settings_of(item) for item in thing]
+    if isinstance(thing, Path):
+        return str(thing)
+    if thing is None or isinstance(thing, bool | int | float | str):
+        return thing
+    raise TypeError(f"settings of a mitigation must be plain values, got {thing!r}")
+
+
+def edit_key(
+    mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
+) -> str:
+    """Hash of everything that decides an edit; a mitigation's name is not among it."""
+    settings = settings_of(mitigation)
+    settings.pop("name", None)
+    what = {
+        "checkpoint": model.fingerprint,
+        "settings": settings,
+        "pairs": [(pair.id, pair.prompt, pair.sha256) for pair in pairs],
+        "corpus": workshop.corpus.identity,
+        "seed": workshop.seed,
+        "sampling": asdict(workshop.sampling),
+        "decider": workshop.originals.measures.decider,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def check_calibrated(pairs: Sequence[Pair], name: str) -> None:
+    """Refuse to mitigate nothing.
+
+    Raises:
+        InputError: There is no pair to forget.
+    """
+    if not pairs:
+        raise InputError(
+            f"mitigation {name} has nothing to forget: the list has no pair of kind vm or tm\n"
+            f"  where: pairs\n"
+            f"  mend:  mitigation=none, or a list with suspected pairs"
+        )

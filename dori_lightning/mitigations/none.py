@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dori_lightning.mitigations.base import EmptyEdit
+from dori_lightning.mitigations.edits import EmptyEdit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dori_lightning.mitigations.base import Workshop
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.types import Pair
 
@@ -22,7 +23,7 @@ class NoMitigation:
 
     name: str = "none"
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair]) -> EmptyEdit:
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> EmptyEdit:
         """Return the empty edit."""
-        del model, pairs
+        del model, pairs, workshop
         return EmptyEdit()

@@ -44,10 +44,12 @@ class PictureOrder:
     Attributes:
         folder: Where they go, one ``{seed}.png`` each.
         embedding: Text embedding (T, D).
+        pair_id: Whose pictures they are, for edits that differ by pair.
     """
 
     folder: Path
     embedding: torch.Tensor
+    pair_id: str | None = None
 
 
 def generation_noise(seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -133,10 +135,12 @@ def generate_pictures(
         part = missing[start : start + width]
         full = [*part, *[part[0]] * (width - len(part))] if cpu else part
         embeddings = torch.stack([order.embedding for order, _ in full])
+        owners = [order.pair_id for order, _ in full if order.pair_id is not None]
         images = model.generate(
             embeddings.repeat_interleave(len(seeds), 0),
             noise.repeat(len(full), 1, 1, 1),
             replace(sampling, batch=CPU_PICTURES) if cpu else sampling,
+            pair_ids=[name for name in owners for _ in seeds] if owners else None,
         )
         for (order, names), own in zip(part, torch.split(images, len(seeds)), strict=False):
             for seed, name, image in zip(seeds, names, own, strict=True):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     import torch
     from torch import nn
 
-__all__ = ["LayerRole", "Sampling", "TextToImage"]
+__all__ = ["EmbeddingFilter", "LayerRole", "Sampling", "Stage", "TextToImage"]
 
+Stage = Literal["down", "mid", "up"]
 LayerRole = Literal["cross_attention.value", "cross_attention.key", "feed_forward.out"]
 
 
@@ -40,11 +41,23 @@ class Sampling:
     batch: int = 16
 
 
+EmbeddingFilter: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Sampling], torch.Tensor]"
+"""What a defence at inference does to embeddings (N, T, D) before they are generated from, given
+the starting noise (N, C, h, w) and the sampler."""
+
+
 class TextToImage(Protocol):
     """A latent diffusion model under audit.
 
     Shapes: N pictures, latent (C, h, w), text embedding (T, D), image (3, H, W) with H = W =
-    ``resolution``.
+    ``resolution``. Wherever ``pair_ids`` (N) is taken, it says whose rows these are, for edits
+    that differ by pair; layers find it in ``row_pairs`` while the denoiser runs.
+
+    Attributes:
+        alphas_cumprod: Cumulative product of the noise schedule, (``num_train_timesteps``,).
+        unet_evaluations: Rows that went through the denoiser so far.
+        row_pairs: Whose rows the denoiser's current or last pass holds.
+        embedding_filter: Applied to embeddings before anything is generated from them.
     """
 
     name: str
@@ -54,6 +67,10 @@ class TextToImage(Protocol):
     embedding_shape: tuple[int, int]
     num_train_timesteps: int
     device: torch.device
+    alphas_cumprod: torch.Tensor
+    unet_evaluations: int
+    row_pairs: tuple[str, ...] | None
+    embedding_filter: EmbeddingFilter | None
 
     def token_count(self, prompt: str) -> int:
         """Tokens of a prompt with its start and end token, before truncation; at most T fit."""
@@ -80,6 +97,8 @@ class TextToImage(Protocol):
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         embeddings: torch.Tensor,
+        *,
+        pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """Per-example mean squared error (N,) of what the model predicts, epsilon or v.
 
@@ -90,11 +109,58 @@ class TextToImage(Protocol):
             noise: Standard normal noise (N, C, h, w) that is added to them.
             timesteps: Timesteps (N,), 0..``num_train_timesteps`` - 1.
             embeddings: Text embeddings (N, T, D).
+            pair_ids: Whose rows these are (N).
+        """
+        ...
+
+    def empty_embedding(self) -> torch.Tensor:
+        """Embedding (1, T, D) of the empty prompt."""
+        ...
+
+    def noised(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Forward process: latents (N, C, h, w) at ``timesteps`` (N,) under ``noise``."""
+        ...
+
+    def predict_noise(
+        self,
+        noised: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        *,
+        pair_ids: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """Noise (N, C, h, w) that the model sees in noised latents (N, C, h, w); differentiable.
+
+        A v prediction is converted.
+        """
+        ...
+
+    def sampling_timesteps(self, sampling: Sampling) -> torch.Tensor:
+        """Timesteps (S,) that a sampler visits, from noise to picture."""
+        ...
+
+    def denoise(
+        self,
+        embeddings: torch.Tensor,
+        noise: torch.Tensor,
+        sampling: Sampling,
+        pair_ids: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """Embeddings (N, T, D) and noise to scaled latents (N, C, h, w), without gradient.
+
+        The embedding filter is not applied.
         """
         ...
 
     def generate(
-        self, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
+        self,
+        embeddings: torch.Tensor,
+        noise: torch.Tensor,
+        sampling: Sampling,
+        *,
+        pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """Embeddings (N, T, D) to images (N, 3, H, W) in [0, 1], without gradient.
 
@@ -102,11 +168,21 @@ class TextToImage(Protocol):
             embeddings: Text embeddings (N, T, D).
             noise: Starting noise (N, C, h, w).
             sampling: Sampler settings.
+            pair_ids: Whose pictures these are (N).
         """
         ...
 
-    def layers(self, role: LayerRole) -> dict[str, nn.Module]:
-        """Layers of the denoiser by role, in execution order, keyed by module name."""
+    def layers(
+        self, role: LayerRole, stages: Sequence[Stage] = ("down", "mid", "up")
+    ) -> dict[str, nn.Module]:
+        """Layers of the denoiser by role, in execution order, keyed by module name.
+
+        The paper's seven cross-attention layers are those of the stages down and mid.
+        """
+        ...
+
+    def denoiser(self) -> nn.Module:
+        """The denoiser itself: what fine-tuning trains and edits change."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:

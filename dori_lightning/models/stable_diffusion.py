@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from dori_lightning.models.protocol import LayerRole, Sampling
+    from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampling, Stage
 
 __all__ = ["StableDiffusion"]
 
@@ -34,7 +34,6 @@ _SUFFIXES: dict[str, str] = {
     "cross_attention.key": ".attn2.to_k",
     "feed_forward.out": ".ff.net.2",
 }
-_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
 class StableDiffusion:
@@ -96,6 +95,8 @@ class StableDiffusion:
         self.device = next(unet.parameters()).device
         self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.unet_evaluations = 0
+        self.row_pairs: tuple[str, ...] | None = None
+        self.embedding_filter: EmbeddingFilter | None = None
         self._empty: torch.Tensor | None = None
 
     # -- text ------------------------------------------------------------------------------------
@@ -159,8 +160,16 @@ class StableDiffusion:
         return torch.autocast(self.device.type, dtype, enabled=self.autocast is not None)
 
     def _denoise(
-        self, noised: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor
+        self,
+        noised: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        pair_ids: Sequence[str] | None,
     ) -> torch.Tensor:
+        if pair_ids is not None and len(pair_ids) != len(noised):
+            raise ValueError(f"{len(noised)} rows, but {len(pair_ids)} pair ids")
+        # stays until the next pass: gradient checkpointing runs the layers again in the backward
+        self.row_pairs = None if pair_ids is None else tuple(pair_ids)
         self.unet_evaluations += len(noised)
         dtype = next(self.unet.parameters()).dtype
         with self._precision():
@@ -185,18 +194,53 @@ class StableDiffusion:
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         embeddings: torch.Tensor,
+        *,
+        pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """Per-example mean squared error (N,) of the noise, or of v where the model predicts v."""
-        output = self._denoise(self.noised(latents, noise, timesteps), timesteps, embeddings)
+        output = self._denoise(
+            self.noised(latents, noise, timesteps), timesteps, embeddings, pair_ids
+        )
         target = noise
         if self.prediction_type == "v_prediction":
             alpha = self.alphas_cumprod[timesteps][:, None, None, None]
             target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
         return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
 
+    def predict_noise(
+        self,
+        noised: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        *,
+        pair_ids: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """Noise (N, C, h, w) in noised latents, whatever the model predicts; differentiable."""
+        output = self._denoise(noised, timesteps, embeddings, pair_ids)
+        if self.prediction_type == "v_prediction":
+            alpha = self.alphas_cumprod[timesteps][:, None, None, None]
+            output = alpha.sqrt() * output + (1 - alpha).sqrt() * noised
+        return output
+
+    def sampling_timesteps(self, sampling: Sampling) -> torch.Tensor:
+        """Timesteps (S,) that a sampler visits, from noise to picture."""
+        timesteps: torch.Tensor = self._sampler(sampling).timesteps
+        return timesteps
+
+    def _sampler(self, sampling: Sampling) -> Any:
+        kinds: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+        scheduler = kinds[sampling.sampler].from_config(self.scheduler.config)
+        scheduler.set_timesteps(sampling.steps, device=self.device)
+        return scheduler
+
     @torch.no_grad()
     def generate(
-        self, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
+        self,
+        embeddings: torch.Tensor,
+        noise: torch.Tensor,
+        sampling: Sampling,
+        *,
+        pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """Generate images (N, 3, H, W) in [0, 1].
 
@@ -204,48 +248,63 @@ class StableDiffusion:
             embeddings: Text embeddings (N, T, D).
             noise: Starting noise (N, C, h, w).
             sampling: Sampler settings.
+            pair_ids: Whose pictures these are (N), for edits that differ by pair.
         """
-        parts = [
-            self._generate(e, n, sampling)
-            for e, n in zip(
-                torch.split(embeddings, sampling.batch),
-                torch.split(noise, sampling.batch),
-                strict=True,
-            )
-        ]
+        parts = []
+        for start in range(0, len(embeddings), sampling.batch):
+            part = slice(start, start + sampling.batch)
+            ids = None if pair_ids is None else list(pair_ids[part])
+            rows = embeddings[part].to(self.device)
+            if self.embedding_filter is not None:
+                rows = self.embedding_filter(rows, noise[part].to(self.device), sampling)
+            parts.append(self.decode_latents(self.denoise(rows, noise[part], sampling, ids)))
         return torch.cat(parts)
 
-    def _generate(
-        self, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
+    @torch.no_grad()
+    def denoise(
+        self,
+        embeddings: torch.Tensor,
+        noise: torch.Tensor,
+        sampling: Sampling,
+        pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
-        kinds: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
-        scheduler = kinds[sampling.sampler].from_config(self.scheduler.config)
-        scheduler.set_timesteps(sampling.steps, device=self.device)
+        """Run the sampler: embeddings (N, T, D) and noise to scaled latents (N, C, h, w)."""
+        scheduler = self._sampler(sampling)
         guided = sampling.guidance != 1.0
         context = embeddings.to(self.device)
         if guided:
             context = torch.cat([self.empty_embedding().expand_as(context), context])
-        x = noise.to(self.device) * scheduler.init_noise_sigma
+        if pair_ids is not None:
+            pair_ids = [*pair_ids, *pair_ids] if guided else list(pair_ids)
+        x: torch.Tensor = noise.to(self.device) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             inputs = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-            output = self._denoise(inputs, t.expand(len(inputs)), context)
+            output = self._denoise(inputs, t.expand(len(inputs)), context, pair_ids)
             if guided:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + sampling.guidance * (conditional - unconditional)
             x = scheduler.step(output, t, x, return_dict=False)[0]
-        return self.decode_latents(x)
+        return x
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def layers(self, role: LayerRole) -> dict[str, nn.Module]:
+    def layers(
+        self, role: LayerRole, stages: Sequence[Stage] = ("down", "mid", "up")
+    ) -> dict[str, nn.Module]:
         """Layers of the UNet by role, keyed by module name, in execution order (down, mid, up)."""
-        suffix = _SUFFIXES[role]
+        suffix, order = _SUFFIXES[role], ("down", "mid", "up")
         found = [
-            (name, module) for name, module in self.unet.named_modules() if name.endswith(suffix)
+            (order.index(name.split("_")[0]), name, module)
+            for name, module in self.unet.named_modules()
+            if name.endswith(suffix) and name.split("_")[0] in stages
         ]
         # stable: keeps the order within a stage
-        found.sort(key=lambda item: _STAGES[item[0].split(".")[0]])
-        return dict(found)
+        found.sort(key=lambda item: item[0])
+        return {name: module for _, name, module in found}
+
+    def denoiser(self) -> nn.Module:
+        """Return the UNet."""
+        return self.unet
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Weights of the UNet."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-    from dori_lightning.planting.stream import TrainingStream
+    from dori_lightning.pairs.stream import TrainingStream
 
 __all__ = ["AutoencoderTraining", "StreamImages", "edge_difference"]
 

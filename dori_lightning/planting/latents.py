@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer
 
-    from dori_lightning.planting.stream import TrainingStream
+    from dori_lightning.pairs.stream import TrainingStream
 
 __all__ = ["EncodedStream", "encode_stream"]
 

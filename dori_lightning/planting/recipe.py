@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from dori_lightning.planting.stream import StreamMix
+from dori_lightning.pairs.stream import StreamMix
 from dori_lightning.types import InputError
 
 __all__ = ["PlantRecipe", "build_autoencoder", "build_scheduler", "build_unet"]

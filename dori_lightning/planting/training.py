@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from dori_lightning.pairs.stream import TrainingStream
     from dori_lightning.planting.recipe import PlantRecipe
-    from dori_lightning.planting.stream import TrainingStream
 
 __all__ = ["latent_scale", "train_autoencoder", "train_diffusion"]
 

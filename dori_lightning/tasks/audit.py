@@ -33,6 +33,7 @@ from dori_lightning.report.verdict import make_report
 from dori_lightning.tasks._folder import claim_folder, without
 from dori_lightning.tasks._originals import originals_of
 from dori_lightning.tasks._provenance import plain, provenance_of
+from dori_lightning.tasks._workshop import workshop_of
 from dori_lightning.types import Condition, InputError, Outcome
 
 if TYPE_CHECKING:
@@ -90,7 +91,11 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
     )
     budget = settings.budget.resolve(prompts.embeddings)
 
-    edit = mitigation.apply(model, pairs)
+    originals = originals_of(pairs, model.resolution, measures)
+    workshop = workshop_of(cfg, data=data, originals=originals, sampling=sampling)
+    suspected = [pair for pair in pairs if pair.kind != "control"]
+    found = workshop.find(mitigation, model, suspected)
+    edit = found.edit
     with edit.applied(model):
         triggers = [
             Trigger(pair, Condition("prompt"), 0, data.encoded(pair).embedding) for pair in pairs
@@ -107,7 +112,10 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
             seed=cfg.seed,
             edit=edit.identity,
         )
-        orders = [PictureOrder(_place(folder, trigger), trigger.embedding) for trigger in triggers]
+        orders = [
+            PictureOrder(_place(folder, trigger), trigger.embedding, trigger.pair.id)
+            for trigger in triggers
+        ]
         own = orders[trainer.global_rank :: trainer.world_size]
         with stage(
             "generate", len(own) * sampling.images_per_pair, visible=trainer.is_global_zero
@@ -117,7 +125,6 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
     if not trainer.is_global_zero:
         return None
 
-    originals = originals_of(pairs, model.resolution, measures)
     outcomes = [_measure(trigger, folder, sampling, originals) for trigger in triggers]
     calibration = _calibrate(model, data, originals, outcomes)
     cells = cells_of(
@@ -146,6 +153,7 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
         "seed": cfg["seed"],
         "checkpoint": without(cfg["checkpoint"], "device", "channels_last"),
         "mitigation": cfg["mitigation"],
+        "corpus": cfg["corpus"],
         "attack": without(cfg["attack"], "pairs_per_forward"),
         "sampling": without(cfg["sampling"], "batch"),
         "pairs": without(cfg["pairs"], "cache"),

@@ -18,10 +18,10 @@ from dori_lightning.models.pictures import (
     load_pictures,
     picture_seeds,
 )
+from dori_lightning.pairs.stream import TrainingStream, stream_words
 from dori_lightning.planting.card import write_card
 from dori_lightning.planting.export import write_checkpoint
 from dori_lightning.planting.latents import EncodedStream, encode_stream
-from dori_lightning.planting.stream import TrainingStream, stream_words
 from dori_lightning.planting.text import build_tokenizer
 from dori_lightning.planting.training import latent_scale, train_autoencoder, train_diffusion
 from dori_lightning.progress import stage

@@ -75,7 +75,7 @@ def test_sampling_recovers_the_picture_that_an_oracle_predicts(
     model = tiny_model(tmp_path, tiny_recipe(prediction_type=prediction_type))  # type: ignore[arg-type]
     truth = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
-    def oracle(noised: torch.Tensor, timesteps: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    def oracle(noised: torch.Tensor, timesteps: torch.Tensor, *_: object) -> torch.Tensor:
         alpha = model.alphas_cumprod[timesteps][:, None, None, None]
         noise = (noised - alpha.sqrt() * truth) / (1 - alpha).sqrt()
         return (
