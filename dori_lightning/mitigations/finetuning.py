@@ -104,6 +104,9 @@ class Finetuning(L.LightningModule):
         """The model whose denoiser is trained."""
         return self._held[0]
 
+    def finish(self) -> None:
+        """Called once after the fit, or when it was cut: leave plain weights in the denoiser."""
+
     def configure_optimizers(self) -> Any:
         """AdamW with a linear warm-up, over the chosen weights."""
         s = self.settings
@@ -169,9 +172,12 @@ def finetune(
     folder = workshop.scratch(key)
     with _trainable(model) as dtypes:
         before = {n: p.detach().clone() for n, p in model.denoiser().named_parameters()}
+        module = make()
         try:
-            module = make()
-            _fit(module, workshop, folder, steps=steps, title=title)
+            try:
+                _fit(module, workshop, folder, steps=steps, title=title)
+            finally:
+                module.finish()
             after = {n: p.detach() for n, p in model.denoiser().named_parameters()}
             broken = [n for n, value in after.items() if not value.isfinite().all()]
             if broken:

@@ -28,6 +28,7 @@ __all__ = [
     "generation_noise",
     "load_pictures",
     "picture_seeds",
+    "unmitigated_name",
 ]
 
 _IDENTITY = "dori_lightning identity"
@@ -60,6 +61,12 @@ def generation_noise(seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
 def picture_seeds(sampling: Sampling) -> tuple[int, ...]:
     """Generation seeds of a pair's K pictures."""
     return tuple(sampling.seed + k for k in range(sampling.images_per_pair))
+
+
+def unmitigated_name(model: TextToImage, sampling: Sampling) -> str:
+    """Name of the folder for what a checkpoint draws as it is, under one way of sampling."""
+    method = f"{sampling.sampler}|{sampling.steps}|{sampling.guidance}|{model.latent_shape}"
+    return f"{model.fingerprint[:16]}-{hashlib.sha256(method.encode()).hexdigest()[:8]}"
 
 
 def _identity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from dori_lightning.metrics.measure import Originals
+    from dori_lightning.mitigations.base import Found
     from dori_lightning.models.protocol import Sampling
     from dori_lightning.pairs.datamodule import PairsDataModule
 
-__all__ = ["workshop_of"]
+__all__ = ["edit_record", "workshop_of"]
 
 
 def workshop_of(
@@ -41,3 +43,18 @@ def workshop_of(
         trainer=trainer,
         folder=Path(cfg.paths.cache) / "edits",
     )
+
+
+def edit_record(found: Found, mitigation: str) -> bytes:
+    """What a run folder says of the edit it was made under, as JSON."""
+    origin = found.edit.origin
+    record = {
+        "mitigation": mitigation,
+        "identity": found.edit.identity,
+        "key": found.key,
+        "made": found.made,
+        "cost": dict(origin.cost) if origin else {},
+        "counts": found.edit.counts(),
+        "notes": dict(origin.notes) if origin else {},
+    }
+    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()

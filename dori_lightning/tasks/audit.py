@@ -14,13 +14,16 @@ from rich.console import Console
 
 from dori_lightning.attacks.campaign import Trigger, attack_pairs
 from dori_lightning.attacks.embedding_attack import ControlPrompts
+from dori_lightning.files import write_atomically
 from dori_lightning.metrics.measure import calibrate_measures
 from dori_lightning.metrics.replication import cells as cells_of
+from dori_lightning.mitigations.edits import EmptyEdit
 from dori_lightning.models.pictures import (
     PictureOrder,
     generate_pictures,
     load_pictures,
     picture_seeds,
+    unmitigated_name,
 )
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.manifest import check_prompt_lengths
@@ -33,12 +36,13 @@ from dori_lightning.report.verdict import make_report
 from dori_lightning.tasks._folder import claim_folder, without
 from dori_lightning.tasks._originals import originals_of
 from dori_lightning.tasks._provenance import plain, provenance_of
-from dori_lightning.tasks._workshop import workshop_of
+from dori_lightning.tasks._workshop import edit_record, workshop_of
 from dori_lightning.types import Condition, InputError, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import lightning.pytorch as L
     from omegaconf import DictConfig
 
     from dori_lightning.attacks.settings import AttackSettings
@@ -95,38 +99,38 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
     workshop = workshop_of(cfg, data=data, originals=originals, sampling=sampling)
     suspected = [pair for pair in pairs if pair.kind != "control"]
     found = workshop.find(mitigation, model, suspected)
-    edit = found.edit
+    edit, edited = found.edit, not isinstance(found.edit, EmptyEdit)
+    prompted = [
+        Trigger(pair, Condition("prompt"), 0, data.encoded(pair).embedding) for pair in pairs
+    ]
+    # what the checkpoint as it is draws, shared by the jobs of a sweep
+    unmitigated = Path(cfg.paths.cache) / "unmitigated" / unmitigated_name(model, sampling)
+    if edited:
+        _draw(model, prompted, unmitigated, sampling, trainer, title="before")
     with edit.applied(model):
         triggers = [
-            Trigger(pair, Condition("prompt"), 0, data.encoded(pair).embedding) for pair in pairs
+            *prompted,
+            *attack_pairs(
+                model,
+                pairs,
+                trainer=trainer,
+                data=data,
+                settings=settings,
+                budget=budget,
+                controls=prompts,
+                folder=folder / "attacks",
+                seed=cfg.seed,
+                edit=edit.identity,
+            ),
         ]
-        triggers += attack_pairs(
-            model,
-            pairs,
-            trainer=trainer,
-            data=data,
-            settings=settings,
-            budget=budget,
-            controls=prompts,
-            folder=folder / "attacks",
-            seed=cfg.seed,
-            edit=edit.identity,
-        )
-        orders = [
-            PictureOrder(_place(folder, trigger), trigger.embedding, trigger.pair.id)
-            for trigger in triggers
-        ]
-        own = orders[trainer.global_rank :: trainer.world_size]
-        with stage(
-            "generate", len(own) * sampling.images_per_pair, visible=trainer.is_global_zero
-        ) as advance:
-            generate_pictures(model, own, sampling, edit=edit.identity, advance=advance)
+        _draw(model, triggers, folder / "pictures", sampling, trainer, edit=edit.identity)
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return None
 
-    outcomes = [_measure(trigger, folder, sampling, originals) for trigger in triggers]
-    calibration = _calibrate(model, data, originals, outcomes)
+    outcomes = [_measure(t, folder / "pictures", sampling, originals) for t in triggers]
+    baseline = [_measure(t, unmitigated, sampling, originals) for t in prompted if edited]
+    calibration = _calibrate(model, data, originals, baseline or outcomes)
     cells = cells_of(
         outcomes,
         calibration,
@@ -134,12 +138,22 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         mitigation=mitigation.name,
         aggregation=measures.aggregation,
     )
+    if baseline:
+        cells += cells_of(
+            baseline,
+            calibration,
+            checkpoint=model.name,
+            mitigation="none",
+            aggregation=measures.aggregation,
+        )
+    write_atomically(folder / "edit.json", edit_record(found, mitigation.name))
     report = make_report(
         checkpoint=model.name,
         mitigation=mitigation.name,
         cells=cells,
         calibration=calibration,
         outcomes=outcomes,
+        baseline=baseline,
         provenance=provenance_of(cfg, model, pairs, started=started),
     )
     _write(report, folder, images=cfg.report.images.value, max_pairs=cfg.report.max_pairs)
@@ -185,9 +199,27 @@ def _place(folder: Path, trigger: Trigger) -> Path:
     """Where a trigger's pictures go."""
     condition = trigger.condition
     if condition.attack == "prompt":
-        return folder / "pictures" / "prompt" / trigger.pair.id
+        return folder / "prompt" / trigger.pair.id
     name = f"dori_{condition.init}_r{trigger.restart}_s{condition.budget.steps}"
-    return folder / "pictures" / name / trigger.pair.id
+    return folder / name / trigger.pair.id
+
+
+def _draw(
+    model: StableDiffusion,
+    triggers: Sequence[Trigger],
+    folder: Path,
+    sampling: Sampling,
+    trainer: L.Trainer,
+    *,
+    edit: str = "none",
+    title: str = "generate",
+) -> None:
+    """Generate this process's share of the triggers' pictures."""
+    orders = [PictureOrder(_place(folder, t), t.embedding, t.pair.id) for t in triggers]
+    own = orders[trainer.global_rank :: trainer.world_size]
+    total = len(own) * sampling.images_per_pair
+    with stage(title, total, visible=trainer.is_global_zero) as advance:
+        generate_pictures(model, own, sampling, edit=edit, advance=advance)
 
 
 def _measure(trigger: Trigger, folder: Path, sampling: Sampling, originals: Originals) -> Outcome:

@@ -1,0 +1,187 @@
+"""Train the whole denoiser to show surrogates wherever an attack finds a memorized picture.
+
+Reference: Finding DoRI (2507.16880), section "adversarial fine-tuning": surrogates from a pruned
+model, L = L_DM + L_Adv, fresh 50-step attacks as inner loop, all weights of the UNet, five epochs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.mitigations.base import check_calibrated, edit_key
+from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, finetune
+from dori_lightning.mitigations.low_rank import LowRank
+from dori_lightning.mitigations.surrogates import SurrogateSettings, find_surrogates
+from dori_lightning.mitigations.trigger_pool import PoolSettings, TriggerPool
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dori_lightning.mitigations.base import Encodings, Workshop
+    from dori_lightning.mitigations.edits import WeightEdit
+    from dori_lightning.models.protocol import TextToImage
+    from dori_lightning.types import Pair
+
+__all__ = ["AdversarialFinetuning", "AdversarialTraining"]
+
+
+@dataclass(frozen=True)
+class AdversarialFinetuning:
+    """Adversarial fine-tuning: the mitigation of Finding DoRI.
+
+    The paper leaves open the optimizer, the learning rate, what an epoch is, how many triggers a
+    picture gets and where their searches begin. Here an epoch searches triggers for every pair
+    once and then takes ``updates`` optimizer steps against them.
+
+    Attributes:
+        name: How reports call it.
+        surrogates: What to show instead.
+        pool: How triggers are searched and kept.
+        finetune: Optimizer settings.
+        epochs: Rounds of search and training; the paper takes five.
+        updates: Optimizer steps of a round.
+        adversarial_batch: Triggers of a step, each with a surrogate of its pair (L_Adv).
+        ordinary_batch: Ordinary pictures of a step (L_DM).
+        adversarial_weight: Weight of L_Adv against L_DM; 1 in the paper.
+        ordinary_examples: Ordinary pictures that are encoded and drawn from.
+        low_rank: Rank of a low-rank update (LoRA) of all linear layers instead of training all
+            weights, which the paper reports as failing; None trains all.
+    """
+
+    name: str
+    surrogates: SurrogateSettings
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    epochs: int = 5
+    updates: int = 50
+    adversarial_batch: int = 8
+    ordinary_batch: int = 8
+    adversarial_weight: float = 1.0
+    ordinary_examples: int = 2000
+    low_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs", "updates", "adversarial_batch", "ordinary_batch", "ordinary_examples",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"mitigation.{name} must be >= 1, got {getattr(self, name)}")
+        if self.adversarial_weight <= 0:
+            raise InputError(
+                f"mitigation.adversarial_weight must be > 0, got {self.adversarial_weight}"
+            )
+        if self.low_rank is not None and self.low_rank < 1:
+            raise InputError(f"mitigation.low_rank must be >= 1 or null, got {self.low_rank}")
+
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
+        """Find surrogates, then alternate between searching triggers and training."""
+        check_calibrated(pairs, self.name)
+        surrogates = find_surrogates(model, pairs, workshop, self.surrogates)
+        ordinary = workshop.encodings(model, "calibration", self.ordinary_examples)
+
+        def make() -> AdversarialTraining:
+            return AdversarialTraining(
+                model, self, pairs, workshop, surrogates=surrogates.latents, ordinary=ordinary
+            )
+
+        return finetune(
+            make,
+            model,
+            workshop,
+            steps=self.epochs * self.updates,
+            key=edit_key(self, model, pairs, workshop),
+            title=self.name,
+            notes={"surrogates": surrogates.notes},
+        )
+
+
+class AdversarialTraining(Finetuning):
+    """The training of ``AdversarialFinetuning``; every first step of a round searches triggers."""
+
+    def __init__(
+        self,
+        model: TextToImage,
+        method: AdversarialFinetuning,
+        pairs: Sequence[Pair],
+        workshop: Workshop,
+        *,
+        surrogates: dict[str, torch.Tensor],
+        ordinary: Encodings,
+    ) -> None:
+        """Prepare the training.
+
+        Args:
+            model: Its denoiser is trained.
+            method: Settings.
+            pairs: N pairs to forget.
+            workshop: Gives the seed, encoded pairs and ordinary prompts.
+            surrogates: Pair id to latents (S, C, h, w).
+            ordinary: Ordinary prompts and pictures.
+        """
+        self.low_rank = None
+        if method.low_rank is not None:
+            self.low_rank = LowRank(model.denoiser(), method.low_rank, seed=workshop.seed)
+        super().__init__(
+            model,
+            method.finetune,
+            trained=self.low_rank.trains if self.low_rank is not None else lambda _: True,
+        )
+        self.method, self.seed = method, workshop.seed
+        self.surrogates, self.ordinary = surrogates, ordinary
+        self.pool = TriggerPool(
+            model,
+            [workshop.data.batch([pair]) for pair in pairs],
+            method.pool,
+            ordinary=ordinary.embeddings,
+            seed=workshop.seed,
+        )
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the pool has to say: attack losses by round, pairs skipped."""
+        return {"rounds": self.pool.rounds}
+
+    def training_step(self, *_: Any) -> torch.Tensor:
+        """L_DM on ordinary pictures plus the weighted L_Adv on triggers and surrogates."""
+        method, step, device = self.method, self.global_step, self.model.device
+        if step % method.updates == 0:
+            # attacks run in full precision whatever the training's, as those of an audit do
+            with torch.autocast(device.type, enabled=False):
+                self.pool.search(step // method.updates)
+        generator = keyed_generator("adversarial_finetuning", self.seed, step)
+        ids, triggers = self.pool.draw(method.adversarial_batch, generator)
+        targets = []
+        for name in ids:
+            own = self.surrogates[name]
+            targets.append(own[int(torch.randint(len(own), (1,), generator=generator))])
+        count = len(self.ordinary.latents)
+        rows = torch.randint(count, (method.ordinary_batch,), generator=generator)
+        latents = torch.cat([torch.stack(targets).to(device), self.ordinary.latents[rows]])
+        embeddings = torch.cat([triggers.to(device), self.ordinary.embeddings[rows]])
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        timesteps = torch.randint(
+            self.model.num_train_timesteps, (len(latents),), generator=generator
+        ).to(device)
+        loss = self.model.denoising_loss(latents, noise, timesteps, embeddings)
+        adversarial, ordinary = loss[: len(ids)].mean(), loss[len(ids) :].mean()
+        self.log("finetune/adversarial_loss", adversarial)
+        self.log("finetune/ordinary_loss", ordinary)
+        return ordinary + method.adversarial_weight * adversarial
+
+    def finish(self) -> None:
+        """Merge the low-rank update into the weights."""
+        if self.low_rank is not None:
+            self.low_rank.merge()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the triggers, which took most of the time."""
+        checkpoint["trigger_pool"] = self.pool.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the triggers back."""
+        self.pool.restore(checkpoint["trigger_pool"])

@@ -1,0 +1,173 @@
+"""Surrogates: what a model shall show instead of a memorized picture, each vetted against all.
+
+A pruned model that still memorizes gives "surrogates" that are the picture itself or another
+memorized one; trained on those, a defence looks good by the numbers and is none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dori_lightning.models.pictures import generation_noise
+from dori_lightning.pairs.captions import neighbour_prompts
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dori_lightning.mitigations.base import Mitigation, Workshop
+    from dori_lightning.models.protocol import TextToImage
+    from dori_lightning.types import Pair
+
+__all__ = ["SurrogateSettings", "Surrogates", "find_surrogates"]
+
+log = logging.getLogger(__name__)
+
+FIRST_SEED = 50_000
+"""Generation seeds of candidates begin here, far from those of an audit's pictures."""
+
+
+@dataclass(frozen=True)
+class SurrogateSettings:
+    """Where surrogates come from.
+
+    Attributes:
+        source: Mitigation whose model draws them from the memorized prompts. Which one the paper
+            used is unknown; any that hides most pictures from their prompts will do, since what
+            it lets through is refused.
+        per_pair: Surrogates of each pair.
+        candidates: Pictures drawn for a pair before the next source of surrogates is tried.
+        max_similarity: Largest similarity, by the deciding descriptor, that a surrogate may have
+            with *any* picture to forget.
+    """
+
+    source: Mitigation
+    per_pair: int = 4
+    candidates: int = 8
+    max_similarity: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_pair <= self.candidates:
+            raise InputError(
+                f"mitigation.surrogates needs 1 <= per_pair <= candidates, got "
+                f"{self.per_pair} and {self.candidates}"
+            )
+        if not 0 < self.max_similarity < 1:
+            raise InputError(
+                f"mitigation.surrogates.max_similarity must be in (0, 1), "
+                f"got {self.max_similarity}"
+            )
+
+
+@dataclass(frozen=True)
+class Surrogates:
+    """Surrogates of pairs.
+
+    Attributes:
+        latents: Pair id to scaled latents (S, C, h, w), S at least 1.
+        images: Pair id to the same as images (S, 3, H, W) in [0, 1].
+        notes: How many came from where and how many were refused; plain values.
+    """
+
+    latents: dict[str, torch.Tensor]
+    images: dict[str, torch.Tensor]
+    notes: dict[str, Any]
+
+
+def find_surrogates(
+    model: TextToImage,
+    pairs: Sequence[Pair],
+    workshop: Workshop,
+    settings: SurrogateSettings,
+) -> Surrogates:
+    """Draw surrogates and refuse those that resemble any picture to forget.
+
+    Tried in turn, until a pair has enough: the source's model with the memorized prompt, the
+    model as it is with neighbours of the prompt, ordinary pictures of the corpus.
+
+    Raises:
+        RuntimeError: Not even an ordinary picture passes, so the measure or its limit is wrong.
+    """
+    kept: dict[str, list[torch.Tensor]] = {pair.id: [] for pair in pairs}
+    refused: Counter[str] = Counter()
+    origin: Counter[str] = Counter()
+
+    def keep(pair: Pair, images: torch.Tensor, source: str) -> None:
+        good = _closest(images, pairs, workshop) < settings.max_similarity
+        room = settings.per_pair - len(kept[pair.id])
+        chosen = list(images[good][:room])
+        kept[pair.id] += chosen
+        origin[source] += len(chosen)
+        refused[source] += int((~good).sum())
+
+    def short() -> list[Pair]:
+        return [pair for pair in pairs if len(kept[pair.id]) < settings.per_pair]
+
+    edit = workshop.find(settings.source, model, pairs).edit
+    with edit.applied(model):
+        prompts = [workshop.data.encoded(pair).embedding for pair in pairs]
+        drawn = _draw(model, workshop, pairs, prompts, settings.candidates)
+    for pair in pairs:
+        keep(pair, drawn[pair.id], "pruned")
+    needy = short()
+    if needy:
+        texts = [neighbour_prompts(pair, 2, seed=workshop.seed) for pair in needy]
+        for k in range(max(map(len, texts))):
+            these = [(p, t[k]) for p, t in zip(needy, texts, strict=True) if k < len(t)]
+            rows = list(model.encode_prompts([text for _, text in these]))
+            drawn = _draw(model, workshop, [p for p, _ in these], rows, settings.candidates)
+            for pair, _ in these:
+                keep(pair, drawn[pair.id], "neighbour")
+    needy = short()
+    if needy:
+        count = settings.candidates * len(needy)
+        ordinary = workshop.corpus.examples("calibration", count, model.resolution).images
+        for k, pair in enumerate(needy):
+            keep(pair, ordinary[k :: len(needy)], "ordinary")
+    empty = [pair.id for pair in pairs if not kept[pair.id]]
+    if empty:
+        raise RuntimeError(
+            f"no surrogate for {', '.join(empty)}: even ordinary pictures resemble a memorized "
+            f"one by more than {settings.max_similarity}; raise "
+            f"mitigation.surrogates.max_similarity or choose another metrics.decider"
+        )
+    log.info("surrogates: kept %s, refused %s", dict(origin), dict(refused))
+    images = {name: torch.stack(rows) for name, rows in kept.items()}
+    latents = {name: model.encode_images(rows).cpu() for name, rows in images.items()}
+    return Surrogates(latents, images, {"kept": dict(origin), "refused": dict(refused)})
+
+
+def _closest(images: torch.Tensor, pairs: Sequence[Pair], workshop: Workshop) -> torch.Tensor:
+    """Largest similarity (K,) of images (K, 3, H, W) with any picture to forget."""
+    originals = workshop.originals
+    name = originals.measures.decider
+    descriptor = originals.measures.descriptors[name]
+    places = [originals.places[pair.id] for pair in pairs]
+    return descriptor.compare(descriptor.describe(images), originals.features[name][places]).amax(
+        1
+    )
+
+
+def _draw(
+    model: TextToImage,
+    workshop: Workshop,
+    pairs: Sequence[Pair],
+    embeddings: Sequence[torch.Tensor],
+    count: int,
+) -> dict[str, torch.Tensor]:
+    """Draw ``count`` pictures from each embedding (T, D), the same seeds for each."""
+    noise = torch.stack(
+        [generation_noise(FIRST_SEED + k, model.latent_shape) for k in range(count)]
+    )
+    images = model.generate(
+        torch.stack(list(embeddings)).repeat_interleave(count, 0),
+        noise.repeat(len(pairs), 1, 1, 1),
+        replace(workshop.sampling, batch=min(workshop.sampling.batch, 64)),
+        pair_ids=[pair.id for pair in pairs for _ in range(count)],
+    ).cpu()
+    return dict(zip((p.id for p in pairs), torch.split(images, count), strict=True))
