@@ -21,7 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dori_lightning import mistakes, schema
+from dori_lightning import mistakes, schema, sweeps
+from dori_lightning.report.claims import ClaimsFailedError
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -67,20 +68,26 @@ def main() -> int:
     # argparse takes no overrides on both sides of a flag: a=1 -m b=2
     overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
     sys.argv[1:] = [*overrides, *(a for a in arguments if a not in overrides)]
+    code = 0
+    sweeps.forget_sweep()
     try:
         _refuse_rerun(arguments)
         _refuse_device_sweep(arguments)
-        # Hydra would print its own errors and exit with 1; this makes it hand them over.
-        with _environment_variable(_FULL_ERROR, "1"):
-            _run_hydra()
-    except JobFailed as failed:
-        return failed.code
+        try:
+            # Hydra would print its own errors and exit with 1; this makes it hand them over.
+            with _environment_variable(_FULL_ERROR, "1"):
+                _run_hydra()
+        except JobFailed as failed:
+            code = failed.code
+        # Also after a failed job: the others have earned their table.
+        sweeps.close_sweep()
     except KeyboardInterrupt:
         sys.stderr.write("dori: interrupted; the same command goes on from here\n")
         return 130
     except Exception as error:
-        return _report(error, mistakes.explain(error, arguments))
-    return 0
+        reported = _report(error, mistakes.explain(error, arguments))
+        return code or reported
+    return code
 
 
 @hydra.main(config_path=str(schema.CONF), config_name="config", version_base="1.3")
@@ -114,7 +121,8 @@ def _run_task(cfg: DictConfig) -> float | None:
         os.environ[variable] = str(place)
     _refuse_sweep_over_processes(cfg, settings)
     schema.check_keys(cfg)
-    schema.check_missing(cfg)
+    if not cfg.task.get("dry_run"):  # a plan needs no data
+        schema.check_missing(cfg)
     schema.check_targets(cfg)
     task = _task(cfg.task.get("name"))
     schema.check_signatures(cfg)
@@ -167,6 +175,9 @@ def _rank() -> int:
 
 def _report(error: Exception, explanation: str | None) -> int:
     """Say once what happened; a traceback only for the program's own faults or on request."""
+    if isinstance(error, ClaimsFailedError):
+        sys.stderr.write(f"dori: {error}\n")
+        return 1
     if explanation is None:
         if logging.getLogger().handlers:
             log.error("failed", exc_info=error)

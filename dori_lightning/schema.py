@@ -82,6 +82,7 @@ class Config:
         corpus: Ordinary prompts and pictures, which mitigations calibrate on and utility is
             measured on.
         mitigation: What is done to the checkpoint before the audit.
+        utility: How much is measured of what the mitigation costs.
         attack: The search for embeddings that bring a picture back.
         sampling: How pictures are generated.
         metrics: How pictures are compared.
@@ -99,6 +100,7 @@ class Config:
     pairs: dict[str, Any] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
     mitigation: dict[str, Any] = field(default_factory=dict)
+    utility: dict[str, Any] = field(default_factory=dict)
     attack: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -131,6 +131,13 @@ class Originals:
         descriptor = self.measures.descriptors[name]
         return descriptor.compare(descriptor.describe(pictures), self.features[name]).amax(0)
 
+    def similarities(self, pictures: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Similarities (K, N) of pictures (K, 3, H, W) with N pairs by the deciding descriptor."""
+        name = self.measures.decider
+        descriptor = self.measures.descriptors[name]
+        own = self.features[name][[self.places[pair.id] for pair in pairs]]
+        return descriptor.compare(descriptor.describe(pictures), own)
+
 
 def null_similarities(
     originals: Originals, name: str, pictures: Mapping[str, torch.Tensor]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.types import Pair
 
-__all__ = ["AdversarialFinetuning", "AdversarialTraining"]
+__all__ = ["AdversarialFinetuning", "AdversarialTraining", "redirect_loss"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class AdversarialFinetuning:
         adversarial_batch: Triggers of a step, each with a surrogate of its pair (L_Adv).
         ordinary_batch: Ordinary pictures of a step (L_DM).
         adversarial_weight: Weight of L_Adv against L_DM; 1 in the paper.
+        redirect: Share of a step's triggers that are trained on the memorized picture's own noised
+            latent instead of the surrogate's, towards the surrogate. The paper has none: L_Adv
+            sees noised surrogates alone, which leaves the model able to denoise the picture
+            itself once an attack has found the way to it. See ``redirect_loss``.
         ordinary_examples: Ordinary pictures that are encoded and drawn from.
         low_rank: Rank of a low-rank update (LoRA) of all linear layers instead of training all
             weights, which the paper reports as failing; None trains all.
@@ -62,6 +66,7 @@ class AdversarialFinetuning:
     adversarial_batch: int = 8
     ordinary_batch: int = 8
     adversarial_weight: float = 1.0
+    redirect: float = 0.0
     ordinary_examples: int = 2000
     low_rank: int | None = None
 
@@ -75,6 +80,8 @@ class AdversarialFinetuning:
             raise InputError(
                 f"mitigation.adversarial_weight must be > 0, got {self.adversarial_weight}"
             )
+        if not 0 <= self.redirect <= 1:
+            raise InputError(f"mitigation.redirect must be in [0, 1], got {self.redirect}")
         if self.low_rank is not None and self.low_rank < 1:
             raise InputError(f"mitigation.low_rank must be >= 1 or null, got {self.low_rank}")
 
@@ -123,14 +130,12 @@ class AdversarialTraining(Finetuning):
             surrogates: Pair id to latents (S, C, h, w).
             ordinary: Ordinary prompts and pictures.
         """
-        self.low_rank = None
+        low_rank = None
         if method.low_rank is not None:
-            self.low_rank = LowRank(model.denoiser(), method.low_rank, seed=workshop.seed)
-        super().__init__(
-            model,
-            method.finetune,
-            trained=self.low_rank.trains if self.low_rank is not None else lambda _: True,
-        )
+            low_rank = LowRank(model.denoiser(), method.low_rank, seed=workshop.seed)
+        trained = low_rank.trains if low_rank is not None else lambda _: True
+        super().__init__(model, method.finetune, trained=trained)
+        self.low_rank = low_rank
         self.method, self.seed = method, workshop.seed
         self.surrogates, self.ordinary = surrogates, ordinary
         self.pool = TriggerPool(
@@ -159,19 +164,35 @@ class AdversarialTraining(Finetuning):
         for name in ids:
             own = self.surrogates[name]
             targets.append(own[int(torch.randint(len(own), (1,), generator=generator))])
+        surrogates, triggers = torch.stack(targets).to(device), triggers.to(device)
+        turned = round(method.redirect * len(ids))
         count = len(self.ordinary.latents)
         rows = torch.randint(count, (method.ordinary_batch,), generator=generator)
-        latents = torch.cat([torch.stack(targets).to(device), self.ordinary.latents[rows]])
-        embeddings = torch.cat([triggers.to(device), self.ordinary.embeddings[rows]])
+        latents = torch.cat([surrogates, self.ordinary.latents[rows]])
+        embeddings = torch.cat([triggers, self.ordinary.embeddings[rows]])
         noise = torch.randn(latents.shape, generator=generator).to(device)
         timesteps = torch.randint(
             self.model.num_train_timesteps, (len(latents),), generator=generator
         ).to(device)
-        loss = self.model.denoising_loss(latents, noise, timesteps, embeddings)
-        adversarial, ordinary = loss[: len(ids)].mean(), loss[len(ids) :].mean()
-        self.log("finetune/adversarial_loss", adversarial)
+        plain = self.model.denoising_loss(
+            latents[turned:], noise[turned:], timesteps[turned:], embeddings[turned:]
+        )
+        adversarial = plain[: len(ids) - turned]
+        if turned:
+            memorized = torch.stack([self.pool.latents[name] for name in ids[:turned]]).to(device)
+            redirected = redirect_loss(
+                self.model,
+                memorized,
+                surrogates[:turned],
+                noise[:turned],
+                timesteps[:turned],
+                triggers[:turned],
+            )
+            adversarial = torch.cat([redirected, adversarial])
+        ordinary = plain[len(ids) - turned :].mean()
+        self.log("finetune/adversarial_loss", adversarial.mean())
         self.log("finetune/ordinary_loss", ordinary)
-        return ordinary + method.adversarial_weight * adversarial
+        return ordinary + method.adversarial_weight * adversarial.mean()
 
     def finish(self) -> None:
         """Merge the low-rank update into the weights."""
@@ -185,3 +206,35 @@ class AdversarialTraining(Finetuning):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the triggers back."""
         self.pool.restore(checkpoint["trigger_pool"])
+
+
+def redirect_loss(
+    model: TextToImage,
+    memorized: torch.Tensor,
+    surrogates: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    embeddings: torch.Tensor,
+) -> torch.Tensor:
+    """How far the model is from seeing the surrogate in the noised memorized picture, (N,).
+
+    Mean squared error between the clean latent that the model's noise prediction implies and the
+    surrogate's, times min(SNR, 1): at low noise the picture is plain to see and nothing can be
+    redirected, so that the weight bounds what is asked for. The attack's objective, denoising the
+    memorized picture, is thereby trained against directly.
+
+    Args:
+        model: Model in training.
+        memorized: Latents of the memorized pictures (N, C, h, w).
+        surrogates: Latents to see instead (N, C, h, w).
+        noise: Standard normal noise (N, C, h, w).
+        timesteps: Timesteps (N,).
+        embeddings: Triggers (N, T, D).
+    """
+    alpha = model.alphas_cumprod[timesteps][:, None, None, None]
+    noised = model.noised(memorized, noise, timesteps)
+    predicted = model.predict_noise(noised, timesteps, embeddings)
+    # the noise that leads from here to the surrogate; its error is SNR times the latent's
+    wanted = (noised - alpha.sqrt() * surrogates) / (1 - alpha).sqrt()
+    weight = ((1 - alpha) / alpha).clamp(max=1.0)
+    return (weight * (predicted - wanted).square()).flatten(1).mean(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -126,8 +127,10 @@ class Workshop:
     def find(self, mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair]) -> Found:
         """Read a mitigation's edit where it is kept already, or make and keep it.
 
-        Jobs that want the same edit at the same time wait for the one that makes it. A damaged
-        file is made again.
+        Jobs that want the same edit at the same time wait for the one that makes it.
+
+        Raises:
+            InputError: The file is damaged; it is not made again behind the user's back.
         """
         key = edit_key(mitigation, model, pairs, self)
         path = self.folder / f"{key}.safetensors"
@@ -149,6 +152,8 @@ class Workshop:
                 seconds=round(time.monotonic() - started, 2),
             )
             write_edit(path, edit)
+            # only now: a crash before would lose the fit
+            shutil.rmtree(self.scratch(key), ignore_errors=True)
         return Found(edit, key, made=True, path=path)
 
 
@@ -183,16 +188,21 @@ def settings_of(thing: Any) -> Any:
 def edit_key(
     mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
 ) -> str:
-    """Hash of everything that decides an edit; a mitigation's name is not among it."""
-    settings = settings_of(mitigation)
+    """Hash of everything that decides an edit.
+
+    A mitigation's name and the width of a generation batch are not among it.
+    """
+    settings, sampling = settings_of(mitigation), asdict(workshop.sampling)
     settings.pop("name", None)
+    sampling.pop("batch")
     what = {
         "checkpoint": model.fingerprint,
+        "latents": model.latent_shape,
         "settings": settings,
         "pairs": [(pair.id, pair.prompt, pair.sha256) for pair in pairs],
         "corpus": workshop.corpus.identity,
         "seed": workshop.seed,
-        "sampling": asdict(workshop.sampling),
+        "sampling": sampling,
         "decider": workshop.originals.measures.decider,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["read_edit", "write_edit"]
+__all__ = ["is_writable", "read_edit", "write_edit"]
 
 LAYOUT = "1"
+
+_LARGEST = 2**31
+"""Elements of a mask, at most: a damaged shape must not ask for all memory."""
 
 
 def write_edit(path: Path, edit: Edit) -> Path:
@@ -48,7 +52,8 @@ def write_edit(path: Path, edit: Edit) -> Path:
         for pair, own in edit.masks.items():
             tensors.update(_places(own, shapes, f"{pair}|"))
     elif isinstance(edit, WeightEdit):
-        kind, tensors = "weights", {name: w.contiguous() for name, w in edit.weights.items()}
+        kind = "weights"
+        tensors = {name: w.detach().cpu().contiguous() for name, w in edit.weights.items()}
     else:
         raise TypeError(f"{type(edit).__name__} has nothing to write")
     note = {
@@ -74,13 +79,16 @@ def read_edit(path: Path) -> Edit:
         raise InputError(f"cannot read the edit {path}: {error.strerror or error}") from error
     try:
         tensors = load(data)
-        note = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        note = header.get("__metadata__", {})
+        if "layout" not in note:
+            raise ValueError("it holds tensors, but does not say of which edit")
         if note["layout"] != LAYOUT:
             raise ValueError(f"its layout is {note['layout']}, not {LAYOUT}")
         edit = _edit(note, tensors)
         if edit.identity != note["identity"]:
             raise ValueError("its content does not fit the hash in it")
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{path} is no edit of this program, or damaged: {error}\n"
             f"  mend:  remove it, it will be computed again"
@@ -95,6 +103,8 @@ def _edit(note: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Edit:
         return WeightEdit(origin, {name: value.clone() for name, value in tensors.items()})
     masks = {}
     for name, places in tensors.items():
+        if math.prod(shapes[name]) > _LARGEST:
+            raise ValueError(f"a mask of shape {tuple(shapes[name])} is no model's")
         mask = torch.zeros(shapes[name], dtype=torch.bool)
         mask.view(-1)[places.long()] = True
         masks[name] = mask

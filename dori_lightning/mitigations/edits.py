@@ -6,21 +6,22 @@ fine-tuning gives the weights it changed.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
+from dori_lightning.mitigations.edit_tensors import check_masks, content_hash, parameters_of
+from dori_lightning.mitigations.row_masks import masked_linear, owner_of
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
+
+    import torch
 
     from dori_lightning.models.protocol import TextToImage
 
@@ -124,6 +125,9 @@ class MaskEdit:
     origin: Origin
     masks: Mapping[str, torch.Tensor]
 
+    def __post_init__(self) -> None:
+        check_masks(self.masks)
+
     @cached_property
     def identity(self) -> str:
         """Content hash."""
@@ -133,7 +137,7 @@ class MaskEdit:
     def applied(self, model: TextToImage) -> Iterator[None]:
         """Zero the weights while open."""
         self.origin.check(model)
-        parameters = dict(model.denoiser().named_parameters())
+        parameters = parameters_of(model, self.masks, rows=True)
         saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         try:
             for name, mask in self.masks.items():
@@ -167,11 +171,18 @@ class PairMaskEdit:
     origin: Origin
     masks: Mapping[str, Mapping[str, torch.Tensor]]
 
+    def __post_init__(self) -> None:
+        if not self.masks:
+            raise ValueError("a per-pair edit needs a pair")
+        for own in self.masks.values():
+            check_masks(own)
+
     @cached_property
     def identity(self) -> str:
         """Content hash."""
         flat = {f"{pair}|{name}": m for pair, own in self.masks.items() for name, m in own.items()}
-        return content_hash("pair_mask", self.origin.fingerprint, flat)
+        # the pairs too: one without a mask is left alone, and is a possible owner of controls
+        return content_hash("pair_mask", self.origin.fingerprint, flat, sorted(self.masks))
 
     def of(self, pair_id: str) -> MaskEdit:
         """One pair's edit, as an edit for everybody."""
@@ -181,14 +192,17 @@ class PairMaskEdit:
     def applied(self, model: TextToImage) -> Iterator[None]:
         """Give every linear layer with masks a forward that looks whose rows it has."""
         self.origin.check(model)
-        names = sorted({name for own in self.masks.values() for name in own})
+        for own in self.masks.values():
+            parameters_of(model, own, rows=True)
         modules = dict(model.denoiser().named_modules())
         patched: list[nn.Module] = []
         try:
-            for name in names:
-                module = modules[name.removesuffix(".weight")]
+            for name in sorted({name for own in self.masks.values() for name in own}):
+                module = modules[name.rpartition(".")[0]]
                 if not isinstance(module, nn.Linear) or not name.endswith(".weight"):
-                    raise TypeError(f"per-pair masks need linear layers, got {name}")
+                    raise TypeError(f"per-pair masks need weights of linear layers, got {name}")
+                if "forward" in vars(module):
+                    raise RuntimeError(f"{name} has a forward of its own, such as a second edit's")
                 module.forward = self._forward(model, module, name)  # type: ignore[assignment,method-assign]
                 patched.append(module)
             yield
@@ -207,27 +221,14 @@ class PairMaskEdit:
         }
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            owners = model.row_pairs
-            if owners is None or len(owners) != len(x):
+            rows = model.row_pairs
+            if rows is None or len(rows) != len(x):
                 raise RuntimeError(
                     "a per-pair edit is applied, but the model was not told whose rows these are"
                 )
-            parts, start = [], 0
-            for stop in range(1, len(owners) + 1):
-                if stop < len(owners) and owners[stop] == owners[start]:
-                    continue
-                mask = pruned.get(owner_of(owners[start], pairs))
-                weight, bias = module.weight, module.bias
-                rows = x[start:stop]
-                if mask is None:
-                    parts.append(F.linear(rows, weight, bias))
-                elif mask.dim() == 1:
-                    keep = ~mask[:, None]
-                    parts.append(F.linear(rows, weight * keep, bias))
-                else:
-                    parts.append(F.linear(rows, weight * ~mask, bias))
-                start = stop
-            return torch.cat(parts)
+            owner = {pair: owner_of(pair, pairs) for pair in dict.fromkeys(rows)}
+            owners = [owner[pair] for pair in rows]
+            return masked_linear(x, module.weight, module.bias, owners, pruned)
 
         return forward
 
@@ -263,7 +264,7 @@ class WeightEdit:
     def applied(self, model: TextToImage) -> Iterator[None]:
         """Put the new weights in place while open."""
         self.origin.check(model)
-        parameters = dict(model.denoiser().named_parameters())
+        parameters = parameters_of(model, self.weights)
         saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             for name, value in self.weights.items():
@@ -278,25 +279,3 @@ class WeightEdit:
     def counts(self) -> dict[str, int]:
         """Weights of the changed parameters."""
         return {name: value.numel() for name, value in self.weights.items()}
-
-
-def owner_of(pair_id: str, pairs: tuple[str, ...]) -> str:
-    """Whose mask a pair's rows see: its own, or one that its name alone decides.
-
-    Controls have no mask of their own; under the masks of the edited pairs in turn they tell what
-    those cost.
-    """
-    if pair_id in pairs:
-        return pair_id
-    number = int.from_bytes(hashlib.blake2b(pair_id.encode(), digest_size=8).digest(), "big")
-    return sorted(pairs)[number % len(pairs)]
-
-
-def content_hash(kind: str, fingerprint: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash of an edit's content."""
-    digest = hashlib.sha256(f"{kind}|{fingerprint}".encode())
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"|{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()[:24]

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
 
+from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.edits import Origin, WeightEdit
-from dori_lightning.progress import stage
+from dori_lightning.mitigations.fitting import fit
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from dori_lightning.mitigations.base import Workshop
     from dori_lightning.models.protocol import TextToImage
 
-__all__ = ["FinetuneSettings", "Finetuning", "finetune"]
-
-log = logging.getLogger(__name__)
+__all__ = ["FinetuneSettings", "Finetuning", "finetune", "in_turn"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,11 @@ class FinetuneSettings:
         betas: AdamW's decay rates.
         weight_decay: AdamW's weight decay.
         warmup: Steps over which the learning rate rises from zero.
-        clip: Largest norm of the gradient.
+        decay: Lower the learning rate linearly to zero from there to the last step.
+        clip: Largest norm of the gradient; None does not clip.
         ema: Decay of the weight average that is kept instead of the last weights; None for none.
-        precision: Lightning's precision of the training steps; weights are trained in fp32.
+        precision: Lightning's precision of the training steps; weights are trained in fp32. A
+            checkpoint loaded with a lower ``checkpoint.precision`` computes in that.
         checkpoint_every: Steps between two checkpoints to resume from.
     """
 
@@ -48,16 +46,18 @@ class FinetuneSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-2
     warmup: int = 0
-    clip: float = 1.0
+    decay: bool = False
+    clip: float | None = 1.0
     ema: float | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        if self.lr <= 0 or self.clip <= 0 or self.weight_decay < 0:
+        if self.lr <= 0 or (self.clip is not None and self.clip <= 0) or self.weight_decay < 0:
             raise InputError(
-                f"mitigation.finetune needs lr > 0, clip > 0 and weight_decay >= 0, got {self}"
+                f"mitigation.finetune needs lr > 0, clip > 0 (or null) and weight_decay >= 0, "
+                f"got {self}"
             )
         if self.warmup < 0 or self.checkpoint_every < 1:
             raise InputError(
@@ -104,11 +104,18 @@ class Finetuning(L.LightningModule):
         """The model whose denoiser is trained."""
         return self._held[0]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Copy the weights alone: what Lightning's average of them needs.
+
+        A copy of everything would double the model, the teacher and the data too.
+        """
+        return nn.ModuleDict({"denoiser": copy.deepcopy(self.denoiser, memo)})
+
     def finish(self) -> None:
         """Called once after the fit, or when it was cut: leave plain weights in the denoiser."""
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a linear warm-up, over the chosen weights."""
+        """AdamW over the chosen weights, with a linear warm-up and, if wanted, decay."""
         s = self.settings
         optimizer = torch.optim.AdamW(
             [p for p in self.parameters() if p.requires_grad],
@@ -116,31 +123,42 @@ class Finetuning(L.LightningModule):
             betas=s.betas,
             weight_decay=s.weight_decay,
         )
-        rising = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / (s.warmup + 1))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
+        total = self.trainer.max_steps
+
+        def share(step: int) -> float:
+            if step < s.warmup:
+                return (step + 1) / (s.warmup + 1)
+            return (total - step) / max(total - s.warmup, 1) if s.decay else 1.0
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
 
-class _Steps(IterableDataset[int]):
-    """As many elements as anybody asks for; what a step does follows from its number."""
+def in_turn(name: str, seed: int, step: int, *, batch: int, count: int) -> list[int]:
+    """Which of ``count`` elements a step takes: all in turn, in another order every round.
 
-    def __iter__(self) -> Iterator[int]:
-        k = 0
-        while True:
-            yield k
-            k += 1
+    Args:
+        name: Whose draw it is.
+        seed: Run seed.
+        step: Step, from 0.
+        batch: Elements of a step.
+        count: How many there are.
 
-
-class _Advance(L.Callback):
-    """Advance a stage by the optimizer steps that were taken."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.advance, self.seen = advance, 0
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.advance(trainer.global_step - self.seen)
-        self.seen = trainer.global_step
+    Returns:
+        ``batch`` indices, 0..``count`` - 1.
+    """
+    orders: dict[int, list[int]] = {}
+    picked = []
+    for place in range(step * batch, (step + 1) * batch):
+        turn, k = divmod(place, count)
+        if turn not in orders:
+            generator = keyed_generator("in turn", name, seed, turn)
+            orders[turn] = torch.randperm(count, generator=generator).tolist()
+        picked.append(orders[turn][k])
+    return picked
 
 
 def finetune(
@@ -167,87 +185,49 @@ def finetune(
         notes: What the edit's origin says besides; the module's ``notes`` come on top.
 
     Raises:
-        RuntimeError: The loss stopped being finite.
+        RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
     """
     folder = workshop.scratch(key)
-    with _trainable(model) as dtypes:
-        before = {n: p.detach().clone() for n, p in model.denoiser().named_parameters()}
+    with _trainable(model) as before:
         module = make()
         try:
-            try:
-                _fit(module, workshop, folder, steps=steps, title=title)
-            finally:
-                module.finish()
-            after = {n: p.detach() for n, p in model.denoiser().named_parameters()}
-            broken = [n for n, value in after.items() if not value.isfinite().all()]
-            if broken:
-                raise RuntimeError(
-                    f"{title}: weights are not finite after training, the first is {broken[0]}; "
-                    f"a smaller mitigation.finetune.lr or precision=32-true may help"
-                )
-            changed = {
-                n: value.to(dtypes[n]).cpu().clone()
-                for n, value in after.items()
-                if not torch.equal(value.to(dtypes[n]), before[n].to(dtypes[n]))
-            }
-            said = {**(notes or {}), **getattr(module, "notes", {})}
+            fit(module, model, workshop, folder, steps=steps, title=title)
         finally:
-            for name, parameter in model.denoiser().named_parameters():
-                parameter.data.copy_(before[name])
-    shutil.rmtree(folder, ignore_errors=True)
+            module.finish()
+        after = {n: p.detach() for n, p in model.denoiser().named_parameters()}
+        broken = [n for n, value in after.items() if not value.isfinite().all()]
+        if broken:
+            raise RuntimeError(
+                f"{title}: weights are not finite after training, the first is {broken[0]}; "
+                f"a smaller mitigation.finetune.lr or precision=32-true may help"
+            )
+        # on the CPU, where Lightning leaves what it trained
+        trained = {n: value.cpu().to(before[n].dtype) for n, value in after.items()}
+        changed = {n: v.clone() for n, v in trained.items() if not torch.equal(v, before[n].cpu())}
+        said = {**(notes or {}), **getattr(module, "notes", {})}
     return WeightEdit(Origin(model.fingerprint, notes=said), changed)
 
 
 @contextmanager
-def _trainable(model: TextToImage) -> Iterator[dict[str, torch.dtype]]:
-    """Weights in fp32 while open; their own dtypes (given), modes and flags afterwards.
+def _trainable(model: TextToImage) -> Iterator[dict[str, torch.Tensor]]:
+    """Copies of the weights in fp32 while open; the weights themselves (given) afterwards.
 
-    Half precision weights cannot be trained: updates below their rounding are lost. Widening and
-    narrowing again is exact.
+    Half precision weights cannot be trained: updates below their rounding are lost.
     """
     denoiser = model.denoiser()
-    training = denoiser.training
+    modes = [(module, module.training) for module in denoiser.modules()]
     flags = {name: p.requires_grad for name, p in denoiser.named_parameters()}
-    dtypes = {name: p.dtype for name, p in denoiser.named_parameters()}
+    before = {name: p.data for name, p in denoiser.named_parameters()}
     for parameter in denoiser.parameters():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.float32, copy=True)
     try:
-        yield dtypes
+        yield before
     finally:
+        # Lightning leaves a module on the CPU
+        denoiser.to(model.device)
         for name, parameter in denoiser.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+            parameter.data = before[name]
             parameter.requires_grad_(flags[name])
             parameter.grad = None
-        denoiser.train(training)
-
-
-def _fit(module: Finetuning, workshop: Workshop, folder: Path, *, steps: int, title: str) -> None:
-    settings = module.settings
-    saving = ModelCheckpoint(
-        dirpath=folder,
-        every_n_train_steps=settings.checkpoint_every,
-        save_last=True,
-        save_top_k=1,
-    )
-    with stage(title, steps) as advance:
-        callbacks: list[L.Callback] = [saving, _Advance(advance)]
-        if settings.ema is not None:
-            callbacks.append(EMAWeightAveraging(decay=settings.ema))
-        trainer = workshop.trainer(
-            max_steps=steps,
-            callbacks=callbacks,
-            # manual optimization clips for itself
-            gradient_clip_val=settings.clip if module.automatic_optimization else None,
-            precision=settings.precision,
-            enable_checkpointing=True,
-            default_root_dir=folder,
-        )
-        last = folder / "last.ckpt"
-        if last.is_file():
-            log.info("%s: resuming from %s", title, last)
-        trainer.fit(
-            module,
-            DataLoader(_Steps(), batch_size=None),
-            ckpt_path=str(last) if last.is_file() else None,
-            weights_only=True,
-        )
+        for module, mode in modes:
+            module.training = mode

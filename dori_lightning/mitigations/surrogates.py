@@ -98,7 +98,7 @@ def find_surrogates(
     origin: Counter[str] = Counter()
 
     def keep(pair: Pair, images: torch.Tensor, source: str) -> None:
-        good = _closest(images, pairs, workshop) < settings.max_similarity
+        good = workshop.originals.similarities(images, pairs).amax(1) < settings.max_similarity
         room = settings.per_pair - len(kept[pair.id])
         chosen = list(images[good][:room])
         kept[pair.id] += chosen
@@ -140,17 +140,6 @@ def find_surrogates(
     images = {name: torch.stack(rows) for name, rows in kept.items()}
     latents = {name: model.encode_images(rows).cpu() for name, rows in images.items()}
     return Surrogates(latents, images, {"kept": dict(origin), "refused": dict(refused)})
-
-
-def _closest(images: torch.Tensor, pairs: Sequence[Pair], workshop: Workshop) -> torch.Tensor:
-    """Largest similarity (K,) of images (K, 3, H, W) with any picture to forget."""
-    originals = workshop.originals
-    name = originals.measures.decider
-    descriptor = originals.measures.descriptors[name]
-    places = [originals.places[pair.id] for pair in pairs]
-    return descriptor.compare(descriptor.describe(images), originals.features[name][places]).amax(
-        1
-    )
 
 
 def _draw(

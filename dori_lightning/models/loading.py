@@ -27,9 +27,9 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["fingerprint_of", "load_checkpoint", "resolve_source"]
+__all__ = ["fingerprint_of", "fingerprint_of_states", "load_checkpoint", "resolve_source"]
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,15 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def fingerprint_of(modules: Iterable[torch.nn.Module]) -> str:
+    """Fingerprint of a checkpoint: UNet, autoencoder and text encoder, in this order."""
+    return fingerprint_of_states(module.state_dict() for module in modules)
+
+
+def fingerprint_of_states(states: Iterable[Mapping[str, torch.Tensor]]) -> str:
     """First 16 hex digits of the SHA-256 over names, shapes and fp32 values of all weights."""
     digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
+    for state in states:
+        for name, tensor in sorted(state.items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 The layout is that of the single files of CompVis and Stability: ``model.diffusion_model`` numbers
 all layers of the UNet in execution order, ``first_stage_model`` is the autoencoder,
-``cond_stage_model`` the text encoder.
+``cond_stage_model`` the text encoder: OpenAI's in version 1, OpenCLIP's in version 2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["autoencoder_names", "unet_names", "write_single_file"]
+__all__ = [
+    "autoencoder_names",
+    "original_state",
+    "text_encoder_state",
+    "unet_names",
+    "write_single_file",
+]
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -35,6 +41,17 @@ _OUTER = {
     "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+}
+_OPEN_CLIP = {
+    "embeddings.token_embedding.": "token_embedding.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+    ".self_attn.": ".attn.",
 }
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -130,22 +147,71 @@ def autoencoder_names(names: list[str]) -> dict[str, str]:
     return result
 
 
+def text_encoder_state(
+    tensors: Mapping[str, torch.Tensor], *, open_clip: bool
+) -> dict[str, torch.Tensor]:
+    """Text encoder's tensors under their names below ``cond_stage_model``.
+
+    Args:
+        tensors: Those of a ``CLIPTextModel``.
+        open_clip: Whether the checkpoint is of version 2, whose encoder is OpenCLIP's: queries,
+            keys and values are one tensor there.
+    """
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    bare = {name: t for name, t in bare.items() if not name.endswith("position_ids")}
+    if not open_clip:
+        return {f"transformer.text_model.{name}": tensor for name, tensor in bare.items()}
+    result = {}
+    for name, tensor in bare.items():
+        head, projected, tail = name.partition(".q_proj.")
+        if projected:
+            joined = [bare[f"{head}.{part}_proj.{tail}"] for part in "qkv"]
+            name, tensor = f"{head}.in_proj_{tail}", torch.cat(joined)
+        elif ".k_proj." in name or ".v_proj." in name:
+            continue
+        for old, new in _OPEN_CLIP.items():
+            name = name.replace(old, new)
+        result[f"model.{name}"] = tensor
+    return result
+
+
+def original_state(
+    *,
+    unet: Mapping[str, torch.Tensor],
+    autoencoder: Mapping[str, torch.Tensor],
+    text_encoder: Mapping[str, torch.Tensor],
+    open_clip: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Tensors of a whole checkpoint in the original layout.
+
+    Args:
+        unet: Tensors of diffusers' ``UNet2DConditionModel``.
+        autoencoder: Those of ``AutoencoderKL``.
+        text_encoder: Those of a ``CLIPTextModel``.
+        open_clip: See ``text_encoder_state``.
+    """
+    depth = [
+        int(m[1]) for name in unet if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", name))
+    ]
+    names = unet_names(list(unet), layers_per_block=1 + max(depth))
+    state = {f"model.diffusion_model.{new}": unet[old] for old, new in names.items()}
+    for old, new in autoencoder_names(list(autoencoder)).items():
+        tensor = autoencoder[old]
+        if ".attn_1." in new and new.endswith("weight") and tensor.dim() == 2:
+            tensor = tensor[:, :, None, None]  # the original attention is a 1 x 1 convolution
+        state[f"first_stage_model.{new}"] = tensor
+    for name, tensor in text_encoder_state(text_encoder, open_clip=open_clip).items():
+        state[f"cond_stage_model.{name}"] = tensor
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
 def write_single_file(
     path: Path, *, unet: nn.Module, autoencoder: nn.Module, text_encoder: nn.Module
 ) -> None:
     """Write a Stable Diffusion v1 checkpoint as one safetensors file in the original layout."""
-    state: dict[str, torch.Tensor] = {}
-    for prefix, module, rename in (
-        ("model.diffusion_model", unet, unet_names),
-        ("first_stage_model", autoencoder, autoencoder_names),
-    ):
-        tensors = module.state_dict()
-        for old, new in rename(list(tensors)).items():
-            tensor = tensors[old]
-            if ".attn_1." in new and new.endswith("weight") and tensor.dim() == 2:
-                tensor = tensor[:, :, None, None]  # the original attention is a 1 x 1 convolution
-            state[f"{prefix}.{new}"] = tensor.detach().cpu().contiguous().clone()
-    for name, tensor in text_encoder.state_dict().items():
-        inner = name if name.startswith("text_model.") else f"text_model.{name}"
-        state[f"cond_stage_model.transformer.{inner}"] = tensor.detach().cpu().contiguous().clone()
+    state = original_state(
+        unet=unet.state_dict(),
+        autoencoder=autoencoder.state_dict(),
+        text_encoder=text_encoder.state_dict(),
+    )
     save_file(state, path, metadata={"format": "pt"})

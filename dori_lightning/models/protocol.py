@@ -189,6 +189,14 @@ class TextToImage(Protocol):
         """Weights of the denoiser."""
         ...
 
+    def frozen_copy(self) -> TextToImage:
+        """Teacher for fine-tuning: a denoiser of its own, as it is now, which nothing trains.
+
+        It takes the denoiser's memory once more, shares everything else and counts its own
+        evaluations.
+        """
+        ...
+
     def frozen(self) -> AbstractContextManager[None]:
         """Evaluation mode and no weight gradients while open; both are put back afterwards."""
         ...

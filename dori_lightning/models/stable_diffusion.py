@@ -7,7 +7,8 @@ attention projections.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import copy
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -155,9 +157,11 @@ class StableDiffusion:
 
     # -- denoiser --------------------------------------------------------------------------------
 
-    def _precision(self) -> torch.autocast:
-        dtype = self.autocast or torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.autocast is not None)
+    def _precision(self) -> AbstractContextManager[Any]:
+        # without a dtype of its own it leaves a Trainer's mixed precision in force
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
 
     def _denoise(
         self,
@@ -309,6 +313,13 @@ class StableDiffusion:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Weights of the UNet."""
         return self.unet.parameters()
+
+    def frozen_copy(self) -> StableDiffusion:
+        """The same model with a copy of the UNet that nothing trains; the rest is shared."""
+        twin = copy.copy(self)
+        twin.unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
+        twin.unet_evaluations, twin.row_pairs = 0, None
+        return twin
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

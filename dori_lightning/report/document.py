@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dori_lightning.report.record import AuditReport
     from dori_lightning.types import Calibration, Cell, Condition
 
-__all__ = ["report_document"]
+__all__ = ["plain_values", "report_document"]
 
 
 def report_document(report: AuditReport) -> dict[str, Any]:
@@ -39,9 +39,10 @@ def report_document(report: AuditReport) -> dict[str, Any]:
         if report.recommended_budget
         else None,
         "pairs": _pairs(report),
+        "utility": report.utility.to_dict() if report.utility else None,
         "provenance": {**asdict(report.provenance), "config": redact(report.provenance.config)},
     }
-    plain: dict[str, Any] = _plain(document)
+    plain: dict[str, Any] = plain_values(document)
     return plain
 
 
@@ -108,7 +109,7 @@ def _pairs(report: AuditReport) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Turn a value into what JSON has; NaN and infinities become null.
 
     Raises:
@@ -121,9 +122,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.bool_ | np.integer):
         return value.item()
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     if isinstance(value, Path):
         return value.as_posix()
     if isinstance(value, datetime):

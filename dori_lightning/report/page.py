@@ -26,6 +26,7 @@ from dori_lightning.report.summary import (
     prompt_condition,
 )
 from dori_lightning.report.tables import cell_rows, ranked_cells
+from dori_lightning.report.utility_section import utility_section
 from dori_lightning.report.verdict import short_answer
 from dori_lightning.types import KINDS
 
@@ -106,6 +107,7 @@ def render_page(report: AuditReport, *, images: Disclosure = "full", max_pairs: 
         repeats=any(pair.repeats > 0 for pair in shown),
         header=header,
         cells=rows,
+        cost=utility_section(report.utility, disclosure=images) if report.utility else None,
         plots=page_plots(report),
         conditions=list(dict.fromkeys(condition_words(c.condition) for c in report.cells)),
         pictures_each=max((len(o.seeds) for o in report.outcomes), default=0),

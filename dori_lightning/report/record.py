@@ -19,6 +19,7 @@ from dori_lightning.report.rows import pair_rows, parquet_bytes
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
+    from dori_lightning.metrics.utility import Utility
     from dori_lightning.report.summary import Aggregation
     from dori_lightning.types import Budget, Calibration, Cell, Outcome
 
@@ -114,6 +115,7 @@ class AuditReport:
         provenance: Where they come from.
         baseline: Outcomes of the same prompts before the mitigation; empty where they were not
             measured.
+        utility: What the mitigation costs; None where it was not measured.
         schema_version: Version of the layout of ``report.json``.
     """
 
@@ -127,6 +129,7 @@ class AuditReport:
     flags: tuple[Flag, ...]
     provenance: Provenance
     baseline: tuple[Outcome, ...] = field(default=())
+    utility: Utility | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -29,6 +29,7 @@ from dori_lightning.types import INITS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from dori_lightning.metrics.utility import Utility
     from dori_lightning.report.record import Provenance
     from dori_lightning.types import Budget, Calibration, Cell, Condition, Init, Outcome
 
@@ -49,6 +50,7 @@ def make_report(
     outcomes: Sequence[Outcome],
     provenance: Provenance,
     baseline: Sequence[Outcome] = (),
+    utility: Utility | None = None,
 ) -> AuditReport:
     """Draw the conclusions from measured cells and outcomes and put everything into one report.
 
@@ -60,6 +62,7 @@ def make_report(
         outcomes: Every pair under every condition.
         provenance: Where the numbers come from.
         baseline: Outcomes of the prompts before the mitigation.
+        utility: What the mitigation costs, where that was measured.
     """
     own = [cell for cell in cells if cell.mitigation == mitigation]
     headline = headline_condition(own)
@@ -76,6 +79,7 @@ def make_report(
         flags=find_flags(cells, mitigation=mitigation, outcomes=outcomes),
         provenance=provenance,
         baseline=tuple(baseline),
+        utility=utility,
     )
 
 

@@ -35,7 +35,9 @@ from dori_lightning.report.tables import cells_table
 from dori_lightning.report.verdict import make_report
 from dori_lightning.tasks._folder import claim_folder, without
 from dori_lightning.tasks._originals import originals_of
+from dori_lightning.tasks._plan import plan
 from dori_lightning.tasks._provenance import plain, provenance_of
+from dori_lightning.tasks._utility import measure_utility
 from dori_lightning.tasks._workshop import edit_record, workshop_of
 from dori_lightning.types import Condition, InputError, Outcome
 
@@ -65,6 +67,9 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         Memorization rate of vm pairs under the strongest condition measured, for sweepers; None
         without vm pairs.
     """
+    if cfg.task.dry_run:
+        plan(cfg, folder)
+        return None
     started = datetime.now(UTC)
     pairs = [pair for pair in instantiate(cfg.pairs).read() if pair.role == "audit"]
     settings, sampling, measures = (
@@ -72,7 +77,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         instantiate(cfg.sampling),
         instantiate(cfg.metrics),
     )
-    mitigation = instantiate(cfg.mitigation)
+    mitigation, spent = instantiate(cfg.mitigation), instantiate(cfg.utility)
     check_controls(pairs, settings, measures)
     claim_folder(folder, method_of(plain(cfg)))
     loggers = [instantiate(node)(save_dir=folder) for node in cfg.logger.values()]
@@ -147,6 +152,22 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
             aggregation=measures.aggregation,
         )
     write_atomically(folder / "edit.json", edit_record(found, mitigation.name))
+    utility = None
+    if edited and spent.asked:
+        utility = measure_utility(
+            model,
+            edit,
+            pairs=suspected,
+            corpus=workshop.corpus,
+            originals=originals,
+            sampling=sampling,
+            settings=spent,
+            folder=folder,
+            cache=Path(cfg.paths.cache) / "unmitigated",
+            descriptor=calibration.descriptor,
+            threshold=calibration.threshold,
+            seed=cfg.seed,
+        )
     report = make_report(
         checkpoint=model.name,
         mitigation=mitigation.name,
@@ -154,6 +175,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         calibration=calibration,
         outcomes=outcomes,
         baseline=baseline,
+        utility=utility,
         provenance=provenance_of(cfg, model, pairs, started=started),
     )
     _write(report, folder, images=cfg.report.images.value, max_pairs=cfg.report.max_pairs)
@@ -162,7 +184,10 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
 
 
 def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
-    """What decides the results of an audit, out of its resolved configuration."""
+    """What decides the results of an audit, out of its resolved configuration.
+
+    How much is measured of a mitigation's cost is not among it: that is measured anew each time.
+    """
     return {
         "seed": cfg["seed"],
         "checkpoint": without(cfg["checkpoint"], "device", "channels_last"),

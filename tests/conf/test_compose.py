@@ -13,8 +13,8 @@ from dori_lightning.types import InputError
 OPTIONS = [(group, option) for group, options in schema.groups().items() for option in options]
 #: Groups that a checkout without its yaml files would silently drop from the tests.
 GROUPS = {
-    "attack", "attack/budget", "checkpoint", "experiment", "logger", "metrics", "mitigation",
-    "pairs", "paths", "report", "sampling", "task", "trainer",
+    "attack", "attack/budget", "checkpoint", "corpus", "experiment", "logger", "metrics",
+    "mitigation", "pairs", "paths", "report", "sampling", "task", "trainer", "utility",
 }  # fmt: skip
 
 

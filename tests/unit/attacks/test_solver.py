@@ -108,7 +108,11 @@ def test_no_gradient_is_an_error_and_not_a_safe_model(
     model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def deaf(
-        latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, emb: torch.Tensor
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        emb: torch.Tensor,
+        **_: object,
     ) -> torch.Tensor:
         return (noise**2).flatten(1).mean(1) + 0.0 * emb.flatten(1).sum(1)
 
@@ -123,9 +127,9 @@ def test_a_row_that_diverges_stops_and_leaves_the_others_alone(
     healthy = attack(model, problem)
     real, calls = model.denoising_loss, []
 
-    def breaks(*args: torch.Tensor) -> torch.Tensor:
+    def breaks(*args: torch.Tensor, **options: Any) -> torch.Tensor:
         calls.append(1)
-        loss = real(*args)
+        loss = real(*args, **options)
         if len(calls) == 3:  # five rows take one pass a step: third step
             loss = loss * torch.where(torch.arange(len(loss)) // 3 == 1, torch.nan, 1.0)  # row 1
         return loss

@@ -1,0 +1,189 @@
+"""How value neurons react to ordinary prompts, which tells what is out of the ordinary.
+
+The value layers of cross-attention see the text alone, so the denoiser never runs here.
+
+Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.2, https://arxiv.org/abs/2406.02366.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+from torch.nn import functional as F
+
+from dori_lightning.files import write_atomically
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from dori_lightning.models.protocol import TextToImage
+
+__all__ = ["ActivationStatistics", "activation_statistics", "activations"]
+
+LAYOUT = "1"
+PROMPTS_AT_ONCE = 32
+"""Prompts of one pass; what is kept between passes does not grow with their number."""
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """Mean and spread of each value neuron's activation over ordinary prompts.
+
+    Attributes:
+        means: Layer name to mean activation (C,), fp32.
+        stds: Layer name to unbiased standard deviation (C,), fp32.
+        prompts: How many prompts.
+        fingerprint: Of the checkpoint.
+    """
+
+    means: Mapping[str, torch.Tensor]
+    stds: Mapping[str, torch.Tensor]
+    prompts: int
+    fingerprint: str
+
+    def z_scores(
+        self, layer: str, activation: torch.Tensor, *, two_sided: bool = True
+    ) -> torch.Tensor:
+        """How far activations are from the mean, in standard deviations (C,).
+
+        A neuron that no ordinary prompt moves has no spread: it scores 0 at its mean and infinity
+        anywhere else, since nothing could be more out of the ordinary.
+
+        Args:
+            layer: Its name.
+            activation: Activations (C,) of one prompt.
+            two_sided: Whether being below the mean counts as well; if not, it scores negative.
+        """
+        distance = activation - self.means[layer]
+        if two_sided:
+            distance = distance.abs()
+        spread = self.stds[layer]
+        return torch.where(distance == 0, torch.zeros_like(distance), distance / spread)
+
+    @property
+    def identity(self) -> str:
+        """Content hash."""
+        digest = hashlib.sha256(f"{self.fingerprint}|{self.prompts}".encode())
+        for name in sorted(self.means):
+            for tensors in (self.means, self.stds):
+                digest.update(f"|{name}|".encode() + tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:24]
+
+    def save(self, path: Path) -> Path:
+        """Write them as safetensors, whole or not at all."""
+        tensors = {f"mean|{name}": value.contiguous() for name, value in self.means.items()}
+        tensors |= {f"std|{name}": value.contiguous() for name, value in self.stds.items()}
+        note = {
+            "layout": LAYOUT,
+            "kind": "activation_statistics",
+            "fingerprint": self.fingerprint,
+            "prompts": str(self.prompts),
+            "identity": self.identity,
+        }
+        return write_atomically(path, save(tensors, metadata=note))
+
+    @classmethod
+    def load(cls, path: Path, model: TextToImage) -> ActivationStatistics:
+        """Read what ``save`` wrote, for the checkpoint it was made for.
+
+        Raises:
+            InputError: No such file, a damaged one, or one of another checkpoint.
+        """
+        mend = "  mend:  python -m dori_lightning task=statistics writes one"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"cannot read the statistics {path}: {reason}\n{mend}") from error
+        try:
+            tensors = load(data)
+            note = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            if (note["kind"], note["layout"]) != ("activation_statistics", LAYOUT):
+                raise ValueError(f"it is a {note['kind']} of layout {note['layout']}")
+            parts: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "std": {}}
+            for name, value in tensors.items():
+                which, _, layer = name.partition("|")
+                parts[which][layer] = value.clone()
+            found = cls(parts["mean"], parts["std"], int(note["prompts"]), note["fingerprint"])
+            if found.identity != note["identity"]:
+                raise ValueError("its content does not fit the hash in it")
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(
+                f"{path} holds no activation statistics, or is damaged: {error}\n{mend}"
+            ) from error
+        if found.fingerprint != model.fingerprint:
+            raise InputError(
+                f"the statistics {path} are those of a checkpoint with fingerprint "
+                f"{found.fingerprint}, but {model.name} has {model.fingerprint}\n{mend} for it"
+            )
+        return found
+
+
+@torch.no_grad()
+def activations(layer: nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of a value layer's absolute output, (N, C), fp32 on the CPU.
+
+    Computed in fp32 whatever the weights are kept in.
+
+    Args:
+        layer: A linear layer.
+        embeddings: Text embeddings (N, T, D).
+    """
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"a value layer must be linear, got {type(layer).__name__}")
+    weight = layer.weight.float()
+    bias = None if layer.bias is None else layer.bias.float()
+    values = F.linear(embeddings.to(weight.device, torch.float32), weight, bias)
+    return values.abs().mean(1).cpu()
+
+
+def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> ActivationStatistics:
+    """Statistics of all cross-attention value layers of a checkpoint.
+
+    One pass, in float64, by merging the moments of chunks (Chan et al., 1983), so that memory does
+    not grow with the number of prompts.
+
+    Args:
+        model: The checkpoint.
+        prompts: Ordinary prompts, at least two.
+
+    Raises:
+        InputError: There are fewer than two prompts, or the model has no such layers.
+    """
+    if len(prompts) < 2:
+        raise InputError(f"activation statistics need at least 2 prompts, got {len(prompts)}")
+    layers = model.layers("cross_attention.value")
+    if not layers:
+        raise InputError(f"{model.name} has no cross-attention value layers")
+    count = 0
+    means: dict[str, torch.Tensor] = {}
+    squares: dict[str, torch.Tensor] = {}
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        embeddings = model.encode_prompts(prompts[start : start + PROMPTS_AT_ONCE])
+        own = len(embeddings)
+        for name, layer in layers.items():
+            values = activations(layer, embeddings).double()
+            mean = values.mean(0)
+            square = (values - mean).square().sum(0)
+            if count == 0:
+                means[name], squares[name] = mean, square
+                continue
+            away = mean - means[name]
+            means[name] = means[name] + away * (own / (count + own))
+            squares[name] += square + away.square() * (count * own / (count + own))
+        count += own
+    return ActivationStatistics(
+        {name: value.float() for name, value in means.items()},
+        {name: (value / (count - 1)).sqrt().float() for name, value in squares.items()},
+        count,
+        model.fingerprint,
+    )

@@ -1,0 +1,245 @@
+"""Erase a caption by training the model to predict the opposite of what the caption adds.
+
+Reference: Erasing Concepts from Diffusion Models (Gandikota et al., 2023),
+https://arxiv.org/abs/2303.07345. The concept of a memorized picture is its whole caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.nn import functional as F
+
+from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.mitigations.base import check_calibrated, edit_key
+from dori_lightning.mitigations.finetuning import (
+    FinetuneSettings,
+    Finetuning,
+    finetune,
+    in_turn,
+)
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from dori_lightning.mitigations.base import Workshop
+    from dori_lightning.mitigations.edits import WeightEdit
+    from dori_lightning.models.protocol import TextToImage
+    from dori_lightning.types import Pair
+
+__all__ = ["ESD", "ESDTraining", "is_trained", "partly_denoised"]
+
+Variant = Literal["x", "u", "strict", "full"]
+VARIANTS: tuple[Variant, ...] = ("x", "u", "strict", "full")
+
+
+@dataclass(frozen=True)
+class ESD:
+    """Erased Stable Diffusion.
+
+    The published method makes one model per concept; an audit of N pairs would need N models, so
+    one model is trained on the captions of all pairs in turn. How the DoRI paper ran it is
+    unknown, as are its settings. The defaults are the published ones of the first release (Adam:
+    AdamW without weight decay; no clipping).
+
+    A frozen copy of the denoiser takes its memory once more.
+
+    Attributes:
+        name: How reports call it.
+        variant: ``x`` trains all cross-attention layers, ``u`` all that is neither
+            cross-attention nor time embedding nor output, ``strict`` the keys and values of the
+            cross-attention, ``full`` everything.
+        steps: Optimizer steps in all.
+        batch: Captions of a step.
+        eta: How far beyond the unconditional prediction the target lies, away from the caption's.
+        guidance: Guidance scale of the partial sampling.
+        sampling_steps: Steps of the sampler that is stopped on its way; None for the run's.
+        latents_from: Which model is sampled: the ``current`` one (the first release) or the
+            ``base``, which is not trained (the second).
+        finetune: Optimizer settings.
+    """
+
+    name: str
+    variant: Variant = "x"
+    steps: int = 1000
+    batch: int = 1
+    eta: float = 1.0
+    guidance: float = 3.0
+    sampling_steps: int | None = 50
+    latents_from: Literal["current", "base"] = "current"
+    finetune: FinetuneSettings = field(
+        default_factory=lambda: FinetuneSettings(lr=1e-5, weight_decay=0.0, clip=None)
+    )
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise InputError(
+                f"mitigation.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}"
+            )
+        if self.latents_from not in ("current", "base"):
+            raise InputError(
+                f"mitigation.latents_from must be current or base, got {self.latents_from!r}"
+            )
+        if self.steps < 1 or self.batch < 1:
+            raise InputError(
+                f"mitigation.steps and mitigation.batch must be >= 1, got {self.steps} and "
+                f"{self.batch}"
+            )
+        if self.eta <= 0:
+            raise InputError(f"mitigation.eta must be > 0, got {self.eta}")
+        if self.sampling_steps is not None and self.sampling_steps < 1:
+            raise InputError(
+                f"mitigation.sampling_steps must be >= 1 or null, got {self.sampling_steps}"
+            )
+
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
+        """Train on the pairs' captions; their pictures are not used."""
+        check_calibrated(pairs, self.name)
+        return finetune(
+            lambda: ESDTraining(model, self, pairs, workshop),
+            model,
+            workshop,
+            steps=self.steps,
+            key=edit_key(self, model, pairs, workshop),
+            title=self.name,
+        )
+
+
+class ESDTraining(Finetuning):
+    """The training of ``ESD``."""
+
+    def __init__(
+        self, model: TextToImage, method: ESD, pairs: Sequence[Pair], workshop: Workshop
+    ) -> None:
+        """Prepare the training.
+
+        Args:
+            model: Its denoiser is trained.
+            method: Settings.
+            pairs: N pairs to forget.
+            workshop: Gives the seed, the prompts' embeddings and the sampler.
+        """
+        super().__init__(
+            model, method.finetune, trained=lambda name: is_trained(name, method.variant)
+        )
+        self.method, self.seed = method, workshop.seed
+        self.prompts = workshop.data.batch(pairs).embeddings
+        # a list hides the teacher from this module's state
+        self._teacher = [model.frozen_copy()]
+        steps = method.sampling_steps or workshop.sampling.steps
+        sampling = replace(workshop.sampling, sampler="ddim", steps=steps)
+        self.visited = model.sampling_timesteps(sampling).cpu()
+
+    def training_step(self, *_: Any) -> torch.Tensor:
+        """Mean squared error between the prediction and ESD's target."""
+        method, model, teacher = self.method, self.model, self._teacher[0]
+        step, device = self.global_step, model.device
+        generator = keyed_generator("esd", self.seed, step)
+        rows = in_turn("esd", self.seed, step, batch=method.batch, count=len(self.prompts))
+        prompts = self.prompts[rows].to(device)
+        noise = torch.randn((len(rows), *model.latent_shape), generator=generator)
+        reached = torch.randint(len(self.visited), (len(rows),), generator=generator)
+        timesteps = self._timesteps(reached, generator).to(device)
+        with torch.no_grad():
+            latents = partly_denoised(
+                teacher if method.latents_from == "base" else model,
+                prompts,
+                noise.to(device),
+                timesteps=self.visited.to(device),
+                reached=reached.to(device),
+                guidance=method.guidance,
+            )
+            without, with_prompt = _both(teacher, latents, timesteps, prompts)
+            target = without - method.eta * (with_prompt - without)
+            # the teacher counts for itself
+            model.unet_evaluations += teacher.unet_evaluations
+            teacher.unet_evaluations = 0
+        loss = F.mse_loss(model.predict_noise(latents, timesteps, prompts), target)
+        self.log("finetune/loss", loss)
+        return loss
+
+    def _timesteps(self, reached: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Timesteps (N,) between where the sampler stopped and the step before.
+
+        The first release draws from the same interval, but is one sampler step further on: it
+        skips the noisiest step and stops after a step where its count says before.
+        """
+        low = self.visited[reached]
+        before = torch.cat(
+            [torch.tensor([self.model.num_train_timesteps]), self.visited[:-1].long()]
+        )
+        drawn = torch.rand(len(reached), generator=generator)
+        return (low + (drawn * (before[reached] - low)).floor()).long()
+
+
+def is_trained(name: str, variant: Variant) -> bool:
+    """Whether ESD trains a parameter, by its diffusers name.
+
+    Cross-attention is ``attn2``. ``u`` leaves out ``attn2``, ``time_embedding`` and the output
+    ``conv_norm_out`` and ``conv_out`` (first release: ``attn2``, ``time_embed``, ``out.``); it
+    does train the projections ``time_emb_proj`` of the blocks, as that does.
+    """
+    if variant == "full":
+        return True
+    if variant == "x":
+        return ".attn2." in name
+    if variant == "strict":
+        return ".attn2.to_k." in name or ".attn2.to_v." in name
+    outside = ("time_embedding.", "conv_norm_out.", "conv_out.")
+    return ".attn2." not in name and not name.startswith(outside)
+
+
+def _both(
+    model: TextToImage, latents: torch.Tensor, timesteps: torch.Tensor, prompts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise (N, C, h, w) predicted without and with the prompts, in one pass."""
+    empty = model.empty_embedding().expand_as(prompts)
+    both = model.predict_noise(
+        torch.cat([latents, latents]),
+        torch.cat([timesteps, timesteps]),
+        torch.cat([empty, prompts]),
+    )
+    without, with_prompt = both.chunk(2)
+    return without, with_prompt
+
+
+@torch.no_grad()
+def partly_denoised(
+    model: TextToImage,
+    prompts: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    timesteps: torch.Tensor,
+    reached: torch.Tensor,
+    guidance: float,
+) -> torch.Tensor:
+    """Run a guided DDIM sampler, each row as far as it says.
+
+    Args:
+        model: What is sampled.
+        prompts: Embeddings (N, T, D).
+        noise: Starting noise (N, C, h, w), at ``timesteps[0]``.
+        timesteps: What the sampler visits (S,), falling.
+        reached: Steps of each row (N,), 0..S - 1.
+        guidance: Guidance scale; 1 turns guidance off.
+
+    Returns:
+        Latents (N, C, h, w), row n at the noise level of ``timesteps[reached[n]]``.
+    """
+    latents = noise.clone()
+    for k in range(int(reached.max())):
+        rows = (reached > k).nonzero()[:, 0]
+        x, t = latents[rows], timesteps[k].expand(len(rows))
+        if guidance == 1.0:
+            predicted = model.predict_noise(x, t, prompts[rows])
+        else:
+            without, with_prompt = _both(model, x, t, prompts[rows])
+            predicted = without + guidance * (with_prompt - without)
+        now, later = model.alphas_cumprod[timesteps[k]], model.alphas_cumprod[timesteps[k + 1]]
+        clean = (x - (1 - now).sqrt() * predicted) / now.sqrt()
+        latents[rows] = later.sqrt() * clean + (1 - later).sqrt() * predicted
+    return latents

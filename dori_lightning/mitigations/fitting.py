@@ -1,0 +1,166 @@
+"""Run one fit of a fine-tuning: checkpoints, progress, resume, and what may go wrong."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+import zipfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset
+
+from dori_lightning.progress import stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from dori_lightning.mitigations.base import Workshop
+    from dori_lightning.mitigations.finetuning import Finetuning
+    from dori_lightning.models.protocol import TextToImage
+
+__all__ = ["fit"]
+
+log = logging.getLogger(__name__)
+
+
+class _Steps(IterableDataset[int]):
+    """As many elements as anybody asks for; what a step does follows from its number."""
+
+    def __iter__(self) -> Iterator[int]:
+        k = 0
+        while True:
+            yield k
+            k += 1
+
+
+class _Advance(L.Callback):
+    """Advance a stage by the optimizer steps that were taken; stop at a loss that is no number."""
+
+    def __init__(self, title: str, advance: Callable[[int], None]) -> None:
+        self.title, self.advance, self.seen = title, advance, 0
+
+    # checkpoints are written after all other callbacks, so none holds the broken weights
+    def on_train_batch_end(
+        self, trainer: L.Trainer, _module: L.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None and not bool(torch.isfinite(loss)):
+            raise RuntimeError(
+                f"{self.title}: the loss stopped being finite at step {trainer.global_step}; "
+                f"a smaller mitigation.finetune.lr or precision=32-true may help"
+            )
+        self.advance(trainer.global_step - self.seen)
+        self.seen = trainer.global_step
+
+
+def fit(
+    module: Finetuning,
+    model: TextToImage,
+    workshop: Workshop,
+    folder: Path,
+    *,
+    steps: int,
+    title: str,
+) -> None:
+    """Train ``module`` up to ``steps`` optimizer steps, going on from ``folder``'s checkpoint.
+
+    Args:
+        module: What is trained, in place.
+        model: Its model, which says where to train.
+        workshop: Makes the Trainer.
+        folder: Where checkpoints are kept; stays afterwards.
+        steps: Optimizer steps.
+        title: What the progress line and errors say.
+
+    Raises:
+        RuntimeError: The loss stopped being finite, or the fit ended early.
+        KeyboardInterrupt: The user stopped it.
+    """
+    settings, device = module.settings, model.device
+    last = _last_checkpoint(folder, title)
+    if last is not None and _is_done(module, last, steps):
+        return
+    saving = ModelCheckpoint(
+        dirpath=folder,
+        every_n_train_steps=settings.checkpoint_every,
+        # one file: three times the weights' size is enough
+        save_last=True,
+        save_top_k=0,
+    )
+    with stage(title, steps) as advance:
+        callbacks: list[L.Callback] = [saving, _Advance(title, advance)]
+        if settings.ema is not None:
+            # by interpolation, which leaves weights that are not trained as they are to the bit;
+            # EMAWeightAveraging adds two products, which rounds
+            average = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
+            callbacks.append(WeightAveraging(use_buffers=False, multi_avg_fn=average))
+        trainer = workshop.trainer(
+            max_steps=steps,
+            callbacks=callbacks,
+            # manual optimization clips for itself
+            gradient_clip_val=settings.clip if module.automatic_optimization else None,
+            precision=settings.precision,
+            enable_checkpointing=True,
+            default_root_dir=folder,
+            # where the model is: its tensors that are no weights stay there
+            accelerator=device.type,
+            devices=1 if device.type == "cpu" else [device.index or 0],
+        )
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            with warnings.catch_warnings():
+                # a pretrained denoiser is trained as it is used, and checkpoints hold what a step
+                # led to
+                for intended in (".*in eval mode at the start", ".*no pre-optimization state"):
+                    warnings.filterwarnings("ignore", message=intended)
+                trainer.fit(
+                    module,
+                    DataLoader(_Steps(), batch_size=None),
+                    ckpt_path=None if last is None else str(last),
+                    weights_only=True,
+                )
+        except SystemExit as left:
+            # Lightning makes Ctrl+C an exit and ignores it from then on
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from left
+    if trainer.global_step < steps:
+        raise RuntimeError(
+            f"{title}: the fit ended after {trainer.global_step} of {steps} steps; what it "
+            f"trained so far is no edit"
+        )
+
+
+def _last_checkpoint(folder: Path, title: str) -> Path | None:
+    """The checkpoint to go on from; one that was cut by a crash is not used."""
+    last = folder / "last.ckpt"
+    if not last.is_file():
+        return None
+    if not zipfile.is_zipfile(last):
+        log.warning("%s: %s is damaged, so training begins anew", title, last)
+        last.unlink()
+        return None
+    log.info("%s: going on from %s", title, last)
+    return last
+
+
+def _is_done(module: Finetuning, last: Path, steps: int) -> bool:
+    """Whether a checkpoint is a fit's end; takes its weights then.
+
+    A Trainer that has nothing left to do would not put the average of the weights in place.
+    """
+    # mapped, since only its end is read whole
+    kept = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    if kept["global_step"] < steps:
+        return False
+    module.on_load_checkpoint(kept)
+    module.load_state_dict(kept["state_dict"])
+    return True

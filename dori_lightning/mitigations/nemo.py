@@ -1,0 +1,189 @@
+"""Block the value neurons of cross-attention that a memorized prompt needs.
+
+Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.02366.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from dori_lightning.mitigations.base import check_calibrated
+from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
+from dori_lightning.mitigations.nemo_find import PUBLISHED_STEPS, find_neurons
+from dori_lightning.models.protocol import Stage
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dori_lightning.mitigations.base import Workshop
+    from dori_lightning.mitigations.nemo_find import NeMoFindings
+    from dori_lightning.models.protocol import TextToImage
+    from dori_lightning.pairs.datamodule import Encoded
+    from dori_lightning.types import Pair
+
+__all__ = ["NeMo"]
+
+
+@dataclass(frozen=True)
+class NeMo:
+    """Find, for each pair, few value neurons without which its prompt is not memorized.
+
+    The defaults are the published ones but for ``threshold``, which holds for one checkpoint.
+
+    Attributes:
+        name: How reports call it.
+        scope: ``pair`` blocks for each pair its own neurons, as published; ``union`` blocks all of
+            them for everybody.
+        stages: Where value layers are blocked: ``down`` and ``mid`` are the published seven. Which
+            layers carry the conditioning depends on the checkpoint; ``task=statistics`` measures.
+        criterion: What shows memorization. ``noise_ssim``, published: similarity of noise
+            differences, from the prompt alone. ``denoising_loss``: how much of the prompt's help
+            in denoising the pair's picture is left, see ``nemo_measure``. ``replication``:
+            whether the picture is still drawn, see ``nemo_pictures``.
+        samples: Noises per question.
+        noise_seed: Of the starting noises of ``noise_ssim``, one draw for all pairs.
+        timestep: Where ``noise_ssim`` predicts, as a place in DDIM's 50 steps. The paper says the
+            first one, the released code predicts at the second one from the unchanged noise.
+        statistics: File with activation statistics (``task=statistics``); None computes them from
+            the corpus.
+        statistics_prompts: Ordinary prompts for that. Published: 50,000.
+        threshold: Similarity of two samples of ``noise_ssim`` above which a prompt is memorized,
+            and which blocking must not exceed; 0.428 for Stable Diffusion 1.4. None calibrates: of
+            each ordinary prompt the largest similarity, over prompts the mean plus
+            ``threshold_stds`` standard deviations.
+        threshold_prompts: Ordinary prompts for that.
+        threshold_stds: See ``threshold``.
+        suppressed_share: Share of the prompt's help that must be gone with ``denoising_loss``, in
+            (0, 1].
+        replication_limit: Similarity by the deciding descriptor that a pair's pictures must not
+            exceed with ``replication``, in (0, 1).
+        start_z: First level: neurons beyond this many standard deviations are blocked.
+        z_step: How much lower each next level is.
+        min_z: Levels are above it.
+        start_k: First level: how many of each layer's most active neurons are blocked.
+        k_step: How many more each next level has; 0 with ``start_k`` 0 goes by z alone.
+        z_two_sided: Whether activations below the mean count, as in the paper's text and the
+            released code; its algorithm 2 is one-sided.
+        refine: Whether to unblock what is not needed.
+        when_not_memorized: What becomes of a pair whose prompt shows no memorization: ``leave``
+            blocks nothing, as published; ``block`` goes on with all samples (``noise_ssim``).
+        scales: Scales of the similarity; None for the published 3, or what fits.
+        window: Its window; None for the published 11, or what fits.
+        rows: Rows of every forward pass; at least ``samples``.
+        candidates: Questions of one pair in a pass, at most. 1 asks one at a time; more is faster
+            where few pairs are left and finds the same neurons.
+    """
+
+    name: str = "nemo"
+    scope: Literal["pair", "union"] = "pair"
+    stages: tuple[Stage, ...] = ("down", "mid")
+    criterion: Literal["noise_ssim", "denoising_loss", "replication"] = "noise_ssim"
+    samples: int = 10
+    noise_seed: int = 1
+    timestep: int = 1
+    statistics: str | None = None
+    statistics_prompts: int = 1000
+    threshold: float | None = None
+    threshold_prompts: int = 100
+    threshold_stds: float = 1.0
+    suppressed_share: float = 0.5
+    replication_limit: float = 0.5
+    start_z: float = 5.0
+    z_step: float = 0.25
+    min_z: float = 1.0
+    start_k: int = 0
+    k_step: int = 1
+    z_two_sided: bool = True
+    refine: bool = True
+    when_not_memorized: Literal["leave", "block"] = "leave"
+    scales: int | None = None
+    window: int | None = None
+    rows: int = 64
+    candidates: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        known = ("down", "mid", "up")
+        noise = self.criterion == "noise_ssim"
+        for good, rule in (
+            (self.scope in ("pair", "union"), "scope must be pair or union"),
+            (
+                bool(self.stages) and set(self.stages) <= set(known),
+                f"stages must be some of {', '.join(known)}",
+            ),
+            (
+                self.criterion in ("noise_ssim", "denoising_loss", "replication"),
+                "criterion must be noise_ssim, denoising_loss or replication",
+            ),
+            (self.samples >= (2 if noise else 1), "samples must be >= 2 for noise_ssim, else 1"),
+            (
+                0 <= self.timestep < PUBLISHED_STEPS,
+                f"timestep must be in 0..{PUBLISHED_STEPS - 1}",
+            ),
+            (self.statistics_prompts >= 2, "statistics_prompts must be >= 2"),
+            (self.threshold_prompts >= 2, "threshold_prompts must be >= 2"),
+            (self.threshold is None or 0 < self.threshold < 1, "threshold must be in (0, 1)"),
+            (0 < self.suppressed_share <= 1, "suppressed_share must be in (0, 1]"),
+            (0 < self.replication_limit < 1, "replication_limit must be in (0, 1)"),
+            (0 <= self.min_z < self.start_z, "start_z must be above min_z, and that >= 0"),
+            (self.z_step > 0, "z_step must be positive"),
+            (self.start_k >= 0 and self.k_step >= 0, "start_k and k_step must be >= 0"),
+            (
+                self.when_not_memorized in ("leave", "block"),
+                "when_not_memorized must be leave or block",
+            ),
+            (
+                noise or self.when_not_memorized == "leave",
+                "when_not_memorized=block needs criterion=noise_ssim: a loss that the prompt does "
+                "not lower cannot be raised to that without it",
+            ),
+            (self.rows >= self.samples, "rows must be at least samples"),
+            (self.candidates >= 1, "candidates must be >= 1"),
+        ):
+            if not good:
+                raise InputError(f"mitigation {self.name}: {rule}\n  got:   {self}")
+
+    def apply(
+        self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
+    ) -> MaskEdit | PairMaskEdit:
+        """Find the neurons of every pair and return their masks."""
+        check_calibrated(pairs, self.name)
+        found = self.find(
+            model, {pair.id: workshop.data.encoded(pair) for pair in pairs}, workshop
+        )
+        one_at_a_time = sum(own.get("one_at_a_time", 0) for own in found.notes.values())
+        origin = Origin(
+            model.fingerprint,
+            cost={"unet_evaluations_one_at_a_time": one_at_a_time},
+            notes={
+                "threshold": found.threshold,
+                "statistics": found.statistics,
+                "pairs": found.notes,
+            },
+        )
+        if self.scope == "pair":
+            return PairMaskEdit(origin, found.masks)
+        parameters = next(iter(found.masks.values()))
+        return MaskEdit(
+            origin,
+            {
+                name: torch.stack([own[name] for own in found.masks.values()]).any(0)
+                for name in parameters
+            },
+        )
+
+    def find(
+        self, model: TextToImage, pairs: Mapping[str, Encoded], workshop: Workshop
+    ) -> NeMoFindings:
+        """Find neurons for embeddings, whether they are those of prompts or not.
+
+        Args:
+            model: Checkpoint.
+            pairs: Name to embedding and latent; latents are read with ``denoising_loss`` only.
+            workshop: Gives ordinary prompts and the seed.
+        """
+        return find_neurons(self, model, pairs, workshop)

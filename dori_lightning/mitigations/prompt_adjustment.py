@@ -1,0 +1,241 @@
+"""Shift the text embedding until the denoiser hardly distinguishes it from the empty prompt.
+
+Reference: Wen et al., Detecting, explaining, and mitigating memorization in diffusion models
+(ICLR 2024), sections 3 and 4.3 (inference-time mitigation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.attacks.solver import RowAdam
+from dori_lightning.mitigations.base import settings_of
+from dori_lightning.mitigations.edits import Origin
+from dori_lightning.mitigations.memorization_score import FirstStep, memorization_score
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from dori_lightning.mitigations.base import Workshop
+    from dori_lightning.models.protocol import Sampling, TextToImage
+    from dori_lightning.types import Pair
+
+__all__ = ["Adjusting", "PromptAdjustment", "PromptAdjustmentEdit"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Adjusting:
+    """How an embedding is shifted: AdamW on all tokens but the first.
+
+    AdamW's decay pulls the tokens that move towards zero, as in the reference. There it also
+    shrinks the first token, whose gradient is set to zero, by at most 0.5 %; here that token
+    stays exactly as it is.
+
+    Attributes:
+        lr: Learning rate; 0.05 in the reference's experiments.
+        iterations: Steps at most.
+        weight_decay: AdamW's decay; the reference uses PyTorch's default.
+    """
+
+    lr: float = 0.05
+    iterations: int = 10
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.iterations < 1 or self.weight_decay < 0:
+            raise InputError(
+                f"mitigation.adjusting needs lr > 0, iterations >= 1 and weight_decay >= 0, "
+                f"got {self}"
+            )
+
+
+@dataclass(frozen=True)
+class PromptAdjustment:
+    """Adjust every embedding at inference; no weight changes.
+
+    Whatever embedding reaches the generator is adjusted, so adversarial ones are as well. The
+    attack itself does not see the defence: it searches against the plain denoiser, and what it
+    finds is adjusted afterwards. An attack that takes the adjustment into account may do better,
+    so the rate under attack is a lower bound.
+
+    The reference adjusts one embedding for a batch of pictures and takes the norm over the whole
+    batch, so its targets depend on the batch: a value for n pictures is about sqrt(n) times that
+    of one. Here each picture has its own embedding, norm and stop; a target of the reference is
+    to be divided by sqrt(n) (its notebook: 3 for 4 pictures, so about 1.5).
+
+    No pair is read.
+
+    Attributes:
+        name: How reports call it.
+        target: A picture's embedding is left as it is from the step where its score
+            (``memorization_score``) is at most this. None: found on ordinary prompts, since a
+            usual score is a property of the checkpoint.
+        quantile: Which quantile of the scores of ordinary prompts is the target; not used where
+            ``target`` is given.
+        calibration_prompts: How many ordinary prompts, of the corpus' calibration split.
+        adjusting: How embeddings are shifted.
+    """
+
+    name: str = "prompt_adjustment"
+    target: float | None = None
+    quantile: float = 0.5
+    calibration_prompts: int = 64
+    adjusting: Adjusting = Adjusting()
+
+    def __post_init__(self) -> None:
+        if self.target is not None and not self.target >= 0:
+            raise InputError(f"mitigation.target must be at least 0, got {self.target}")
+        if not 0 <= self.quantile <= 1:
+            raise InputError(f"mitigation.quantile must be in [0, 1], got {self.quantile}")
+        if self.calibration_prompts < 1:
+            raise InputError(
+                f"mitigation.calibration_prompts must be at least 1, got "
+                f"{self.calibration_prompts}"
+            )
+
+    def apply(
+        self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
+    ) -> PromptAdjustmentEdit:
+        """Find the target, unless it is given.
+
+        Raises:
+            InputError: The corpus has too few prompts.
+            RuntimeError: Scores of ordinary prompts are not finite.
+        """
+        del pairs
+        before = model.unet_evaluations
+        target, notes = self.target, {}
+        if target is None:
+            scores = self._ordinary_scores(model, workshop)
+            target = float(scores.quantile(self.quantile))
+            notes = {"ordinary_scores": scores.tolist()}
+        return PromptAdjustmentEdit(
+            Origin(
+                model.fingerprint,
+                mitigation=self.name,
+                settings=settings_of(self),
+                cost={"unet_evaluations": model.unet_evaluations - before},
+                notes={"target": target, **notes},
+            ),
+            target,
+            self.adjusting,
+        )
+
+    def _ordinary_scores(self, model: TextToImage, workshop: Workshop) -> torch.Tensor:
+        count = self.calibration_prompts
+        noise = torch.stack(
+            [
+                torch.randn(
+                    model.latent_shape,
+                    generator=keyed_generator("prompt adjustment", workshop.seed, k),
+                )
+                for k in range(count)
+            ]
+        )
+        embeddings = workshop.prompts(model, "calibration", count)
+        scores = memorization_score(model, embeddings, noise, workshop.sampling).cpu()
+        if not bool(scores.isfinite().all()):
+            raise RuntimeError(
+                f"{self.name}: scores of ordinary prompts are not finite, so there is no target; "
+                f"checkpoint.precision=fp32 may help"
+            )
+        return scores
+
+
+@dataclass(frozen=True, eq=False)
+class PromptAdjustmentEdit:
+    """What is put before the generator; there is nothing to write, it is cheap to make again.
+
+    Attributes:
+        origin: Where it comes from.
+        target: Score from which on an embedding is left as it is, >= 0.
+        adjusting: How embeddings are shifted.
+    """
+
+    origin: Origin
+    target: float
+    adjusting: Adjusting = Adjusting()
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the checkpoint's fingerprint, the target and how embeddings are shifted."""
+        what = f"prompt adjustment|{self.origin.fingerprint}|{self.target!r}|{self.adjusting!r}"
+        return hashlib.sha256(what.encode()).hexdigest()[:24]
+
+    @contextmanager
+    def applied(self, model: TextToImage) -> Iterator[None]:
+        """Adjust what is generated from while open, after what a filter there did already.
+
+        Raises:
+            InputError: The edit was made for another checkpoint.
+        """
+        self.origin.check(model)
+        previous = model.embedding_filter
+
+        def adjusted(
+            embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
+        ) -> torch.Tensor:
+            if previous is not None:
+                embeddings = previous(embeddings, noise, sampling)
+            return self.adjusted(model, embeddings, noise, sampling)
+
+        model.embedding_filter = adjusted
+        try:
+            yield
+        finally:
+            model.embedding_filter = previous
+
+    def counts(self) -> dict[str, int]:
+        """Nothing: no weight changes."""
+        return {}
+
+    def adjusted(
+        self, model: TextToImage, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
+    ) -> torch.Tensor:
+        """Adjusted embeddings (N, T, D), each picture's by itself.
+
+        A picture whose score or gradient is not finite keeps its embedding from there on, with a
+        warning.
+
+        Args:
+            model: The checkpoint.
+            embeddings: Text embeddings (N, T, D).
+            noise: Starting noise of the pictures (N, C, h, w).
+            sampling: The sampler that they will be made with.
+        """
+        start = embeddings.detach().to(model.device)
+        rows = start.float()
+        optimizer = RowAdam(rows, lr=self.adjusting.lr)
+        moving = torch.ones_like(rows)
+        moving[:, 0] = 0.0
+        keep = 1 - self.adjusting.lr * self.adjusting.weight_decay * moving
+        active = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        with model.frozen():
+            passes = FirstStep(model, noise, sampling)
+            for _ in range(self.adjusting.iterations):
+                score, gradient = passes.gradient(rows, active)
+                finite = score.isfinite() & gradient.flatten(1).isfinite().all(1)
+                broken = active & ~finite
+                if bool(broken.any()):
+                    log.warning(
+                        "prompt adjustment: %d embeddings are left, their score or gradient is "
+                        "not finite",
+                        int(broken.sum()),
+                    )
+                active = active & finite & (score > self.target)
+                if not bool(active.any()):
+                    break
+                decayed = torch.where(active[:, None, None], rows * keep, rows)
+                rows = optimizer.step(decayed, gradient * moving, active)
+        return rows.to(start.dtype)

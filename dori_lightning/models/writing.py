@@ -1,0 +1,258 @@
+"""Write a checkpoint for other programs to open: no bit lost, no pickle, no code.
+
+Everything is written from the loaded parts rather than copied from the source's files, so that
+nothing comes along that this program did not read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from dori_lightning.models.loading import fingerprint_of_states, load_checkpoint
+from dori_lightning.models.original_layout import original_state
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from torch import nn
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from dori_lightning.models.stable_diffusion import StableDiffusion
+
+__all__ = [
+    "DTYPES",
+    "Parts",
+    "Weights",
+    "check_written",
+    "parts_of",
+    "weights_of",
+    "write_configs",
+    "write_folder",
+    "write_single",
+]
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+"""Dtypes that weights are written in, the narrowest first."""
+
+_UNWANTED = {
+    "_name_or_path", "name_or_path", "is_local", "local_files_only",  # this machine's
+    "auto_map", "custom_pipelines", "trust_remote_code",  # name code to fetch and run
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a Stable Diffusion checkpoint consists of."""
+
+    unet: UNet2DConditionModel
+    autoencoder: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDIMScheduler
+
+
+def parts_of(model: StableDiffusion) -> Parts:
+    """Parts of a loaded checkpoint, with whatever edit it carries now."""
+    return Parts(
+        model.unet, model.autoencoder, model.text_encoder, model.tokenizer, model.scheduler
+    )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights as they are written, on the CPU; fp32 ones share the model's memory.
+
+    Attributes:
+        unet: Tensors by name.
+        autoencoder: Tensors by name.
+        text_encoder: Tensors by name.
+        dtypes: Part (``unet``, ``vae``, ``text_encoder``) to the name of its dtype.
+        exact: Whether every weight has the value that it has in the model.
+    """
+
+    unet: Mapping[str, torch.Tensor]
+    autoencoder: Mapping[str, torch.Tensor]
+    text_encoder: Mapping[str, torch.Tensor]
+    dtypes: Mapping[str, str]
+    exact: bool
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint that the loader will find."""
+        return fingerprint_of_states((self.unet, self.autoencoder, self.text_encoder))
+
+
+def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
+    """Bring weights into the dtype they are written in.
+
+    Args:
+        parts: Whose weights.
+        dtype: ``fp16``, ``bf16`` or ``fp32``; None for the narrowest that holds every weight of a
+            part exactly, which is that of the source's files as long as an edit does not need
+            more.
+
+    Raises:
+        InputError: The dtype is none of these, or some weight is too large for it.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)} or null, got {dtype!r}")
+    modules: dict[str, nn.Module] = {
+        "unet": parts.unet,
+        "vae": parts.autoencoder,
+        "text_encoder": parts.text_encoder,
+    }
+    chosen, states, exact = {}, {}, True
+    for part, module in modules.items():
+        state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+        chosen[part] = dtype or next(
+            n for n, d in DTYPES.items() if _holds(d, state) or n == "fp32"
+        )
+        wanted = DTYPES[chosen[part]]
+        exact = exact and _holds(wanted, state)
+        states[part] = {name: tensor.to(wanted).contiguous() for name, tensor in state.items()}
+        _check_finite(state, states[part], chosen[part])
+    return Weights(states["unet"], states["vae"], states["text_encoder"], chosen, exact)
+
+
+def _holds(dtype: torch.dtype, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a dtype holds every value exactly."""
+    return all(torch.equal(t.to(dtype).float(), t.float()) for t in state.values())
+
+
+def _check_finite(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], dtype: str
+) -> None:
+    for name, tensor in after.items():
+        if not tensor.isfinite().all() and before[name].isfinite().all():
+            raise InputError(
+                f"{name} has weights that are too large for {dtype}\n"
+                f"  mend:  export in bf16 or fp32, or let the weights decide (dtype null)"
+            )
+
+
+def write_folder(folder: Path, parts: Parts, weights: Weights) -> None:
+    """Write a diffusers folder that ``StableDiffusionPipeline.from_pretrained`` opens.
+
+    The text encoder's keys get the prefix ``text_model.`` of the original releases: versions 4
+    and 5 of transformers both read it, while keys without it would leave version 4 with random
+    weights.
+
+    Args:
+        folder: Where to; made if needed.
+        parts: Give the configurations.
+        weights: What is written.
+    """
+    write_configs(folder, parts)
+    text_encoder = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in weights.text_encoder.items()
+        if not name.endswith("position_ids")
+    }
+    for place, state in (
+        ("unet/diffusion_pytorch_model", weights.unet),
+        ("vae/diffusion_pytorch_model", weights.autoencoder),
+        ("text_encoder/model", text_encoder),
+    ):
+        save_file(dict(state), folder / f"{place}.safetensors", metadata={"format": "pt"})
+
+
+def write_configs(folder: Path, parts: Parts) -> None:
+    """Write everything of a diffusers folder but the weights.
+
+    The text encoder's configuration says fp32 whatever its file holds: transformers would load
+    half precision as such beside a UNet that diffusers widens, and the pipeline would not run.
+    """
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    parts.unet.save_config(folder / "unet")
+    parts.autoencoder.save_config(folder / "vae")
+    parts.text_encoder.config.save_pretrained(folder / "text_encoder")
+    parts.tokenizer.save_pretrained(folder / "tokenizer")
+    parts.scheduler.save_config(folder / "scheduler")
+    for path in folder.glob("*/*config.json"):
+        config = json.loads(path.read_text("utf-8"))
+        config = {key: value for key, value in config.items() if key not in _UNWANTED}
+        if path.parent.name == "text_encoder":
+            config = {**config, "architectures": ["CLIPTextModel"], "dtype": "float32"}
+        _write_json(path, config)
+    none = [None, None]
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": none,
+            "image_encoder": none,
+            "requires_safety_checker": False,
+            "safety_checker": none,
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_single(
+    path: Path, parts: Parts, weights: Weights, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file in the original layout.
+
+    Args:
+        path: Where to.
+        parts: Tell the version: an encoder with exact GELU is OpenCLIP's, of version 2.
+        weights: What is written.
+        notes: What the file's header says of it, as JSON under one key: several would be
+            written in any order, and the file could not be compared by its hash.
+    """
+    state = original_state(
+        unet=weights.unet,
+        autoencoder=weights.autoencoder,
+        text_encoder=weights.text_encoder,
+        open_clip=parts.text_encoder.config.hidden_act == "gelu",
+    )
+    note = {"dori_lightning": json.dumps(notes, sort_keys=True)} if notes else {"format": "pt"}
+    save_file(state, path, metadata=note)
+
+
+def check_written(source: Path, weights: Weights, *, config: Path | None = None) -> None:
+    """Load what was written as anybody would, and compare every weight.
+
+    Args:
+        source: Folder or single file.
+        weights: What should be in it.
+        config: Folder with the configuration, for a single file.
+
+    Raises:
+        RuntimeError: It is another checkpoint.
+    """
+    read = load_checkpoint(
+        name="written",
+        source=str(source),
+        config=None if config is None else str(config),
+        device="cpu",
+    )
+    if read.fingerprint != weights.fingerprint:
+        raise RuntimeError(
+            f"{source} was written with the weights {weights.fingerprint}, but reads as "
+            f"{read.fingerprint}"
+        )

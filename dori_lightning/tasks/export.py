@@ -1,0 +1,288 @@
+"""Write a checkpoint with an edit in its weights, for other programs to open."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from hydra.utils import instantiate
+
+from dori_lightning.files import write_atomically
+from dori_lightning.mitigations.base import settings_of
+from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
+from dori_lightning.mitigations.edit_tensors import parameters_of
+from dori_lightning.mitigations.edits import EmptyEdit, MaskEdit, PairMaskEdit, WeightEdit
+from dori_lightning.models.loading import resolve_source
+from dori_lightning.models.writing import DTYPES, parts_of, weights_of
+from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.progress import stage
+from dori_lightning.report.card_audit import AuditedThing, audited_thing, card_audit
+from dori_lightning.report.model_card import Changed, Exported, model_card
+from dori_lightning.report.record import read_report
+from dori_lightning.schema import groups
+from dori_lightning.tasks._export_files import export_folder, export_single, file_name
+from dori_lightning.tasks._folder import claim_folder
+from dori_lightning.tasks._originals import originals_of
+from dori_lightning.tasks._provenance import git_sha, package_versions
+from dori_lightning.tasks._workshop import workshop_of
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from omegaconf import DictConfig
+
+    from dori_lightning.mitigations.base import Mitigation
+    from dori_lightning.mitigations.edits import Edit
+    from dori_lightning.models.stable_diffusion import StableDiffusion
+    from dori_lightning.models.writing import Weights
+    from dori_lightning.types import Pair
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("diffusers", "single_file")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The edit that goes into the weights, and what the card says of it."""
+
+    edit: MaskEdit | WeightEdit | EmptyEdit
+    mitigation: str
+    settings: Mapping[str, Any]
+    cost: Mapping[str, float]
+    pairs: Mapping[str, int] | None
+    pair: str | None
+    seed: int | None
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """Export a checkpoint into ``folder``.
+
+    Formats that are there already are left; the model card is written anew each time, so that an
+    audit can be added to it later.
+
+    Raises:
+        InputError: No checkpoint can hold the edit, the audit is of something else, or the folder
+            holds another export.
+    """
+    formats = _check_settings(cfg)
+    audit = None if cfg.task.audit is None else Path(cfg.task.audit).expanduser()
+    shown = None if audit is None else card_audit(audit)
+    given = None if cfg.task.edit is None else read_edit(Path(cfg.task.edit).expanduser())
+    mitigation = instantiate(cfg.mitigation)
+    pairs = [] if given is not None else instantiate(cfg.pairs).read()
+    model: StableDiffusion = instantiate(cfg.checkpoint)
+    if given is not None:
+        chosen = _from_file(cfg, given)
+    else:
+        chosen = _from_mitigation(cfg, model, mitigation, pairs)
+    changed = _changed(model, chosen.edit)
+    folder.mkdir(parents=True, exist_ok=True)
+    with chosen.edit.applied(model), FileLock(folder / ".export.lock"):
+        parts = parts_of(model)
+        weights = weights_of(parts, cfg.task.dtype)
+        if audit is not None:
+            _check_audit(audit, AuditedThing(model.fingerprint, chosen.edit.identity), weights)
+        claim_folder(folder, _method(cfg, model, chosen, weights))
+        if is_writable(chosen.edit):
+            write_edit(folder / "edit.safetensors", chosen.edit)
+        exported = _describe(cfg, model, chosen, weights, changed)
+        card = model_card(exported, shown).encode()
+        single = folder / f"{file_name(f'{model.name}-{chosen.mitigation}')}.safetensors"
+        notes = {"fingerprint": exported.exported, "original": exported.fingerprint}
+        with stage("export", len(formats)) as advance:
+            if "diffusers" in formats:
+                export_folder(folder / "diffusers", parts, weights, card)
+                advance(1)
+            if "single_file" in formats:
+                export_single(single, parts, weights, {**notes, "edit": exported.edit})
+                advance(1)
+        home = folder / "diffusers"
+        write_atomically((home if home.is_dir() else folder) / "README.md", card)
+    log.info("exported to %s with fingerprint %s", folder, weights.fingerprint)
+
+
+def _check_settings(cfg: DictConfig) -> tuple[str, ...]:
+    asked, dtype = cfg.task.formats, cfg.task.dtype
+    formats = tuple(dict.fromkeys([asked] if isinstance(asked, str) else asked or []))
+    if not formats or not set(formats) <= set(FORMATS):
+        raise InputError(
+            f"task.formats must name one or more of {', '.join(FORMATS)}, got {list(formats)}"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"task.dtype must be one of {', '.join(DTYPES)} or null, got {dtype!r}")
+    return formats
+
+
+def _from_file(cfg: DictConfig, edit: Edit) -> _Chosen:
+    """Take the edit that the user names; what it was calibrated on is not known."""
+    origin = edit.origin
+    assert origin is not None, "files hold no empty edits"
+    own = _weights_edit(edit, cfg.task.pair, origin.mitigation)
+    name = origin.mitigation or "unnamed"
+    return _Chosen(own, name, origin.settings, origin.cost, None, _pair(cfg), None)
+
+
+def _from_mitigation(
+    cfg: DictConfig, model: StableDiffusion, mitigation: Mitigation, listed: Sequence[Pair]
+) -> _Chosen:
+    """Find the edit that an audit of the same configuration finds."""
+    pairs = [pair for pair in listed if pair.role == "audit"]
+    sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
+    data = PairsDataModule(pairs, model, cache=Path(cfg.paths.cache) / "encoded")
+    data.prepare()
+    workshop = workshop_of(
+        cfg,
+        data=data,
+        originals=originals_of(pairs, model.resolution, measures),
+        sampling=sampling,
+    )
+    suspected = [pair for pair in pairs if pair.kind != "control"]
+    edit = workshop.find(mitigation, model, suspected).edit
+    return _Chosen(
+        edit=_weights_edit(edit, cfg.task.pair, mitigation.name),
+        mitigation=mitigation.name,
+        settings=settings_of(mitigation),
+        cost=edit.origin.cost if edit.origin else {},
+        pairs=Counter(pair.kind for pair in suspected),
+        pair=_pair(cfg),
+        seed=cfg.seed,
+    )
+
+
+def _pair(cfg: DictConfig) -> str | None:
+    return None if cfg.task.pair is None else str(cfg.task.pair)
+
+
+def _weights_edit(
+    edit: Edit, pair: str | None, mitigation: str
+) -> MaskEdit | WeightEdit | EmptyEdit:
+    """An edit as one set of weights.
+
+    Raises:
+        InputError: It is none.
+    """
+    if isinstance(edit, PairMaskEdit):
+        if pair is None:
+            raise InputError(
+                f"{mitigation} prunes other weights for each of {len(edit.masks)} pairs, and one "
+                f"checkpoint has one set of weights\n"
+                f"  where: task.pair\n"
+                f"  mend:  task.pair=ID uses the masks of one pair; or choose a mitigation that "
+                f"prunes once for all pairs: mitigation={_unions()}"
+            )
+        if str(pair) not in edit.masks:
+            raise InputError(
+                f"the edit has no masks of the pair {pair!s}\n"
+                f"  where: task.pair\n"
+                f"  mend:  one of {', '.join(edit.masks)}; quote numbers: 'task.pair=\"0001\"'"
+            )
+        return edit.of(str(pair))
+    if not isinstance(edit, MaskEdit | WeightEdit | EmptyEdit):
+        raise InputError(
+            f"{mitigation} changes how pictures are drawn and no weight, so no checkpoint can "
+            f"hold it\n"
+            f"  where: mitigation\n"
+            f"  mend:  choose a mitigation that prunes or trains"
+        )
+    if pair is not None:
+        raise InputError(
+            f"{mitigation} makes one edit for all pairs, so it has none of {pair!s} alone\n"
+            f"  where: task.pair\n"
+            f"  mend:  leave task.pair out"
+        )
+    return edit
+
+
+def _unions() -> str:
+    """Presets that say so by their name."""
+    return " or ".join(n for n in groups().get("mitigation", {}) if "union" in n) or "NAME"
+
+
+def _changed(
+    model: StableDiffusion, edit: MaskEdit | WeightEdit | EmptyEdit
+) -> dict[str, Changed]:
+    """Count what an edit changes, by block of the UNet; the model carries no edit yet."""
+    if isinstance(edit, EmptyEdit):
+        return {}
+    edit.origin.check(model)
+    tensors = edit.masks if isinstance(edit, MaskEdit) else edit.weights
+    found: dict[str, Changed] = {}
+    for name, parameter in parameters_of(model, tensors, rows=True).items():
+        before, own = parameter.detach(), tensors[name].to(parameter.device)
+        if isinstance(edit, MaskEdit):
+            count = int((before[own] != 0).sum())
+        else:
+            count = int((before != own.to(before.dtype)).sum())
+        block = name.partition(".")[0]
+        old = found.get(block, Changed(0, 0, 0))
+        found[block] = Changed(
+            old.tensors + (count > 0), old.weights + count, old.total + before.numel()
+        )
+    return {block: part for block, part in found.items() if part.weights}
+
+
+def _check_audit(folder: Path, thing: AuditedThing, weights: Weights) -> None:
+    """Refuse the audit of anything but this edit of this checkpoint, or the exported weights.
+
+    Raises:
+        InputError: Names what was audited and what is exported.
+    """
+    audited = audited_thing(folder, read_report(folder))
+    if audited not in (thing, AuditedThing(weights.fingerprint, "none")):
+        raise InputError(
+            f"{folder} is the audit of checkpoint {audited.fingerprint} under edit "
+            f"{audited.edit}, but this exports checkpoint {thing.fingerprint} under edit "
+            f"{thing.edit}, which is checkpoint {weights.fingerprint}\n"
+            f"  where: task.audit\n"
+            f"  mend:  give the audit of the same checkpoint, mitigation and pairs, or audit what "
+            f"was exported: checkpoint=custom checkpoint.source=FOLDER"
+        )
+
+
+def _method(
+    cfg: DictConfig, model: StableDiffusion, chosen: _Chosen, weights: Weights
+) -> dict[str, Any]:
+    """What decides the exported weights."""
+    return {
+        "checkpoint": {"name": model.name, "fingerprint": model.fingerprint},
+        "edit": {"mitigation": chosen.mitigation, "identity": chosen.edit.identity},
+        "exported": {"dtype": cfg.task.dtype, "fingerprint": weights.fingerprint},
+    }
+
+
+def _describe(
+    cfg: DictConfig,
+    model: StableDiffusion,
+    chosen: _Chosen,
+    weights: Weights,
+    changed: Mapping[str, Changed],
+) -> Exported:
+    source, revision = str(cfg.checkpoint.source), cfg.checkpoint.get("revision")
+    public = source.startswith("package:") or isinstance(resolve_source(source, revision), tuple)
+    return Exported(
+        checkpoint=model.name,
+        source=source if public else None,
+        revision=revision if public else None,
+        fingerprint=model.fingerprint,
+        exported=weights.fingerprint,
+        dtypes=weights.dtypes,
+        exact=weights.exact,
+        mitigation=chosen.mitigation,
+        settings=chosen.settings,
+        cost=chosen.cost,
+        edit=chosen.edit.identity,
+        changed=changed,
+        pairs=chosen.pairs,
+        pair=chosen.pair,
+        seed=chosen.seed,
+        git_sha=git_sha(),
+        packages=package_versions(),
+    )

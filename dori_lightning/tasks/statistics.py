@@ -1,0 +1,102 @@
+"""How a checkpoint's value neurons react to ordinary prompts, and which layers carry the text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.table import Table
+
+from dori_lightning.files import write_atomically
+from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
+from dori_lightning.mitigations.nemo_layers import LayerInfluence, layer_influence
+from dori_lightning.tasks._folder import claim_folder, without
+from dori_lightning.tasks._provenance import plain
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+    from omegaconf import DictConfig
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """Compute the statistics that NeMo selects by, and write them into ``folder``."""
+    corpus, sampling = instantiate(cfg.corpus), instantiate(cfg.sampling)
+    if cfg.task.influence_prompts < 1:
+        raise InputError(f"task.influence_prompts must be >= 1, got {cfg.task.influence_prompts}")
+    prompts = corpus.prompts("calibration", cfg.task.prompts)
+    claim_folder(folder, _method_of(plain(cfg)))
+    model = instantiate(cfg.checkpoint)
+    statistics = activation_statistics(model, prompts)
+    influence = layer_influence(
+        model,
+        prompts[: cfg.task.influence_prompts],
+        sampling=sampling,
+        seed=cfg.seed,
+        timestep=cfg.task.timestep,
+    )
+    path = statistics.save(folder / "statistics.safetensors")
+    summary = {
+        "checkpoint": {"name": model.name, "fingerprint": model.fingerprint},
+        "corpus": corpus.identity,
+        "prompts": statistics.prompts,
+        "identity": statistics.identity,
+        "layers": _rows(statistics, influence),
+    }
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically(folder / "statistics.json", text.encode())
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
+    console.print(_table(summary["layers"]))
+    console.print(f"statistics: {path}", soft_wrap=True)
+    console.print(f"use them with mitigation=nemo mitigation.statistics={path}", soft_wrap=True)
+
+
+def _method_of(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What decides the results, out of the resolved configuration."""
+    return {
+        "seed": cfg["seed"],
+        "task": cfg["task"],
+        "checkpoint": without(cfg["checkpoint"], "device", "channels_last"),
+        "corpus": cfg["corpus"],
+        "sampling": without(cfg["sampling"], "batch", "images_per_pair", "seed"),
+    }
+
+
+def _rows(
+    statistics: ActivationStatistics, influence: dict[str, LayerInfluence]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": name,
+            "neurons": len(statistics.means[name]),
+            "without_spread": int((statistics.stds[name] == 0).sum()),
+            "mean": float(statistics.means[name].mean()),
+            "std": float(statistics.stds[name].mean()),
+            **asdict(own),
+        }
+        for name, own in influence.items()
+    ]
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="value layers; change and share of the noise when one sees no prompt")
+    for heading in ("layer", "neurons", "mean", "std", "change", "share"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for row in rows:
+        table.add_row(
+            row["layer"].removesuffix(".transformer_blocks.0.attn2.to_v"),
+            str(row["neurons"]),
+            *(f"{row[key]:.4f}" for key in ("mean", "std", "change", "share")),
+        )
+    return table

@@ -1,0 +1,191 @@
+"""What every mitigation promises, checked for every file in conf/mitigation.
+
+A new mitigation is one Python file and one yaml; it is found here by itself.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from dori_lightning import schema
+from dori_lightning.mitigations.base import Workshop, settings_of
+from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
+from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, WeightEdit
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import Pair
+from support.runs import configuration
+from support.tiny import tiny_model
+from support.workshop import make_workshop, read_pairs
+
+NAMES = sorted(file.stem for file in (schema.CONF / "mitigation").glob("*.yaml"))
+
+#: Largest value of a setting that decides how long a mitigation takes; results are not judged.
+SMALL = {
+    "adversarial_batch": 2, "anchors": 2, "batch": 2, "candidates": 2, "draws": 2, "epochs": 1,
+    "examples": 4, "images": 2, "iterations": 2, "noise_batch": 2, "ordinary_batch": 2,
+    "ordinary_examples": 4, "per_pair": 2, "pictures": 2, "prompts": 4, "samples": 2,
+    "sampling_steps": 4, "statistics_prompts": 8, "steps": 2, "threshold_prompts": 4,
+    "updates": 2,
+}  # fmt: skip
+
+
+def small(thing: Any) -> Any:
+    """The same mitigation with as little work as its settings allow."""
+    if not dataclasses.is_dataclass(thing) or isinstance(thing, type):
+        return thing
+    changes: dict[str, Any] = {}
+    for item in dataclasses.fields(thing):
+        value = getattr(thing, item.name)
+        if item.name in SMALL and isinstance(value, int) and not isinstance(value, bool):
+            changes[item.name] = min(value, SMALL[item.name])
+        elif item.name == "fraction":
+            changes[item.name] = max(value, 0.1)  # 1 % of a tiny layer is no weight at all
+        elif item.name == "max_similarity":
+            changes[item.name] = 0.99  # a tiny model's pictures all look alike
+        elif item.name == "snapshots":
+            changes[item.name] = ()
+        elif dataclasses.is_dataclass(value):
+            changes[item.name] = small(value)
+    return dataclasses.replace(thing, **changes)
+
+
+def mitigation_of(name: str) -> Any:
+    return small(instantiate(configuration(f"mitigation={name}").mitigation))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, ...]:
+    return read_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> StableDiffusion:
+    return tiny_model(tmp_path / "model")
+
+
+class Guarded:
+    """Encoded pairs that refuse to give those a mitigation was not handed."""
+
+    def __init__(self, data: Any, allowed: set[str]) -> None:
+        self.data, self.allowed = data, allowed
+
+    def encoded(self, pair: Pair) -> Any:
+        assert pair.id in self.allowed, f"read {pair.id}, which it was not given"
+        return self.data.encoded(pair)
+
+    def batch(self, pairs: Any) -> Any:
+        for pair in pairs:
+            assert pair.id in self.allowed, f"read {pair.id}, which it was not given"
+        return self.data.batch(pairs)
+
+
+def guarded_workshop(
+    folder: Path, model: StableDiffusion, pairs: tuple[Pair, ...], *, seed: int = 0
+) -> tuple[Workshop, list[Pair]]:
+    """A workshop that hands out suspected pairs and calibration examples only."""
+    workshop = make_workshop(
+        folder, model, pairs, seed=seed, sampling=Sampling("ddim", 2, 2.0, 2, batch=8)
+    )
+    suspected = [pair for pair in pairs if pair.kind != "control"]
+    data: Any = Guarded(workshop.data, {pair.id for pair in suspected})
+    return dataclasses.replace(workshop, data=data), suspected
+
+
+def state_of(model: StableDiffusion) -> dict[str, Any]:
+    """Everything of a model that a mitigation could leave changed."""
+    unet = model.denoiser()
+    return {
+        "weights": {name: p.detach().clone() for name, p in unet.named_parameters()},
+        "requires_grad": {name: p.requires_grad for name, p in unet.named_parameters()},
+        "training": unet.training,
+        "hooks": {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
+            for name, m in unet.named_modules()
+        },
+        "filter": model.embedding_filter,
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before.keys() == after.keys()
+    for key in before:
+        if key == "weights":
+            assert before[key].keys() == after[key].keys()
+            for name, value in before[key].items():
+                assert value.dtype == after[key][name].dtype, name
+                assert torch.equal(value, after[key][name]), name
+        else:
+            assert before[key] == after[key], key
+
+
+def test_there_are_mitigations() -> None:
+    assert {"none", "nemo", "wanda", "random_pruning", "adversarial_finetuning"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_those_of_the_files_and_settings_are_plain(name: str) -> None:
+    made = mitigation_of(name)
+    assert made.name == name
+    assert settings_of(made)["name"] == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(
+    name: str, tmp_path: Path, model: StableDiffusion, pairs: tuple[Pair, ...]
+) -> None:
+    """Deterministic, reads only what it may, changes what it counts, and leaves no trace."""
+    mitigation = mitigation_of(name)
+    before = state_of(model)
+    workshop, suspected = guarded_workshop(tmp_path / "first", model, pairs)
+    edit = mitigation.apply(model, suspected, workshop)
+    assert_same(before, state_of(model))
+
+    # the same seed gives the same edit, wherever it is made
+    again, _ = guarded_workshop(tmp_path / "second", model, pairs)
+    assert mitigation.apply(model, suspected, again).identity == edit.identity
+
+    latents = torch.stack([workshop.data.encoded(pair).latent for pair in suspected])
+    embeddings = torch.stack([workshop.data.encoded(pair).embedding for pair in suspected])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    ids = [pair.id for pair in suspected]
+    with edit.applied(model):
+        inside = dict(model.denoiser().named_parameters())
+        assert inside.keys() == before["weights"].keys()
+        changed = {
+            key: int((value != before["weights"][key]).sum()) for key, value in inside.items()
+        }
+        assert all(value.isfinite().all() for value in inside.values())
+        assert all(inside[k].shape == v.shape for k, v in before["weights"].items())
+        with torch.no_grad():
+            loss = model.denoising_loss(
+                latents, noise, torch.tensor([500] * len(ids)), embeddings, pair_ids=ids
+            )
+        assert loss.isfinite().all()
+        images = model.generate(embeddings, noise, workshop.sampling, pair_ids=ids)
+        assert images.isfinite().all()
+    assert_same(before, state_of(model))
+
+    counts = edit.counts()
+    if isinstance(edit, MaskEdit):
+        for key, count in counts.items():
+            weight = before["weights"][key]
+            rows = edit.masks[key].dim() == 1
+            pruned = weight[edit.masks[key]]
+            assert changed[key] == int((pruned != 0).sum())
+            assert count == (len(pruned) if rows else pruned.numel())
+        assert not any(changed[key] for key in changed.keys() - counts.keys())
+    elif isinstance(edit, PairMaskEdit):
+        assert set(edit.masks) == set(ids)
+        assert not any(changed.values()), "a per-pair edit leaves the weights alone"
+    elif isinstance(edit, WeightEdit):
+        assert counts
+        assert {key for key, count in changed.items() if count} == set(counts)
+
+    if is_writable(edit):
+        path = write_edit(tmp_path / "edit.safetensors", edit)
+        assert read_edit(path).identity == edit.identity

@@ -1,0 +1,203 @@
+"""A grid of real audits on a tiny checkpoint: its table, its edits, and claims about it."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dori_lightning import cli
+from dori_lightning.report.record import read_report
+from support.runs import write_pairs
+from support.tiny import write_tiny
+
+METHODS = ("sparse", "sparser")
+BUDGETS = ("l2_small", "unbounded")
+SMALL = (
+    "pairs=folder", "utility=none", "attack.budget.steps=2", "attack.snapshots=[1]",
+    "attack.noise_batch=2", "sampling.steps=2", "sampling.images_per_pair=1",
+    "checkpoint.name=tiny", "checkpoint.device=cpu", "trainer=cpu", "report.images=none",
+    "metrics.descriptors.local_correlation.threshold=0.5",
+)  # fmt: skip
+
+
+def program(*arguments: str, place: Path) -> int:
+    """Run the program in this process, as from the command line in ``place``."""
+    before, here = sys.argv, Path.cwd()
+    environment, mask = dict(os.environ), os.umask(0o022)
+    handlers = logging.getLogger().handlers[:]
+    try:
+        sys.argv = ["dori-lightning", *arguments]
+        os.chdir(place)
+        return cli.main()
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    finally:
+        sys.argv = before
+        os.chdir(here)
+        os.umask(mask)
+        os.environ.clear()
+        os.environ.update(environment)
+        for handler in logging.getLogger().handlers[:]:
+            if handler not in handlers:
+                handler.close()
+        logging.getLogger().handlers[:] = handlers
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, pairs, and two pruning methods of one's own, a yaml each."""
+    place = tmp_path_factory.mktemp("grid")
+    write_tiny(place / "checkpoint")
+    write_pairs(place / "pairs")
+    for name, fraction in zip(METHODS, (0.1, 0.2), strict=True):
+        path = place / "mine" / "mitigation" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f"# of this test\n_target_: dori_lightning.mitigations.wanda.Wanda\n"
+            f"_convert_: all\nname: {name}\nfraction: {fraction}\nsteps: 2\n"
+        )
+    return place
+
+
+@pytest.fixture(scope="module")
+def grid(place: Path) -> Path:
+    """The finished grid's folder."""
+    code = program(
+        "--config-dir", str(place / "mine"), "+experiment=pruning_grid", *SMALL,
+        f"mitigation=none,{','.join(METHODS)}", f"attack/budget={','.join(BUDGETS)}",
+        f"pairs.path={place / 'pairs'}", f"checkpoint.source={place / 'checkpoint'}",
+        place=place,
+    )  # fmt: skip
+    assert code == 0
+    return place / "outputs" / "sweeps" / "pruning_grid"
+
+
+def test_every_job_of_the_grid_has_its_run_folder(grid: Path) -> None:
+    runs = sorted(path.parent for path in grid.glob("*/report.json"))
+    assert len(runs) == (1 + len(METHODS)) * len(BUDGETS)
+    found = {(read_report(r)["mitigation"], _ball(read_report(r))) for r in runs}
+    assert found == {(m, b) for m in ("none", *METHODS) for b in ("l2", "none")}
+
+
+def _ball(document: dict[str, object]) -> object:
+    cells = document["cells"]
+    assert isinstance(cells, list)
+    return next(c["budget"]["norm"] for c in cells if c["attack"] == "dori")
+
+
+def test_each_method_prunes_once_and_the_budgets_share_its_edit(grid: Path, place: Path) -> None:
+    edits = [json.loads(path.read_text()) for path in sorted(grid.glob("*/edit.json"))]
+    pruned = [edit for edit in edits if edit["mitigation"] in METHODS]
+    checkpoints = 1
+    assert len(pruned) == len(METHODS) * len(BUDGETS)
+    assert sum(edit["made"] for edit in pruned) == len(METHODS) * checkpoints
+    assert len({edit["key"] for edit in pruned}) == len(METHODS) * checkpoints
+    cache = place / "outputs" / "cache" / "edits"
+    assert len(list(cache.glob("*.safetensors"))) == len(METHODS) * checkpoints
+    assert "Edits: 2 made, 2 read from the cache, 2 different ones." in (
+        (grid / "table.md").read_text()
+    )
+
+
+def test_the_table_has_a_row_for_each_method_and_ball(grid: Path) -> None:
+    table = pd.read_parquet(grid / "table.parquet")
+    assert list(zip(table.mitigation, table.norm, strict=True)) == [
+        (mitigation, norm) for mitigation in ("none", *METHODS) for norm in ("l2", "none")
+    ]
+    assert (table.steps == 2).all()
+    assert (table.vm_dori_prompt_n == 2).all()
+    assert (table.control_dori_prompt_n == 3).all()
+    cells = pd.read_parquet(grid / "cells.parquet")
+    # prompts, and two balls after 1 and 2 steps, for vm and control
+    assert len(cells) == 3 * (1 + 2 * 2) * 2
+    assert "<figure" in (grid / "table.html").read_text()
+
+
+def expected(place: Path, grid: Path, *, off: float) -> Path:
+    """Claims of the measured numbers, ``off`` beside them."""
+    cells = pd.read_parquet(grid / "cells.parquet")
+    claims = [
+        {
+            "cell": {
+                **{key: row[key] for key in ("checkpoint", "mitigation", "attack", "kind")},
+                "init": row["init"], "norm": row["norm"], "steps": int(row["steps"]),
+                "eps": None if pd.isna(row["eps"]) else float(row["eps"]),
+            },
+            "metric": "similarity",
+            "value": float(row["similarity_median"]) + off,
+            "tol": 1e-6,
+        }
+        for row in cells.astype({"init": object}).where(cells.notna(), None).to_dict("records")
+    ]  # fmt: skip
+    path = place / f"expected{off}.json"
+    path.write_text(json.dumps(claims))
+    return path
+
+
+def test_recorded_claims_are_held_against_the_table(
+    grid: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("task=report", f"task.runs={grid}", f"paths.output={place / 'outputs'}")
+    good = expected(place, grid, off=0.0)
+    assert program(*command, f"task.expected={good}", place=place) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [str(place / "outputs" / "report-dori_tiny")]
+    assert "Recorded claims" in captured.err
+    assert (place / "outputs" / "report-dori_tiny" / "table.html").is_file()
+    wrong = expected(place, grid, off=0.01)
+    assert program(*command, f"task.expected={wrong}", place=place) == 1, "not 2: input is fine"
+    captured = capsys.readouterr()
+    assert "dori: 30 of 30 recorded claims do not hold" in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_nothing_claimed_is_said_and_holds(
+    grid: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "empty.json").write_text("[]")
+    code = program(
+        "task=report", "name=empty", f"task.runs={grid}", f"paths.output={place / 'outputs'}",
+        f"task.expected={place / 'empty.json'}", place=place,
+    )  # fmt: skip
+    assert code == 0
+    assert "claims nothing about these runs" in capsys.readouterr().err
+
+
+def test_runs_of_one_budget_alone_make_a_table_too(grid: Path, place: Path) -> None:
+    runs = [str(path.parent) for path in grid.glob("*unbounded*/report.json")]
+    code = program(
+        "task=report", "name=one", f"task.runs=[{','.join(map(_quoted, runs))}]",
+        f"paths.output={place / 'outputs'}", place=place,
+    )  # fmt: skip
+    assert code == 0
+    table = pd.read_parquet(place / "outputs" / "one" / "table.parquet")
+    assert set(table.norm) == {"none"}
+    assert len(table) == 3
+
+
+def _quoted(path: str) -> str:
+    return "'" + path + "'"
+
+
+@pytest.mark.parametrize(
+    ("runs", "part"),
+    [
+        ("{grid}/nowhere", "no folder"),
+        ("[]", "task.runs cannot be"),
+        ("{place}/pairs", "holds no run"),
+    ],
+)
+def test_unusable_runs_are_refused(
+    grid: Path, place: Path, capsys: pytest.CaptureFixture[str], runs: str, part: str
+) -> None:
+    asked = runs.format(grid=grid, place=place)
+    output = f"paths.output={place / 'outputs'}"
+    assert program("task=report", "name=bad", f"task.runs={asked}", output, place=place) == 2
+    said = capsys.readouterr().err
+    assert part in said
+    assert "where: task.runs" in said

@@ -1,0 +1,100 @@
+"""A workshop over a tiny model: what a mitigation is given, made in a second."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.metrics.measure import Measures, Originals
+from dori_lightning.metrics.structural import LocalCorrelation, NormalizedCorrelation
+from dori_lightning.mitigations.base import Workshop
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.corpus import Examples, Split
+from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.images import image_tensor, square_image
+from dori_lightning.pairs.readers import FolderPairs
+from dori_lightning.types import Pair
+from support.runs import write_pairs
+from support.tiny import WORDS
+
+
+@dataclass(frozen=True)
+class FakeCorpus:
+    """Random words of the tiny vocabulary with random pictures; evaluation may be forbidden."""
+
+    identity: str = "fake"
+    evaluation: bool = False
+
+    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
+        if split == "evaluation" and not self.evaluation:
+            pytest.fail("a mitigation reads the evaluation split")
+        found = []
+        for k in range(count):
+            generator = keyed_generator("fake corpus", self.identity, split, k)
+            words = torch.randint(0, len(WORDS), (4,), generator=generator).tolist()
+            found.append(" ".join(WORDS[word] for word in words))
+        return tuple(found)
+
+    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+        prompts = self.prompts(split, count)
+        generator = keyed_generator("fake pictures", self.identity, split)
+        # low frequencies, so that they are pictures rather than noise
+        coarse = torch.rand(count, 3, 4, 4, generator=generator)
+        images = torch.nn.functional.interpolate(coarse, size=resolution, mode="bilinear")
+        return Examples(prompts, images)
+
+
+def read_pairs(folder: Path, *, vm: int = 2, control: int = 3) -> tuple[Pair, ...]:
+    """Pairs of scenes below ``folder``, written there unless they are there already."""
+    place = folder / "pairs"
+    if not place.is_dir():
+        write_pairs(place, vm=vm, control=control)
+    return tuple(FolderPairs(path=place).read())
+
+
+def make_workshop(
+    tmp_path: Path,
+    model: StableDiffusion,
+    pairs: Sequence[Pair] | None = None,
+    *,
+    seed: int = 0,
+    corpus: FakeCorpus | None = None,
+    sampling: Sampling | None = None,
+    measures: Measures | None = None,
+) -> Workshop:
+    """A workshop over ``pairs`` (those of ``read_pairs``), with its edits below ``tmp_path``."""
+    pairs = read_pairs(tmp_path) if pairs is None else tuple(pairs)
+    images = [image_tensor(square_image(pair.image), model.resolution) for pair in pairs]
+    measures = measures or Measures(
+        {
+            "local_correlation": LocalCorrelation(threshold=0.5),
+            "normalized_correlation": NormalizedCorrelation(threshold=0.5),
+        },
+        "local_correlation",
+    )
+
+    def trainer(**settings: Any) -> L.Trainer:
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return L.Trainer(**{**quiet, **settings})
+
+    return Workshop(
+        seed=seed,
+        corpus=corpus or FakeCorpus(),
+        data=PairsDataModule(pairs, model),
+        originals=Originals(pairs, torch.stack(images), measures),
+        sampling=sampling or Sampling("ddim", 2, 2.0, 2),
+        trainer=trainer,
+        folder=tmp_path / "edits",
+    )

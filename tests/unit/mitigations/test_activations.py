@@ -1,0 +1,142 @@
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dori_lightning.mitigations.activations import (
+    PROMPTS_AT_ONCE,
+    ActivationStatistics,
+    activation_statistics,
+    activations,
+)
+from dori_lightning.mitigations.nemo_layers import layer_influence
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError
+from support.tiny import tiny_model
+from support.workshop import FakeCorpus
+
+PROMPTS = FakeCorpus().prompts("calibration", 2 * PROMPTS_AT_ONCE + 7)
+SAMPLING = Sampling("ddim", 2, 2.0)
+
+
+@pytest.fixture(scope="module")
+def statistics(model: StableDiffusion) -> ActivationStatistics:
+    return activation_statistics(model, PROMPTS)
+
+
+def made_up(mean: list[float], std: list[float]) -> ActivationStatistics:
+    return ActivationStatistics({"l": torch.tensor(mean)}, {"l": torch.tensor(std)}, 9, "f")
+
+
+def test_statistics_are_those_of_all_prompts_at_once(
+    model: StableDiffusion, statistics: ActivationStatistics
+) -> None:
+    embeddings = model.encode_prompts(PROMPTS)
+    layers = model.layers("cross_attention.value")
+    assert list(statistics.means) == list(layers)
+    assert len(layers) == 16
+    for name, layer in layers.items():
+        values = (embeddings @ layer.weight.detach().T).abs().mean(1).double()
+        mean, std = statistics.means[name].double(), statistics.stds[name].double()
+        torch.testing.assert_close(mean, values.mean(0), rtol=1e-5, atol=0)
+        torch.testing.assert_close(std, values.std(0), rtol=1e-4, atol=0)
+    assert statistics.prompts == len(PROMPTS)
+
+
+def test_the_denoiser_does_not_run_and_nothing_changes(model: StableDiffusion) -> None:
+    before, evaluations = copy.deepcopy(model.unet.state_dict()), model.unet_evaluations
+    activation_statistics(model, PROMPTS[:5])
+    assert model.unet_evaluations == evaluations
+    assert all(torch.equal(value, before[n]) for n, value in model.unet.state_dict().items())
+
+
+def test_half_precision_weights_are_computed_with_in_full(model: StableDiffusion) -> None:
+    layer = next(iter(model.layers("cross_attention.value").values()))
+    embeddings = model.encode_prompts(PROMPTS[:3])
+    half = copy.deepcopy(layer).half()
+    assert torch.equal(activations(half, embeddings), activations(half.float(), embeddings))
+
+
+def test_scores_count_standard_deviations_on_both_sides_or_one() -> None:
+    statistics = made_up([1.0, 1.0, 1.0], [0.5, 0.5, 2.0])
+    value = torch.tensor([2.0, 0.0, 0.0])
+    assert statistics.z_scores("l", value).tolist() == [2.0, 2.0, 0.5]
+    assert statistics.z_scores("l", value, two_sided=False).tolist() == [2.0, -2.0, -0.5]
+
+
+def test_a_neuron_without_spread_scores_zero_at_its_mean_and_infinity_elsewhere() -> None:
+    statistics = made_up([0.0, 0.0, 3.0], [0.0, 0.0, 0.0])
+    assert statistics.z_scores("l", torch.tensor([0.0, 1e-6, 2.0])).tolist() == [
+        0.0, float("inf"), float("inf"),
+    ]  # fmt: skip
+
+
+def test_a_constant_neuron_has_exactly_no_spread(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    name, layer = next(iter(model.layers("cross_attention.value").items()))
+    layer.weight.data[3] = 0
+    statistics = activation_statistics(model, PROMPTS)
+    assert (float(statistics.means[name][3]), float(statistics.stds[name][3])) == (0, 0)
+    own = activations(layer, model.encode_prompts(["a red cat"]))[0]
+    assert float(statistics.z_scores(name, own)[3]) == 0
+
+
+def test_files_give_back_what_was_written(
+    model: StableDiffusion, statistics: ActivationStatistics, tmp_path: Path
+) -> None:
+    found = ActivationStatistics.load(statistics.save(tmp_path / "s.safetensors"), model)
+    assert found.identity == statistics.identity
+    assert (found.prompts, found.fingerprint) == (statistics.prompts, model.fingerprint)
+    for name in statistics.means:
+        assert torch.equal(found.means[name], statistics.means[name])
+        assert torch.equal(found.stds[name], statistics.stds[name])
+
+
+def test_files_of_another_checkpoint_or_damaged_ones_are_refused(
+    model: StableDiffusion, statistics: ActivationStatistics, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.safetensors"
+    replace(statistics, fingerprint="another").save(path)
+    with pytest.raises(InputError, match=f"fingerprint another.*{model.fingerprint}"):
+        ActivationStatistics.load(path, model)
+    data = bytearray(statistics.save(path).read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="or is damaged: its content does not fit"):
+        ActivationStatistics.load(path, model)
+    path.write_bytes(b"none")
+    with pytest.raises(InputError, match="holds no activation statistics"):
+        ActivationStatistics.load(path, model)
+    with pytest.raises(InputError, match="No such file"):
+        ActivationStatistics.load(tmp_path / "nowhere", model)
+
+
+def test_one_prompt_has_no_spread(model: StableDiffusion) -> None:
+    with pytest.raises(InputError, match="at least 2 prompts, got 1"):
+        activation_statistics(model, PROMPTS[:1])
+
+
+def test_layer_influence_is_that_of_the_empty_prompt_in_one_layer(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    layers = model.layers("cross_attention.value")
+    deaf, *_, only = layers
+    for name, layer in model.layers("cross_attention.key").items():
+        layer.weight.data.zero_()  # keys carry nothing, so that values carry everything
+        if name.removesuffix("to_k") == only.removesuffix("to_v"):
+            continue
+        layers[name.removesuffix("to_k") + "to_v"].weight.data.zero_()
+    layers[only].weight.data.mul_(50)
+    found = layer_influence(model, PROMPTS[:3], sampling=SAMPLING)
+    assert list(found) == list(layers)
+    assert found[deaf].change == found[deaf].share == 0
+    assert found[only].change > 1e-4
+    assert found[only].share == pytest.approx(1, abs=1e-4)
+    assert not any(layer._forward_hooks for layer in layers.values())
+
+
+def test_layer_influence_wants_a_timestep_of_the_schedule(model: StableDiffusion) -> None:
+    with pytest.raises(InputError, match=r"task.timestep must be in 0..999, got 1000"):
+        layer_influence(model, PROMPTS[:1], sampling=SAMPLING, timestep=1000)

@@ -1,0 +1,307 @@
+"""Adversarial fine-tuning: surrogates are vetted, triggers kept, the model put back."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dori_lightning.attacks.budget import BudgetSettings
+from dori_lightning.attacks.settings import AttackSettings
+from dori_lightning.mitigations.adversarial_finetuning import (
+    AdversarialFinetuning,
+    AdversarialTraining,
+    redirect_loss,
+)
+from dori_lightning.mitigations.finetuning import FinetuneSettings
+from dori_lightning.mitigations.low_rank import LowRank
+from dori_lightning.mitigations.none import NoMitigation
+from dori_lightning.mitigations.surrogates import SurrogateSettings, find_surrogates
+from dori_lightning.mitigations.trigger_pool import FIRST_RESTART, PoolSettings, TriggerPool
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError, Pair
+from support.tiny import tiny_model
+from support.workshop import make_workshop, read_pairs
+
+ATTACK = AttackSettings(
+    inits=("prompt", "random", "control_prompt"),
+    budget=BudgetSettings(steps=2),
+    noise_batch=2,
+    snapshots=(1,),
+)
+SURROGATES = SurrogateSettings(NoMitigation(), per_pair=2, candidates=2, max_similarity=0.9)
+
+
+def method(**changes: object) -> AdversarialFinetuning:
+    made = AdversarialFinetuning(
+        name="aft",
+        surrogates=SURROGATES,
+        pool=PoolSettings(attack=ATTACK),
+        finetune=FinetuneSettings(lr=1e-3, checkpoint_every=1),
+        epochs=2,
+        updates=2,
+        adversarial_batch=3,
+        ordinary_batch=2,
+        ordinary_examples=4,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> StableDiffusion:
+    return tiny_model(tmp_path / "model")
+
+
+def suspected(tmp_path: Path) -> list[Pair]:
+    return [pair for pair in read_pairs(tmp_path) if pair.kind != "control"]
+
+
+def pool_of(
+    tmp_path: Path, model: StableDiffusion, settings: PoolSettings
+) -> tuple[TriggerPool, list[Pair]]:
+    workshop, pairs = make_workshop(tmp_path, model), suspected(tmp_path)
+    ordinary = workshop.prompts(model, "calibration", 4)
+    batches = [workshop.data.batch([pair]) for pair in pairs]
+    return TriggerPool(model, batches, settings, ordinary=ordinary, seed=0), pairs
+
+
+def weights(model: StableDiffusion) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.denoiser().named_parameters()}
+
+
+def test_every_weight_is_trained_and_the_model_is_put_back(
+    tmp_path: Path, model: StableDiffusion
+) -> None:
+    before = weights(model)
+    edit = method().apply(model, suspected(tmp_path), make_workshop(tmp_path, model))
+    after = weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert set(edit.weights) == set(before)
+    assert not any(torch.equal(edit.weights[name], before[name]) for name in before)
+    rounds = edit.origin.notes["rounds"]
+    assert [r["searched"] for r in rounds] == [2, 2]
+
+
+def test_it_is_deterministic_and_follows_the_seed(tmp_path: Path, model: StableDiffusion) -> None:
+    pairs = suspected(tmp_path)
+    first = method().apply(model, pairs, make_workshop(tmp_path, model))
+    again = method().apply(model, pairs, make_workshop(tmp_path, model))
+    other = method().apply(model, pairs, make_workshop(tmp_path, model, seed=1))
+    assert first.identity == again.identity
+    assert first.identity != other.identity
+
+
+def test_an_interrupted_fit_goes_on_with_its_triggers_to_the_same_weights(
+    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, workshop = suspected(tmp_path), make_workshop(tmp_path, model)
+    whole = method().apply(model, pairs, replace(workshop, folder=tmp_path / "whole"))
+    before, step = weights(model), AdversarialTraining.training_step
+
+    def cut(self: AdversarialTraining, *args: object) -> torch.Tensor:
+        if self.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(AdversarialTraining, "training_step", cut)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        method().apply(model, pairs, workshop)
+    monkeypatch.undo()
+    after = weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    searches: list[int] = []
+    search = TriggerPool.search
+    monkeypatch.setattr(
+        TriggerPool, "search", lambda self, n: (searches.append(n), search(self, n))[1]
+    )
+    assert method().apply(model, pairs, workshop).identity == whole.identity
+    assert searches == [], "the second round's triggers were in the checkpoint"
+
+
+def test_the_low_rank_variant_changes_linear_layers_only_and_leaves_plain_ones(
+    tmp_path: Path, model: StableDiffusion
+) -> None:
+    edit = method(low_rank=2).apply(model, suspected(tmp_path), make_workshop(tmp_path, model))
+    linear = {
+        f"{name}.weight"
+        for name, module in model.denoiser().named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert edit.weights
+    assert set(edit.weights) <= linear
+    name, value = next(iter(edit.weights.items()))
+    change = value - dict(model.denoiser().named_parameters())[name]
+    assert torch.linalg.matrix_rank(change, atol=1e-6) <= 2
+    assert not any("parametriz" in name for name, _ in model.denoiser().named_modules())
+
+
+def test_low_rank_updates_change_nothing_before_they_are_trained() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    x, before = torch.randn(2, 4), layer[0].weight.detach().clone()
+    expected = layer(x)
+    updates = LowRank(layer, 2)
+    assert torch.equal(layer(x), expected)
+    updates.merge()
+    updates.merge()
+    assert torch.equal(layer[0].weight, before)
+
+
+def test_a_surrogate_that_resembles_any_memorized_picture_is_refused(
+    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that draws pair 1 whatever it is asked must not give pair 0 its surrogates."""
+    workshop, pairs = make_workshop(tmp_path, model), suspected(tmp_path)
+    picture = workshop.originals.images[workshop.originals.places[pairs[1].id]]
+    monkeypatch.setattr(
+        model, "generate", lambda embeddings, *_, **__: picture.expand(len(embeddings), -1, -1, -1)
+    )
+    found = find_surrogates(model, pairs, workshop, SURROGATES)
+    assert found.notes["kept"] == {"pruned": 0, "neighbour": 0, "ordinary": 4}
+    assert found.notes["refused"]["pruned"] == 4
+    assert all(len(found.latents[pair.id]) == 2 for pair in pairs)
+
+
+def test_no_surrogate_at_all_is_an_error_not_an_empty_training(
+    tmp_path: Path, model: StableDiffusion
+) -> None:
+    strict = replace(SURROGATES, max_similarity=1e-9)
+    workshop = make_workshop(tmp_path, model)
+    picture = workshop.originals.images[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model,
+            "generate",
+            lambda embeddings, *_, **__: picture.repeat(len(embeddings), 1, 1, 1),
+        )
+        patch.setattr(
+            type(workshop.corpus),
+            "examples",
+            lambda _, __, count, ___: type(
+                "E", (), {"images": picture.repeat(count, 1, 1, 1), "prompts": ()}
+            )(),
+        )
+        with pytest.raises(RuntimeError, match="no surrogate for pair0, pair1"):
+            find_surrogates(model, suspected(tmp_path), workshop, strict)
+
+
+def test_a_pool_draws_pairs_evenly_and_holds_prompts_and_the_path_of_each_search(
+    tmp_path: Path, model: StableDiffusion
+) -> None:
+    pool, pairs = pool_of(tmp_path, model, PoolSettings(attack=ATTACK))
+    pool.search(0)
+    assert len(pool.found) == len(pairs) * 2, "snapshots 1 and 2 of each search"
+    names, rows = pool.draw(6, torch.Generator().manual_seed(0))
+    assert sorted(names) == ["pair0"] * 3 + ["pair1"] * 3
+    known = [*pool.prompts.values(), *(t.embedding for t in pool.found)]
+    assert all(any(torch.equal(row, k) for k in known) for row in rows)
+
+
+def test_old_rounds_leave_the_pool_unless_they_are_replayed(
+    tmp_path: Path, model: StableDiffusion
+) -> None:
+    for replay, kept in ((1, {1}), (2, {0, 1})):
+        pool, _ = pool_of(tmp_path, model, PoolSettings(attack=ATTACK, replay=replay))
+        pool.search(0)
+        pool.search(1)
+        assert {t.round for t in pool.found} == kept
+
+
+def test_a_warm_pool_goes_on_from_its_last_trigger_and_adds_a_random_one(
+    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, pairs = pool_of(tmp_path, model, PoolSettings(attack=ATTACK, warm=True))
+    pool.search(0)
+    last = {name: row.clone() for name, row in pool.warm.items()}
+    assert not torch.equal(last["pair0"], pool.prompts["pair0"])
+    seen: list[torch.Tensor] = []
+    from dori_lightning.mitigations import trigger_pool
+
+    solve = trigger_pool.solve
+
+    def spy(model: object, problem: object, **settings: object) -> object:
+        seen.append(problem.initial)  # type: ignore[attr-defined]
+        assert problem.restart >= FIRST_RESTART  # type: ignore[attr-defined]
+        return solve(model, problem, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trigger_pool, "solve", spy)
+    pool.search(1)
+    assert torch.equal(seen[0], torch.stack([last[pair.id] for pair in pairs]))
+    assert len(seen) == 2
+    assert abs(float(seen[1].std()) - 1) < 0.3, "standard normal"
+
+
+def test_robust_pairs_rest_for_one_round(tmp_path: Path, model: StableDiffusion) -> None:
+    pool, _ = pool_of(tmp_path, model, PoolSettings(attack=ATTACK, skip_robust=0.5))
+    assert set(pool._limits) == {"pair0", "pair1"}
+    pool._limits = {"pair0": -1.0, "pair1": 1e9}
+    for number in range(3):
+        pool.search(number)
+    assert [r["searched"] for r in pool.rounds] == [2, 1, 2]
+    assert [r["robust"] for r in pool.rounds] == [1, 0, 1]
+
+
+def test_a_pool_survives_a_checkpoint(tmp_path: Path, model: StableDiffusion) -> None:
+    settings = PoolSettings(attack=ATTACK, warm=True, skip_robust=0.5)
+    pool, _ = pool_of(tmp_path, model, settings)
+    pool.search(0)
+    file = tmp_path / "pool.pt"
+    torch.save(pool.state(), file)
+    other, _ = pool_of(tmp_path, model, settings)
+    other.restore(torch.load(file, weights_only=True))
+    first, second = (p.draw(5, torch.Generator().manual_seed(3)) for p in (pool, other))
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
+    assert other.rounds == pool.rounds
+    assert other.rested == pool.rested
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"adversarial_weight": 0.0}, "adversarial_weight"),
+        ({"low_rank": 0}, "low_rank"),
+    ],
+)
+def test_bad_settings_are_named(change: dict[str, float], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        method(**change)
+
+
+def test_nothing_to_forget_is_refused(tmp_path: Path, model: StableDiffusion) -> None:
+    with pytest.raises(InputError, match="nothing to forget"):
+        method().apply(model, [], make_workshop(tmp_path, model))
+
+
+def test_redirecting_is_no_loss_for_a_model_that_sees_the_surrogate(
+    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    memorized, surrogate, noise = (torch.randn(2, 4, 16, 16, generator=draw) for _ in range(3))
+    times = torch.tensor([100, 900])
+    embeddings = model.encode_prompts(["a cat", "a boat"])
+
+    def sees(what: torch.Tensor) -> None:
+        def predict(
+            noised: torch.Tensor, t: torch.Tensor, *_: object, **__: object
+        ) -> torch.Tensor:
+            alpha = model.alphas_cumprod[t][:, None, None, None]
+            return (noised - alpha.sqrt() * what) / (1 - alpha).sqrt()
+
+        monkeypatch.setattr(model, "predict_noise", predict)
+
+    sees(surrogate)
+    loss = redirect_loss(model, memorized, surrogate, noise, times, embeddings)
+    assert loss.abs().max() < 1e-6
+    sees(memorized)
+    loss = redirect_loss(model, memorized, surrogate, noise, times, embeddings)
+    alpha = model.alphas_cumprod[times]
+    distance = (memorized - surrogate).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, (alpha / (1 - alpha)).clamp(max=1) * distance)
+
+
+def test_redirecting_changes_what_is_trained(tmp_path: Path, model: StableDiffusion) -> None:
+    pairs, workshop = suspected(tmp_path), make_workshop(tmp_path, model)
+    plain = method(epochs=1).apply(model, pairs, workshop)
+    turned = method(epochs=1, redirect=0.5).apply(model, pairs, workshop)
+    assert plain.identity != turned.identity

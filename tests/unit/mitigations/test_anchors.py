@@ -1,0 +1,160 @@
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.metrics.descriptors import Descriptor
+from dori_lightning.metrics.measure import Measures
+from dori_lightning.mitigations.anchors import Anchors, AnchorSettings, find_anchors
+from dori_lightning.mitigations.base import Workshop
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.captions import neighbour_prompts
+from dori_lightning.types import InputError, Pair
+
+SETTINGS = AnchorSettings(prompts=3, images=2, max_similarity=0.5, ordinary=4)
+FIRST = [[0.1, 0.2], [0.2, 0.1], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.1]]
+"""Of 3 prompts' 2 pictures with 2 originals: an anchor, a target, and half an anchor."""
+ALL_OVER = [[0.1, 0.9]] * 6
+ORDINARY = [[0.1, 0.2], [0.9, 0.1], [0.1, 0.9], [0.3, 0.3]]
+
+
+@dataclass
+class Scripted(Descriptor):
+    """Compares as a script says, and notes with what."""
+
+    script: list[list[list[float]]]
+    name: str = "scripted"
+    threshold: float | None = None
+    compared: list[torch.Tensor] = field(default_factory=list)
+
+    def describe(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.arange(len(images))[:, None].float()
+
+    def compare(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        self.compared.append(b[:, 0])
+        return torch.tensor(self.script.pop(0))
+
+
+@pytest.fixture
+def find(
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    workshop_of: Callable[..., Workshop],
+    tmp_path: Path,
+) -> Callable[..., Anchors]:
+    def call(*script: Any, settings: AnchorSettings = SETTINGS) -> Anchors:
+        measures = Measures({"scripted": Scripted(list(script))}, "scripted")
+        workshop = workshop_of(tmp_path, measures=measures)
+        return find_anchors(model, suspected, workshop, settings, folder=tmp_path / "anchors")
+
+    return call
+
+
+def drawn(model: StableDiffusion, prompts: torch.Tensor, name: str, place: int) -> torch.Tensor:
+    """What the sampler of the workshop makes of a prompt with the noise of its place."""
+    noise = torch.randn(model.latent_shape, generator=keyed_generator("anchor", 0, name, place))
+    return model.denoise(prompts[None], noise[None], Sampling("ddim", 2, 2.0, 2))[0]
+
+
+def test_pictures_that_resemble_any_pair_are_no_anchors(
+    find: Callable[..., Anchors], model: StableDiffusion, suspected: tuple[Pair, ...]
+) -> None:
+    one, two = suspected
+    anchors = find(FIRST, ALL_OVER, ORDINARY)
+    texts = model.encode_prompts(neighbour_prompts(one, 3))
+    assert torch.equal(anchors.embeddings[one.id], texts[[0, 0, 2]])
+    assert torch.equal(anchors.targets[one.id], texts[1:2])
+    for row, place in enumerate((0, 1, 5)):
+        wanted = drawn(model, texts[place // 2], one.id, place)
+        assert torch.allclose(anchors.latents[one.id][row], wanted, atol=1e-5)
+    assert len(anchors.targets[two.id]) == 3
+    assert anchors.notes == {
+        "anchors": {one.id: 3, two.id: 2},
+        "further_targets": {one.id: 1, two.id: 3},
+        "ordinary_anchors": [two.id],
+    }
+
+
+def test_a_pair_without_anchors_gets_vetted_pictures_of_ordinary_prompts(
+    find: Callable[..., Anchors],
+    model: StableDiffusion,
+    workshop: Workshop,
+    suspected: tuple[Pair, ...],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    anchors = find(FIRST, ALL_OVER, ORDINARY)
+    texts = model.encode_prompts(workshop.corpus.prompts("calibration", 4))
+    assert torch.equal(anchors.embeddings[suspected[1].id], texts[[0, 3]])
+    assert f"no anchor for {suspected[1].id}" in caplog.text
+
+
+def test_no_anchor_at_all_is_an_error(find: Callable[..., Anchors]) -> None:
+    with pytest.raises(InputError, match="no anchor for pair1"):
+        find(FIRST, ALL_OVER, [[0.9, 0.1]] * 4)
+
+
+def test_only_pairs_to_forget_are_compared_with(
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    workshop_of: Callable[..., Workshop],
+    tmp_path: Path,
+) -> None:
+    descriptor = Scripted([[[0.1]] * 6])
+    workshop = workshop_of(tmp_path, measures=Measures({"scripted": descriptor}, "scripted"))
+    find_anchors(model, suspected[1:], workshop, SETTINGS, folder=tmp_path / "anchors")
+    assert [row.tolist() for row in descriptor.compared] == [[1.0]]
+
+
+def test_what_a_cut_run_made_is_read_and_damaged_files_are_made_again(
+    find: Callable[..., Anchors],
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    tmp_path: Path,
+) -> None:
+    first = find(FIRST, ALL_OVER, ORDINARY)
+    used = model.unet_evaluations
+    again = find()
+    assert model.unet_evaluations == used
+    path = tmp_path / "anchors" / f"{suspected[0].id}.anchors"
+    path.write_bytes(path.read_bytes()[:-8])
+    third = find(FIRST)
+    assert model.unet_evaluations == used + 6 * 2 * 2, "6 pictures, 2 steps, 2 rows for guidance"
+    for other in (again, third):
+        assert other.notes == first.notes
+        for name in first.latents:
+            assert torch.equal(other.latents[name], first.latents[name])
+            assert torch.equal(other.embeddings[name], first.embeddings[name])
+
+
+def test_draws_keep_pictures_and_prompts_together(find: Callable[..., Anchors]) -> None:
+    anchors = find(FIRST, ALL_OVER, ORDINARY)
+    ids = ["pair1", "pair0"] * 20
+    latents, embeddings = anchors.draw(ids, torch.Generator().manual_seed(0))
+    seen: dict[str, set[int]] = {"pair0": set(), "pair1": set()}
+    for name, latent, embedding in zip(ids, latents, embeddings, strict=True):
+        own = [torch.equal(latent, row) for row in anchors.latents[name]]
+        assert own.count(True) == 1
+        assert torch.equal(embedding, anchors.embeddings[name][own.index(True)])
+        seen[name].add(own.index(True))
+    assert seen == {"pair0": {0, 1, 2}, "pair1": {0, 1}}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompts": 0},
+        {"images": 0},
+        {"ordinary": 0},
+        {"max_similarity": 1.0},
+        {"anchor_rate": 0.7},
+        {"anchor_rate": -0.1},
+    ],
+)
+def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"anchors.*{next(iter(wrong))}"):
+        AnchorSettings(**wrong)

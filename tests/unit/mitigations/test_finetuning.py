@@ -1,0 +1,353 @@
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.edits import WeightEdit
+from dori_lightning.mitigations.finetuning import (
+    FinetuneSettings,
+    Finetuning,
+    finetune,
+    in_turn,
+)
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError, Pair
+from support.workshop import make_workshop
+
+STEPS = 3
+FAST = {"lr": 1e-2, "weight_decay": 0.0, "clip": None}
+
+
+class Plain(Finetuning):
+    """Fits noise at the timestep that its step draws."""
+
+    broken_at: int | None = None
+    dtype: torch.dtype | None = None
+
+    def training_step(self, *_: Any) -> torch.Tensor:
+        loss = plain_loss(self.model, self.global_step)
+        if self.global_step == self.broken_at:
+            loss = loss * torch.nan
+        self.dtype = self.model.denoiser().conv_in(torch.zeros(1, 4, 16, 16)).dtype  # type: ignore[operator]
+        return loss
+
+
+def plain_loss(model: StableDiffusion, step: int) -> torch.Tensor:
+    generator = keyed_generator("plain", step)
+    noise = torch.randn(2, *model.latent_shape, generator=generator)
+    timesteps = torch.randint(1000, (2,), generator=generator)
+    prompts = torch.randn(2, *model.embedding_shape, generator=generator)
+    return model.denoising_loss(torch.zeros_like(noise), noise, timesteps, prompts).mean()
+
+
+class Stop(L.Callback):
+    """Raises after a step before its checkpoint is written, or (None) after the last one's."""
+
+    def __init__(self, step: int | None, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.step is None:
+            raise self.error
+
+
+def stopping(workshop: Workshop, step: int | None, error: BaseException) -> Workshop:
+    """A workshop whose fits are stopped at a step."""
+    return with_callback(workshop, Stop(step, error))
+
+
+def with_callback(workshop: Workshop, callback: L.Callback) -> Workshop:
+    def trainer(**settings: Any) -> L.Trainer:
+        settings["callbacks"] = [*settings["callbacks"], callback]
+        return workshop.trainer(**settings)
+
+    changed = copy.copy(workshop)
+    object.__setattr__(changed, "trainer", trainer)
+    return changed
+
+
+def run(
+    model: StableDiffusion,
+    workshop: Workshop,
+    *,
+    trained: Callable[[str], bool] = lambda _: True,
+    steps: int = STEPS,
+    prepare: Callable[[Plain], None] = lambda _: None,
+    **settings: Any,
+) -> WeightEdit:
+    def make() -> Plain:
+        module = Plain(model, FinetuneSettings(**{**FAST, **settings}), trained=trained)
+        prepare(module)
+        return module
+
+    return finetune(make, model, workshop, steps=steps, key="fit", title="plain")
+
+
+def by_hand(
+    model: StableDiffusion, *, clip: float | None, warmup: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """Weights after each step of the same training, written out."""
+    twin = model.frozen_copy()
+    weights = dict(twin.denoiser().named_parameters())
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-2, weight_decay=0.0)
+    kept = []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / (warmup + 1))
+        plain_loss(twin, step).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(weights.values(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        kept.append({name: weight.detach().clone() for name, weight in weights.items()})
+    return kept
+
+
+@pytest.fixture(scope="module")
+def written_out(model: StableDiffusion) -> list[dict[str, torch.Tensor]]:
+    return by_hand(model, clip=None)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    model: StableDiffusion,
+    pairs: tuple[Pair, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[float | None, WeightEdit]:
+    """What uninterrupted fits give, without and with an average."""
+    workshop = make_workshop(tmp_path_factory.mktemp("whole"), model, pairs)
+    return {ema: run(model, workshop, ema=ema) for ema in (None, 0.5)}
+
+
+def same(found: WeightEdit, wanted: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(v, wanted[n], atol=1e-6) for n, v in found.weights.items())
+
+
+def state(model: StableDiffusion) -> dict[str, Any]:
+    parts = {n: p.detach().clone() for n, p in model.denoiser().named_parameters()}
+    flags = {n: p.requires_grad for n, p in model.denoiser().named_parameters()}
+    modes = [module.training for module in model.denoiser().modules()]
+    return {"weights": parts, "flags": flags, "modes": modes}
+
+
+def assert_put_back(model: StableDiffusion, before: dict[str, Any]) -> None:
+    after = state(model)
+    assert after["flags"] == before["flags"]
+    assert after["modes"] == before["modes"]
+    assert after["weights"].keys() == before["weights"].keys()
+    for name, weight in after["weights"].items():
+        assert weight.dtype == before["weights"][name].dtype
+        assert torch.equal(weight, before["weights"][name])
+    assert all(p.grad is None for p in model.denoiser().parameters())
+
+
+def test_a_fit_is_adamw_with_warm_up_and_clipping(
+    model: StableDiffusion,
+    workshop: Workshop,
+    whole: dict[float | None, WeightEdit],
+    written_out: list[dict[str, torch.Tensor]],
+) -> None:
+    assert set(whole[None].weights) == {n for n, _ in model.denoiser().named_parameters()}
+    assert same(whole[None], written_out[-1])
+    # Adam's step does not depend on the gradient's length, but on how it changes between steps
+    clipped = run(model, workshop, clip=0.2, warmup=1)
+    assert same(clipped, by_hand(model, clip=0.2, warmup=1)[-1])
+    assert not same(clipped, by_hand(model, clip=None, warmup=1)[-1])
+
+
+def test_the_average_of_the_weights_is_kept_where_asked_for(
+    whole: dict[float | None, WeightEdit], written_out: list[dict[str, torch.Tensor]]
+) -> None:
+    average = written_out[0]
+    for weights in written_out[1:]:
+        average = {n: 0.5 * average[n] + 0.5 * w for n, w in weights.items()}
+    assert same(whole[0.5], average)
+    assert not same(whole[0.5], written_out[-1])
+
+
+def test_an_average_copies_the_weights_and_not_the_model(model: StableDiffusion) -> None:
+    module = Plain(model, FinetuneSettings())
+    twin = copy.deepcopy(module)
+    assert list(twin.state_dict()) == list(module.state_dict())
+    assert not hasattr(twin, "_held")
+
+
+def test_the_model_is_put_back_bit_for_bit(model: StableDiffusion, workshop: Workshop) -> None:
+    model.denoiser().conv_in.weight.requires_grad_(False)  # type: ignore[union-attr]
+    model.denoiser().mid_block.train()  # type: ignore[union-attr,operator]
+    try:
+        before = state(model)
+        edit = run(model, workshop, steps=1)
+        assert_put_back(model, before)
+    finally:
+        model.denoiser().conv_in.weight.requires_grad_(True)  # type: ignore[union-attr]
+        model.denoiser().eval()
+    with edit.applied(model):
+        now = state(model)["weights"]
+    assert all(torch.equal(now[name], value) for name, value in edit.weights.items())
+    assert any(not torch.equal(now[n], before["weights"][n]) for n in edit.weights)
+
+
+def test_half_precision_weights_are_trained_in_fp32_and_narrowed_again(
+    model: StableDiffusion, workshop: Workshop
+) -> None:
+    half = model.frozen_copy()
+    half.denoiser().half()
+    before = state(half)
+    seen: list[torch.dtype] = []
+    edit = run(half, workshop, steps=1, prepare=lambda m: seen.append(next(m.parameters()).dtype))
+    assert seen == [torch.float32]
+    assert_put_back(half, before)
+    assert {value.dtype for value in edit.weights.values()} == {torch.float16}
+
+
+def test_only_chosen_weights_change(model: StableDiffusion, workshop: Workshop) -> None:
+    edit = run(model, workshop, trained=lambda name: "attn2.to_v" in name, ema=0.9, steps=2)
+    assert set(edit.weights) == {
+        f"{name}.weight" for name in model.layers("cross_attention.value")
+    }
+
+
+def test_a_choice_of_no_weights_is_an_error(model: StableDiffusion, workshop: Workshop) -> None:
+    before = state(model)
+    with pytest.raises(InputError, match="no weights"):
+        run(model, workshop, trained=lambda _: False)
+    assert_put_back(model, before)
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_an_interrupted_fit_goes_on_to_the_same_bits(
+    model: StableDiffusion,
+    workshop: Workshop,
+    whole: dict[float | None, WeightEdit],
+    ema: float | None,
+) -> None:
+    cut, before = workshop, state(model)
+    evaluations = []
+    for step in (2, None):  # more than once: a resumed fit's checkpoints count too
+        used = model.unet_evaluations
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(
+                model,
+                stopping(cut, step, RuntimeError("power cut")),
+                ema=ema,
+                checkpoint_every=1,
+            )
+        evaluations.append((model.unet_evaluations - used) // 2)
+        assert_put_back(model, before)
+        assert [p.name for p in cut.scratch("fit").iterdir()] == ["last.ckpt"]
+    assert evaluations == [2, 2], "what is in a checkpoint is not done again"
+    used = model.unet_evaluations
+    resumed = run(model, cut, ema=ema, checkpoint_every=1)
+    assert model.unet_evaluations == used
+    assert resumed.identity == whole[ema].identity
+
+
+def test_ctrl_c_stays_ctrl_c(model: StableDiffusion, workshop: Workshop) -> None:
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, stopping(workshop, 2, KeyboardInterrupt()))
+    assert_put_back(model, before)
+
+
+def test_a_damaged_checkpoint_is_not_used(
+    model: StableDiffusion,
+    workshop: Workshop,
+    whole: dict[float | None, WeightEdit],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cut = workshop
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(model, stopping(cut, 2, RuntimeError("power cut")), checkpoint_every=1)
+    last = cut.scratch("fit") / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        again = run(model, cut)
+    assert "damaged" in caplog.text
+    assert again.identity == whole[None].identity
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_leaves_no_checkpoint(
+    model: StableDiffusion, workshop: Workshop
+) -> None:
+    def break_first(module: Plain) -> None:
+        module.broken_at = 0
+
+    before = state(model)
+    with pytest.raises(RuntimeError, match="loss stopped being finite at step 1"):
+        run(model, workshop, prepare=break_first, checkpoint_every=1)
+    assert_put_back(model, before)
+    assert not (workshop.scratch("fit") / "last.ckpt").exists()
+
+
+def test_a_fit_that_ends_early_is_no_edit(model: StableDiffusion, workshop: Workshop) -> None:
+    class Enough(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = True
+
+    with pytest.raises(RuntimeError, match="ended after 1 of 3 steps"):
+        run(model, with_callback(workshop, Enough()))
+
+
+def test_mixed_precision_reaches_the_denoiser(
+    model: StableDiffusion, workshop_of: Callable[[Path], Workshop], tmp_path: Path
+) -> None:
+    modules: list[Plain] = []
+    mixed = run(
+        model, workshop_of(tmp_path / "a"), precision="bf16-mixed", prepare=modules.append, steps=1
+    )
+    full = run(model, workshop_of(tmp_path / "b"), prepare=modules.append, steps=1)
+    assert [module.dtype for module in modules] == [torch.bfloat16, torch.float32]
+    assert set(mixed.weights) == set(full.weights)
+    assert mixed.identity != full.identity
+
+
+def test_a_frozen_copy_has_weights_of_its_own(model: StableDiffusion) -> None:
+    twin, evaluations = model.frozen_copy(), model.unet_evaluations
+    assert not any(p.requires_grad for p in twin.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    prompts = model.encode_prompts(["a red boat"])
+    noise = torch.randn(1, *model.latent_shape, generator=keyed_generator("x"))
+    wanted = twin.predict_noise(noise, torch.tensor([500]), prompts)
+    for weight in twin.parameters():
+        weight.data.zero_()
+    assert (twin.unet_evaluations, model.unet_evaluations) == (1, evaluations)
+    found = model.predict_noise(noise, torch.tensor([500]), prompts)
+    assert torch.equal(found, wanted)
+
+
+def test_turns_take_every_element_once_a_round() -> None:
+    drawn = [k for step in range(6) for k in in_turn("x", 0, step, batch=4, count=6)]
+    rounds = [drawn[start : start + 6] for start in range(0, 24, 6)]
+    assert all(sorted(one) == list(range(6)) for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 1
+    assert drawn[:6] == in_turn("x", 0, 0, batch=6, count=6), "the batch does not decide the order"
+    assert drawn[:6] != in_turn("x", 1, 0, batch=6, count=6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0.0},
+        {"clip": 0.0},
+        {"weight_decay": -1.0},
+        {"warmup": -1},
+        {"checkpoint_every": 0},
+        {"ema": 1.0},
+    ],
+)
+def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="finetune"):
+        FinetuneSettings(**wrong)

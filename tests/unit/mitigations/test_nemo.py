@@ -1,0 +1,356 @@
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dori_lightning.metrics.multiscale import fitting, noise_difference
+from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
+from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.edit_files import read_edit
+from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
+from dori_lightning.mitigations.nemo import NeMo
+from dori_lightning.mitigations.nemo_measure import measurement, watch_noises
+from dori_lightning.mitigations.nemo_passes import Part, blocked_passes
+from dori_lightning.mitigations.nemo_search import Probe
+from dori_lightning.mitigations.nemo_selection import Schedule, levels_of
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.corpus import NoCorpus
+from dori_lightning.types import InputError, Pair
+from support.tiny import tiny_model
+from support.workshop import make_workshop
+
+#: Few levels, samples and prompts; a random model memorizes nothing, so it has to block anyway.
+SMALL = NeMo(
+    samples=2,
+    statistics_prompts=20,
+    threshold_prompts=4,
+    threshold=0.98,
+    when_not_memorized="block",
+    start_z=2.0,
+    z_step=0.5,
+    start_k=1,
+    rows=6,
+    candidates=4,
+)
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
+    """A random model whose noise depends on the text."""
+    model = tiny_model(tmp_path_factory.mktemp("loud"))
+    for layer in model.layers("cross_attention.value").values():
+        layer.weight.data.mul_(30)
+    model.unet.conv_out.weight.data.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def shop(
+    loud: StableDiffusion, tmp_path_factory: pytest.TempPathFactory, pairs: tuple[Pair, ...]
+) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("shop"), loud, pairs)
+
+
+@pytest.fixture(scope="module")
+def edit(loud: StableDiffusion, shop: Workshop, pairs: tuple[Pair, ...]) -> PairMaskEdit:
+    """What the small settings find, made once."""
+    found = SMALL.apply(loud, [pair for pair in pairs if pair.kind != "control"], shop)
+    assert isinstance(found, PairMaskEdit)
+    return found
+
+
+def sets(edit: Any) -> dict[str, list[tuple[str, int]]]:
+    return {
+        pair: [(name, k) for name, mask in own.items() for k in mask.nonzero()[:, 0].tolist()]
+        for pair, own in edit.masks.items()
+    }
+
+
+def test_several_tests_to_a_pass_select_the_neurons_of_one_at_a_time(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    sizes = set()
+    for settings in (
+        replace(SMALL, threshold=0.99),
+        replace(SMALL, criterion="denoising_loss", when_not_memorized="leave"),
+    ):
+        alone = replace(settings, candidates=1)
+        one = [alone.apply(loud, [pair], shop) for pair in suspected]
+        many = settings.apply(loud, suspected, shop)
+        for edit, pair in zip(one, suspected, strict=True):
+            assert sets(edit)[pair.id] == sets(many)[pair.id]
+            mine, theirs = (e.origin.notes["pairs"][pair.id] for e in (edit, many))
+            asked = (mine.pop("unet_evaluations", 0), theirs.pop("unet_evaluations", 0))
+            assert mine == theirs
+            assert asked[0] == mine.get("one_at_a_time", 0) <= asked[1]
+            sizes.add((mine.get("selected"), mine.get("refined")))
+    assert len(sizes) > 1
+
+
+def test_blocking_a_row_is_what_its_edit_does(loud: StableDiffusion) -> None:
+    layers = loud.layers("cross_attention.value", ("down", "mid"))
+    generator = torch.Generator().manual_seed(2)
+    neurons = sum(layer.weight.shape[0] for layer in layers.values())
+    blocked = torch.rand(2, neurons, generator=generator) > 0.5
+    noise = torch.randn((2, *loud.latent_shape), generator=generator)
+    embeddings = loud.encode_prompts(["a red cat", "boat at night"])
+    inputs = (noise, torch.tensor([500, 500]), embeddings)
+    parts = [Part(str(k), tuple(x[k : k + 1] for x in inputs), blocked[k]) for k in range(2)]
+    with blocked_passes(layers, loud.predict_noise, rows=4) as passes:
+        found = torch.cat(passes.run(parts))
+        free = torch.cat(passes.run([replace(part, blocked=None) for part in parts]))
+    widths = list(passes.widths.values())
+    masks = [
+        {f"{name}.weight": part for name, part in zip(layers, row.split(widths), strict=True)}
+        for row in blocked
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(free, loud.predict_noise(*inputs), rtol=0, atol=1e-4)
+        for k in range(2):
+            edit = MaskEdit(Origin(loud.fingerprint), masks[k])
+            with edit.applied(loud):
+                wanted = loud.predict_noise(*(x[k : k + 1] for x in inputs))
+            torch.testing.assert_close(found[k : k + 1], wanted, rtol=0, atol=1e-4)
+    assert (found - free).abs().max() > 1e-2
+
+
+def test_answers_are_the_same_bits_in_any_company(loud: StableDiffusion) -> None:
+    layers = loud.layers("cross_attention.value")
+    generator = torch.Generator().manual_seed(4)
+    neurons = sum(layer.weight.shape[0] for layer in layers.values())
+    embeddings = loud.encode_prompts(["a red cat", "boat at night", "blue sea"])
+    parts = [
+        Part(
+            str(k),
+            (
+                torch.randn((2, *loud.latent_shape), generator=generator),
+                torch.tensor([300, 700]),
+                embeddings[k].expand(2, -1, -1),
+            ),
+            torch.rand(neurons, generator=generator) > 0.5,
+        )
+        for k in range(3)
+    ]
+    with blocked_passes(layers, loud.predict_noise, rows=6) as passes:
+        together = passes.run(parts)
+        backwards = passes.run(parts[::-1])[::-1]
+        alone = [passes.run([part])[0] for part in parts]
+    for k in range(3):
+        assert torch.equal(together[k], alone[k])
+        assert torch.equal(together[k], backwards[k])
+
+
+def test_similarities_do_not_depend_on_what_else_is_asked(loud: StableDiffusion) -> None:
+    """The range of values is that of one question's samples, as if it were asked alone."""
+    layers = loud.layers("cross_attention.value")
+    generator = torch.Generator().manual_seed(6)
+    neurons = sum(layer.weight.shape[0] for layer in layers.values())
+    embeddings = dict(zip("ab", loud.encode_prompts(["a red cat", "boat at night"]), strict=True))
+    with blocked_passes(layers, loud.predict_noise, rows=8) as passes:
+        watched = watch_noises(
+            passes,
+            embeddings,
+            latents=torch.randn((2, *loud.latent_shape), generator=generator),
+            timestep=torch.tensor(961),
+            similarity=fitting(16),
+            threshold=0.9,
+        )
+        probes = [
+            Probe(pair, torch.rand(neurons, generator=generator) > share)
+            for pair, share in (("a", 0.2), ("a", 0.9), ("b", 0.5), ("b", 1.0))
+        ]
+        measure = measurement(passes, watched)
+        together = measure(probes)
+        assert together == [measure([probe])[0] for probe in probes]
+        assert together == measure(probes[::-1])[::-1]
+    assert len(set(together)) == 4
+    assert together[-1] == pytest.approx(1, abs=1e-6)  # nothing is blocked
+
+
+def test_the_model_is_left_as_it_was(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    before = copy.deepcopy(loud.unet.state_dict())
+    flags = [p.requires_grad for p in loud.parameters()]
+    SMALL.apply(loud, suspected, shop)
+    assert all(torch.equal(value, before[n]) for n, value in loud.unet.state_dict().items())
+    assert flags == [p.requires_grad for p in loud.parameters()]
+    assert not any(module._forward_hooks for module in loud.unet.modules())
+
+
+def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its_file(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...], edit: PairMaskEdit
+) -> None:
+    found = shop.find(SMALL, loud, suspected)
+    assert found.made
+    assert isinstance(found.edit, PairMaskEdit)
+    assert found.edit.identity == edit.identity  # the same neurons when made again
+    assert set(found.edit.masks) == {pair.id for pair in suspected}
+    seven = [f"{n}.weight" for n in loud.layers("cross_attention.value", ("down", "mid"))]
+    parameters = dict(loud.unet.named_parameters())
+    for own in found.edit.masks.values():
+        assert list(own) == seven
+        assert all(mask.shape == parameters[name].shape[:1] for name, mask in own.items())
+    assert found.path is not None
+    again = read_edit(found.path)
+    assert again.identity == found.edit.identity
+    notes = again.origin.notes
+    assert notes["threshold"] == SMALL.threshold
+    for pair, own in found.edit.masks.items():
+        assert notes["pairs"][pair]["refined"] == sum(int(mask.sum()) for mask in own.values())
+    assert again.origin.cost["unet_evaluations"] > 0
+    assert again.origin.cost["unet_evaluations_one_at_a_time"] == sum(
+        own["one_at_a_time"] for own in notes["pairs"].values()
+    )
+
+
+def test_a_similarity_noted_is_that_under_the_edit(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...], edit: PairMaskEdit
+) -> None:
+    assert loud.sampling_timesteps(replace(shop.sampling, steps=50))[1] == 961
+    latents = torch.randn((2, *loud.latent_shape), generator=torch.Generator().manual_seed(1))
+    for pair in suspected:
+        rows = shop.data.encoded(pair).embedding.expand(2, -1, -1)
+        inputs = (latents, torch.full((2,), 961), rows)
+        with torch.no_grad():
+            free = noise_difference(loud.predict_noise(*inputs), latents)
+            with edit.applied(loud):
+                noise = loud.predict_noise(*inputs, pair_ids=[pair.id] * 2)
+        value = fitting(16)(free, noise_difference(noise, latents)).max()
+        noted = edit.origin.notes["pairs"][pair.id]["similarity_refined"]
+        assert float(value) == pytest.approx(noted, abs=1e-5)
+
+
+def test_union_blocks_what_any_pair_needs(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...], edit: PairMaskEdit
+) -> None:
+    union = replace(SMALL, scope="union").apply(loud, suspected, shop)
+    assert isinstance(union, MaskEdit)
+    for name, mask in union.masks.items():
+        assert torch.equal(mask, torch.stack([own[name] for own in edit.masks.values()]).any(0))
+
+
+def test_refinement_only_takes_away(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...], edit: PairMaskEdit
+) -> None:
+    whole = sets(replace(SMALL, refine=False).apply(loud, suspected, shop))
+    fewer = sets(edit)
+    assert all(set(fewer[pair]) <= set(whole[pair]) for pair in whole)
+    assert fewer != whole
+
+
+def test_a_prompt_without_memorization_is_left_alone(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    settings = replace(SMALL, when_not_memorized="leave", threshold=0.999)
+    edit = settings.apply(loud, suspected, shop)
+    assert not any(sets(edit).values())
+    assert all(not own["memorized"] for own in edit.origin.notes["pairs"].values())
+    assert edit.origin.cost["unet_evaluations_one_at_a_time"] == 0
+
+
+def test_the_threshold_is_calibrated_on_ordinary_prompts(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    def calibrated(stds: float) -> float:
+        settings = replace(SMALL, threshold=None, threshold_stds=stds, refine=False, z_step=2.0)
+        value = settings.apply(loud, suspected[:1], shop).origin.notes["threshold"]
+        assert isinstance(value, float)
+        return value
+
+    latents = torch.randn((2, *loud.latent_shape), generator=torch.Generator().manual_seed(1))
+    largest = []
+    for row in shop.prompts(loud, "calibration", 4):
+        with torch.no_grad():
+            noise = loud.predict_noise(latents, torch.full((2,), 961), row.expand(2, -1, -1))
+        maps = noise_difference(noise, latents)
+        largest.append(fitting(16)(maps[:1], maps[1:]).max())
+    values = torch.stack(largest)
+    assert calibrated(0.0) == pytest.approx(float(values.mean()), abs=1e-5)
+    assert calibrated(2.0) == pytest.approx(float(values.mean() + 2 * values.std()), abs=1e-5)
+
+
+def test_losses_are_suppressed_by_the_share_asked_for(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    settings = replace(
+        SMALL, criterion="denoising_loss", when_not_memorized="leave", suppressed_share=0.3
+    )
+    notes = settings.apply(loud, suspected, shop).origin.notes
+    assert notes["threshold"] == pytest.approx(0.7)
+    for own in notes["pairs"].values():
+        assert own["memorized"] == (own["loss"] < own["loss_empty_prompt"])
+        if own.get("suppressed"):
+            assert own["similarity_refined"] <= 0.7
+    other = replace(shop, seed=1)
+    assert settings.apply(loud, suspected, other).origin.notes["pairs"] != notes["pairs"]
+
+
+def test_stored_statistics_are_used_and_those_of_another_checkpoint_refused(
+    loud: StableDiffusion,
+    shop: Workshop,
+    suspected: tuple[Pair, ...],
+    edit: PairMaskEdit,
+    tmp_path: Path,
+) -> None:
+    prompts = shop.corpus.prompts("calibration", SMALL.statistics_prompts)
+    statistics = activation_statistics(loud, prompts)
+    path = statistics.save(tmp_path / "statistics.safetensors")
+    silent = replace(shop, corpus=NoCorpus())
+    stored = replace(SMALL, statistics=str(path)).apply(loud, suspected, silent)
+    assert sets(stored) == sets(edit)
+    replace(statistics, fingerprint="another").save(path)
+    with pytest.raises(InputError, match="fingerprint another"):
+        replace(SMALL, statistics=str(path)).apply(loud, suspected, shop)
+
+
+def test_levels_hold_outliers_by_number_and_then_the_most_active() -> None:
+    statistics = ActivationStatistics(
+        {"a": torch.zeros(4), "b": torch.zeros(3)}, {"a": torch.ones(4), "b": torch.ones(3)}, 9, ""
+    )
+    active = {"a": torch.tensor([2.5, 0.1, 5.0, 3.1]), "b": torch.tensor([0.3, 0.3, 0.2])}
+    levels = levels_of(active, statistics, Schedule(3.0, 1.0, 1.0, 0, 2, two_sided=True))
+    assert [(level.z, level.k) for level in levels] == [(3.0, 0), (2.0, 2)]
+    assert levels[0].layers == ((2, 3), ())
+    assert levels[1].layers == ((0, 2, 3), (4, 5))
+    assert levels[1].blocked.tolist() == [True, False, True, True, True, True, False]
+
+
+def test_the_published_levels_end_at_a_quarter_above_one() -> None:
+    steps = Schedule(5.0, 0.25, 1.0, 0, 1, two_sided=True).steps(1280)
+    assert len(steps) == 16
+    assert (steps[0], steps[-1]) == ((5.0, 0), (1.25, 15))
+    assert Schedule(5.0, 0.25, 1.0, 0, 1, two_sided=True).steps(6)[-1] == (3.75, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"scope": "all"}, "scope must be pair or union"),
+        ({"stages": []}, "stages must be some of down, mid, up"),
+        ({"stages": ["side"]}, "stages must be some of"),
+        ({"samples": 1}, "samples must be >= 2"),
+        ({"samples": 65}, "rows must be at least samples"),
+        ({"min_z": 5.0}, "start_z must be above min_z"),
+        ({"z_step": 0.0}, "z_step must be positive"),
+        ({"threshold": 1.0}, r"threshold must be in \(0, 1\)"),
+        ({"timestep": 50}, r"timestep must be in 0..49"),
+        ({"criterion": "denoising_loss", "when_not_memorized": "block"}, "needs criterion=noise"),
+        ({"candidates": 0}, "candidates must be >= 1"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], rule: str) -> None:
+    with pytest.raises(InputError, match=rule):
+        NeMo(**settings)
+
+
+def test_a_window_that_does_not_fit_and_an_empty_list_are_refused(
+    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    with pytest.raises(InputError, match="do not fit into a latent of 16 pixels"):
+        replace(SMALL, scales=3).apply(loud, suspected, shop)
+    with pytest.raises(InputError, match="nothing to forget"):
+        SMALL.apply(loud, [], shop)

@@ -1,0 +1,108 @@
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from dori_lightning import schema
+from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin, PairMaskEdit, WeightEdit
+from dori_lightning.mitigations.nemo import NeMo
+from dori_lightning.mitigations.none import NoMitigation
+from dori_lightning.mitigations.random_pruning import RandomPruning
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError, Pair
+from support.runs import configuration
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Prunes the first rows of one layer and some single weights of another."""
+
+    scope: str = "pair"
+    name: str = "fixed"
+
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> Edit:
+        del workshop
+        rows, weights = list(model.layers("cross_attention.value").values())[:2]
+        names = {id(p): n for n, p in model.denoiser().named_parameters()}
+        single = torch.zeros(weights.weight.shape, dtype=torch.bool)
+        single[0, :5] = True
+        origin, masks = Origin(model.fingerprint), []
+        for k in range(len(pairs)):
+            own = torch.arange(len(rows.weight)) <= k
+            masks.append({names[id(rows.weight)]: own, names[id(weights.weight)]: single})
+        if self.scope == "union":
+            return MaskEdit(origin, masks[-1])
+        if self.scope == "weights":
+            return WeightEdit(origin, {names[id(rows.weight)]: torch.zeros_like(rows.weight)})
+        return PairMaskEdit(origin, dict(zip([p.id for p in pairs], masks, strict=True)))
+
+
+def test_each_pair_loses_as_many_of_each_parameter_but_others(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    like = workshop.find(Fixed(), model, suspected).edit
+    edit = RandomPruning(Fixed()).apply(model, suspected, workshop)
+    assert isinstance(edit, PairMaskEdit)
+    assert isinstance(like, PairMaskEdit)
+    different = False
+    for pair, own in like.masks.items():
+        assert set(own) == set(edit.masks[pair])
+        for name, mask in own.items():
+            mine = edit.masks[pair][name]
+            assert mine.shape == mask.shape
+            assert int(mine.sum()) == int(mask.sum())
+            different = different or not torch.equal(mine, mask)
+    assert different
+    assert edit.origin.notes == {"like": "fixed", "like_edit": like.identity}
+
+
+def test_a_mask_for_everybody_stays_one(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    like = Fixed("union")
+    edit = RandomPruning(like).apply(model, suspected, workshop)
+    assert isinstance(edit, MaskEdit)
+    assert edit.counts() == workshop.find(like, model, suspected).edit.counts()
+    assert not workshop.find(like, model, suspected).made
+
+
+def test_the_seed_decides_the_draw(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+) -> None:
+    edits = [
+        RandomPruning(Fixed()).apply(model, suspected, replace(workshop, seed=seed)).identity
+        for seed in (0, 0, 1)
+    ]
+    assert edits[0] == edits[1] != edits[2]
+
+
+@pytest.mark.parametrize("like", [NoMitigation(), Fixed("weights")])
+def test_a_method_that_does_not_prune_is_refused(
+    model: StableDiffusion,
+    workshop: Workshop,
+    suspected: tuple[Pair, ...],
+    like: NoMitigation | Fixed,
+) -> None:
+    with pytest.raises(InputError, match=r"needs a method that prunes.*\n.*mitigation\.like"):
+        RandomPruning(like).apply(model, suspected, workshop)
+
+
+def test_the_preset_matches_nemo_and_any_other_method_on_request() -> None:
+    cfg = configuration("mitigation=random_pruning")
+    schema.check_signatures(cfg)
+    assert instantiate(cfg.mitigation) == RandomPruning(NeMo())
+    other = configuration(
+        "mitigation=random_pruning", "mitigation@mitigation.like=nemo_union"
+    ).mitigation
+    assert instantiate(other).like == NeMo(name="nemo_union", scope="union")
+
+
+def test_presets_of_nemo_are_the_defaults_but_for_what_their_names_say() -> None:
+    assert instantiate(configuration("mitigation=nemo").mitigation) == NeMo()
+    assert instantiate(configuration("mitigation=nemo_all_layers").mitigation) == NeMo(
+        name="nemo_all_layers", stages=("down", "mid", "up")
+    )

@@ -1,0 +1,310 @@
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.mitigations.anchors import Anchors, AnchorSettings
+from dori_lightning.mitigations.base import Workshop, edit_key
+from dori_lightning.mitigations.finetuning import FinetuneSettings
+from dori_lightning.mitigations.siss import SISS, SISSTraining
+from dori_lightning.mitigations.unlearning import (
+    Draws,
+    Variant,
+    combined,
+    importance_weights,
+    length,
+    losses,
+)
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError, Pair
+
+METHOD = SISS(
+    "siss",
+    anchors=AnchorSettings(prompts=2, images=1, max_similarity=0.99, ordinary=4),
+    steps=2,
+    batch=3,
+    micro_batch=2,
+    scaling_norm=5.0,
+    finetune=FinetuneSettings(lr=1e-3, warmup=1, checkpoint_every=1),
+)
+
+
+@pytest.fixture
+def anchors(model: StableDiffusion, suspected: tuple[Pair, ...]) -> Anchors:
+    """Random anchors, no further targets."""
+    latents, embeddings = {}, {}
+    for k, pair in enumerate(suspected):
+        generator = keyed_generator("anchors of a test", k)
+        latents[pair.id] = torch.randn(2, *model.latent_shape, generator=generator)
+        embeddings[pair.id] = torch.randn(2, *model.embedding_shape, generator=generator)
+    return Anchors(latents, embeddings, {}, {})
+
+
+@pytest.fixture
+def make(
+    model: StableDiffusion, suspected: tuple[Pair, ...], workshop: Workshop, anchors: Anchors
+) -> Iterator[Callable[..., SISSTraining]]:
+    """Make trainings that no Trainer runs."""
+
+    def call(**changes: Any) -> SISSTraining:
+        return SISSTraining(
+            model, replace(METHOD, **changes), suspected, workshop, anchors=anchors
+        )
+
+    yield call
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.fixture
+def draws(model: StableDiffusion) -> Draws:
+    """Four elements, two of them to forget, at two timesteps."""
+    generator = keyed_generator("draws of a test")
+    shape = (4, *model.latent_shape)
+    kept = torch.randn(shape, generator=generator)
+    return Draws(
+        kept=kept,
+        # near, so that no weight vanishes
+        forgotten=kept + 0.05 * torch.randn(shape, generator=generator),
+        prompts=torch.randn(4, *model.embedding_shape, generator=generator),
+        noise=torch.randn(shape, generator=generator),
+        uniform=torch.rand(shape, generator=generator),
+        timesteps=torch.tensor([999, 999, 400, 400]),
+        forgets=torch.tensor([True, False, True, False]),
+    )
+
+
+@pytest.mark.parametrize("mixture", [0.1, 0.5, 0.8])
+def test_weights_are_the_published_ratios_and_never_overflow(mixture: float) -> None:
+    excess = torch.tensor([-600.0, -3.0, -1e-3, 0.0, 0.5, 4.0, 600.0], dtype=torch.float64)
+    keep, forget = importance_weights(excess, mixture)
+    naive_keep = 1 / ((1 - mixture) + mixture * excess.exp())
+    naive_forget = 1 / ((1 - mixture) * (-excess).exp() + mixture)
+    assert torch.allclose(keep, naive_keep, rtol=1e-12, atol=0)
+    assert torch.allclose(forget, naive_forget, rtol=1e-12, atol=0)
+    assert torch.allclose((1 - mixture) * keep + mixture * forget, torch.ones_like(keep))
+    far = torch.tensor([-1e5, 1e5])
+    assert torch.isinf(far.exp()).any(), "where the naive form overflows"
+    keep, forget = importance_weights(far, mixture)
+    assert torch.allclose(keep, torch.tensor([1 / (1 - mixture), 0.0]))
+    assert torch.allclose(forget, torch.tensor([0.0, 1 / mixture]))
+
+
+def test_siss_losses_are_the_published_ones(model: StableDiffusion, draws: Draws) -> None:
+    share = 0.3
+    with torch.no_grad():
+        keep, forget = losses(model, draws, variant="siss", mixture=share)
+        wanted_keep = wanted_forget = 0.0
+        for k in range(4):
+            alpha = model.alphas_cumprod[draws.timesteps[k]].double()
+            gamma, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+            x, a = draws.kept[k].double(), draws.forgotten[k].double()
+            m = gamma * (a if bool(draws.forgets[k]) else x) + sigma * draws.noise[k].double()
+            d_x = ((m - gamma * x) ** 2).sum() / (2 * sigma**2)
+            d_a = ((m - gamma * a) ** 2).sum() / (2 * sigma**2)
+            w_x = 1 / ((1 - share) + share * (d_x - d_a).exp())
+            w_a = 1 / ((1 - share) * (d_a - d_x).exp() + share)
+            part = slice(k, k + 1)
+            output = model.predict_noise(
+                m[None].float(), draws.timesteps[part], draws.prompts[part]
+            )
+            wanted_keep += w_x * ((output[0] - (m - gamma * x) / sigma) ** 2).sum()
+            wanted_forget += w_a * ((output[0] - (m - gamma * a) / sigma) ** 2).sum()
+            assert 0.01 < float(w_x * share) < 0.99
+    assert torch.allclose(keep.double(), wanted_keep, rtol=1e-4)
+    assert torch.allclose(forget.double(), wanted_forget, rtol=1e-4)
+    assert not torch.allclose(keep, forget, rtol=1e-2)
+
+
+@pytest.mark.parametrize("variant", ["no_importance", "erase_diff", "neg_grad", "naive"])
+def test_baselines_take_a_pass_for_each_picture(
+    model: StableDiffusion, draws: Draws, variant: Any
+) -> None:
+    def squares(latents: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        noised = model.noised(latents, draws.noise, draws.timesteps)
+        return ((model.predict_noise(noised, draws.timesteps, draws.prompts) - wanted) ** 2).sum()
+
+    with torch.no_grad():
+        keep, forget = losses(model, draws, variant=variant)
+        if variant == "neg_grad":
+            assert keep is None
+        else:
+            assert torch.allclose(keep, squares(draws.kept, draws.noise))
+        if variant == "naive":
+            assert forget is None
+        else:
+            wanted = draws.uniform if variant == "erase_diff" else draws.noise
+            assert torch.allclose(forget, squares(draws.forgotten, wanted))
+
+
+def test_the_forget_gradient_is_subtracted_at_a_fixed_length() -> None:
+    keep = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+    forget = [torch.tensor([30.0, 0.0]), torch.tensor([[40.0]])]
+    for variant in ("siss", "no_importance"):
+        found = combined(keep, forget, variant=variant, scaling_norm=5.0)
+        assert torch.allclose(found[0], torch.tensor([1.0 - 3.0, 2.0]))
+        assert torch.allclose(found[1], torch.tensor([[3.0 - 4.0]]))
+    nothing = [torch.zeros_like(g) for g in forget]
+    found = combined(keep, nothing, variant="siss", scaling_norm=5.0)
+    assert all(torch.equal(a, b) for a, b in zip(found, keep, strict=True))
+    found = combined(keep, forget, variant="neg_grad")
+    assert all(torch.equal(a, -b) for a, b in zip(found, forget, strict=True))
+
+
+def test_erase_diff_never_climbs_the_erasing_loss() -> None:
+    keep, forget = [torch.tensor([-2.0, 1.0])], [torch.tensor([4.0, 0.0])]
+    (found,) = combined(keep, forget, variant="erase_diff", eta=0.25)
+    assert torch.allclose(found, torch.tensor([-2.0 + (0.25 + 0.5) * 4, 1.0]))
+    assert float((found * forget[0]).sum()) == pytest.approx(0.25 * 16)
+    (found,) = combined([-keep[0]], forget, variant="erase_diff", eta=0.25)
+    assert torch.equal(found, -keep[0]), "descends by enough already"
+
+
+def test_micro_batches_change_no_gradient(make: Callable[..., SISSTraining]) -> None:
+    one, two = (make(micro_batch=size) for size in (1, 3))
+    first, second = (module._gradients(module._draws("siss", 0)) for module in (one, two))
+    assert torch.allclose(first[2], second[2], rtol=1e-4)
+    for k in (0, 1):
+        assert float(length(first[k])) > 0
+        apart = [a - b for a, b in zip(first[k], second[k], strict=True)]
+        assert float(length(apart)) < 1e-3 * float(length(first[k]))
+
+
+def test_the_mean_over_the_batch_is_taken_once(
+    make: Callable[..., SISSTraining], model: StableDiffusion
+) -> None:
+    module = make(variant="no_importance")
+    drawn = module._draws("siss", 0)
+    _, _, total = module._gradients(drawn)
+    with torch.no_grad():
+        keep, forget = losses(model, drawn, variant="no_importance")
+    assert torch.allclose(total, (keep + forget) / METHOD.batch, rtol=1e-4)
+
+
+def test_the_length_is_a_tenth_of_the_naive_deletion_gradients(
+    make: Callable[..., SISSTraining], model: StableDiffusion
+) -> None:
+    found = make(scaling_norm=None)
+    norms = []
+    for k in range(4):
+        keep, _ = losses(model, found._draws("siss scale", k), variant="naive")
+        gradient = torch.autograd.grad(keep / METHOD.batch, list(model.parameters()))
+        norms.append(float(length(gradient)))
+    assert found.scaling_norm == pytest.approx(0.1 * sum(norms) / 4, rel=1e-3)
+    assert found.notes == {"scaling_norm": found.scaling_norm}
+    assert make(scaling_norm=5.0).scaling_norm == 5.0
+    assert make(scaling_norm=None, variant="neg_grad").notes == {}
+
+
+def test_draws_follow_the_settings(
+    make: Callable[..., SISSTraining], suspected: tuple[Pair, ...], workshop: Workshop
+) -> None:
+    module = make(batch=64)
+    drawn = module._draws("siss", 0)
+    assert set(drawn.timesteps.tolist()) == {999}
+    assert 16 < int(drawn.forgets.sum()) < 48
+    encoded = workshop.data.batch(suspected)
+    for k in range(64):
+        own = [torch.equal(drawn.forgotten[k], latent) for latent in encoded.latents]
+        pair = own.index(True)
+        assert torch.equal(drawn.prompts[k], encoded.embeddings[pair])
+        anchors = module.anchors.latents[suspected[pair].id]
+        assert any(torch.equal(drawn.kept[k], latent) for latent in anchors)
+    other = make(batch=64, timesteps="uniform", condition="neighbour", mixture=0.05)
+    drawn = other._draws("siss", 0)
+    assert len(set(drawn.timesteps.tolist())) > 32
+    assert int(drawn.forgets.sum()) < 16
+    texts = torch.cat(list(module.anchors.embeddings.values()))
+    assert all(any(torch.equal(row, text) for text in texts) for row in drawn.prompts)
+
+
+@pytest.mark.parametrize("variant", ["siss", "neg_grad"])
+def test_a_run_is_adamw_along_the_combined_gradient(
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    workshop_of: Callable[..., Workshop],
+    tmp_path: Path,
+    anchors: Anchors,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: Variant,
+) -> None:
+    monkeypatch.setattr("dori_lightning.mitigations.siss.find_anchors", lambda *_, **__: anchors)
+    method, workshop = replace(METHOD, variant=variant), workshop_of(tmp_path)
+    edit = method.apply(model, suspected, workshop)
+    twin = model.frozen_copy()
+    module = SISSTraining(twin, method, suspected, workshop, anchors=anchors)
+    weights = dict(twin.denoiser().named_parameters())
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, weight_decay=1e-2)
+    for step in range(2):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1) / 2
+        keep, forget, _ = module._gradients(module._draws("siss", step))
+        gradient = combined(keep, forget, variant=variant, scaling_norm=5.0)
+        for weight, value in zip(weights.values(), gradient, strict=True):
+            weight.grad = value
+        size = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        assert float(size) > 1, "clipping has something to do"
+        optimizer.step()
+    assert set(edit.weights) == set(weights)
+    for name, value in edit.weights.items():
+        assert torch.allclose(value, weights[name], atol=1e-5)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    workshop_of: Callable[..., Workshop],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method = replace(METHOD, scaling_norm=None, batch=1)
+    whole = method.apply(model, suspected, workshop_of(tmp_path / "whole"))
+    cut = workshop_of(tmp_path / "cut")
+    step = SISSTraining.training_step
+
+    def fails(self: SISSTraining, *args: Any) -> Any:
+        if self.global_step == 1:
+            raise RuntimeError("power cut")
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SISSTraining, "training_step", fails)
+        with pytest.raises(RuntimeError, match="power cut"):
+            method.apply(model, suspected, cut)
+    assert (cut.scratch(edit_key(method, model, suspected, cut)) / "last.ckpt").is_file()
+    resumed = method.apply(model, suspected, cut)
+    assert resumed.identity == whole.identity
+    assert resumed.origin.notes == whole.origin.notes
+    assert whole.origin.notes["scaling_norm"] > 0
+    assert not list((tmp_path / "cut" / "edits" / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"variant": "sisss"},
+        {"timesteps": "first"},
+        {"condition": "none"},
+        {"steps": 0},
+        {"batch": 0},
+        {"micro_batch": 0},
+        {"mixture": 0.0},
+        {"mixture": 1.0},
+        {"scaling_norm": -1.0},
+    ],
+)
+def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        SISS("siss", **wrong)
+
+
+def test_half_precision_training_is_refused() -> None:
+    with pytest.raises(InputError, match="32-true or bf16-mixed"):
+        SISS("siss", finetune=FinetuneSettings(precision="16-mixed"))
+
+
+def test_nothing_to_forget_is_an_error(model: StableDiffusion, workshop: Workshop) -> None:
+    with pytest.raises(InputError, match="nothing to forget"):
+        METHOD.apply(model, (), workshop)

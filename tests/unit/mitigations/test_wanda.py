@@ -1,0 +1,292 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.edit_files import read_edit, write_edit
+from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit
+from dori_lightning.mitigations.wanda import Wanda
+from dori_lightning.mitigations.wanda_masks import select, wanda_masks
+from dori_lightning.mitigations.wanda_norms import Tracing, input_norms
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError, Pair
+
+THINGS = ("boat", "house", "sea", "night", "photo")
+SAMPLING = Sampling("ddim", 4, 2.0, 2)
+WANDA = Wanda(fraction=0.1, steps=1)
+TWO_STEPS = replace(WANDA, steps=2)
+
+
+@pytest.fixture
+def workshop(workshop_of: Callable[..., Workshop], tmp_path: Path) -> Workshop:
+    return workshop_of(tmp_path, sampling=SAMPLING)
+
+
+@pytest.fixture
+def three(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
+    """Three pairs to forget: two suspected ones and one that plays along."""
+    return pairs[:3]
+
+
+def masks_of(edit: object, pair: Pair) -> dict[str, torch.Tensor]:
+    assert isinstance(edit, PairMaskEdit)
+    return dict(edit.masks[pair.id])
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    # a file does not keep the order
+    assert sorted(first) == sorted(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def hooks(model: StableDiffusion) -> int:
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.denoiser().modules()
+    )
+
+
+def test_masks_cover_every_feed_forward_layer_and_stay_within_the_fraction(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    edit = WANDA.apply(model, suspected, workshop)
+    parameters = dict(model.denoiser().named_parameters())
+    for pair in suspected:
+        own = masks_of(edit, pair)
+        assert list(own) == [f"{name}.weight" for name in model.layers("feed_forward.out")]
+        assert any(mask.any() for mask in own.values())
+        for name, mask in own.items():
+            assert mask.shape == parameters[name].shape
+            assert mask.dtype == torch.bool
+            assert int(mask.sum(1).max()) <= int(0.1 * mask.shape[1])
+
+
+def test_the_model_is_left_as_it_was(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    unet = model.denoiser()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    flags, count = [p.requires_grad for p in unet.parameters()], hooks(model)
+    unet.train()
+    try:
+        WANDA.apply(model, suspected, workshop)
+        assert unet.training
+    finally:
+        unet.eval()
+    assert all(torch.equal(before[name], value) for name, value in unet.state_dict().items())
+    assert [p.requires_grad for p in unet.parameters()] == flags
+    assert hooks(model) == count
+    assert not any("forward" in vars(module) for module in unet.modules())
+    assert model.embedding_filter is None
+
+
+def test_same_seed_same_edit_and_other_noise_another(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    first, again, other = (
+        wanda.apply(model, suspected, workshop) for wanda in (WANDA, WANDA, replace(WANDA, seed=1))
+    )
+    assert first.identity == again.identity != other.identity
+
+
+def test_a_pairs_mask_does_not_depend_on_its_company(
+    model: StableDiffusion, workshop: Workshop, three: tuple[Pair, ...]
+):
+    together = TWO_STEPS.apply(model, three, workshop)
+    backwards = TWO_STEPS.apply(model, three[::-1], workshop)
+    for pair in three:
+        assert_same(masks_of(together, pair), masks_of(backwards, pair))
+    for pair in three[1:]:
+        alone = TWO_STEPS.apply(model, [pair], workshop)
+        assert_same(masks_of(together, pair), masks_of(alone, pair))
+    assert not torch.equal(*(next(iter(masks_of(together, p).values())) for p in three[:2]))
+
+
+def test_union_is_what_any_pair_has(
+    model: StableDiffusion, workshop: Workshop, three: tuple[Pair, ...]
+):
+    own = WANDA.apply(model, three, workshop)
+    union = replace(WANDA, scope="union").apply(model, three, workshop)
+    assert isinstance(union, MaskEdit)
+    for name, mask in union.masks.items():
+        parts = [masks_of(own, pair)[name] for pair in three]
+        assert torch.equal(mask, parts[0] | parts[1] | parts[2])
+
+
+def test_shared_mask_comes_from_pooled_norms(
+    model: StableDiffusion, workshop: Workshop, three: tuple[Pair, ...]
+):
+    shared = replace(WANDA, scope="shared").apply(model, three, workshop)
+    assert isinstance(shared, MaskEdit)
+    tracing = Tracing(SAMPLING, steps=1)
+    norms = input_norms(model, model.encode_prompts([p.prompt for p in three]), tracing)
+    base = input_norms(model, model.empty_embedding(), tracing)
+    for name, layer in model.layers("feed_forward.out").items():
+        target = (norms[name] ** 2).mean(0).sqrt()[0]
+        wanted = select(layer.weight, target, base[name][0, 0], 0.1)
+        assert torch.equal(shared.masks[f"{name}.weight"], wanted)
+
+
+def test_given_embeddings_do_what_their_prompts_do(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    edit = WANDA.apply(model, suspected, workshop)
+    embeddings = model.encode_prompts([pair.prompt for pair in suspected])
+    masks = list(
+        wanda_masks(
+            model,
+            embeddings,
+            model.empty_embedding(),
+            tracing=WANDA.tracing(SAMPLING),
+            fraction=WANDA.fraction,
+        )
+    )
+    for pair, own in zip(suspected, masks, strict=True):
+        assert_same(masks_of(edit, pair), own)
+
+
+def test_base_of_ordinary_prompts_gives_another_mask(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    empty = WANDA.apply(model, suspected, workshop)
+    wanda = replace(WANDA, base="corpus", base_prompts=3)
+    ordinary = wanda.apply(model, suspected, workshop)
+    assert ordinary.identity != empty.identity
+    base = model.encode_prompts(workshop.corpus.prompts("calibration", 3))
+    given = next(
+        wanda_masks(
+            model,
+            model.encode_prompts([suspected[0].prompt]),
+            base,
+            tracing=wanda.tracing(SAMPLING),
+            fraction=wanda.fraction,
+        )
+    )
+    assert_same(masks_of(ordinary, suspected[0]), given)
+
+
+def test_a_target_that_is_the_base_has_an_empty_mask_and_a_note(
+    model: StableDiffusion, workshop_of: Callable[..., Workshop], tmp_path: Path, pairs
+):
+    blank = replace(pairs[0], id="blank", prompt="")
+    workshop = workshop_of(tmp_path, sampling=SAMPLING)
+    edit = WANDA.apply(model, [pairs[0], blank], workshop)
+    assert not any(mask.any() for mask in masks_of(edit, blank).values())
+    assert edit.origin.notes["pairs_without_mask"] == ["blank"]
+
+
+def test_notes_tell_the_share_that_is_pruned(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    edit = WANDA.apply(model, suspected, workshop)
+    notes = edit.origin.notes
+    assert edit.origin.fingerprint == model.fingerprint
+    own = [torch.cat([m.flatten() for m in masks_of(edit, pair).values()]) for pair in suspected]
+    assert notes["share_pruned"] == pytest.approx(float(torch.stack(own).float().mean()))
+    assert notes["share_pruned_by_pair"][suspected[1].id] == pytest.approx(
+        float(own[1].float().mean())
+    )
+    for name, share in notes["share_pruned_by_layer"].items():
+        layer = [masks_of(edit, pair)[name].float().mean() for pair in suspected]
+        assert share == pytest.approx(float(sum(layer)) / len(layer))
+
+
+def test_stages_restrict_the_layers(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    wanda = replace(WANDA, stages=["down", "mid"])
+    assert wanda.stages == ("down", "mid")
+    own = masks_of(wanda.apply(model, suspected, workshop), suspected[0])
+    assert {name.split("_")[0] for name in own} == {"down", "mid"}
+
+
+def test_own_sampler_instead_of_the_runs(
+    model: StableDiffusion, workshop_of: Callable[..., Workshop], tmp_path: Path, suspected
+):
+    short = workshop_of(tmp_path, sampling=Sampling("ddim", 1, 2.0))
+    with pytest.raises(InputError, match="takes 1\n"):
+        TWO_STEPS.apply(model, suspected, short)
+    fixed = replace(TWO_STEPS, sampling=SAMPLING).apply(model, suspected, short)
+    run = TWO_STEPS.apply(model, suspected, workshop_of(tmp_path, sampling=SAMPLING))
+    assert fixed.identity == run.identity
+
+
+def test_edit_survives_its_file_and_the_store(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...], tmp_path: Path
+):
+    edit = WANDA.apply(model, suspected, workshop)
+    back = read_edit(write_edit(tmp_path / "edit.safetensors", edit))
+    for pair in suspected:
+        assert_same(masks_of(back, pair), masks_of(edit, pair))
+    found = workshop.find(TWO_STEPS, model, suspected)
+    assert found.made
+    assert found.edit.origin is not None
+    # 2 pairs and the base in one filled pass of 8, two halves, two steps
+    assert found.edit.origin.cost["unet_evaluations"] == 8 * 2 * 2
+    again = workshop.find(TWO_STEPS, model, suspected)
+    assert not again.made
+    assert again.edit.identity == found.edit.identity
+
+
+def test_mixed_rows_see_their_own_pairs_mask(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    edit = WANDA.apply(model, suspected, workshop)
+    assert isinstance(edit, PairMaskEdit)
+    names = [suspected[0].id, suspected[1].id, suspected[0].id]
+    embeddings = model.encode_prompts(["a red boat", "a blue house", "a cat"])
+    noise = torch.randn((3, *model.latent_shape), generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([900, 500, 100])
+
+    def predicted(row: int | None = None) -> torch.Tensor:
+        # the same shape every time: kernels are chosen by it
+        with torch.no_grad():
+            ids = names if row is None else None
+            return model.predict_noise(noise, t, embeddings, pair_ids=ids)
+
+    plain = predicted(0)
+    with edit.applied(model):
+        mixed = predicted()
+    for row, name in enumerate(names):
+        with edit.of(name).applied(model):
+            assert torch.allclose(mixed[row], predicted(row)[row], rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(mixed[row], plain[row], rtol=1e-5, atol=1e-6)
+    assert torch.equal(predicted(0), plain)
+
+
+def test_a_share_below_one_weight_is_refused(
+    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+):
+    before = model.unet_evaluations
+    with pytest.raises(InputError, match="less than one weight"):
+        replace(WANDA, fraction=0.001).apply(model, suspected, workshop)
+    assert model.unet_evaluations == before
+
+
+def test_nothing_to_forget_is_refused(model: StableDiffusion, workshop: Workshop):
+    with pytest.raises(InputError, match="nothing to forget"):
+        WANDA.apply(model, [], workshop)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"fraction": 0.0},
+        {"fraction": 1.0},
+        {"steps": 0},
+        {"seeds": 0},
+        {"base_prompts": 0},
+        {"select_ratio": 1.0},
+        {"select_ratio": -0.1},
+        {"scope": "everybody"},
+        {"base": "null"},
+        {"stages": []},
+        {"stages": ["middle"]},
+    ],
+)
+def test_bad_settings_are_refused(bad: dict):
+    with pytest.raises(InputError, match=f"mitigation.{next(iter(bad))}"):
+        Wanda(**bad)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+from dori_lightning.mitigations.base import Workshop, edit_key, settings_of
+from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin
+from dori_lightning.mitigations.none import NoMitigation
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.types import InputError
+
+# this module is imported anew by the processes that it starts: nothing heavy at its top
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dori_lightning.models.stable_diffusion import StableDiffusion
+    from dori_lightning.types import Pair
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Prunes a share of one layer and leaves a line in ``log`` each time it is asked to."""
+
+    log: str
+    name: str = "pruned"
+    share: float = 0.5
+    inner: NoMitigation | None = None
+    delay: float = 0.0
+    fails: bool = False
+
+    def apply(self, model: Any, pairs: Sequence[Pair], workshop: Workshop) -> Edit:
+        with Path(self.log).open("a") as file:
+            file.write("made\n")
+        time.sleep(self.delay)
+        if self.fails:
+            raise RuntimeError("power cut")
+        model.unet_evaluations += 7
+        mask = torch.arange(10) < 10 * self.share
+        origin = Origin(
+            model.fingerprint, notes={"pairs": len(pairs)}, cost={"unet_evaluations": 5.0}
+        )
+        return MaskEdit(origin, {"layer.weight": mask})
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def made(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_a_second_find_reads_what_the_first_made(
+    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+) -> None:
+    mitigation = Pruned(str(log))
+    first = workshop.find(mitigation, model, suspected)
+    second = workshop.find(mitigation, model, suspected)
+    assert (first.made, second.made) == (True, False)
+    assert made(log) == 1
+    assert first.key == second.key
+    assert first.path == second.path == workshop.folder / f"{first.key}.safetensors"
+    assert first.edit.identity == second.edit.identity
+    assert first.edit.origin == second.edit.origin
+
+
+def test_an_edit_says_what_made_it_and_what_that_cost(
+    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+) -> None:
+    workshop.find(Pruned(str(log), delay=0.02), model, suspected)
+    origin = workshop.find(Pruned(str(log), delay=0.02), model, suspected).edit.origin
+    assert origin is not None
+    assert origin.mitigation == "pruned"
+    assert origin.settings["kind"] == "Pruned"
+    assert origin.settings["share"] == 0.5
+    assert origin.notes == {"pairs": 2}
+    assert origin.cost["seconds"] >= 0.02
+    assert origin.cost["unet_evaluations"] == 5, "what the mitigation says itself stays"
+
+
+def test_the_edit_that_changes_nothing_is_not_kept(
+    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...]
+) -> None:
+    found = workshop.find(NoMitigation(), model, suspected)
+    assert found.path is None
+    assert found.made
+    assert not list(workshop.folder.glob("*.safetensors"))
+
+
+def test_what_decides_an_edit_gives_it_another_key_and_nothing_else_does(
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    workshop_of: Callable[..., Workshop],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from support.workshop import FakeCorpus
+
+    base, plain = workshop_of(tmp_path), Pruned("log")
+    key = edit_key(plain, model, suspected, base)
+    first = suspected[0]
+    keys = [
+        key,
+        edit_key(replace(plain, share=0.4), model, suspected, base),
+        edit_key(replace(plain, inner=NoMitigation()), model, suspected, base),
+        edit_key(plain, model, suspected[:1], base),
+        edit_key(plain, model, (replace(first, prompt="a cat"), *suspected[1:]), base),
+        edit_key(plain, model, (replace(first, sha256="0" * 64), *suspected[1:]), base),
+        edit_key(plain, model, suspected, workshop_of(tmp_path, seed=1)),
+        edit_key(plain, model, suspected, workshop_of(tmp_path, corpus=FakeCorpus("other"))),
+        edit_key(plain, model, suspected, replace(base, sampling=Sampling("ddim", 3, 2.0, 2))),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "fingerprint", "another")
+        keys.append(edit_key(plain, model, suspected, base))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "latent_shape", (4, 8, 8))
+        keys.append(edit_key(plain, model, suspected, base))
+    assert len(set(keys)) == len(keys)
+
+    same = [
+        edit_key(replace(plain, name="other"), model, suspected, base),
+        edit_key(plain, model, suspected, workshop_of(tmp_path / "elsewhere")),
+        edit_key(plain, model, suspected, replace(base, sampling=replace(base.sampling, batch=1))),
+    ]
+    assert set(same) == {key}
+
+
+def test_another_setting_makes_another_edit(
+    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+) -> None:
+    one = workshop.find(Pruned(str(log)), model, suspected)
+    two = workshop.find(Pruned(str(log), share=0.2), model, suspected)
+    assert made(log) == 2
+    assert one.edit.identity != two.edit.identity
+    assert workshop.find(Pruned(str(log), name="alias"), model, suspected).made is False
+
+
+def test_settings_are_plain_values_all_the_way_down(log: Path) -> None:
+    settings = settings_of(Pruned("x", inner=NoMitigation()))
+    assert settings["inner"] == {"kind": "NoMitigation", "name": "none"}
+    assert json.loads(json.dumps(settings)) == settings
+    with pytest.raises(TypeError, match="plain values"):
+        settings_of(Pruned(torch.ones(1)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda _: b"", lambda _: b"hello"])
+def test_a_damaged_file_is_an_error_and_not_made_again_silently(
+    workshop: Workshop,
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    log: Path,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    path = workshop.find(Pruned(str(log)), model, suspected).path
+    assert path is not None
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match="damaged"):
+        workshop.find(Pruned(str(log)), model, suspected)
+    assert made(log) == 1
+    path.unlink()
+    assert workshop.find(Pruned(str(log)), model, suspected).made
+
+
+def test_an_edit_of_another_checkpoint_under_this_key_is_refused(
+    workshop: Workshop,
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    log: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mitigation = Pruned(str(log))
+    key = edit_key(mitigation, model, suspected, workshop)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "fingerprint", "another")
+        path = workshop.find(mitigation, model, suspected).path
+    assert path is not None
+    path.rename(workshop.folder / f"{key}.safetensors")
+    with pytest.raises(InputError, match=f"another.*{model.fingerprint}"):
+        workshop.find(mitigation, model, suspected)
+
+
+def test_a_mitigation_that_fails_leaves_nothing_and_lets_the_next_one_try(
+    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+) -> None:
+    broken = Pruned(str(log), fails=True)
+    with pytest.raises(RuntimeError, match="power cut"):
+        workshop.find(broken, model, suspected)
+    left = [path for path in workshop.folder.iterdir() if path.suffix != ".lock"]
+    assert not left
+    key = edit_key(broken, model, suspected, workshop)
+    with FileLock(workshop.folder / f"{key}.lock", timeout=0):
+        pass  # Timeout here: the failure would have kept the lock
+
+
+def ask(folder: Path, log: Path, start: Any, answers: Any) -> None:
+    """What one job of a sweep does, with as little of the program as it takes."""
+    workshop = Workshop(
+        seed=0,
+        corpus=SimpleNamespace(identity="none"),  # type: ignore[arg-type]
+        data=None,  # type: ignore[arg-type]
+        originals=SimpleNamespace(measures=SimpleNamespace(decider="x")),  # type: ignore[arg-type]
+        sampling=Sampling(),
+        trainer=None,  # type: ignore[arg-type]
+        folder=folder,
+    )
+    model: Any = SimpleNamespace(
+        name="x", fingerprint="f", latent_shape=(4, 8, 8), unet_evaluations=0
+    )
+    start.wait()
+    found = workshop.find(Pruned(str(log), delay=0.5), model, ())
+    answers.put((found.made, found.edit.identity))
+
+
+def test_two_processes_that_ask_at_once_make_it_once(tmp_path: Path, log: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start, answers = context.Barrier(2), context.Queue()
+    jobs = [
+        context.Process(target=ask, args=(tmp_path / "edits", log, start, answers))
+        for _ in range(2)
+    ]
+    for job in jobs:
+        job.start()
+    found = [answers.get(timeout=600) for _ in jobs]
+    for job in jobs:
+        job.join()
+        assert job.exitcode == 0
+    assert made(log) == 1
+    assert sorted(was_made for was_made, _ in found) == [False, True]
+    assert len({identity for _, identity in found}) == 1

@@ -1,0 +1,336 @@
+import io
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from dori_lightning.report.aggregate import Comparison, compare
+from dori_lightning.report.comparisons import holm, paired
+from dori_lightning.report.headline import HeadlineRow, headline_rows
+from dori_lightning.report.headline_files import cells_parquet, headline_parquet
+from dori_lightning.report.headline_tables import headline_tables, remarks, tables_markdown
+from dori_lightning.report.published import SOURCES, published_for
+from dori_lightning.report.run_files import read_run
+from dori_lightning.report.sweep_figures import (
+    before_and_after,
+    rate_against_radius,
+    rates_against_steps,
+)
+from dori_lightning.report.sweep_page import render_sweep_page, write_table
+from dori_lightning.report.sweep_verdict import sweep_answer, sweep_sentences, sweep_tone
+from support.fake_audits import PROMPT, dori, write_audit
+
+SIZES = {"vm": 6, "tm": 2, "control": 4}
+UTILITY = {
+    "denoising_loss": {"ratio": 1.03, "ratio_ci95": [1.01, 1.05]},
+    "kid": {"mean": 0.004, "std": 0.001},
+    "fid": None,
+}
+EDIT = {
+    "identity": "e", "key": "k", "made": True,
+    "cost": {"unet_evaluations": 1234, "seconds": 5.5}, "counts": {"a": 3, "b": 4},
+}  # fmt: skip
+
+
+def sims(hits: int, n: int = 6) -> list[float]:
+    return [0.9] * hits + [0.2] * (n - hits)
+
+
+def audits(folder: Path) -> Comparison:
+    """No mitigation, one that hides, one that removes: prompt, then 1, 10 and 50 steps."""
+    for name, hits in {"none": (6, 6, 6, 6), "nemo": (0, 3, 5, 6), "gone": (0, 0, 0, 0)}.items():
+        conditions: dict[Any, Any] = {
+            condition: {"vm": sims(count), "tm": sims(1, 2)}
+            for condition, count in zip((PROMPT, dori(1), dori(10), dori(50)), hits, strict=True)
+        }
+        conditions[dori(50, "random")] = {"vm": sims(hits[-1])}
+        write_audit(
+            folder / name, name, reproduced=conditions, sizes=SIZES,
+            utility=None if name == "none" else UTILITY, edit=None if name == "none" else EDIT,
+        )  # fmt: skip
+    return compare([read_run(folder / name) for name in ("none", "nemo", "gone")])
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return audits(tmp_path_factory.mktemp("audits"))
+
+
+@pytest.fixture(scope="module")
+def rows(compared: Comparison) -> tuple[HeadlineRow, ...]:
+    return headline_rows(compared)
+
+
+def test_one_row_for_each_mitigation_at_its_full_budget(rows: tuple[HeadlineRow, ...]) -> None:
+    assert [(r.mitigation, r.norm, r.eps, r.steps) for r in rows] == [
+        (name, "none", None, 50) for name in ("none", "nemo", "gone")
+    ]
+    nemo = rows[1]
+    assert nemo.prompt_vm is not None
+    assert nemo.main is not None
+    assert nemo.main.vm is not None
+    assert nemo.main.control is not None
+    assert (nemo.prompt_vm.hits, nemo.main.vm.hits, nemo.main.control.hits) == (0, 6, 0)
+    assert [a.init for a in nemo.attacks] == ["prompt", "random"]
+    assert (nemo.price.loss_ratio, nemo.price.loss_ratio_ci95) == (1.03, (1.01, 1.05))
+    assert (nemo.price.kid, nemo.price.unet_evaluations, nemo.price.changed) == (0.004, 1234, 7)
+    assert math.isnan(rows[0].price.loss_ratio)
+
+
+def test_each_row_is_compared_pair_by_pair(rows: tuple[HeadlineRow, ...]) -> None:
+    none, nemo, gone = rows
+    assert none.against_none is None
+    assert nemo.against_none is not None
+    assert (nemo.against_none.lost, nemo.against_none.gained) == (6, 0)
+    assert nemo.against_none.p == pytest.approx(2 / 64)
+    assert nemo.against_none_holm == pytest.approx(4 / 64), "two mitigations in the family"
+    assert nemo.main is not None
+    assert nemo.main.against_none is not None
+    assert nemo.main.against_none.p == 1
+    assert nemo.main.against_prompt is not None
+    assert (nemo.main.against_prompt.lost, nemo.main.against_prompt.gained) == (0, 6)
+    assert gone.main is not None
+    assert gone.main.against_none is not None
+    assert gone.main.against_none_holm == pytest.approx(4 / 64)
+
+
+def test_pairs_that_diverged_under_either_are_not_compared() -> None:
+    test = paired(
+        {"a": True, "b": None, "c": True, "d": False}, {"a": False, "b": True, "c": None}
+    )
+    assert test is not None
+    assert (test.n, test.lost, test.gained, test.p) == (1, 1, 0, 1.0)
+    assert paired({"a": None}, {"a": True}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], []),
+        ([0.04], [0.04]),
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.5, 0.9, 0.01], [1.0, 1.0, 0.03]),
+    ],
+)
+def test_holm(values: list[float], expected: list[float]) -> None:
+    assert holm(values) == pytest.approx(expected)
+
+
+def test_without_an_attack_there_is_still_a_row(tmp_path: Path) -> None:
+    write_audit(tmp_path / "none")
+    (row,) = headline_rows(compare([read_run(tmp_path / "none")]))
+    assert (row.steps, row.attacks, row.main) == (0, (), None)
+    assert sweep_answer([row]) == "No mitigation was attacked."
+    assert sweep_tone([row]) == "doubt"
+
+
+def test_a_grid_has_a_row_for_each_ball_from_narrow_to_wide(tmp_path: Path) -> None:
+    for eps in (3.5, None, 1.25):
+        ball = {"norm": "l2", "eps": eps} if eps else {}
+        write_audit(
+            tmp_path / str(eps), reproduced={PROMPT: {"vm": 0.9}, dori(50, **ball): {"vm": 0.9}}
+        )
+    found = headline_rows(compare([read_run(p) for p in sorted(tmp_path.iterdir())]))
+    assert [row.eps for row in found] == [1.25, 3.5, None]
+    assert [row.published is not None for row in found] == [False, False, True], (
+        "the paper has no ball"
+    )
+    table = headline_tables(found)[0]
+    assert table.header[:2] == ("mitigation", "attack")
+    assert [row[1] for row in table.rows] == ["50 steps, l2 1.25", "50 steps, l2 3.5", "50 steps"]
+    assert rate_against_radius(found) is not None
+
+
+# --- the paper's numbers
+
+
+@pytest.mark.parametrize(
+    ("mitigation", "checkpoint", "prompt", "attacked"),
+    [
+        ("none", "dori_tiny", 0.98, None),
+        ("nemo", "sd14", 0.20, 0.99),
+        ("nemo_all_layers", "sd14", 0.20, 0.99),
+        ("nemo", "sd20_base", 0.06, 1.00),
+        ("wanda", "dori_tiny", 0.00, 0.72),
+        ("wanda_10", "dori_tiny", None, 0.01),
+        ("esd_x", "dori_tiny", None, 0.98),
+        ("siss", "dori_tiny", None, 0.39),
+        ("adversarial_finetuning", "sd14", None, 0.02),
+        ("adversarial_finetuning", "sd21", None, 0.06),
+    ],
+)
+def test_published_numbers(
+    mitigation: str, checkpoint: str, prompt: float | None, attacked: float | None
+) -> None:
+    row = published_for(mitigation, checkpoint=checkpoint)
+    assert row is not None
+    assert (row.prompt and row.prompt.rate, row.attacked and row.attacked.rate) == (
+        prompt and pytest.approx(prompt),
+        attacked and pytest.approx(attacked),
+    )
+    assert all(f.source in SOURCES for f in (row.prompt, row.attacked) if f)
+
+
+@pytest.mark.parametrize(
+    "mitigation",
+    ["random_pruning", "prompt_adjustment", "adversarial_finetuning_lora",
+     "adversarial_finetuning_cheap", "nemonic", "wandalike"],
+)  # fmt: skip
+def test_no_number_where_the_paper_gives_none(mitigation: str) -> None:
+    assert published_for(mitigation, checkpoint="sd14") is None
+
+
+def test_changed_settings_are_not_the_papers(tmp_path: Path) -> None:
+    write_audit(tmp_path / "none")
+    for k in (1, 2):
+        write_audit(tmp_path / f"w{k}", "wanda", settings={"fraction": k})
+    found = headline_rows(compare([read_run(p) for p in sorted(tmp_path.iterdir())]))
+    assert [row.published is None for row in found] == [False, True, True]
+
+
+# --- what is written
+
+
+def test_tables_show_hits_intervals_and_the_papers_numbers(rows: tuple[HeadlineRow, ...]) -> None:
+    back, checks, tests = headline_tables(rows)
+    line = dict(zip(back.header, back.rows[1], strict=True))
+    assert line == {
+        "mitigation": "nemo",
+        "prompt": "0/6  0 % [0, 39]",
+        "+ DoRI": "6/6  100 % [61, 100]",
+        "+ DoRI, random start": "6/6  100 % [61, 100]",
+        "paper: prompt": "20 % C",
+        "paper: + DoRI": "99 % C",
+    }
+    assert back.rows[0][-1] == "-", "the paper does not say"
+    line = dict(zip(checks.header, checks.rows[1], strict=True))
+    assert line["controls"] == "0/4 → 0/4"
+    assert line["templates"] == "1/2 → 1/2"
+    assert line["similarity"] == "0.20 → 0.90"
+    assert line["denoising loss"] == "× 1.030 [1.010, 1.050]"
+    assert line["UNet evaluations"] == "1,234"
+    line = dict(zip(tests.header, tests.rows[1], strict=True))
+    assert line["+ DoRI, against its prompt"] == "-0 +6  p 0.031"
+
+
+def test_columns_without_any_value_are_left_out(tmp_path: Path) -> None:
+    write_audit(tmp_path / "none", sizes={"vm": 2, "control": 2})
+    tables = headline_tables(headline_rows(compare([read_run(tmp_path / "none")])))
+    assert [table.header for table in tables] == [
+        ("mitigation", "prompt", "paper: prompt"),
+        ("mitigation", "similarity", "controls"),
+    ]
+
+
+def test_diverged_pairs_are_shown(tmp_path: Path) -> None:
+    write_audit(tmp_path / "none", reproduced={PROMPT: {"vm": [0.9, math.nan, 0.1, 0.1]}})
+    table = headline_tables(headline_rows(compare([read_run(tmp_path / "none")])))[0]
+    assert table.rows[0][1].startswith("1/3 +1 diverged  33 %")
+
+
+def test_remarks_name_what_is_missing_and_whose_numbers_these_are(
+    compared: Comparison, rows: tuple[HeadlineRow, ...]
+) -> None:
+    said = remarks(replace(compared, unfinished=("siss",), missing=("tiny, x: y",)), rows)
+    assert said[0] == "Without a result: siss."
+    assert said[1] == "Missing: tiny, x: y."
+    assert any(text.startswith("Edits: 2 made, 0 read") for text in said)
+    assert any("The paper's numbers are of SD 1.4. C: the authors' page" in text for text in said)
+
+
+def test_markdown_holds_every_row(compared: Comparison, rows: tuple[HeadlineRow, ...]) -> None:
+    text = tables_markdown(headline_tables(rows), remarks(compared, rows))
+    assert text.count("### ") == 3
+    assert text.count("| nemo |") == 3
+    assert "| mitigation | prompt |" in text
+    assert "- tiny: all rows are counted under one threshold" in text
+
+
+def test_parquet_holds_the_rows_and_every_cell(
+    compared: Comparison, rows: tuple[HeadlineRow, ...]
+) -> None:
+    frame = pd.read_parquet(io.BytesIO(headline_parquet(rows))).set_index("mitigation")
+    nemo = frame.loc["nemo"]
+    assert (nemo.vm_prompt_hits, nemo.vm_dori_prompt_hits, nemo.vm_dori_random_n) == (0, 6, 6)
+    assert nemo.vm_dori_prompt_mr_low == pytest.approx(0.6097, abs=1e-3)
+    assert nemo.dori_prompt_vs_prompt_gained == 6
+    assert nemo.prompt_vs_none_p_holm == pytest.approx(4 / 64)
+    assert (nemo.published_attacked_mr, nemo.published_attacked_source) == (0.99, "C")
+    assert pd.isna(frame.loc["none"].loss_ratio)
+    assert pd.isna(nemo.vm_dori_control_prompt_hits)
+    cells = pd.read_parquet(io.BytesIO(cells_parquet(compared)))
+    assert len(cells) == len(compared.cells) == 3 * 5 * 3
+    assert set(cells.threshold) == {0.5}
+
+
+@pytest.fixture(scope="module")
+def written(
+    compared: Comparison,
+    rows: tuple[HeadlineRow, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("table")
+    paths = write_table(compared, rows, folder)
+    assert paths[-1] == folder / "table.html"
+    return folder
+
+
+def test_the_files_of_a_table(written: Path) -> None:
+    names = {"table.parquet", "cells.parquet", "table.md", "table.html"}
+    assert {path.name for path in written.iterdir()} == names
+
+
+def test_the_page_loads_nothing_and_says_the_answer(written: Path) -> None:
+    text = (written / "table.html").read_text()
+    assert "The attack still finds images under 1 of 2 mitigations." in text
+    loads = re.findall(r'(?:src|srcset|href)="([^"]*)"', text)
+    assert all(url.startswith(("data:image/png", "#")) for url in loads)
+    assert not re.search(r"url\(|@import|https?:|<script", text)
+    assert "prefers-color-scheme: dark" in text
+    assert text.count("<figure") == 2, "before and after, and against steps"
+    assert 'class="verdict found"' in text
+
+
+def test_an_incomplete_table_says_so_on_the_page(
+    compared: Comparison, rows: tuple[HeadlineRow, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dori_lightning.report.sweep_page._plots", lambda *_: [])
+    text = render_sweep_page(replace(compared, unfinished=("mitigation=<siss>",)), rows)
+    assert "Not complete" in text
+    assert 'class="verdict doubt"' in text
+    assert "mitigation=&lt;siss&gt;" in text
+
+
+def test_sentences_tell_hidden_from_gone(rows: tuple[HeadlineRow, ...]) -> None:
+    text = " ".join(sweep_sentences(rows))
+    assert (
+        "Without a mitigation tiny reproduces 6 of 6 suspected images from their prompts" in text
+    )
+    assert "found by the attack (paired test, p < 0.05): nemo." in text
+    assert "Nothing came back, by prompt or attack: gone." in text
+    assert sweep_tone(rows) == "found"
+
+
+def test_an_attack_that_paints_controls_is_doubted(tmp_path: Path) -> None:
+    painted = {PROMPT: {"vm": 0.9}, dori(): {"vm": 0.9, "control": 0.9}}
+    for name in ("none", "wanda"):
+        write_audit(tmp_path / name, name, reproduced=painted)
+    found = headline_rows(compare([read_run(tmp_path / n) for n in ("none", "wanda")]))
+    assert any("also reproduces controls under none, wanda" in s for s in sweep_sentences(found))
+    assert sweep_tone(found) == "doubt"
+
+
+def test_figures_are_drawn_alike_each_time_and_in_two_themes(
+    compared: Comparison, rows: tuple[HeadlineRow, ...]
+) -> None:
+    light = before_and_after(rows)
+    assert light is not None
+    assert light == before_and_after(rows)
+    assert light != before_and_after(rows, dark=True)
+    one_count = [c for c in compared.cells if c.condition.budget.steps in (0, 50)]
+    assert rates_against_steps(rows, one_count) is None, "two points are no curve"
+    assert rate_against_radius(rows) is None, "all attacks had one ball"

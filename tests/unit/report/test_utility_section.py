@@ -1,0 +1,185 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from dori_lightning.metrics.feature_distance import KernelDistance
+from dori_lightning.metrics.utility import (
+    Alignment,
+    Comparison,
+    DenoisingLoss,
+    LossRow,
+    PictureRow,
+    Replicas,
+    Utility,
+)
+from dori_lightning.report.page import render_page
+from dori_lightning.report.record import read_report, write_report
+from dori_lightning.report.utility_files import write_utility
+from dori_lightning.report.utility_section import MOST_SHOWN, utility_section
+from dori_lightning.types import InputError
+
+EVIL = '<img src=http://evil.example/a.png> "quoted"'
+
+
+def shown(folder: Path, fakes: SimpleNamespace, place: int, **more: object) -> PictureRow:
+    values: dict[str, object] = {
+        "kind": "ordinary", "id": f"corpus_{place:04d}", "group": f"prompt {place}",
+        "prompt": f"prompt {place}", "seed": 2, "similarity": 0.5 + 0.01 * place,
+        "original_unmitigated": None, "original_mitigated": None,
+        "alignment_unmitigated": None, "alignment_mitigated": None,
+        "unmitigated": fakes.picture(folder / "before" / f"{place}.png", place),
+        "mitigated": fakes.picture(folder / "after" / f"{place}.png", place, noise=30),
+    }  # fmt: skip
+    return PictureRow(**{**values, **more})  # type: ignore[arg-type]
+
+
+def near(folder: Path, fakes: SimpleNamespace, pair: str, k: int, place: int) -> PictureRow:
+    return shown(
+        folder, fakes, place, kind="neighbour", id=f"{pair}_near{k}", group=pair,
+        original_unmitigated=0.91, original_mitigated=0.12,
+    )  # fmt: skip
+
+
+def comparison(**more: object) -> Comparison:
+    values: dict[str, object] = {
+        "prompts": 3, "pictures_each": 1, "kid": KernelDistance(0.0123, 0.0045, 3, 3, 1),
+        "fid": None, "features": "autoencoder, 40 features", "similarity": 0.83,
+        "similarity_mad": 0.05, "similarity_ci95": (0.78, 0.88), "alignment": None,
+    }  # fmt: skip
+    return Comparison(**{**values, **more})  # type: ignore[arg-type]
+
+
+def utility(folder: Path, fakes: SimpleNamespace) -> Utility:
+    rows = [shown(folder, fakes, k) for k in range(3)]
+    rows += [near(folder, fakes, "vm_00", k, 3 + k) for k in range(2)]
+    return Utility(
+        descriptor="ncc",
+        denoising_loss=DenoisingLoss(0.2, 0.21, 1.05, (1.02, 1.08), 128, 2),
+        ordinary=comparison(alignment=Alignment(0.31, 0.29, -0.02, (-0.03, -0.01))),
+        neighbours=comparison(kid=None, fid=12.5),
+        replicas=Replicas(40, 12, (0.18, 0.45), 1, (0.0, 0.13)),
+        left_out={"fid": "needs 160 pictures", "neighbours.kid": "needs 4 independent pairs"},
+        loss_rows=(LossRow("corpus_0000", "prompt 0", 0, 7, 0.2, math.nan),),
+        picture_rows=tuple(rows),
+    )
+
+
+def test_the_page_has_a_section_only_where_a_cost_was_measured(
+    tmp_path: Path, fakes: SimpleNamespace
+) -> None:
+    report = fakes.report(tmp_path)
+    without = render_page(report)
+    assert 'id="cost"' not in without
+    assert 'href="#cost"' not in without
+    assert "utility.json" not in without
+    text = render_page(replace(report, utility=utility(tmp_path, fakes)))
+    assert 'id="cost"' in text
+    assert 'href="#cost"' in text
+    assert "utility.json" in text
+    firm = text.replace("\u00a0", " ")
+    assert "1.050 times the loss without it (95 % interval 1.020 to 1.080)" in firm
+    assert "12 brought the original back without the mitigation, 1 with it" in firm
+    assert "0.0123 ± 0.0045" in firm
+    assert "-0.020 (-0.030 to -0.010)" in firm
+    assert "12 of 40 (18 to 45 %)" in firm
+    assert "FID of ordinary prompts: needs 160 pictures." in firm
+    assert "KID of neighbour prompts: needs 4 independent pairs." in firm
+
+
+@pytest.mark.parametrize("images", ["full", "blurred", "none"])
+def test_pictures_follow_the_disclosure(
+    tmp_path: Path, fakes: SimpleNamespace, images: str
+) -> None:
+    report = fakes.report(tmp_path)
+    before = render_page(report, images=images).count("data:image/jpeg")
+    text = render_page(replace(report, utility=utility(tmp_path, fakes)), images=images)
+    assert text.count("data:image/jpeg") - before == (0 if images == "none" else 2 * 5)
+    assert ("With the mitigation: prompt 0 (blurred)" in text) == (images == "blurred")
+    assert ("With the mitigation: prompt 0" in text) == (images != "none")
+    assert "0.0123" in text, "numbers are shown whatever happens to pictures"
+
+
+def test_lost_pictures_are_an_error_unless_none_are_shown(
+    tmp_path: Path, fakes: SimpleNamespace
+) -> None:
+    found = utility(tmp_path, fakes)
+    found.picture_rows[0].mitigated.unlink()
+    assert utility_section(found, disclosure="none").grids == ()
+    with pytest.raises(InputError, match="restore the file"):
+        utility_section(found, disclosure="full")
+
+
+def test_prompts_are_text_not_markup(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    found = utility(tmp_path, fakes)
+    evil = replace(found.picture_rows[0], prompt=EVIL)
+    text = render_page(
+        replace(fakes.report(tmp_path), utility=replace(found, picture_rows=(evil,)))
+    )
+    assert "<img src=http" not in text
+    assert "&lt;img src=http" in text
+
+
+def test_shown_are_the_first_prompts_of_every_group_in_turn(
+    tmp_path: Path, fakes: SimpleNamespace
+) -> None:
+    rows = [near(tmp_path, fakes, f"vm_{p}", k, 0) for p in range(5) for k in range(4)]
+    rows = [replace(row, prompt=row.id) for row in rows for _ in range(2)]
+    found = replace(utility(tmp_path, fakes), picture_rows=tuple(rows))
+    ((_, words, twins),) = utility_section(found, disclosure="full").grids
+    assert len(twins) == MOST_SHOWN
+    assert [twin.prompt for twin in twins[:6]] == [
+        *(f"vm_{p}_near0" for p in range(5)), "vm_0_near1",
+    ]  # fmt: skip
+    assert f"{MOST_SHOWN} of 20 prompts" in words
+    assert "0.91 without, 0.12 with" in twins[0].note
+
+
+def test_a_broken_model_is_called_broken(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    broken = DenoisingLoss(0.2, math.nan, math.nan, (math.nan, math.nan), 128, 2)
+    found = replace(utility(tmp_path, fakes), denoising_loss=broken)
+    section = utility_section(found, disclosure="none")
+    assert "the model is broken" in section.lead
+    assert (section.rows[0].mitigated, section.rows[0].change) == ("not finite", "not finite")
+    assert "nan" not in f"{section.lead} {section.rows[0].change}".lower()
+
+
+def test_a_section_in_which_everything_was_left_out(
+    tmp_path: Path, fakes: SimpleNamespace
+) -> None:
+    nothing = Utility("ncc", None, None, None, None, {"ordinary": "corpus is none"})
+    text = render_page(replace(fakes.report(tmp_path), utility=nothing))
+    assert "Pictures of ordinary prompts: corpus is none." in text
+
+
+def test_the_record_carries_it_under_one_key(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    report = fakes.report(tmp_path)
+    write_report(report, tmp_path / "none")
+    assert read_report(tmp_path / "none")["utility"] is None
+    write_report(replace(report, utility=utility(tmp_path, fakes)), tmp_path / "some")
+    found = read_report(tmp_path / "some")["utility"]
+    assert found["denoising_loss"]["ratio_ci95"] == [1.02, 1.08]
+    assert found["neighbours"]["replicating"]["mitigated"] == 1
+    assert found["kid"]["features"] == "autoencoder, 40 features"
+
+
+def test_files_hold_numbers_and_rows(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    found = replace(
+        utility(tmp_path, fakes),
+        denoising_loss=DenoisingLoss(0.2, math.nan, math.nan, (math.nan, math.nan), 1, 1),
+    )
+    path = write_utility(found, tmp_path / "run")
+    document = json.loads(path.read_text())
+    assert document["denoising_loss"]["ratio"] is None
+    assert document["kid"]["mean"] == 0.0123
+    losses = pd.read_parquet(tmp_path / "run" / "utility_losses.parquet")
+    assert losses["mitigated"].isna().all()
+    pictures = pd.read_parquet(tmp_path / "run" / "utility_pictures.parquet")
+    assert len(pictures) == 5
+    assert pictures["mitigated"][0] == "../after/0.png"
+    assert pictures["original_mitigated"].tolist()[3:] == [0.12, 0.12]
+    assert pictures["original_mitigated"].isna().sum() == 3

@@ -1,0 +1,207 @@
+"""A dry run counts what an audit would do; where it can be checked against the code, it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dori_lightning import schema
+from dori_lightning.tasks._plan import sum_plans
+from dori_lightning.tasks._plan_costs import CHECKPOINTS, Evaluations
+from dori_lightning.tasks._plan_edits import KNOWN
+from dori_lightning.tasks._plan_job import JobPlan, plan_of
+from dori_lightning.types import InputError
+from support.runs import configuration, run_task, write_pairs
+
+SMALL = (
+    "attack.budget.steps=5",
+    "attack.noise_batch=2",
+    "attack.inits=[prompt,random]",
+    "attack.other_inits=[prompt]",
+    "attack.snapshots=[0,2,9]",
+    "attack.restarts=2",
+    "sampling.steps=3",
+    "sampling.images_per_pair=2",
+    "utility=none",
+)
+
+
+def planned(*overrides: str) -> JobPlan:
+    return plan_of(configuration(*overrides, experiment="audit"))
+
+
+def dry_run(folder: Path, *overrides: str) -> None:
+    run_task(folder, *overrides, "task.dry_run=true", experiment="audit")
+
+
+def listed(tmp_path: Path) -> tuple[str, ...]:
+    if not (tmp_path / "pairs").is_dir():
+        write_pairs(tmp_path / "pairs", vm=2, control=3)
+    return ("pairs=folder", f"pairs.path={tmp_path / 'pairs'}", *SMALL)
+
+
+def test_the_attack_and_its_pictures_are_counted(tmp_path: Path) -> None:
+    job = planned(*listed(tmp_path))
+    assert (job.mitigation, job.pairs_from) == ("none", "list")
+    assert job.pairs == {"vm": 2, "tm": 0, "control": 3}
+    assert job.attacks == (2 * 2 + 3 * 1) * 2, "vm from two starts, controls from one; 2 restarts"
+    assert job.work.attack == job.attacks * 5 * 2
+    # prompts once, and each attack after 0, 2 and 5 steps; 9 is beyond the budget
+    assert job.pictures == (5 + job.attacks * 3) * 2
+    assert job.work.forward == job.pictures * 3 * 2, "guidance takes two rows a step"
+    assert job.shared == {}
+
+
+def test_without_guidance_a_step_is_one_row(tmp_path: Path) -> None:
+    job = planned(*listed(tmp_path), "sampling.guidance=1")
+    assert job.work.forward == job.pictures * 3
+
+
+def test_a_mitigated_audit_also_draws_with_the_model_as_it_is(tmp_path: Path) -> None:
+    job = planned(*listed(tmp_path), "mitigation=wanda", "sampling.steps=12")
+    edit, before = job.shared.values()
+    assert edit.what == "edit wanda"
+    assert edit.work == Evaluations(forward=(2 + 1) * 10 * 2), "pairs and the empty prompt"
+    assert before.work == Evaluations(forward=5 * 2 * 12 * 2, decoded=5 * 2)
+
+
+def test_utility_is_counted_for_both_models(tmp_path: Path) -> None:
+    settings = (
+        "utility=light", "utility.examples=7", "utility.draws=3", "utility.prompts=4",
+        "utility.pictures=2", "utility.neighbours=1", "utility.neighbour_pictures=5",
+    )  # fmt: skip
+    without = planned(*listed(tmp_path), "mitigation=wanda")
+    job = planned(*listed(tmp_path), "mitigation=wanda", *settings)
+    pictures = 4 * 2 + 2 * 1 * 5
+    assert job.pictures - without.pictures == pictures
+    more = Evaluations(forward=7 * 3 + pictures * 3 * 2, decoded=pictures)
+    assert job.work == without.work + more
+    _, before = job.shared.values()
+    _, less = without.shared.values()
+    assert before.work == less.work + more
+
+
+def test_an_attack_inside_a_mitigation_is_counted(tmp_path: Path) -> None:
+    job = planned(
+        *listed(tmp_path), "mitigation=adversarial_finetuning", "mitigation.epochs=3",
+        "mitigation.updates=4", "mitigation.adversarial_batch=6", "mitigation.ordinary_batch=5",
+        "mitigation.pool.attack.budget.steps=7", "mitigation.pool.attack.noise_batch=2",
+        "mitigation.pool.warm=false",
+    )  # fmt: skip
+    parts = {part.what: part for part in job.shared.values()}
+    work = parts["edit adversarial_finetuning"].work
+    assert work.attack == 3 * 2 * 7 * 2
+    assert work.training == 3 * 4 * (6 + 5)
+    assert any(what.startswith("edit nemo") for what in parts), "surrogates come from its model"
+
+
+def test_a_defence_at_inference_makes_every_picture_dearer(tmp_path: Path) -> None:
+    plain = planned(*listed(tmp_path), "mitigation=wanda")
+    job = planned(*listed(tmp_path), "mitigation=prompt_adjustment")
+    assert job.work.attack - plain.work.attack == 10 * job.pictures
+
+
+@pytest.mark.parametrize("mitigation", sorted(schema.groups()["mitigation"]))
+def test_every_mitigation_has_an_estimate_or_says_that_it_has_none(
+    tmp_path: Path, mitigation: str
+) -> None:
+    job = planned(*listed(tmp_path), f"mitigation={mitigation}")
+    own = [p for p in job.shared.values() if p.what == f"edit {job.mitigation}"]
+    assert len(own) == (mitigation != "none")
+    for part in own:
+        assert part.unknown != "no estimate for this mitigation", (
+            f"add the class of {mitigation} to {KNOWN.keys()}"
+        )
+
+
+def test_an_unknown_mitigation_is_not_counted_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(KNOWN, "Wanda")
+    dry_run(tmp_path / "run", *listed(tmp_path), "mitigation=wanda")
+    assert "not counted: edit wanda: no estimate for this mitigation" in capsys.readouterr().err
+
+
+def test_gradient_of_the_embedding_is_about_as_long_as_the_forward_pass() -> None:
+    cost = CHECKPOINTS["sd14"]
+    assert cost.tflop(Evaluations(forward=1000)) == pytest.approx(803.3)
+    assert cost.tflop(Evaluations(attack=400)) == pytest.approx(667.7, abs=0.1), "one DoRI attack"
+    assert cost.hours(Evaluations(attack=400))["H100"] == pytest.approx(667.7 / 296.7 / 3600, 1e-3)
+    assert CHECKPOINTS["dori_tiny"].hours(Evaluations(attack=400))["two CPU cores"] == (
+        pytest.approx(4 / 3600)
+    )
+
+
+# --- what the task leaves
+
+
+def test_a_dry_run_needs_no_list_no_pictures_and_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    dry_run(folder, "checkpoint=sd14", "task.assume_pairs={vm: 3, tm: 0, control: 0}")
+    said = capsys.readouterr().err
+    assert "nothing is computed" in said
+    assert "pairs assumed" in said
+    assert "is not given" in said
+    assert "0.80 TFLOP forward" in said
+    assert "30% of its dense bf16 peak" in said
+    assert [p.name for p in folder.iterdir()] == ["plan.json"]
+    held = json.loads((folder / "plan.json").read_text())
+    assert (held["pairs"]["vm"], held["attacks"]) == (3, 6)
+
+
+def test_an_unreadable_list_is_assumed_and_the_reason_said(tmp_path: Path) -> None:
+    job = planned("pairs=folder", f"pairs.path={tmp_path / 'none'}", *SMALL)
+    assert job.pairs == {"vm": 112, "tm": 388, "control": 500}
+    assert job.pairs_from.startswith("assumed: pairs.path must be a folder")
+
+
+@pytest.mark.parametrize("assumed", ["{vm: -1}", "{vm: many}", "{vm: true}"])
+def test_impossible_assumptions_are_refused(assumed: str) -> None:
+    with pytest.raises(InputError, match=r"task\.assume_pairs cannot be"):
+        planned("checkpoint=sd14", f"task.assume_pairs={assumed}")
+
+
+def test_a_checkpoint_of_unknown_cost_has_no_hours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run(tmp_path / "run", *listed(tmp_path), "checkpoint.name=mine")
+    said = capsys.readouterr().err
+    assert "h, " not in said
+    assert "not counted: hours and disk of mine" in said
+
+
+def test_shared_work_is_summed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = {
+        "a": ("mitigation=none",),
+        "b": ("mitigation=wanda",),
+        "c": ("mitigation=wanda", "attack/budget=l2_small"),
+    }
+    plans: dict[str, Any] = {}
+    for name, overrides in jobs.items():
+        folder = tmp_path / "sweep" / name
+        dry_run(folder, *listed(tmp_path), *overrides, "sampling.steps=12")
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra" / "overrides.yaml").write_text("[task.dry_run=true]")
+        plans[name] = json.loads((folder / "plan.json").read_text())
+    capsys.readouterr()
+    sum_plans(tmp_path / "sweep")
+    said = capsys.readouterr().err
+    total = json.loads((tmp_path / "sweep" / "plan.json").read_text())
+    shared = plans["b"]["shared"]
+    assert shared == plans["c"]["shared"]
+    forward = sum(p["work"]["forward"] for p in plans.values())
+    forward += sum(p["work"]["forward"] for p in shared.values())
+    assert total["work"]["dori_tiny"]["forward"] == forward
+    assert (total["jobs"], total["without_plan"]) == (3, 0)
+    assert said.count("edit wanda, once") == 1
+    assert total["hours"]["two CPU cores"] > 0
+
+
+def test_no_plan_no_sum(tmp_path: Path) -> None:
+    (tmp_path / "sweep" / "a" / ".hydra").mkdir(parents=True)
+    (tmp_path / "sweep" / "a" / ".hydra" / "overrides.yaml").write_text("[task.dry_run=true]")
+    with pytest.raises(InputError, match=r"no job of the sweep left a plan\.json"):
+        sum_plans(tmp_path / "sweep")

@@ -1,0 +1,178 @@
+"""Recorded claims: those of the experiments are well formed, and malformed ones are seen."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dori_lightning.report.aggregate import compare
+from dori_lightning.report.claims import METRICS, check_claims, read_claims
+from dori_lightning.report.headline import headline_rows
+from dori_lightning.report.run_files import read_run
+from dori_lightning.types import InputError
+from support.fake_audits import PROMPT, dori, write_audit
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+RECORDED = sorted(EXPERIMENTS.glob("*/expected.json"))
+ATTACKED = {
+    "checkpoint": "tiny", "mitigation": "nemo", "attack": "dori", "init": "prompt",
+    "norm": "none", "eps": None, "steps": 50, "kind": "vm",
+}  # fmt: skip
+PROMPTED = {**ATTACKED, "attack": "prompt", "init": None, "steps": 0}
+ROW = {"checkpoint": "tiny", "mitigation": "nemo"}
+GOOD: dict[str, Any] = {"cell": ATTACKED, "metric": "mr", "value": 0.9, "tol": 0.1}
+
+
+def test_the_headline_table_has_a_file_of_claims() -> None:
+    assert EXPERIMENTS / "001-headline-table" / "expected.json" in RECORDED
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
+def test_recorded_claims_are_well_formed(path: Path) -> None:
+    for claim in read_claims(path):
+        assert claim.metric in METRICS
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/run.sh")), ids=lambda p: p.parent.name)
+def test_run_scripts_hold_nothing_but_commands_of_the_program(path: Path) -> None:
+    lines = path.read_text().replace("\\\n", " ").splitlines()
+    assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
+    rest = [line for line in lines[2:] if line.strip() and not line.startswith("#")]
+    assert rest
+    assert all(line.startswith("python -m dori_lightning ") for line in rest)
+
+
+def written(tmp_path: Path, *claims: Any) -> Path:
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps(list(claims)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        GOOD,
+        {**GOOD, "cell": PROMPTED},
+        {**GOOD, "cell": {**ATTACKED, "norm": "l2", "eps": 3.25, "init": "random"}},
+        {**GOOD, "metric": "similarity", "value": -0.2},
+        {"cell": ROW, "metric": "denoising_loss_ratio", "value": 1.02, "tol": 0.03},
+        {"cell": ROW, "metric": "unet_evaluations", "value": 120_000, "tol": 0},
+        {**GOOD, "sweep": "headline_table-dori_tiny"},
+    ],
+)
+def test_a_good_claim_is_read(tmp_path: Path, claim: dict[str, Any]) -> None:
+    (read,) = read_claims(written(tmp_path, claim))
+    assert (read.cell, read.metric, read.value, read.tol, read.sweep) == (
+        claim["cell"], claim["metric"], claim["value"], claim["tol"], claim.get("sweep"),
+    )  # fmt: skip
+
+
+def without(claim: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in claim.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("claim", "part"),
+    [
+        ("mr is 1", "must be an object"),
+        (without(GOOD, "tol"), "lacks tol"),
+        ({**GOOD, "note": "x"}, "unknown keys note"),
+        ({**GOOD, "sweep": 3}, "sweep must be a name"),
+        ({**GOOD, "metric": "accuracy"}, "metric must be one of mr, similarity"),
+        ({**GOOD, "value": 1.2}, r"value of mr must be a number in \[0, 1\], not 1.2"),
+        ({**GOOD, "value": "0.9"}, "value of mr must be a number"),
+        ({**GOOD, "value": True}, "value of mr must be a number"),
+        ({**GOOD, "value": math.nan}, "value of mr must be a number"),
+        ({**GOOD, "tol": -0.1}, "tol must be a number of at least 0"),
+        ({**GOOD, "tol": None}, "tol must be a number of at least 0"),
+        ({**GOOD, "tol": math.inf}, "tol must be a number of at least 0"),
+        ({**GOOD, "cell": "nemo"}, "cell must be an object"),
+        ({**GOOD, "cell": without(ATTACKED, "eps")}, "cell must have the keys checkpoint"),
+        ({**GOOD, "cell": {**ATTACKED, "seed": 1}}, "cell must have the keys checkpoint"),
+        ({**GOOD, "cell": ROW}, "cell must have the keys checkpoint"),
+        ({**GOOD, "metric": "kid"}, "cell must have the keys checkpoint, mitigation, not"),
+        ({**GOOD, "cell": {**ATTACKED, "mitigation": ""}}, "mitigation must be a name"),
+        ({**GOOD, "cell": {**ATTACKED, "kind": "xm"}}, "kind must be one of vm, tm, control"),
+        ({**GOOD, "cell": {**ATTACKED, "norm": "l1"}}, "norm must be one of none, l2, linf"),
+        ({**GOOD, "cell": {**ATTACKED, "eps": 1.0}}, "eps must be null for norm none"),
+        ({**GOOD, "cell": {**ATTACKED, "norm": "l2"}}, "eps must be null for norm none and a"),
+        ({**GOOD, "cell": {**ATTACKED, "steps": -1}}, "steps must be a whole number"),
+        ({**GOOD, "cell": {**ATTACKED, "steps": 5.5}}, "steps must be a whole number"),
+        ({**GOOD, "cell": {**ATTACKED, "init": None}}, "init must be one of prompt, random"),
+        ({**GOOD, "cell": {**ATTACKED, "attack": "gcg"}}, "attack must be prompt or dori"),
+        ({**GOOD, "cell": {**ATTACKED, "attack": "prompt"}}, "attack prompt has init null"),
+    ],
+)
+def test_a_malformed_claim_is_named(tmp_path: Path, claim: Any, part: str) -> None:
+    with pytest.raises(InputError, match=part) as refused:
+        read_claims(written(tmp_path, GOOD, claim))
+    assert "[1]" in str(refused.value)
+    assert "[0]" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [("{}", "must hold a list of claims"), ("[", "not valid JSON"), (None, "cannot read")],
+)
+def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: str | None, part: str) -> None:
+    path = tmp_path / "expected.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=part):
+        read_claims(path)
+
+
+# --- holding them against a table
+
+
+def claims_hold(tmp_path: Path, *claims: dict[str, Any]) -> list[bool]:
+    found = {PROMPT: {"vm": [0.9, 0.2, 0.2, 0.2]}, dori(norm="l2", eps=3.25): {"vm": 0.9}}
+    write_audit(tmp_path / "none")
+    write_audit(
+        tmp_path / "nemo", "nemo", reproduced=found,
+        utility={"denoising_loss": {"ratio": 1.02, "ratio_ci95": [1.0, 1.04]}},
+    )  # fmt: skip
+    comparison = compare([read_run(tmp_path / name) for name in ("none", "nemo")])
+    checked = check_claims(
+        read_claims(written(tmp_path, *claims)),
+        comparison.cells,
+        headline_rows(comparison),
+        sweeps=["mine"],
+    )
+    return [item.holds for item in checked]
+
+
+def test_a_claim_holds_within_its_tolerance(tmp_path: Path) -> None:
+    prompted = {**GOOD, "cell": PROMPTED}
+    ball = {**GOOD, "cell": {**ATTACKED, "norm": "l2", "eps": 3.2501}, "value": 1.0, "tol": 0}
+    assert claims_hold(
+        tmp_path,
+        {**prompted, "value": 0.25, "tol": 0.0},
+        {**prompted, "value": 0.35, "tol": 0.1},
+        {**prompted, "value": 0.36, "tol": 0.1},
+        ball,
+        {**ball, "metric": "similarity", "value": 0.9},
+        {"cell": ROW, "metric": "denoising_loss_ratio", "value": 1.0, "tol": 0.05},
+    ) == [True, True, False, True, True, True]
+
+
+def test_what_was_not_measured_does_not_hold(tmp_path: Path) -> None:
+    assert (
+        claims_hold(
+            tmp_path,
+            {**GOOD, "cell": {**ATTACKED, "steps": 10}, "value": 0, "tol": 1},
+            {**GOOD, "cell": {**PROMPTED, "mitigation": "siss"}, "value": 0, "tol": 1},
+            {"cell": ROW, "metric": "kid", "value": 0, "tol": 9},
+            {"cell": {**ROW, "mitigation": "siss"}, "metric": "kid", "value": 0, "tol": 9},
+        )
+        == [False] * 4
+    )
+
+
+def test_claims_about_another_sweep_are_left_to_it(tmp_path: Path) -> None:
+    wrong = {**GOOD, "cell": PROMPTED, "value": 1.0, "tol": 0.0}
+    assert claims_hold(tmp_path, {**wrong, "sweep": "another"}, {**wrong, "sweep": "mine"}) == [
+        False
+    ]

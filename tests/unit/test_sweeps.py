@@ -1,0 +1,203 @@
+"""What the end of a sweep leaves, with audits that are invented in place of real ones."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from dori_lightning import cli, schema, sweeps
+from dori_lightning.types import InputError
+from support.fake_audits import PROMPT, dori, write_audit
+
+SWEEPS = ("headline_table", "headline_table_sd14", "pruning_grid")
+FOUND = {PROMPT: {"vm": [0.9, 0.2, 0.2, 0.2]}, dori(): {"vm": 0.9}}
+
+Run = Callable[..., int]
+
+
+def audit(cfg: Any, folder: Path) -> float:
+    """Stand in for an audit; random_pruning and wanda_10 fail."""
+    name = cfg.mitigation.get("name", "none")
+    if name == "random_pruning":
+        raise InputError("no such luck")
+    if name == "wanda_10":
+        raise RuntimeError("a bug")
+    write_audit(folder, name, checkpoint=cfg.checkpoint.name, reproduced=FOUND)
+    return 0.0
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """The program in this process: ``run(*arguments, task=function)``."""
+    root = logging.getLogger()
+    handlers, level, mask = root.handlers[:], root.level, os.umask(0o022)
+    environment = dict(os.environ)
+
+    # figures take most of a table's time, and have tests of their own
+    monkeypatch.setattr("dori_lightning.report.sweep_page._plots", lambda *_: [])
+
+    def call(*arguments: str, task: Callable[..., Any] = audit) -> int:
+        monkeypatch.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
+        monkeypatch.setattr(schema, "check_signatures", lambda cfg: None)
+        monkeypatch.setattr(sys, "argv", ["dori-lightning", *arguments])
+        monkeypatch.chdir(tmp_path)
+        return cli.main()
+
+    yield call
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:], root.level = handlers, level
+    os.umask(mask)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def test_a_sweep_ends_with_its_table(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("-m", "+experiment=headline_table", "mitigation=none,nemo,wanda") == 0
+    captured = capsys.readouterr()
+    folder = tmp_path / "outputs" / "sweeps" / "headline_table-dori_tiny"
+    for name in ("table.parquet", "cells.parquet", "table.md", "table.html"):
+        assert (folder / name).is_file()
+    assert "The attack still finds images under 2 of 2 mitigations." in captured.err
+    assert "1/4  25 % [5, 70]" in captured.err
+    assert len(captured.out.splitlines()) == 3, "standard output carries run folders only"
+
+
+def test_a_failed_job_loses_its_row_and_not_the_table(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = "mitigation=random_pruning,none,wanda"
+    assert run("-m", "+experiment=headline_table", swept) == 2, "the failed job's code"
+    captured = capsys.readouterr()
+    assert captured.err.count("dori: no such luck") == 1
+    named = "Without a result: mitigation=random_pruning (not finished or failed, see its log)."
+    assert named in captured.err
+    page = tmp_path / "outputs" / "sweeps" / "headline_table-dori_tiny" / "table.html"
+    assert "Not complete" in page.read_text()
+    assert named in page.read_text()
+
+
+def test_the_programs_own_fault_in_a_job_keeps_its_code(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("-m", "+experiment=headline_table", "mitigation=none,wanda_10,nemo") == 1
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+    assert (tmp_path / "outputs/sweeps/headline_table-dori_tiny/table.md").is_file()
+
+
+def test_without_its_none_row_the_sweep_ends_without_a_table(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("-m", "+experiment=headline_table", "mitigation=wanda,nemo") == 2
+    said = capsys.readouterr().err
+    assert "dori: no table without its none row: nothing shows what dori_tiny reproduces" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "outputs/sweeps/headline_table-dori_tiny/table.md").exists()
+
+
+def test_a_resumed_sweep_counts_the_jobs_that_were_done_before(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("-m", "+experiment=headline_table", "mitigation=none,random_pruning")
+    assert run(*command) == 2
+    assert "Without a result" in capsys.readouterr().err
+
+    def mended(cfg: Any, folder: Path) -> None:
+        write_audit(folder, cfg.mitigation.get("name", "none"), reproduced=FOUND)
+
+    assert run(*command, task=mended) == 0
+    said = capsys.readouterr().err
+    assert "Without a result" not in said
+    assert "under 1 of 1 mitigation." in said
+
+
+def test_an_interrupted_sweep_makes_no_table(run: Run, tmp_path: Path) -> None:
+    def interrupted(cfg: Any, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    assert run("-m", "+experiment=headline_table", "mitigation=none", task=interrupted) == 130
+    assert not list(tmp_path.glob("outputs/sweeps/*/table.*"))
+
+
+def test_other_sweeps_and_single_runs_make_no_table(run: Run, tmp_path: Path) -> None:
+    assert run("-m", "+experiment=audit", "seed=1,2") == 0
+    assert run("+experiment=audit") == 0
+    assert not list(tmp_path.glob("outputs/**/table.*"))
+
+
+def test_a_sweep_that_another_command_left_behind_is_forgotten(run: Run, tmp_path: Path) -> None:
+    left = schema.CONF  # anything that would fail if it were closed
+    sweeps._open.append(left)  # type: ignore[arg-type]
+    assert run("seed=1") == 0
+    assert sweeps._open == []
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_asks_for_its_table_and_its_baseline(name: str) -> None:
+    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+        cfg = compose("config", [f"+experiment={name}"], return_hydra_config=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    assert cfg.hydra.callbacks.table._target_ == "dori_lightning.sweeps.SweepTable"
+    swept = cfg.hydra.sweeper.params.mitigation.split(",")
+    assert swept[0] == "none"
+    assert set(swept) <= schema.groups()["mitigation"].keys()
+    # random pruning builds on nemo's edit: the job of its name makes it
+    assert swept.index("nemo") < swept.index("random_pruning")
+    assert cfg.attack.other_inits == ["prompt"]
+
+
+def test_the_headline_table_has_every_row_of_the_paper() -> None:
+    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+        swept = {
+            name: compose("config", [f"+experiment={name}"], return_hydra_config=True)
+            .hydra.sweeper.params.mitigation.split(",")
+            for name in SWEEPS
+        }  # fmt: skip
+    assert swept["headline_table"] == swept["headline_table_sd14"]
+    assert {"esd_x", "concept_ablation", "siss", "adversarial_finetuning"} < set(
+        swept["headline_table"]
+    )
+    assert set(swept["pruning_grid"]) < set(swept["headline_table"])
+
+
+def test_the_stable_diffusion_table_lacks_nothing_but_data() -> None:
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+        cfg = compose("config", ["+experiment=headline_table_sd14"])
+    assert sorted(OmegaConf.missing_keys(cfg)) == [
+        "corpus.path",
+        "metrics.descriptors.sscd.weights",
+        "pairs.parts[0].images",
+        "pairs.parts[0].path",
+        "pairs.parts[1].images",
+        "pairs.parts[1].path",
+    ]
+    assert (cfg.sampling.images_per_pair, cfg.sampling.sampler) == (10, "ddim")
+    assert cfg.attack.budget.steps == 50
+
+
+def test_a_dry_run_of_a_sweep_adds_up_its_plans(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dori_lightning.tasks import audit as real
+
+    arguments = ("+experiment=headline_table_sd14", "task.dry_run=true", "mitigation=none,wanda")
+    assert run(*arguments, task=real.run) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("nothing is computed") == 1, "one table for all jobs"
+    assert "Plan of the sweep headline_table-sd14" in captured.err
+    assert "edit wanda, once" in captured.err
+    folder = tmp_path / "outputs" / "sweeps" / "headline_table-sd14"
+    assert (folder / "plan.json").is_file()
+    assert len(captured.out.splitlines()) == 2
+    assert not list(folder.glob("*/report.json"))
