@@ -69,6 +69,8 @@ class NeMo:
         z_two_sided: Whether activations below the mean count, as in the paper's text and the
             released code; its algorithm 2 is one-sided.
         refine: Whether to unblock what is not needed.
+        refine_group: Neurons of a layer that refinement tries to unblock together; published: 1.
+            More asks fewer questions and leaves more neurons blocked.
         when_not_memorized: What becomes of a pair whose prompt shows no memorization: ``leave``
             blocks nothing, as published; ``block`` goes on with all samples (``noise_ssim``).
         scales: Scales of the similarity; None for the published 3, or what fits.
@@ -99,6 +101,7 @@ class NeMo:
     k_step: int = 1
     z_two_sided: bool = True
     refine: bool = True
+    refine_group: int = 1
     when_not_memorized: Literal["leave", "block"] = "leave"
     scales: int | None = None
     window: int | None = None
@@ -141,6 +144,7 @@ class NeMo:
                 "when_not_memorized=block needs criterion=noise_ssim: a loss that the prompt does "
                 "not lower cannot be raised to that without it",
             ),
+            (self.refine_group >= 1, "refine_group must be >= 1"),
             (self.rows >= self.samples, "rows must be at least samples"),
             (self.candidates >= 1, "candidates must be >= 1"),
         ):

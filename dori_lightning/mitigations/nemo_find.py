@@ -113,7 +113,7 @@ def find_neurons(
         for pair in chosen:
             active = {n: activations(m, pairs[pair].embedding[None])[0] for n, m in layers.items()}
             levels = levels_of(active, statistics, schedule)
-            searches[pair] = PairSearch(levels, threshold, settings.refine)
+            searches[pair] = PairSearch(levels, threshold, settings.refine, settings.refine_group)
         with stage(f"mitigate: {settings.name}", len(searches)) as advance:
             asked = run_searches(
                 searches,

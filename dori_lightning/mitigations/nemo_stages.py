@@ -174,6 +174,7 @@ class PairSearch:
         threshold: Of similarity, for selection and refinement. Where no level is enough,
             refinement keeps to the similarity that the last one reached.
         refine: Whether to refine at all.
+        group: Neurons of a layer that refinement tries to unblock together.
         selection: The first stage.
         refinement: The second, once it began.
     """
@@ -181,6 +182,7 @@ class PairSearch:
     levels: Sequence[Level]
     threshold: float
     refine: bool = True
+    group: int = 1
     selection: Selection = field(init=False)
     refinement: Refinement | None = field(init=False, default=None)
 
@@ -226,7 +228,11 @@ class PairSearch:
         if self.refinement is None and self.selection.done and self.refine:
             level = self.selection.level
             layers = [layer for layer in reversed(level.layers) if layer]
-            single = [[place] for layer in layers for place in layer]
+            few = [
+                layer[start : start + self.group]
+                for layer in layers
+                for start in range(0, len(layer), self.group)
+            ]
             self.refinement = Refinement(
-                level.blocked, [*layers, *single], self.target, self.selection.similarity
+                level.blocked, [*layers, *few], self.target, self.selection.similarity
             )

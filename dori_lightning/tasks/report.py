@@ -52,27 +52,30 @@ def run(cfg: DictConfig, folder: Path) -> None:
     places = _places(cfg.task.runs)
     expected = cfg.task.expected
     claims = read_claims(Path(expected)) if expected is not None else ()
+    comparison, sweeps = _collect(places)
+    # after the runs were found good: a mistaken name must not occupy the folder
     claim_folder(folder, {"runs": [str(place.resolve()) for place in places]})
-    comparison, rows, sweeps = make_table(places, folder)
+    rows = _publish(comparison, folder)
     if expected is not None:
         _hold_against(claims, comparison, rows, sweeps=sweeps, source=str(expected))
 
 
-def make_table(
-    places: Sequence[Path], folder: Path
-) -> tuple[Comparison, tuple[HeadlineRow, ...], tuple[str, ...]]:
+def make_table(places: Sequence[Path], folder: Path) -> None:
     """Aggregate run folders, write the table into ``folder`` and print it.
 
     Args:
         places: Sweeps' folders and run folders.
         folder: Gets ``table.parquet``, ``cells.parquet``, ``table.md`` and ``table.html``.
 
-    Returns:
-        The comparison, its rows, and the names of the sweeps' folders.
-
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
     """
+    comparison, _ = _collect(places)
+    _publish(comparison, folder)
+
+
+def _collect(places: Sequence[Path]) -> tuple[Comparison, tuple[str, ...]]:
+    """Read and compare the runs that places stand for; also names the sweeps among the places."""
     jobs = jobs_of(places)
     finished = [place for place in jobs.folders if (place / "report.json").is_file()]
     unfinished = [
@@ -83,11 +86,21 @@ def make_table(
     unfinished += [f"{name} (not started)" for name in jobs.unstarted]
     if jobs.others:
         log.info("%d run folders of other sweeps in there are left out", jobs.others)
-    comparison = compare([read_run(place) for place in finished], unfinished=unfinished)
+    return compare([read_run(place) for place in finished], unfinished=unfinished), jobs.sweeps
+
+
+def _publish(comparison: Comparison, folder: Path) -> tuple[HeadlineRow, ...]:
+    """Write the table and print it."""
     rows = headline_rows(comparison)
     page = write_table(comparison, rows, folder)[-1]
-    _print(comparison, rows, page)
-    return comparison, rows, jobs.sweeps
+    console = _console()
+    for table in headline_tables(rows):
+        console.print(rich_table(table))
+    console.print(sweep_answer(rows))
+    for text in remarks(comparison, rows):
+        console.print(f"- {text}", markup=False, highlight=False)
+    console.print(f"page: {page}", soft_wrap=True, markup=False)
+    return rows
 
 
 def _places(runs: object) -> list[Path]:
@@ -99,16 +112,6 @@ def _places(runs: object) -> list[Path]:
             f"  mend:  name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
         )
     return [Path(place) for place in given]
-
-
-def _print(comparison: Comparison, rows: Sequence[HeadlineRow], page: Path) -> None:
-    console = _console()
-    for table in headline_tables(rows):
-        console.print(rich_table(table))
-    console.print(sweep_answer(rows))
-    for text in remarks(comparison, rows):
-        console.print(f"- {text}", markup=False, highlight=False)
-    console.print(f"page: {page}", soft_wrap=True, markup=False)
 
 
 def _console() -> Console:

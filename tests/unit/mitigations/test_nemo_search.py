@@ -182,3 +182,10 @@ def test_a_question_that_fits_into_no_pass_is_an_error() -> None:
         run_searches(
             {"a": PairSearch(levels_of(0, "a"), 0.5)}, lambda _: [], rows={"a": 3}, capacity=2
         )
+
+
+def test_groups_of_neurons_are_tried_together() -> None:
+    search = PairSearch([Level(2.0, 0, ((0, 1, 2), (3,), ()), NEURONS)], 0.5, group=2)
+    search.settle({(): 0.1})
+    assert search.refinement is not None
+    assert [list(c) for c in search.refinement.candidates] == [[3], [0, 1, 2], [3], [0, 1], [2]]
