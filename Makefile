@@ -11,7 +11,7 @@ RUN := $(BIN)/python -m
 QUICK := not slow and not gpu and not slurm and not kill
 
 .DEFAULT_GOAL := help
-.PHONY: help setup audit plant test test-slow test-kill lint clean
+.PHONY: help setup audit headline grid plant test test-slow test-kill lint clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,12 @@ $(STAMP): pyproject.toml
 
 audit: $(STAMP) ## audit the embedded benchmark and write its report (ARGS="..." adds overrides)
 	$(RUN) dori_lightning +experiment=audit $(ARGS)
+
+headline: $(STAMP) ## make the headline table again and hold it against the recorded claims (an hour)
+	PATH="$(abspath $(BIN)):$$PATH" bash experiments/001-headline-table/run.sh
+
+grid: $(STAMP) ## pruning method x budget x checkpoint, with its table (ARGS="..." adds overrides)
+	$(RUN) dori_lightning -m +experiment=pruning_grid $(ARGS)
 
 plant: $(STAMP) ## train the embedded benchmark again from its recipe (long)
 	$(RUN) dori_lightning task=plant $(ARGS)

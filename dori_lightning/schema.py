@@ -160,7 +160,8 @@ def check_missing(cfg: DictConfig) -> None:
     Raises:
         InputError: Names every open key.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    # parts[0] as Hydra's command line writes it: parts.0
+    missing = sorted(re.sub(r"\[(\d+)\]", r".\1", key) for key in OmegaConf.missing_keys(cfg))
     if missing:
         raise InputError(
             f"missing value for {', '.join(missing)}\n"

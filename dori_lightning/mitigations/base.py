@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -152,8 +151,6 @@ class Workshop:
                 seconds=round(time.monotonic() - started, 2),
             )
             write_edit(path, edit)
-            # only now: a crash before would lose the fit
-            shutil.rmtree(self.scratch(key), ignore_errors=True)
         return Found(edit, key, made=True, path=path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -205,6 +206,7 @@ def finetune(
         trained = {n: value.cpu().to(before[n].dtype) for n, value in after.items()}
         changed = {n: v.clone() for n, v in trained.items() if not torch.equal(v, before[n].cpu())}
         said = {**(notes or {}), **getattr(module, "notes", {})}
+    shutil.rmtree(folder, ignore_errors=True)
     return WeightEdit(Origin(model.fingerprint, notes=said), changed)
 
 

@@ -65,9 +65,11 @@ class Published:
 _SD1 = "SD 1.4"
 _SD2 = "SD 2"
 
-# By the beginning of a mitigation's name; the longest that fits decides. None: a preset that the
-# paper does not have, or for which it gives no rate.
-_ON_SD1: dict[str, Published | None] = {
+# Variants of these are not the paper's, or it gives no rate for them.
+_EXACT = ("none", "adversarial_finetuning")
+
+# By the beginning of a mitigation's name, up to an underscore; the longest that fits decides.
+_ON_SD1: dict[str, Published] = {
     "none": Published(
         "no mitigation",
         _SD1,
@@ -96,18 +98,14 @@ _ON_SD1: dict[str, Published | None] = {
     "adversarial_finetuning": Published(
         "adversarial fine-tuning, 5 epochs", _SD1, attacked=Figure(0.02, "C", 0.36, 0.14)
     ),
-    "adversarial_finetuning_lora": None,
-    "adversarial_finetuning_cheap": None,
 }
-_ON_SD2: dict[str, Published | None] = {
+_ON_SD2: dict[str, Published] = {
     "nemo": Published(
         "NeMo", _SD2, prompt=Figure(0.06, "S"), attacked=Figure(1.00, "C", 0.87, 0.02)
     ),
     "adversarial_finetuning": Published(
         "adversarial fine-tuning", _SD2, attacked=Figure(0.06, "C", 0.14, 0.06)
     ),
-    "adversarial_finetuning_lora": None,
-    "adversarial_finetuning_cheap": None,
 }
 
 
@@ -126,6 +124,6 @@ def published_for(mitigation: str, *, checkpoint: str) -> Published | None:
     fitting = [
         name
         for name in rows
-        if mitigation == name or mitigation.startswith((f"{name}_", f"{name}-"))
+        if mitigation == name or (name not in _EXACT and mitigation.startswith(f"{name}_"))
     ]
     return rows[max(fitting, key=len)] if fitting else None

@@ -82,11 +82,18 @@ def _random(name: str, *_: Any) -> Part:
     return Part(f"edit {name}", Evaluations())
 
 
-def _nemo(name: str, settings: Mapping[str, Any], suspected: int, _: Sampling) -> Part:
-    asked = suspected + (settings["threshold_prompts"] if settings["threshold"] is None else 0)
+def _nemo(name: str, settings: Mapping[str, Any], suspected: int, sampling: Sampling) -> Part:
+    rows, criterion = suspected * settings["samples"], settings["criterion"]
+    if criterion == "replication":
+        first = drawn(rows, sampling)
+    elif criterion == "denoising_loss":
+        first = Evaluations(forward=2 * rows)  # with the prompt and with the empty one
+    else:
+        ordinary = settings["threshold_prompts"] if settings["threshold"] is None else 0
+        first = Evaluations(forward=rows + ordinary * settings["samples"])
     return Part(
         f"edit {name}",
-        Evaluations(forward=asked * settings["samples"]),
+        first,
         "only the first look at each prompt is counted; the search depends on what it finds "
         "(published: 15.7 s a vm prompt and 45.9 s a tm prompt on a V100 or A100)",
     )

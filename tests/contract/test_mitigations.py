@@ -47,6 +47,8 @@ def small(thing: Any) -> Any:
             changes[item.name] = max(value, 0.1)  # 1 % of a tiny layer is no weight at all
         elif item.name == "max_similarity":
             changes[item.name] = 0.99  # a tiny model's pictures all look alike
+        elif item.name == "refine_group":
+            changes[item.name] = 16
         elif item.name == "snapshots":
             changes[item.name] = ()
         elif dataclasses.is_dataclass(value):

@@ -66,14 +66,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def grid(place: Path) -> Path:
     """The finished grid's folder."""
-    code = program(
+    with pytest.MonkeyPatch.context() as patch:
+        # most of so small an audit's time, and tested elsewhere
+        patch.setattr("dori_lightning.report.plots._drawings", lambda _: {})
+        code = swept(place)
+    assert code == 0
+    return place / "outputs" / "sweeps" / "pruning_grid"
+
+
+def swept(place: Path) -> int:
+    return program(
         "--config-dir", str(place / "mine"), "+experiment=pruning_grid", *SMALL,
         f"mitigation=none,{','.join(METHODS)}", f"attack/budget={','.join(BUDGETS)}",
         f"pairs.path={place / 'pairs'}", f"checkpoint.source={place / 'checkpoint'}",
         place=place,
     )  # fmt: skip
-    assert code == 0
-    return place / "outputs" / "sweeps" / "pruning_grid"
 
 
 def test_every_job_of_the_grid_has_its_run_folder(grid: Path) -> None:

@@ -253,6 +253,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
     resumed = run(model, cut, ema=ema, checkpoint_every=1)
     assert model.unet_evaluations == used
     assert resumed.identity == whole[ema].identity
+    assert not cut.scratch("fit").exists()
 
 
 def test_ctrl_c_stays_ctrl_c(model: StableDiffusion, workshop: Workshop) -> None:

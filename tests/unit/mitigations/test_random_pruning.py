@@ -92,9 +92,12 @@ def test_a_method_that_does_not_prune_is_refused(
 
 
 def test_the_preset_matches_nemo_and_any_other_method_on_request() -> None:
-    cfg = configuration("mitigation=random_pruning")
-    schema.check_signatures(cfg)
-    assert instantiate(cfg.mitigation) == RandomPruning(NeMo())
+    for preset, like in (("random_pruning_nemo", "nemo"), ("random_pruning", "nemo_replication")):
+        cfg = configuration(f"mitigation={preset}")
+        schema.check_signatures(cfg)
+        found = instantiate(cfg.mitigation)
+        assert isinstance(found, RandomPruning)
+        assert found.like == instantiate(configuration(f"mitigation={like}").mitigation)
     other = configuration(
         "mitigation=random_pruning", "mitigation@mitigation.like=nemo_union"
     ).mitigation
