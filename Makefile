@@ -4,6 +4,8 @@ VENV ?= .venv
 # An index of other builds (CPU only, another CUDA) is chosen with pip's own PIP_INDEX_URL or PIP_EXTRA_INDEX_URL.
 TORCH ?= "torch>=2.11,<3" "torchvision>=0.26,<1"
 ARGS ?=
+# Test processes; each test computes on one thread.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -37,7 +39,7 @@ plant: $(STAMP) ## train the embedded benchmark again from its recipe (long)
 	$(RUN) dori_lightning task=plant $(ARGS)
 
 test: $(STAMP) ## quick tests
-	$(RUN) pytest -m "$(QUICK)" $(ARGS)
+	$(RUN) pytest -n $(WORKERS) -m "$(QUICK)" $(ARGS)
 
 test-slow: $(STAMP) ## slow tests
 	$(RUN) pytest -m "slow and not gpu and not slurm and not kill" $(ARGS)

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
     from dori_lightning.models.protocol import TextToImage
 
-__all__ = ["ActivationStatistics", "activation_statistics", "activations"]
+__all__ = ["ActivationStatistics", "activation_statistics", "activations", "read_statistics"]
 
 LAYOUT = "1"
 PROMPTS_AT_ONCE = 32
 """Prompts of one pass; what is kept between passes does not grow with their number."""
+_MEND = "  mend:  python -m dori_lightning task=statistics writes one"
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,7 @@ class ActivationStatistics:
         Raises:
             InputError: No such file, a damaged one, or one of another checkpoint.
         """
-        mend = "  mend:  python -m dori_lightning task=statistics writes one"
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"cannot read the statistics {path}: {reason}\n{mend}") from error
+        data = read_statistics(path)
         try:
             tensors = load(data)
             note = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
@@ -118,12 +114,12 @@ class ActivationStatistics:
                 raise ValueError("its content does not fit the hash in it")
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(
-                f"{path} holds no activation statistics, or is damaged: {error}\n{mend}"
+                f"{path} holds no activation statistics, or is damaged: {error}\n{_MEND}"
             ) from error
         if found.fingerprint != model.fingerprint:
             raise InputError(
                 f"the statistics {path} are those of a checkpoint with fingerprint "
-                f"{found.fingerprint}, but {model.name} has {model.fingerprint}\n{mend} for it"
+                f"{found.fingerprint}, but {model.name} has {model.fingerprint}\n{_MEND} for it"
             )
         return found
 
@@ -187,3 +183,17 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
         count,
         model.fingerprint,
     )
+
+
+def read_statistics(path: Path) -> bytes:
+    """Bytes of a statistics file.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read the statistics {path}: {error.strerror or error}\n{_MEND}"
+        ) from error

@@ -167,10 +167,15 @@ def _described(edit: Edit, mitigation: Mitigation, **cost: float) -> Edit:
 
 
 def settings_of(thing: Any) -> Any:
-    """Settings of a mitigation as plain values, those of mitigations in it too."""
+    """Settings of a mitigation as plain values, those of mitigations in it too.
+
+    A mitigation that reads a file has a method ``contents``, which gives its hash: a file that
+    was written anew makes another edit.
+    """
     if is_dataclass(thing) and not isinstance(thing, type):
         own = {item.name: settings_of(getattr(thing, item.name)) for item in fields(thing)}
-        return {"kind": type(thing).__qualname__, **own}
+        read: dict[str, str] = getattr(thing, "contents", dict)()
+        return {"kind": type(thing).__qualname__, **own, **({"contents": read} if read else {})}
     if isinstance(thing, dict):
         return {str(key): settings_of(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):

@@ -5,11 +5,14 @@ Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.0
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from dori_lightning.mitigations.activations import read_statistics
 from dori_lightning.mitigations.base import check_calibrated
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.mitigations.nemo_find import PUBLISHED_STEPS, find_neurons
@@ -150,6 +153,12 @@ class NeMo:
         ):
             if not good:
                 raise InputError(f"mitigation {self.name}: {rule}\n  got:   {self}")
+
+    def contents(self) -> dict[str, str]:
+        """Hash of the statistics file, where there is one; see ``base.settings_of``."""
+        if self.statistics is None:
+            return {}
+        return {"statistics": hashlib.sha256(read_statistics(Path(self.statistics))).hexdigest()}
 
     def apply(
         self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop

@@ -1,12 +1,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 
 from dori_lightning import schema
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Workshop, settings_of
 from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin, PairMaskEdit, WeightEdit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.none import NoMitigation
@@ -109,3 +110,14 @@ def test_presets_of_nemo_are_the_defaults_but_for_what_their_names_say() -> None
     assert instantiate(configuration("mitigation=nemo_all_layers").mitigation) == NeMo(
         name="nemo_all_layers", stages=("down", "mid", "up")
     )
+
+
+def test_statistics_that_were_written_anew_make_another_edit(tmp_path: Path) -> None:
+    file = tmp_path / "statistics.safetensors"
+    method = RandomPruning(NeMo(statistics=str(file)))
+    with pytest.raises(InputError, match="cannot read the statistics"):
+        settings_of(method)
+    file.write_bytes(b"one")
+    first = settings_of(method)
+    file.write_bytes(b"two")
+    assert settings_of(method) != first
