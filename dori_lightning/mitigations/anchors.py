@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -19,19 +19,23 @@ from safetensors.torch import load, save
 
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.files import write_atomically
+from dori_lightning.mitigations.base import Mitigation, check_calibrated, edit_key
+from dori_lightning.mitigations.finetuning import finetune
 from dori_lightning.pairs.captions import neighbour_prompts
 from dori_lightning.progress import stage
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from dori_lightning.mitigations.base import Workshop
+    from dori_lightning.mitigations.edits import WeightEdit
+    from dori_lightning.mitigations.finetuning import Finetuning
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.types import Pair
 
-__all__ = ["AnchorSettings", "Anchors", "find_anchors"]
+__all__ = ["AnchorSettings", "Anchors", "find_anchors", "finetune_on_anchors"]
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +107,52 @@ class Anchors:
             torch.stack([self.latents[name][k] for name, k in zip(ids, rows, strict=True)]),
             torch.stack([self.embeddings[name][k] for name, k in zip(ids, rows, strict=True)]),
         )
+
+
+class OnAnchors(Mitigation, Protocol):
+    """A mitigation that fine-tunes on anchors."""
+
+    @property
+    def anchors(self) -> AnchorSettings:
+        """How anchors are found."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        ...
+
+
+def finetune_on_anchors(
+    method: OnAnchors,
+    make: Callable[[Anchors], Finetuning],
+    model: TextToImage,
+    pairs: Sequence[Pair],
+    workshop: Workshop,
+) -> WeightEdit:
+    """Find anchors with the model as it is, then train.
+
+    Args:
+        method: The mitigation.
+        make: Builds its module from the anchors.
+        model: Whose denoiser is trained.
+        pairs: Pairs to forget.
+        workshop: What mitigations work with.
+    """
+    check_calibrated(pairs, method.name)
+    key = edit_key(method, model, pairs, workshop)
+    anchors = find_anchors(
+        model, pairs, workshop, method.anchors, folder=workshop.scratch(key) / "anchors"
+    )
+    return finetune(
+        lambda: make(anchors),
+        model,
+        workshop,
+        steps=method.steps,
+        key=key,
+        title=method.name,
+        notes=anchors.notes,
+    )
 
 
 def find_anchors(

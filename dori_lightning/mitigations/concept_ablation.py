@@ -13,12 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.mitigations.anchors import AnchorSettings, find_anchors
-from dori_lightning.mitigations.base import check_calibrated, edit_key
+from dori_lightning.mitigations.anchors import AnchorSettings, finetune_on_anchors
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
     Finetuning,
-    finetune,
     in_turn,
 )
 from dori_lightning.types import InputError
@@ -72,19 +70,12 @@ class ConceptAblation:
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
         """Find anchors with the model as it is, then train."""
-        check_calibrated(pairs, self.name)
-        key = edit_key(self, model, pairs, workshop)
-        anchors = find_anchors(
-            model, pairs, workshop, self.anchors, folder=workshop.scratch(key) / "anchors"
-        )
-        return finetune(
-            lambda: ConceptAblationTraining(model, self, pairs, workshop, anchors=anchors),
+        return finetune_on_anchors(
+            self,
+            lambda anchors: ConceptAblationTraining(model, self, pairs, workshop, anchors=anchors),
             model,
+            pairs,
             workshop,
-            steps=self.steps,
-            key=key,
-            title=self.name,
-            notes=anchors.notes,
         )
 
 

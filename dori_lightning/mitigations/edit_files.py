@@ -14,7 +14,6 @@ from safetensors.torch import load, save
 from dori_lightning.files import write_atomically
 from dori_lightning.mitigations.edits import (
     Edit,
-    EmptyEdit,
     MaskEdit,
     Origin,
     PairMaskEdit,
@@ -131,6 +130,4 @@ def _places(
 
 def is_writable(edit: Edit) -> bool:
     """Whether an edit has something to write; others are cheap to make again."""
-    return not isinstance(edit, EmptyEdit) and isinstance(
-        edit, MaskEdit | PairMaskEdit | WeightEdit
-    )
+    return isinstance(edit, MaskEdit | PairMaskEdit | WeightEdit)

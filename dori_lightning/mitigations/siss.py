@@ -13,12 +13,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.mitigations.anchors import AnchorSettings, find_anchors
-from dori_lightning.mitigations.base import check_calibrated, edit_key
+from dori_lightning.mitigations.anchors import AnchorSettings, finetune_on_anchors
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
     Finetuning,
-    finetune,
     in_turn,
 )
 from dori_lightning.mitigations.unlearning import (
@@ -122,19 +120,12 @@ class SISS:
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
         """Find anchors with the model as it is, then train."""
-        check_calibrated(pairs, self.name)
-        key = edit_key(self, model, pairs, workshop)
-        anchors = find_anchors(
-            model, pairs, workshop, self.anchors, folder=workshop.scratch(key) / "anchors"
-        )
-        return finetune(
-            lambda: SISSTraining(model, self, pairs, workshop, anchors=anchors),
+        return finetune_on_anchors(
+            self,
+            lambda anchors: SISSTraining(model, self, pairs, workshop, anchors=anchors),
             model,
+            pairs,
             workshop,
-            steps=self.steps,
-            key=key,
-            title=self.name,
-            notes=anchors.notes,
         )
 
 

@@ -70,12 +70,10 @@ class Surrogates:
 
     Attributes:
         latents: Pair id to scaled latents (S, C, h, w), S at least 1.
-        images: Pair id to the same as images (S, 3, H, W) in [0, 1].
         notes: How many came from where and how many were refused; plain values.
     """
 
     latents: dict[str, torch.Tensor]
-    images: dict[str, torch.Tensor]
     notes: dict[str, Any]
 
 
@@ -137,9 +135,8 @@ def find_surrogates(
             f"mitigation.surrogates.max_similarity or choose another metrics.decider"
         )
     log.info("surrogates: kept %s, refused %s", dict(origin), dict(refused))
-    images = {name: torch.stack(rows) for name, rows in kept.items()}
-    latents = {name: model.encode_images(rows).cpu() for name, rows in images.items()}
-    return Surrogates(latents, images, {"kept": dict(origin), "refused": dict(refused)})
+    latents = {name: model.encode_images(torch.stack(rows)).cpu() for name, rows in kept.items()}
+    return Surrogates(latents, {"kept": dict(origin), "refused": dict(refused)})
 
 
 def _draw(

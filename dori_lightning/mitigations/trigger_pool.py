@@ -116,16 +116,12 @@ class TriggerPool:
         self.found = [t for t in self.found if t.round > number - settings.replay]
         losses: dict[str, float] = {}
         if settings.warm:
-            starts = torch.stack([self.warm[name] for name in names]) if names else None
-            self._attack(number, 0, names, starts, losses, keep=True)
-            shape = self.model.embedding_shape
-            fresh = [
-                random_embedding(self.seed, name, FIRST_RESTART + number, shape) for name in names
-            ]
-            self._attack(number, 1, names, torch.stack(fresh) if names else None, losses)
+            self._attack(number, 0, names, [self.warm[name] for name in names], losses, keep=True)
+            fresh = [self._random(name, number) for name in names]
+            self._attack(number, 1, names, fresh, losses)
         else:
             fresh = [self._start(name, number) for name in names]
-            self._attack(number, 0, names, torch.stack(fresh) if names else None, losses)
+            self._attack(number, 0, names, fresh, losses)
         self.rested = {
             name for name, loss in losses.items() if loss > self._limits.get(name, float("inf"))
         }
@@ -195,23 +191,27 @@ class TriggerPool:
         if init == "prompt":
             return self.prompts[name]
         if init == "random":
-            return random_embedding(
-                self.seed, name, FIRST_RESTART + number, self.model.embedding_shape
-            )
+            return self._random(name, number)
         return self.ordinary[int(torch.randint(len(self.ordinary), (1,), generator=generator))]
+
+    def _random(self, name: str, number: int) -> torch.Tensor:
+        """Random initial embedding (T, D) of a pair's search in a round."""
+        return random_embedding(
+            self.seed, name, FIRST_RESTART + number, self.model.embedding_shape
+        )
 
     def _attack(
         self,
         number: int,
         which: int,
         names: Sequence[str],
-        starts: torch.Tensor | None,
+        starts: Sequence[torch.Tensor],
         losses: dict[str, float],
         *,
         keep: bool = False,
     ) -> None:
-        """Search from ``starts`` and put what is found into the pool."""
-        if starts is None:
+        """Search from ``starts``, N embeddings (T, D), and put what is found into the pool."""
+        if not names:
             return
         attack = self.settings.attack
         result = solve(
@@ -220,7 +220,7 @@ class TriggerPool:
                 tuple(names),
                 FIRST_RESTART + 2 * number + which,
                 torch.stack([self.latents[name] for name in names]),
-                starts,
+                torch.stack(list(starts)),
             ),
             budget=attack.budget.resolve(self.ordinary),
             lr=attack.lr,

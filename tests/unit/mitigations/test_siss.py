@@ -231,7 +231,9 @@ def test_a_run_is_adamw_along_the_combined_gradient(
     monkeypatch: pytest.MonkeyPatch,
     variant: Variant,
 ) -> None:
-    monkeypatch.setattr("dori_lightning.mitigations.siss.find_anchors", lambda *_, **__: anchors)
+    monkeypatch.setattr(
+        "dori_lightning.mitigations.anchors.find_anchors", lambda *_, **__: anchors
+    )
     method, workshop = replace(METHOD, variant=variant), workshop_of(tmp_path)
     edit = method.apply(model, suspected, workshop)
     twin = model.frozen_copy()
