@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "check_targets",
     "closest",
     "groups",
+    "launchers",
     "register",
 ]
 
@@ -119,17 +121,27 @@ def register() -> None:
 
 def groups() -> dict[str, dict[str, str]]:
     """Config groups: name to options, each with the first comment line of its file."""
+    # what a mitigation sets for one checkpoint comes with the checkpoint, nobody chooses it
+    return _options(lambda group: not group.startswith(("hydra", "mitigation/tuned")))
+
+
+def launchers() -> dict[str, dict[str, str]]:
+    """The project's launchers of a sweep's jobs, in the same form."""
+    return _options(lambda group: group == "hydra/launcher")
+
+
+def _options(wanted: Callable[[str], bool]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for file in sorted(CONF.rglob("*.yaml")):
         group = file.parent.relative_to(CONF).as_posix()
-        if group == "." or group.startswith("hydra"):
+        if group == "." or not wanted(group):
             continue
         comments = (
             line[1:].strip() for line in file.read_text("utf-8").splitlines() if line[:1] == "#"
         )
         claim = next((line for line in comments if not line.startswith("@package")), "")
         found.setdefault(group, {})[file.stem] = claim
-    return found
+    return dict(sorted(found.items()))
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -180,8 +192,13 @@ def _folder_name(text: str) -> str:
 
 def _group_options() -> str:
     """The groups for ``--help``, a line per option."""
+    hints = {
+        "experiment": "   (write +experiment=NAME)",
+        "hydra/launcher": "   (of a sweep's jobs, with -m)",
+    }
     lines = []
-    for group, options in groups().items():
-        lines.append(f"{group}{'   (write +experiment=NAME)' if group == 'experiment' else ''}")
-        lines += [f"    {name:<16} {claim}".rstrip() for name, claim in options.items()]
+    for group, options in {**groups(), **launchers()}.items():
+        width = max(map(len, options)) + 2
+        lines.append(f"{group}{hints.get(group, '')}")
+        lines += [f"    {name:<{width}}{claim}".rstrip() for name, claim in options.items()]
     return "\n".join(lines).replace("$", "")

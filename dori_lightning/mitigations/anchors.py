@@ -184,7 +184,9 @@ def find_anchors(
     needy: list[str] = []
     with stage("anchors", len(pairs) * settings.prompts * settings.images) as advance:
         for k, pair in enumerate(pairs):
-            prompts = neighbour_prompts(pair, settings.prompts, seed=workshop.seed)
+            prompts = neighbour_prompts(
+                pair, settings.prompts, seed=workshop.seed, split="calibration"
+            )
             texts = model.encode_prompts(prompts).cpu()
             drawn, similarity = _generated(
                 model, workshop, pairs, texts, settings.images, path=folder / f"{pair.id}.anchors"

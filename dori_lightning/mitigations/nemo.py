@@ -43,6 +43,9 @@ class NeMo:
             them for everybody.
         stages: Where value layers are blocked: ``down`` and ``mid`` are the published seven. Which
             layers carry the conditioning depends on the checkpoint; ``task=statistics`` measures.
+        layers: Of those, only the value layers in these modules, such as ``down_blocks.1``; None
+            takes all, as published. Blocking layers that the picture does not hang on costs the
+            rest of the model and hides nothing.
         criterion: What shows memorization. ``noise_ssim``, published: similarity of noise
             differences, from the prompt alone. ``denoising_loss``: how much of the prompt's help
             in denoising the pair's picture is left, see ``nemo_measure``. ``replication``:
@@ -86,6 +89,7 @@ class NeMo:
     name: str = "nemo"
     scope: Literal["pair", "union"] = "pair"
     stages: tuple[Stage, ...] = ("down", "mid")
+    layers: tuple[str, ...] | None = None
     criterion: Literal["noise_ssim", "denoising_loss", "replication"] = "noise_ssim"
     samples: int = 10
     noise_seed: int = 1
@@ -113,6 +117,8 @@ class NeMo:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
         known = ("down", "mid", "up")
         noise = self.criterion == "noise_ssim"
         for good, rule in (

@@ -81,12 +81,7 @@ def find_neurons(
         InputError: The model has no such layers, the statistics belong to another checkpoint, the
             corpus has too few prompts, or the similarity does not fit into the latents.
     """
-    layers = model.layers("cross_attention.value", settings.stages)
-    if not layers:
-        raise InputError(
-            f"{model.name} has no cross-attention in {', '.join(settings.stages)}\n"
-            f"  mend:  mitigation.stages=[down,mid,up]"
-        )
+    layers = _layers(settings, model)
     statistics = (
         activation_statistics(
             model, workshop.corpus.prompts("calibration", settings.statistics_prompts)
@@ -132,6 +127,27 @@ def find_neurons(
         threshold,
         statistics.identity,
     )
+
+
+def _layers(settings: NeMo, model: TextToImage) -> dict[str, nn.Module]:
+    """Value layers by name, as the settings choose them."""
+    found = model.layers("cross_attention.value", settings.stages)
+    if not found:
+        raise InputError(
+            f"{model.name} has no cross-attention in {', '.join(settings.stages)}\n"
+            f"  mend:  mitigation.stages=[down,mid,up]"
+        )
+    if settings.layers is None:
+        return found
+    starts = tuple(f"{start}." for start in settings.layers)
+    strangers = [start for start in starts if not any(n.startswith(start) for n in found)]
+    if strangers or not settings.layers:
+        raise InputError(
+            f"no value layer of {model.name} is below {', '.join(strangers) or 'nothing'}\n"
+            f"  where: mitigation.layers\n"
+            f"  mend:  modules that hold some of {', '.join(found)}; null takes all of them"
+        )
+    return {name: module for name, module in found.items() if name.startswith(starts)}
 
 
 @contextmanager

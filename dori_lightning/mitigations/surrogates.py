@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 FIRST_SEED = 50_000
 """Generation seeds of candidates begin here, far from those of an audit's pictures."""
 
+NEIGHBOURS = 3
+"""Neighbours of a prompt that are tried before ordinary pictures are taken."""
+
 
 @dataclass(frozen=True)
 class SurrogateSettings:
@@ -39,14 +42,15 @@ class SurrogateSettings:
     Attributes:
         source: Mitigation whose model draws them from the memorized prompts. Which one the paper
             used is unknown; any that hides most pictures from their prompts will do, since what
-            it lets through is refused.
+            it lets through is refused. None begins with neighbours of the prompts: cheaper, and
+            better pictures where the pruned model draws nothing worth showing.
         per_pair: Surrogates of each pair.
         candidates: Pictures drawn for a pair before the next source of surrogates is tried.
         max_similarity: Largest similarity, by the deciding descriptor, that a surrogate may have
             with *any* picture to forget.
     """
 
-    source: Mitigation
+    source: Mitigation | None
     per_pair: int = 4
     candidates: int = 8
     max_similarity: float = 0.5
@@ -86,7 +90,8 @@ def find_surrogates(
     """Draw surrogates and refuse those that resemble any picture to forget.
 
     Tried in turn, until a pair has enough: the source's model with the memorized prompt, the
-    model as it is with neighbours of the prompt, ordinary pictures of the corpus.
+    model as it is with neighbours of the prompt, one after the other, ordinary pictures of the
+    corpus.
 
     Raises:
         RuntimeError: Not even an ordinary picture passes, so the measure or its limit is wrong.
@@ -106,20 +111,23 @@ def find_surrogates(
     def short() -> list[Pair]:
         return [pair for pair in pairs if len(kept[pair.id]) < settings.per_pair]
 
-    edit = workshop.find(settings.source, model, pairs).edit
-    with edit.applied(model):
-        prompts = [workshop.data.encoded(pair).embedding for pair in pairs]
-        drawn = _draw(model, workshop, pairs, prompts, settings.candidates)
-    for pair in pairs:
-        keep(pair, drawn[pair.id], "pruned")
-    needy = short()
-    if needy:
-        texts = [neighbour_prompts(pair, 2, seed=workshop.seed) for pair in needy]
-        for k in range(max(map(len, texts))):
-            these = [(p, t[k]) for p, t in zip(needy, texts, strict=True) if k < len(t)]
-            rows = list(model.encode_prompts([text for _, text in these]))
-            drawn = _draw(model, workshop, [p for p, _ in these], rows, settings.candidates)
-            for pair, _ in these:
+    if settings.source is not None:
+        edit = workshop.find(settings.source, model, pairs).edit
+        with edit.applied(model):
+            prompts = [workshop.data.encoded(pair).embedding for pair in pairs]
+            drawn = _draw(model, workshop, pairs, prompts, settings.candidates)
+        for pair in pairs:
+            keep(pair, drawn[pair.id], "mitigated")
+    texts = {
+        pair.id: neighbour_prompts(pair, NEIGHBOURS, seed=workshop.seed, split="calibration")
+        for pair in short()
+    }
+    for k in range(NEIGHBOURS):
+        needy = short()
+        if needy:
+            rows = list(model.encode_prompts([texts[pair.id][k] for pair in needy]))
+            drawn = _draw(model, workshop, needy, rows, settings.candidates)
+            for pair in needy:
                 keep(pair, drawn[pair.id], "neighbour")
     needy = short()
     if needy:

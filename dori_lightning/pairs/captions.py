@@ -10,6 +10,7 @@ memorized images. The DoRI paper calls what happens to the pictures of such prom
 
 from __future__ import annotations
 
+import hashlib
 import random
 from itertools import combinations, zip_longest
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
+    from dori_lightning.pairs.corpus import Split
     from dori_lightning.types import Pair
 
 __all__ = ["neighbour_prompts"]
@@ -36,7 +38,9 @@ LONGEST = 40
 """Words of a caption that are recombined; more do not fit a text encoder."""
 
 
-def neighbour_prompts(pair: Pair, count: int, *, seed: int = 0) -> tuple[str, ...]:
+def neighbour_prompts(
+    pair: Pair, count: int, *, seed: int = 0, split: Split | None = None
+) -> tuple[str, ...]:
     """Prompts near a pair's own, nearest in wording and generic ones in turn.
 
     Four rules take turns, each in an order that the seed decides: a generic caption of the pair's
@@ -47,6 +51,8 @@ def neighbour_prompts(pair: Pair, count: int, *, seed: int = 0) -> tuple[str, ..
         pair: Its prompt and subject are used, its picture is not.
         count: How many; fewer are the first of more.
         seed: Decides the order.
+        split: Only those of a split: mitigations train on ``calibration`` neighbours, their cost
+            is measured on the quarter for ``evaluation``. None gives all.
 
     Returns:
         ``count`` prompts, all different and none the pair's own (up to case and white space).
@@ -69,7 +75,8 @@ def neighbour_prompts(pair: Pair, count: int, *, seed: int = 0) -> tuple[str, ..
     chosen: dict[str, str] = {}
     for turn in zip_longest(*rules):
         for prompt in turn:
-            if prompt and _plain(prompt) != _plain(pair.prompt):
+            known = prompt and _plain(prompt) == _plain(pair.prompt)
+            if prompt and not known and split in (None, _split(prompt)):
                 chosen.setdefault(_plain(prompt), prompt)
     if len(chosen) < count:
         raise InputError(
@@ -84,6 +91,12 @@ def neighbour_prompts(pair: Pair, count: int, *, seed: int = 0) -> tuple[str, ..
 def _plain(prompt: str) -> str:
     """What counts as the same prompt: text encoders read lower case and single spaces."""
     return " ".join(prompt.lower().split())
+
+
+def _split(prompt: str) -> Split:
+    """Which split a prompt belongs to, whatever pair it lies near."""
+    digest = hashlib.sha256(_plain(prompt).encode()).digest()
+    return "evaluation" if digest[0] % 4 == 0 else "calibration"
 
 
 def _generic(subject: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
@@ -21,7 +22,10 @@ from dori_lightning.pairs.tables import read_csv, read_jsonl
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dori_lightning.pairs.readers import PairsReader
+    from dori_lightning.types import Pair
 
 __all__ = [
     "CaptionCorpus",
@@ -92,15 +96,19 @@ class PlantedCorpus:
     pairs: PairsReader
     scenes: float = 0.5
 
+    @cached_property
+    def _pairs(self) -> Sequence[Pair]:
+        return self.pairs.read()
+
     @property
     def identity(self) -> str:
         """Hash of the list and the mix."""
-        rows = sorted((pair.id, pair.sha256) for pair in self.pairs.read())
+        rows = sorted((pair.id, pair.sha256) for pair in self._pairs)
         return _hash(["planted", self.scenes, rows])
 
     def _stream(self, split: Split, size: int) -> TrainingStream:
         mix = StreamMix(self.scenes, 1 - self.scenes, 0.0)
-        return TrainingStream(self.pairs.read(), mix=mix, size=size, seed=_STREAMS[split])
+        return TrainingStream(self._pairs, mix=mix, size=size, seed=_STREAMS[split])
 
     def prompts(self, split: Split, count: int) -> tuple[str, ...]:
         """First ``count`` captions of a split."""

@@ -74,7 +74,7 @@ def near_prompts(pairs: Sequence[Pair], count: int) -> tuple[list[Asked], dict[s
     without: dict[str, str] = {}
     for pair in pairs:
         try:
-            prompts[pair.id] = neighbour_prompts(pair, count)
+            prompts[pair.id] = neighbour_prompts(pair, count, split="evaluation")
         except InputError as error:
             without[pair.id] = str(error).splitlines()[0]
     groups = _merged(prompts)

@@ -66,7 +66,7 @@ def test_pictures_that_resemble_any_pair_are_no_anchors(
 ) -> None:
     one, two = suspected
     anchors = find(FIRST, ALL_OVER, ORDINARY)
-    texts = model.encode_prompts(neighbour_prompts(one, 3))
+    texts = model.encode_prompts(neighbour_prompts(one, 3, split="calibration"))
     assert torch.equal(anchors.embeddings[one.id], texts[[0, 0, 2]])
     assert torch.equal(anchors.targets[one.id], texts[1:2])
     for row, place in enumerate((0, 1, 5)):

@@ -33,6 +33,14 @@ def test_neighbours_depend_on_pair_and_seed_alone() -> None:
     assert found == neighbour_prompts(moved, 12, seed=3), "the picture is not used"
 
 
+def test_splits_share_nothing_and_hold_everything() -> None:
+    every = neighbour_prompts(PAIR, 8)
+    evaluation = neighbour_prompts(PAIR, 3, split="evaluation")
+    calibration = neighbour_prompts(PAIR, 10, split="calibration")
+    assert not set(evaluation) & set(calibration)
+    assert set(every) <= set(evaluation) | set(calibration)
+
+
 def test_every_rule_has_its_turn() -> None:
     words = PAIR.prompt.split()
     first = neighbour_prompts(replace(PAIR, subject="grey cat"), 4)

@@ -283,7 +283,7 @@ def test_pairs_that_share_a_neighbour_prompt_are_one_group() -> None:
         pair("b", "red boat at sea"),
         pair("c", "blue house on a hill"),
     ]
-    asked, without = near_prompts(pairs, 8)
+    asked, without = near_prompts(pairs, 4)
     assert not without
     groups = {item.owner: item.group for item in asked}
     shared = {i.prompt for i in asked if i.owner == "a"} & {

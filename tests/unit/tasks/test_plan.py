@@ -87,7 +87,7 @@ def test_an_attack_inside_a_mitigation_is_counted(tmp_path: Path) -> None:
         *listed(tmp_path), "mitigation=adversarial_finetuning", "mitigation.epochs=3",
         "mitigation.updates=4", "mitigation.adversarial_batch=6", "mitigation.ordinary_batch=5",
         "mitigation.pool.attack.budget.steps=7", "mitigation.pool.attack.noise_batch=2",
-        "mitigation.pool.warm=false",
+        "mitigation.pool.warm=false", "checkpoint=sd14",
     )  # fmt: skip
     parts = {part.what: part for part in job.shared.values()}
     work = parts["edit adversarial_finetuning"].work
