@@ -13,7 +13,7 @@ RUN := $(BIN)/python -m
 QUICK := not slow and not gpu and not slurm and not kill
 
 .DEFAULT_GOAL := help
-.PHONY: help setup audit headline grid plant test test-slow test-kill lint clean
+.PHONY: help setup audit headline grid locality plant test test-slow test-kill test-slurm lint clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ headline: $(STAMP) ## make the headline table again and hold it against the reco
 grid: $(STAMP) ## pruning method x budget x checkpoint, with its table (ARGS="..." adds overrides)
 	$(RUN) dori_lightning -m +experiment=pruning_grid $(ARGS)
 
+locality: $(STAMP) ## is memorization local? triggers compared in every place, on the embedded benchmark (15 minutes)
+	$(RUN) dori_lightning +experiment=locality $(ARGS)
+
 plant: $(STAMP) ## train the embedded benchmark again from its recipe (long)
 	$(RUN) dori_lightning task=plant $(ARGS)
 
@@ -46,6 +49,10 @@ test-slow: $(STAMP) ## slow tests
 
 test-kill: $(STAMP) ## kill runs at random moments, resume them, compare
 	$(RUN) pytest -m kill $(ARGS)
+
+test-slurm: $(STAMP) ## a SLURM of two nodes on this machine: sweep, fine-tuning over nodes, preemption, time limit
+	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[dev,slurm]"
+	$(RUN) pytest -m slurm -rs $(ARGS)
 
 lint: $(STAMP) ## style, types and import directions
 	$(RUN) ruff check .

@@ -1,32 +1,32 @@
 """Command line: Hydra composes, one task runs, and every way to end has its exit code.
 
-0 done, 2 the command or its input must be mended, 1 anything else that failed, 130 interrupted.
+0 done, 2 the command or its input must be mended, 1 anything else that failed, 130 interrupted,
+143 terminated.
 Standard output carries run folders only, one line per run; everything else goes to standard error.
 """
 
 import logging
 import os
-import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dori_lightning import mistakes, schema, sweeps
+from dori_lightning import guards, interruption, mistakes, schema, sweeps
+from dori_lightning.interruption import Interrupted
 from dori_lightning.report.claims import ClaimsFailedError
+from dori_lightning.tasks._job_status import status_of
+from dori_lightning.tasks._lock import one_writer
 from dori_lightning.types import InputError
-
-if TYPE_CHECKING:
-    from hydra.conf import HydraConf
 
 __all__ = ["JobFailed", "main"]
 
@@ -37,7 +37,6 @@ schema.register()
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _USERS_FULL_ERROR = os.environ.get(_FULL_ERROR)
-_ONE_DEVICE = ("trainer.devices", "trainer.num_nodes")
 
 
 class JobFailed(Exception):  # noqa: N818  # a state that is passed on, already reported
@@ -71,8 +70,8 @@ def main() -> int:
     code = 0
     sweeps.forget_sweep()
     try:
-        _refuse_rerun(arguments)
-        _refuse_device_sweep(arguments)
+        guards.refuse_rerun(arguments)
+        guards.refuse_device_sweep(arguments)
         try:
             # Hydra would print its own errors and exit with 1; this makes it hand them over.
             with _environment_variable(_FULL_ERROR, "1"):
@@ -81,13 +80,26 @@ def main() -> int:
             code = failed.code
         # Also after a failed job: the others have earned their table.
         sweeps.close_sweep()
+    except Interrupted as told:
+        _say_how_to_go_on(signal.Signals(told.signum).name, arguments)
+        return told.code
     except KeyboardInterrupt:
-        sys.stderr.write("dori: interrupted; the same command goes on from here\n")
+        _say_how_to_go_on("interrupted", arguments)
         return 130
     except Exception as error:
         reported = _report(error, mistakes.explain(error, arguments))
         return code or reported
+    finally:
+        sweeps.forget_sweep()
     return code
+
+
+def _say_how_to_go_on(why: str, arguments: list[str]) -> None:
+    if _rank() == 0:
+        sys.stderr.write(
+            f"dori: {why}; what is finished is kept. To go on from here:\n"
+            f"{guards.command(arguments)}\n"
+        )
 
 
 @hydra.main(config_path=str(schema.CONF), config_name="config", version_base="1.3")
@@ -96,6 +108,12 @@ def _run_hydra(cfg: DictConfig) -> float | None:
     try:
         with _environment_variable(_FULL_ERROR, _USERS_FULL_ERROR):
             return _run_task(cfg)
+    except Interrupted as told:
+        from dori_lightning import processes
+
+        processes.leave(told)
+        interruption.hand_on(told.signum)
+        raise
     except Exception as error:
         code = _report(error, mistakes.explain_in_task(error))
         # Hydra keeps the exceptions of a sweep; their frames would keep every failed job's model.
@@ -111,6 +129,8 @@ def _run_hydra(cfg: DictConfig) -> float | None:
 def _run_task(cfg: DictConfig) -> float | None:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
+    # again: a cluster's job begins here
+    os.umask(0o077)
     _safe_environment()
     # W&B stages artifacts in the home folder otherwise: a copy of the run folder lacks them.
     for variable, place in {
@@ -119,18 +139,38 @@ def _run_task(cfg: DictConfig) -> float | None:
         "WANDB_CACHE_DIR": folder / "wandb" / "cache",
     }.items():
         os.environ[variable] = str(place)
-    _refuse_sweep_over_processes(cfg, settings)
+    guards.refuse_sweep_over_processes(cfg, settings)
+    guards.refuse_clock(cfg)
+    with ExitStack() as until_the_end:
+        status = None
+        if _rank() == 0 and not cfg.task.get("dry_run"):
+            until_the_end.enter_context(one_writer(folder))
+            status = until_the_end.enter_context(status_of(folder))
+        task = _checked(cfg)
+        # late: errors above come at once, and these import torch
+        from dori_lightning import devices, progress
+
+        if "joblib" in str(settings.launcher.get("_target_")):
+            devices.pin()
+        if status is not None:
+            until_the_end.enter_context(progress.heard_by(status.progress))
+        until_the_end.enter_context(interruption.handling())
+        result: float | None = task.run(cfg, folder)
+    if _rank() == 0:
+        sys.stdout.write(f"{folder}\n")
+        sys.stdout.flush()
+    return result
+
+
+def _checked(cfg: DictConfig) -> Any:
+    """Module of the task that a config asks for, if nothing is wrong with the config."""
     schema.check_keys(cfg)
     if not cfg.task.get("dry_run"):  # a plan needs no data
         schema.check_missing(cfg)
     schema.check_targets(cfg)
     task = _task(cfg.task.get("name"))
     schema.check_signatures(cfg)
-    result: float | None = task.run(cfg, folder)
-    if _rank() == 0:
-        sys.stdout.write(f"{folder}\n")
-        sys.stdout.flush()
-    return result
+    return task
 
 
 def _task(name: Any) -> Any:
@@ -167,7 +207,7 @@ def _set(name: str, value: str | None) -> None:
 
 
 def _rank() -> int:
-    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALRANK"):
         if variable in os.environ:
             return int(os.environ[variable])
     return 0
@@ -188,69 +228,3 @@ def _report(error: Exception, explanation: str | None) -> int:
         traceback.print_exception(error)
     sys.stderr.write(f"dori: {explanation}\n")
     return 2
-
-
-def _refuse_rerun(arguments: list[str]) -> None:
-    """Refuse the one flag of Hydra's that unpickles a file."""
-    for argument in arguments:
-        if argument.startswith("--e"):
-            raise InputError(
-                f"{argument.partition('=')[0]} loads a pickle, which may execute anything\n"
-                "  where: command line\n"
-                "  mend:  give the command of the run again; it finishes what is missing"
-            )
-
-
-def _refuse_device_sweep(arguments: list[str]) -> None:
-    """Refuse ``trainer.devices=1,2``: the first job's process group leaks into the second."""
-    parser = OverridesParser.create()
-    for argument in arguments:
-        if not argument.lstrip("+").startswith(_ONE_DEVICE):
-            continue
-        override = parser.parse_override(argument)
-        if override.is_sweep_override():
-            rest = [a for a in arguments if a not in (argument, "-m", "--multirun")]
-            values = override.sweep_string_iterator()
-            raise InputError(
-                f"{override.key_or_group} cannot be swept: jobs of one sweep share a process\n"
-                f"  where: {argument}\n"
-                "  mend:  one run for each value:\n"
-                + "\n".join(_command([*rest, f"{override.key_or_group}={v}"]) for v in values)
-            )
-
-
-def _refuse_sweep_over_processes(cfg: DictConfig, settings: "HydraConf") -> None:
-    """Refuse a sweep whose jobs would relaunch the whole sweep to get their other processes."""
-    if settings.mode is not RunMode.MULTIRUN:
-        return
-    swept = OmegaConf.select(settings, "sweeper.params") or {}  # type: ignore[arg-type]
-    over = next((key for key in _ONE_DEVICE if key in swept), None)
-    devices = cfg.trainer.get("devices", 1)
-    nodes = cfg.trainer.get("num_nodes", 1)
-    launcher = settings.launcher
-    # submitit starts one task per rank itself: nothing is relaunched
-    ranks_started = launcher.get("tasks_per_node") == devices and launcher.get("nodes", 1) == nodes
-    several = str(devices) not in ("1", "[0]", "0,") or nodes != 1
-    if over is None and (not several or ranks_started):
-        return
-    overrides = [
-        o for o in settings.overrides.task if not o.lstrip("+").startswith("trainer.devices=")
-    ]
-    if over is None:
-        asked = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
-        what = f"a sweep runs one device per job, not {asked}"
-    else:
-        what = f"{over} cannot be swept: jobs of one sweep share a process"
-    sys.stderr.write(
-        f"dori: {what}\n"
-        f"  where: {'hydra.sweeper.params' if over else 'trainer'}\n"
-        "  mend:  run each job by itself, as in\n"
-        f"{_command([*overrides, f'trainer.devices={devices}'])}\n"
-        "         or sweep with one device per job: trainer.devices=1 trainer.num_nodes=1\n"
-    )
-    # Not an error of this job alone: the rest of the sweep must not start.
-    sys.exit(2)
-
-
-def _command(arguments: list[str]) -> str:
-    return f"         python -m dori_lightning {shlex.join(arguments)}"

@@ -9,7 +9,7 @@ from uuid import uuid4
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["sync_folder", "write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
@@ -33,3 +33,12 @@ def write_atomically(path: Path, data: bytes) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's new names on the disk, not only in memory."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

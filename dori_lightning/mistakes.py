@@ -20,6 +20,7 @@ from dori_lightning.types import InputError
 
 __all__ = ["explain", "explain_in_task"]
 
+_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 _HELP = "python -m dori_lightning --help lists what there is"
 
 
@@ -100,6 +101,12 @@ def _unknown_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = list(error.options or schema.groups().get(group, {}))
     guess = schema.closest(option, options)
+    if group == "hydra/launcher" and option in _LAUNCHERS:
+        return _message(
+            f"{group}={option} is a package's, which is not installed",
+            f"{group}",
+            "pip install 'dori_lightning[slurm]'",
+        )
     mend = f"did you mean {group}={guess}? " if guess else ""
     return _message(
         f"no option {option!r} in the group {group!r}",

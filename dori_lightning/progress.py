@@ -18,14 +18,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dori_lightning.processes import is_first
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["stage"]
+__all__ = ["heard_by", "stage"]
 
 log = logging.getLogger(__name__)
 
 LINE_EVERY_SECONDS = 30.0
+
+_listeners: list[Callable[[str, int, int], None]] = []
+
+
+@contextmanager
+def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
+    """Tell ``listener`` of every step of every stage while open: title, steps done, all steps."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @contextmanager
@@ -35,12 +49,13 @@ def stage(title: str, total: int, *, visible: bool = True) -> Iterator[Callable[
     Args:
         title: What is being done.
         total: Steps; nothing is shown for 0.
-        visible: False on every process but the first.
+        visible: Whether to show it; the first process alone does.
     """
-    if not visible or total == 0:
+    if not visible or total == 0 or not is_first():
         yield lambda _: None
         return
     start = time.monotonic()
+    _tell(title, 0, total)
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),
@@ -50,18 +65,29 @@ def stage(title: str, total: int, *, visible: bool = True) -> Iterator[Callable[
         )
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=total)
-            yield lambda steps: bar.advance(task, steps)
+
+            def advance(steps: int) -> None:
+                bar.advance(task, steps)
+                _tell(title, round(bar.tasks[task].completed), total)
+
+            yield advance
     else:
         done, said = 0, start
 
-        def advance(steps: int) -> None:
+        def count(steps: int) -> None:
             nonlocal done, said
             done += steps
+            _tell(title, done, total)
             now = time.monotonic()
             if now - said >= LINE_EVERY_SECONDS:
                 said = now
                 left = (now - start) / max(done, 1) * (total - done)
                 log.info("%s: %d of %d, about %d s left", title, done, total, round(left))
 
-        yield advance
+        yield count
     log.info("%s: done in %.0f s", title, time.monotonic() - start)
+
+
+def _tell(title: str, done: int, total: int) -> None:
+    for listener in _listeners:
+        listener(title, done, total)

@@ -1,20 +1,30 @@
-"""What is done when all jobs of a sweep have ended: one table, or the sum of their plans.
+"""A sweep's beginning and end: what must not start, and the one table or the sum of the plans.
 
 Hydra tells its callbacks of a sweep's end only where no job failed, and turns what they raise into
 warnings. A table that lacks the row of a failed job is still the table of the others, and one that
-cannot be made is an error: so the callback only remembers the sweep, and the command line closes
-it.
+cannot be made is an error: so the callbacks only remember the sweep, and the command line closes
+it. What must not start ends the program, which is no exception that Hydra catches.
 """
 
+import os
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["SweepTable", "close_sweep", "forget_sweep"]
+from dori_lightning.guards import CLOCK, command
+from dori_lightning.tasks._lock import one_writer
+from dori_lightning.types import InputError
+
+__all__ = ["SweepGuard", "SweepTable", "close_sweep", "forget_sweep"]
+
+SWEEP_LOCK = "sweep.lock"
 
 _open: list[DictConfig] = []
+_locks = ExitStack()
 
 
 class SweepTable(Callback):
@@ -25,9 +35,62 @@ class SweepTable(Callback):
         _open[:] = [config]
 
 
+class SweepGuard(Callback):
+    """Refuse sweeps that would go wrong without a word, and let no two into one folder."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Check the sweep that begins, and hold its folder until the program ends.
+
+        Raises:
+            SystemExit: It must not start; why was said.
+        """
+        try:
+            _refuse_many_of_it()
+            _refuse_clock(config)
+            if not config.task.get("dry_run"):
+                place = Path(str(OmegaConf.select(config, "hydra.sweep.dir")))
+                _locks.enter_context(one_writer(place, SWEEP_LOCK))
+        except InputError as error:
+            sys.stderr.write(f"dori: {error}\n")
+            sys.exit(2)
+
+
+def _refuse_many_of_it() -> None:
+    """Refuse a sweep that torchrun or srun started several times over."""
+    for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        count = os.environ.get(variable, "1")
+        if count != "1":
+            raise InputError(
+                f"{count} processes were started, and each would run the whole sweep\n"
+                f"  where: {variable}={count}\n"
+                f"  mend:  start the sweep once, and have SLURM start its jobs:\n"
+                + command([*sys.argv[1:], "hydra/launcher=slurm"])
+            )
+
+
+def _refuse_clock(config: DictConfig) -> None:
+    """Refuse a folder named after the time where jobs are composed anew, each by its own clock."""
+    launcher = str(OmegaConf.select(config, "hydra.launcher._target_"))
+    if launcher.endswith(".BasicLauncher"):
+        return
+    for key in ("hydra.sweep.dir", "hydra.sweep.subdir", "sweep", "paths.output"):
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        plain = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(plain, dict)
+        if CLOCK in str(plain[name]):
+            raise InputError(
+                f"every job would have a sweep's folder of its own: each asks the clock\n"
+                f"  where: {key}={plain[name]}\n"
+                f"  mend:  give the sweep a fixed name, which also lets the same command finish "
+                f"what is missing: sweep=NAME"
+            )
+
+
 def forget_sweep() -> None:
-    """Forget a sweep that another command left behind."""
+    """Forget a sweep that another command left behind, and give its folder back."""
     _open.clear()
+    _locks.close()
 
 
 def close_sweep() -> None:
@@ -49,4 +112,9 @@ def close_sweep() -> None:
     else:
         from dori_lightning.tasks.report import make_table
 
-        make_table([folder], folder)
+        make_table(
+            [folder],
+            folder,
+            images=config.report.images.value,
+            max_pairs=config.report.max_pairs,
+        )

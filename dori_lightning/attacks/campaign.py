@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from dori_lightning import processes
 from dori_lightning.attacks.embedding_attack import EmbeddingAttack, input_hash
 from dori_lightning.attacks.ledger import AttackLedger
 from dori_lightning.progress import stage
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from dori_lightning.attacks.settings import AttackSettings
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.pairs.datamodule import PairsDataModule
-    from dori_lightning.types import Budget, Init, Pair
+    from dori_lightning.types import Budget, Pair
 
-__all__ = ["Trigger", "attack_identity", "attack_pairs"]
+__all__ = ["Trigger", "attack_identity", "attack_pairs", "read_triggers"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Trigger:
         loss_first: Attack loss at the first step; None for a prompt.
         loss_last: Mean attack loss of the last five steps spent; None for a prompt.
         displacement: Euclidean distance to the initial embedding; None for a prompt.
+        losses: Attack loss of every step spent (S,); None for a prompt.
     """
 
     pair: Pair
@@ -54,6 +56,7 @@ class Trigger:
     loss_first: float | None = None
     loss_last: float | None = None
     displacement: float | None = None
+    losses: torch.Tensor | None = None
 
 
 def attack_identity(
@@ -86,6 +89,7 @@ def attack_pairs(
     folder: Path,
     seed: int,
     edit: str,
+    on_round: Callable[[Sequence[Trigger]], None] | None = None,
 ) -> list[Trigger]:
     """Attack pairs, reusing what ``folder`` holds.
 
@@ -100,6 +104,7 @@ def attack_pairs(
         folder: Ledger folder.
         seed: Run seed.
         edit: Identity of the edit.
+        on_round: Called with the triggers from one initial point and restart, once all are there.
 
     Returns:
         One trigger per pair, init, restart and snapshot, the same on every process.
@@ -107,6 +112,7 @@ def attack_pairs(
     Raises:
         BrokenAttackError: The attack has no gradient.
     """
+    processes.start(trainer)
     ledger = AttackLedger(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
     triggers: list[Trigger] = []
     for init in settings.inits:
@@ -133,9 +139,11 @@ def attack_pairs(
                     trainer.predict(
                         module, datamodule=data.subset(chosen), return_predictions=False
                     )
-                    trainer.strategy.barrier()  # the others' results are read below
-            for pair in chosen:
-                triggers += _read(module, data, pair, budget, init, restart)
+                    processes.barrier()  # the others' results are read below
+            found = [t for pair in chosen for t in read_triggers(module, data, pair, budget)]
+            if on_round is not None and found:
+                on_round(found)
+            triggers += found
     return triggers
 
 
@@ -144,15 +152,11 @@ def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
     return lambda _: advance(1)
 
 
-def _read(
-    module: EmbeddingAttack,
-    data: PairsDataModule,
-    pair: Pair,
-    budget: Budget,
-    init: Init,
-    restart: int,
+def read_triggers(
+    module: EmbeddingAttack, data: PairsDataModule, pair: Pair, budget: Budget
 ) -> list[Trigger]:
     """One trigger per snapshot of a pair's stored attack."""
+    init, restart = module.init_point, module.restart
     batch = data.batch([pair])
     initial = module.initial(batch.pairs, batch.embeddings).cpu()[0]
     result = module.ledger.read(
@@ -176,6 +180,7 @@ def _read(
                 loss_first=float(spent[0]) if steps else None,
                 loss_last=float(spent[-5:].mean()) if steps else None,
                 displacement=float((embedding - initial).norm()),
+                losses=spent,
             )
         )
     return triggers

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dori_lightning import processes
 from dori_lightning.attacks.budget import project
 from dori_lightning.attacks.draws import noise_and_timesteps
 
@@ -36,15 +37,17 @@ class AttackProblem:
 
     Attributes:
         ids: Pair ids, length N.
-        restart: Which restart all rows are.
+        restart: Which restart the rows are.
         latents: Latents of the pictures to reproduce (N, C, h, w).
         initial: Initial embeddings (N, T, D).
+        restarts: Each row's own restart, length N; None where all rows are ``restart``.
     """
 
     ids: tuple[str, ...]
     restart: int
     latents: torch.Tensor
     initial: torch.Tensor
+    restarts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def solve(
     Raises:
         BrokenAttackError: At the first step some row's gradient is exactly zero or not finite for
             every pair: the text does not reach the loss, and "not reproduced" would be a lie.
+        Interrupted: The run was told to leave.
     """
     wanted = tuple(sorted({s for s in snapshots if 0 <= s <= budget.steps} | {budget.steps}))
     initial = problem.initial.to(model.device, torch.float32)
@@ -164,19 +168,21 @@ def solve(
     kept: list[torch.Tensor] = [initial.cpu()] if 0 in wanted else []
     shape = (batch, *latents.shape[1:])
     share = CPU_PAIRS if model.device.type == "cpu" else rows
+    restarts = problem.restarts or (problem.restart,) * rows
     repeated = latents.repeat_interleave(batch, 0)
     with model.frozen(), torch.enable_grad():
         for step in range(budget.steps):
+            processes.check()
             draws = [
                 noise_and_timesteps(
                     seed,
                     name,
-                    problem.restart,
+                    restart,
                     step,
                     shape=shape,
                     timesteps=model.num_train_timesteps,
                 )
-                for name in problem.ids
+                for name, restart in zip(problem.ids, restarts, strict=True)
             ]
             noise = torch.cat([d[0] for d in draws]).to(model.device)
             timesteps = torch.cat([d[1] for d in draws]).to(model.device)

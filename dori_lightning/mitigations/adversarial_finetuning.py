@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.base import check_calibrated, edit_key
 from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, finetune
@@ -164,35 +165,41 @@ class AdversarialTraining(Finetuning):
         for name in ids:
             own = self.surrogates[name]
             targets.append(own[int(torch.randint(len(own), (1,), generator=generator))])
-        surrogates, triggers = torch.stack(targets).to(device), triggers.to(device)
-        turned = round(method.redirect * len(ids))
+        surrogates = torch.stack(targets)
         count = len(self.ordinary.latents)
         rows = torch.randint(count, (method.ordinary_batch,), generator=generator)
-        latents = torch.cat([surrogates, self.ordinary.latents[rows]])
-        embeddings = torch.cat([triggers, self.ordinary.embeddings[rows]])
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = torch.randint(
-            self.model.num_train_timesteps, (len(latents),), generator=generator
-        ).to(device)
+        every = len(ids) + len(rows)
+        noise = torch.randn((every, *surrogates.shape[1:]), generator=generator)
+        timesteps = torch.randint(self.model.num_train_timesteps, (every,), generator=generator)
+        # everything was drawn by every process, each trains on its share of it
+        ours, others = processes.share(len(ids)), processes.share(len(rows))
+        turned = len(range(round(method.redirect * len(ids)))[ours.rows])
+        names, triggers, surrogates = ids[ours.rows], triggers[ours.rows], surrogates[ours.rows]
+        latents = torch.cat([surrogates, self.ordinary.latents[rows[others.rows]]]).to(device)
+        embeddings = torch.cat([triggers, self.ordinary.embeddings[rows[others.rows]]]).to(device)
+        places = torch.arange(every)
+        places = torch.cat([places[: len(ids)][ours.rows], places[len(ids) :][others.rows]])
+        noise, timesteps = noise[places].to(device), timesteps[places].to(device)
         plain = self.model.denoising_loss(
             latents[turned:], noise[turned:], timesteps[turned:], embeddings[turned:]
         )
-        adversarial = plain[: len(ids) - turned]
+        adversarial = plain[: len(names) - turned]
         if turned:
-            memorized = torch.stack([self.pool.latents[name] for name in ids[:turned]]).to(device)
+            memorized = torch.stack([self.pool.latents[name] for name in names[:turned]])
             redirected = redirect_loss(
                 self.model,
-                memorized,
-                surrogates[:turned],
+                memorized.to(device),
+                latents[:turned],
                 noise[:turned],
                 timesteps[:turned],
-                triggers[:turned],
+                embeddings[:turned],
             )
             adversarial = torch.cat([redirected, adversarial])
-        ordinary = plain[len(ids) - turned :].mean()
-        self.log("finetune/adversarial_loss", adversarial.mean())
+        ordinary = others.weight * plain[len(names) - turned :].mean()
+        forgetting = ours.weight * adversarial.mean()
+        self.log("finetune/adversarial_loss", forgetting)
         self.log("finetune/ordinary_loss", ordinary)
-        return ordinary + method.adversarial_weight * adversarial.mean()
+        return ordinary + method.adversarial_weight * forgetting
 
     def finish(self) -> None:
         """Merge the low-rank update into the weights."""

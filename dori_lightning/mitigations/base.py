@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
+from dori_lightning import processes
 from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
 from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, WeightEdit
 from dori_lightning.types import InputError
@@ -126,7 +128,8 @@ class Workshop:
     def find(self, mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair]) -> Found:
         """Read a mitigation's edit where it is kept already, or make and keep it.
 
-        Jobs that want the same edit at the same time wait for the one that makes it.
+        Jobs that want the same edit at the same time wait for the one that makes it. The processes
+        of one job make it together, and all go on with what the first of them wrote.
 
         Raises:
             InputError: The file is damaged; it is not made again behind the user's back.
@@ -134,8 +137,9 @@ class Workshop:
         key = edit_key(mitigation, model, pairs, self)
         path = self.folder / f"{key}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f"{key}.lock"):
-            if path.is_file():
+        first = processes.is_first()
+        with FileLock(self.folder / f"{key}.lock") if first else nullcontext():
+            if processes.from_first(path.is_file()):
                 edit = read_edit(path)
                 if edit.origin is not None:
                     edit.origin.check(model)
@@ -150,7 +154,11 @@ class Workshop:
                 unet_evaluations=model.unet_evaluations - evaluations,
                 seconds=round(time.monotonic() - started, 2),
             )
-            write_edit(path, edit)
+            if first:
+                write_edit(path, edit)
+            processes.barrier()
+            if not first:
+                edit = read_edit(path)
         return Found(edit, key, made=True, path=path)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.anchors import AnchorSettings, finetune_on_anchors
 from dori_lightning.mitigations.finetuning import (
@@ -125,19 +126,20 @@ class ConceptAblationTraining(Finetuning):
         ids = [self.targets[k][0] for k in rows]
         captions = torch.stack([self.targets[k][1] for k in rows])
         latents, prompts = self.anchors.draw(ids, generator)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = torch.randint(model.num_train_timesteps, (len(ids),), generator=generator).to(
-            device
-        )
-        noised = model.noised(latents.to(device), noise, timesteps)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(model.num_train_timesteps, (len(ids),), generator=generator)
+        own = processes.share(len(ids))
+        captions, prompts = captions[own.rows], prompts[own.rows]
+        noise, timesteps = noise[own.rows].to(device), timesteps[own.rows].to(device)
+        noised = model.noised(latents[own.rows].to(device), noise, timesteps)
         predicted = model.predict_noise(
             torch.cat([noised, noised]),
             torch.cat([timesteps, timesteps]),
             torch.cat([captions, prompts]).to(device),
         )
         caption, anchor = predicted.chunk(2)
-        ablation = F.mse_loss(caption, anchor.detach())
-        prior = F.mse_loss(anchor, noise)
+        ablation = own.weight * F.mse_loss(caption, anchor.detach())
+        prior = own.weight * F.mse_loss(anchor, noise)
         self.log("finetune/ablation_loss", ablation)
         self.log("finetune/prior_loss", prior)
         return ablation + method.prior_weight * prior

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn import functional as F
 
+from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.base import check_calibrated, edit_key
 from dori_lightning.mitigations.finetuning import (
@@ -144,6 +145,9 @@ class ESDTraining(Finetuning):
         noise = torch.randn((len(rows), *model.latent_shape), generator=generator)
         reached = torch.randint(len(self.visited), (len(rows),), generator=generator)
         timesteps = self._timesteps(reached, generator).to(device)
+        own = processes.share(len(rows))
+        prompts, noise = prompts[own.rows], noise[own.rows]
+        reached, timesteps = reached[own.rows], timesteps[own.rows]
         with torch.no_grad():
             latents = partly_denoised(
                 teacher if method.latents_from == "base" else model,
@@ -158,7 +162,7 @@ class ESDTraining(Finetuning):
             # the teacher counts for itself
             model.unet_evaluations += teacher.unet_evaluations
             teacher.unet_evaluations = 0
-        loss = F.mse_loss(model.predict_noise(latents, timesteps, prompts), target)
+        loss = own.weight * F.mse_loss(model.predict_noise(latents, timesteps, prompts), target)
         self.log("finetune/loss", loss)
         return loss
 

@@ -12,6 +12,7 @@ import lightning.pytorch as L
 import torch
 from torch import nn
 
+from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.edits import Origin, WeightEdit
 from dori_lightning.mitigations.fitting import fit
@@ -72,7 +73,9 @@ class Finetuning(L.LightningModule):
     """Base of the modules that train a denoiser: subclasses give ``training_step``.
 
     What a step draws must depend on the seed and ``global_step`` alone (``attacks.draws``), so
-    that a resumed fit draws what an uninterrupted one would.
+    that a resumed fit draws what an uninterrupted one would, and every process the same. Each
+    then takes its share of the rows (``processes.share``), or all of them: the gradients are
+    averaged over processes, and give the same step either way.
     """
 
     def __init__(
@@ -206,7 +209,9 @@ def finetune(
         trained = {n: value.cpu().to(before[n].dtype) for n, value in after.items()}
         changed = {n: v.clone() for n, v in trained.items() if not torch.equal(v, before[n].cpu())}
         said = {**(notes or {}), **getattr(module, "notes", {})}
-    shutil.rmtree(folder, ignore_errors=True)
+    processes.barrier()  # the others may still read it
+    if processes.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
     return WeightEdit(Origin(model.fingerprint, notes=said), changed)
 
 

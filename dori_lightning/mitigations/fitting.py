@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import warnings
-import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
+from dori_lightning import interruption, processes
+from dori_lightning.interruption import Interrupted
+from dori_lightning.mitigations.checkpoints import (
+    FitCheckpoints,
+    checkpoint_path,
+    last_checkpoint,
+)
 from dori_lightning.progress import stage
 
 if TYPE_CHECKING:
@@ -26,8 +31,6 @@ if TYPE_CHECKING:
     from dori_lightning.models.protocol import TextToImage
 
 __all__ = ["fit"]
-
-log = logging.getLogger(__name__)
 
 
 class _Steps(IterableDataset[int]):
@@ -46,7 +49,7 @@ class _Advance(L.Callback):
     def __init__(self, title: str, advance: Callable[[int], None]) -> None:
         self.title, self.advance, self.seen = title, advance, 0
 
-    # checkpoints are written after all other callbacks, so none holds the broken weights
+    # checkpoints come after all other callbacks, so none holds the broken weights
     def on_train_batch_end(
         self, trainer: L.Trainer, _module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
@@ -60,6 +63,38 @@ class _Advance(L.Callback):
         self.seen = trainer.global_step
 
 
+class _Saving(Checkpoint):
+    """Write a checkpoint every so many steps, and before all processes leave on a signal.
+
+    All meet twice in a step: where those that left a search of triggers are missed, before the
+    gradients are averaged, and at its end. Whoever leaves, leaves with all others.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
+        self.saved = -1
+
+    def on_before_backward(self, *_: Any) -> None:
+        processes.vote()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self._save(trainer)
+        processes.vote(interruption.received())
+
+    def on_exception(
+        self, trainer: L.Trainer, _module: L.LightningModule, error: BaseException
+    ) -> None:
+        # a search of triggers that is left leaves the pool as it was before
+        if isinstance(error, Interrupted) and processes.leave(error):
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if self.saved != trainer.global_step:
+            trainer.save_checkpoint(checkpoint_path(self.folder, trainer.global_step))
+            self.saved = trainer.global_step
+
+
 def fit(
     module: Finetuning,
     model: TextToImage,
@@ -71,6 +106,8 @@ def fit(
 ) -> None:
     """Train ``module`` up to ``steps`` optimizer steps, going on from ``folder``'s checkpoint.
 
+    All processes of the run train together.
+
     Args:
         module: What is trained, in place.
         model: Its model, which says where to train.
@@ -81,21 +118,18 @@ def fit(
 
     Raises:
         RuntimeError: The loss stopped being finite, or the fit ended early.
+        Interrupted: The run was told to leave; the next one goes on from here.
         KeyboardInterrupt: The user stopped it.
     """
-    settings, device = module.settings, model.device
-    last = _last_checkpoint(folder, title)
+    settings = module.settings
+    last = processes.from_first(last_checkpoint(folder, title) if processes.is_first() else None)
     if last is not None and _is_done(module, last, steps):
         return
-    saving = ModelCheckpoint(
-        dirpath=folder,
-        every_n_train_steps=settings.checkpoint_every,
-        # one file: three times the weights' size is enough
-        save_last=True,
-        save_top_k=0,
-    )
     with stage(title, steps) as advance:
-        callbacks: list[L.Callback] = [saving, _Advance(title, advance)]
+        callbacks: list[L.Callback] = [
+            _Saving(folder, settings.checkpoint_every),
+            _Advance(title, advance),
+        ]
         if settings.ema is not None:
             # by interpolation, which leaves weights that are not trained as they are to the bit;
             # EMAWeightAveraging adds two products, which rounds
@@ -104,14 +138,13 @@ def fit(
         trainer = workshop.trainer(
             max_steps=steps,
             callbacks=callbacks,
+            plugins=[FitCheckpoints()],
             # manual optimization clips for itself
             gradient_clip_val=settings.clip if module.automatic_optimization else None,
             precision=settings.precision,
             enable_checkpointing=True,
             default_root_dir=folder,
-            # where the model is: its tensors that are no weights stay there
-            accelerator=device.type,
-            devices=1 if device.type == "cpu" else [device.index or 0],
+            **_devices(model),
         )
         handler = signal.getsignal(signal.SIGINT)
         try:
@@ -126,6 +159,9 @@ def fit(
                     ckpt_path=None if last is None else str(last),
                     weights_only=True,
                 )
+        except Interrupted as told:
+            processes.leave(told)
+            raise
         except SystemExit as left:
             # Lightning makes Ctrl+C an exit and ignores it from then on
             if not trainer.interrupted:
@@ -139,17 +175,13 @@ def fit(
         )
 
 
-def _last_checkpoint(folder: Path, title: str) -> Path | None:
-    """The checkpoint to go on from; one that was cut by a crash is not used."""
-    last = folder / "last.ckpt"
-    if not last.is_file():
-        return None
-    if not zipfile.is_zipfile(last):
-        log.warning("%s: %s is damaged, so training begins anew", title, last)
-        last.unlink()
-        return None
-    log.info("%s: going on from %s", title, last)
-    return last
+def _devices(model: TextToImage) -> dict[str, Any]:
+    """Where to train: where the model is, since its tensors that are no weights stay there."""
+    device = model.device
+    if processes.world() > 1:
+        return {"accelerator": device.type}  # the others as configured
+    alone = 1 if device.type == "cpu" else [device.index or 0]
+    return {"accelerator": device.type, "devices": alone, "num_nodes": 1, "strategy": "auto"}
 
 
 def _is_done(module: Finetuning, last: Path, steps: int) -> bool:

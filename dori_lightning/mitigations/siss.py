@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.anchors import AnchorSettings, finetune_on_anchors
 from dori_lightning.mitigations.finetuning import (
@@ -219,14 +220,16 @@ class SISSTraining(Finetuning):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Keep and forget gradients of all trained weights, and the sum of both losses.
 
-        Both are means over the batch of sums over pixels. A loss that a variant does not have
-        gives a gradient of zeros.
+        Both are means over the batch of sums over pixels, summed over processes here: an
+        optimization by hand passes by what Lightning averages. A loss that a variant does not
+        have gives a gradient of zeros.
         """
         method, trained = self.method, self._trained()
         keep = [torch.zeros_like(p) for p in trained]
         forget = [torch.zeros_like(p) for p in trained]
         total = torch.zeros((), device=self.model.device)
-        for part in draws.split(method.micro_batch):
+        own = processes.share(len(draws))
+        for part in draws.take(own.rows).split(method.micro_batch):
             kept, forgotten = losses(
                 self.model, part, variant=variant or method.variant, mixture=method.mixture
             )
@@ -238,6 +241,8 @@ class SISSTraining(Finetuning):
                 found = torch.autograd.grad(loss / len(draws), trained, retain_graph=again)
                 torch._foreach_add_(into, found)
                 total += loss.detach() / len(draws)
+        if not own.whole:
+            processes.sum_of_all([*keep, *forget, total])
         return keep, forget, total
 
     def _measured_norm(self) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator, random_embedding
 from dori_lightning.attacks.settings import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, solve
@@ -113,15 +114,18 @@ class TriggerPool:
         """
         settings = self.settings
         names = [name for name in self.ids if name not in self.rested]
-        self.found = [t for t in self.found if t.round > number - settings.replay]
         losses: dict[str, float] = {}
+        # kept aside until all is found: a search that is left half-way leaves the pool as it was
         if settings.warm:
-            self._attack(number, 0, names, [self.warm[name] for name in names], losses, keep=True)
             fresh = [self._random(name, number) for name in names]
-            self._attack(number, 1, names, fresh, losses)
+            last = self._attack(number, 0, names, [self.warm[name] for name in names], losses)
+            found = last + self._attack(number, 1, names, fresh, losses)
         else:
             fresh = [self._start(name, number) for name in names]
-            self._attack(number, 0, names, fresh, losses)
+            last, found = [], self._attack(number, 0, names, fresh, losses)
+        # the last snapshot of a pair is where its next search goes on
+        self.warm.update({trigger.pair: trigger.embedding for trigger in last})
+        self.found = [t for t in self.found if t.round > number - settings.replay] + found
         self.rested = {
             name for name, loss in losses.items() if loss > self._limits.get(name, float("inf"))
         }
@@ -207,35 +211,41 @@ class TriggerPool:
         names: Sequence[str],
         starts: Sequence[torch.Tensor],
         losses: dict[str, float],
-        *,
-        keep: bool = False,
-    ) -> None:
-        """Search from ``starts``, N embeddings (T, D), and put what is found into the pool."""
-        if not names:
-            return
+    ) -> list[_Trigger]:
+        """Search from ``starts``, N embeddings (T, D); processes share the pairs.
+
+        Returns:
+            What is found, pair by pair in the order of ``names``; ``losses`` gets the best.
+        """
         attack = self.settings.attack
-        result = solve(
-            self.model,
-            AttackProblem(
-                tuple(names),
-                FIRST_RESTART + 2 * number + which,
-                torch.stack([self.latents[name] for name in names]),
-                torch.stack(list(starts)),
-            ),
-            budget=attack.budget.resolve(self.ordinary),
-            lr=attack.lr,
-            noise_batch=attack.noise_batch,
-            seed=self.seed,
-            snapshots=attack.snapshots,
-            keep_first_token=attack.keep_first_token,
-        )
-        for k, name in enumerate(names):
-            rows = result.embeddings[k]
-            self.found += [_Trigger(name, number, row) for row in rows]
-            last = float(result.losses[k, -5:].mean())
-            losses[name] = min(last, losses.get(name, float("inf")))
-            if keep:
-                self.warm[name] = rows[-1]
+        own = range(processes.rank(), len(names), processes.world())
+        mine: dict[str, tuple[torch.Tensor, float]] = {}
+        if own:
+            result = solve(
+                self.model,
+                AttackProblem(
+                    tuple(names[k] for k in own),
+                    FIRST_RESTART + 2 * number + which,
+                    torch.stack([self.latents[names[k]] for k in own]),
+                    torch.stack([starts[k] for k in own]),
+                ),
+                budget=attack.budget.resolve(self.ordinary),
+                lr=attack.lr,
+                noise_batch=attack.noise_batch,
+                seed=self.seed,
+                snapshots=attack.snapshots,
+                keep_first_token=attack.keep_first_token,
+            )
+            for row, k in enumerate(own):
+                final = float(result.losses[row, -5:].mean())
+                mine[names[k]] = (result.embeddings[row], final)
+        everybody = processes.gathered(mine)
+        found: list[_Trigger] = []
+        for name in names:
+            rows, final = everybody[name]
+            found += [_Trigger(name, number, row) for row in rows]
+            losses[name] = min(final, losses.get(name, float("inf")))
+        return found
 
     @torch.no_grad()
     def _robust_losses(self, share: float) -> dict[str, float]:

@@ -55,8 +55,11 @@ class Draws:
     def split(self, size: int) -> Iterator[Draws]:
         """Parts of at most ``size`` elements."""
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield Draws(**{item.name: getattr(self, item.name)[part] for item in fields(self)})
+            yield self.take(slice(start, start + size))
+
+    def take(self, rows: slice) -> Draws:
+        """Some of the elements."""
+        return Draws(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
 
 
 def importance_weights(excess: torch.Tensor, mixture: float) -> tuple[torch.Tensor, torch.Tensor]:

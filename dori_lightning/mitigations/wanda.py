@@ -19,7 +19,7 @@ from dori_lightning.models.protocol import Sampling, Stage
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -121,17 +121,10 @@ class Wanda:
                 is less than one weight.
         """
         check_calibrated(pairs, self.name)
-        if self.base == "empty":
-            base = model.empty_embedding()
-        else:
-            base = workshop.prompts(model, "calibration", self.base_prompts)
-        masks = wanda_masks(
+        masks = self.find(
             model,
             workshop.data.batch(pairs).embeddings,
-            base,
-            tracing=self.tracing(workshop.sampling),
-            fraction=self.fraction,
-            select_ratio=self.select_ratio,
+            workshop,
             pool=self.scope == "shared",
         )
         if self.scope == "pair":
@@ -142,6 +135,39 @@ class Wanda:
         for mask in masks:
             merged = {name: value | mask[name] for name, value in merged.items()}
         return MaskEdit(Origin(model.fingerprint, notes=_notes([merged])), merged)
+
+    def find(
+        self,
+        model: TextToImage,
+        embeddings: torch.Tensor,
+        workshop: Workshop,
+        *,
+        pool: bool = False,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Choose weights by embeddings, whether they are those of prompts or not.
+
+        Args:
+            model: Checkpoint; left as it was.
+            embeddings: Text embeddings (N, T, D).
+            workshop: Gives the sampler and, for base ``corpus``, ordinary prompts.
+            pool: One mask for all embeddings rather than one for each.
+
+        Returns:
+            Masks in turn, see ``wanda_masks``.
+        """
+        if self.base == "empty":
+            base = model.empty_embedding()
+        else:
+            base = workshop.prompts(model, "calibration", self.base_prompts)
+        return wanda_masks(
+            model,
+            embeddings,
+            base,
+            tracing=self.tracing(workshop.sampling),
+            fraction=self.fraction,
+            select_ratio=self.select_ratio,
+            pool=pool,
+        )
 
 
 def _notes(

@@ -18,6 +18,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch.nn import functional as F
 
+from dori_lightning import processes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
@@ -282,6 +284,7 @@ class StableDiffusion:
             pair_ids = [*pair_ids, *pair_ids] if guided else list(pair_ids)
         x: torch.Tensor = noise.to(self.device) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
+            processes.check()
             inputs = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
             output = self._denoise(inputs, t.expand(len(inputs)), context, pair_ids)
             if guided:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["claim_folder", "without"]
+__all__ = ["check_folder", "claim_folder", "without"]
 
 _FILE = "method.json"
 
@@ -32,6 +32,20 @@ def claim_folder(folder: Path, method: Mapping[str, Any]) -> None:
     Raises:
         InputError: The folder holds results of another method; names every setting that differs.
     """
+    if not check_folder(folder, method):
+        record = json.dumps(method, indent=2, sort_keys=True) + "\n"
+        write_atomically(folder / _FILE, record.encode())
+
+
+def check_folder(folder: Path, method: Mapping[str, Any]) -> bool:
+    """Check that ``folder`` holds results of ``method`` or none; writes nothing.
+
+    Returns:
+        Whether somebody claimed it already.
+
+    Raises:
+        InputError: The folder holds results of another method; names every setting that differs.
+    """
     wanted = dict(_flat(json.loads(json.dumps(method))))
     place = folder / _FILE
     if place.is_file():
@@ -47,8 +61,8 @@ def claim_folder(folder: Path, method: Mapping[str, Any]) -> None:
                 f"{folder} holds results of other settings:\n{changes}\n"
                 f"  mend:  give this run a folder of its own with name=NAME, or remove that one"
             )
-        return
-    write_atomically(place, (json.dumps(method, indent=2, sort_keys=True) + "\n").encode())
+        return True
+    return False
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

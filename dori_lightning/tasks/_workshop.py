@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 
+from dori_lightning import processes
 from dori_lightning.mitigations.base import Workshop
 
 if TYPE_CHECKING:
@@ -18,22 +19,38 @@ if TYPE_CHECKING:
     from dori_lightning.mitigations.base import Found
     from dori_lightning.models.protocol import Sampling
     from dori_lightning.pairs.datamodule import PairsDataModule
+    from dori_lightning.tracking.tracker import Tracker
 
 __all__ = ["edit_record", "workshop_of"]
 
+CURVE_POINTS = 500
+"""Points of a training's curves."""
+
 
 def workshop_of(
-    cfg: DictConfig, *, data: PairsDataModule, originals: Originals, sampling: Sampling
+    cfg: DictConfig,
+    *,
+    data: PairsDataModule,
+    originals: Originals,
+    sampling: Sampling,
+    tracker: Tracker | None = None,
 ) -> Workshop:
-    """Workshop whose edits lie in the cache that the jobs of a sweep share."""
+    """Workshop whose edits lie in the cache that the jobs of a sweep share.
+
+    All processes of the run are there from here on: they make an edit together.
+    """
 
     def trainer(**settings: Any) -> L.Trainer:
-        # an edit is made by one process, the others of a run wait for its file
-        made: L.Trainer = instantiate(
-            cfg.trainer, **{"devices": 1, "num_nodes": 1, "strategy": "auto", **settings}
-        )
+        if tracker is not None and "max_steps" in settings:  # a fit, however long, as one curve
+            settings = {
+                "logger": tracker.training("finetune"),
+                "log_every_n_steps": max(1, settings["max_steps"] // CURVE_POINTS),
+                **settings,
+            }
+        made: L.Trainer = instantiate(cfg.trainer, **settings)
         return made
 
+    processes.start(trainer())
     return Workshop(
         seed=cfg.seed,
         corpus=instantiate(cfg.corpus),

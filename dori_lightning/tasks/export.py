@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from hydra.utils import instantiate
 
+from dori_lightning import processes
 from dori_lightning.files import write_atomically
 from dori_lightning.mitigations.base import settings_of
 from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
@@ -28,6 +29,7 @@ from dori_lightning.tasks._export_files import export_folder, export_single, fil
 from dori_lightning.tasks._folder import claim_folder
 from dori_lightning.tasks._originals import originals_of
 from dori_lightning.tasks._provenance import git_sha, package_versions
+from dori_lightning.tasks._tracking import logged
 from dori_lightning.tasks._workshop import workshop_of
 from dori_lightning.types import InputError
 
@@ -62,6 +64,7 @@ class _Chosen:
     seed: int | None
 
 
+@logged
 def run(cfg: DictConfig, folder: Path) -> None:
     """Export a checkpoint into ``folder``.
 
@@ -83,6 +86,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
         chosen = _from_file(cfg, given)
     else:
         chosen = _from_mitigation(cfg, model, mitigation, pairs)
+    if not processes.is_first():  # all processes make the edit, one of them writes
+        return
     changed = _changed(model, chosen.edit)
     folder.mkdir(parents=True, exist_ok=True)
     with chosen.edit.applied(model), FileLock(folder / ".export.lock"):

@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from dori_lightning import cli, schema, sweeps
+from dori_lightning.report import sweep_page
 from dori_lightning.types import InputError
 from support.fake_audits import PROMPT, dori, write_audit
 
@@ -40,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     environment = dict(os.environ)
 
     # figures take most of a table's time, and have tests of their own
-    monkeypatch.setattr("dori_lightning.report.sweep_page._plots", lambda *_: [])
+    monkeypatch.setattr(sweep_page, "_plots", lambda *_: dict.fromkeys(sweep_page._TEXTS))
 
     def call(*arguments: str, task: Callable[..., Any] = audit) -> int:
         monkeypatch.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
@@ -65,7 +66,7 @@ def test_a_sweep_ends_with_its_table(
     assert run("-m", "+experiment=headline_table", "mitigation=none,nemo,wanda") == 0
     captured = capsys.readouterr()
     folder = tmp_path / "outputs" / "sweeps" / "headline_table-dori_tiny"
-    for name in ("table.parquet", "cells.parquet", "table.md", "table.html"):
+    for name in ("table.parquet", "cells.parquet", "table.md", "report.html"):
         assert (folder / name).is_file()
     assert "The attack still finds images under 2 of 2 mitigations." in captured.err
     assert "1/4  25 % [5, 70]" in captured.err
@@ -81,7 +82,7 @@ def test_a_failed_job_loses_its_row_and_not_the_table(
     assert captured.err.count("dori: no such luck") == 1
     named = "Without a result: mitigation=random_pruning (not finished or failed, see its log)."
     assert named in captured.err
-    page = tmp_path / "outputs" / "sweeps" / "headline_table-dori_tiny" / "table.html"
+    page = tmp_path / "outputs" / "sweeps" / "headline_table-dori_tiny" / "report.html"
     assert "Not complete" in page.read_text()
     assert named in page.read_text()
 

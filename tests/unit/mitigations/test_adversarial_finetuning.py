@@ -8,6 +8,7 @@ import torch
 
 from dori_lightning.attacks.budget import BudgetSettings
 from dori_lightning.attacks.settings import AttackSettings
+from dori_lightning.attacks.solver import solve
 from dori_lightning.mitigations.adversarial_finetuning import (
     AdversarialFinetuning,
     AdversarialTraining,
@@ -156,9 +157,42 @@ def test_a_surrogate_that_resembles_any_memorized_picture_is_refused(
         model, "generate", lambda embeddings, *_, **__: picture.expand(len(embeddings), -1, -1, -1)
     )
     found = find_surrogates(model, pairs, workshop, SURROGATES)
-    assert found.notes["kept"] == {"pruned": 0, "neighbour": 0, "ordinary": 4}
-    assert found.notes["refused"]["pruned"] == 4
+    assert found.notes["kept"] == {"mitigated": 0, "neighbour": 0, "ordinary": 4}
+    assert found.notes["refused"]["mitigated"] == 4
     assert all(len(found.latents[pair.id]) == 2 for pair in pairs)
+
+
+def test_without_a_source_surrogates_come_from_neighbours(
+    tmp_path: Path, model: StableDiffusion
+) -> None:
+    workshop, pairs = make_workshop(tmp_path, model), suspected(tmp_path)
+    settings = replace(SURROGATES, source=None, max_similarity=0.999)
+    found = find_surrogates(model, pairs, workshop, settings)
+    assert found.notes["kept"] == {"neighbour": 2 * len(pairs)}
+    assert not list(workshop.folder.glob("*.safetensors")), "nothing was pruned"
+
+
+def test_a_search_that_is_left_half_way_leaves_the_pool_as_it_was(
+    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, _ = pool_of(tmp_path, model, PoolSettings(attack=ATTACK, warm=True))
+    pool.search(0)
+    before = pool.state()
+    asked: list[int] = []
+
+    def left(*args: object, **settings: object) -> object:
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return solve(*args, **settings)
+
+    monkeypatch.setattr("dori_lightning.mitigations.trigger_pool.solve", left)
+    with pytest.raises(KeyboardInterrupt):
+        pool.search(1)
+    after = pool.state()
+    assert after["rounds_of"] == before["rounds_of"]
+    assert torch.equal(after["embeddings"], before["embeddings"])
+    assert torch.equal(after["warm"], before["warm"])
 
 
 def test_no_surrogate_at_all_is_an_error_not_an_empty_training(

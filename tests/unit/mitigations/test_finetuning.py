@@ -10,6 +10,7 @@ import torch
 
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.checkpoints import checkpoint_path
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -92,6 +93,16 @@ def run(
         return module
 
     return finetune(make, model, workshop, steps=steps, key="fit", title="plain")
+
+
+def kept_steps(workshop: Workshop) -> list[int]:
+    """Steps after which the fit's folder holds checkpoints."""
+    names = {p.name for p in workshop.scratch("fit").glob("*")}
+    steps = sorted(
+        int(n.removeprefix("step-").removesuffix(".ckpt")) for n in names if n.endswith("ckpt")
+    )
+    assert names == {n for k in steps for n in (f"step-{k:08d}.ckpt", f"step-{k:08d}.ckpt.sha256")}
+    return steps
 
 
 def by_hand(
@@ -247,7 +258,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
             )
         evaluations.append((model.unet_evaluations - used) // 2)
         assert_put_back(model, before)
-        assert [p.name for p in cut.scratch("fit").iterdir()] == ["last.ckpt"]
+        assert kept_steps(cut) == ([1] if step == 2 else [2, 3])
     assert evaluations == [2, 2], "what is in a checkpoint is not done again"
     used = model.unet_evaluations
     resumed = run(model, cut, ema=ema, checkpoint_every=1)
@@ -272,11 +283,12 @@ def test_a_damaged_checkpoint_is_not_used(
     cut = workshop
     with pytest.raises(RuntimeError, match="power cut"):
         run(model, stopping(cut, 2, RuntimeError("power cut")), checkpoint_every=1)
-    last = cut.scratch("fit") / "last.ckpt"
+    last = checkpoint_path(cut.scratch("fit"), 1)
     last.write_bytes(last.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
         again = run(model, cut)
-    assert "damaged" in caplog.text
+    assert "IS DAMAGED" in caplog.text
+    assert "begins anew" in caplog.text
     assert again.identity == whole[None].identity
 
 
@@ -290,7 +302,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_leaves_no_checkpoint(
     with pytest.raises(RuntimeError, match="loss stopped being finite at step 1"):
         run(model, workshop, prepare=break_first, checkpoint_every=1)
     assert_put_back(model, before)
-    assert not (workshop.scratch("fit") / "last.ckpt").exists()
+    assert kept_steps(workshop) == []
 
 
 def test_a_fit_that_ends_early_is_no_edit(model: StableDiffusion, workshop: Workshop) -> None:

@@ -9,6 +9,7 @@ import torch
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.anchors import Anchors, AnchorSettings
 from dori_lightning.mitigations.base import Workshop, edit_key
+from dori_lightning.mitigations.checkpoints import last_checkpoint
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.siss import SISS, SISSTraining
 from dori_lightning.mitigations.unlearning import (
@@ -275,7 +276,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         patch.setattr(SISSTraining, "training_step", fails)
         with pytest.raises(RuntimeError, match="power cut"):
             method.apply(model, suspected, cut)
-    assert (cut.scratch(edit_key(method, model, suspected, cut)) / "last.ckpt").is_file()
+    scratch = cut.scratch(edit_key(method, model, suspected, cut))
+    assert last_checkpoint(scratch, "siss") is not None
     resumed = method.apply(model, suspected, cut)
     assert resumed.identity == whole.identity
     assert resumed.origin.notes == whole.origin.notes

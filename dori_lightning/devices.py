@@ -1,0 +1,74 @@
+"""Give each worker of a sweep on one box a GPU of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from dori_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["claim", "pin"]
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_held: list[TextIO] = []
+"""Open files keep their locks; the process's end gives them back."""
+
+
+def pin() -> None:
+    """Have this process see one GPU that no other worker has; nothing where there is none.
+
+    To be called before CUDA is used. A worker keeps its GPU for its life, since CUDA cannot move.
+
+    Raises:
+        InputError: There are more workers than GPUs.
+    """
+    if _held:
+        return
+    names = _gpus()
+    if names:
+        os.environ[_VISIBLE] = claim(
+            names, Path(tempfile.gettempdir()) / f"dori-gpus-{os.getuid()}"
+        )
+
+
+def claim(names: Sequence[str], folder: Path) -> str:
+    """Take the first free one of several devices.
+
+    Args:
+        names: Devices.
+        folder: Where their locks are, the same for all processes of the box.
+
+    Raises:
+        InputError: None is free.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in names:
+        file = (folder / name.replace("/", "_")).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        _held.append(file)
+        return name
+    raise InputError(
+        f"all {len(names)} GPUs are taken by other jobs of sweeps\n"
+        f"  where: hydra.launcher.n_jobs\n"
+        f"  mend:  hydra.launcher.n_jobs={len(names)}, and one sweep at a time"
+    )
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    visible = os.environ.get(_VISIBLE)
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    import torch
+
+    return [str(k) for k in range(torch.cuda.device_count())]

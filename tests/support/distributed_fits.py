@@ -1,0 +1,116 @@
+"""Fits by several processes: ``python -m support.distributed_fits FOLDER METHOD [SEARCH]``.
+
+Each process runs this with the environment of one that torchrun started. In the search of that
+number the second process is told to leave.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dori_lightning import interruption, processes
+from dori_lightning.attacks.budget import BudgetSettings
+from dori_lightning.attacks.settings import AttackSettings
+from dori_lightning.interruption import Interrupted
+from dori_lightning.mitigations import trigger_pool
+from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning
+from dori_lightning.mitigations.anchors import AnchorSettings
+from dori_lightning.mitigations.base import Mitigation
+from dori_lightning.mitigations.edits import WeightEdit
+from dori_lightning.mitigations.esd import ESD
+from dori_lightning.mitigations.finetuning import FinetuneSettings
+from dori_lightning.mitigations.none import NoMitigation
+from dori_lightning.mitigations.siss import SISS
+from dori_lightning.mitigations.surrogates import SurrogateSettings
+from dori_lightning.mitigations.trigger_pool import PoolSettings
+from dori_lightning.models.loading import load_checkpoint
+from support.workshop import make_workshop, read_pairs
+
+LR = 1e-3
+
+METHODS: dict[str, Mitigation] = {
+    # an odd batch: one process has two rows, the other one
+    "esd": ESD(
+        "esd",
+        variant="full",
+        steps=2,
+        batch=3,
+        sampling_steps=3,
+        finetune=FinetuneSettings(lr=LR, clip=0.5, weight_decay=0.0),
+    ),
+    "siss": SISS(
+        "siss",
+        anchors=AnchorSettings(prompts=2, images=1, max_similarity=0.99, ordinary=4),
+        steps=2,
+        batch=3,
+        micro_batch=2,
+        finetune=FinetuneSettings(lr=LR, checkpoint_every=1),
+    ),
+    "adversarial": AdversarialFinetuning(
+        name="adversarial",
+        surrogates=SurrogateSettings(NoMitigation(), per_pair=2, candidates=2, max_similarity=0.9),
+        pool=PoolSettings(
+            attack=AttackSettings(
+                inits=("prompt", "random"), budget=BudgetSettings(steps=2), noise_batch=2
+            )
+        ),
+        finetune=FinetuneSettings(lr=LR, ema=0.5),
+        epochs=2,
+        updates=2,
+        adversarial_batch=4,
+        ordinary_batch=2,
+        ordinary_examples=4,
+    ),
+}
+
+
+def fit(folder: Path, name: str, *, trainer: dict[str, Any] | None = None) -> WeightEdit:
+    """Fit a method to the checkpoint and the pairs in ``folder``; its edits lie there too."""
+    model = load_checkpoint(name="tiny", source=str(folder / "checkpoint"), device="cpu")
+    pairs = read_pairs(folder)
+    workshop = make_workshop(folder, model, pairs)
+    if trainer is not None:
+        settings = {"accelerator": "cpu", "logger": False, **trainer}
+        object.__setattr__(
+            workshop, "trainer", lambda **more: processes.Trainer(**{**settings, **more})
+        )
+        processes.start(workshop.trainer())
+    found = workshop.find(METHODS[name], model, [p for p in pairs if p.kind != "control"])
+    assert isinstance(found.edit, WeightEdit)
+    return found.edit
+
+
+def tell_in_a_search(number: int) -> None:
+    """Have this process told to leave as its ``number``-th search of triggers begins."""
+    solve, seen = trigger_pool.solve, [0]
+
+    def counting(*arguments: Any, **settings: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return solve(*arguments, **settings)
+
+    trigger_pool.solve = counting
+
+
+def main(folder: str, name: str, told: str | None = None) -> int:
+    """Fit; 143 where a signal came."""
+    torch.set_num_threads(1)
+    world = int(os.environ["WORLD_SIZE"])
+    with interruption.handling():
+        try:
+            if told is not None and os.environ["RANK"] == "1":
+                tell_in_a_search(int(told))
+            fit(Path(folder), name, trainer={"devices": world, "strategy": "ddp"})
+        except Interrupted as error:
+            processes.leave(error)
+            return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,109 @@
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dori_lightning.mitigations.checkpoints import (
+    FitCheckpoints,
+    checkpoint_path,
+    last_checkpoint,
+)
+
+SAVING = """
+import os, sys, threading
+from pathlib import Path
+import torch
+from dori_lightning.mitigations.checkpoints import FitCheckpoints, checkpoint_path
+folder = Path(sys.argv[1])
+io = FitCheckpoints()
+io.save_checkpoint({"step": 1, "x": torch.ones(4)}, checkpoint_path(folder, 1))
+write = torch.save
+def cut(what, file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), 9)
+torch.save = cut
+io.save_checkpoint({"step": 2}, checkpoint_path(folder, 2))
+"""
+
+
+def save(folder: Path, *steps: int) -> None:
+    for step in steps:
+        content = {"step": step, "x": torch.full((8,), float(step))}
+        FitCheckpoints().save_checkpoint(content, checkpoint_path(folder, step))
+
+
+def load(folder: Path) -> int | None:
+    path = last_checkpoint(folder, "fit")
+    return None if path is None else int(FitCheckpoints().load_checkpoint(path)["step"])
+
+
+def test_the_last_two_are_kept_and_the_last_is_read(tmp_path: Path) -> None:
+    assert load(tmp_path / "none") is None
+    save(tmp_path, 1, 2, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-00000002.ckpt",
+        "step-00000002.ckpt.sha256",
+        "step-00000003.ckpt",
+        "step-00000003.ckpt.sha256",
+    ]
+    assert load(tmp_path) == 3
+
+
+def test_a_flipped_bit_is_noticed_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1, 2)
+    path = checkpoint_path(tmp_path, 2)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert load(tmp_path) == 1
+    assert "step-00000002.ckpt IS DAMAGED" in caplog.text
+    checkpoint_path(tmp_path, 1).write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert load(tmp_path) is None
+    assert "begins anew" in caplog.text
+
+
+def test_one_without_a_checksum_does_not_count_and_does_not_stay(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    checkpoint_path(tmp_path, 9).write_bytes(b"cut between data and checksum")
+    assert load(tmp_path) == 1
+    save(tmp_path, 2)
+    assert load(tmp_path) == 2
+    assert not checkpoint_path(tmp_path, 9).exists()
+
+
+def test_killed_while_saving_the_one_before_is_there_wherever_the_temporary_folder_is(
+    tmp_path: Path,
+) -> None:
+    """Lightning's own moves the file from the temporary folder, over the last good one."""
+    other = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    root = str(Path(__file__).resolve().parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", SAVING, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": root, "TMPDIR": str(other)},
+        check=False,
+    )
+    assert done.returncode == -9
+    assert load(tmp_path) == 1
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, 2)
+    assert load(tmp_path) == 1
+    assert len(list(tmp_path.iterdir())) == 2, "nothing half done is left"

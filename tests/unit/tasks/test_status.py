@@ -1,0 +1,116 @@
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from dori_lightning import progress
+from dori_lightning.interruption import Interrupted
+from dori_lightning.tasks import _job_status
+from dori_lightning.tasks._job_status import read_status, status_of
+from dori_lightning.tasks._lock import one_writer
+from dori_lightning.tasks.status import Job, job_of, summary, time_left
+from dori_lightning.types import InputError
+from support.runs import run_task
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_a_job_says_how_far_it_is_and_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_job_status, "EVERY_SECONDS", 0.0)
+    with status_of(tmp_path) as file, progress.heard_by(file.progress):
+        with progress.stage("attack", 10) as advance:
+            advance(3)
+        said = read_status(tmp_path)
+        assert said is not None
+        assert (said.state, said.stage, said.done, said.total) == ("running", "attack", 3, 10)
+    said = read_status(tmp_path)
+    assert said is not None
+    assert (said.state, said.error) == ("done", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "line"),
+    [
+        (InputError("row 3: no such picture\n  where: x"), "failed", "row 3: no such picture"),
+        (RuntimeError(), "failed", "RuntimeError"),
+        (Interrupted(15), "interrupted", "Interrupted"),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
+    ],
+)
+def test_what_ends_a_job_is_kept(
+    tmp_path: Path, error: BaseException, state: str, line: str
+) -> None:
+    with pytest.raises(type(error)), status_of(tmp_path):
+        raise error
+    said = read_status(tmp_path)
+    assert said is not None
+    assert (said.state, said.error) == (state, line)
+
+
+def write(folder: Path, state: str, *, seconds: int = 60, error: str = "", pairs: int = 0) -> Path:
+    folder.mkdir()
+    said = {
+        "state": state,
+        "started": (NOW - timedelta(seconds=seconds)).isoformat(),
+        "changed": NOW.isoformat(),
+        "stage": "generate",
+        "done": 4,
+        "total": 8,
+        "error": error,
+    }
+    (folder / "status.json").write_text(json.dumps(said))
+    for k in range(pairs):
+        for init in ("prompt", "random"):
+            (folder / "attacks" / init).mkdir(parents=True, exist_ok=True)
+            (folder / "attacks" / init / f"pair{k}.r0.safetensors").write_bytes(b"")
+    return folder
+
+
+def test_states_follow_from_what_was_said_and_who_lives(tmp_path: Path) -> None:
+    done = job_of(write(tmp_path / "a", "done", pairs=3), NOW)
+    assert (done.state, done.pairs, done.seconds) == ("done", 3, 60.0)
+    failed = job_of(write(tmp_path / "b", "failed", error="no such luck"), NOW)
+    assert (failed.state, failed.error) == ("failed", "no such luck")
+    killed = write(tmp_path / "c", "running")
+    assert job_of(killed, NOW).state == "stopped"
+    assert job_of(write(tmp_path / "d", "interrupted"), NOW).state == "stopped"
+    with one_writer(killed):
+        running = job_of(killed, NOW + timedelta(seconds=5))
+    assert (running.state, running.seconds, running.stage) == ("running", 65.0, "generate 4/8")
+    (tmp_path / "e").mkdir()
+    assert job_of(tmp_path / "e", NOW).state == "waiting"
+
+
+def test_the_time_left_is_that_of_jobs_like_those_done() -> None:
+    done = [Job("a", "done", seconds=100.0, pairs=5), Job("b", "done", seconds=200.0, pairs=5)]
+    running = [Job("c", "running", seconds=50.0), Job("d", "running", seconds=500.0)]
+    waiting = [Job("e", "waiting"), Job("f", "stopped", seconds=10.0)]
+    # 100 s of c and 150 s each of e and f, two at a time
+    assert time_left([*done, *running, *waiting]) == timedelta(seconds=200)
+    assert time_left(waiting) is None
+    failed = Job("g", "failed", error="x")
+    assert summary([*done, failed]) == "2 done, 1 failed of 3 jobs; 10 pairs attacked."
+    assert "about 0:05:00 left" in summary([*done, *waiting])
+    assert "no job is done yet" in summary(waiting)
+
+
+def test_the_task_shows_a_sweeps_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    for name, state in (("seed=1", "done"), ("seed=2", "failed")):
+        place = write(sweep / name, state, error="out of [red]memory" if state == "failed" else "")
+        (place / ".hydra").mkdir()
+        (place / ".hydra" / "overrides.yaml").write_text(f"- {name}\n")
+    (sweep / "multirun.yaml").write_text("hydra:\n  overrides:\n    task:\n    - seed=1,2,3\n")
+    run_task(tmp_path / "status", "task=status", f"task.runs={sweep}")
+    shown = capsys.readouterr().err
+    assert "1 done, 1 waiting, 1 failed of 3 jobs" in shown
+    assert "out of [red]memory" in shown
+    assert "seed=3" in shown
+    with pytest.raises(InputError, match="no folder"):
+        run_task(tmp_path / "status", "task=status", f"task.runs={tmp_path / 'nowhere'}")

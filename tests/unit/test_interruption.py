@@ -1,0 +1,81 @@
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dori_lightning import interruption, processes
+from dori_lightning.interruption import Interrupted
+
+TWICE = """
+import os, signal, time
+from dori_lightning import interruption
+with interruption.handling():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def as_usual() -> Iterator[None]:
+    """Handlers as Python starts with; what runs in the background may ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("as_usual")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_a_flag_that_the_next_step_sees(signum: int, code: int) -> None:
+    before = signal.getsignal(signum)
+    with interruption.handling():
+        processes.check()
+        os.kill(os.getpid(), signum)
+        assert interruption.received() == signum
+        with pytest.raises(Interrupted) as caught:
+            processes.check()
+    assert caught.value.code == code
+    assert signal.getsignal(signum) is before
+    with interruption.handling():
+        processes.check()  # a new run begins without the old one's
+
+
+def test_the_second_signal_leaves_at_once() -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    ended = subprocess.run(
+        [sys.executable, "-c", TWICE],
+        env={**os.environ, "PYTHONPATH": root},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert ended.returncode == 143
+    assert "SIGTERM: leaving after this step" in ended.stderr
+    assert "leaving at once" in ended.stderr
+
+
+def test_submitits_signal_is_handed_on_when_the_work_is_safe() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda signum, _: seen.append(signum))
+    ignored = signal.signal(signal.SIGTERM, lambda *_: seen.append(-1))
+    try:
+        with interruption.handling():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert interruption.received() == signal.SIGUSR2
+            assert seen == []
+            interruption.hand_on(signal.SIGUSR2)
+            assert seen == [signal.SIGUSR2]
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen[-1] == -1, "under submitit SIGTERM stays with it"
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+        signal.signal(signal.SIGTERM, ignored)
+
+
+def test_what_is_raised_is_no_error_that_could_be_mended() -> None:
+    assert not issubclass(Interrupted, Exception)

@@ -1,0 +1,164 @@
+"""Two processes: what one gives, whoever starts them, and all leave together."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dori_lightning import processes
+from dori_lightning.mitigations.checkpoints import last_checkpoint
+from dori_lightning.mitigations.edit_files import read_edit
+from dori_lightning.mitigations.edits import WeightEdit
+from dori_lightning.types import InputError
+from support.distributed_fits import LR, fit
+from support.tiny import write_tiny
+from support.workshop import read_pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.enable_socket
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_tiny(folder / "checkpoint")
+    read_pairs(folder)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def two_processes(*arguments: str, seconds: float = 300) -> list[int]:
+    """Exit codes of two processes with the environment that torchrun gives."""
+    port = str(free_port())
+    started = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "none",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        }
+        command = [sys.executable, "-m", "support.distributed_fits", *arguments]
+        started.append(subprocess.Popen(command, env=environment))
+    try:
+        return [process.wait(seconds) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def copy_of(material: Path, folder: Path) -> Path:
+    shutil.copytree(material, folder)
+    return folder
+
+
+def written(folder: Path) -> WeightEdit:
+    (path,) = (folder / "edits").glob("*.safetensors")
+    edit = read_edit(path)
+    assert isinstance(edit, WeightEdit)
+    return edit
+
+
+def assert_close(found: WeightEdit, wanted: WeightEdit) -> None:
+    """Equal but for rounding: sums are taken in another order.
+
+    Adam divides a gradient by its own size, so where that is rounding itself, so is the step: a
+    few weights may differ by as much as they were moved.
+    """
+    assert found.weights.keys() == wanted.weights.keys()
+    difference = torch.cat(
+        [(found.weights[n] - w).abs().flatten() for n, w in wanted.weights.items()]
+    )
+    assert float(difference.median()) < 1e-4 * LR
+    assert float(difference.quantile(0.9)) < 2e-2 * LR
+    assert float(difference.max()) < 8 * LR
+
+
+def test_one_process_shares_with_nobody() -> None:
+    assert processes.share(3) == processes.Share(slice(None), 1.0, whole=True)
+    assert processes.from_first(5) == 5
+    assert processes.is_first()
+    processes.barrier()
+    processes.check()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+@pytest.mark.parametrize("world", [2, 3])
+def test_shares_average_to_the_mean_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, count: int, world: int
+) -> None:
+    values = torch.arange(count).double() ** 2
+    monkeypatch.setattr(processes, "world", lambda: world)
+    means, taken = [], []
+    for rank in range(world):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        own = processes.share(count)
+        taken += values[own.rows].tolist()
+        means.append(own.weight * values[own.rows].mean())
+    assert torch.isclose(torch.stack(means).mean(), values.mean())
+    if count >= world:
+        assert sorted(taken) == values.tolist(), "every row once"
+
+
+@pytest.mark.parametrize("name", ["esd", "siss", "adversarial"])
+def test_two_processes_train_what_one_trains(material: Path, tmp_path: Path, name: str) -> None:
+    alone = fit(copy_of(material, tmp_path / "alone"), name)
+    shared = copy_of(material, tmp_path / "shared")
+    assert two_processes(str(shared), name) == [0, 0]
+    assert_close(written(shared), alone)
+    assert not list((shared / "edits" / "unfinished").glob("*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_in_a_search_ends_both_and_they_go_on_to_the_same_bits(
+    material: Path, tmp_path: Path
+) -> None:
+    whole = copy_of(material, tmp_path / "whole")
+    assert two_processes(str(whole), "adversarial") == [0, 0]
+    cut = copy_of(material, tmp_path / "cut")
+    begun = time.monotonic()
+    assert two_processes(str(cut), "adversarial", "2") == [143, 143]
+    assert time.monotonic() - begun < 240, "the others do not wait for the one that left"
+    (scratch,) = (cut / "edits" / "unfinished").iterdir()
+    last = last_checkpoint(scratch, "adversarial")
+    assert last is not None
+    assert last.name == "step-00000002.ckpt"
+    assert two_processes(str(cut), "adversarial") == [0, 0]
+    assert written(cut).identity == written(whole).identity
+
+
+def test_a_wrong_number_of_tasks_is_refused_with_the_right_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "dori",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "n1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    trainer = processes.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    with pytest.raises(InputError, match="1 SLURM tasks were started for 2") as caught:
+        processes.start(trainer)
+    assert "srun --nodes=1 --ntasks-per-node=2 python -m dori_lightning" in str(caught.value)
