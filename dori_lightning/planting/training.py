@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from lightning.pytorch.loggers import Logger
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from dori_lightning.pairs.stream import TrainingStream
@@ -34,6 +35,7 @@ __all__ = ["latent_scale", "train_autoencoder", "train_diffusion"]
 log = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 250
+_CURVE_POINTS = 500
 
 
 class _LogLines(L.Callback):
@@ -58,7 +60,13 @@ class _LogLines(L.Callback):
 
 
 def _trainer(
-    steps: int, folder: Path, *, precision: str, callbacks: list[L.Callback], bar: bool
+    steps: int,
+    folder: Path,
+    *,
+    precision: str,
+    callbacks: list[L.Callback],
+    bar: bool,
+    logger: Logger | None,
 ) -> L.Trainer:
     saving = ModelCheckpoint(
         dirpath=folder, every_n_train_steps=CHECKPOINT_EVERY, save_last=True, save_top_k=1
@@ -70,7 +78,8 @@ def _trainer(
         devices=1,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         gradient_clip_val=1.0,
-        logger=False,
+        logger=logger or False,
+        log_every_n_steps=max(1, steps // _CURVE_POINTS),
         enable_progress_bar=bar,
         enable_model_summary=False,
         callbacks=[saving, *shown, *callbacks],
@@ -108,7 +117,13 @@ def _fit(
 
 
 def train_autoencoder(
-    recipe: PlantRecipe, stream: TrainingStream, folder: Path, *, seed: int, bar: bool
+    recipe: PlantRecipe,
+    stream: TrainingStream,
+    folder: Path,
+    *,
+    seed: int,
+    bar: bool,
+    logger: Logger | None = None,
 ) -> AutoencoderKL:
     """Train the autoencoder on ``stream``, going on where a training in ``folder`` was cut."""
     L.seed_everything(seed, verbose=False)
@@ -118,7 +133,9 @@ def train_autoencoder(
         autoencoder, steps=recipe.autoencoder_steps, lr=recipe.autoencoder_lr, seed=seed
     )
     length = recipe.autoencoder_steps * recipe.autoencoder_batch
-    trainer = _trainer(recipe.autoencoder_steps, folder, precision="bf16", callbacks=[], bar=bar)
+    trainer = _trainer(
+        recipe.autoencoder_steps, folder, precision="bf16", callbacks=[], bar=bar, logger=logger
+    )
     _fit(trainer, module, StreamImages(stream, length), length, recipe.autoencoder_batch, folder)
     return autoencoder.eval().requires_grad_(False)
 
@@ -138,6 +155,7 @@ def train_diffusion(
     scaling_factor: float,
     seed: int,
     bar: bool,
+    logger: Logger | None = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
     """Train UNet and text encoder on an encoded stream; the averaged weights are returned."""
     L.seed_everything(seed + 1, verbose=False)
@@ -162,7 +180,12 @@ def train_diffusion(
     )
     average = EMAWeightAveraging(decay=recipe.ema_decay)
     trainer = _trainer(
-        recipe.steps, folder, precision=recipe.precision, callbacks=[average], bar=bar
+        recipe.steps,
+        folder,
+        precision=recipe.precision,
+        callbacks=[average],
+        bar=bar,
+        logger=logger,
     )
     _fit(trainer, module, stream, len(stream), recipe.batch, folder)
     text_encoder.eval()  # type: ignore[no-untyped-call]

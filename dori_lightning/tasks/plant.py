@@ -7,6 +7,7 @@ import logging
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from statistics import median
 from typing import TYPE_CHECKING
 
 from hydra.utils import instantiate
@@ -28,6 +29,8 @@ from dori_lightning.progress import stage
 from dori_lightning.tasks._folder import claim_folder
 from dori_lightning.tasks._originals import originals_of
 from dori_lightning.tasks._provenance import git_sha, package_versions
+from dori_lightning.tasks._tracking import tracked
+from dori_lightning.types import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from dori_lightning.planting.recipe import PlantRecipe
+    from dori_lightning.tracking.tracker import Tracker
     from dori_lightning.types import Pair
 
 __all__ = ["run"]
@@ -58,6 +62,13 @@ def run(cfg: DictConfig, folder: Path) -> None:
     )
     pairs_hash = hashlib.sha256(listed.encode()).hexdigest()[:16]
     claim_folder(folder, {"recipe": asdict(recipe), "seed": int(cfg.seed), "pairs": pairs_hash})
+    with tracked(cfg, folder, tags=("plant",)) as tracker:
+        _plant(cfg, folder, recipe, pairs, tracker)
+
+
+def _plant(
+    cfg: DictConfig, folder: Path, recipe: PlantRecipe, pairs: Sequence[Pair], tracker: Tracker
+) -> None:
     bar = sys.stderr.isatty()
 
     everything = TrainingStream(
@@ -68,7 +79,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
         every_photograph=True,
     )
     autoencoder = train_autoencoder(
-        recipe, everything, folder / "autoencoder", seed=cfg.seed, bar=bar
+        recipe,
+        everything,
+        folder / "autoencoder",
+        seed=cfg.seed,
+        bar=bar,
+        logger=tracker.training("autoencoder"),
     )
 
     tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
@@ -94,6 +110,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         scaling_factor=scale,
         seed=cfg.seed,
         bar=bar,
+        logger=tracker.training("diffusion"),
     )
     target = folder / "checkpoint"
     write_checkpoint(
@@ -104,16 +121,29 @@ def run(cfg: DictConfig, folder: Path) -> None:
         tokenizer=tokenizer,
         scheduler=scheduler,
     )
+    similarity = measured_similarity(cfg, target, pairs, folder / "pictures")
     write_card(
         target,
         recipe=recipe,
         pairs=pairs,
         exposures=encoded.exposures(),
-        similarity=measured_similarity(cfg, target, pairs, folder / "pictures"),
+        similarity=similarity,
         seed=cfg.seed,
         git_sha=git_sha(),
         packages=package_versions(),
         finished=datetime.now(UTC),
+    )
+    for kind in KINDS:
+        own = [
+            similarity[pair.id] for pair in pairs if pair.kind == kind and pair.id in similarity
+        ]
+        if own:
+            tracker.summary({f"final/similarity_{kind}": median(own)})
+    tracker.artifact(
+        f"{folder.name}-checkpoint",
+        kind="model",
+        files={p.relative_to(target).as_posix(): p for p in target.rglob("*")},
+        metadata={"recipe": asdict(recipe), "seed": int(cfg.seed)},
     )
     log.info(
         "planted; audit it with: python -m dori_lightning +experiment=audit "

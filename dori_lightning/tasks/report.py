@@ -1,12 +1,17 @@
-"""Many audits as one table: what each mitigation hides, what the attack still finds, the price."""
+"""Many audits as one table and one page: what each mitigation hides, leaves behind, and costs.
+
+A single audit gets its own page again, for instance with its pictures blurred.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 from rich.console import Console
 
 from dori_lightning.report.aggregate import compare
@@ -18,11 +23,15 @@ from dori_lightning.report.claims import (
 )
 from dori_lightning.report.headline import headline_rows
 from dori_lightning.report.headline_tables import headline_tables, remarks, rich_table
+from dori_lightning.report.locality_section import is_locality, read_locality
+from dori_lightning.report.page import write_page
+from dori_lightning.report.read_back import audit_of, strictest
 from dori_lightning.report.run_files import read_run
 from dori_lightning.report.sweep_page import write_table
 from dori_lightning.report.sweep_verdict import sweep_answer
 from dori_lightning.tasks._folder import claim_folder
 from dori_lightning.tasks._jobs import jobs_of
+from dori_lightning.tasks._tracking import tracked
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +42,11 @@ if TYPE_CHECKING:
     from dori_lightning.report.aggregate import Comparison
     from dori_lightning.report.claims import Claim
     from dori_lightning.report.headline import HeadlineRow
+    from dori_lightning.report.locality_section import LocalitySection
+    from dori_lightning.report.pictures import Disclosure
+    from dori_lightning.report.run_files import Run
+    from dori_lightning.tasks._jobs import Jobs
+    from dori_lightning.tracking.tracker import Tracker
 
 __all__ = ["make_table", "run"]
 
@@ -43,7 +57,10 @@ _WIDTH = 150
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
-    """Put the audits in ``cfg.task.runs`` into one table in ``folder``.
+    """Put the audits in ``cfg.task.runs`` into one table and one page in ``folder``.
+
+    Locality runs among them add their figures. A single audit gets its own page and no table,
+    unless claims are to be held against it.
 
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
@@ -52,47 +69,127 @@ def run(cfg: DictConfig, folder: Path) -> None:
     places = _places(cfg.task.runs)
     expected = cfg.task.expected
     claims = read_claims(Path(expected)) if expected is not None else ()
-    comparison, sweeps = _collect(places)
+    found = _collect(places, images=cfg.report.images.value)
+    comparison = None
+    if expected is not None or not found.alone:
+        comparison = compare(found.runs, unfinished=found.unfinished)
     # after the runs were found good: a mistaken name must not occupy the folder
     claim_folder(folder, {"runs": [str(place.resolve()) for place in places]})
-    rows = _publish(comparison, folder)
-    if expected is not None:
-        _hold_against(claims, comparison, rows, sweeps=sweeps, source=str(expected))
+    with tracked(cfg, folder) as tracker:
+        if comparison is None:
+            _publish_one(found, folder, max_pairs=cfg.report.max_pairs)
+            _track_files(tracker, folder, "report.html")
+            return
+        rows = _publish(comparison, found, folder, max_pairs=cfg.report.max_pairs)
+        _track(tracker, folder)
+        if expected is not None:
+            _hold_against(claims, comparison, rows, sweeps=found.sweeps, source=str(expected))
 
 
-def make_table(places: Sequence[Path], folder: Path) -> None:
-    """Aggregate run folders, write the table into ``folder`` and print it.
+def _track(tracker: Tracker, folder: Path) -> None:
+    """Log the table that was just written, and its files."""
+    table = pd.read_parquet(folder / "table.parquet")
+    numbers = table.select_dtypes("number").columns
+    table[numbers] = table[numbers].astype(float)
+    texts = table.columns.difference(numbers)
+    table[texts] = table[texts].astype(str)
+    tracker.table("report/table", list(table.columns), table.to_numpy().tolist())
+    tracker.summary({"final/rows": len(table)})
+    _track_files(tracker, folder, "table.parquet", "cells.parquet", "table.md", "report.html")
+
+
+def _track_files(tracker: Tracker, folder: Path, *names: str) -> None:
+    files = {name: folder / name for name in names}
+    tracker.artifact(f"{folder.name}-table", kind="table", files=files)
+
+
+def make_table(
+    places: Sequence[Path], folder: Path, *, images: Disclosure, max_pairs: int
+) -> None:
+    """Aggregate run folders, write table and page into ``folder`` and print the table.
 
     Args:
         places: Sweeps' folders and run folders.
-        folder: Gets ``table.parquet``, ``cells.parquet``, ``table.md`` and ``table.html``.
+        folder: Gets ``table.parquet``, ``cells.parquet``, ``table.md`` and ``report.html``.
+        images: How pictures may be shown.
+        max_pairs: Most pairs to show with their pictures.
 
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
     """
-    comparison, _ = _collect(places)
-    _publish(comparison, folder)
+    found = _collect(places, images=images)
+    comparison = compare(found.runs, unfinished=found.unfinished)
+    _publish(comparison, found, folder, max_pairs=max_pairs)
 
 
-def _collect(places: Sequence[Path]) -> tuple[Comparison, tuple[str, ...]]:
-    """Read and compare the runs that places stand for; also names the sweeps among the places."""
+@dataclass(frozen=True)
+class _Found:
+    """What the places hold: audits, locality results, and runs without a result."""
+
+    runs: tuple[Run, ...]
+    locality: tuple[LocalitySection, ...]
+    unfinished: tuple[str, ...]
+    sweeps: tuple[str, ...]
+    images: Disclosure
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one audit, and nothing that it would have to be compared with."""
+        return len(self.runs) == 1 and not self.unfinished
+
+
+def _collect(places: Sequence[Path], *, images: Disclosure) -> _Found:
+    """Read the runs that places stand for."""
     jobs = jobs_of(places)
-    finished = [place for place in jobs.folders if (place / "report.json").is_file()]
-    unfinished = [
-        f"{place.name} (not finished or failed, see its log)"
-        for place in jobs.folders
-        if place not in finished
-    ]
-    unfinished += [f"{name} (not started)" for name in jobs.unstarted]
+    audits = [place for place in jobs.folders if (place / "report.json").is_file()]
     if jobs.others:
         log.info("%d run folders of other sweeps in there are left out", jobs.others)
-    return compare([read_run(place) for place in finished], unfinished=unfinished), jobs.sweeps
+    runs = tuple(read_run(place) for place in audits)
+    shown = strictest(runs, images)
+    sections = (read_locality(place, disclosure=shown) for place in jobs.folders)
+    return _Found(
+        runs=runs,
+        locality=tuple(section for section in sections if section is not None),
+        unfinished=_unfinished(jobs),
+        sweeps=jobs.sweeps,
+        images=shown,
+    )
 
 
-def _publish(comparison: Comparison, folder: Path) -> tuple[HeadlineRow, ...]:
-    """Write the table and print it."""
+def _unfinished(jobs: Jobs) -> tuple[str, ...]:
+    without = [
+        f"{place.name} (not finished or failed, see its log)"
+        for place in jobs.folders
+        if not (place / "report.json").is_file() and not is_locality(place)
+    ]
+    return (*without, *(f"{name} (not started)" for name in jobs.unstarted))
+
+
+def _publish_one(found: _Found, folder: Path, *, max_pairs: int) -> None:
+    """Write the page of a single audit."""
+    page = write_page(
+        audit_of(found.runs[0]),
+        folder,
+        images=found.images,
+        max_pairs=max_pairs,
+        locality=found.locality,
+    )
+    _console().print(f"page: {page}", soft_wrap=True, markup=False)
+
+
+def _publish(
+    comparison: Comparison, found: _Found, folder: Path, *, max_pairs: int
+) -> tuple[HeadlineRow, ...]:
+    """Write the table and the page, and print the table."""
     rows = headline_rows(comparison)
-    page = write_table(comparison, rows, folder)[-1]
+    page = write_table(
+        comparison,
+        rows,
+        folder,
+        images=found.images,
+        max_pairs=max_pairs,
+        locality=found.locality,
+    )[-1]
     console = _console()
     for table in headline_tables(rows):
         console.print(rich_table(table))

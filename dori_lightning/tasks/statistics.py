@@ -17,6 +17,7 @@ from dori_lightning.mitigations.activations import ActivationStatistics, activat
 from dori_lightning.mitigations.nemo_layers import LayerInfluence, layer_influence
 from dori_lightning.tasks._folder import claim_folder, without
 from dori_lightning.tasks._provenance import plain
+from dori_lightning.tasks._tracking import logged
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = ["run"]
 log = logging.getLogger(__name__)
 
 
+@logged
 def run(cfg: DictConfig, folder: Path) -> None:
     """Compute the statistics that NeMo selects by, and write them into ``folder``."""
     corpus, sampling = instantiate(cfg.corpus), instantiate(cfg.sampling)

@@ -1,0 +1,91 @@
+"""Pictures of an audit: where they go, who draws them, and what they are worth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from dori_lightning.metrics.measure import calibrate_measures
+from dori_lightning.models.pictures import (
+    PictureOrder,
+    generate_pictures,
+    load_pictures,
+    picture_seeds,
+)
+from dori_lightning.progress import stage
+from dori_lightning.types import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from dori_lightning.attacks.campaign import Trigger
+    from dori_lightning.tasks._audit_setup import Bench
+    from dori_lightning.types import Calibration
+
+__all__ = ["calibrate", "draw", "measure", "place_of"]
+
+
+def place_of(folder: Path, trigger: Trigger) -> Path:
+    """Where a trigger's pictures go."""
+    condition = trigger.condition
+    if condition.attack == "prompt":
+        return folder / "prompt" / trigger.pair.id
+    name = f"dori_{condition.init}_r{trigger.restart}_s{condition.budget.steps}"
+    return folder / name / trigger.pair.id
+
+
+def draw(
+    bench: Bench, triggers: Sequence[Trigger], folder: Path, *, edit: str = "none", title: str
+) -> None:
+    """Generate this process's share of the triggers' pictures.
+
+    Args:
+        bench: Gives the model, which carries the edit already.
+        triggers: What to draw from.
+        folder: Where the pictures go.
+        edit: Identity of the edit.
+        title: What the progress line says.
+    """
+    trainer, sampling = bench.trainer, bench.sampling
+    orders = [PictureOrder(place_of(folder, t), t.embedding, t.pair.id) for t in triggers]
+    own = orders[trainer.global_rank :: trainer.world_size]
+    total = len(own) * sampling.images_per_pair
+    with stage(title, total, visible=trainer.is_global_zero) as advance:
+        generate_pictures(bench.model, own, sampling, edit=edit, advance=advance)
+
+
+def measure(bench: Bench, trigger: Trigger, folder: Path) -> Outcome:
+    """Compare a trigger's pictures in ``folder`` with its original."""
+    seeds, place = picture_seeds(bench.sampling), place_of(folder, trigger)
+    measured = bench.originals.measure(
+        trigger.pair, load_pictures(place, seeds), failed=trigger.diverged
+    )
+    return Outcome(
+        pair=trigger.pair,
+        condition=trigger.condition,
+        restart=trigger.restart,
+        status="diverged" if trigger.diverged else "ok",
+        seeds=seeds,
+        similarity=measured.similarity,
+        diversity=measured.diversity,
+        lpips=measured.lpips,
+        alignment=measured.alignment,
+        loss_first=trigger.loss_first,
+        loss_last=trigger.loss_last,
+        displacement=trigger.displacement,
+        images=tuple(place / f"{seed}.png" for seed in seeds),
+    )
+
+
+def calibrate(bench: Bench, outcomes: Sequence[Outcome]) -> Calibration:
+    """Set the threshold from what unattacked prompts give and what the autoencoder can give."""
+    model, originals = bench.model, bench.originals
+    prompted = [outcome for outcome in outcomes if outcome.condition.attack == "prompt"]
+    pictures = {o.pair.id: load_pictures(o.images[0].parent, o.seeds) for o in prompted}
+    latents = [bench.data.encoded(pair).latent[None].to(model.device) for pair in originals.pairs]
+    reconstructions = torch.cat([model.decode_latents(latent).cpu() for latent in latents])
+    return calibrate_measures(
+        originals, prompted, pictures=pictures, reconstructions=reconstructions
+    )

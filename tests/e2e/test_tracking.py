@@ -1,0 +1,246 @@
+"""What W&B and csv loggers get of real audits on a tiny checkpoint, read back from their files."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.offline_runs import OfflineRun, files_of, inspected, offline_runs
+from support.runs import write_pairs
+from support.tiny import write_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+MITIGATIONS = ("none", "sparse")
+BUDGETS = ("l2_small", "unbounded")
+SMALL = (
+    "+experiment=audit", "pairs=folder", "pairs.path=pairs", "utility=none",
+    "attack.budget.steps=2", "attack.snapshots=[1]", "attack.noise_batch=2",
+    "attack.inits=[prompt]", "sampling.steps=2", "sampling.images_per_pair=1",
+    "checkpoint.name=tiny", "checkpoint.source=checkpoint", "checkpoint.device=cpu",
+    "trainer=cpu", "metrics.descriptors.local_correlation.threshold=0.5", "logger=[csv,wandb]",
+)  # fmt: skip
+
+
+def program(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program in ``place``, with nobody's settings or keys of W&B."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    return subprocess.run(
+        [sys.executable, "-m", "dori_lightning", "--config-dir", "mine", *SMALL, *arguments],
+        cwd=place,
+        env={**environment, "HOME": str(place / "home"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, pairs, and a pruning method of one's own."""
+    place = tmp_path_factory.mktemp("tracking")
+    write_tiny(place / "checkpoint")
+    write_pairs(place / "pairs")
+    (place / "home").mkdir()
+    method = place / "mine" / "mitigation" / "sparse.yaml"
+    method.parent.mkdir(parents=True)
+    method.write_text(
+        "# of this test\n_target_: dori_lightning.mitigations.wanda.Wanda\n"
+        "_convert_: all\nname: sparse\nfraction: 0.2\nsteps: 2\n"
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def sweep(place: Path) -> Path:
+    """A finished sweep of two mitigations x two budgets."""
+    ended = program(
+        place,
+        "-m",
+        f"mitigation={','.join(MITIGATIONS)}",
+        f"attack/budget={','.join(BUDGETS)}",
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert len(ended.stdout.splitlines()) == 4, "standard output is for run folders alone"
+    return place / "outputs" / "sweeps" / "audit"
+
+
+@pytest.fixture(scope="module")
+def runs(sweep: Path) -> dict[Path, OfflineRun]:
+    """The W&B run of each job, by run folder."""
+    folders = sorted(path.parent for path in sweep.glob("*/report.json"))
+    found = {folder: offline_runs(folder) for folder in folders}
+    assert [len(own) for own in found.values()] == [1] * 4, "one run for each job"
+    return {folder: inspected(own[0]) for folder, own in found.items()}
+
+
+def test_the_jobs_of_a_sweep_are_one_group_of_named_runs(runs: dict[Path, OfflineRun]) -> None:
+    about = [run.about for run in runs.values()]
+    assert len({one["run_group"] for one in about}) == 1
+    assert about[0]["run_group"].startswith("audit-")
+    assert len({one["run_id"] for one in about}) == 4
+    assert {one["job_type"] for one in about} == {"audit"}
+    assert {one["display_name"] for one in about} == {
+        f"mitigation={mitigation}, budget={budget}"
+        for mitigation in MITIGATIONS
+        for budget in BUDGETS
+    }
+    assert {one["tags"][1] for one in about} == set(MITIGATIONS)
+    assert all(run.exit_code == 0 for run in runs.values())
+
+
+def test_a_run_says_what_it_was_made_from(runs: dict[Path, OfflineRun]) -> None:
+    for folder, run in runs.items():
+        assert run.config["seed"] == 0
+        assert run.config["attack"]["budget"]["steps"] == 2, "resolved"
+        assert run.config["run"]["choices"]["task"] == "audit"
+        assert run.config["run"]["folder"] == str(folder)
+        assert "torch" in run.config["run"]["packages"]
+
+
+def test_curves_have_steps_of_their_own(runs: dict[Path, OfflineRun]) -> None:
+    for run in runs.values():
+        losses = {
+            row["attack/step"]: row["attack/loss/prompt/vm"]
+            for row in run.history
+            if "attack/loss/prompt/vm" in row
+        }
+        assert sorted(losses) == [1, 2]
+        rates = [row for row in run.history if "audit/memorization_rate/prompt/vm" in row]
+        assert [row["audit/steps"] for row in rates] == [0, 1, 2]
+        assert all(
+            row["audit/memorization_rate_low/prompt/vm"]
+            <= row["audit/memorization_rate/prompt/vm"]
+            <= row["audit/memorization_rate_high/prompt/vm"]
+            for row in rates
+        )
+        assert run.step_metrics["attack/loss/prompt/vm"] == "attack/step"
+        assert run.step_metrics["audit/memorization_rate/prompt/vm"] == "audit/steps"
+        assert "*" not in run.step_metrics, "nothing is plotted against trainer/global_step"
+
+
+def test_the_summary_has_what_a_sweep_sorts_by(runs: dict[Path, OfflineRun]) -> None:
+    for folder, run in runs.items():
+        report = json.loads((folder / "report.json").read_text())
+        cells = [c for c in report["cells"] if c["kind"] == "vm"]
+        assert run.summary["final/objective"] == max(c["mr"] for c in cells)
+        assert run.summary["final/threshold"] == 0.5
+        assert run.summary["verdict"] == report["verdict"]
+        assert {
+            "final/mr_prompt_vm", "final/mr_attack_vm", "final/mr_attack_control",
+            "final/similarity_attack_vm", "final/failed", "final/unet_evaluations",
+            "final/seconds",
+        } <= run.summary.keys()  # fmt: skip
+        mitigated = report["mitigation"] != "none"
+        assert ("final/mr_before_vm" in run.summary) is mitigated
+        assert (run.summary["final/edit_weights"] > 0) is mitigated
+
+
+def test_one_grid_for_each_start_and_one_table(runs: dict[Path, OfflineRun]) -> None:
+    for folder, run in runs.items():
+        grids = [row for row in run.history if "pictures/prompt._type" in row]
+        assert len(grids) == 1
+        assert "threshold 0.50" in grids[0]["pictures/prompt.caption"]
+        place = offline_runs(folder)[0] / "files"
+        assert (place / grids[0]["pictures/prompt.path"]).is_file()
+        tables = [row for row in run.history if "audit/pairs._type" in row]
+        assert len(tables) == 1
+        table = json.loads((place / tables[0]["audit/pairs.path"]).read_text())
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        own = [
+            row
+            for row in rows
+            if row["mitigation"] == run.config["mitigation"].get("name", "none")
+        ]
+        assert len(own) == 5 * 3, "pairs x (prompt and two snapshots)"
+        assert all(row["picture"] for row in own if row["attack"] == "prompt")
+        attacked = [row for row in own if row["attack"] == "dori"]
+        assert all((folder / row["embedding"]).is_file() for row in attacked)
+
+
+def test_files_are_artifacts_whose_bytes_lie_in_the_run_folder(
+    runs: dict[Path, OfflineRun], place: Path
+) -> None:
+    for folder, run in runs.items():
+        embeddings = files_of(run.artifacts["embedding"])
+        assert len(embeddings) == 5
+        assert {"report.json", "report.html", "pairs.parquet", "edit.json"} <= files_of(
+            run.artifacts["report"]
+        ).keys()
+        mitigated = "name" in run.config["mitigation"]
+        assert ("edit" in run.artifacts) is mitigated
+        for artifact in run.artifacts.values():
+            for file in files_of(artifact).values():
+                assert file.is_relative_to(folder)
+                assert file.is_file()
+    assert not list((place / "home").rglob("*wandb*")), "nothing is staged in the home folder"
+
+
+def test_csv_gets_the_same_numbers(runs: dict[Path, OfflineRun]) -> None:
+    for folder, run in runs.items():
+        with (folder / "csv" / "version_0" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for key, step in (
+            ("attack/loss/prompt/vm", "attack/step"),
+            ("audit/memorization_rate/prompt/control", "audit/steps"),
+        ):
+            here = {float(row[step]): float(row[key]) for row in rows if row[key]}
+            there = {row[step]: row[key] for row in run.history if key in row}
+            assert here == pytest.approx(there)
+        objective = [row["final/objective"] for row in rows if row["final/objective"]]
+        assert [float(value) for value in objective] == [run.summary["final/objective"]]
+
+
+CANARY = "hunter2canary"
+
+
+def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place: Path) -> None:
+    ended = program(
+        place,
+        "-m",
+        "seed=1,2",
+        "sweep=failing",
+        f"pairs.path=https://user:{CANARY}@example.org/pairs",
+    )
+    assert ended.returncode == 2, ended.stderr
+    folders = sorted((place / "outputs" / "sweeps" / "failing").glob("[!.]*/"))
+    assert len(folders) == 2
+    runs = [inspected(run) for folder in folders for run in offline_runs(folder)]
+    assert [run.exit_code for run in runs] == [2, 2]
+    assert len({run.about["run_group"] for run in runs}) == 1
+    for run in runs:
+        assert run.summary["error"].startswith("InputError: ")
+    for folder in folders:
+        for file in (folder / "wandb").rglob("*"):
+            assert file.is_dir() or CANARY.encode() not in file.read_bytes(), file
+
+
+def test_two_processes_are_one_run_and_a_resumed_run_is_the_same(place: Path) -> None:
+    command = (
+        "trainer=ddp", "trainer.accelerator=cpu", "name=pair", "report.images=none",
+        "mitigation=esd_x", "mitigation.steps=2", "mitigation.sampling_steps=2",
+    )  # fmt: skip
+    ended = program(place, *command)
+    assert ended.returncode == 0, ended.stderr
+    folder = place / "outputs" / "pair"
+    assert len(offline_runs(folder)) == 1
+    assert len(list((folder / "csv").iterdir())) == 1
+    first = inspected(offline_runs(folder)[0])
+    assert "run_group" not in first.about, "a run on its own"
+    assert first.about["display_name"] == "pair"
+    assert [row["attack/step"] for row in first.history if "attack/step" in row] == [1, 2]
+    trained = [row for row in first.history if "finetune/loss" in row]
+    assert [row["finetune/step"] for row in trained] == [0, 1]
+    assert first.step_metrics["finetune/loss"] == "finetune/step"
+    assert not any("pictures/prompt._type" in row for row in first.history), "images=none"
+    media = offline_runs(folder)[0] / "files" / "media" / "images"
+    assert not media.exists()
+    again = program(place, *command)
+    assert again.returncode == 0, again.stderr
+    ids = [inspected(run).about["run_id"] for run in offline_runs(folder)]
+    assert ids == [first.about["run_id"]] * 2
+    assert len(list((folder / "csv").iterdir())) == 2, "the first start's numbers stay"
