@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from dori_lightning.report.pictures import jpeg_uri, thumbnail
+from dori_lightning.report.pictures import THUMBNAIL, jpeg_uri, thumbnail
 from dori_lightning.report.summary import (
     KIND_WORDS,
     headline_condition,
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from dori_lightning.report.pictures import Disclosure
     from dori_lightning.report.record import AuditReport
-    from dori_lightning.report.summary import PairResult
+    from dori_lightning.report.summary import Aggregation, PairResult
     from dori_lightning.types import Outcome, Pair
 
-__all__ = ["Card", "Panel", "choose_pairs", "pair_cards", "panel_names"]
+__all__ = ["Card", "Panel", "choose_pairs", "pair_cards", "panel_names", "picture_panel"]
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Card:
     outcome: str
 
 
-def choose_pairs(report: AuditReport, *, max_pairs: int) -> tuple[list[Pair], int]:
+def choose_pairs(outcomes: Iterable[Outcome], *, max_pairs: int) -> tuple[list[Pair], int]:
     """Take the first pairs of each kind in turn, so that controls are seen beside suspects.
 
     Returns:
         The pairs to show, by kind and in list order, and how many there are in all.
     """
-    pairs = list({outcome.pair.id: outcome.pair for outcome in report.outcomes}.values())
+    pairs = list({outcome.pair.id: outcome.pair for outcome in outcomes}.values())
     queues = [[pair for pair in pairs if pair.kind == kind] for kind in KINDS]
     turns = [pair for turn in zip_longest(*queues) for pair in turn if pair is not None]
     chosen = {pair.id for pair in turns[:max_pairs]}
@@ -119,9 +119,12 @@ def pair_cards(
         }
         shown = thumbnail(pair.image, disclosure)
         panels = tuple(
-            _panel(report, pair, name, label, found[name], disclosure)
+            picture_panel(
+                pair, name, label, found[name],
+                disclosure=disclosure, aggregation=report.aggregation,
+            )
             for name, label in panel_names(report)
-        )
+        )  # fmt: skip
         kind = KIND_WORDS[pair.kind]
         original = jpeg_uri(shown) if shown is not None else None
         cards.append(Card(pair, kind, original, panels, _outcome(found)))
@@ -155,24 +158,42 @@ def _outcome(found: dict[str, PairResult | None]) -> str:
     return "diverged" if any(result.status == "diverged" for result in runs) else "none"
 
 
-def _panel(
-    report: AuditReport,
+def picture_panel(
     pair: Pair,
     name: str,
     label: str,
     result: PairResult | None,
+    *,
     disclosure: Disclosure,
+    aggregation: Aggregation = "max",
+    side: int = THUMBNAIL,
 ) -> Panel:
+    """Show what one condition made of a pair.
+
+    Args:
+        pair: The pair.
+        name: Key of the column.
+        label: Name of the column.
+        result: What came of it, None where it was not run.
+        disclosure: How pictures may be shown.
+        aggregation: How a pair's pictures become one number.
+        side: Pixels a side at most.
+
+    Raises:
+        InputError: The picture is gone or unreadable.
+    """
     if result is None:
         return Panel(name, label, None, "not run", "", "", -9.0, "not run", "doubt")
     if result.reproduced is None:
         return Panel(name, label, None, "diverged", "", "", -9.0, "diverged: no result", "doubt")
-    shown = thumbnail(result.picture, disclosure) if result.picture is not None else None
+    shown = None
+    if result.picture is not None:
+        shown = thumbnail(result.picture, disclosure, side=side)
     mark = "not reproduced"
     if result.reproduced:
         mark = "false alarm" if pair.kind == "control" else "reproduced"
     similarity = f"{result.best:.2f}"
-    if report.aggregation == "median" and not math.isclose(result.best, result.statistic):
+    if aggregation == "median" and not math.isclose(result.best, result.statistic):
         similarity = f"best {result.best:.2f}, median {result.statistic:.2f}"
     blurred = " (blurred)" if disclosure == "blurred" else ""
     return Panel(

@@ -75,6 +75,8 @@ def _calibration(calibration: Calibration) -> dict[str, Any]:
             {"false_positive_rate": fpr, "true_positive_rate": tpr, "threshold": threshold}
             for fpr, tpr, threshold in calibration.roc
         ],
+        "null": list(calibration.null),
+        "ceiling": list(calibration.ceiling),
         "quantiles": {
             "null": quantiles(calibration.null),
             "ceiling": quantiles(calibration.ceiling),

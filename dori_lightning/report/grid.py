@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dori_lightning.report.pictures import thumbnail
-from dori_lightning.report.style import Ink, figure_png, new_figure, styled
+from dori_lightning.report.style import Ink, new_figure, rendered, styled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,6 @@ def picture_grid(
     *,
     threshold: float,
     disclosure: Disclosure = "full",
-    dark: bool = False,
 ) -> bytes | None:
     """Draw one row per pair: original, best picture from its prompt, best picture from the attack.
 
@@ -36,7 +35,6 @@ def picture_grid(
         rows: Results from the prompt and from the attack, of the same pair.
         threshold: Similarity above which a picture counts as a replica.
         disclosure: ``none`` draws nothing.
-        dark: Draw for a dark page.
 
     Returns:
         PNG bytes; None where there is nothing to draw or pictures are not to be shown.
@@ -44,7 +42,7 @@ def picture_grid(
     known = [row for row in rows if row[0] is not None or row[1] is not None]
     if disclosure == "none" or not known:
         return None
-    ink = Ink(dark=dark)
+    ink = Ink()
     with styled(ink):
         figure = new_figure(6.6, 2.35 * len(known) + 0.3)
         grid = figure.subplots(len(known), 3, squeeze=False)
@@ -63,7 +61,7 @@ def picture_grid(
             grid[0], ("original", "from its prompt", "from the attack"), strict=True
         ):
             panel.set_title(title)
-        return figure_png(figure)
+        return rendered(figure, ink)
 
 
 def _grid_picture(

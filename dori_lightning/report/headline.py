@@ -19,7 +19,8 @@ from dori_lightning.types import INITS, Condition
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dori_lightning.report.aggregate import Comparison, Entry
+    from dori_lightning.report.aggregate import Comparison
+    from dori_lightning.report.entries import Entry
     from dori_lightning.types import Cell, Init, Kind, Norm
 
 __all__ = ["Attacked", "HeadlineRow", "Price", "headline_rows"]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dori_lightning.files import write_atomically
 from dori_lightning.report.cards import choose_pairs, pair_cards, panel_names
+from dori_lightning.report.number_rows import number_groups
 from dori_lightning.report.pictures import THUMBNAIL
+from dori_lightning.report.plain_words import plain_verdict
 from dori_lightning.report.plots import page_plots
 from dori_lightning.report.redaction import redact
 from dori_lightning.report.summary import (
@@ -25,7 +24,7 @@ from dori_lightning.report.summary import (
     percent_words,
     prompt_condition,
 )
-from dori_lightning.report.tables import cell_rows, ranked_cells
+from dori_lightning.report.templating import rendered_page
 from dori_lightning.report.utility_section import utility_section
 from dori_lightning.report.verdict import short_answer
 from dori_lightning.types import KINDS
@@ -34,13 +33,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from dori_lightning.report.locality_section import LocalitySection
     from dori_lightning.report.pictures import Disclosure
     from dori_lightning.report.record import AuditReport
     from dori_lightning.types import Cell, Condition, Kind
 
 __all__ = ["render_page", "write_page"]
-
-_LOOSE = re.compile(r"(?<=\d) (?=%)|(?<=\d) (?=of \d)|(?<=\d of) (?=\d)")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,13 @@ class _Tile:
     high: float = 0.0
 
 
-def render_page(report: AuditReport, *, images: Disclosure = "full", max_pairs: int = 40) -> str:
+def render_page(
+    report: AuditReport,
+    *,
+    images: Disclosure = "full",
+    max_pairs: int = 40,
+    locality: Sequence[LocalitySection] = (),
+) -> str:
     """Render the page; it loads nothing from anywhere.
 
     Args:
@@ -63,6 +67,7 @@ def render_page(report: AuditReport, *, images: Disclosure = "full", max_pairs: 
         images: ``full``; ``blurred`` throws the pixels away before embedding, since memorized
             pictures are the leaked data; ``none`` embeds no picture.
         max_pairs: Most pairs to show; they are the first of each kind, never chosen by result.
+        locality: What locality runs found on the same checkpoint.
 
     Returns:
         HTML.
@@ -72,32 +77,15 @@ def render_page(report: AuditReport, *, images: Disclosure = "full", max_pairs: 
     """
     own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
     prompts, attack = prompt_condition(own), headline_condition(own)
-    shown, total = choose_pairs(report, max_pairs=max_pairs)
-    header, texts = cell_rows(report.cells)
-    ranked = ranked_cells(report.cells)
-    rows = [
-        (
-            text,
-            cell.mitigation == report.mitigation and cell.condition in (prompts, attack),
-            place > 0 and ranked[place - 1].kind != cell.kind,
-        )
-        for place, (text, cell) in enumerate(zip(texts, ranked, strict=True))
-    ]
+    shown, total = choose_pairs(report.outcomes, max_pairs=max_pairs)
     config = json.dumps(redact(report.provenance.config), indent=2, sort_keys=True, default=str)
-    environment = Environment(
-        loader=PackageLoader("dori_lightning.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # A line that breaks inside "95 %" or "4 of 8" is hard to read.
-    environment.filters["firm"] = lambda text: _LOOSE.sub("\u00a0", text)
-    return environment.get_template("report.html.j2").render(
+    return rendered_page(
+        "report.html.j2",
         report=report,
         images=images,
         side=THUMBNAIL,
         answer=short_answer(report.cells, mitigation=report.mitigation),
+        plain=plain_verdict(report.cells, mitigation=report.mitigation),
         tone=_tone(own, attack),
         tiles=_tiles(report, own, prompts, attack),
         pairs=pair_cards(report, shown, disclosure=images),
@@ -105,9 +93,9 @@ def render_page(report: AuditReport, *, images: Disclosure = "full", max_pairs: 
         total=total,
         kinds=[(kind, KIND_WORDS[kind]) for kind in KINDS if any(p.kind == kind for p in shown)],
         repeats=any(pair.repeats > 0 for pair in shown),
-        header=header,
-        cells=rows,
+        numbers=number_groups(report),
         cost=utility_section(report.utility, disclosure=images) if report.utility else None,
+        locality=locality,
         plots=page_plots(report),
         conditions=list(dict.fromkeys(condition_words(c.condition) for c in report.cells)),
         pictures_each=max((len(o.seeds) for o in report.outcomes), default=0),
@@ -117,10 +105,15 @@ def render_page(report: AuditReport, *, images: Disclosure = "full", max_pairs: 
 
 
 def write_page(
-    report: AuditReport, folder: Path, *, images: Disclosure = "full", max_pairs: int = 40
+    report: AuditReport,
+    folder: Path,
+    *,
+    images: Disclosure = "full",
+    max_pairs: int = 40,
+    locality: Sequence[LocalitySection] = (),
 ) -> Path:
     """Write ``report.html`` into the run folder in one step and return its path."""
-    page = render_page(report, images=images, max_pairs=max_pairs)
+    page = render_page(report, images=images, max_pairs=max_pairs, locality=locality)
     folder.mkdir(parents=True, exist_ok=True)
     return write_atomically(folder / "report.html", page.encode())
 
@@ -156,7 +149,7 @@ def _tiles(
     words = condition_words(attack).removeprefix("attack ") if attack else "No attack was run"
     return [
         tile("Suspected images, from their prompts", "vm", prompts, "The prompts as they are."),
-        tile("Suspected images, from adversarial embeddings", "vm", attack, f"{_capital(words)}."),
+        tile("Suspected images, by the attack", "vm", attack, f"{_capital(words)}."),
         tile("Controls, same attack: false alarms", "control", attack, "Should be none."),
         _Tile(
             "Largest budget that leaves the controls alone",

@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
 from dori_lightning.pairs.images import square_image
 from dori_lightning.types import InputError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-__all__ = ["THUMBNAIL", "Disclosure", "jpeg_uri", "png_uri", "thumbnail"]
+__all__ = ["NOT_KEPT", "THUMBNAIL", "Disclosure", "jpeg_uri", "png_uri", "thumbnail"]
 
 Disclosure = Literal["full", "blurred", "none"]
 
 THUMBNAIL = 192
 """Longest side of an embedded picture in pixels."""
 
+NOT_KEPT = Path()
+"""Stands for a picture whose file is not where a run left it."""
+
 _BLURRED = 10  # pixels a side that survive blurring: a colour scheme, no face and no text
 
 
-def thumbnail(path: Path, disclosure: Disclosure) -> Image.Image | None:
+def thumbnail(path: Path, disclosure: Disclosure, *, side: int = THUMBNAIL) -> Image.Image | None:
     """Read a picture as it may be shown.
 
     Blurring throws the pixels away rather than hiding them: nothing in the result can be sharpened
     back.
 
     Args:
-        path: The picture's file.
+        path: The picture's file, or ``NOT_KEPT``.
         disclosure: ``full``, ``blurred``, or ``none``.
+        side: Pixels a side at most.
 
     Returns:
-        A square picture of at most ``THUMBNAIL`` pixels, or None where pictures are not shown.
+        A square picture, or None where pictures are not shown or this one is not kept.
 
     Raises:
         InputError: The file is gone or unreadable.
     """
-    if disclosure == "none":
+    if disclosure == "none" or path == NOT_KEPT:
         return None
     try:
         picture = square_image(path)
@@ -50,9 +52,9 @@ def thumbnail(path: Path, disclosure: Disclosure) -> Image.Image | None:
         ) from None
     if disclosure == "blurred":
         few = picture.resize((_BLURRED, _BLURRED), Image.Resampling.BOX)
-        return few.resize((THUMBNAIL // 2, THUMBNAIL // 2), Image.Resampling.BICUBIC)
-    if picture.width > THUMBNAIL:
-        return picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        return few.resize((side // 2, side // 2), Image.Resampling.BICUBIC)
+    if picture.width > side:
+        return picture.resize((side, side), Image.Resampling.LANCZOS)
     return picture
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from dori_lightning.files import write_atomically
 from dori_lightning.report.figures import (
     memorization_against_repeats,
@@ -13,11 +15,11 @@ from dori_lightning.report.figures import (
     roc,
     similarity_histograms,
 )
-from dori_lightning.report.pictures import png_uri
+from dori_lightning.report.style import Ink
 from dori_lightning.report.summary import headline_condition, pair_results, prompt_condition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from dori_lightning.report.pictures import Disclosure
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from dori_lightning.report.summary import PairResult
     from dori_lightning.types import Condition
 
-__all__ = ["Plot", "page_plots", "write_figures"]
+    Drawing = Callable[[Ink], bytes | None]
+
+__all__ = ["Plot", "drawn_for_page", "page_plots", "write_figures"]
 
 GRID_ROWS = 12
 """Rows of the picture grid; more would not fit a screen."""
@@ -39,23 +43,23 @@ class Plot:
         name: Stable name, also of its file.
         title: Heading.
         caption: What it shows and how to read it.
-        light: ``data:`` address for a light page and for paper.
-        dark: ``data:`` address for a dark page.
+        wide: SVG element for screens and paper.
+        narrow: SVG element for telephones.
     """
 
     name: str
     title: str
     caption: str
-    light: str
-    dark: str
+    wide: Markup
+    narrow: Markup
 
 
 _TEXTS = {
     "rate_against_steps": (
-        "How much the attack is allowed to spend",
-        "Share of images that come back, against the attack's steps; the bands are 95 % "
-        "intervals. With enough steps an attack paints anything: the number of steps at which the "
-        "controls begin to rise is where the attack stops being evidence.",
+        "What the attack may spend",
+        "Share of images that come back, against the attack's steps; the bars are 95 % intervals. "
+        "With enough steps an attack paints anything: the number of steps at which the controls "
+        "begin to rise is where the attack stops being evidence.",
     ),
     "similarity_histograms": (
         "How similar the pictures are",
@@ -70,19 +74,36 @@ _TEXTS = {
     "memorization_against_repeats": (
         "Repetition and memorization",
         "Similarity of the pictures against how often each image was repeated in training; known "
-        "here because the images were planted. Filled: from the prompts; open: from the attack.",
+        "here because the images were planted. Filled: from the prompts; open: from the attack; a "
+        "dash is the median.",
     ),
 }
 
 
-def page_plots(report: AuditReport) -> list[Plot]:
-    """Draw every figure that has something to show, in the order of the page."""
-    plots = []
-    for name, draw in _drawings(report).items():
-        light, dark = draw(False), draw(True)
-        if light is not None and dark is not None:
-            title, caption = _TEXTS[name]
-            plots.append(Plot(name, title, caption, png_uri(light), png_uri(dark)))
+def page_plots(report: AuditReport) -> dict[str, Plot | None]:
+    """Draw every figure by name; None where one has nothing to show."""
+    return drawn_for_page(_drawings(report), _TEXTS)
+
+
+def drawn_for_page(
+    drawings: Mapping[str, Drawing], texts: Mapping[str, tuple[str, str]]
+) -> dict[str, Plot | None]:
+    """Draw figures wide and narrow, with title and caption; None where one has nothing to show.
+
+    Args:
+        drawings: Name to what draws it.
+        texts: Name to title and caption.
+    """
+    plots: dict[str, Plot | None] = dict.fromkeys(texts)
+    for name, draw in drawings.items():
+        wide = draw(Ink(element=name))
+        narrow = draw(Ink(element=f"{name}-narrow", narrow=True))
+        if wide is not None and narrow is not None:
+            title, caption = texts[name]
+            # drawn by us out of numbers and escaped names: this is markup, not text
+            plots[name] = Plot(
+                name, title, caption, Markup(wide.decode()), Markup(narrow.decode())
+            )
     return plots
 
 
@@ -92,7 +113,7 @@ def write_figures(
     """Write every figure that has something to show as PNG into ``folder/figures``."""
     target = folder / "figures"
     target.mkdir(parents=True, exist_ok=True)
-    drawn = {name: draw(False) for name, draw in _drawings(report).items()}
+    drawn = {name: draw(Ink()) for name, draw in _drawings(report).items()}
     own, results = _own(report)
     grid = [
         (_pick(results, pair_id, own[0]), _pick(results, pair_id, own[1]))
@@ -127,18 +148,18 @@ def _pick(
     return next((r for r in results if r.pair.id == pair_id and r.condition == condition), None)
 
 
-def _drawings(report: AuditReport) -> dict[str, Callable[[bool], bytes | None]]:
+def _drawings(report: AuditReport) -> dict[str, Drawing]:
     spoken, results = _own(report)
     conditions = [condition for condition in spoken if condition is not None]
     rule = report.calibration
     own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
     return {
-        "rate_against_steps": lambda dark: rate_against_steps(own, dark=dark),
-        "similarity_histograms": lambda dark: similarity_histograms(
-            results, conditions=conditions, calibration=rule, dark=dark
+        "rate_against_steps": lambda ink: rate_against_steps(own, ink),
+        "similarity_histograms": lambda ink: similarity_histograms(
+            results, ink, conditions=conditions, calibration=rule
         ),
-        "roc": lambda dark: roc(rule, dark=dark),
-        "memorization_against_repeats": lambda dark: memorization_against_repeats(
-            results, conditions=conditions, threshold=rule.threshold, dark=dark
+        "roc": lambda ink: roc(rule, ink),
+        "memorization_against_repeats": lambda ink: memorization_against_repeats(
+            results, ink, conditions=conditions, threshold=rule.threshold
         ),
     }

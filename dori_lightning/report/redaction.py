@@ -26,7 +26,8 @@ _USUALLY = {"key", "keys", "token"}
 # name harmless.
 _HARMLESS_NEXT = {"mask", "count", "length", "limit", "dim", "size", "index", "type", "embedding"}
 
-_USER_INFO = re.compile(r"\b([a-z][a-z0-9+.\-]*://)[^\s/?#]*@", re.IGNORECASE)
+# One slash too: that is what remains of a URL that was taken for a path.
+_USER_INFO = re.compile(r"\b([a-z][a-z0-9+.\-]+://?)[^\s/?#]*@", re.IGNORECASE)
 _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.\-]*)=([^\s&,;]+)")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 

@@ -47,6 +47,7 @@ _COLUMNS: dict[str, pa.DataType] = {
     "loss_last": pa.float64(),
     "displacement": pa.float64(),
     "image": pa.string(),
+    "original": pa.string(),
 }
 
 
@@ -57,7 +58,7 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
 
     Args:
         report: The report.
-        folder: Picture paths are given relative to it.
+        folder: Paths of pictures and originals are given relative to it.
 
     Raises:
         ValueError: An outcome has not as many similarities, or pictures, as seeds.
@@ -116,6 +117,7 @@ def _rows(
             "loss_last": _number(outcome.loss_last),
             "displacement": _number(outcome.displacement),
             "image": _relative(outcome.images[place], folder) if outcome.images else None,
+            "original": _relative(pair.image, folder),
             **{
                 f"similarity_{name}": _number(values[place])
                 for name, values in outcome.similarity.items()

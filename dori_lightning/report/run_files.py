@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,14 +33,16 @@ class Run:
     Attributes:
         folder: Its run folder.
         document: Content of its ``report.json``.
-        outcomes: Every pair under every condition, as measured; without the baseline.
+        outcomes: Every pair under every condition, as measured.
         edit: Content of its ``edit.json``; None where there is none.
+        baseline: Its prompts before the mitigation; empty where they were not asked.
     """
 
     folder: Path
     document: Mapping[str, Any]
     outcomes: tuple[Outcome, ...]
     edit: Mapping[str, Any] | None = None
+    baseline: tuple[Outcome, ...] = ()
 
     @property
     def checkpoint(self) -> str:
@@ -111,7 +114,14 @@ def read_run(folder: Path) -> Run:
         raise InputError(
             f"{path} cannot be read ({error})\n  mend:  run the audit again: it rewrites the file"
         ) from None
-    run = Run(folder, document, _outcomes(rows, str(document["mitigation"])), _edit(folder))
+    mitigation = str(document["mitigation"])
+    run = Run(
+        folder,
+        document,
+        _outcomes(rows, mitigation, folder),
+        _edit(folder),
+        _outcomes(rows, "none", folder) if mitigation != "none" else (),
+    )
     _check_same_audit(run)
     return run
 
@@ -129,23 +139,25 @@ def _edit(folder: Path) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _outcomes(rows: Sequence[Mapping[str, Any]], mitigation: str) -> tuple[Outcome, ...]:
+def _outcomes(
+    rows: Sequence[Mapping[str, Any]], mitigation: str, folder: Path
+) -> tuple[Outcome, ...]:
     """Put the rows of one picture each together again, in the order of the file."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["mitigation"] == mitigation:
             names = ("pair_id", "attack", "init", "norm", "eps", "steps", "restart")
             groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return tuple(_outcome(group) for group in groups.values())
+    return tuple(_outcome(group, folder) for group in groups.values())
 
 
-def _outcome(group: Sequence[Mapping[str, Any]]) -> Outcome:
+def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
     first = group[0]
     pair = Pair(
         id=first["pair_id"],
         kind=first["kind"],
         prompt=first["prompt"],
-        image=Path(),
+        image=_place(folder, first.get("original")) or Path(),
         repeats=first["repeats"] or 0.0,
         sha256=first["image_sha256"] or "",
         duplicate_of=first["duplicate_of"],
@@ -167,8 +179,23 @@ def _outcome(group: Sequence[Mapping[str, Any]]) -> Outcome:
         diversity=math.nan if first["diversity"] is None else first["diversity"],
         loss_first=first["loss_first"],
         loss_last=first["loss_last"],
+        lpips=_values(group, "lpips"),
+        alignment=_values(group, "alignment"),
         displacement=first["displacement"],
+        images=tuple(filter(None, (_place(folder, row["image"]) for row in group))),
     )
+
+
+def _values(group: Sequence[Mapping[str, Any]], name: str) -> np.ndarray | None:
+    """One number for each picture; None where none has one."""
+    values = [row[name] for row in group]
+    if all(value is None for value in values):
+        return None
+    return np.array([math.nan if value is None else value for value in values], np.float64)
+
+
+def _place(folder: Path, relative: str | None) -> Path | None:
+    return None if relative is None else Path(os.path.normpath(folder / relative))
 
 
 def _check_same_audit(run: Run) -> None:

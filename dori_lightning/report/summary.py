@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from dori_lightning.types import Budget, Cell, Condition, Kind, Outcome, Pair
+    from dori_lightning.types import Budget, Cell, Condition, Init, Kind, Outcome, Pair
 
 __all__ = [
     "FALSE_POSITIVE_LIMIT",
+    "INIT_NAMES",
     "KIND_WORDS",
     "PairResult",
     "aggregate",
@@ -38,12 +39,20 @@ FALSE_POSITIVE_LIMIT = 0.05
 """An attack counts as credible while it reproduces fewer than this share of the controls."""
 
 Aggregation = Literal["max", "median"]
+Trust = Literal["sound", "paints", "unchecked", "none"]
 
 KIND_WORDS: dict[Kind, str] = {
     "vm": "suspected image",
     "tm": "suspected template copy",
     "control": "control image",
 }
+
+INIT_NAMES: dict[Init, str] = {
+    "prompt": "the own prompt",
+    "random": "a random embedding",
+    "control_prompt": "an unrelated prompt",
+}
+"""What an attack starts from, for one pair."""
 
 _INIT_WORDS = {
     "prompt": "from the image's own prompt",
@@ -165,9 +174,7 @@ def headline_condition(cells: Sequence[Cell]) -> Condition | None:
     return max(attacks, key=rank, default=None)
 
 
-def attack_trust(
-    own: Sequence[Cell], attack: Condition | None
-) -> Literal["sound", "paints", "unchecked", "none"]:
+def attack_trust(own: Sequence[Cell], attack: Condition | None) -> Trust:
     """Judge an attack by its controls: ``sound``, ``paints``, ``unchecked``, or ``none``."""
     if attack is None:
         return "none"

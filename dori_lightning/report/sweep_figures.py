@@ -1,6 +1,6 @@
 """The figures of a comparison: before and after the attack, and rates against what it may spend.
 
-PNG bytes of fixed size: the same numbers give the same bytes.
+The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from dori_lightning.report.belonging import BASELINE
 from dori_lightning.report.headline_tables import ball_words
-from dori_lightning.report.style import Ink, figure_png, new_figure, plain_axes, styled
+from dori_lightning.report.style import (
+    SERIES,
+    Ink,
+    new_figure,
+    plain_axes,
+    rendered,
+    styled,
+    under_legend,
+)
+from dori_lightning.report.summary import INIT_NAMES
 from dori_lightning.types import INITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -28,22 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["before_and_after", "rate_against_radius", "rates_against_steps"]
 
-_COLOURS = (
-    ("#0072B2", "#56B4E9"),
-    ("#C4500A", "#FF9A5C"),
-    ("#00785A", "#3FD0A4"),
-    ("#A8497F", "#F0A6CE"),
-    ("#8A6500", "#E8C15A"),
-    ("#5B4DB2", "#B3A7FF"),
-)
-"""Per mitigation in turn: colour on light and on dark ground."""
 _LINES = ("-", "--", ":")
 _MARKERS = "osD^vPX"
-_START = {
-    "prompt": "own prompt",
-    "random": "random embedding",
-    "control_prompt": "unrelated prompt",
-}
 
 
 @dataclass(frozen=True)
@@ -58,23 +52,22 @@ def _looks(labels: Sequence[str], ink: Ink) -> dict[str, _Look]:
     """Give every mitigation a look of its own; the checkpoint as it is stands out."""
     looks = {}
     for place, label in enumerate(name for name in labels if name != BASELINE):
-        light, dark = _COLOURS[place % len(_COLOURS)]
         looks[label] = _Look(
-            colour=dark if ink.dark else light,
-            line=_LINES[place // len(_COLOURS) % len(_LINES)],
+            colour=SERIES[place % len(SERIES)],
+            line=_LINES[place // len(SERIES) % len(_LINES)],
             marker=_MARKERS[place % len(_MARKERS)],
             width=1.8,
         )
     return {BASELINE: _Look(ink.text, "-", "o", 2.6), **looks}
 
 
-def before_and_after(rows: Sequence[HeadlineRow], *, dark: bool = False) -> bytes | None:
+def before_and_after(rows: Sequence[HeadlineRow], ink: Ink | None = None) -> bytes | None:
     """Draw, for every mitigation, what its prompts bring back beside what the attack does.
 
     A mitigation that is attacked within several balls is shown in the widest.
 
     Returns:
-        PNG bytes, None where no suspected image was measured.
+        The figure, None where no suspected image was measured.
     """
     widest = {(row.checkpoint, row.mitigation): row for row in rows}
     groups: dict[str, list[HeadlineRow]] = {}
@@ -83,10 +76,10 @@ def before_and_after(rows: Sequence[HeadlineRow], *, dark: bool = False) -> byte
             groups.setdefault(row.checkpoint, []).append(row)
     if not groups:
         return None
-    ink = Ink(dark=dark)
+    ink = ink or Ink()
     heights = [len(group) + 0.8 for group in groups.values()]
     with styled(ink):
-        figure = new_figure(8.8, 0.4 * sum(heights) + 0.9 + 0.35 * len(heights))
+        figure = new_figure(ink.width(), 0.38 * sum(heights) + 0.9 + 0.35 * len(heights))
         grid = figure.subplots(
             len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
         )
@@ -94,9 +87,9 @@ def before_and_after(rows: Sequence[HeadlineRow], *, dark: bool = False) -> byte
             _dumbbells(axes, group, ink)
             if len(groups) > 1:
                 axes.set_title(checkpoint)
-        _legend(figure, list(grid[:, 0]))
+        under_legend(figure, *grid[:, 0], columns=1 if ink.narrow else 3)
         grid[-1, 0].set_xlabel("suspected images reproduced")
-        return figure_png(figure)
+        return rendered(figure, ink)
 
 
 def _dumbbells(axes: Axes, rows: Sequence[HeadlineRow], ink: Ink) -> None:
@@ -128,14 +121,17 @@ def _dumbbells(axes: Axes, rows: Sequence[HeadlineRow], ink: Ink) -> None:
                     color=ink.calm, label="the paper, on Stable Diffusion", zorder=2,
                     clip_on=False,
                 )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row.mitigation for row in rows])
+    names = [
+        row.mitigation.replace("_", "_\n", 1) if ink.narrow else row.mitigation for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), names, fontsize=8.5 if ink.narrow else 10)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def rates_against_steps(
-    rows: Sequence[HeadlineRow], cells: Sequence[Cell], *, dark: bool = False
+    rows: Sequence[HeadlineRow], cells: Sequence[Cell], ink: Ink | None = None
 ) -> bytes | None:
     """Draw each mitigation's rate of suspected images against the attack's steps.
 
@@ -143,7 +139,7 @@ def rates_against_steps(
     from there at 0 steps.
 
     Returns:
-        PNG bytes, None where no attack was measured at several steps.
+        The figure, None where no attack was measured at several steps.
     """
     panels = list(
         dict.fromkeys(
@@ -159,10 +155,10 @@ def rates_against_steps(
     if not curves:
         return None
     several = len({panel[0] for panel in curves}) > 1
-    ink = Ink(dark=dark)
+    ink = ink or Ink()
     looks = _looks(list(dict.fromkeys(row.mitigation for row in rows)), ink)
     with styled(ink):
-        figure, grid = _sheet(len(curves))
+        figure, grid = _sheet(len(curves), ink)
         for axes, (panel, held) in zip(grid, curves.items(), strict=True):
             checkpoint, init, norm, eps = panel
             _lines(axes, held, looks)
@@ -174,9 +170,9 @@ def rates_against_steps(
             axes.set_xlabel("attack steps (0: prompt)" if init == "prompt" else "attack steps")
             radius = "" if norm == "none" else f", {norm} {eps:.3g}"
             name = f"{checkpoint}: " if several else ""
-            axes.set_title(f"{name}from {_START[init]}{radius}", fontsize=11)
-        _legend(figure, grid)
-        return figure_png(figure)
+            axes.set_title(f"{name}from {INIT_NAMES[init]}{radius}", fontsize=10)
+        under_legend(figure, *grid, columns=2 if ink.narrow else 4)
+        return rendered(figure, ink)
 
 
 def _curves(
@@ -193,13 +189,13 @@ def _curves(
     return held
 
 
-def rate_against_radius(rows: Sequence[HeadlineRow], *, dark: bool = False) -> bytes | None:
+def rate_against_radius(rows: Sequence[HeadlineRow], ink: Ink | None = None) -> bytes | None:
     """Draw each mitigation's rate of suspected images against the attack's radius, at full steps.
 
     A panel for each checkpoint and initial point; the widest ball is on the right.
 
     Returns:
-        PNG bytes, None where all attacks had one ball.
+        The figure, None where all attacks had one ball.
     """
     panels = [
         (checkpoint, init)
@@ -210,10 +206,10 @@ def rate_against_radius(rows: Sequence[HeadlineRow], *, dark: bool = False) -> b
     ]
     if not panels:
         return None
-    ink = Ink(dark=dark)
+    ink = ink or Ink()
     looks = _looks(list(dict.fromkeys(row.mitigation for row in rows)), ink)
     with styled(ink):
-        figure, grid = _sheet(len(panels))
+        figure, grid = _sheet(len(panels), ink)
         for axes, (checkpoint, init) in zip(grid, panels, strict=True):
             own = [row for row in rows if row.checkpoint == checkpoint and row.attacks]
             # rows of one mitigation come with their balls from narrow to wide
@@ -232,9 +228,9 @@ def rate_against_radius(rows: Sequence[HeadlineRow], *, dark: bool = False) -> b
             ticks = {0: "prompt", **{place: words for words, place in places.items()}}
             shown = {k: v for k, v in ticks.items() if any(k in curve for curve in held.values())}
             axes.set_xticks(list(shown), [text.replace(", ", "\n") for text in shown.values()])
-            axes.set_title(f"{checkpoint}: from {_START[init]}", fontsize=11)
-        _legend(figure, grid)
-        return figure_png(figure)
+            axes.set_title(f"{checkpoint}: from {INIT_NAMES[init]}", fontsize=10)
+        under_legend(figure, *grid, columns=2 if ink.narrow else 4)
+        return rendered(figure, ink)
 
 
 def _lines(axes: Axes, curves: dict[str, dict[int, Cell]], looks: dict[str, _Look]) -> None:
@@ -254,20 +250,11 @@ def _lines(axes: Axes, curves: dict[str, dict[int, Cell]], looks: dict[str, _Loo
     axes.set_ylabel("suspected images reproduced" if place and place.is_first_col() else "")
 
 
-def _legend(figure: Figure, grid: Sequence[Axes]) -> None:
-    """Put one legend under all panels; a method may be in some of them only."""
-    seen: dict[str, Artist] = {}
-    for axes in grid:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            seen.setdefault(label, handle)
-    figure.legend(list(seen.values()), list(seen), loc="outside lower center", ncols=3)
-
-
-def _sheet(count: int) -> tuple[Figure, list[Axes]]:
+def _sheet(count: int, ink: Ink) -> tuple[Figure, list[Axes]]:
     """Make a figure of ``count`` panels, two beside each other."""
-    columns = min(count, 2)
+    columns = ink.columns(count)
     lines = math.ceil(count / columns)
-    figure = new_figure(4.4 * columns + (2.4 if columns == 1 else 0.0), 3.4 * lines + 1.2)
+    figure = new_figure(ink.width(8.8 if columns > 1 else 6.8), 3.0 * lines + 1.2)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for axes in grid[count:]:
         axes.set_visible(False)

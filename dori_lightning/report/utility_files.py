@@ -1,4 +1,4 @@
-"""What a mitigation costs, as files: the numbers, and the rows behind them."""
+"""What a mitigation costs, as files: the numbers, and the rows behind them; written and read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dori_lightning.files import write_atomically
+from dori_lightning.metrics.feature_distance import KernelDistance
+from dori_lightning.metrics.utility import (
+    Alignment,
+    Comparison,
+    DenoisingLoss,
+    PictureRow,
+    Replicas,
+    Utility,
+)
 from dori_lightning.report.document import plain_values
+from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from dori_lightning.metrics.utility import LossRow, PictureRow, Utility
+    from dori_lightning.metrics.utility import LossRow
 
-__all__ = ["write_utility"]
+__all__ = ["read_utility", "write_utility"]
 
 _LOSSES = pa.schema(
     {
@@ -71,6 +81,82 @@ def write_utility(utility: Utility, folder: Path) -> Path:
     write_atomically(folder / "utility_losses.parquet", losses)
     write_atomically(folder / "utility_pictures.parquet", pictures)
     return write_atomically(folder / "utility.json", (document + "\n").encode())
+
+
+def read_utility(folder: Path, held: Mapping[str, Any]) -> Utility:
+    """Read back what a mitigation costs; pictures that are gone are left out.
+
+    Args:
+        folder: The run folder, with ``utility_pictures.parquet``.
+        held: What ``report.json`` keeps of it.
+
+    Raises:
+        InputError: The pictures' table is missing or damaged.
+        KeyError: ``held`` lacks a promised key.
+    """
+    near, loss = held["neighbours"], held["denoising_loss"]
+    replicas = near["replicating"] if near else None
+    return Utility(
+        descriptor=held["descriptor"],
+        denoising_loss=DenoisingLoss(**_numbers(loss)) if loss else None,
+        ordinary=_comparison(held) if held["prompts"] is not None else None,
+        neighbours=_comparison(near) if near else None,
+        replicas=Replicas(**_numbers(replicas)) if replicas else None,
+        left_out=held["left_out"],
+        picture_rows=tuple(_picture_rows(folder)),
+    )
+
+
+def _comparison(held: Mapping[str, Any]) -> Comparison:
+    kid, alignment = held["kid"], held["alignment"]
+    known = _numbers(held)
+    return Comparison(
+        prompts=held["prompts"],
+        pictures_each=held["pictures_each"],
+        kid=KernelDistance(**_numbers({k: v for k, v in kid.items() if k != "features"}))
+        if kid
+        else None,
+        fid=held["fid"],
+        features=held["features"],
+        similarity=known["similarity_to_unmitigated"],
+        similarity_mad=known["similarity_to_unmitigated_mad"],
+        similarity_ci95=known["similarity_to_unmitigated_ci95"],
+        alignment=Alignment(**_numbers(alignment)) if alignment else None,
+    )
+
+
+def _numbers(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and intervals as they were before JSON, which writes NaN as null."""
+    return {
+        name: tuple(map(_finite, value)) if isinstance(value, list) else _finite(value)
+        for name, value in held.items()
+    }
+
+
+def _finite(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _picture_rows(folder: Path) -> list[PictureRow]:
+    path = folder / "utility_pictures.parquet"
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{path} cannot be read ({error})\n  mend:  run the audit again: it rewrites the file"
+        ) from None
+    places = ("unmitigated", "mitigated")
+    found = [
+        PictureRow(
+            **{
+                **row,
+                "similarity": _finite(row["similarity"]),
+                **{name: Path(os.path.normpath(folder / row[name])) for name in places},
+            }
+        )
+        for row in rows
+    ]
+    return [row for row in found if row.unmitigated.is_file() and row.mitigated.is_file()]
 
 
 def _parquet(rows: Sequence[LossRow | PictureRow], schema: pa.Schema, folder: Path) -> bytes:

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from dori_lightning.report.locality_section import LOCALITY_FILE
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _jobs(place: Path, *, planned: bool) -> Jobs:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "report.json").is_file() or (folder / _OVERRIDES).is_file()
+    return any((folder / name).is_file() for name in ("report.json", LOCALITY_FILE, _OVERRIDES))
 
 
 def _sweep(place: Path, *, planned: bool) -> Jobs:

@@ -1,110 +1,197 @@
-"""The page in a real browser: it opens cleanly, sorts, filters and prints."""
+"""The pages in a real browser: they open cleanly, sort, filter, fit, can be read, and print."""
 
 from __future__ import annotations
 
-import html
-import json
 import re
 import runpy
-import shutil
-import subprocess
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from dori_lightning.report.aggregate import compare
+from dori_lightning.report.headline import headline_rows
+from dori_lightning.report.locality_section import LocalitySection, read_locality
 from dori_lightning.report.page import render_page
+from dori_lightning.report.record import AuditReport, write_report
+from dori_lightning.report.run_files import read_run
+from dori_lightning.report.sweep_page import render_sweep_page
+from support.browser import DARK, browse, complaints, measured, needs_chromium
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 FAKES = Path(__file__).parents[1] / "unit" / "report" / "fakes.py"
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--enable-logging=stderr", "--v=0",
-]  # fmt: skip
-
-pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no chromium on PATH: install it to test the page in a browser"
-    ),
-]
+pytestmark = needs_chromium
 
 CLICKS = """
-<script>
-(function () {
-  function order() {
-    return Array.from(document.querySelectorAll("#pair-table tbody tr"))
-      .filter(function (row) { return !row.hidden; })
-      .map(function (row) { return row.dataset.id; });
+function order() {
+  return Array.from(document.querySelectorAll("#pair-table tbody tr"))
+    .filter(function (row) { return !row.hidden; })
+    .map(function (row) { return row.dataset.id; });
+}
+function press(key) {
+  var button = document.querySelector('#pair-table button[data-key="' + key + '"]');
+  button.focus();
+  button.click();
+  return { order: order(), sort: button.parentElement.getAttribute("aria-sort"),
+           focused: document.activeElement === button };
+}
+function set(id, value, event) {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event(event));
+}
+"""
+
+RUN = (
+    CLICKS
+    + """
+var seen = { start: order(), down: press("attack"), up: press("attack"), names: press("id") };
+set("filter-kind", "control", "change");
+seen.controls = order();
+set("filter-kind", "", "change");
+set("filter-outcome", "attack", "change");
+seen.hidden = order();
+set("filter-outcome", "", "change");
+set("filter-text", "CAPTION number 5", "input");
+seen.found = order();
+seen.said = document.getElementById("shown").textContent;
+set("filter-text", "nothing of the kind", "input");
+seen.empty = !document.getElementById("nothing").hidden;
+return seen;
+"""
+)
+
+SWEEP = (
+    CLICKS
+    + """
+var seen = { start: order(), down: press("m1"), up: press("m1") };
+set("filter-outcome", "m1", "change");
+seen.held = order();
+set("filter-outcome", "gone", "change");
+seen.gone = order();
+return seen;
+"""
+)
+
+FITS = """
+var root = document.documentElement;
+return {
+  wide: root.scrollWidth - root.clientWidth,
+  fields: Array.from(document.querySelectorAll("input, select"))
+    .every(function (field) { return field.labels.length === 1; }),
+  pictures: Array.from(document.images).every(function (image) { return image.alt; }),
+  named: Array.from(document.querySelectorAll("section, [role=region], nav, [role=img]"))
+    .every(function (part) {
+      var by = part.getAttribute("aria-labelledby");
+      return part.getAttribute("aria-label") || (by && document.getElementById(by));
+    }),
+  heads: Array.from(document.querySelectorAll("th"))
+    .every(function (head) { return head.scope; }),
+  twice: Array.from(document.querySelectorAll("[id]")).map(function (part) { return part.id; })
+    .filter(function (id, place, all) { return all.indexOf(id) !== place; }),
+  headings: Array.from(document.querySelectorAll("h1, h2, h3"))
+    .map(function (heading) { return Number(heading.tagName[1]); }),
+  links: Array.from(document.querySelectorAll("nav a"))
+    .every(function (link) { return document.querySelector(link.getAttribute("href")); }),
+  small: Array.from(document.querySelectorAll("#pair-table button, select, input"))
+    .map(function (part) { return part.getBoundingClientRect(); })
+    .filter(function (box) { return box.height > 0 && box.height < 24; }).length,
+};
+"""
+
+# WCAG 2.2, contrast of text that is on the page against what lies behind it
+CONTRAST = """
+function rgb(text) { return (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number); }
+function light(colour) {
+  var parts = colour.slice(0, 3).map(function (value) {
+    value /= 255;
+    return value <= 0.04045 ? value / 12.92 : Math.pow((value + 0.055) / 1.055, 2.4);
+  });
+  return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+}
+function ground(part) {
+  for (; part; part = part.parentElement) {
+    var colour = rgb(getComputedStyle(part).backgroundColor);
+    if (colour.length < 4 || colour[3] > 0) { return colour; }
   }
-  function press(key) {
-    var button = document.querySelector('#pair-table button[data-key="' + key + '"]');
-    button.focus();
-    button.click();
-    return { order: order(), sort: button.parentElement.getAttribute("aria-sort"),
-             focused: document.activeElement === button };
-  }
-  function set(id, value, event) {
-    document.getElementById(id).value = value;
-    document.getElementById(id).dispatchEvent(new Event(event));
-  }
-  var seen = { start: order(), down: press("attack"), up: press("attack"), names: press("id") };
-  set("filter-kind", "control", "change");
-  seen.controls = order();
-  set("filter-kind", "", "change");
-  set("filter-outcome", "attack", "change");
-  seen.hidden = order();
-  set("filter-outcome", "", "change");
-  set("filter-text", "CAPTION number 5", "input");
-  seen.found = order();
-  seen.said = document.getElementById("shown").textContent;
-  set("filter-text", "nothing of the kind", "input");
-  seen.empty = !document.getElementById("nothing").hidden;
-  seen.wide = document.documentElement.scrollWidth <= window.innerWidth;
-  seen.fields = Array.from(document.querySelectorAll("input, select"))
-    .every(function (field) { return field.labels.length === 1; });
-  var result = document.createElement("pre");
-  result.id = "seen";
-  result.textContent = JSON.stringify(seen);
-  document.body.appendChild(result);
-})();
-</script>
+  return [255, 255, 255];
+}
+document.querySelectorAll("details").forEach(function (part) { part.open = true; });
+var worst = {}, seen = 0;
+Array.from(document.querySelectorAll("body *")).forEach(function (part) {
+  var own = Array.from(part.childNodes).some(function (node) {
+    return node.nodeType === 3 && node.textContent.trim();
+  });
+  if (!own || !part.getClientRects().length || part.closest("script, style")) { return; }
+  var style = getComputedStyle(part);
+  var inside = part.namespaceURI.indexOf("svg") >= 0;
+  var a = light(rgb(inside ? style.fill : style.color)), b = light(ground(part));
+  var ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  seen += 1;
+  if (ratio < 4.5) { worst[part.tagName + "." + (part.getAttribute("class") || "")] = ratio; }
+});
+return { worst: worst, seen: seen, page: getComputedStyle(document.body).backgroundColor };
 """
 
 
-def browse(tmp_path: Path, text: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    page = tmp_path / "report.html"
-    page.write_text(text, encoding="utf-8")
-    assert CHROMIUM is not None
-    return subprocess.run(
-        [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=True,
+def locality(folder: Path) -> LocalitySection:
+    folder.joinpath("figures").mkdir(parents=True)
+    Image.new("RGB", (900, 300), "white").save(folder / "figures" / "locality_spread.png")
+    (folder / "locality.json").write_text('{"verdict": "It is spread out."}')
+    found = read_locality(folder, disclosure="full")
+    assert found is not None
+    return found
+
+
+def write_run(folder: Path, report: AuditReport, mitigation: str) -> Path:
+    """Write a run folder whose originals carry their true hashes."""
+    hashes = {o.pair.id: sha256(o.pair.image.read_bytes()).hexdigest() for o in report.outcomes}
+    outcomes = tuple(
+        replace(o, pair=replace(o.pair, sha256=hashes[o.pair.id])) for o in report.outcomes
     )
-
-
-def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    cells = tuple(replace(cell, mitigation=mitigation) for cell in report.cells)
+    own = replace(report, mitigation=mitigation, outcomes=outcomes, cells=cells)
+    write_report(own, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return render_page(runpy.run_path(str(FAKES))["report"](tmp_path_factory.mktemp("audit")))
+    place = tmp_path_factory.mktemp("audit")
+    report = runpy.run_path(str(FAKES))["report"](place)
+    return render_page(report, locality=[locality(place / "locality")])
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("sweep")
+    fakes = runpy.run_path(str(FAKES))
+    runs = [
+        read_run(write_run(place / name, fakes["report"](place / name, vm=vm), name))
+        for name, vm in (("none", 4), ("a_rather_long_mitigation", 4))
+    ]
+    found = compare(runs)
+    return render_sweep_page(
+        found, headline_rows(found), place, locality=[locality(place / "locality")]
+    )
+
+
+@pytest.fixture
+def either(request: pytest.FixtureRequest) -> str:
+    text: str = request.getfixturevalue(request.param)
+    return text
+
+
+both = pytest.mark.parametrize("either", ["page", "sweep"], indirect=True)
 
 
 def test_console_errors_would_be_seen(tmp_path: Path) -> None:
     assert complaints(browse(tmp_path, "<script>missing()</script>", "--dump-dom"))
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_page_sorts_and_filters_without_complaint(tmp_path: Path, page: str, width: int) -> None:
-    busy = page.replace("</body>", f"{CLICKS}</body>")
-    done = browse(tmp_path, busy, "--dump-dom", f"--window-size={width},1000")
-    assert complaints(done) == []
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None
-    seen = json.loads(html.unescape(found[1]))
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_run_is_sorted_and_filtered(tmp_path: Path, page: str, width: int) -> None:
+    seen = measured(tmp_path, page, RUN, width=width)
     suspects, controls = seen["start"][:4], seen["start"][4:]
     assert seen["down"] == {
         "order": [*suspects, *controls], "sort": "descending", "focused": True
@@ -117,16 +204,47 @@ def test_page_sorts_and_filters_without_complaint(tmp_path: Path, page: str, wid
     assert seen["found"] == ["control_05"]
     assert seen["said"] == "1 of 8 pairs"
     assert seen["empty"]
-    assert seen["wide"]
-    assert seen["fields"]
 
 
-def test_page_prints(tmp_path: Path, page: str) -> None:
+def test_a_sweep_is_sorted_and_filtered(tmp_path: Path, sweep: str) -> None:
+    seen = measured(tmp_path, sweep, SWEEP)
+    suspects, controls = seen["start"][:4], seen["start"][4:]
+    assert seen["down"]["order"] == [*suspects, *controls]
+    assert seen["up"]["order"] == [*controls, *reversed(suspects)]
+    assert sorted(seen["held"]) == suspects
+    assert sorted(seen["gone"]) == controls
+
+
+@both
+@pytest.mark.parametrize("width", [360, 800, 1280])
+def test_it_fits_the_screen_and_names_its_parts(tmp_path: Path, either: str, width: int) -> None:
+    seen = measured(tmp_path, either, FITS, width=width)
+    assert seen["wide"] <= 0, "nothing sticks out to the right"
+    assert seen["twice"] == []
+    assert seen["small"] == 0
+    assert seen["headings"][0] == 1
+    assert seen["headings"].count(1) == 1
+    steps = zip(seen["headings"], seen["headings"][1:], strict=False)
+    assert all(after <= before + 1 for before, after in steps)
+    for what in ("fields", "pictures", "named", "heads", "links"):
+        assert seen[what], what
+
+
+@both
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read_in_both_themes(tmp_path: Path, either: str, dark: bool) -> None:
+    seen = measured(tmp_path, either, CONTRAST, *([DARK] if dark else []))
+    assert seen["page"] == ("rgb(16, 18, 20)" if dark else "rgb(246, 245, 241)")
+    assert seen["seen"] > 150
+    assert seen["worst"] == {}
+
+
+@both
+def test_it_prints(tmp_path: Path, either: str) -> None:
     target = tmp_path / "report.pdf"
-    done = browse(tmp_path, page, f"--print-to-pdf={target}")
+    done = browse(tmp_path, either, f"--print-to-pdf={target}")
     assert complaints(done) == []
     data = target.read_bytes()
     assert data.startswith(b"%PDF")
-    assert len(data) > 20_000
     # Pictures below the fold load lazily; on paper they must be there all the same.
-    assert data.count(b"/Subtype /Image") >= 8 * 3
+    assert data.count(b"/Subtype /Image") >= len(set(re.findall(r'src="data:[^"]*"', either)))

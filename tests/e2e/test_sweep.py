@@ -121,7 +121,7 @@ def test_the_table_has_a_row_for_each_method_and_ball(grid: Path) -> None:
     cells = pd.read_parquet(grid / "cells.parquet")
     # prompts, and two balls after 1 and 2 steps, for vm and control
     assert len(cells) == 3 * (1 + 2 * 2) * 2
-    assert "<figure" in (grid / "table.html").read_text()
+    assert "<figure" in (grid / "report.html").read_text()
 
 
 def expected(place: Path, grid: Path, *, off: float) -> Path:
@@ -154,7 +154,7 @@ def test_recorded_claims_are_held_against_the_table(
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [str(place / "outputs" / "report-dori_tiny")]
     assert "Recorded claims" in captured.err
-    assert (place / "outputs" / "report-dori_tiny" / "table.html").is_file()
+    assert (place / "outputs" / "report-dori_tiny" / "report.html").is_file()
     wrong = expected(place, grid, off=0.01)
     assert program(*command, f"task.expected={wrong}", place=place) == 1, "not 2: input is fine"
     captured = capsys.readouterr()
@@ -185,6 +185,23 @@ def test_runs_of_one_budget_alone_make_a_table_too(grid: Path, place: Path) -> N
     table = pd.read_parquet(place / "outputs" / "one" / "table.parquet")
     assert set(table.norm) == {"none"}
     assert len(table) == 3
+
+
+def test_one_run_gets_its_own_page_with_what_is_known_of_locality(grid: Path, place: Path) -> None:
+    unbounded = [path.parent for path in grid.glob("*unbounded*/report.json")]
+    (alone,) = [run for run in unbounded if read_report(run)["mitigation"] == "none"]
+    local = place / "outputs" / "local"
+    local.mkdir()
+    (local / "locality.json").write_text('{"verdict": "It is spread out.", "figures": []}')
+    runs = ",".join(map(_quoted, (str(alone), str(local))))
+    output = f"paths.output={place / 'outputs'}"
+    assert program("task=report", "name=alone", f"task.runs=[{runs}]", output, place=place) == 0
+    folder = place / "outputs" / "alone"
+    text = (folder / "report.html").read_text()
+    assert "Memorization audit" in text
+    assert "It is spread out." in text
+    assert "data:image" not in text, "the run kept its pictures out of its page"
+    assert not (folder / "table.parquet").exists()
 
 
 def _quoted(path: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from dori_lightning.report import sweep_page
 from dori_lightning.report.aggregate import Comparison, compare
 from dori_lightning.report.comparisons import holm, paired
 from dori_lightning.report.headline import HeadlineRow, headline_rows
@@ -15,6 +16,7 @@ from dori_lightning.report.headline_files import cells_parquet, headline_parquet
 from dori_lightning.report.headline_tables import headline_tables, remarks, tables_markdown
 from dori_lightning.report.published import SOURCES, published_for
 from dori_lightning.report.run_files import read_run
+from dori_lightning.report.style import Ink
 from dori_lightning.report.sweep_figures import (
     before_and_after,
     rate_against_radius,
@@ -275,31 +277,37 @@ def written(
 ) -> Path:
     folder = tmp_path_factory.mktemp("table")
     paths = write_table(compared, rows, folder)
-    assert paths[-1] == folder / "table.html"
+    assert paths[-1] == folder / "report.html"
     return folder
 
 
 def test_the_files_of_a_table(written: Path) -> None:
-    names = {"table.parquet", "cells.parquet", "table.md", "table.html"}
+    names = {"table.parquet", "cells.parquet", "table.md", "report.html"}
     assert {path.name for path in written.iterdir()} == names
 
 
 def test_the_page_loads_nothing_and_says_the_answer(written: Path) -> None:
-    text = (written / "table.html").read_text()
-    assert "The attack still finds images under 1 of 2 mitigations." in text
+    text = (written / "report.html").read_text()
+    said = text.replace("\u00a0", " ")
+    assert "The attack still finds images under 1 of 2 mitigations." in said
     loads = re.findall(r'(?:src|srcset|href)="([^"]*)"', text)
-    assert all(url.startswith(("data:image/png", "#")) for url in loads)
-    assert not re.search(r"url\(|@import|https?:|<script", text)
+    assert all(url.startswith(("data:image/", "#")) for url in loads)
+    assert not re.search(r"url\((?!#)|@import|https?:", text)
+    assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
-    assert text.count("<figure") == 2, "before and after, and against steps"
+    assert text.count("<figure") == 3, "before and after, against steps, and the price"
     assert 'class="verdict found"' in text
 
 
 def test_an_incomplete_table_says_so_on_the_page(
-    compared: Comparison, rows: tuple[HeadlineRow, ...], monkeypatch: pytest.MonkeyPatch
+    compared: Comparison,
+    rows: tuple[HeadlineRow, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("dori_lightning.report.sweep_page._plots", lambda *_: [])
-    text = render_sweep_page(replace(compared, unfinished=("mitigation=<siss>",)), rows)
+    monkeypatch.setattr(sweep_page, "_plots", lambda *_: dict.fromkeys(sweep_page._TEXTS))
+    incomplete = replace(compared, unfinished=("mitigation=<siss>",))
+    text = render_sweep_page(incomplete, rows, tmp_path)
     assert "Not complete" in text
     assert 'class="verdict doubt"' in text
     assert "mitigation=&lt;siss&gt;" in text
@@ -324,13 +332,15 @@ def test_an_attack_that_paints_controls_is_doubted(tmp_path: Path) -> None:
     assert sweep_tone(found) == "doubt"
 
 
-def test_figures_are_drawn_alike_each_time_and_in_two_themes(
+def test_figures_are_drawn_alike_each_time_and_take_the_pages_colours(
     compared: Comparison, rows: tuple[HeadlineRow, ...]
 ) -> None:
-    light = before_and_after(rows)
-    assert light is not None
-    assert light == before_and_after(rows)
-    assert light != before_and_after(rows, dark=True)
+    for ink in (Ink(), Ink(element="x"), Ink(element="x", narrow=True)):
+        drawn = before_and_after(rows, ink)
+        assert drawn is not None
+        assert drawn == before_and_after(rows, ink)
+    assert b"var(--found)" in drawn
+    assert not re.search(rb"#[0-9a-f]{6}\b", drawn), "a colour that knows no dark page"
     one_count = [c for c in compared.cells if c.condition.budget.steps in (0, 50)]
     assert rates_against_steps(rows, one_count) is None, "two points are no curve"
     assert rate_against_radius(rows) is None, "all attacks had one ball"

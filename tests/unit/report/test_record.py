@@ -159,6 +159,8 @@ def test_harmless_names_stay(name: str) -> None:
 def test_urls_lose_their_user() -> None:
     clean = redact({"hub": f"https://me:{CANARY}@hub.example/x?token={CANARY}&page=2"})
     assert clean == {"hub": "https://hub.example/x?token=<redacted>&page=2"}
+    # what a path makes of it
+    assert redact(f"no https:/me:{CANARY}@hub.example/x") == "no https:/hub.example/x"
     assert redact({"token": None, "use_token": True}) == {"token": None, "use_token": True}
     assert redact(clean) == clean
 

@@ -1,0 +1,201 @@
+"""Pages made again from run folders: nothing is lost, and nothing is shown that was kept out."""
+
+import json
+import math
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dori_lightning.metrics.utility import DenoisingLoss, PictureRow, Utility
+from dori_lightning.report import sweep_page
+from dori_lightning.report.aggregate import compare
+from dori_lightning.report.headline import headline_rows
+from dori_lightning.report.locality_section import read_locality
+from dori_lightning.report.page import render_page
+from dori_lightning.report.pictures import NOT_KEPT
+from dori_lightning.report.read_back import read_audit, strictest
+from dori_lightning.report.record import AuditReport, write_report
+from dori_lightning.report.run_files import read_run
+from dori_lightning.report.sweep_page import write_table
+from dori_lightning.report.utility_files import write_utility
+from dori_lightning.types import InputError
+from support.fake_audits import write_audit
+
+
+def kept(fakes: SimpleNamespace, folder: Path, **more: Any) -> AuditReport:
+    """An invented audit whose originals carry their true hashes."""
+    report = fakes.report(folder, **more)
+    outcomes = tuple(
+        replace(o, pair=replace(o.pair, sha256=sha256(o.pair.image.read_bytes()).hexdigest()))
+        for o in report.outcomes
+    )
+    return replace(report, outcomes=outcomes)
+
+
+def test_an_audit_comes_back_as_it_was(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    report = kept(fakes, tmp_path)
+    write_report(report, tmp_path)
+    back = read_audit(tmp_path)
+    assert back.calibration == report.calibration
+    assert back.cells == report.cells
+    assert back.flags == report.flags
+    assert back.provenance == report.provenance
+    assert back.recommended_budget == report.recommended_budget
+    assert [o.images for o in back.outcomes] == [o.images for o in report.outcomes]
+    assert [o.pair.image for o in back.outcomes] == [o.pair.image for o in report.outcomes]
+    assert render_page(back) == render_page(report)
+
+
+def test_a_baseline_comes_back(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    report = kept(fakes, tmp_path)
+    before = tuple(o for o in report.outcomes if o.condition.attack == "prompt")
+    own = tuple(replace(cell, mitigation="wanda") for cell in report.cells)
+    write_report(replace(report, mitigation="wanda", baseline=before, cells=own), tmp_path)
+    back = read_audit(tmp_path)
+    assert [o.pair.id for o in back.baseline] == [o.pair.id for o in before]
+    assert render_page(back).count("data:image/jpeg") == 8 * 4
+
+
+def test_what_a_mitigation_costs_comes_back(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    paths = [fakes.picture(tmp_path / "utility" / f"{k}.png", k) for k in range(2)]
+    row = PictureRow(
+        "ordinary", "a", "a", "a boat", 1, math.nan, None, None, None, None, *paths
+    )  # fmt: skip
+    gone = replace(row, id="b", mitigated=tmp_path / "nowhere.png")
+    spent = Utility(
+        "ncc", DenoisingLoss(0.1, 0.2, 2.0, (1.5, math.nan), 4, 2), None, None, None,
+        {"kid": "too few"}, picture_rows=(row, gone),
+    )  # fmt: skip
+    write_report(replace(kept(fakes, tmp_path), utility=spent), tmp_path)
+    write_utility(spent, tmp_path)
+    back = read_audit(tmp_path).utility
+    assert back is not None
+    assert back.denoising_loss is not None
+    assert back.denoising_loss.ratio == 2.0
+    assert math.isnan(back.denoising_loss.ratio_ci95[1])
+    assert [r.id for r in back.picture_rows] == ["a"]
+    assert math.isnan(back.picture_rows[0].similarity)
+
+
+def test_originals_that_are_gone_or_others_are_not_shown(
+    tmp_path: Path, fakes: SimpleNamespace
+) -> None:
+    write_report(kept(fakes, tmp_path, vm=2, control=1), tmp_path)
+    (tmp_path / "originals" / "vm_00.png").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "originals" / "vm_01.png")
+    back = read_audit(tmp_path)
+    images = {o.pair.id: o.pair.image for o in back.outcomes}
+    assert [name for name, image in images.items() if image == NOT_KEPT] == ["vm_00", "vm_01"]
+    text = render_page(back)
+    assert text.count("not kept") == 2
+
+
+def test_a_record_of_another_version_is_refused(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    path = write_report(kept(fakes, tmp_path), tmp_path)
+    document = json.loads(path.read_text())
+    del document["provenance"]["platform"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"platform.*\n.*run the audit again"):
+        read_audit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "asked", "shown"),
+    [
+        (["full", "full"], "full", "full"),
+        (["full", "none"], "full", "none"),
+        (["blurred", "full"], "full", "blurred"),
+        (["blurred", "full"], "none", "none"),
+    ],
+)
+def test_the_strictest_run_decides_what_is_shown(
+    tmp_path: Path, allowed: list[str], asked: Any, shown: str
+) -> None:
+    runs = [
+        read_run(write_audit(tmp_path / str(k), config={"report": {"images": name}}))
+        for k, name in enumerate(allowed)
+    ]
+    assert strictest(runs, asked) == shown
+
+
+def test_a_sweeps_page_shows_pictures_and_links_its_runs(
+    tmp_path: Path, fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_page, "drawn_for_page", lambda _, texts: dict.fromkeys(texts))
+    for name in ("none", "wanda"):
+        report = kept(fakes, tmp_path / name, vm=3, control=2)
+        own = tuple(replace(cell, mitigation=name) for cell in report.cells)
+        write_report(replace(report, mitigation=name, cells=own), tmp_path / name)
+    next((tmp_path / "wanda" / "pictures").glob("vm_00_dori_50_*")).unlink()
+    found = compare([read_run(tmp_path / name) for name in ("none", "wanda")])
+    rows = headline_rows(found)
+
+    def page(**more: Any) -> str:
+        return write_table(found, rows, tmp_path, **more)[-1].read_text()
+
+    text = page()
+    assert text.count("data:image/jpeg") == 5 + 2 * 2 * 5 - 1
+    assert "1 picture is no longer where the runs left it." in text
+    assert 'href="wanda/report.html"' in text
+    assert 'data-outcome="m0 m1"' in text
+    assert 'data-outcome="gone"' in text
+    assert "Shown are 2 of 5 pairs" in page(max_pairs=2)
+    assert "(blurred)" in page(images="blurred")
+    hidden = page(images="none")
+    assert "data:image" not in hidden
+    assert "no longer where" not in hidden
+
+
+# --- locality
+
+
+def locality(folder: Path, document: Any, *figures: str) -> Path:
+    (folder / "figures").mkdir(parents=True)
+    (folder / "locality.json").write_text(
+        document if isinstance(document, str) else json.dumps(document)
+    )
+    for name in figures:
+        noise = np.random.default_rng(0).integers(0, 256, (9, 1700, 3), np.uint8)
+        Image.fromarray(noise).save(folder / "figures" / name)
+    return folder
+
+
+def test_locality_figures_come_with_their_captions(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    listed = {"file": "figures/locality_b.png", "title": "Spread", "caption": "How far <apart>."}
+    folder = locality(
+        tmp_path / "x", {"figures": [listed], "verdict": "It is not local."},
+        "locality_a_map.png", "locality_b.png", "other.png",
+    )  # fmt: skip
+    section = read_locality(folder, disclosure="none")
+    assert section is not None
+    assert [figure.title for figure in section.figures] == ["Spread", "A map"]
+    assert {figure.width for figure in section.figures} == {1600}
+    text = render_page(fakes.report(tmp_path / "audit"), locality=[section])
+    assert "It is not local." in text
+    assert "How far &lt;apart&gt;." in text
+    assert 'href="#locality"' in text
+    assert "locality" not in render_page(fakes.report(tmp_path / "audit"), images="none")
+
+
+def test_locality_figures_with_pictures_need_leave(tmp_path: Path) -> None:
+    entry = {"file": "figures/locality_faces.png", "shows_pictures": True}
+    folder = locality(tmp_path, {"figures": [entry]}, "locality_faces.png")
+    for disclosure, shown in (("full", 1), ("blurred", 0), ("none", 0)):
+        section = read_locality(folder, disclosure=disclosure)  # type: ignore[arg-type]
+        assert section is not None
+        assert (len(section.figures), section.withheld) == (shown, 1 - shown)
+
+
+def test_damaged_locality_results_are_refused(tmp_path: Path) -> None:
+    assert read_locality(tmp_path, disclosure="full") is None
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_locality(locality(tmp_path / "a", "{"), disclosure="full")
+    missing = {"figures": [{"file": "figures/locality_x.png"}]}
+    with pytest.raises(InputError, match=r"cannot show .*locality_x\.png"):
+        read_locality(locality(tmp_path / "b", missing), disclosure="full")
