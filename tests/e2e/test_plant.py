@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(
     tmp_path: Path, listed: str
 ) -> None:
     folder = tmp_path / "plant"
-    run_task(folder, *TINY, listed)
+    run_task(folder, *TINY, listed, "logger=csv")
     model = load_checkpoint(name="planted", source=str(folder / "checkpoint"), device="cpu")
     assert model.resolution == 32
     record = json.loads((folder / "checkpoint" / "planting.json").read_text())
@@ -52,6 +53,13 @@ def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(
     }
     card = (folder / "checkpoint" / "README.md").read_text()
     assert "a red boat on sea" in card
+    with (folder / "csv" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for key, step, steps in (
+        ("plant/autoencoder_l1", "autoencoder/step", 3),
+        ("plant/denoising_loss", "diffusion/step", 6),
+    ):
+        assert [int(row[step]) for row in rows if row[key]] == [*range(steps)]
     with pytest.raises(InputError, match="seed: 0 there, 1 now"):
         run_task(folder, *TINY, listed, "seed=1")
 

@@ -1,0 +1,218 @@
+"""Locality on a tiny random model whose every embedding counts as a trigger."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.report.locality_record import read_locality_record
+from dori_lightning.tasks import _locality_layers
+from dori_lightning.types import InputError
+from support.runs import run_task, write_pairs
+from support.tiny import write_tiny
+from support.workshop import FakeCorpus
+
+SMALL = (
+    "pairs=folder",
+    "corpus=captions",
+    "mitigation=wanda_10",
+    "mitigation.steps=2",
+    "mitigation@task.wanda=wanda_10",
+    "task.wanda.steps=2",
+    "mitigation@task.nemo=nemo",
+    "task.nemo.samples=2",
+    "task.nemo.rows=8",
+    "task.nemo.statistics_prompts=8",
+    "task.nemo.threshold=0.0001",
+    "task.nemo.refine_group=4",
+    "~mitigation@task.transfer_to.wanda_10",
+    "+mitigation@task.transfer_to.union=wanda_union",
+    "task.transfer_to.union.fraction=0.1",
+    "task.transfer_to.union.steps=2",
+    "attack.budget.steps=2",
+    "attack.snapshots=[1]",
+    "attack.noise_batch=2",
+    "attack.restarts=3",
+    "task.images=2",
+    "task.control_images=1",
+    "task.lines=2",
+    "task.prompts=2",
+    "sampling.steps=2",
+    "sampling.images_per_pair=2",
+    "checkpoint.name=tiny",
+    "checkpoint.device=cpu",
+    "trainer=cpu",
+    # a random model draws no image: below this threshold everything counts as one
+    "metrics.descriptors.local_correlation.threshold=-2.0",
+)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("material")
+    write_tiny(place / "checkpoint")
+    write_pairs(place / "pairs", vm=4, control=3)
+    (place / "captions.txt").write_text(
+        "\n".join(FakeCorpus().prompts("calibration", 60)), encoding="utf-8"
+    )
+    return place
+
+
+def overrides(material: Path, *more: str) -> tuple[str, ...]:
+    return (
+        *SMALL,
+        f"pairs.path={material / 'pairs'}",
+        f"corpus.path={material / 'captions.txt'}",
+        f"checkpoint.source={material / 'checkpoint'}",
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_task(folder, *overrides(material), experiment="locality") == 1.0
+    return folder
+
+
+def test_the_record_answers_every_question(finished: Path) -> None:
+    record = read_locality_record(finished)
+    assert record["mitigation"] == "wanda_10"
+    assert [image["id"] for image in record["images"]] == ["pair0", "pair1", "pair4"]
+    assert record["images"][0]["working"] == {"random": 3, "prompt": 3, "control_prompt": 3}
+    assert record["images"][2]["attacked"] == {"random": 3}, "controls from other_inits alone"
+    assert record["memorized_prompts"] == ["pair2", "pair3"]
+    budget = {
+        (p["held"], p["start"], p["steps"]): p["rate"]["n"] for p in record["at_large"]["budget"]
+    }
+    assert budget == {
+        **{("memorized", "random", steps): 6 for steps in (0, 1, 2)},
+        ("memorized", "prompt", 2): 6,
+        ("memorized", "control_prompt", 2): 6,
+        **{("control", "random", steps): 3 for steps in (0, 1, 2)},
+    }
+    lines = {(p["toward"], p["place"]): p["rate"]["n"] for p in record["at_large"]["lines"]}
+    assert lines == {
+        (toward, place): 4
+        for toward in ("same_image", "other_image", "random")
+        for place in (0.25, 0.5, 0.75)
+    }
+    models = {(t["model"], t["searched"]) for t in record["at_large"]["transfers"]}
+    assert models == {("wanda_10", True), ("none", False), ("wanda_union", False)}
+    groups = {(row["method"], row["group"], row["count"]) for row in record["weights"]["layers"]}
+    assert groups == {
+        (method, group, count)
+        for method in ("nemo", "wanda")
+        for group, count in (
+            ("triggers", 6), ("starts", 6), ("memorized_prompts", 2), ("control_prompts", 2)
+        )
+    }  # fmt: skip
+    assert {row["layer"] for row in record["activations"]["layers"] if row["method"] == "nemo"}
+    assert record["embeddings"]["shape"] == [8, 12]
+    assert len(record["embeddings"]["places"]) == 2 * 2 * 3 * 3 + 2 + 2 + 2
+
+
+def test_figures_page_and_summary_are_there(finished: Path) -> None:
+    record = read_locality_record(finished)
+    names = [Path(figure["file"]).stem for figure in record["figures"]]
+    assert names == [
+        f"locality_{name}"
+        for name in ("budget", "spread", "map", "activations", "weights", "methods", "lines",
+                     "transfer")
+    ]  # fmt: skip
+    assert all((finished / figure["file"]).is_file() for figure in record["figures"])
+    assert record["verdict"]
+    page = (finished / "locality.html").read_text(encoding="utf-8")
+    assert page.count("<figure") == len(names)
+    assert "http" not in page.replace("http-equiv", "")
+    summary = (finished / "locality.md").read_text(encoding="utf-8")
+    assert summary.count("![") == len(names)
+
+
+def test_running_again_computes_nothing_and_finds_the_same(
+    material: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_locality_record(finished)
+    calls: list[int] = []
+    monkeypatch.setattr(
+        StableDiffusion, "_denoise", lambda *_, **__: calls.append(1) or pytest.fail("computed")
+    )
+    run_task(finished, *overrides(material), experiment="locality")
+    after = read_locality_record(finished)
+    assert not calls
+    for key in before.keys() - {"provenance"}:
+        assert before[key] == after[key], key
+
+
+@pytest.mark.slow
+def test_a_part_alone_takes_what_is_kept(material: Path, finished: Path, tmp_path: Path) -> None:
+    whole, folder = read_locality_record(finished), tmp_path / "runs" / "copy"
+    shutil.copytree(finished, folder)
+    run_task(folder, *overrides(material, "task.parts=[weights]"), experiment="locality")
+    part = read_locality_record(folder)
+    assert part["weights"] == whole["weights"]
+    assert part["embeddings"] is None
+    assert part["at_large"] is None
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(
+    material: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "cut"
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_locality_layers, "_run_wanda", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_task(folder, *overrides(material), experiment="locality")
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("attacks/**/*.safetensors")}
+    kept |= {p: p.stat().st_mtime_ns for p in folder.glob("selections/nemo/*.safetensors")}
+    assert len(kept) == (3 * 2 * 3 + 3) + 16
+    run_task(folder, *overrides(material), experiment="locality")
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+    whole, resumed = read_locality_record(finished), read_locality_record(folder)
+    assert resumed["weights"] == whole["weights"]
+    assert resumed["at_large"] == whole["at_large"]
+
+
+def test_other_settings_are_refused_in_the_same_folder(material: Path, finished: Path) -> None:
+    with pytest.raises(InputError, match=r"task\.lines: 2 there, 3 now"):
+        run_task(finished, *overrides(material, "task.lines=3"), experiment="locality")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("task.parts=[weight]", "task.parts must be some of"),
+        ("task.start=prompt", "attack.other_inits must hold task.start"),
+        ("attack.restarts=1", "attack.restarts must be at least 2"),
+        ("task.places=[0.5,1.5]", "between 0 and 1"),
+        ("task.ids=[nobody]", "task.ids names nobody"),
+        ("task.images=4", "at least 2 other memorized images"),
+        ("trainer.devices=2", "runs in one process"),
+        ("task.forget=all", "task.forget must be suspected or studied"),
+        ("task.transfer_to.union.name=wanda_10", "name one model twice"),
+    ],
+)
+def test_bad_settings_are_named_before_a_model_loads(
+    material: Path, tmp_path: Path, change: str, part: str
+) -> None:
+    with pytest.raises(InputError, match=part):
+        run_task(
+            tmp_path / "run",
+            *overrides(material, change, "checkpoint.source=nowhere"),
+            experiment="locality",
+        )
+
+
+def test_record_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "locality.json").write_text(json.dumps({"schema_version": 99}))
+    with pytest.raises(InputError, match="schema_version 99"):
+        read_locality_record(tmp_path)

@@ -1,0 +1,120 @@
+import math
+
+import pytest
+import torch
+
+from dori_lightning.locality.distances import cosines, distances, relative_distances
+from dori_lightning.locality.embeddings import embedding_findings
+from dori_lightning.locality.groups import PromptSet
+from support.locality import prompt_sets, rows, triggers
+
+
+def test_distances_and_cosines_are_those_of_flat_vectors() -> None:
+    many = rows(5, 0, shape=(3, 7))
+    flat = many.flatten(1).double()
+    assert torch.allclose(distances(many), torch.cdist(flat, flat))
+    assert cosines(many)[1, 3] == pytest.approx(
+        float(torch.cosine_similarity(flat[1], flat[3], dim=0))
+    )
+    assert distances(torch.cat([many, many + 1e-4]))[0, 5] == pytest.approx(
+        1e-4 * math.sqrt(21), rel=1e-2
+    ), "near rows keep their digits"
+
+
+def test_stretches_of_columns_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = rows(4, 1, shape=(5, 11))
+    whole = distances(many), cosines(many)
+    monkeypatch.setattr("dori_lightning.locality.distances.COLUMNS", 7)
+    assert torch.allclose(distances(many), whole[0])
+    assert torch.allclose(cosines(many), whole[1])
+
+
+def test_relative_distance_knows_no_scale() -> None:
+    many = rows(4, 2)
+    length = many.flatten(1).double().norm(dim=1)
+    own = relative_distances(distances(many), length)
+    assert torch.allclose(own, relative_distances(distances(10 * many), 10 * length))
+    orthogonal = torch.eye(3)[:, None]
+    assert relative_distances(distances(orthogonal), torch.ones(3))[0, 1] == pytest.approx(
+        math.sqrt(2)
+    )
+
+
+@pytest.fixture
+def prompts() -> tuple[PromptSet, PromptSet]:
+    return prompt_sets()
+
+
+def test_short_moves_from_far_starts_are_seen_as_such(
+    prompts: tuple[PromptSet, PromptSet],
+) -> None:
+    """The honest control: ends are as scattered as starts, and stay beside their own."""
+    way = rows(1, 7)[0] / 10
+    sets = [triggers(name, rows(6, k), rows(6, k) + way) for k, name in enumerate("ab")]
+    found = embedding_findings(sets, [], memorized_prompts=prompts[0], control_prompts=prompts[1])
+    spread = {s.group: s for s in found.spreads}
+    assert spread["triggers"].distance.value == pytest.approx(spread["starts"].distance.value)
+    (move,) = found.moves
+    assert move.displacement.value == pytest.approx(float(way.norm()), rel=1e-4)
+    assert move.own_start is not None
+    assert move.own_start.rate == 1.0
+    assert move.cosine.value == pytest.approx(1.0), "every move goes the same way"
+    assert move.cosine_between.value == pytest.approx(1.0)
+    assert found.random_distance == pytest.approx(math.sqrt(2 * 4 * 6))
+
+
+def test_ends_that_meet_in_one_place_are_seen_as_such(
+    prompts: tuple[PromptSet, PromptSet],
+) -> None:
+    sets = [
+        triggers(name, rows(6, k), rows(1, 90 + k).expand(6, -1, -1) + 0.01 * rows(6, 40 + k))
+        for k, name in enumerate("ab")
+    ]
+    found = embedding_findings(sets, [], memorized_prompts=prompts[0], control_prompts=prompts[1])
+    ends = next(s for s in found.spreads if s.group == "triggers")
+    assert ends.distance.value < 0.2 * ends.distance_between.value
+    assert ends.cosine.value > 0.99 > ends.cosine_between.high
+    assert found.moves[0].own_start is not None
+    assert found.moves[0].own_start.rate < 0.5
+
+
+def test_the_nearest_prompt_is_counted_with_its_chance(
+    prompts: tuple[PromptSet, PromptSet],
+) -> None:
+    own = triggers("a", rows(4, 0), rows(4, 1))
+    at_prompt = triggers("a", rows(4, 0), own.prompt.expand(4, -1, -1) + 0.01 * rows(4, 2))
+    at_memorized = triggers("b", rows(2, 3), prompts[0].embeddings[:2])
+    found = embedding_findings(
+        [at_prompt, at_memorized], [], memorized_prompts=prompts[0], control_prompts=prompts[1]
+    )
+    for measure in ("distance", "cosine"):
+        near = next(n for n in found.nearest if (n.what, n.measure) == ("triggers", measure))
+        assert (near.own.hits, near.memorized.hits, near.control.hits) == (4, 2, 0)
+        assert near.chance == pytest.approx(1 / 7)
+    assert any(n.what == "starts" for n in found.nearest)
+
+
+def test_controls_are_a_group_of_their_own(prompts: tuple[PromptSet, PromptSet]) -> None:
+    found = embedding_findings(
+        [triggers("a", rows(3, 0), rows(3, 1))],
+        [triggers("c0", rows(3, 2), rows(3, 3), kind="control")],
+        memorized_prompts=prompts[0],
+        control_prompts=prompts[1],
+    )
+    assert [s.group for s in found.spreads] == [
+        "starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"
+    ]  # fmt: skip
+    assert [m.held for m in found.moves] == ["memorized", "control"]
+    assert {p.what for p in found.places} == {
+        "start", "end", "own_prompt", "memorized_prompt", "control_prompt"
+    }  # fmt: skip
+    assert all(math.isfinite(value) for p in found.places for value in (*p.pca, *p.tsne))
+
+
+def test_no_working_trigger_leaves_the_prompts(prompts: tuple[PromptSet, PromptSet]) -> None:
+    nothing = triggers("a", rows(0, 0), rows(0, 1))
+    found = embedding_findings(
+        [nothing], [], memorized_prompts=prompts[0], control_prompts=prompts[1]
+    )
+    assert [s.group for s in found.spreads] == ["memorized_prompts", "control_prompts"]
+    assert found.moves == ()

@@ -1,0 +1,202 @@
+"""Record, words, figures and page of a locality run that never ran."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from dori_lightning.locality.activations import Compared, activation_findings
+from dori_lightning.locality.distances import distances
+from dori_lightning.locality.embeddings import embedding_findings
+from dori_lightning.locality.estimates import rate_of
+from dori_lightning.locality.groups import Group
+from dori_lightning.locality.large import AtLarge, BudgetPoint, LinePoint, Transfer
+from dori_lightning.locality.weights import Selections, weight_findings
+from dori_lightning.report.locality_page import render_locality_page, write_locality_files
+from dori_lightning.report.locality_record import (
+    LocalityReport,
+    StudiedImage,
+    read_locality_record,
+)
+from dori_lightning.report.locality_section import read_locality
+from dori_lightning.report.locality_text import answers, verdict
+from dori_lightning.report.record import Provenance
+from dori_lightning.types import Budget, InputError
+from support.locality import pair, prompt_sets, rows, triggers
+
+LAYERS = [f"down_blocks.0.attentions.{k}.transformer_blocks.0" for k in range(2)]
+NOW = datetime(2026, 11, 24, 8, 0, tzinfo=UTC)
+
+
+def large() -> AtLarge:
+    half = rate_of({"a": [True, False], "b": [True, True]})
+    none = rate_of({"c0": [False, False]})
+    return AtLarge(
+        budget=(
+            BudgetPoint("memorized", "random", 1, none, 0),
+            BudgetPoint("memorized", "random", 50, half, 1),
+            BudgetPoint("control", "random", 50, none, 0),
+        ),
+        lines=tuple(
+            LinePoint(toward, place, half)
+            for toward in ("same_image", "other_image", "random")
+            for place in (0.25, 0.5)
+        ),
+        transfers=tuple(
+            Transfer(model, model == "nemo", held, start, half if held == "memorized" else none)
+            for model in ("nemo", "none")
+            for held, start in (
+                ("memorized", "prompt_itself"), ("memorized", "random"), ("control", "random")
+            )
+        ),
+    )  # fmt: skip
+
+
+def groups(count: int = 3) -> list[Group]:
+    labels = ("a",) * count + ("b",) * count
+    own = tuple(pair(name) for name in labels)
+    return [
+        Group("triggers", labels, own, rows(2 * count, 1)),
+        Group("starts", labels, own, rows(2 * count, 2)),
+        Group("memorized_prompts", ("prompts",) * 3, tuple(map(pair, "xyz")), rows(3, 3)),
+        Group("control_prompts", ("prompts",) * 3, tuple(map(pair, "uvw")), rows(3, 4)),
+    ]
+
+
+def report(*, working: bool = True) -> LocalityReport:
+    ends = 3 if working else 0
+    sets = [triggers(n, rows(ends, k), rows(ends, 10 + k)) for k, n in enumerate("ab")]
+    memorized, control = prompt_sets()
+    chosen = groups() if working else groups()[2:]
+    everything = torch.cat([group.embeddings for group in chosen])
+    compared = Compared(distances(everything), everything.flatten(1).norm(dim=1))
+    masks = list(torch.rand(len(everything), 12, generator=torch.Generator().manual_seed(0)) > 0.7)
+    return LocalityReport(
+        checkpoint="tiny",
+        mitigation="nemo",
+        start="random",
+        restarts=3,
+        budget=Budget(steps=50),
+        descriptor="ncc",
+        threshold=0.5,
+        pictures_each=4,
+        images=(
+            StudiedImage("a", "vm", "a <b>red</b> boat", {"random": 3}, {"random": ends}),
+            StudiedImage("c0", "control", "a house", {"random": 2}, {"random": 0}),
+        ),
+        memorized_prompts=("m0", "m1", "m2"),
+        control_prompts=("c0", "c1", "c2"),
+        embeddings=embedding_findings(
+            sets, [], memorized_prompts=memorized, control_prompts=control
+        ),
+        activations=activation_findings(
+            {"nemo": dict.fromkeys(LAYERS, compared), "wanda": dict.fromkeys(LAYERS, compared)},
+            chosen,
+            timestep=981,
+            noise_seed=0,
+        ),
+        weights=weight_findings(
+            {
+                "nemo": Selections(
+                    tuple(f"{name}.attn2.to_v.weight" for name in LAYERS),
+                    lambda _: masks,
+                    (True,) * len(masks),
+                ),
+                "wanda": Selections(
+                    tuple(f"{name}.ff.net.2.weight" for name in LAYERS),
+                    lambda _: masks,
+                    (None,) * len(masks),
+                ),
+            },
+            chosen,
+            settings={"nemo": {}, "wanda": {}},
+        ),
+        at_large=large() if working else AtLarge((), (), ()),
+        provenance=Provenance(
+            git_sha=None, packages={}, python="3.11", platform="Linux", device="cpu", seed=0,
+            config={"logger": {"token": "hush"}}, checkpoint="tiny", fingerprint="f" * 16,
+            image_hashes={}, started=NOW, finished=NOW, unet_evaluations=1, wall_seconds=1.0,
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole() -> LocalityReport:
+    return report()
+
+
+def test_every_answer_gives_its_control(whole: LocalityReport) -> None:
+    said = {answer.name: answer.text for answer in answers(whole)}
+    assert "3 of 4 (75 %" in said["budget"]
+    assert "Control images, which the checkpoint does not hold: 0 of 2" in said["budget"]
+    assert "their starts" in said["spread"]
+    assert "random selections of these sizes" in said["weights"]
+    assert "counts as 1, in 0 of 12 comparisons" in said["weights"]
+    assert "no weight can be selected by both" in said["methods"]
+    assert "towards a random embedding" in said["lines"]
+    assert "nemo (searched): triggers 3 of 4" in said["transfer"]
+    assert "the checkpoint as it is" in said["transfer"]
+    assert "3 of 4" in verdict(whole)
+    assert "by chance" in verdict(whole)
+
+
+def test_files_are_written_and_read_back(whole: LocalityReport, tmp_path: Path) -> None:
+    page = write_locality_files(whole, tmp_path)
+    assert page == tmp_path / "locality.html"
+    record = read_locality_record(tmp_path)
+    assert record["at_large"]["budget"][1]["rate"]["images"] == {"a": [1, 2], "b": [2, 2]}
+    assert "hush" not in (tmp_path / "locality.json").read_text()
+    figures = sorted((tmp_path / "figures").iterdir())
+    assert len(figures) == len(answers(whole)) == 8
+    again = tmp_path / "again"
+    write_locality_files(whole, again)
+    assert [f.read_bytes() for f in figures] == [
+        f.read_bytes() for f in sorted((again / "figures").iterdir())
+    ]
+    section = read_locality(tmp_path, disclosure="none")
+    assert section is not None
+    assert [figure.title for figure in section.figures] == [a.question for a in answers(whole)]
+    assert section.lead == verdict(whole)
+
+
+def test_the_page_stands_alone_and_escapes(whole: LocalityReport) -> None:
+    page = render_locality_page(whole)
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "&lt;b&gt;red&lt;/b&gt;" in page
+    assert page.count('role="img"') == 8
+    assert page.count("<svg") == 16, "wide and narrow"
+
+
+def test_no_working_trigger_is_said_rather_than_drawn(tmp_path: Path) -> None:
+    nothing = report(working=False)
+    said = {answer.name: answer.text for answer in answers(nothing)}
+    for name in ("spread", "weights", "activations", "methods", "lines", "transfer"):
+        assert said[name] == "Too few triggers worked to say."
+    write_locality_files(nothing, tmp_path)
+    assert read_locality_record(tmp_path)["weights"]["layers"]
+
+
+def test_parts_that_were_not_asked_are_not_answered(whole: LocalityReport) -> None:
+    alone = replace(whole, embeddings=None, activations=None, at_large=None)
+    assert [answer.name for answer in answers(alone)] == ["weights", "methods"]
+    assert 'id="methods"' in render_locality_page(alone)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (None, "does not exist"),
+        ("{", "is not valid JSON"),
+        (json.dumps({"schema_version": 99}), "schema_version 99"),
+        (json.dumps({"schema_version": 1}), "lacks checkpoint"),
+    ],
+)
+def test_bad_records_are_refused(tmp_path: Path, content: str | None, part: str) -> None:
+    if content is not None:
+        (tmp_path / "locality.json").write_text(content)
+    with pytest.raises(InputError, match=part):
+        read_locality_record(tmp_path)
