@@ -29,10 +29,9 @@ SMALL = (
     "task.nemo.statistics_prompts=8",
     "task.nemo.threshold=0.0001",
     "task.nemo.refine_group=4",
-    "~mitigation@task.transfer_to.wanda_10",
-    "+mitigation@task.transfer_to.union=wanda_union",
-    "task.transfer_to.union.fraction=0.1",
-    "task.transfer_to.union.steps=2",
+    "mitigation@task.transfer_to.first=wanda_union",
+    "task.transfer_to.first.fraction=0.1",
+    "task.transfer_to.first.steps=2",
     "attack.budget.steps=2",
     "attack.snapshots=[1]",
     "attack.noise_batch=2",
@@ -198,7 +197,7 @@ def test_other_settings_are_refused_in_the_same_folder(material: Path, finished:
         ("task.images=4", "at least 2 other memorized images"),
         ("trainer.devices=2", "runs in one process"),
         ("task.forget=all", "task.forget must be suspected or studied"),
-        ("task.transfer_to.union.name=wanda_10", "name one model twice"),
+        ("task.transfer_to.first.name=wanda_10", "name one model twice"),
     ],
 )
 def test_bad_settings_are_named_before_a_model_loads(
