@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dori_lightning import guards, interruption, mistakes, schema, sweeps
+from dori_lightning import guards, interruption, mistakes, ranks, schema, sweeps
 from dori_lightning.interruption import Interrupted
 from dori_lightning.report.claims import ClaimsFailedError
 from dori_lightning.tasks._job_status import status_of
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def _say_how_to_go_on(why: str, arguments: list[str]) -> None:
-    if _rank() == 0:
+    if ranks.speaks():
         sys.stderr.write(
             f"dori: {why}; what is finished is kept. To go on from here:\n"
             f"{guards.command(arguments)}\n"
@@ -143,7 +143,7 @@ def _run_task(cfg: DictConfig) -> float | None:
     guards.refuse_clock(cfg)
     with ExitStack() as until_the_end:
         status = None
-        if _rank() == 0 and not cfg.task.get("dry_run"):
+        if ranks.speaks() and not cfg.task.get("dry_run"):
             until_the_end.enter_context(one_writer(folder))
             status = until_the_end.enter_context(status_of(folder))
         task = _checked(cfg)
@@ -156,7 +156,7 @@ def _run_task(cfg: DictConfig) -> float | None:
             until_the_end.enter_context(progress.heard_by(status.progress))
         until_the_end.enter_context(interruption.handling())
         result: float | None = task.run(cfg, folder)
-    if _rank() == 0:
+    if ranks.speaks():
         sys.stdout.write(f"{folder}\n")
         sys.stdout.flush()
     return result
@@ -204,13 +204,6 @@ def _set(name: str, value: str | None) -> None:
         os.environ.pop(name, None)
     else:
         os.environ[name] = value
-
-
-def _rank() -> int:
-    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALRANK"):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 0
 
 
 def _report(error: Exception, explanation: str | None) -> int:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from dori_lightning import processes
-from dori_lightning.attacks.embedding_attack import EmbeddingAttack, input_hash
+from dori_lightning.attacks.embedding_attack import EmbeddingAttack
 from dori_lightning.attacks.ledger import AttackLedger
 from dori_lightning.progress import stage
 from dori_lightning.types import Condition
@@ -157,11 +157,8 @@ def read_triggers(
 ) -> list[Trigger]:
     """One trigger per snapshot of a pair's stored attack."""
     init, restart = module.init_point, module.restart
-    batch = data.batch([pair])
-    initial = module.initial(batch.pairs, batch.embeddings).cpu()[0]
-    result = module.ledger.read(
-        pair.id, init, restart, input_hash(pair, batch.latents[0], initial)
-    )
+    initial, inputs = module.begin(pair, data.encoded(pair))
+    result = module.ledger.read(pair.id, init, restart, inputs)
     if result is None:
         raise RuntimeError(
             f"the attack on {pair.id} from {init} left no result in {module.ledger.folder}"

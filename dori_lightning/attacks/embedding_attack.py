@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dori_lightning.attacks.ledger import AttackLedger
     from dori_lightning.attacks.settings import AttackSettings
     from dori_lightning.models.protocol import TextToImage
-    from dori_lightning.pairs.datamodule import PairBatch
+    from dori_lightning.pairs.datamodule import Encoded, PairBatch
     from dori_lightning.types import Budget, Init, Pair
 
 __all__ = ["ControlPrompts", "EmbeddingAttack", "input_hash"]
@@ -122,6 +122,27 @@ class EmbeddingAttack(L.LightningModule):
             )
         return torch.stack([self.controls.pick(self.seed, p.id, self.restart) for p in pairs])
 
+    def begin(self, pair: Pair, encoded: Encoded) -> tuple[torch.Tensor, str]:
+        """Where the search for one pair begins (T, D), and the hash of its inputs."""
+        initial = self.initial([pair], encoded.embedding[None]).cpu()[0]
+        return initial, input_hash(pair, encoded.latent, initial)
+
+    def search(
+        self, problem: AttackProblem, *, on_step: Callable[[int], None] | None = None
+    ) -> AttackResult:
+        """Solve a problem with this attack's settings; nothing is kept."""
+        return solve(
+            self.model,
+            problem,
+            budget=self.budget,
+            lr=self.settings.lr,
+            noise_batch=self.settings.noise_batch,
+            seed=self.seed,
+            snapshots=self.settings.snapshots,
+            keep_first_token=self.settings.keep_first_token,
+            on_step=on_step,
+        )
+
     def predict_step(self, batch: PairBatch, *_: Any) -> list[AttackResult]:
         """Solve the pairs of a batch that the ledger does not hold yet.
 
@@ -144,17 +165,7 @@ class EmbeddingAttack(L.LightningModule):
                 batch.latents[missing],
                 initial[missing],
             )
-            result = solve(
-                self.model,
-                problem,
-                budget=self.budget,
-                lr=self.settings.lr,
-                noise_batch=self.settings.noise_batch,
-                seed=self.seed,
-                snapshots=self.settings.snapshots,
-                keep_first_token=self.settings.keep_first_token,
-                on_step=self.on_step,
-            )
+            result = self.search(problem, on_step=self.on_step)
             self.ledger.write(result, self.init_point, hashes)
         found = [
             self.ledger.read(p.id, self.init_point, self.restart, hashes[p.id])

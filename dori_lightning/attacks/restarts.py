@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from dori_lightning.attacks.campaign import attack_identity, read_triggers
-from dori_lightning.attacks.embedding_attack import EmbeddingAttack, input_hash
+from dori_lightning.attacks.embedding_attack import EmbeddingAttack
 from dori_lightning.attacks.ledger import AttackLedger
-from dori_lightning.attacks.solver import AttackProblem, solve
+from dori_lightning.attacks.solver import AttackProblem
 from dori_lightning.progress import stage
 
 if TYPE_CHECKING:
@@ -92,17 +92,8 @@ def attack_restarts(
     ]
 
 
-def _initial(module: EmbeddingAttack, pair: Pair, data: PairsDataModule) -> torch.Tensor:
-    """Where an attack begins (1, T, D)."""
-    return module.initial([pair], data.encoded(pair).embedding[None]).cpu()
-
-
-def _hash(module: EmbeddingAttack, pair: Pair, data: PairsDataModule) -> str:
-    return input_hash(pair, data.encoded(pair).latent, _initial(module, pair, data)[0])
-
-
 def _is_done(module: EmbeddingAttack, pair: Pair, data: PairsDataModule) -> bool:
-    inputs = _hash(module, pair, data)
+    _, inputs = module.begin(pair, data.encoded(pair))
     return module.ledger.read(pair.id, module.init_point, module.restart, inputs) is not None
 
 
@@ -114,25 +105,16 @@ def _solve(
 ) -> None:
     """Solve a batch in shared passes and keep each row by itself."""
     first = batch[0][0]
+    begun = [module.begin(pair, data.encoded(pair)) for module, pair in batch]
     problem = AttackProblem(
         ids=tuple(pair.id for _, pair in batch),
         restart=first.restart,
         latents=torch.stack([data.encoded(pair).latent for _, pair in batch]),
-        initial=torch.cat([_initial(module, pair, data) for module, pair in batch]),
+        initial=torch.stack([initial for initial, _ in begun]),
         restarts=tuple(module.restart for module, _ in batch),
     )
-    result = solve(
-        first.model,
-        problem,
-        budget=first.budget,
-        lr=first.settings.lr,
-        noise_batch=first.settings.noise_batch,
-        seed=first.seed,
-        snapshots=first.settings.snapshots,
-        keep_first_token=first.settings.keep_first_token,
-        on_step=on_step,
-    )
-    for row, (module, pair) in enumerate(batch):
+    result = first.search(problem, on_step=on_step)
+    for row, ((module, pair), (_, inputs)) in enumerate(zip(batch, begun, strict=True)):
         own = slice(row, row + 1)
         module.ledger.write(
             replace(
@@ -144,5 +126,5 @@ def _solve(
                 diverged=result.diverged[own],
             ),
             module.init_point,
-            {pair.id: _hash(module, pair, data)},
+            {pair.id: inputs},
         )

@@ -24,7 +24,7 @@ from dori_lightning.locality.estimates import (
 from dori_lightning.locality.maps import Place, places_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dori_lightning.locality.groups import PromptSet, TriggerSet
     from dori_lightning.types import Init
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddingFindings", "Move", "Nearest", "Spread", "embedding_findings"]
 
 Held = Literal["memorized", "control"]
+SpreadGroup = Literal["starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Spread:
         cosine_between: The same for two images.
     """
 
-    group: Literal["starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"]
+    group: SpreadGroup
     start: Init | None
     images: int
     count: int
@@ -160,18 +161,20 @@ def embedding_findings(
             chosen = [own for own in sets if own.start == start and len(own.ends)]
             if not chosen:
                 continue
+            ended = {own.pair.id: own.ends for own in chosen}
             if held == "memorized":
+                begun = {own.pair.id: own.starts for own in chosen}
                 spreads += [
-                    _spread("starts", chosen, seed=seed),
-                    _spread("triggers", chosen, seed=seed),
+                    _spread("starts", begun, start=start, seed=seed),
+                    _spread("triggers", ended, start=start, seed=seed),
                 ]
                 nearest += _nearest(chosen, memorized_prompts, control_prompts)
             else:
-                spreads.append(_spread("control_ends", chosen, seed=seed))
+                spreads.append(_spread("control_ends", ended, start=start, seed=seed))
             moves.append(_move(held, chosen, seed=seed))
     spreads += [
-        _prompt_spread("memorized_prompts", memorized_prompts, seed=seed),
-        _prompt_spread("control_prompts", control_prompts, seed=seed),
+        _spread("memorized_prompts", {"prompts": memorized_prompts.embeddings}, seed=seed),
+        _spread("control_prompts", {"prompts": control_prompts.embeddings}, seed=seed),
     ]
     return EmbeddingFindings(
         shape=(length, width),
@@ -189,40 +192,19 @@ def embedding_findings(
 
 
 def _spread(
-    group: Literal["starts", "triggers", "control_ends"], sets: Sequence[TriggerSet], *, seed: int
+    group: SpreadGroup, rows: Mapping[str, torch.Tensor], *, start: Init | None = None, seed: int
 ) -> Spread:
-    rows = [own.starts if group == "starts" else own.ends for own in sets]
-    labels = [own.pair.id for own, part in zip(sets, rows, strict=True) for _ in part]
-    everything = torch.cat(rows)
+    """How far embeddings are apart: of each image (n, T, D), or of ``prompts``."""
+    labels = [name for name, part in rows.items() for _ in part]
+    everything = torch.cat(list(rows.values()))
     distance, distance_between = pair_estimates(distances(everything), labels, seed=seed)
     cosine, cosine_between = pair_estimates(cosines(everything), labels, seed=seed)
     return Spread(
         group=group,
-        start=sets[0].start,
-        images=len(sets),
+        start=start,
+        images=0 if start is None else len(rows),
         count=len(everything),
-        length=mean_estimate(
-            {own.pair.id: _lengths(part) for own, part in zip(sets, rows, strict=True)}, seed=seed
-        ),
-        distance=distance,
-        distance_between=distance_between,
-        cosine=cosine,
-        cosine_between=cosine_between,
-    )
-
-
-def _prompt_spread(
-    group: Literal["memorized_prompts", "control_prompts"], prompts: PromptSet, *, seed: int
-) -> Spread:
-    labels = ["prompts"] * len(prompts.pairs)
-    distance, distance_between = pair_estimates(distances(prompts.embeddings), labels, seed=seed)
-    cosine, cosine_between = pair_estimates(cosines(prompts.embeddings), labels, seed=seed)
-    return Spread(
-        group=group,
-        start=None,
-        images=0,
-        count=len(labels),
-        length=mean_estimate({"prompts": _lengths(prompts.embeddings)}, seed=seed),
+        length=mean_estimate({name: _lengths(part) for name, part in rows.items()}, seed=seed),
         distance=distance,
         distance_between=distance_between,
         cosine=cosine,

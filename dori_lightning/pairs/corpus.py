@@ -140,20 +140,21 @@ class FolderCorpus:
     @property
     def identity(self) -> str:
         """Hash of ids, captions and pictures."""
-        rows = sorted((p.id, p.prompt, p.sha256) for p in self._reader().read())
+        rows = sorted((p.id, p.prompt, p.sha256) for p in self._pairs)
         return _hash(["folder", rows])
 
-    def _reader(self) -> FolderPairs:
-        return FolderPairs(path=self.path, kind="control", delimiter=self.delimiter)
+    @cached_property
+    def _pairs(self) -> Sequence[Pair]:
+        return FolderPairs(path=self.path, kind="control", delimiter=self.delimiter).read()
 
     def prompts(self, split: Split, count: int) -> tuple[str, ...]:
         """First ``count`` captions of a split."""
-        rows = [p.prompt for p in self._reader().read() if _in_split(p.id, split)]
+        rows = [p.prompt for p in self._pairs if _in_split(p.id, split)]
         return tuple(_enough(rows, count, split, self.path))
 
     def examples(self, split: Split, count: int, resolution: int) -> Examples:
         """First ``count`` captions of a split with their pictures."""
-        rows = [p for p in self._reader().read() if _in_split(p.id, split)]
+        rows = [p for p in self._pairs if _in_split(p.id, split)]
         rows = _enough(rows, count, split, self.path)
         images = [image_tensor(square_image(p.image), resolution) for p in rows]
         return Examples(tuple(p.prompt for p in rows), torch.stack(images))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dori_lightning.files import write_atomically
 from dori_lightning.report.document import plain_values
 from dori_lightning.report.redaction import redact
+from dori_lightning.report.stored import stored_json
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -146,14 +147,10 @@ def read_locality_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / "locality.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = stored_json(path, mend=": run the task again to rewrite it")
     except FileNotFoundError:
         raise InputError(
             f"{path} does not exist: the run has not finished, or this is no run of task=locality"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is not valid JSON ({error}): run the task again to rewrite it"
         ) from None
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != LOCALITY_SCHEMA_VERSION:

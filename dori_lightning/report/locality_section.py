@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from dori_lightning.report.pictures import png_uri
+from dori_lightning.report.stored import stored_json
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -88,12 +88,7 @@ def read_locality(folder: Path, *, disclosure: Disclosure) -> LocalitySection | 
     path = folder / LOCALITY_FILE
     if not path.is_file():
         return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is not valid JSON ({error})\n  mend:  run task=locality again in this folder"
-        ) from None
+    document = stored_json(path, mend="\n  mend:  run task=locality again in this folder")
     listed = {str(entry.get("file")): entry for entry in _listed(document)}
     for file in sorted(folder.glob("figures/locality_*.png")):
         listed.setdefault(f"figures/{file.name}", {"title": _title(file.stem)})

@@ -16,6 +16,7 @@ from dori_lightning.files import write_atomically
 from dori_lightning.report.document import report_document
 from dori_lightning.report.redaction import redact
 from dori_lightning.report.rows import pair_rows, parquet_bytes
+from dori_lightning.report.stored import stored_json
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -170,14 +171,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     path = folder / "report.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = stored_json(path, mend=": run the audit again to rewrite it")
     except FileNotFoundError:
         raise InputError(
             f"{path} does not exist: the run has not finished, or this is no run folder"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is not valid JSON ({error}): run the audit again to rewrite it"
         ) from None
     if not isinstance(document, dict) or "schema_version" not in document:
         raise InputError(f"{path} has no schema_version: it was not written by an audit")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dori_lightning.metrics.replication import cells as cells_of
 from dori_lightning.report.record import read_report
+from dori_lightning.report.stored import stored_json, stored_rows
 from dori_lightning.types import Budget, Calibration, Condition, InputError, Outcome, Pair
 
 if TYPE_CHECKING:
@@ -107,13 +105,7 @@ def read_run(folder: Path) -> Run:
         InputError: A file is missing or damaged, or the two do not belong together.
     """
     document = read_report(folder)
-    path = folder / "pairs.parquet"
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path} cannot be read ({error})\n  mend:  run the audit again: it rewrites the file"
-        ) from None
+    rows = stored_rows(folder / "pairs.parquet")
     mitigation = str(document["mitigation"])
     run = Run(
         folder,
@@ -130,12 +122,7 @@ def _edit(folder: Path) -> Mapping[str, Any] | None:
     path = folder / EDIT_FILE
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is not valid JSON ({error})\n  mend:  run the audit again: it rewrites it"
-        ) from None
+    found = stored_json(path, mend="\n  mend:  run the audit again: it rewrites it")
     return found if isinstance(found, dict) else None
 
 

@@ -24,7 +24,7 @@ from dori_lightning.metrics.utility import (
     Utility,
 )
 from dori_lightning.report.document import plain_values
-from dori_lightning.types import InputError
+from dori_lightning.report.stored import stored_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -138,13 +138,7 @@ def _finite(value: Any) -> Any:
 
 
 def _picture_rows(folder: Path) -> list[PictureRow]:
-    path = folder / "utility_pictures.parquet"
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path} cannot be read ({error})\n  mend:  run the audit again: it rewrites the file"
-        ) from None
+    rows = stored_rows(folder / "utility_pictures.parquet")
     places = ("unmitigated", "mitigated")
     found = [
         PictureRow(

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dori_lightning.attacks.campaign import Trigger
+    from dori_lightning.metrics.measure import Originals
+    from dori_lightning.models.protocol import Sampling, TextToImage
+    from dori_lightning.pairs.datamodule import PairsDataModule
     from dori_lightning.tasks._audit_setup import Bench
     from dori_lightning.types import Calibration
 
@@ -56,10 +59,12 @@ def draw(
         generate_pictures(bench.model, own, sampling, edit=edit, advance=advance)
 
 
-def measure(bench: Bench, trigger: Trigger, folder: Path) -> Outcome:
+def measure(
+    trigger: Trigger, folder: Path, *, originals: Originals, sampling: Sampling
+) -> Outcome:
     """Compare a trigger's pictures in ``folder`` with its original."""
-    seeds, place = picture_seeds(bench.sampling), place_of(folder, trigger)
-    measured = bench.originals.measure(
+    seeds, place = picture_seeds(sampling), place_of(folder, trigger)
+    measured = originals.measure(
         trigger.pair, load_pictures(place, seeds), failed=trigger.diverged
     )
     return Outcome(
@@ -79,12 +84,23 @@ def measure(bench: Bench, trigger: Trigger, folder: Path) -> Outcome:
     )
 
 
-def calibrate(bench: Bench, outcomes: Sequence[Outcome]) -> Calibration:
-    """Set the threshold from what unattacked prompts give and what the autoencoder can give."""
-    model, originals = bench.model, bench.originals
+def calibrate(
+    model: TextToImage, data: PairsDataModule, originals: Originals, outcomes: Sequence[Outcome]
+) -> Calibration:
+    """Set the threshold from what unattacked prompts give and what the autoencoder can give.
+
+    Args:
+        model: The checkpoint, without any edit.
+        data: All pairs of the list, encoded.
+        originals: Their pictures.
+        outcomes: What the unedited checkpoint gave; those of prompts are used.
+
+    Raises:
+        InputError: No threshold separates.
+    """
     prompted = [outcome for outcome in outcomes if outcome.condition.attack == "prompt"]
     pictures = {o.pair.id: load_pictures(o.images[0].parent, o.seeds) for o in prompted}
-    latents = [bench.data.encoded(pair).latent[None].to(model.device) for pair in originals.pairs]
+    latents = [data.encoded(pair).latent[None].to(model.device) for pair in originals.pairs]
     reconstructions = torch.cat([model.decode_latents(latent).cpu() for latent in latents])
     return calibrate_measures(
         originals, prompted, pictures=pictures, reconstructions=reconstructions

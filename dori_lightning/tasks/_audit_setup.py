@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dori_lightning.tracking.tracker import Tracker
     from dori_lightning.types import Budget, Pair
 
-__all__ = ["Bench", "check_controls", "method_of", "set_up"]
+__all__ = ["Bench", "check_controls", "control_prompts", "method_of", "set_up"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
         pairs, model, pairs_per_batch=settings.pairs_per_forward, cache=cache / "encoded"
     )
     data.prepare()
-    controls = _control_prompts(pairs, data)
+    controls = control_prompts(pairs, data)
     originals = originals_of(pairs, model.resolution, measures)
     workshop = workshop_of(cfg, data=data, originals=originals, sampling=sampling, tracker=tracker)
     return Bench(
@@ -167,7 +167,8 @@ def check_controls(pairs: Sequence[Pair], settings: AttackSettings, measures: Me
         )
 
 
-def _control_prompts(pairs: Sequence[Pair], data: PairsDataModule) -> ControlPrompts:
+def control_prompts(pairs: Sequence[Pair], data: PairsDataModule) -> ControlPrompts:
+    """Where attacks from ``control_prompt`` begin: the prompts of all control pairs."""
     controls = [pair for pair in pairs if pair.kind == "control"]
     return ControlPrompts(
         tuple(pair.id for pair in controls),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dori_lightning import processes
@@ -95,9 +96,10 @@ def attack_and_draw(
 
 def measure_all(bench: Bench, drawn: Drawn) -> Measured:
     """Compare every picture with its original, and count the copies."""
-    outcomes = tuple(measure(bench, t, bench.folder / "pictures") for t in drawn.triggers)
-    baseline = tuple(measure(bench, t, bench.unmitigated) for t in drawn.before)
-    calibration = calibrate(bench, baseline or outcomes)
+    compared = partial(measure, originals=bench.originals, sampling=bench.sampling)
+    outcomes = tuple(compared(t, bench.folder / "pictures") for t in drawn.triggers)
+    baseline = tuple(compared(t, bench.unmitigated) for t in drawn.before)
+    calibration = calibrate(bench.model, bench.data, bench.originals, baseline or outcomes)
     counted = [(bench.mitigation.name, outcomes), *([("none", baseline)] if baseline else [])]
     cells = [
         cell

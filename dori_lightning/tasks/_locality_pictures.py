@@ -8,10 +8,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
+from dori_lightning.attacks.campaign import Trigger
 from dori_lightning.files import write_atomically
-from dori_lightning.metrics.measure import calibrate_measures
 from dori_lightning.metrics.replication import per_pair
 from dori_lightning.models.pictures import (
     PictureOrder,
@@ -20,11 +18,14 @@ from dori_lightning.models.pictures import (
     picture_seeds,
 )
 from dori_lightning.progress import stage
-from dori_lightning.types import Condition, Outcome
+from dori_lightning.tasks._audit_pictures import calibrate, measure, place_of
+from dori_lightning.types import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
+
+    import torch
 
     from dori_lightning.metrics.measure import Originals
     from dori_lightning.models.protocol import Sampling, TextToImage
@@ -153,30 +154,13 @@ def rule_of(
     fixed = measures.descriptors[measures.decider].threshold
     if fixed is not None:
         return Rule(measures.decider, fixed)
-    orders = [
-        PictureOrder(folder / "prompt" / pair.id, data.encoded(pair).embedding, pair.id)
+    prompted = [
+        Trigger(pair, Condition("prompt"), 0, data.encoded(pair).embedding)
         for pair in originals.pairs
     ]
+    orders = [PictureOrder(place_of(folder, t), t.embedding, t.pair.id) for t in prompted]
     with stage("calibrate", len(orders) * sampling.images_per_pair) as advance:
         generate_pictures(model, orders, sampling, advance=advance)
-    seeds = picture_seeds(sampling)
-    pictures: Mapping[str, torch.Tensor] = {
-        pair.id: load_pictures(order.folder, seeds)
-        for pair, order in zip(originals.pairs, orders, strict=True)
-    }
-    latents = [data.encoded(pair).latent[None].to(model.device) for pair in originals.pairs]
-    prompted = []
-    for pair in originals.pairs:
-        measured = originals.measure(pair, pictures[pair.id])
-        prompted.append(
-            Outcome(
-                pair, Condition("prompt"), 0, "ok", seeds, measured.similarity, measured.diversity
-            )
-        )
-    calibration = calibrate_measures(
-        originals,
-        prompted,
-        pictures=pictures,
-        reconstructions=torch.cat([model.decode_latents(own).cpu() for own in latents]),
-    )
+    outcomes = [measure(t, folder, originals=originals, sampling=sampling) for t in prompted]
+    calibration = calibrate(model, data, originals, outcomes)
     return Rule(calibration.descriptor, calibration.threshold)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hydra.utils import instantiate
 
-from dori_lightning.attacks.embedding_attack import ControlPrompts
 from dori_lightning.attacks.restarts import attack_restarts
 from dori_lightning.locality.groups import PromptSet, TriggerSet
 from dori_lightning.models.pictures import unmitigated_name
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.manifest import check_prompt_lengths
+from dori_lightning.tasks._audit_setup import control_prompts, method_of
 from dori_lightning.tasks._folder import claim_folder, without
 from dori_lightning.tasks._locality_pictures import Asked, PictureDesk, rule_of
 from dori_lightning.tasks._locality_settings import choose_pairs, settings_of_task
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from dori_lightning.attacks.campaign import Trigger
+    from dori_lightning.attacks.embedding_attack import ControlPrompts
     from dori_lightning.attacks.settings import AttackSettings
     from dori_lightning.mitigations.base import Found, Mitigation, Workshop
     from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -122,8 +123,7 @@ def prepare(cfg: DictConfig, folder: Path) -> Study:
     check_prompt_lengths(pairs, model.token_count, model.embedding_shape[0], strict=False)
     cache = Path(cfg.paths.cache)
     data = PairsDataModule(pairs, model, cache=cache / "encoded")
-    controls = [pair for pair in pairs if pair.kind == "control"]
-    prompts = ControlPrompts(tuple(p.id for p in controls), data.batch(controls).embeddings)
+    prompts = control_prompts(pairs, data)
     originals = originals_of(pairs, model.resolution, measures)
     unmitigated = cache / "unmitigated" / unmitigated_name(model, sampling)
     return Study(
@@ -228,13 +228,4 @@ def _prompts(pairs: tuple[Pair, ...], data: PairsDataModule) -> PromptSet:
 
 def _method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     """What decides the results, out of the resolved configuration."""
-    return {
-        "seed": cfg["seed"],
-        "task": without(cfg["task"], "parts"),
-        "checkpoint": without(cfg["checkpoint"], "device", "channels_last"),
-        "mitigation": cfg["mitigation"],
-        "corpus": cfg["corpus"],
-        "attack": without(cfg["attack"], "pairs_per_forward"),
-        "sampling": without(cfg["sampling"], "batch"),
-        "pairs": without(cfg["pairs"], "cache"),
-    }
+    return {**method_of(cfg), "task": without(cfg["task"], "parts")}

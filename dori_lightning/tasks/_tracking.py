@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from dori_lightning import ranks
 from dori_lightning.interruption import Interrupted
 from dori_lightning.report.redaction import redact
 from dori_lightning.tasks._provenance import git_sha, package_versions, plain
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["logged", "tracked"]
 
 _SWEEP = "multirun.yaml"
-_GLOBAL_RANKS = ("RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID")
-_LOCAL_RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 _LONGEST = 120
 """Characters of a name; W&B takes 128."""
@@ -61,7 +59,7 @@ def tracked(cfg: DictConfig, folder: Path, *, tags: Sequence[str] = ()) -> Itera
     """
     tracker = Tracker()
     try:
-        if cfg.logger and _is_first():
+        if cfg.logger and ranks.speaks():
             for logger in _opened(cfg, folder, tags):
                 tracker.add(logger)
         yield tracker
@@ -94,16 +92,6 @@ def _opened(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> Iterator[Logg
             if isinstance(made, WeightsAndBiases)
             else made(save_dir=folder)
         )
-
-
-def _is_first() -> bool:
-    """Whether this process speaks for the run, also before the processes of a run have met."""
-    if dist.is_initialized():
-        return dist.get_rank() == 0
-    known = next((os.environ[name] for name in _GLOBAL_RANKS if name in os.environ), None)
-    if known is not None:
-        return int(known) == 0
-    return not any(int(os.environ.get(name, 0)) for name in _LOCAL_RANKS)
 
 
 def _identity(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> RunIdentity:

@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from dori_lightning.attacks import restarts as module
+from dori_lightning.attacks import embedding_attack as module
 from dori_lightning.attacks.campaign import Trigger, attack_pairs
 from dori_lightning.attacks.embedding_attack import ControlPrompts
 from dori_lightning.attacks.restarts import attack_restarts

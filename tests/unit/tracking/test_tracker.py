@@ -12,6 +12,7 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
+from dori_lightning import ranks
 from dori_lightning.attacks.campaign import Trigger
 from dori_lightning.interruption import Interrupted
 from dori_lightning.tasks import _tracking
@@ -120,16 +121,18 @@ def test_ids_are_made_once_for_each_purpose(tmp_path: Path) -> None:
         ({"RANK": "2", "LOCAL_RANK": "0"}, False),
         ({"SLURM_PROCID": "3"}, False),
         ({"SUBMITIT_LOCAL_GLOBALID": "1"}, False),
+        # relaunched by Lightning in a shell that SLURM gave
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),
     ],
 )
 def test_one_process_of_a_run_speaks(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], first: bool
 ) -> None:
-    for name in (*_tracking._GLOBAL_RANKS, *_tracking._LOCAL_RANKS):
+    for name in ranks.RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert _tracking._is_first() is first
+    assert ranks.speaks() is first
 
 
 @pytest.mark.parametrize(
