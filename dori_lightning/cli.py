@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dori_lightning import guards, interruption, mistakes, ranks, schema, sweeps
+from dori_lightning import guards, interruption, mistakes, quiet, ranks, schema, sweeps
 from dori_lightning.interruption import Interrupted
 from dori_lightning.report.claims import ClaimsFailedError
 from dori_lightning.tasks._job_status import status_of
@@ -150,6 +150,7 @@ def _run_task(cfg: DictConfig) -> float | None:
         # late: errors above come at once, and these import torch
         from dori_lightning import devices, progress
 
+        quiet.quiet_libraries()
         if "joblib" in str(settings.launcher.get("_target_")):
             devices.pin()
         if status is not None:

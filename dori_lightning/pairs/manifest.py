@@ -49,13 +49,16 @@ def select_pairs(
 
 
 def mark_duplicates(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
-    """Mark pairs whose picture file is an earlier pair's and warn: they are not independent."""
+    """Mark pairs whose picture file is an earlier pair's.
+
+    Audited ones are warned of, since they are no independent observations.
+    """
     first: dict[str, str] = {}
     marked = []
     for pair in pairs:
         earlier = first.setdefault(pair.sha256, pair.id) if pair.sha256 else pair.id
         marked.append(replace(pair, duplicate_of=None if earlier == pair.id else earlier))
-    names = [f"{p.id} = {p.duplicate_of}" for p in marked if p.duplicate_of]
+    names = [f"{p.id} = {p.duplicate_of}" for p in marked if p.duplicate_of and p.role == "audit"]
     if names:
         logger.warning(
             "%d pairs share their picture file with an earlier pair, so they do not count as "

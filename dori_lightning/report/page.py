@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dori_lightning.report.locality_section import LocalitySection
+    from dori_lightning.report.locality.section import LocalitySection
     from dori_lightning.report.pictures import Disclosure
     from dori_lightning.report.record import AuditReport
     from dori_lightning.types import Cell, Condition, Kind

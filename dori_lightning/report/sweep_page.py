@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dori_lightning.report.aggregate import Comparison
     from dori_lightning.report.entries import Entry
     from dori_lightning.report.headline import HeadlineRow
-    from dori_lightning.report.locality_section import LocalitySection
+    from dori_lightning.report.locality.section import LocalitySection
     from dori_lightning.report.pictures import Disclosure
     from dori_lightning.report.plots import Plot
 

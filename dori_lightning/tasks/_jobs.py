@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from dori_lightning.report.locality_section import LOCALITY_FILE
+from dori_lightning.report.locality.section import LOCALITY_FILE
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:

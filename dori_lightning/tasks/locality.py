@@ -13,9 +13,9 @@ from rich.console import Console
 
 from dori_lightning.locality.embeddings import embedding_findings
 from dori_lightning.mitigations.edits import EmptyEdit
-from dori_lightning.report.locality_page import write_locality_files
-from dori_lightning.report.locality_record import LocalityReport, StudiedImage
-from dori_lightning.report.locality_text import answers
+from dori_lightning.report.locality.page import write_locality_files
+from dori_lightning.report.locality.record import LocalityReport, StudiedImage
+from dori_lightning.report.locality.text import answers
 from dori_lightning.tasks._locality_large import ask_other_models, ask_searched_model, join
 from dori_lightning.tasks._locality_layers import groups_of, look_at_activations, look_at_weights
 from dori_lightning.tasks._locality_study import prepare, search

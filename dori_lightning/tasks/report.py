@@ -23,7 +23,7 @@ from dori_lightning.report.claims import (
 )
 from dori_lightning.report.headline import headline_rows
 from dori_lightning.report.headline_tables import headline_tables, remarks, rich_table
-from dori_lightning.report.locality_section import is_locality, read_locality
+from dori_lightning.report.locality.section import is_locality, read_locality
 from dori_lightning.report.page import write_page
 from dori_lightning.report.read_back import audit_of, strictest
 from dori_lightning.report.run_files import read_run
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from dori_lightning.report.aggregate import Comparison
     from dori_lightning.report.claims import Claim
     from dori_lightning.report.headline import HeadlineRow
-    from dori_lightning.report.locality_section import LocalitySection
+    from dori_lightning.report.locality.section import LocalitySection
     from dori_lightning.report.pictures import Disclosure
     from dori_lightning.report.run_files import Run
     from dori_lightning.tasks._jobs import Jobs

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.report.locality_record import read_locality_record
+from dori_lightning.report.locality.record import read_locality_record
 from dori_lightning.tasks import _locality_layers
 from dori_lightning.types import InputError
 from support.runs import run_task, write_pairs

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dori_lightning.report.aggregate import compare
 from dori_lightning.report.headline import headline_rows
-from dori_lightning.report.locality_section import LocalitySection, read_locality
+from dori_lightning.report.locality.section import LocalitySection, read_locality
 from dori_lightning.report.page import render_page
 from dori_lightning.report.record import AuditReport, write_report
 from dori_lightning.report.run_files import read_run

@@ -15,14 +15,14 @@ from dori_lightning.locality.estimates import rate_of
 from dori_lightning.locality.groups import Group
 from dori_lightning.locality.large import AtLarge, BudgetPoint, LinePoint, Transfer
 from dori_lightning.locality.weights import Selections, weight_findings
-from dori_lightning.report.locality_page import render_locality_page, write_locality_files
-from dori_lightning.report.locality_record import (
+from dori_lightning.report.locality.page import render_locality_page, write_locality_files
+from dori_lightning.report.locality.record import (
     LocalityReport,
     StudiedImage,
     read_locality_record,
 )
-from dori_lightning.report.locality_section import read_locality
-from dori_lightning.report.locality_text import answers, verdict
+from dori_lightning.report.locality.section import read_locality
+from dori_lightning.report.locality.text import answers, verdict
 from dori_lightning.report.record import Provenance
 from dori_lightning.types import Budget, InputError
 from support.locality import pair, prompt_sets, rows, triggers

@@ -16,7 +16,7 @@ from dori_lightning.metrics.utility import DenoisingLoss, PictureRow, Utility
 from dori_lightning.report import sweep_page
 from dori_lightning.report.aggregate import compare
 from dori_lightning.report.headline import headline_rows
-from dori_lightning.report.locality_section import read_locality
+from dori_lightning.report.locality.section import read_locality
 from dori_lightning.report.page import render_page
 from dori_lightning.report.pictures import NOT_KEPT
 from dori_lightning.report.read_back import read_audit, strictest

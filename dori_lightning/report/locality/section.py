@@ -52,7 +52,7 @@ class LocalitySection:
 
     Attributes:
         name: Its run folder's name.
-        lead: Its answer in words; empty where it gives none.
+        lead: Its answer in words, a paragraph a line; empty where it gives none.
         figures: Its figures, in its own order.
         withheld: How many figures hold pictures that may not be shown.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from dori_lightning.report.locality_words import (
+from dori_lightning.report.locality.words import (
     METHOD_WORDS,
     Answer,
     estimate_words,

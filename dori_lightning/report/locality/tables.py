@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from dori_lightning.report.headline_tables import TextTable
-from dori_lightning.report.locality_layers import short_layer
-from dori_lightning.report.locality_words import METHOD_WORDS, START_WORDS, estimate_words
+from dori_lightning.report.locality.layers import short_layer
+from dori_lightning.report.locality.words import METHOD_WORDS, START_WORDS, estimate_words
 from dori_lightning.report.summary import interval_words, percent_words
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dori_lightning.locality.estimates import Rate
     from dori_lightning.locality.large import AtLarge
     from dori_lightning.locality.weights import WeightFindings
-    from dori_lightning.report.locality_record import LocalityReport
+    from dori_lightning.report.locality.record import LocalityReport
     from dori_lightning.types import Init
 
 __all__ = ["image_table", "number_tables"]

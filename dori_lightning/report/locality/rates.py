@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from dori_lightning.report.locality_looks import GROUP_LOOK, colour_of, sideways
-from dori_lightning.report.locality_words import START_WORDS
+from dori_lightning.report.locality.looks import GROUP_LOOK, colour_of, sideways
+from dori_lightning.report.locality.words import START_WORDS
 from dori_lightning.report.style import (
     SERIES,
     Ink,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from dori_lightning.report.locality_looks import GROUP_LOOK, GROUP_WORDS, colour_of, sideways
-from dori_lightning.report.locality_words import START_WORDS
+from dori_lightning.report.locality.looks import GROUP_LOOK, GROUP_WORDS, colour_of, sideways
+from dori_lightning.report.locality.words import START_WORDS
 from dori_lightning.report.style import SERIES, Ink, new_figure, rendered, styled, under_legend
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from dori_lightning.report.locality_layer_text import (
+from dori_lightning.report.locality.layer_text import (
     activation_answer,
     method_answer,
     weight_answer,
     weight_sentence,
 )
-from dori_lightning.report.locality_words import (
+from dori_lightning.report.locality.words import (
     START_WORDS,
     Answer,
     estimate_words,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dori_lightning.locality.embeddings import EmbeddingFindings, Spread
     from dori_lightning.locality.estimates import Rate
     from dori_lightning.locality.large import AtLarge
-    from dori_lightning.report.locality_record import LocalityReport
+    from dori_lightning.report.locality.record import LocalityReport
 
 __all__ = ["answers", "verdict"]
 
@@ -210,7 +210,7 @@ def _transfer(report: LocalityReport, found: AtLarge) -> Answer:
 
 
 def verdict(report: LocalityReport) -> str:
-    """What a reader should take away, in a few sentences."""
+    """What a reader should take away: a line for each of the questions asked."""
     sentences = []
     if report.at_large is not None:
         sentences.append(_budget(report, report.at_large).text)
@@ -224,4 +224,4 @@ def verdict(report: LocalityReport) -> str:
             )
     if report.weights is not None:
         sentences.append(weight_sentence(report.weights))
-    return " ".join(sentence for sentence in sentences if sentence)
+    return "\n".join(sentence for sentence in sentences if sentence)

@@ -9,8 +9,8 @@ import numpy as np
 
 from dori_lightning.locality.groups import GROUPS
 from dori_lightning.locality.weights import block_of
-from dori_lightning.report.locality_looks import GROUP_LOOK, GROUP_WORDS
-from dori_lightning.report.locality_words import METHOD_WORDS
+from dori_lightning.report.locality.looks import GROUP_LOOK, GROUP_WORDS
+from dori_lightning.report.locality.words import METHOD_WORDS
 from dori_lightning.report.style import Ink, new_figure, plain_axes, rendered, styled, under_legend
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import json
 from typing import TYPE_CHECKING
 
 from dori_lightning.files import write_atomically
-from dori_lightning.report import locality_figures, locality_layers, locality_rates
-from dori_lightning.report.locality_record import write_locality
-from dori_lightning.report.locality_tables import image_table, number_tables
-from dori_lightning.report.locality_text import answers, verdict
+from dori_lightning.report.locality import figures, layers, rates
+from dori_lightning.report.locality.record import write_locality
+from dori_lightning.report.locality.tables import image_table, number_tables
+from dori_lightning.report.locality.text import answers, verdict
 from dori_lightning.report.markdown import escape
 from dori_lightning.report.plots import drawn_for_page
 from dori_lightning.report.redaction import redact
@@ -20,8 +20,8 @@ from dori_lightning.report.templating import rendered_page
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dori_lightning.report.locality_record import LocalityReport
-    from dori_lightning.report.locality_words import Answer
+    from dori_lightning.report.locality.record import LocalityReport
+    from dori_lightning.report.locality.words import Answer
     from dori_lightning.report.plots import Drawing, Plot
 
 __all__ = ["locality_plots", "render_locality_page", "write_locality_files"]
@@ -33,15 +33,15 @@ def write_locality_files(report: LocalityReport, folder: Path) -> Path:
     Returns:
         Path of the page, which is written last.
     """
-    figures = []
+    listed = []
     drawings = _drawings(report)
     for answer in answers(report):
         data = drawings[answer.name](Ink())
         if data is not None:
             file = _file(answer)
             write_atomically(folder / file, data)
-            figures.append({"file": file, "title": answer.question, "caption": answer.caption})
-    write_locality(report, folder, figures=figures, verdict=verdict(report))
+            listed.append({"file": file, "title": answer.question, "caption": answer.caption})
+    write_locality(report, folder, figures=listed, verdict=verdict(report))
     write_atomically(folder / "locality.md", locality_markdown(report).encode())
     return write_atomically(folder / "locality.html", render_locality_page(report).encode())
 
@@ -97,17 +97,17 @@ def _drawings(report: LocalityReport) -> dict[str, Drawing]:
     """One drawing per question, of those that were asked."""
     found: dict[str, Drawing] = {}
     large, places = report.at_large, report.embeddings
-    layers, selected = report.activations, report.weights
+    active, selected = report.activations, report.weights
     if large is not None:
-        found["budget"] = lambda ink: locality_rates.budget(large, report.start, ink)
-        found["lines"] = lambda ink: locality_rates.lines(large, ink)
-        found["transfer"] = lambda ink: locality_rates.transfer(large, ink)
+        found["budget"] = lambda ink: rates.budget(large, report.start, ink)
+        found["lines"] = lambda ink: rates.lines(large, ink)
+        found["transfer"] = lambda ink: rates.transfer(large, ink)
     if places is not None:
-        found["spread"] = lambda ink: locality_figures.spread(places, ink)
-        found["map"] = lambda ink: locality_figures.map_of(places, ink)
-    if layers is not None:
-        found["activations"] = lambda ink: locality_layers.activations(layers, ink)
+        found["spread"] = lambda ink: figures.spread(places, ink)
+        found["map"] = lambda ink: figures.map_of(places, ink)
+    if active is not None:
+        found["activations"] = lambda ink: layers.activations(active, ink)
     if selected is not None:
-        found["weights"] = lambda ink: locality_layers.weights(selected, ink)
-        found["methods"] = lambda ink: locality_layers.methods(selected, ink)
+        found["weights"] = lambda ink: layers.weights(selected, ink)
+        found["methods"] = lambda ink: layers.methods(selected, ink)
     return found

@@ -1,0 +1,1 @@
+"""What triggers share, told: record, answers, figures, tables and page of `task=locality`."""
