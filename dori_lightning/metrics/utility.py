@@ -225,8 +225,10 @@ class Utility:
         descriptor: Name of the descriptor of similarities.
         denoising_loss: On ordinary pictures; None where left out.
         ordinary: Pictures of ordinary prompts; None where left out.
-        neighbours: Pictures of prompts near the suspected ones; None where left out.
-        replicas: Which of those still bring the original back; None where left out.
+        neighbours: Pictures of prompts near the suspected ones, but for those that brought the
+            original back without the mitigation, since these have to change; None where left out.
+        replicas: Which of all prompts near the suspected ones bring the original back; None where
+            left out.
         left_out: What was not measured: name to reason.
         loss_rows: Behind ``denoising_loss``.
         picture_rows: Behind the others.
@@ -248,7 +250,7 @@ class Utility:
         return {
             "denoising_loss": asdict(self.denoising_loss) if self.denoising_loss else None,
             **_plain(self.ordinary),
-            "neighbours": near if self.neighbours else None,
+            "neighbours": near if self.neighbours or self.replicas else None,
             "descriptor": self.descriptor,
             "left_out": dict(self.left_out),
         }

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dori_lightning.metrics.replication import Aggregation
     from dori_lightning.metrics.utility import LossRow, PictureRow
 
-__all__ = ["compare_losses", "compare_pictures", "count_replicas"]
+__all__ = ["compare_losses", "compare_pictures", "count_replicas", "replicated_before"]
 
 
 def _ratio(values: np.ndarray) -> float:
@@ -106,19 +106,43 @@ def count_replicas(
         threshold: Similarity above which a picture counts as a replica.
         aggregation: How a prompt's pictures become one number.
     """
+    scores = _best_with_original(rows, aggregation)
+    over = np.array(list(scores.values())) > threshold
+    before, after = (int(count) for count in over.sum(0))
+    return Replicas(
+        prompts=len(scores),
+        unmitigated=before,
+        unmitigated_ci95=wilson_interval(before, len(scores)),
+        mitigated=after,
+        mitigated_ci95=wilson_interval(after, len(scores)),
+    )
+
+
+def replicated_before(
+    rows: Sequence[PictureRow], *, threshold: float, aggregation: Aggregation
+) -> set[str]:
+    """Name the neighbour prompts that brought their pair's original back without the mitigation.
+
+    Their pictures have to change, so a change of them is no cost.
+
+    Args:
+        rows: Of neighbour prompts.
+        threshold: Similarity above which a picture counts as a replica.
+        aggregation: How a prompt's pictures become one number.
+    """
+    scores = _best_with_original(rows, aggregation)
+    return {name for name, (before, _) in scores.items() if before > threshold}
+
+
+def _best_with_original(
+    rows: Sequence[PictureRow], aggregation: Aggregation
+) -> dict[str, np.ndarray]:
+    """Similarity (2,) of each prompt's pictures with the original, without and with the edit."""
     best = np.max if aggregation == "max" else np.median
     originals = _grouped(
         rows, lambda row: row.id, lambda row: (row.original_unmitigated, row.original_mitigated)
     )
-    scores = np.array([best(np.array(own, np.float64), axis=0) for own in originals.values()])
-    before, after = (int(count) for count in (scores > threshold).sum(0))
-    return Replicas(
-        prompts=len(originals),
-        unmitigated=before,
-        unmitigated_ci95=wilson_interval(before, len(originals)),
-        mitigated=after,
-        mitigated_ci95=wilson_interval(after, len(originals)),
-    )
+    return {name: best(np.array(own, np.float64), axis=0) for name, own in originals.items()}
 
 
 def _alignment(

@@ -100,7 +100,7 @@ def read_utility(folder: Path, held: Mapping[str, Any]) -> Utility:
         descriptor=held["descriptor"],
         denoising_loss=DenoisingLoss(**_numbers(loss)) if loss else None,
         ordinary=_comparison(held) if held["prompts"] is not None else None,
-        neighbours=_comparison(near) if near else None,
+        neighbours=_comparison(near) if near and near["prompts"] is not None else None,
         replicas=Replicas(**_numbers(replicas)) if replicas else None,
         left_out=held["left_out"],
         picture_rows=tuple(_picture_rows(folder)),

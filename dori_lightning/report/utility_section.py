@@ -114,7 +114,10 @@ def utility_section(utility: Utility, *, disclosure: Disclosure) -> CostSection:
         rows.append(_replica_row(utility.replicas))
     if near is not None:
         rows += _picture_rows(
-            near, utility.descriptor, "neighbour prompts", first=utility.replicas is None
+            near,
+            utility.descriptor,
+            "neighbour prompts that did not replicate before",
+            first=utility.replicas is None,
         )
     return CostSection(
         lead=_lead(utility),

@@ -18,6 +18,7 @@ from dori_lightning.metrics.utility_comparison import (
     compare_losses,
     compare_pictures,
     count_replicas,
+    replicated_before,
 )
 from dori_lightning.progress import stage
 from dori_lightning.report.utility_files import write_utility
@@ -96,6 +97,15 @@ def measure_utility(
     for name, pictures in plan.pictures.items():
         own, before, after = pictures.describe(originals, features, descriptor=descriptor)
         rows += own
+        if name == "neighbours":
+            old = replicated_before(
+                own, threshold=threshold, aggregation=originals.measures.aggregation
+            )
+            stay = [k for k, row in enumerate(own) if row.id not in old]
+            own, before, after = [own[k] for k in stay], before[stay], after[stay]
+            if not own:
+                left_out[name] = "every one brought its original back without the mitigation"
+                continue
         compared[name] = compare_pictures(
             own, before, after, features=f"{features.name}, {features.dimension} features",
             seed=seed,

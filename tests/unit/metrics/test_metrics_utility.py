@@ -15,6 +15,7 @@ from dori_lightning.metrics.utility_comparison import (
     compare_losses,
     compare_pictures,
     count_replicas,
+    replicated_before,
 )
 from dori_lightning.types import InputError
 
@@ -125,6 +126,8 @@ def test_a_replica_exceeds_the_threshold_by_the_audits_aggregation() -> None:
     assert found.unmitigated_ci95[1] == 1.0
     median = count_replicas(rows, threshold=0.5, aggregation="median")
     assert (median.unmitigated, median.mitigated) == (1, 1)
+    assert replicated_before(rows, threshold=0.5, aggregation="max") == {"a", "b"}
+    assert replicated_before(rows, threshold=0.5, aggregation="median") == {"b"}
 
 
 def utility() -> Utility:

@@ -19,7 +19,7 @@ from dori_lightning.metrics.utility import (
 )
 from dori_lightning.report.page import render_page
 from dori_lightning.report.record import read_report, write_report
-from dori_lightning.report.utility_files import write_utility
+from dori_lightning.report.utility_files import read_utility, write_utility
 from dori_lightning.report.utility_section import MOST_SHOWN, utility_section
 from dori_lightning.types import InputError
 
@@ -183,3 +183,13 @@ def test_files_hold_numbers_and_rows(tmp_path: Path, fakes: SimpleNamespace) -> 
     assert pictures["mitigated"][0] == "../after/0.png"
     assert pictures["original_mitigated"].tolist()[3:] == [0.12, 0.12]
     assert pictures["original_mitigated"].isna().sum() == 3
+
+
+def test_replicas_are_kept_where_every_neighbour_replicated_before(
+    tmp_path: Path, fakes: SimpleNamespace
+) -> None:
+    found = replace(utility(tmp_path, fakes), neighbours=None)
+    write_utility(found, tmp_path)
+    back = read_utility(tmp_path, found.to_dict())
+    assert back.neighbours is None
+    assert back.replicas == found.replicas
