@@ -21,6 +21,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dori_lightning import interruption
 from dori_lightning.interruption import Interrupted
@@ -127,6 +128,9 @@ class Trainer(L.Trainer):
     """Lightning's Trainer, on the processes that a cluster started, if any; signals are not its.
 
     Takes what Lightning's does.
+
+    Raises:
+        InputError: Its settings contradict each other or the machine.
     """
 
     @functools.wraps(L.Trainer.__init__)  # type: ignore[misc]
@@ -139,7 +143,15 @@ class Trainer(L.Trainer):
                 plugins.append(SLURMEnvironment(auto_requeue=False))
             elif SubmititEnvironment.detect():
                 plugins.append(SubmititEnvironment())
-        super().__init__(**settings, plugins=plugins or None)
+        try:
+            super().__init__(**settings, plugins=plugins or None)
+        except MisconfigurationException as error:
+            # settings that contradict each other or the machine, such as a GPU that is not there
+            raise InputError(
+                f"no Trainer can be made: {str(error).splitlines()[0]}\n"
+                f"  where: trainer.*\n"
+                f"  mend:  trainer=cpu where there is no GPU; else change what it names"
+            ) from error
         self._signal_connector = _NoSignals(self)
 
 

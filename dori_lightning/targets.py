@@ -85,7 +85,7 @@ def _check_node(path: str, node: Mapping[str, Any], thing: Any) -> None:
             raise InputError(
                 f"{path}.{key} cannot be {values[key]!r}\n"
                 f"  where: {node['_target_']}\n"
-                f"  mend:  give {_describe(hint)}"
+                f"  mend:  {_mend(f'{path}.{key}', values[key], hint)}"
             )
 
 
@@ -144,8 +144,18 @@ def _fits(value: Any, hint: Any) -> bool:
     return value is not None or not isinstance(hint, type)
 
 
+def _mend(key: str, value: Any, hint: Any) -> str:
+    """What to write instead of a value; a lone one that belongs into a list is put there."""
+    if _fits([value], hint):
+        return f"give a list: '{key}=[{value}]'"
+    return f"give {_describe(hint)}"
+
+
 def _describe(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (list, tuple, Sequence, Iterable):
+        of = f", each of it {_describe(arguments[0])}" if arguments else ""
+        return f"a list [...]{of}"
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
