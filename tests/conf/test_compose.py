@@ -150,6 +150,15 @@ def test_values_against_signatures(override: str, part: str | None):
         schema.check_signatures(sampling)
 
 
+def test_a_lone_value_is_put_into_the_list_it_belongs_to():
+    attack = OmegaConf.create({"attack": composed("attack.inits=prompt").attack})
+    with pytest.raises(InputError, match=r"mend:  give a list: 'attack\.inits=\[prompt\]'"):
+        schema.check_signatures(attack)
+    attack.attack.inits = ["prompts"]
+    with pytest.raises(InputError, match=r"each of it one of prompt, random, control_prompt"):
+        schema.check_signatures(attack)
+
+
 def test_missing_values_are_all_named():
     with pytest.raises(InputError, match=r"checkpoint\.source=VALUE pairs\.manifest=VALUE"):
         schema.check_missing(
