@@ -6,12 +6,12 @@ import json
 from typing import TYPE_CHECKING
 
 from dori_lightning.files import write_atomically
+from dori_lightning.markdown import escape
 from dori_lightning.redaction import redact
 from dori_lightning.report import locality_figures, locality_layers, locality_rates
 from dori_lightning.report.locality_record import write_locality
 from dori_lightning.report.locality_tables import image_table, number_tables
 from dori_lightning.report.locality_text import answers, verdict
-from dori_lightning.report.markdown import escape
 from dori_lightning.report.plots import drawn_for_page
 from dori_lightning.report.style import Ink
 from dori_lightning.report.summary import budget_words, number_words
