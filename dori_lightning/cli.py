@@ -21,8 +21,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dori_lightning import guards, interruption, mistakes, quiet, ranks, schema, sweeps
+from dori_lightning import (
+    composition,
+    guards,
+    interruption,
+    mistakes,
+    quiet,
+    ranks,
+    schema,
+    sweeps,
+)
 from dori_lightning.interruption import Interrupted
+from dori_lightning.redaction import redact
 from dori_lightning.report.claims import ClaimsFailedError
 from dori_lightning.tasks._job_status import status_of
 from dori_lightning.tasks._lock import one_writer
@@ -32,8 +42,9 @@ __all__ = ["JobFailed", "main"]
 
 log = logging.getLogger(__name__)
 
-# At import, so that the workers of a cluster know the resolvers too.
+# At import, so that the workers of a cluster know the resolvers and the checks too.
 schema.register()
+composition.guard()
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _USERS_FULL_ERROR = os.environ.get(_FULL_ERROR)
@@ -70,6 +81,7 @@ def main() -> int:
     code = 0
     sweeps.forget_sweep()
     try:
+        composition.refuse_secrets(arguments)
         guards.refuse_rerun(arguments)
         guards.refuse_device_sweep(arguments)
         try:
@@ -210,15 +222,20 @@ def _set(name: str, value: str | None) -> None:
 def _report(error: Exception, explanation: str | None) -> int:
     """Say once what happened; a traceback only for the program's own faults or on request."""
     if isinstance(error, ClaimsFailedError):
-        sys.stderr.write(f"dori: {error}\n")
+        _say(f"dori: {error}\n")
         return 1
     if explanation is None:
         if logging.getLogger().handlers:
             log.error("failed", exc_info=error)
         else:  # the run folder's log is not open yet
-            traceback.print_exception(error)
+            _say("".join(traceback.format_exception(error)))
         return 1
     if _USERS_FULL_ERROR == "1":
-        traceback.print_exception(error)
-    sys.stderr.write(f"dori: {explanation}\n")
+        _say("".join(traceback.format_exception(error)))
+    _say(f"dori: {explanation}\n")
     return 2
+
+
+def _say(text: str) -> None:
+    """Write to standard error, which clusters and loggers keep in files."""
+    sys.stderr.write(redact(text))

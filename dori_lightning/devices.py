@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -45,9 +46,17 @@ def claim(names: Sequence[str], folder: Path) -> str:
         folder: Where their locks are, the same for all processes of the box.
 
     Raises:
-        InputError: None is free.
+        InputError: None is free, or the folder is somebody else's.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # in a folder for everybody somebody else may have been first, with links to this user's files
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InputError(
+            f"{folder} is not a folder that this user alone writes to\n"
+            f"  where: TMPDIR\n"
+            f"  mend:  remove it, or choose another place for temporary files: TMPDIR=FOLDER"
+        )
     for name in names:
         file = (folder / name.replace("/", "_")).open("w")
         try:

@@ -11,7 +11,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dori_lightning.types import InputError
 
-__all__ = ["ALLOWED_TARGETS", "check_signatures", "check_targets", "closest"]
+__all__ = [
+    "ALLOWED_TARGETS",
+    "check_signatures",
+    "check_targets",
+    "closest",
+    "find_target",
+    "targets_in",
+]
 
 #: What a config may build.
 ALLOWED_TARGETS = ("dori_lightning.", "torch.optim.", "lightning.pytorch.")
@@ -35,7 +42,7 @@ def check_targets(cfg: DictConfig) -> None:
     Raises:
         InputError: Names the key and the target.
     """
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+    for path, node in targets_in(OmegaConf.to_container(cfg, resolve=True)):
         _allow(path, node["_target_"])
 
 
@@ -47,19 +54,33 @@ def check_signatures(cfg: DictConfig) -> None:
     Raises:
         InputError: A key the target does not take, one it needs, or a value of the wrong type.
     """
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
-        target = node["_target_"]
-        _allow(path, target)
-        try:
-            thing = get_object(target)
-        except ImportError as error:
-            raise InputError(
-                f"cannot import {target}\n  where: {path}._target_\n  mend:  {error}"
-            ) from error
-        # An allowed module also holds names that it imported: the thing itself must live inside.
-        home = getattr(thing, "__module__", None)
-        _allow(path, f"{home}.{getattr(thing, '__qualname__', target)}")
+    for path, node in targets_in(OmegaConf.to_container(cfg, resolve=True)):
+        thing = find_target(path, node["_target_"])
         _check_node(path, node, thing)
+
+
+def find_target(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGETS) -> Any:
+    """Import what a ``_target_`` names, if it may be built.
+
+    Args:
+        path: Place of the node in the config.
+        target: What it names.
+        allowed: What the name, and the home of the thing itself, must begin with.
+
+    Raises:
+        InputError: It may not be built, or there is no such thing.
+    """
+    _allow(path, target, allowed)
+    try:
+        thing = get_object(target)
+    except ImportError as error:
+        raise InputError(
+            f"cannot import {target}\n  where: {path}._target_\n  mend:  {error}"
+        ) from error
+    # An allowed module also holds names that it imported: the thing itself must live inside.
+    home = getattr(thing, "__module__", None)
+    _allow(path, f"{home}.{getattr(thing, '__qualname__', target)}", allowed)
+    return thing
 
 
 def _check_node(path: str, node: Mapping[str, Any], thing: Any) -> None:
@@ -92,24 +113,24 @@ def _check_node(path: str, node: Mapping[str, Any], thing: Any) -> None:
 _RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
-def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Nodes with a ``_target_``, outer ones first, with their place in the config."""
     if isinstance(node, Mapping):
         if "_target_" in node:
             yield path or "the config", node
         for key, value in node.items():
-            yield from _targets(value, f"{path}.{key}" if path else str(key))
+            yield from targets_in(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, Sequence) and not isinstance(node, str):
         for index, value in enumerate(node):
-            yield from _targets(value, f"{path}[{index}]")
+            yield from targets_in(value, f"{path}[{index}]")
 
 
-def _allow(path: str, target: Any) -> None:
-    if not isinstance(target, str) or not target.startswith(ALLOWED_TARGETS):
+def _allow(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGETS) -> None:
+    if not isinstance(target, str) or not target.startswith(allowed):
         raise InputError(
             f"refused to build {target!r}\n"
             f"  where: {path}._target_\n"
-            f"  mend:  a config may only name {', '.join(f'{p}*' for p in ALLOWED_TARGETS)}"
+            f"  mend:  a config may only name {', '.join(f'{p}*' for p in allowed)}"
         )
 
 

@@ -13,7 +13,14 @@ from PIL import Image
 from dori_lightning.pairs.images import FORMATS, open_image
 from dori_lightning.pairs.problems import quote
 
-__all__ = ["SMALLEST_SIDE", "PictureError", "check_picture", "resolve_inside", "sniff"]
+__all__ = [
+    "PARSER_ERRORS",
+    "SMALLEST_SIDE",
+    "PictureError",
+    "check_picture",
+    "resolve_inside",
+    "sniff",
+]
 
 SMALLEST_SIDE = 16
 """Pixels below which a picture is a thumbnail or a tracking pixel, not a memorized image."""
@@ -31,7 +38,6 @@ SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer"),
 )
 
-# Everything Pillow's parsers are known to raise on crafted files, besides OSError.
 PARSER_ERRORS = (
     ArithmeticError,
     EOFError,
@@ -43,6 +49,7 @@ PARSER_ERRORS = (
     struct.error,
     zlib.error,
 )
+"""Everything Pillow's parsers are known to raise on crafted files."""
 
 
 class PictureError(Exception):

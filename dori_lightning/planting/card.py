@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from dori_lightning.markdown import escape
+
 if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Mapping, Sequence
@@ -59,7 +61,8 @@ def write_card(
     (folder / "planting.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shown = [p for p in pairs if p.id in similarity]
     rows = "\n".join(
-        f"| {p.id} | {p.kind} | {exposures.get(p.id, 0)} | {similarity[p.id]:.2f} | {p.prompt} |"
+        f"| {p.id} | {p.kind} | {exposures.get(p.id, 0)} | {similarity[p.id]:.2f} "
+        f"| {escape(p.prompt)} |"
         for p in sorted(shown, key=lambda p: (-exposures.get(p.id, 0), p.id))
     )
     (folder / "README.md").write_text(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dori_lightning.report.redaction import redact
+from dori_lightning.redaction import redact
 from dori_lightning.report.summary import pair_results
 
 if TYPE_CHECKING:

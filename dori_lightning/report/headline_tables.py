@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.markup import escape as plain_text
 from rich.table import Table
 
+from dori_lightning.markdown import escape
 from dori_lightning.report.published import SOURCES
 from dori_lightning.report.summary import percent_words
 from dori_lightning.types import INITS
@@ -143,7 +145,7 @@ def rich_table(table: TextTable) -> Table:
         else:
             made.add_column(name, justify="right")
     for row in table.rows:
-        made.add_row(*row)
+        made.add_row(*map(plain_text, row))
     return made
 
 
@@ -153,9 +155,9 @@ def tables_markdown(tables: Iterable[TextTable], said: Iterable[str]) -> str:
     for table in tables:
         rule = ["---" if place < table.named else "---:" for place in range(len(table.header))]
         lines = [table.header, rule, *table.rows]
-        body = "".join(f"| {' | '.join(_escaped(t) for t in line)} |\n" for line in lines)
+        body = "".join(f"| {' | '.join(_cells(line, table.named))} |\n" for line in lines)
         parts.append(f"### {table.title}\n\n{body}\n{table.caption}\n")
-    listed = "".join(f"- {text}\n" for text in said)
+    listed = "".join(f"- {escape(text)}\n" for text in said)
     return "\n".join([*parts, listed] if listed else parts)
 
 
@@ -265,5 +267,6 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+def _cells(line: Sequence[str], named: int) -> list[str]:
+    """A line's cells; names come from other people's runs, numbers do not."""
+    return [escape(text) if place < named else text for place, text in enumerate(line)]

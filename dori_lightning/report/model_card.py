@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dori_lightning.report.markdown import escape, one_line
+from dori_lightning.markdown import escape, one_line
 from dori_lightning.report.summary import budget_words, number_words
 from dori_lightning.report.tables import cells_markdown
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dori_lightning.files import write_atomically
+from dori_lightning.redaction import redact
 from dori_lightning.report.cards import choose_pairs, pair_cards, panel_names
 from dori_lightning.report.number_rows import number_groups
 from dori_lightning.report.pictures import THUMBNAIL
 from dori_lightning.report.plain_words import plain_verdict
 from dori_lightning.report.plots import page_plots
-from dori_lightning.report.redaction import redact
 from dori_lightning.report.summary import (
     KIND_WORDS,
     attack_trust,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dori_lightning.files import write_atomically
+from dori_lightning.redaction import redact
 from dori_lightning.report.document import report_document
-from dori_lightning.report.redaction import redact
 from dori_lightning.report.rows import pair_rows, parquet_bytes
 from dori_lightning.report.stored import stored_json
 from dori_lightning.types import InputError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from rich.markup import escape as plain_text
 from rich.table import Table
 
 from dori_lightning.report.summary import interval_words, percent_words
@@ -94,7 +95,7 @@ def cells_table(cells: Sequence[Cell], *, title: str | None = None) -> Table:
             label, justify="right" if name in _NUMERIC else "left", no_wrap=name != "budget"
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain_text, row))
     return table
 
 

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from dori_lightning.files import write_atomically
+from dori_lightning.redaction import redact
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def claim_folder(folder: Path, method: Mapping[str, Any]) -> None:
         InputError: The folder holds results of another method; names every setting that differs.
     """
     if not check_folder(folder, method):
-        record = json.dumps(method, indent=2, sort_keys=True) + "\n"
+        record = json.dumps(redact(method), indent=2, sort_keys=True) + "\n"
         write_atomically(folder / _FILE, record.encode())
 
 
@@ -46,7 +47,7 @@ def check_folder(folder: Path, method: Mapping[str, Any]) -> bool:
     Raises:
         InputError: The folder holds results of another method; names every setting that differs.
     """
-    wanted = dict(_flat(json.loads(json.dumps(method))))
+    wanted = dict(_flat(json.loads(json.dumps(redact(method)))))
     place = folder / _FILE
     if place.is_file():
         found = dict(_flat(json.loads(place.read_text(encoding="utf-8"))))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from dori_lightning.files import write_atomically
+from dori_lightning.redaction import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +94,7 @@ def read_status(folder: Path) -> JobStatus | None:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
+    text: str = redact(str(error).strip().partition("\n")[0])
     return text or type(error).__name__
 
 

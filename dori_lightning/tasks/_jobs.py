@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -15,7 +15,7 @@ from dori_lightning.report.locality.section import LOCALITY_FILE
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Jobs", "jobs_of"]
 
@@ -112,7 +112,8 @@ def _overrides(folder: Path) -> frozenset[str]:
     path = folder / _OVERRIDES
     if not path.is_file():
         return frozenset()
-    return frozenset(map(str, OmegaConf.load(path)))
+    held = _as_written(path)
+    return frozenset(map(str, held)) if isinstance(held, list) else frozenset()
 
 
 def _is_dry(override: str) -> bool:
@@ -121,10 +122,12 @@ def _is_dry(override: str) -> bool:
 
 def _wanted(path: Path) -> list[tuple[str, ...]] | None:
     """Overrides of every job of a sweep; None where they cannot be told from its file."""
-    cfg = OmegaConf.load(path)
-    params: Mapping[str, object] = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    held = _as_written(path)
+    hydra = held.get("hydra") if isinstance(held, dict) else None
+    hydra = hydra if isinstance(hydra, dict) else {}
+    params = (hydra.get("sweeper") or {}).get("params") or {}
     given = [f"{key}={value}" for key, value in params.items()]
-    given += list(OmegaConf.select(cfg, "hydra.overrides.task") or [])
+    given += map(str, (hydra.get("overrides") or {}).get("task") or [])
     options: dict[str, list[str]] = {}
     try:
         for override in OverridesParser.create().parse_overrides(given):
@@ -138,6 +141,11 @@ def _wanted(path: Path) -> list[tuple[str, ...]] | None:
     except (HydraException, ValueError):
         return None
     return list(itertools.product(*options.values()))
+
+
+def _as_written(path: Path) -> Any:
+    """A yaml of a run folder, which may be somebody else's: nothing in it is resolved."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
 def _tell_apart(job: Sequence[str], jobs: Sequence[Sequence[str]]) -> str:

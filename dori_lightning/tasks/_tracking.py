@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from dori_lightning import ranks
 from dori_lightning.interruption import Interrupted
-from dori_lightning.report.redaction import redact
+from dori_lightning.redaction import redact
 from dori_lightning.tasks._provenance import git_sha, package_versions, plain
 from dori_lightning.tracking.identity import RunIdentity, kept_id
 from dori_lightning.tracking.tracker import Tracker

@@ -72,11 +72,18 @@ class Tracker:
             run.log({event: _wandb().Image(picture, caption=caption)})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table, once a run; its cells are scalars, text, None and PIL pictures."""
+        """Log a table, once a run; its cells are scalars, text, None and PIL pictures.
+
+        Text that a spreadsheet would take for a formula is told apart by an apostrophe: W&B
+        exports tables as CSV, and prompts are other people's.
+        """
         for run in self._runs():
             wandb = _wandb()
             held = [
-                [wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row]
+                [
+                    wandb.Image(cell) if isinstance(cell, Image.Image) else _no_formula(cell)
+                    for cell in row
+                ]
                 for row in rows
             ]
             run.log({name: wandb.Table(columns=list(columns), data=held)})
@@ -154,6 +161,12 @@ class Tracker:
                     run.define_metric(key, hidden=True)
                 else:
                     run.define_metric(key, step_metric=step_metric)
+
+
+def _no_formula(cell: Any) -> Any:
+    """A text cell as itself, or behind an apostrophe where it begins like a formula."""
+    is_formula = isinstance(cell, str) and len(cell) > 1 and cell[0] in "=+-@\t\r\n"
+    return f"'{cell}" if is_formula else cell
 
 
 def _wandb() -> Any:

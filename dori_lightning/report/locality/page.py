@@ -6,13 +6,13 @@ import json
 from typing import TYPE_CHECKING
 
 from dori_lightning.files import write_atomically
+from dori_lightning.markdown import escape
+from dori_lightning.redaction import redact
 from dori_lightning.report.locality import figures, layers, rates
 from dori_lightning.report.locality.record import write_locality
 from dori_lightning.report.locality.tables import image_table, number_tables
 from dori_lightning.report.locality.text import answers, verdict
-from dori_lightning.report.markdown import escape
 from dori_lightning.report.plots import drawn_for_page
-from dori_lightning.report.redaction import redact
 from dori_lightning.report.style import Ink
 from dori_lightning.report.summary import budget_words, number_words
 from dori_lightning.report.templating import rendered_page

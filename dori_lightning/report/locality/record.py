@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dori_lightning.files import write_atomically
+from dori_lightning.redaction import redact
 from dori_lightning.report.document import plain_values
-from dori_lightning.report.redaction import redact
 from dori_lightning.report.stored import stored_json
 from dori_lightning.types import InputError
 

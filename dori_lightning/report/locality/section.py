@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dori_lightning.pairs.pictures import PARSER_ERRORS, PictureError, resolve_inside
 from dori_lightning.report.pictures import png_uri
 from dori_lightning.report.stored import stored_json
 from dori_lightning.types import InputError
@@ -100,7 +101,7 @@ def read_locality(folder: Path, *, disclosure: Disclosure) -> LocalitySection | 
     return LocalitySection(
         name=folder.name,
         lead=str(document.get("verdict") or "") if isinstance(document, dict) else "",
-        figures=tuple(_figure(folder / name, entry) for name, entry in shown.items()),
+        figures=tuple(_figure(folder, name, entry) for name, entry in shown.items()),
         withheld=len(listed) - len(shown),
     )
 
@@ -116,13 +117,16 @@ def _title(stem: str) -> str:
     return stem.removeprefix("locality_").replace("_", " ").capitalize()
 
 
-def _figure(path: Path, entry: Mapping[str, Any]) -> LocalityFigure:
+def _figure(folder: Path, name: str, entry: Mapping[str, Any]) -> LocalityFigure:
+    """One figure; the list may be somebody else's, so it may name pictures of its folder only."""
     try:
-        with Image.open(path) as opened:
+        path = resolve_inside(folder, name)
+        with Image.open(path, formats=("PNG",)) as opened:
             picture = opened.convert("RGB")
-    except OSError as error:
+    except (*PARSER_ERRORS, Image.DecompressionBombError, PictureError) as error:
         raise InputError(
-            f"cannot show {path}: {error}\n  mend:  run task=locality again in this folder"
+            f"cannot show {folder / name}: {error}\n"
+            f"  mend:  run task=locality again in this folder"
         ) from None
     if picture.width > _WIDEST:
         height = round(picture.height * _WIDEST / picture.width)
