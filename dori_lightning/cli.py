@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dori_lightning import guards, interruption, mistakes, ranks, schema, sweeps
+from dori_lightning.files import remove_partials
 from dori_lightning.interruption import Interrupted
 from dori_lightning.report.claims import ClaimsFailedError
 from dori_lightning.tasks._job_status import status_of
@@ -145,6 +146,7 @@ def _run_task(cfg: DictConfig) -> float | None:
         status = None
         if ranks.speaks() and not cfg.task.get("dry_run"):
             until_the_end.enter_context(one_writer(folder))
+            remove_partials(folder)
             status = until_the_end.enter_context(status_of(folder))
         task = _checked(cfg)
         # late: errors above come at once, and these import torch
