@@ -31,6 +31,7 @@ from dori_lightning import (
     schema,
     sweeps,
 )
+from dori_lightning.files import remove_partials
 from dori_lightning.interruption import Interrupted
 from dori_lightning.redaction import redact
 from dori_lightning.report.claims import ClaimsFailedError
@@ -157,6 +158,7 @@ def _run_task(cfg: DictConfig) -> float | None:
         status = None
         if ranks.speaks() and not cfg.task.get("dry_run"):
             until_the_end.enter_context(one_writer(folder))
+            remove_partials(folder)
             status = until_the_end.enter_context(status_of(folder))
         task = _checked(cfg)
         # late: errors above come at once, and these import torch

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["sync_folder", "write_atomically"]
+__all__ = ["remove_partials", "sync_folder", "write_atomically"]
+
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
@@ -30,9 +34,25 @@ def write_atomically(path: Path, data: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        # errors of an open file do not say which
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def remove_partials(folder: Path) -> int:
+    """Remove what killed processes were writing, below a folder to which no other one writes.
+
+    Returns:
+        How many files went.
+    """
+    found = [path for path in folder.rglob(".*.tmp") if _PARTIAL.fullmatch(path.name)]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """From exceptions of Hydra and OmegaConf to what the user did, where, and how to mend it."""
 
+import errno
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,9 @@ from dori_lightning.types import InputError
 __all__ = ["explain", "explain_in_task"]
 
 _LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""A disk or quota that is full, a file larger than allowed, a file system gone read-only."""
+
 _HELP = "python -m dori_lightning --help lists what there is"
 
 
@@ -68,6 +72,14 @@ def explain_in_task(error: BaseException) -> str | None:
         if isinstance(link, MissingMandatoryValue):
             return _message(
                 _first_line(link), "the composed config", "give the value on the command line"
+            )
+        if isinstance(link, OSError) and link.errno in _NO_PLACE:
+            return _message(
+                f"cannot write: {link.strerror}; what is finished is kept",
+                str(link.filename or "the run folder or the cache"),
+                "free space (or raise the quota) and give the same command again, which finishes "
+                "what is missing; or choose other places with paths.output=FOLDER and "
+                "paths.cache=FOLDER",
             )
     return None
 

@@ -22,6 +22,7 @@ __all__ = [
     "Norm",
     "Outcome",
     "Pair",
+    "Status",
 ]
 
 Kind = Literal["vm", "tm", "control"]
@@ -29,7 +30,7 @@ KINDS: tuple[Kind, ...] = ("vm", "tm", "control")
 Init = Literal["prompt", "random", "control_prompt"]
 INITS: tuple[Init, ...] = ("prompt", "random", "control_prompt")
 Norm = Literal["none", "l2", "linf"]
-Status = Literal["ok", "diverged"]
+Status = Literal["ok", "diverged", "no_gradient"]
 
 
 class InputError(Exception):
@@ -54,6 +55,8 @@ class Pair:
             (variants of a template).
         sha256: Hash of the picture's file.
         duplicate_of: Id of an earlier pair with the same picture file, which breaks independence.
+        truncated: Whether the prompt has more tokens than the text encoder takes, so that its end
+            is cut; known once the checkpoint is loaded.
     """
 
     id: str
@@ -65,6 +68,7 @@ class Pair:
     role: Literal["audit", "training"] = "audit"
     sha256: str = ""
     duplicate_of: str | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,12 @@ class Outcome:
         pair: The pair.
         condition: How it was prompted.
         restart: Which restart of the attack; 0 for ``prompt``.
-        status: ``diverged`` where the attack's loss or gradient stopped being finite; never
-            counted as safe.
+        status: ``diverged`` where the attack's loss or gradient stopped being finite,
+            ``no_gradient`` where its first gradient was exactly zero, so that it could not
+            search; neither is ever counted as safe.
         seeds: Generation seeds, length K.
         similarity: Descriptor name to (K,) similarities with the original, higher is closer; NaN
-            where diverged.
+            where the attack failed.
         diversity: Mean pairwise similarity of the K pictures by the deciding descriptor; lower is
             more diverse.
         lpips: (K,) LPIPS distances to the original, or None where no weights are given.
@@ -171,7 +176,8 @@ class Cell:
         condition: Attack, init and budget.
         kind: Which pairs.
         n: Pairs that count (the denominator).
-        failed: Pairs that were left out because they diverged; reported, never counted as safe.
+        failed: Pairs that were left out because the attack on them diverged or had no gradient;
+            reported, never counted as safe.
         hits: Pairs reproduced.
         mr: Memorization rate ``hits / n``, NaN where n is 0.
         mr_ci95: Wilson interval of the rate.

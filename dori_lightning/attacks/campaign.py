@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dori_lightning.attacks.settings import AttackSettings
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.pairs.datamodule import PairsDataModule
-    from dori_lightning.types import Budget, Pair
+    from dori_lightning.types import Budget, Pair, Status
 
 __all__ = ["Trigger", "attack_identity", "attack_pairs", "read_triggers"]
 
@@ -42,6 +42,7 @@ class Trigger:
         restart: Which restart.
         embedding: Text embedding (T, D).
         diverged: Whether the attack stopped being finite on the way.
+        no_gradient: Whether it had no gradient to follow.
         loss_first: Attack loss at the first step; None for a prompt.
         loss_last: Mean attack loss of the last five steps spent; None for a prompt.
         displacement: Euclidean distance to the initial embedding; None for a prompt.
@@ -53,10 +54,16 @@ class Trigger:
     restart: int
     embedding: torch.Tensor
     diverged: bool = False
+    no_gradient: bool = False
     loss_first: float | None = None
     loss_last: float | None = None
     displacement: float | None = None
     losses: torch.Tensor | None = None
+
+    @property
+    def status(self) -> Status:
+        """What came of the attack; ``ok`` for a prompt."""
+        return "no_gradient" if self.no_gradient else "diverged" if self.diverged else "ok"
 
 
 def attack_identity(
@@ -110,7 +117,7 @@ def attack_pairs(
         One trigger per pair, init, restart and snapshot, the same on every process.
 
     Raises:
-        BrokenAttackError: The attack has no gradient.
+        InputError: Not even one pair fits the memory.
     """
     processes.start(trainer)
     ledger = AttackLedger(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
@@ -167,13 +174,16 @@ def read_triggers(
     for k, steps in enumerate(result.snapshots):
         spent = result.losses[0, :steps]
         embedding = result.embeddings[0, k]
+        # the point where an attack begins is as good as its prompt
+        dead = steps > 0 and bool(result.no_gradient[0])
         triggers.append(
             Trigger(
                 pair=pair,
                 condition=Condition("dori", init, replace(budget, steps=steps)),
                 restart=restart,
                 embedding=embedding,
-                diverged=bool(spent.isnan().any()),
+                diverged=bool(spent.isnan().any()) and not dead,
+                no_gradient=dead,
                 loss_first=float(spent[0]) if steps else None,
                 loss_last=float(spent[-5:].mean()) if steps else None,
                 displacement=float((embedding - initial).norm()),

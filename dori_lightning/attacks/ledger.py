@@ -64,6 +64,7 @@ class AttackLedger:
                 "restart": str(result.restart),
                 "snapshots": json.dumps(result.snapshots),
                 "diverged": str(bool(result.diverged[row])),
+                "no_gradient": str(bool(result.no_gradient[row])),
             }
             tensors = {
                 "embeddings": result.embeddings[row].contiguous(),
@@ -98,4 +99,6 @@ class AttackLedger:
             snapshots=tuple(json.loads(metadata["snapshots"])),
             losses=losses[None],
             diverged=torch.tensor([metadata["diverged"] == "True"]),
+            # earlier versions ended where there was none
+            no_gradient=torch.tensor([metadata.get("no_gradient") == "True"]),
         )

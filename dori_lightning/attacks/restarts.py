@@ -10,7 +10,7 @@ import torch
 from dori_lightning.attacks.campaign import attack_identity, read_triggers
 from dori_lightning.attacks.embedding_attack import EmbeddingAttack
 from dori_lightning.attacks.ledger import AttackLedger
-from dori_lightning.attacks.solver import AttackProblem
+from dori_lightning.attacks.solver import AttackProblem, refuse_broken
 from dori_lightning.progress import stage
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def _solve(
         restarts=tuple(module.restart for module, _ in batch),
     )
     result = first.search(problem, on_step=on_step)
+    refuse_broken(result)
     for row, ((module, pair), (_, inputs)) in enumerate(zip(batch, begun, strict=True)):
         own = slice(row, row + 1)
         module.ledger.write(
@@ -124,6 +125,7 @@ def _solve(
                 embeddings=result.embeddings[own],
                 losses=result.losses[own],
                 diverged=result.diverged[own],
+                no_gradient=result.no_gradient[own],
             ),
             module.init_point,
             {pair.id: inputs},

@@ -6,7 +6,9 @@ Reference: Finding DoRI (2507.16880), section "adversarial text embeddings": Ada
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,8 @@ import torch
 from dori_lightning import processes
 from dori_lightning.attacks.budget import project
 from dori_lightning.attacks.draws import noise_and_timesteps
+from dori_lightning.attacks.row_adam import RowAdam
+from dori_lightning.halving import Passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +25,29 @@ if TYPE_CHECKING:
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.types import Budget
 
-__all__ = ["AttackProblem", "AttackResult", "BrokenAttackError", "RowAdam", "solve"]
+__all__ = [
+    "AttackProblem",
+    "AttackResult",
+    "BrokenAttackError",
+    "refuse_broken",
+    "solve",
+]
+
+log = logging.getLogger(__name__)
+
+_TOO_LARGE = (
+    "checkpoint.precision=bf16, or a device with more memory; a pair's noise samples "
+    "(attack.noise_batch) are part of the method and are never cut"
+)
+
+_DEAF = (
+    "the text embedding does not reach the loss, so the attack could never succeed and its "
+    "failure would look like a perfect defence"
+)
+_BROKEN = (
+    "the checkpoint or its precision is broken: try checkpoint.precision=fp32, or bf16 instead of "
+    "fp16"
+)
 
 CPU_PAIRS = 8
 """Pairs of every forward pass on the CPU; see ``_loss_and_gradient``. Wider was no faster."""
@@ -63,6 +89,8 @@ class AttackResult:
             divergence.
         diverged: Whether the loss or gradient stopped being finite (N,); such a row keeps its
             last finite point.
+        no_gradient: Whether the first gradient was exactly zero (N,): the text does not reach the
+            loss. Such a row stays where it began, and its losses are NaN.
     """
 
     ids: tuple[str, ...]
@@ -71,52 +99,7 @@ class AttackResult:
     snapshots: tuple[int, ...]
     losses: torch.Tensor
     diverged: torch.Tensor
-
-
-class RowAdam:
-    """Adam (Kingma & Ba, 2015) in which every row has its own step count and can stand still.
-
-    Elementwise the same arithmetic as ``torch.optim.Adam``; rows that are masked out keep value
-    and state.
-    """
-
-    def __init__(
-        self,
-        rows: torch.Tensor,
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        self.lr, self.betas, self.eps = lr, betas, eps
-        self.mean, self.square = torch.zeros_like(rows), torch.zeros_like(rows)
-        # float64: 1 - 0.999 loses four digits in float32
-        self.count = torch.zeros(
-            len(rows), *([1] * (rows.dim() - 1)), device=rows.device, dtype=torch.float64
-        )
-
-    def step(
-        self, rows: torch.Tensor, gradient: torch.Tensor, active: torch.Tensor
-    ) -> torch.Tensor:
-        """Return updated rows; ``active`` (N,) says which rows move.
-
-        Args:
-            rows: Current values (N, ...).
-            gradient: Their gradient (N, ...), finite where active.
-            active: Boolean mask (N,).
-        """
-        mask = active.view(-1, *([1] * (rows.dim() - 1)))
-        gradient = torch.where(mask, gradient, 0.0)
-        first, second = self.betas
-        self.count = self.count + mask
-        self.mean = torch.where(mask, self.mean * first + gradient * (1 - first), self.mean)
-        self.square = torch.where(
-            mask, self.square * second + gradient * gradient * (1 - second), self.square
-        )
-        count = self.count.clamp_min(1)
-        scale = self.square.sqrt() / (1 - second**count).sqrt().to(rows.dtype) + self.eps
-        update = (self.lr / (1 - first**count)).to(rows.dtype) * self.mean / scale
-        return torch.where(mask, rows - update, rows)
+    no_gradient: torch.Tensor
 
 
 def solve(
@@ -137,6 +120,10 @@ def solve(
     same in any company: bit for bit on the CPU, where each pair has its own pass, up to kernel
     rounding elsewhere. The model's weights take no gradient and are not touched.
 
+    A row whose loss or gradient is not finite, or whose first gradient is exactly zero, stands
+    still from there on and is marked: its search says nothing about the model. Where no row is
+    left after the first step, the search ends there.
+
     Args:
         model: Model under attack.
         problem: Pictures and initial embeddings.
@@ -150,8 +137,7 @@ def solve(
         on_step: Called after each step with its number.
 
     Raises:
-        BrokenAttackError: At the first step some row's gradient is exactly zero or not finite for
-            every pair: the text does not reach the loss, and "not reproduced" would be a lie.
+        InputError: Not even one pair fits the memory.
         Interrupted: The run was told to leave.
     """
     wanted = tuple(sorted({s for s in snapshots if 0 <= s <= budget.steps} | {budget.steps}))
@@ -161,6 +147,7 @@ def solve(
     delta = torch.zeros_like(initial)
     optimizer = RowAdam(delta, lr=lr)
     active = torch.ones(rows, dtype=torch.bool, device=model.device)
+    dead = ~active
     token_mask = torch.ones(initial.shape[1], 1, device=model.device)
     if keep_first_token:
         token_mask[0] = 0.0
@@ -170,6 +157,7 @@ def solve(
     share = CPU_PAIRS if model.device.type == "cpu" else rows
     restarts = problem.restarts or (problem.restart,) * rows
     repeated = latents.repeat_interleave(batch, 0)
+    passes = Passes("attack", "pair", model.pass_limits, _TOO_LARGE)
     with model.frozen(), torch.enable_grad():
         for step in range(budget.steps):
             processes.check()
@@ -187,14 +175,16 @@ def solve(
             noise = torch.cat([d[0] for d in draws]).to(model.device)
             timesteps = torch.cat([d[1] for d in draws]).to(model.device)
             point = initial + delta
-            loss, gradient = _loss_and_gradient(
-                model, problem.ids, point, repeated, noise, timesteps, share
+            loss, gradient = passes.run(
+                partial(_loss_and_gradient, model, problem.ids, point, repeated, noise, timesteps),
+                share,
             )
             gradient = gradient * token_mask
             with torch.no_grad():
                 finite = loss.isfinite() & gradient.flatten(1).isfinite().all(1)
                 if step == 0:
-                    _check_first_gradient(problem.ids, gradient, finite)
+                    dead = finite & (gradient.flatten(1).abs().amax(1) == 0)
+                    active = ~dead
                 active = active & finite
                 losses.append(torch.where(active, loss, torch.nan))
                 delta = project(optimizer.step(delta, gradient, active), budget)
@@ -202,9 +192,22 @@ def solve(
                 kept.append((initial + delta).cpu())
             if on_step is not None:
                 on_step(step + 1)
-    stacked = torch.stack(losses, 1).cpu() if losses else torch.zeros(rows, 0)
+            if step == 0 and not bool(active.any()):
+                log.warning("%s", _why_none(model, problem.ids, dead.cpu(), timesteps))
+                break
+    stacked = torch.full((rows, budget.steps), torch.nan)
+    if losses:
+        stacked[:, : len(losses)] = torch.stack(losses, 1).cpu()
+    kept += [(initial + delta).cpu()] * (len(wanted) - len(kept))
+    no_gradient = dead.cpu()
     return AttackResult(
-        problem.ids, problem.restart, torch.stack(kept, 1), wanted, stacked, ~active.cpu()
+        problem.ids,
+        problem.restart,
+        torch.stack(kept, 1),
+        wanted,
+        stacked,
+        ~active.cpu() & ~no_gradient,
+        no_gradient,
     )
 
 
@@ -245,24 +248,34 @@ def _loss_and_gradient(
     return torch.cat(losses), torch.cat(gradients)
 
 
-def _check_first_gradient(
-    ids: Sequence[str], gradient: torch.Tensor, finite: torch.Tensor
-) -> None:
-    """Refuse to attack a model that text does not reach."""
-    if not bool(finite.any()):
-        raise BrokenAttackError(
-            f"the attack's first gradient is not finite for any of {', '.join(ids)}; the "
-            f"checkpoint or its precision is broken (try checkpoint.precision=fp32)"
-        )
-    size = gradient.flatten(1).abs().amax(1)
-    dead = [
-        name
-        for name, value, ok in zip(ids, size.tolist(), finite.tolist(), strict=True)
-        if ok and value == 0
-    ]
+def refuse_broken(result: AttackResult) -> None:
+    """Refuse a search whose failure would be taken for a robust model by whoever trains on it.
+
+    Raises:
+        BrokenAttackError: Some row has no gradient, or none was finite from the first step on.
+    """
+    dead = [name for name, no in zip(result.ids, result.no_gradient.tolist(), strict=True) if no]
     if dead:
         raise BrokenAttackError(
-            f"the attack's first gradient is exactly zero for {', '.join(dead)}: the text "
-            f"embedding does not reach the loss, so the attack could never succeed and its "
-            f"failure would look like a perfect defence"
+            f"the attack's first gradient is exactly zero for {', '.join(dead)}: {_DEAF}"
         )
+    steps = result.losses.shape[1]
+    if steps and len(result.ids) and bool(result.losses.isnan()[:, 0].all()):
+        raise BrokenAttackError(
+            f"the attack's first gradient is not finite for any of {', '.join(result.ids)}; "
+            f"{_BROKEN}"
+        )
+
+
+def _why_none(
+    model: TextToImage, ids: Sequence[str], dead: torch.Tensor, timesteps: torch.Tensor
+) -> str:
+    """Why no row can go on after the first step."""
+    if bool(dead.any()):
+        deaf = [name for name, no in zip(ids, dead.tolist(), strict=True) if no]
+        return f"the attack's first gradient is exactly zero for {', '.join(deaf)}: {_DEAF}"
+    dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
+    return (
+        f"the attack's first gradient is not finite for any of {', '.join(ids)} (weights in "
+        f"{dtype}, timesteps {int(timesteps.min())} to {int(timesteps.max())}); {_BROKEN}"
+    )

@@ -77,6 +77,9 @@ class FitCheckpoints(CheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
         finally:
             partial.unlink(missing_ok=True)
         sync_folder(path.parent)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dori_lightning.mitigations.finetuning import Finetuning
     from dori_lightning.models.protocol import TextToImage
 
-__all__ = ["fit"]
+__all__ = ["Saving", "fit", "is_done"]
 
 
 class _Steps(IterableDataset[int]):
@@ -63,7 +63,7 @@ class _Advance(L.Callback):
         self.seen = trainer.global_step
 
 
-class _Saving(Checkpoint):
+class Saving(Checkpoint):
     """Write a checkpoint every so many steps, and before all processes leave on a signal.
 
     All meet twice in a step: where those that left a search of triggers are missed, before the
@@ -75,9 +75,11 @@ class _Saving(Checkpoint):
         self.saved = -1
 
     def on_before_backward(self, *_: Any) -> None:
+        """Meet those that may have left a search of triggers."""
         processes.vote()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Write every so many steps, then meet, and leave together where one is to leave."""
         if trainer.global_step % self.every == 0:
             self._save(trainer)
         processes.vote(interruption.received())
@@ -85,6 +87,7 @@ class _Saving(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, _module: L.LightningModule, error: BaseException
     ) -> None:
+        """Write before leaving on a signal."""
         # a search of triggers that is left leaves the pool as it was before
         if isinstance(error, Interrupted) and processes.leave(error):
             self._save(trainer)
@@ -123,11 +126,11 @@ def fit(
     """
     settings = module.settings
     last = processes.from_first(last_checkpoint(folder, title) if processes.is_first() else None)
-    if last is not None and _is_done(module, last, steps):
+    if last is not None and is_done(module, last, steps):
         return
     with stage(title, steps) as advance:
         callbacks: list[L.Callback] = [
-            _Saving(folder, settings.checkpoint_every),
+            Saving(folder, settings.checkpoint_every),
             _Advance(title, advance),
         ]
         if settings.ema is not None:
@@ -184,7 +187,7 @@ def _devices(model: TextToImage) -> dict[str, Any]:
     return {"accelerator": device.type, "devices": alone, "num_nodes": 1, "strategy": "auto"}
 
 
-def _is_done(module: Finetuning, last: Path, steps: int) -> bool:
+def is_done(module: L.LightningModule, last: Path, steps: int) -> bool:
     """Whether a checkpoint is a fit's end; takes its weights then.
 
     A Trainer that has nothing left to do would not put the average of the weights in place.

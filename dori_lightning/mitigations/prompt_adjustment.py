@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.attacks.solver import RowAdam
+from dori_lightning.attacks.row_adam import RowAdam
 from dori_lightning.mitigations.base import settings_of
 from dori_lightning.mitigations.edits import Origin
 from dori_lightning.mitigations.memorization_score import FirstStep, memorization_score

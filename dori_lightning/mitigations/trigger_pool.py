@@ -11,7 +11,7 @@ import torch
 from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator, random_embedding
 from dori_lightning.attacks.settings import AttackSettings
-from dori_lightning.attacks.solver import AttackProblem, solve
+from dori_lightning.attacks.solver import AttackProblem, refuse_broken, solve
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -236,6 +236,7 @@ class TriggerPool:
                 snapshots=attack.snapshots,
                 keep_first_token=attack.keep_first_token,
             )
+            refuse_broken(result)
             for row, k in enumerate(own):
                 final = float(result.losses[row, -5:].mean())
                 mine[names[k]] = (result.embeddings[row], final)

@@ -56,6 +56,8 @@ class TextToImage(Protocol):
     Attributes:
         alphas_cumprod: Cumulative product of the noise schedule, (``num_train_timesteps``,).
         unet_evaluations: Rows that went through the denoiser so far.
+        pass_limits: Widest forward pass that memory was found to hold, by what it is for; empty
+            while it has not run out (``halving.Passes``).
         row_pairs: Whose rows the denoiser's current or last pass holds.
         embedding_filter: Applied to embeddings before anything is generated from them.
     """
@@ -69,11 +71,16 @@ class TextToImage(Protocol):
     device: torch.device
     alphas_cumprod: torch.Tensor
     unet_evaluations: int
+    pass_limits: dict[str, int]
     row_pairs: tuple[str, ...] | None
     embedding_filter: EmbeddingFilter | None
 
     def token_count(self, prompt: str) -> int:
         """Tokens of a prompt with its start and end token, before truncation; at most T fit."""
+        ...
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that does not fit; empty where all of it does."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from torch.nn import functional as F
 
 from dori_lightning import processes
+from dori_lightning.halving import Passes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampling, Stage
 
 __all__ = ["StableDiffusion"]
+
+_TOO_LARGE = (
+    "checkpoint.precision=bf16, a smaller checkpoint.resolution, or a device with more memory"
+)
 
 _SUFFIXES: dict[str, str] = {
     "cross_attention.value": ".attn2.to_v",
@@ -99,6 +105,7 @@ class StableDiffusion:
         self.device = next(unet.parameters()).device
         self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.unet_evaluations = 0
+        self.pass_limits: dict[str, int] = {}
         self.row_pairs: tuple[str, ...] | None = None
         self.embedding_filter: EmbeddingFilter | None = None
         self._empty: torch.Tensor | None = None
@@ -108,6 +115,13 @@ class StableDiffusion:
     def token_count(self, prompt: str) -> int:
         """Tokens of a prompt with its start and end token, before truncation."""
         return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that does not fit, as the tokenizer spells it."""
+        ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+        # the end token takes the last place
+        lost = ids[self.embedding_shape[0] - 1 : -1]
+        return str(self.tokenizer.decode(lost)) if len(ids) > self.embedding_shape[0] else ""
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -255,16 +269,24 @@ class StableDiffusion:
             noise: Starting noise (N, C, h, w).
             sampling: Sampler settings.
             pair_ids: Whose pictures these are (N), for edits that differ by pair.
+
+        Raises:
+            InputError: Not even one picture fits the memory.
         """
-        parts = []
-        for start in range(0, len(embeddings), sampling.batch):
-            part = slice(start, start + sampling.batch)
+        passes = Passes("generate", "picture", self.pass_limits, _TOO_LARGE)
+        done: list[torch.Tensor] = []
+
+        def draw(start: int, width: int) -> torch.Tensor:
+            part = slice(start, start + width)
             ids = None if pair_ids is None else list(pair_ids[part])
             rows = embeddings[part].to(self.device)
             if self.embedding_filter is not None:
                 rows = self.embedding_filter(rows, noise[part].to(self.device), sampling)
-            parts.append(self.decode_latents(self.denoise(rows, noise[part], sampling, ids)))
-        return torch.cat(parts)
+            return self.decode_latents(self.denoise(rows, noise[part], sampling, ids))
+
+        while (start := sum(map(len, done))) < len(embeddings):
+            done.append(passes.run(partial(draw, start), sampling.batch))
+        return torch.cat(done)
 
     @torch.no_grad()
     def denoise(

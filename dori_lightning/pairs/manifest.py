@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from dori_lightning.pairs.problems import raise_problems, some_of
+from dori_lightning.pairs.problems import quote, raise_problems, some_of
 from dori_lightning.pairs.rows import check_row
 from dori_lightning.types import KINDS, InputError, Kind, Pair
 
@@ -132,7 +132,12 @@ def validate_rows(
 
 
 def check_prompt_lengths(
-    pairs: Sequence[Pair], token_count: Callable[[str], int], limit: int, *, strict: bool
+    pairs: Sequence[Pair],
+    token_count: Callable[[str], int],
+    limit: int,
+    *,
+    strict: bool,
+    cut_off: Callable[[str], str] | None = None,
 ) -> tuple[str, ...]:
     """Find prompts that the text encoder would cut; this needs the model's tokenizer.
 
@@ -141,6 +146,7 @@ def check_prompt_lengths(
         token_count: Tokens of a prompt with its start and end token, before any truncation.
         limit: Tokens that fit.
         strict: Refuse such prompts rather than warn of them.
+        cut_off: The end of a prompt that does not fit, for the message.
 
     Returns:
         Ids of the pairs whose prompt is cut.
@@ -155,7 +161,13 @@ def check_prompt_lengths(
             f"{len(long)} prompts are longer than the {limit} tokens that the text encoder takes: "
             + some_of([f"{name} ({count})" for name, count in long.items()])
         )
+        if cut_off is not None:
+            first = next(pair for pair in pairs if pair.id in long)
+            text += f"; {first.id} loses its end {quote(cut_off(first.prompt).strip())}"
         if strict:
-            raise InputError(f"{text}. Shorten them")
+            raise InputError(
+                f"{text}\n  where: the prompts of these pairs\n  mend:  shorten them, or let "
+                f"them be cut: task.strict_prompts=false"
+            )
         logger.warning("%s. What does not fit is cut", text)
     return tuple(long)

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EMAWeightAveraging, TQDMProgressBar
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from dori_lightning.mitigations.checkpoints import FitCheckpoints, last_checkpoint
+from dori_lightning.mitigations.fitting import Saving, is_done
 from dori_lightning.planting.autoencoder import AutoencoderTraining, StreamImages
 from dori_lightning.planting.diffusion import DiffusionTraining, silence_cross_attention
 from dori_lightning.planting.latents import EncodedStream
 from dori_lightning.planting.recipe import build_autoencoder, build_scheduler, build_unet
 from dori_lightning.planting.text import build_text_encoder
+from dori_lightning.processes import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,11 +71,8 @@ def _trainer(
     bar: bool,
     logger: Logger | None,
 ) -> L.Trainer:
-    saving = ModelCheckpoint(
-        dirpath=folder, every_n_train_steps=CHECKPOINT_EVERY, save_last=True, save_top_k=1
-    )
     shown: list[L.Callback] = [TQDMProgressBar()] if bar else [_LogLines(50)]
-    return L.Trainer(
+    return Trainer(
         max_steps=steps,
         accelerator="auto",
         devices=1,
@@ -82,7 +82,9 @@ def _trainer(
         log_every_n_steps=max(1, steps // _CURVE_POINTS),
         enable_progress_bar=bar,
         enable_model_summary=False,
-        callbacks=[saving, *shown, *callbacks],
+        callbacks=[Saving(folder, CHECKPOINT_EVERY), *shown, *callbacks],
+        plugins=[FitCheckpoints()],
+        default_root_dir=folder,
     )
 
 
@@ -107,13 +109,19 @@ def _fit(
     batch: int,
     folder: Path,
 ) -> None:
-    """Fit, going on from ``folder``'s last checkpoint where there is one."""
-    last, done = folder / "last.ckpt", 0
-    if last.is_file():
+    """Fit, going on from ``folder``'s last whole checkpoint where there is one.
+
+    Raises:
+        Interrupted: The run was told to leave; the next one goes on from here.
+    """
+    last, done = last_checkpoint(folder, folder.name), 0
+    if last is not None:
+        if is_done(module, last, int(trainer.max_steps)):
+            return
         done = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
-        log.info("resuming from step %d of %s", done, last)
     loader = DataLoader(_Rest(data, length, done * batch), batch_size=batch)
-    trainer.fit(module, loader, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    ckpt_path = None if last is None else str(last)
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
 
 
 def train_autoencoder(

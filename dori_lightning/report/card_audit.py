@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditedThing", "CardAudit", "audited_thing", "card_audit"]
 
-_SEVERITIES = ("critical", "warning", "info")
+_SEVERITIES = ("invalid", "critical", "warning", "info")
 
 
 @dataclass(frozen=True)

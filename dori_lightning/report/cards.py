@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dori_lightning.report.pictures import THUMBNAIL, jpeg_uri, thumbnail
 from dori_lightning.report.summary import (
     KIND_WORDS,
+    STATUS_WORDS,
     headline_condition,
     pair_results,
     prompt_condition,
@@ -63,7 +64,7 @@ class Card:
         kind: Its kind in words.
         original: ``data:`` address of the original, None where pictures are not shown.
         panels: Its pictures.
-        outcome: ``prompt``, ``attack``, ``none`` or ``diverged``.
+        outcome: ``prompt``, ``attack``, ``none`` or ``failed``.
     """
 
     pair: Pair
@@ -153,9 +154,9 @@ def _outcome(found: dict[str, PairResult | None]) -> str:
         return "prompt"
     if attack is not None and attack.reproduced:
         return "attack"
-    # One diverged run leaves the question open even where the other one found nothing.
+    # One failed run leaves the question open even where the other one found nothing.
     runs = [result for result in (prompt, attack) if result is not None]
-    return "diverged" if any(result.status == "diverged" for result in runs) else "none"
+    return "failed" if any(result.status != "ok" for result in runs) else "none"
 
 
 def picture_panel(
@@ -185,7 +186,8 @@ def picture_panel(
     if result is None:
         return Panel(name, label, None, "not run", "", "", -9.0, "not run", "doubt")
     if result.reproduced is None:
-        return Panel(name, label, None, "diverged", "", "", -9.0, "diverged: no result", "doubt")
+        why = STATUS_WORDS[result.status]
+        return Panel(name, label, None, why, "", "", -9.0, f"{why}: no result", "doubt")
     shown = None
     if result.picture is not None:
         shown = thumbnail(result.picture, disclosure, side=side)

@@ -32,6 +32,7 @@ def report_document(report: AuditReport) -> dict[str, Any]:
         "checkpoint": report.checkpoint,
         "mitigation": report.mitigation,
         "verdict": report.verdict,
+        "invalid": list(report.invalid),
         "flags": [asdict(flag) for flag in report.flags],
         "cells": [_cell(cell) for cell in report.cells],
         "calibration": _calibration(report.calibration),
@@ -98,7 +99,8 @@ def _pairs(report: AuditReport) -> list[dict[str, Any]]:
             pair.id,
             {
                 "id": pair.id, "kind": pair.kind, "prompt": pair.prompt, "repeats": pair.repeats,
-                "duplicate_of": pair.duplicate_of, "conditions": [],
+                "duplicate_of": pair.duplicate_of, "truncated": pair.truncated,
+                "conditions": [],
             },
         )  # fmt: skip
         row["conditions"].append(

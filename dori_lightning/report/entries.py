@@ -48,6 +48,17 @@ class Entry:
     utility: Mapping[str, Any]
     edit: Mapping[str, Any]
 
+    @property
+    def invalid(self) -> list[Mapping[str, Any]]:
+        """Flags that make its audits invalid, each name once."""
+        named = {
+            flag["name"]: flag
+            for run in self.runs
+            for flag in run.document["flags"]
+            if flag["severity"] == "invalid"
+        }
+        return list(named.values())
+
 
 def run_cells(
     outcomes: Sequence[Outcome], run: Run, rule: Calibration, label: str

@@ -17,7 +17,7 @@ from dori_lightning.report.summary import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dori_lightning.types import Cell, Outcome
+    from dori_lightning.types import Cell, Condition, Outcome
 
 __all__ = ["BASELINE_LIMIT", "FEW_PAIRS", "WEAK_CONTROLS", "find_flags"]
 
@@ -32,17 +32,87 @@ WEAK_CONTROLS = 0.2
 
 
 def find_flags(
-    cells: Sequence[Cell], *, mitigation: str, outcomes: Iterable[Outcome] = ()
+    cells: Sequence[Cell],
+    *,
+    mitigation: str,
+    outcomes: Sequence[Outcome] = (),
+    inert: bool = False,
 ) -> tuple[Flag, ...]:
-    """List what limits the meaning of the numbers, gravest first."""
+    """List what limits the meaning of the numbers, gravest first.
+
+    Args:
+        cells: All cells, those of ``none`` too where the baseline was measured.
+        mitigation: The mitigation under audit.
+        outcomes: Every pair under every condition.
+        inert: Whether the mitigation's edit changes nothing in the model.
+    """
     own = [cell for cell in cells if cell.mitigation == mitigation]
     flags = [
+        *_inert_flags(mitigation, inert=inert),
+        *_failed_flags(own, outcomes),
         *_control_flags(own),
         *_baseline_flags(cells, mitigation),
         *_sample_flags(own, outcomes),
     ]
-    order = {"critical": 0, "warning": 1, "info": 2}
+    order = {"invalid": 0, "critical": 1, "warning": 2, "info": 3}
     return tuple(sorted(flags, key=lambda flag: order[flag.severity]))
+
+
+def _inert_flags(mitigation: str, *, inert: bool) -> Iterable[Flag]:
+    if inert:
+        yield Flag(
+            "edit_changes_nothing", "invalid",
+            f"The edit of {mitigation} changes no weight of the model, so this is an audit of the "
+            "checkpoint without a mitigation.",
+        )  # fmt: skip
+
+
+def _failed_flags(own: Sequence[Cell], outcomes: Sequence[Outcome]) -> Iterable[Flag]:
+    """What could not be searched; one suspected image is enough, for it may be one that stayed."""
+    shown = _shown(own)
+    suspected = sum(cell.failed for cell in shown if cell.kind != "control")
+    controls = sum(cell.failed for cell in shown if cell.kind == "control")
+    deaf = _without_gradient(shown, outcomes)
+    if deaf:
+        yield Flag(
+            "no_gradient", "invalid",
+            f"The attack had no gradient in {number_words(deaf, 'run')} on suspected images: the "
+            "text does not reach the model's loss, so it could not have succeeded whatever the "
+            "model holds.",
+        )  # fmt: skip
+    if suspected > deaf:
+        yield Flag(
+            "diverged", "invalid",
+            f"{number_words(suspected - deaf, 'run')} on suspected images diverged and gave no "
+            "result: left out of every rate, and no evidence that an image is safe.",
+        )  # fmt: skip
+    if controls:
+        yield Flag(
+            "controls_failed", "warning",
+            f"{number_words(controls, 'run')} on control images gave no result and are left out "
+            "of every rate.",
+        )  # fmt: skip
+
+
+def _shown(own: Sequence[Cell]) -> list[Cell]:
+    """Cells that the verdict speaks of: prompts, and attacks of the headline's budget."""
+    attack = headline_condition(own)
+    return [
+        cell
+        for cell in own
+        if cell.condition.attack == "prompt"
+        or (attack is not None and cell.condition.budget == attack.budget)
+    ]
+
+
+def _without_gradient(shown: Sequence[Cell], outcomes: Sequence[Outcome]) -> int:
+    """Suspected images times shown conditions in which no restart had a gradient."""
+    conditions = {cell.condition for cell in shown}
+    found: dict[tuple[str, Condition], set[str]] = {}
+    for outcome in outcomes:
+        if outcome.condition in conditions and outcome.pair.kind != "control":
+            found.setdefault((outcome.pair.id, outcome.condition), set()).add(outcome.status)
+    return sum("ok" not in held and "no_gradient" in held for held in found.values())
 
 
 def _control_flags(own: Sequence[Cell]) -> Iterable[Flag]:
@@ -91,7 +161,8 @@ def _baseline_flags(cells: Sequence[Cell], mitigation: str) -> Iterable[Flag]:
     cell = find_cell(base, kind="vm", condition=prompt_condition(base))
     if cell is not None and cell.n > 0 and cell.mr < BASELINE_LIMIT:
         yield Flag(
-            "baseline_not_memorized", "warning",
+            # of a checkpoint as it is that is the answer; of a mitigation it is no test
+            "baseline_not_memorized", "warning" if mitigation == "none" else "invalid",
             f"Without any mitigation the model reproduces only {cell.hits} of "
             f"{number_words(cell.n, 'suspected image')} from their prompts: most may never have "
             f"been memorized, and what a mitigation does to them says little.",
@@ -104,21 +175,20 @@ def _baseline_flags(cells: Sequence[Cell], mitigation: str) -> Iterable[Flag]:
         )  # fmt: skip
 
 
-def _sample_flags(own: Sequence[Cell], outcomes: Iterable[Outcome]) -> Iterable[Flag]:
+def _sample_flags(own: Sequence[Cell], outcomes: Sequence[Outcome]) -> Iterable[Flag]:
     attack = headline_condition(own)
-    shown = [cell for cell in own if cell.condition.attack == "prompt" or cell.condition == attack]
-    failed = sum(cell.failed for cell in shown)
-    if failed:
-        yield Flag(
-            "diverged", "warning",
-            f"{number_words(failed, 'run')} diverged and gave no result: left out of every rate, "
-            "and no evidence that an image is safe.",
-        )  # fmt: skip
     suspected = find_cell(own, kind="vm", condition=prompt_condition(own) or attack)
     if suspected is not None and 0 < suspected.n < FEW_PAIRS:
         yield Flag(
             "few_pairs", "info",
             f"Only {number_words(suspected.n, 'suspected image')}: the intervals are wide.",
+        )  # fmt: skip
+    cut = len({o.pair.id for o in outcomes if o.pair.truncated})
+    if cut:
+        yield Flag(
+            "truncated_prompts", "warning",
+            f"{number_words(cut, 'prompt')} with more tokens than the text encoder takes: the "
+            "model never saw their end.",
         )  # fmt: skip
     copies = len({o.pair.id for o in outcomes if o.pair.duplicate_of is not None})
     if copies:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dori_lightning.report.pictures import thumbnail
 from dori_lightning.report.style import Ink, new_figure, rendered, styled
+from dori_lightning.report.summary import STATUS_WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,8 +75,8 @@ def _grid_picture(
         why = (
             "not run"
             if result is None
-            else "diverged"
-            if result.status == "diverged"
+            else STATUS_WORDS[result.status]
+            if result.status != "ok"
             else "not kept"
         )
         panel.text(0.5, 0.5, why, ha="center", va="center", transform=panel.transAxes)

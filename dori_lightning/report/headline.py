@@ -92,6 +92,7 @@ class HeadlineRow:
         published: What the paper gives for the row.
         against_none: Suspected images from their prompts, compared with no mitigation.
         against_none_holm: Its p-value corrected for the rows of the checkpoint; NaN without one.
+        invalid: Names of what makes its audits invalid; empty where they are valid.
     """
 
     checkpoint: str
@@ -107,6 +108,7 @@ class HeadlineRow:
     published: Published | None
     against_none: Paired | None = None
     against_none_holm: float = math.nan
+    invalid: tuple[str, ...] = ()
 
     @property
     def main(self) -> Attacked | None:
@@ -154,6 +156,7 @@ def _rows(entry: Entry, base: Entry) -> Iterator[HeadlineRow]:
             price=_price(entry),
             published=_published(entry) if norm == "none" else None,  # the paper has no ball
             against_none=_against(base, entry, _PROMPT, _PROMPT) if entry is not base else None,
+            invalid=tuple(flag["name"] for flag in entry.invalid),
         )
 
 

@@ -34,7 +34,8 @@ def headline_parquet(rows: Sequence[HeadlineRow]) -> bytes:
 
     Columns of a cell are ``{kind}_{prompt or dori_INIT}_{hits, n, failed, mr, mr_low, ...}``,
     those of the suspected images' tests ``{condition}_vs_{none or prompt}_{lost, gained, p}``,
-    with ``p_holm`` against none. Null: not measured, or not published.
+    with ``p_holm`` against none. ``invalid`` names what makes a row's audits invalid.
+    Null: not measured, or not published.
     """
     return _bytes([_headline(row) for row in rows], _headline_schema())
 
@@ -81,6 +82,7 @@ def _headline(row: HeadlineRow) -> dict[str, Any]:
         "norm": row.norm,
         "eps": row.eps,
         "steps": row.steps,
+        "invalid": ", ".join(row.invalid) or None,
         **_cell("vm_prompt_", row.prompt_vm),
         **_cell("tm_prompt_", row.prompt_tm),
         **_cell("control_prompt_", row.prompt_control),
@@ -120,6 +122,7 @@ def _headline_schema() -> dict[str, pa.DataType]:
         **dict.fromkeys(("checkpoint", "mitigation", "norm"), pa.string()),
         "eps": pa.float64(),
         "steps": pa.int64(),
+        "invalid": pa.string(),
     }
     conditions = ("prompt", *(f"dori_{init}" for init in INITS))
     for kind in KINDS:

@@ -114,6 +114,12 @@ def remarks(comparison: Comparison, rows: Sequence[HeadlineRow]) -> tuple[str, .
     """Say what the tables do not: what is missing, how runs were joined, whose numbers it has."""
     said = [f"Without a result: {name}." for name in comparison.unfinished]
     said += [f"Missing: {text}." for text in comparison.missing]
+    said += [
+        f"INVALID: the audit of {entry.label} on {entry.checkpoint}, so what did not come back "
+        f"there says nothing. {' '.join(flag['text'] for flag in entry.invalid)}"
+        for entry in comparison.entries
+        if entry.invalid
+    ]
     said += comparison.notes
     if comparison.prunings is not None:
         p = comparison.prunings
@@ -162,21 +168,21 @@ def tables_markdown(tables: Iterable[TextTable], said: Iterable[str]) -> str:
 
 
 def cell_words(cell: Cell | None) -> str:
-    """Write a cell with its interval: ``3/16  19 % [7, 43]``, and what diverged."""
+    """Write a cell with its interval: ``3/16  19 % [7, 43]``, and what failed."""
     if cell is None:
         return NOTHING
     if cell.n == 0:
-        return f"0/0 +{cell.failed} diverged"
+        return f"0/0 +{cell.failed} failed"
     low, high = (percent_words(bound).removesuffix(" %") for bound in cell.mr_ci95)
-    diverged = f" +{cell.failed} diverged" if cell.failed else ""
-    return f"{cell.hits}/{cell.n}{diverged}  {percent_words(cell.mr)} [{low}, {high}]"
+    failed = f" +{cell.failed} failed" if cell.failed else ""
+    return f"{cell.hits}/{cell.n}{failed}  {percent_words(cell.mr)} [{low}, {high}]"
 
 
 def short_words(cell: Cell | None) -> str:
-    """Write a cell's counts: ``3/16``, and what diverged."""
+    """Write a cell's counts: ``3/16``, and what failed."""
     if cell is None:
         return NOTHING
-    return f"{cell.hits}/{cell.n}" + (f" +{cell.failed} diverged" if cell.failed else "")
+    return f"{cell.hits}/{cell.n}" + (f" +{cell.failed} failed" if cell.failed else "")
 
 
 def ball_words(row: HeadlineRow) -> str:
@@ -191,7 +197,7 @@ def _name_columns(rows: Sequence[HeadlineRow]) -> dict[str, Callable[[HeadlineRo
     columns: dict[str, Callable[[HeadlineRow], str]] = {}
     if len({row.checkpoint for row in rows}) > 1:
         columns["checkpoint"] = lambda r: r.checkpoint
-    columns["mitigation"] = lambda r: r.mitigation
+    columns["mitigation"] = lambda r: r.mitigation + (" (INVALID)" if r.invalid else "")
     if len({ball_words(row) for row in rows}) > 1:
         columns["attack"] = ball_words
     return columns

@@ -28,7 +28,7 @@ class NumberRow:
 
     Attributes:
         asked: How the images were asked for.
-        reproduced: Images reproduced, of those measured, and what diverged.
+        reproduced: Images reproduced, of those measured, and what failed.
         rate: Memorization rate.
         interval: Its 95 % interval.
         centre: The rate in percent, None where there is none.
@@ -78,11 +78,11 @@ def number_groups(report: AuditReport) -> list[NumberGroup]:
             before = "without the mitigation" if cell.mitigation == "none" else cell.mitigation
             title += f", {before}"
         low, high = (0.0 if math.isnan(bound) else 100 * bound for bound in cell.mr_ci95)
-        diverged = f", {cell.failed} diverged" if cell.failed else ""
+        failed = f", {cell.failed} failed" if cell.failed else ""
         groups.setdefault(title, []).append(
             NumberRow(
                 asked=condition_words(cell.condition),
-                reproduced=f"{cell.hits} of {cell.n}{diverged}",
+                reproduced=f"{cell.hits} of {cell.n}{failed}",
                 rate=percent_words(cell.mr),
                 interval=interval_words(cell.mr_ci95),
                 centre=None if math.isnan(cell.mr) else 100 * cell.mr,

@@ -84,9 +84,13 @@ def render_page(
         report=report,
         images=images,
         side=THUMBNAIL,
-        answer=short_answer(report.cells, mitigation=report.mitigation),
-        plain=plain_verdict(report.cells, mitigation=report.mitigation),
-        tone=_tone(own, attack),
+        answer=short_answer(
+            report.cells, mitigation=report.mitigation, invalid=bool(report.invalid)
+        ),
+        plain=plain_verdict(
+            report.cells, mitigation=report.mitigation, invalid=bool(report.invalid)
+        ),
+        tone="invalid" if report.invalid else _tone(own, attack),
         tiles=_tiles(report, own, prompts, attack),
         pairs=pair_cards(report, shown, disclosure=images),
         panel_names=panel_names(report),
@@ -139,7 +143,7 @@ def _tiles(
             return _Tile(label, "not measured", note)
         low, high = cell.mr_ci95
         text = f"{percent_words(cell.mr)}, 95 % interval {interval_words(cell.mr_ci95)}"
-        left_out = f"; {cell.failed} diverged" if cell.failed else ""
+        left_out = f"; {cell.failed} failed" if cell.failed else ""
         return _Tile(
             label, f"{cell.hits} of {cell.n}", f"{text}{left_out}. {note}",
             100 * cell.mr, 100 * low, 100 * high,

@@ -28,13 +28,20 @@ if TYPE_CHECKING:
 __all__ = ["plain_sweep", "plain_verdict"]
 
 
-def plain_verdict(cells: Sequence[Cell], *, mitigation: str) -> str:
+_INVALID = (
+    "Something went wrong with this test, as said below: images that did not come back may be in "
+    "the model all the same."
+)
+
+
+def plain_verdict(cells: Sequence[Cell], *, mitigation: str, invalid: bool = False) -> str:
     """Say in one paragraph, without a technical term, what an audit found.
 
     Args:
         cells: All cells, with those of ``none`` where the prompts were asked before the
             mitigation.
         mitigation: The mitigation under audit.
+        invalid: Whether the audit is invalid.
     """
     own = [cell for cell in cells if cell.mitigation == mitigation]
     prompts, attack = prompt_condition(own), headline_condition(own)
@@ -52,7 +59,9 @@ def plain_verdict(cells: Sequence[Cell], *, mitigation: str) -> str:
         *_before(cells, mitigation, prompts),
         *_asked(asked, mitigated=mitigation != BASELINE),
         *_searched(searched, find_cell(own, kind="control", condition=attack), trust),
-        _meaning(asked, searched, trust, mitigated=mitigation != BASELINE),
+        _INVALID
+        if invalid
+        else _meaning(asked, searched, trust, mitigated=mitigation != BASELINE),
     ]
     return " ".join(sentences)
 
@@ -61,7 +70,11 @@ def plain_sweep(rows: Sequence[HeadlineRow]) -> str:
     """Say in one paragraph, without a technical term, which mitigations take images out."""
     widest = {(row.checkpoint, row.mitigation): row for row in rows}.values()
     base = next((row for row in widest if row.mitigation == BASELINE), None)
-    tried = [row for row in widest if row.mitigation != BASELINE and _found(row) is not None]
+    tried = [
+        row
+        for row in widest
+        if row.mitigation != BASELINE and _found(row) is not None and not row.invalid
+    ]
     sentences = []
     if base is not None and base.prompt_vm is not None and base.prompt_vm.n:
         cell = base.prompt_vm

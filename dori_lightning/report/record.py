@@ -46,19 +46,23 @@ _CELL_KEYS = (
 )  # fmt: skip
 
 
+Severity = Literal["info", "warning", "critical", "invalid"]
+
+
 @dataclass(frozen=True)
 class Flag:
     """One thing that limits what the numbers mean.
 
     Attributes:
         name: Stable identifier, such as ``controls_replicate``.
-        severity: ``critical`` makes the verdict unreliable, ``warning`` weakens it, ``info``
-            explains.
+        severity: ``invalid`` takes from the audit what it was made for: whatever did not come
+            back says nothing. ``critical`` makes the verdict unreliable, ``warning`` weakens it,
+            ``info`` explains.
         text: One sentence for a reader.
     """
 
     name: str
-    severity: Literal["info", "warning", "critical"]
+    severity: Severity
     text: str
 
 
@@ -132,6 +136,11 @@ class AuditReport:
     baseline: tuple[Outcome, ...] = field(default=())
     utility: Utility | None = None
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def invalid(self) -> tuple[str, ...]:
+        """Names of the flags that make the audit invalid; empty where it is valid."""
+        return tuple(flag.name for flag in self.flags if flag.severity == "invalid")
 
     @property
     def aggregation(self) -> Aggregation:

@@ -148,6 +148,7 @@ def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
         repeats=first["repeats"] or 0.0,
         sha256=first["image_sha256"] or "",
         duplicate_of=first["duplicate_of"],
+        truncated=bool(first.get("truncated")),
     )
     budget = Budget(first["norm"], first["eps"], first["steps"])
     names = [name for name in first if name.startswith(_PREFIX)]

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from dori_lightning.types import Budget, Cell, Condition, Init, Kind, Outcome, Pair
+    from dori_lightning.types import Budget, Cell, Condition, Init, Kind, Outcome, Pair, Status
 
 __all__ = [
     "FALSE_POSITIVE_LIMIT",
     "INIT_NAMES",
     "KIND_WORDS",
+    "STATUS_WORDS",
     "PairResult",
     "aggregate",
     "attack_trust",
@@ -47,6 +48,12 @@ KIND_WORDS: dict[Kind, str] = {
     "control": "control image",
 }
 
+STATUS_WORDS: dict[Status, str] = {
+    "ok": "measured",
+    "diverged": "diverged",
+    "no_gradient": "no gradient",
+}
+
 INIT_NAMES: dict[Init, str] = {
     "prompt": "the own prompt",
     "random": "a random embedding",
@@ -68,7 +75,7 @@ class PairResult:
     Attributes:
         pair: The pair.
         condition: How it was prompted.
-        status: ``diverged`` where no restart gave a finite result.
+        status: ``diverged`` or ``no_gradient`` where no restart gave a result.
         statistic: K similarities aggregated as in the cells, best restart; NaN where diverged.
             Decides ``reproduced``.
         best: Similarity of the closest single picture; NaN where diverged.
@@ -80,7 +87,7 @@ class PairResult:
 
     pair: Pair
     condition: Condition
-    status: Literal["ok", "diverged"]
+    status: Status
     statistic: float
     best: float
     picture: Path | None
@@ -115,7 +122,7 @@ def _reduce(
     picture: Path | None = None
     seed: int | None = None
     for outcome in group:
-        if outcome.status == "diverged":
+        if outcome.status != "ok":
             continue
         values = np.asarray(outcome.similarity[descriptor], np.float64)
         value = aggregate(values, aggregation)
@@ -127,7 +134,8 @@ def _reduce(
             best, seed = float(values[place]), outcome.seeds[place]
             picture = outcome.images[place] if outcome.images else None
     if math.isnan(statistic):
-        return PairResult(pair, condition, "diverged", statistic, best, None, None, None)
+        failed = next((o.status for o in group if o.status != "ok"), "diverged")
+        return PairResult(pair, condition, failed, statistic, best, None, None, None)
     return PairResult(pair, condition, "ok", statistic, best, picture, seed, statistic > threshold)
 
 

@@ -21,6 +21,8 @@ def sweep_answer(rows: Sequence[HeadlineRow]) -> str:
     """Give the answer in one sentence, fit for a heading."""
     measured = [row for row in _mitigated(rows) if _attacked(row)]
     if not measured:
+        if any(row.invalid for row in _mitigated(rows)):
+            return "No mitigation has a valid audit."
         return "No mitigation was attacked."
     found = [row for row in measured if _found(row)]
     names = number_words(len(_names(measured)), "mitigation")
@@ -79,6 +81,9 @@ def _mitigations(rows: Sequence[HeadlineRow]) -> Iterator[str]:
 
 
 def _doubts(rows: Sequence[HeadlineRow]) -> Iterator[str]:
+    invalid = [row for row in rows if row.invalid]
+    if invalid:
+        yield f"Invalid, so without an answer: the audit of {', '.join(_names(invalid))}."
     painting = [
         row
         for row in rows
@@ -106,6 +111,9 @@ def _mitigated(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
 
 
 def _attacked(row: HeadlineRow) -> bool:
+    """Whether an attack says something of a row; an invalid audit's only does where it finds."""
+    if row.invalid and not _found(row):
+        return False
     return any(attack.vm is not None and attack.vm.n for attack in row.attacks)
 
 

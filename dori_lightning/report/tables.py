@@ -51,7 +51,7 @@ def ranked_cells(cells: Sequence[Cell]) -> list[Cell]:
 def cell_rows(cells: Sequence[Cell]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Format cells as text: the header, and one row per cell in the order of ``ranked_cells``.
 
-    The column ``mitigation`` appears only where the cells differ in it. ``n`` names diverged pairs
+    The column ``mitigation`` appears only where the cells differ in it. ``n`` names failed pairs
     beside the denominator. ``similarity`` is the median over pairs with its median absolute
     deviation.
     """
@@ -78,7 +78,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
         cell.condition.attack,
         cell.condition.init or "-",
         f"{steps}{radius}" if cell.condition.attack == "dori" else "-",
-        f"{cell.hits}/{cell.n}" + (f" +{cell.failed} diverged" if cell.failed else ""),
+        f"{cell.hits}/{cell.n}" + (f" +{cell.failed} failed" if cell.failed else ""),
         f"{percent_words(cell.mr)}{interval}",
         similarity,
         f"{cell.threshold:.2f}",

@@ -30,15 +30,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from dori_lightning.metrics.utility import Utility
-    from dori_lightning.report.record import Provenance
+    from dori_lightning.report.record import Flag, Provenance
     from dori_lightning.types import Budget, Calibration, Cell, Condition, Init, Outcome
 
 __all__ = [
+    "INVALID",
     "make_report",
     "recommended_budget",
     "short_answer",
     "verdict_text",
 ]
+
+
+INVALID = "INVALID AUDIT"
+"""How verdict, console and tables call an audit that answers nothing."""
 
 
 def make_report(
@@ -51,6 +56,7 @@ def make_report(
     provenance: Provenance,
     baseline: Sequence[Outcome] = (),
     utility: Utility | None = None,
+    inert: bool = False,
 ) -> AuditReport:
     """Draw the conclusions from measured cells and outcomes and put everything into one report.
 
@@ -63,20 +69,22 @@ def make_report(
         provenance: Where the numbers come from.
         baseline: Outcomes of the prompts before the mitigation.
         utility: What the mitigation costs, where that was measured.
+        inert: Whether the mitigation's edit changes nothing in the model.
     """
+    flags = find_flags(cells, mitigation=mitigation, outcomes=outcomes, inert=inert)
     own = [cell for cell in cells if cell.mitigation == mitigation]
     headline = headline_condition(own)
     return AuditReport(
         checkpoint=checkpoint,
         mitigation=mitigation,
-        verdict=verdict_text(cells, mitigation=mitigation),
+        verdict=verdict_text(cells, mitigation=mitigation, flags=flags),
         cells=tuple(cells),
         calibration=calibration,
         outcomes=tuple(outcomes),
         recommended_budget=recommended_budget(
             own, init=headline.init if headline and headline.init else "prompt"
         ),
-        flags=find_flags(cells, mitigation=mitigation, outcomes=outcomes),
+        flags=flags,
         provenance=provenance,
         baseline=tuple(baseline),
         utility=utility,
@@ -114,8 +122,14 @@ def recommended_budget(cells: Iterable[Cell], *, init: Init = "prompt") -> Budge
     return best
 
 
-def short_answer(cells: Sequence[Cell], *, mitigation: str) -> str:
-    """Give the answer in one short sentence, fit for a heading."""
+def short_answer(cells: Sequence[Cell], *, mitigation: str, invalid: bool = False) -> str:
+    """Give the answer in one short sentence, fit for a heading.
+
+    Args:
+        cells: All cells; those of other mitigations are not spoken of.
+        mitigation: The mitigation under audit.
+        invalid: Whether the audit is invalid; what came back still did.
+    """
     own = [cell for cell in cells if cell.mitigation == mitigation]
     prompts, attack = prompt_condition(own), headline_condition(own)
     trust = attack_trust(own, attack)
@@ -130,6 +144,9 @@ def short_answer(cells: Sequence[Cell], *, mitigation: str) -> str:
         (cell for cell in (attacked, prompt) if cell is not None), key=lambda cell: cell.hits
     )
     whole = number_words(best.n, "suspected image")
+    if invalid:
+        came = f"{best.hits or 'none'} of {whole} came back"
+        return f"This audit is invalid: {came}, and the rest says nothing."
     if best.hits == 0:
         scope = " from their prompts" if attacked is None else ""
         doubt = (
@@ -149,17 +166,20 @@ def _measured(own: Sequence[Cell], condition: Condition | None) -> Cell | None:
     return cell if cell is not None and cell.n > 0 else None
 
 
-def verdict_text(cells: Sequence[Cell], *, mitigation: str) -> str:
+def verdict_text(cells: Sequence[Cell], *, mitigation: str, flags: Sequence[Flag] = ()) -> str:
     """Say in one paragraph how many images come back, how sure that is, and what it means.
 
     Args:
         cells: All cells; those of other mitigations are not spoken of.
         mitigation: The mitigation under audit; ``none`` for the checkpoint as it is.
+        flags: What limits the numbers; invalid ones come first and take the place of what the
+            numbers would mean.
     """
     own = [cell for cell in cells if cell.mitigation == mitigation]
+    reasons = [flag.text for flag in flags if flag.severity == "invalid"]
     prompts, attack = prompt_condition(own), headline_condition(own)
     vm_prompt, vm_attack = (find_cell(own, kind="vm", condition=c) for c in (prompts, attack))
-    sentences: list[str] = []
+    sentences = [f"{INVALID}: what did not come back says nothing.", *reasons] if reasons else []
     if not any(cell.kind == "vm" for cell in own):
         sentences.append(
             "The list holds no suspected image (kind vm), so this run cannot say what is "
@@ -179,7 +199,9 @@ def verdict_text(cells: Sequence[Cell], *, mitigation: str) -> str:
         sentences.extend(_other_starts(own, attack))
     sentences.extend(_control_sentences(own, prompts, attack))
     if any(cell.kind == "vm" for cell in own):
-        sentences.append(_meaning(own, vm_prompt, vm_attack, mitigation=mitigation))
+        sentences.append(
+            _meaning(own, vm_prompt, vm_attack, mitigation=mitigation, invalid=bool(reasons))
+        )
     if "tm" in kinds_present(own):
         sentences.extend(_template_sentences(own, prompts, attack))
     return " ".join(sentences)
@@ -188,14 +210,14 @@ def verdict_text(cells: Sequence[Cell], *, mitigation: str) -> str:
 def _count(cell: Cell) -> str:
     noun = KIND_WORDS[cell.kind]
     if cell.n == 0:
-        return f"no {noun} gave a usable result ({number_words(cell.failed, 'run')} diverged)"
+        return f"no {noun} gave a usable result ({number_words(cell.failed, 'run')} failed)"
     text = (
         f"the model reproduces {cell.hits} of {number_words(cell.n, noun)} "
         f"({percent_words(cell.mr)}; 95 % interval {interval_words(cell.mr_ci95)})"
     )
     if cell.failed:
         verb = "counts" if cell.failed == 1 else "count"
-        text += f"; {cell.failed} more diverged and {verb} neither as reproduced nor as safe"
+        text += f"; {cell.failed} more failed and {verb} neither as reproduced nor as safe"
     return text
 
 
@@ -234,7 +256,12 @@ def _control_sentences(
 
 
 def _meaning(
-    own: Sequence[Cell], prompt: Cell | None, attacked: Cell | None, *, mitigation: str
+    own: Sequence[Cell],
+    prompt: Cell | None,
+    attacked: Cell | None,
+    *,
+    mitigation: str,
+    invalid: bool,
 ) -> str:
     trust = attack_trust(own, headline_condition(own))
     if trust == "paints":
@@ -252,6 +279,12 @@ def _meaning(
     measured = [cell for cell in (prompt, attacked) if cell is not None and cell.n > 0]
     if not measured:
         return "Nothing was measured on the suspected images; that is no evidence of safety."
+    if invalid:
+        return (
+            "What came back is in the model all the same."
+            if found
+            else "That nothing came back is no evidence of safety."
+        )
     if found == 0:
         upper = max(cell.mr_ci95[1] for cell in measured)
         bound = f" With this many images, a true rate of {percent_words(upper)} is not excluded."

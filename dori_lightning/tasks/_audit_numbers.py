@@ -8,20 +8,24 @@ from dori_lightning.report.summary import find_cell, headline_condition
 from dori_lightning.types import KINDS, Condition
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from dori_lightning.mitigations.base import Found
     from dori_lightning.report.record import AuditReport
-    from dori_lightning.types import Cell
 
 __all__ = ["final_numbers", "objective"]
 
 _PROMPT = Condition("prompt")
 
 
-def objective(cells: Sequence[Cell]) -> float | None:
-    """Memorization rate of vm pairs under the strongest condition measured; None without any."""
-    return max((cell.mr for cell in cells if cell.kind == "vm" and cell.n), default=None)
+def objective(report: AuditReport) -> float | None:
+    """Memorization rate of vm pairs under the strongest condition measured.
+
+    None without any, and where the audit is invalid: a sweeper would take what breaks the attack
+    for the best mitigation.
+    """
+    if report.invalid:
+        return None
+    rates = (cell.mr for cell in report.cells if cell.kind == "vm" and cell.n)
+    return max(rates, default=None)
 
 
 def final_numbers(report: AuditReport, found: Found) -> dict[str, float | None]:
@@ -33,7 +37,7 @@ def final_numbers(report: AuditReport, found: Found) -> dict[str, float | None]:
     own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
     before = [cell for cell in report.cells if cell.mitigation == "none" and report.baseline]
     attack = headline_condition(own)
-    numbers: dict[str, float | None] = {"final/objective": objective(report.cells)}
+    numbers: dict[str, float | None] = {"final/objective": objective(report)}
     for what, cells, condition in (
         ("prompt", own, _PROMPT), ("attack", own, attack), ("before", before, _PROMPT),
     ):  # fmt: skip
@@ -49,6 +53,7 @@ def final_numbers(report: AuditReport, found: Found) -> dict[str, float | None]:
         **numbers,
         "final/attack_steps": attack.budget.steps if attack else None,
         "final/recommended_steps": budget.steps if budget else None,
+        "final/invalid": float(bool(report.invalid)),
         "final/failed": sum(cell.failed for cell in own),
         "final/threshold": report.calibration.threshold,
         "final/auc": report.calibration.auc,

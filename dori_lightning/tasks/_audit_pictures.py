@@ -65,13 +65,13 @@ def measure(
     """Compare a trigger's pictures in ``folder`` with its original."""
     seeds, place = picture_seeds(sampling), place_of(folder, trigger)
     measured = originals.measure(
-        trigger.pair, load_pictures(place, seeds), failed=trigger.diverged
+        trigger.pair, load_pictures(place, seeds), failed=trigger.status != "ok"
     )
     return Outcome(
         pair=trigger.pair,
         condition=trigger.condition,
         restart=trigger.restart,
-        status="diverged" if trigger.diverged else "ok",
+        status=trigger.status,
         seeds=seeds,
         similarity=measured.similarity,
         diversity=measured.diversity,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 
 from dori_lightning.attacks.embedding_attack import ControlPrompts
+from dori_lightning.mitigations.none import NoMitigation
 from dori_lightning.models.pictures import unmitigated_name
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.manifest import check_prompt_lengths
 from dori_lightning.tasks._folder import claim_folder, without
 from dori_lightning.tasks._originals import originals_of
 from dori_lightning.tasks._provenance import plain
+from dori_lightning.tasks._space import audit_bytes, check_space
 from dori_lightning.tasks._workshop import workshop_of
 from dori_lightning.types import InputError
 
@@ -100,15 +102,32 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
     check_controls(pairs, settings, measures)
     claim_folder(folder, method_of(plain(cfg)))
     model = instantiate(cfg.checkpoint)
-    check_prompt_lengths(
-        pairs, model.token_count, model.embedding_shape[0], strict=cfg.task.strict_prompts
+    cut = check_prompt_lengths(
+        pairs,
+        model.token_count,
+        model.embedding_shape[0],
+        strict=cfg.task.strict_prompts,
+        cut_off=model.cut_off,
     )
+    pairs = [replace(pair, truncated=pair.id in cut) for pair in pairs]
     cache = Path(cfg.paths.cache)
     data = PairsDataModule(
         pairs, model, pairs_per_batch=settings.pairs_per_forward, cache=cache / "encoded"
     )
     data.prepare()
     controls = control_prompts(pairs, data)
+    budget = settings.budget.resolve(controls.embeddings)
+    check_space(
+        folder,
+        audit_bytes(
+            model,
+            pairs,
+            settings=settings,
+            budget=budget,
+            sampling=sampling,
+            mitigated=not isinstance(mitigation, NoMitigation),
+        ),
+    )
     originals = originals_of(pairs, model.resolution, measures)
     workshop = workshop_of(cfg, data=data, originals=originals, sampling=sampling, tracker=tracker)
     return Bench(
@@ -120,7 +139,7 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
         data=data,
         originals=originals,
         settings=settings,
-        budget=settings.budget.resolve(controls.embeddings),
+        budget=budget,
         controls=controls,
         sampling=sampling,
         mitigation=mitigation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["JobStatus", "StatusFile", "read_status", "status_of"]
+
+log = logging.getLogger(__name__)
 
 FILE = "status.json"
 EVERY_SECONDS = 10.0
@@ -67,7 +70,12 @@ class StatusFile:
         self._last = time.monotonic()
         name, done, total = self._stage
         status = JobStatus(state, self._started, _now(), name, done, total, error)
-        write_atomically(self._path, (json.dumps(asdict(status), indent=2) + "\n").encode())
+        text = json.dumps(asdict(status), indent=2) + "\n"
+        try:
+            write_atomically(self._path, text.encode())
+        except OSError as cannot:
+            # no result: what ends the run, such as a signal, must not be lost over it
+            log.warning("%s cannot be written: %s", self._path, cannot)
 
 
 @contextmanager

@@ -62,8 +62,14 @@ def workshop_of(
     )
 
 
-def edit_record(found: Found, mitigation: str) -> bytes:
-    """What a run folder says of the edit it was made under, as JSON."""
+def edit_record(found: Found, mitigation: str, *, changed: int | None = None) -> bytes:
+    """What a run folder says of the edit it was made under, as JSON.
+
+    Args:
+        found: The edit.
+        mitigation: Name of the mitigation.
+        changed: Weights that differ under it, None where it works without changing any.
+    """
     origin = found.edit.origin
     record = {
         "mitigation": mitigation,
@@ -71,6 +77,7 @@ def edit_record(found: Found, mitigation: str) -> bytes:
         "key": found.key,
         "made": found.made,
         "cost": dict(origin.cost) if origin else {},
+        "changed_weights": changed,
         "counts": found.edit.counts(),
         "notes": dict(origin.notes) if origin else {},
     }

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from dori_lightning.files import write_atomically
+from dori_lightning.mitigations.effect import changed_weights
+from dori_lightning.report.belonging import BASELINE
 from dori_lightning.report.page import write_page
 from dori_lightning.report.plots import write_figures
 from dori_lightning.report.record import write_report
 from dori_lightning.report.tables import cells_table
-from dori_lightning.report.verdict import make_report
+from dori_lightning.report.verdict import INVALID, make_report
 from dori_lightning.tasks._audit_numbers import objective
 from dori_lightning.tasks._audit_setup import method_of, set_up
 from dori_lightning.tasks._audit_stages import attack_and_draw, measure_all, price
@@ -42,7 +44,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
 
     Returns:
         Memorization rate of vm pairs under the strongest condition measured, for sweepers; None
-        without vm pairs.
+        without vm pairs, and where the audit is invalid.
     """
     if cfg.task.dry_run:
         plan(cfg, folder)
@@ -62,7 +64,9 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     if not bench.trainer.is_global_zero:
         return None
     measured = measure_all(bench, drawn)
-    write_atomically(folder / "edit.json", edit_record(found, bench.mitigation.name))
+    changed = changed_weights(found.edit, bench.model)
+    record = edit_record(found, bench.mitigation.name, changed=changed)
+    write_atomically(folder / "edit.json", record)
     report = make_report(
         checkpoint=bench.model.name,
         mitigation=bench.mitigation.name,
@@ -72,11 +76,12 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         baseline=measured.baseline,
         utility=price(bench, found.edit, measured.calibration),
         provenance=provenance_of(cfg, bench.model, bench.pairs, started=started),
+        inert=changed == 0 and bench.mitigation.name != BASELINE,
     )
     images, max_pairs = cfg.report.images.value, cfg.report.max_pairs
     _write(report, folder, images=images, max_pairs=max_pairs)
     track_report(tracker, report, found, folder, images=images, max_pairs=max_pairs)
-    return objective(measured.cells)
+    return objective(report)
 
 
 def _write(report: AuditReport, folder: Path, *, images: Disclosure, max_pairs: int) -> None:
@@ -85,6 +90,7 @@ def _write(report: AuditReport, folder: Path, *, images: Disclosure, max_pairs: 
     write_figures(report, folder, images=images)
     page = write_page(report, folder, images=images, max_pairs=max_pairs)
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
-    console.print(cells_table(report.cells))
+    title = f"{INVALID}: {', '.join(report.invalid)}" if report.invalid else None
+    console.print(cells_table(report.cells, title=title))
     console.print(report.verdict)
     console.print(f"page: {page}", soft_wrap=True)

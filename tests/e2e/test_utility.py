@@ -79,6 +79,21 @@ def test_the_run_folder_says_what_the_mitigation_costs(pruned: Path) -> None:
     assert "With the mitigation: " in page
 
 
+def test_an_audit_of_what_was_never_memorized_is_invalid_wherever_it_is_shown(
+    material: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights hold no picture: that none comes back under a mitigation is no success."""
+    document = read_report(pruned)
+    assert document["invalid"] == ["baseline_not_memorized"]
+    assert document["verdict"].startswith("INVALID AUDIT")
+    assert json.loads((pruned / "edit.json").read_text())["changed_weights"] > 0
+    page = (pruned / "report.html").read_text()
+    assert "Verdict: this audit is invalid" in page
+    assert "Verdict: nothing came back" not in page
+    assert run_task(pruned, *overrides(material, *PRUNING, *SIZES)) is None, "no rate to minimise"
+    assert "INVALID AUDIT: baseline_not_memorized" in capsys.readouterr().err
+
+
 def test_more_is_measured_in_the_same_folder(material: Path, pruned: Path) -> None:
     attacks = {p: p.stat().st_mtime_ns for p in pruned.glob("attacks/**/*.safetensors")}
     more = (*SIZES[:-1], "utility.examples=4", "utility.neighbours=0")

@@ -17,6 +17,7 @@ def result() -> AttackResult:
         (1, 5),
         torch.rand(2, 5),
         torch.tensor([False, True]),
+        torch.tensor([True, False]),
     )
 
 
@@ -29,6 +30,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert torch.equal(found.losses[0], made.losses[1])
     assert found.snapshots == (1, 5)
     assert found.diverged.tolist() == [True]
+    assert found.no_gradient.tolist() == [False]
     assert ledger.read("a", "random", 1, "x") is None
 
 

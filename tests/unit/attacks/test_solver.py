@@ -5,15 +5,16 @@ from typing import Any
 import pytest
 import torch
 
+from dori_lightning.attacks.row_adam import RowAdam
 from dori_lightning.attacks.solver import (
     AttackProblem,
     AttackResult,
     BrokenAttackError,
-    RowAdam,
+    refuse_broken,
     solve,
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.types import Budget, Norm
+from dori_lightning.types import Budget, InputError, Norm
 
 FIVE = Budget("none", None, 5)
 
@@ -117,7 +118,121 @@ def test_no_gradient_is_an_error_and_not_a_safe_model(
         return (noise**2).flatten(1).mean(1) + 0.0 * emb.flatten(1).sum(1)
 
     monkeypatch.setattr(model, "denoising_loss", deaf)
-    with pytest.raises(BrokenAttackError, match="exactly zero"):
+    result = attack(model, problem)
+    assert result.no_gradient.all()
+    assert not result.diverged.any()
+    assert result.losses.shape == (5, 5)
+    assert result.losses.isnan().all(), "no loss to take for that of an attack"
+    assert result.snapshots == (0, 2, 5)
+    assert torch.equal(result.embeddings, problem.initial[:, None].expand(-1, 3, -1, -1))
+    with pytest.raises(BrokenAttackError, match="exactly zero for boat, house, cat, night, sea"):
+        refuse_broken(result)
+
+
+def test_one_row_without_a_gradient_stands_still_and_leaves_the_others_alone(
+    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy, real = attack(model, problem), model.denoising_loss
+
+    def deaf_to_one(*args: torch.Tensor, pair_ids: Any, **_: Any) -> torch.Tensor:
+        loss = real(*args, pair_ids=pair_ids)
+        own = torch.tensor([name == "house" for name in pair_ids])
+        return torch.where(own, loss.detach(), loss)
+
+    monkeypatch.setattr(model, "denoising_loss", deaf_to_one)
+    result = attack(model, problem)
+    assert result.no_gradient.tolist() == [False, True, False, False, False]
+    assert not result.diverged.any()
+    assert torch.equal(result.embeddings[1, -1], problem.initial[1])
+    others = [0, 2, 3, 4]
+    assert torch.equal(result.embeddings[others], healthy.embeddings[others])
+
+
+def test_nothing_finite_ends_after_the_first_step_and_says_what_to_try(
+    model: StableDiffusion,
+    problem: AttackProblem,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real, calls = model.denoising_loss, []
+
+    def broken(*args: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*args, **options) * torch.nan
+
+    monkeypatch.setattr(model, "denoising_loss", broken)
+    result = attack(model, problem)
+    assert len(calls) == 1
+    assert result.diverged.all()
+    assert not result.no_gradient.any()
+    assert result.embeddings.isfinite().all()
+    for part in (
+        "not finite for any of boat, house, cat, night, sea",
+        "float32",
+        "timesteps",
+        "precision",
+    ):
+        assert part in caplog.text
+    with pytest.raises(BrokenAttackError, match="not finite for any"):
+        refuse_broken(result)
+
+
+def test_out_of_memory_halves_the_pairs_and_not_the_noise_and_finds_the_same(
+    model: StableDiffusion,
+    problem: AttackProblem,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    healthy, real, widths = attack(model, problem), model.denoising_loss, []
+
+    def small_memory(latents: torch.Tensor, *args: torch.Tensor, **options: Any) -> torch.Tensor:
+        widths.append(len(latents))
+        if len(latents) > 2 * 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return real(latents, *args, **options)
+
+    monkeypatch.setattr(model, "denoising_loss", small_memory)
+    monkeypatch.setattr(model, "pass_limits", {})
+    result = attack(model, problem)
+    assert widths[:3] == [8 * 3, 4 * 3, 2 * 3], "pairs of a pass, times three noise samples"
+    assert set(widths[2:]) == {2 * 3}, "memory runs out once, not at every step"
+    assert caplog.text.count("attack: out of memory") == 2
+    # the same draws in passes of another shape: equal but for the rounding of kernels
+    torch.testing.assert_close(result.embeddings, healthy.embeddings, atol=1e-4, rtol=0)
+    torch.testing.assert_close(result.losses, healthy.losses, atol=1e-5, rtol=1e-5)
+    assert attack(model, problem).losses.equal(result.losses)
+    assert widths.count(8 * 3) == 1, "what was found is remembered"
+
+
+def test_passes_of_any_width_give_the_same_bits_where_kernels_do(
+    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a loss whose arithmetic does not depend on the shape, halving changes no bit."""
+    room = [99]
+
+    def by_rows(
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        times: torch.Tensor,
+        emb: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        if len(latents) > room[0]:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        scale = 1 + latents.flatten(1)[:, 0] + noise.flatten(1)[:, 1] + times / 1000
+        return scale * emb[:, 0, 0] ** 2 + emb[:, 1, 1]
+
+    monkeypatch.setattr(model, "denoising_loss", by_rows)
+    monkeypatch.setattr(model, "pass_limits", {})
+    whole = attack(model, problem)
+    room[0] = 3
+    halved = attack(model, problem)
+    assert torch.equal(halved.embeddings, whole.embeddings)
+    assert torch.equal(halved.losses, whole.losses)
+    room[0] = 2
+    with pytest.raises(
+        InputError, match=r"single pair(.|\n)*noise_batch\) are part of the method"
+    ):
         attack(model, problem)
 
 

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,3 +68,26 @@ def test_they_are_read_back_as_written(model: StableDiffusion, tmp_path: Path) -
     pictures = load_pictures(order.folder, (5, 6))
     assert pictures.shape == (2, 3, 32, 32)
     assert not torch.equal(pictures[0], pictures[1])
+
+
+def test_out_of_memory_halves_the_pictures_of_a_pass(
+    model: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_pictures(model, orders(model, tmp_path / "whole"), SAMPLING)
+    real, widths = model.denoise, []
+
+    def small_memory(embeddings: torch.Tensor, *rest: Any) -> torch.Tensor:
+        widths.append(len(embeddings))
+        if len(embeddings) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(embeddings, *rest)
+
+    monkeypatch.setattr(model, "denoise", small_memory)
+    monkeypatch.setattr(model, "pass_limits", {})
+    generate_pictures(model, orders(model, tmp_path / "small"), SAMPLING)
+    assert widths[:3] == [16, 8, 4]
+    assert set(widths[2:]) == {4}
+    for k in range(3):
+        whole, small = (load_pictures(tmp_path / n / str(k), (5, 6)) for n in ("whole", "small"))
+        # eight bits a colour: rounding of kernels may tip one
+        assert float((whole - small).abs().max()) <= 1.01 / 255

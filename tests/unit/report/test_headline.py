@@ -1,4 +1,5 @@
 import io
+import json
 import math
 import re
 from dataclasses import replace
@@ -231,7 +232,30 @@ def test_columns_without_any_value_are_left_out(tmp_path: Path) -> None:
 def test_diverged_pairs_are_shown(tmp_path: Path) -> None:
     write_audit(tmp_path / "none", reproduced={PROMPT: {"vm": [0.9, math.nan, 0.1, 0.1]}})
     table = headline_tables(headline_rows(compare([read_run(tmp_path / "none")])))[0]
-    assert table.rows[0][1].startswith("1/3 +1 diverged  33 %")
+    assert table.rows[0][1].startswith("1/3 +1 failed  33 %")
+
+
+def test_a_row_of_an_invalid_audit_is_marked_and_clears_nobody(tmp_path: Path) -> None:
+    audits(tmp_path)
+    path = tmp_path / "gone" / "report.json"
+    document = json.loads(path.read_text())
+    flag = {"name": "edit_changes_nothing", "severity": "invalid", "text": "Its edit is empty."}
+    path.write_text(json.dumps({**document, "flags": [flag], "invalid": [flag["name"]]}))
+    compared = compare([read_run(tmp_path / name) for name in ("none", "nemo", "gone")])
+    rows = headline_rows(compared)
+    assert [row.invalid for row in rows] == [(), (), ("edit_changes_nothing",)]
+    tables = headline_tables(rows)
+    assert all(table.rows[2][0] == "gone (INVALID)" for table in tables)
+    assert sweep_answer(rows) == "The attack still finds images under 1 of 1 mitigation."
+    assert sweep_answer([rows[0], rows[2]]) == "No mitigation has a valid audit."
+    said = " ".join(sweep_sentences(rows))
+    assert "Nothing came back" not in said
+    assert "Invalid, so without an answer: the audit of gone." in said
+    assert sweep_tone(rows) == "doubt"
+    assert any("gone on tiny" in text and "Its edit is empty." in text
+               for text in remarks(compared, rows))  # fmt: skip
+    table = pd.read_parquet(io.BytesIO(headline_parquet(rows)))
+    assert table["invalid"].fillna("").tolist() == ["", "", "edit_changes_nothing"]
 
 
 def test_remarks_name_what_is_missing_and_whose_numbers_these_are(

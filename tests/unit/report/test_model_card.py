@@ -288,4 +288,4 @@ def test_diverged_rates_are_not_available(tmp_path: Path, fakes: SimpleNamespace
     empty = fakes.cell("tm", fakes.PROMPT, 0, 0, failed=2)
     write_report(replace(report, cells=(*report.cells, empty)), tmp_path)
     card = model_card(EXPORT, card_audit(tmp_path))
-    assert "| tm | prompt | - | - | 0/0 +2 diverged | n/a |" in card
+    assert "| tm | prompt | - | - | 0/0 +2 failed | n/a |" in card

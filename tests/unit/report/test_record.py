@@ -22,6 +22,7 @@ def test_report_json_keeps_the_contract(tmp_path: Path, fakes: SimpleNamespace) 
     path = write_report(fakes.report(tmp_path), tmp_path)
     document = json.loads(path.read_text())
     assert document["schema_version"] == 1
+    assert document["invalid"] == [], "a valid audit"
     for cell in document["cells"]:
         assert set(cell) >= CELL_KEYS
         assert set(cell["budget"]) == {"norm", "eps", "steps"}
@@ -33,7 +34,9 @@ def test_report_json_keeps_the_contract(tmp_path: Path, fakes: SimpleNamespace) 
     assert document["recommended_budget"]["steps"] == 50
     assert {"threshold", "rule", "auc", "roc", "quantiles"} <= set(document["calibration"])
     pair = document["pairs"][0]
-    assert {"id", "kind", "prompt", "repeats", "duplicate_of", "conditions"} == set(pair)
+    assert {"id", "kind", "prompt", "repeats", "duplicate_of", "truncated", "conditions"} == set(
+        pair
+    )
     assert pair["conditions"][0]["best_similarity"] == pytest.approx(0.9)
     assert document["provenance"]["started"].startswith("2026-11-24T08:00:00")
     assert list(document) == sorted(document)

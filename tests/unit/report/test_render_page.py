@@ -109,7 +109,7 @@ def test_diverged_pairs_are_named(tmp_path: Path, fakes: SimpleNamespace) -> Non
     )
     text = render_page(replace(report, outcomes=outcomes))
     assert "diverged: no result" in text
-    assert 'data-outcome="diverged"' in text
+    assert 'data-outcome="failed"' in text
 
 
 def test_forty_pairs_stay_small(tmp_path: Path, fakes: SimpleNamespace) -> None:

@@ -31,7 +31,7 @@ def test_both_tables_hold_every_number(fakes: SimpleNamespace) -> None:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(cells_table(cells, title="Audit"))
     for text in (markdown, console.export_text()):
-        assert "19/20 +2 diverged" in text
+        assert "19/20 +2 failed" in text
         assert "95 % (76 to 99.1 %)" in text
         assert "0.91 ± 0.04" in text
         assert "50 steps, l2 2.5" in text

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from dori_lightning.report.flags import find_flags
+from dori_lightning.report.plain_words import plain_verdict
 from dori_lightning.report.summary import headline_condition, interval_words, percent_words
 from dori_lightning.report.verdict import recommended_budget, short_answer, verdict_text
 
@@ -72,7 +73,7 @@ def test_controls_that_all_diverged_are_no_controls(fakes: SimpleNamespace) -> N
         *audit(fakes, prompt=3, attack=20, control=None),
         fakes.cell("control", fakes.dori(), 0, 0, failed=9),
     ]
-    assert {"no_controls", "diverged"} <= names(cells)
+    assert {"no_controls", "controls_failed"} <= names(cells)
     assert "stays open" in verdict_text(cells, mitigation="none")
 
 
@@ -109,12 +110,12 @@ def test_diverged_pairs_are_no_evidence_of_safety(fakes: SimpleNamespace) -> Non
         fakes.cell("control", fakes.dori(), 0, 30),
     ]
     text = verdict_text(cells, mitigation="none")
-    assert "no suspected image gave a usable result (20 runs diverged)" in text
+    assert "no suspected image gave a usable result (20 runs failed)" in text
     assert "at this budget" not in text
     assert "diverged" in names(cells)
     assert "from their prompts" in short_answer(cells, mitigation="none")
     some = [fakes.cell("vm", fakes.dori(), 5, 19, failed=1), cells[2]]
-    assert "1 more diverged and counts neither" in verdict_text(some, mitigation="none")
+    assert "1 more failed and counts neither" in verdict_text(some, mitigation="none")
 
 
 def test_no_suspected_pairs(fakes: SimpleNamespace) -> None:
@@ -196,3 +197,66 @@ def test_percent_words(rate: float, words: str) -> None:
     assert percent_words(rate) == words
     assert percent_words(float("nan")) == "n/a"
     assert interval_words((0.1, 0.2)) == "10 to 20 %"
+
+
+# --- invalid audits: what did not come back says nothing
+
+
+def flags_of(fakes: SimpleNamespace, cells: list, mitigation: str, **more: object) -> dict:
+    found = find_flags(cells, mitigation=mitigation, **more)
+    return {flag.name: flag for flag in found if flag.severity == "invalid"}
+
+
+def mitigated(fakes: SimpleNamespace, *, before: int, failed: int = 0) -> list:
+    """Nothing comes back under a mitigation: it looks like a perfect one."""
+    return [
+        fakes.cell("vm", fakes.PROMPT, 0, 20, mitigation="esd"),
+        fakes.cell("vm", fakes.dori(), 0, 20 - failed, failed=failed, mitigation="esd"),
+        fakes.cell("control", fakes.PROMPT, 0, 30, mitigation="esd"),
+        fakes.cell("control", fakes.dori(), 0, 30, mitigation="esd"),
+        fakes.cell("vm", fakes.PROMPT, before, 20),
+    ]
+
+
+def test_a_mitigation_of_what_was_never_memorized_is_no_test(fakes: SimpleNamespace) -> None:
+    assert not flags_of(fakes, mitigated(fakes, before=18), "esd")
+    cells = mitigated(fakes, before=9)
+    assert set(flags_of(fakes, cells, "esd")) == {"baseline_not_memorized"}
+    # of a checkpoint as it is, that little comes back is the answer
+    assert not flags_of(fakes, audit(fakes, prompt=0, attack=0, control=0), "none")
+
+
+def test_an_edit_that_changes_nothing_is_no_mitigation(fakes: SimpleNamespace) -> None:
+    found = flags_of(fakes, mitigated(fakes, before=18), "esd", inert=True)
+    assert set(found) == {"edit_changes_nothing"}
+    assert "changes no weight" in found["edit_changes_nothing"].text
+
+
+@pytest.mark.parametrize("status", ["diverged", "no_gradient"])
+def test_one_suspected_image_without_a_result_is_enough(
+    fakes: SimpleNamespace, tmp_path, status: str
+) -> None:
+    pair = fakes.report(tmp_path).outcomes[0].pair
+    lost = fakes.outcome(pair, fakes.dori(), [0.1], status=status)
+    cells = mitigated(fakes, before=18, failed=1)
+    assert set(flags_of(fakes, cells, "esd", outcomes=(lost,))) == {status}
+    again = replace(lost, restart=1, status="ok")
+    kept = mitigated(fakes, before=18)
+    assert not flags_of(fakes, kept, "esd", outcomes=(lost, again)), "another restart searched"
+
+
+def test_an_invalid_audit_is_nowhere_reported_as_safety(fakes: SimpleNamespace) -> None:
+    cells = mitigated(fakes, before=1)
+    flags = find_flags(cells, mitigation="esd")
+    text = verdict_text(cells, mitigation="esd", flags=flags)
+    assert text.startswith("INVALID AUDIT: what did not come back says nothing.")
+    assert "reproduces only 1 of 20 suspected images" in text
+    assert text.count("That nothing came back is no evidence of safety.") == 1
+    assert "No sign of memorization" not in text
+    answer = short_answer(cells, mitigation="esd", invalid=True)
+    assert answer == (
+        "This audit is invalid: none of 20 suspected images came back, and the rest says nothing."
+    )
+    plain = plain_verdict(cells, mitigation="esd", invalid=True)
+    assert "may be in the model all the same" in plain
+    assert "no proof of absence" not in plain
