@@ -13,7 +13,7 @@ RUN := $(BIN)/python -m
 QUICK := not slow and not gpu and not slurm and not kill
 
 .DEFAULT_GOAL := help
-.PHONY: help setup audit headline grid locality plant test test-slow test-kill test-slurm lint clean
+.PHONY: help setup audit headline grid locality bench plant test test-slow test-kill test-slurm lint clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ grid: $(STAMP) ## pruning method x budget x checkpoint, with its table (ARGS="..
 
 locality: $(STAMP) ## is memorization local? triggers compared in every place, on the embedded benchmark (15 minutes)
 	$(RUN) dori_lightning +experiment=locality $(ARGS)
+
+bench: $(STAMP) ## how fast is this machine at an audit's parts, against plain loops (20 minutes; ARGS="..." adds overrides)
+	$(RUN) dori_lightning +experiment=bench $(ARGS)
 
 plant: $(STAMP) ## train the embedded benchmark again from its recipe (long)
 	$(RUN) dori_lightning task=plant $(ARGS)

@@ -23,13 +23,14 @@ from dori_lightning.processes import is_first
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["heard_by", "stage"]
+__all__ = ["heard_by", "hushed", "stage"]
 
 log = logging.getLogger(__name__)
 
 LINE_EVERY_SECONDS = 30.0
 
 _listeners: list[Callable[[str, int, int], None]] = []
+_hushed: list[None] = []
 
 
 @contextmanager
@@ -43,6 +44,16 @@ def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
 
 
 @contextmanager
+def hushed() -> Iterator[None]:
+    """Show and tell nothing of stages while open: they are part of a larger one."""
+    _hushed.append(None)
+    try:
+        yield
+    finally:
+        _hushed.pop()
+
+
+@contextmanager
 def stage(title: str, total: int, *, visible: bool = True) -> Iterator[Callable[[int], None]]:
     """Open a stage of ``total`` steps; yields a function that advances it by a number of steps.
 
@@ -51,7 +62,7 @@ def stage(title: str, total: int, *, visible: bool = True) -> Iterator[Callable[
         total: Steps; nothing is shown for 0.
         visible: Whether to show it; the first process alone does.
     """
-    if not visible or total == 0 or not is_first():
+    if not visible or total == 0 or _hushed or not is_first():
         yield lambda _: None
         return
     start = time.monotonic()

@@ -1,0 +1,110 @@
+"""Stable Diffusion 1.4's architecture with random weights: its cost without its download."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dori_lightning.models.stable_diffusion import StableDiffusion
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+__all__ = ["random_sd14", "sd14_unet"]
+
+
+def sd14_unet(*, latent: int = 64) -> UNet2DConditionModel:
+    """UNet of Stable Diffusion 1.x, untrained, on the device that is in force.
+
+    Args:
+        latent: Side of a latent.
+    """
+    unet: UNet2DConditionModel = UNet2DConditionModel(
+        sample_size=latent,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    )
+    return unet
+
+
+def random_sd14(
+    tokenizer: CLIPTokenizer,
+    *,
+    latent: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    autocast: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    channels_last: bool = False,
+    seed: int = 0,
+) -> StableDiffusion:
+    """Model of Stable Diffusion 1.4's shape that knows nothing.
+
+    Args:
+        tokenizer: Any tokenizer of 77 tokens; the text encoder gets its vocabulary.
+        latent: Side of a latent; 64 is the checkpoint's own.
+        dtype: Of the weights.
+        autocast: Compute the denoiser in this dtype; None for the weights' own.
+        device: Where.
+        channels_last: Memory format of the UNet's and autoencoder's weights.
+        seed: Of the weights.
+    """
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        unet = sd14_unet(latent=latent)
+        autoencoder: AutoencoderKL = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=8 * latent,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=768,
+                intermediate_size=3072,
+                projection_dim=768,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    for module in (unet, autoencoder, text_encoder):
+        module.to(dtype).requires_grad_(False)
+        if channels_last and module is not text_encoder:
+            module.to(memory_format=torch.channels_last)
+    unet.requires_grad_(True)
+    return StableDiffusion(
+        name="sd14_shape",
+        fingerprint=f"random{seed}",
+        unet=unet,
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(
+            num_train_timesteps=1000,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        autocast=autocast,
+    )
