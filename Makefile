@@ -50,7 +50,7 @@ test: $(STAMP) ## quick tests
 test-slow: $(STAMP) ## slow tests
 	$(RUN) pytest -m "slow and not gpu and not slurm and not kill" $(ARGS)
 
-test-kill: $(STAMP) ## kill runs at random moments, resume them, compare
+test-kill: $(STAMP) ## kill runs fifty times at random moments, resume them, compare
 	$(RUN) pytest -m kill $(ARGS)
 
 test-slurm: $(STAMP) ## a SLURM of two nodes on this machine: sweep, fine-tuning over nodes, preemption, time limit

@@ -226,6 +226,10 @@ def _report(error: Exception, explanation: str | None) -> int:
     if isinstance(error, ClaimsFailedError):
         _say(f"dori: {error}\n")
         return 1
+    lost = mistakes.lost_process(error)
+    if explanation is None and lost is not None:
+        sys.stderr.write(f"dori: {lost}\n")
+        return 1
     if explanation is None:
         if logging.getLogger().handlers:
             log.error("failed", exc_info=error)

@@ -19,9 +19,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from dori_lightning import schema
 from dori_lightning.types import InputError
 
-__all__ = ["explain", "explain_in_task"]
+__all__ = ["explain", "explain_in_task", "lost_process"]
 
 _LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
+"""How gloo and NCCL say that the other side of a connection has ended."""
+
 _NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """A disk or quota that is full, a file larger than allowed, a file system gone read-only."""
 
@@ -80,6 +83,18 @@ def explain_in_task(error: BaseException) -> str | None:
                 "free space (or raise the quota) and give the same command again, which finishes "
                 "what is missing; or choose other places with paths.output=FOLDER and "
                 "paths.cache=FOLDER",
+            )
+    return None
+
+
+def lost_process(error: BaseException) -> str | None:
+    """Say that another process of the run is gone, where that is what an exception means."""
+    for link in _chain(error):
+        if isinstance(link, RuntimeError) and _GONE.search(str(link)):
+            return (
+                f"another process of this run is gone: {_first_line(link)}\n"
+                f"  where: its own log, dori-RANK.log in the run folder\n"
+                f"  mend:  give the same command again; what is finished is kept"
             )
     return None
 

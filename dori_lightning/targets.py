@@ -181,6 +181,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(choice) for choice in arguments)
+    if origin in (list, tuple, Sequence, Iterable):
+        return "a list" + (f", each of it {_describe(arguments[0])}" if arguments else "")
     if hint is type(None):
         return "null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
+
+from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddingFilter", "LayerRole", "Sampling", "Stage", "TextToImage"]
 
+Sampler = Literal["ddim", "dpm++"]
 Stage = Literal["down", "mid", "up"]
 LayerRole = Literal["cross_attention.value", "cross_attention.key", "feed_forward.out"]
 
@@ -33,12 +37,26 @@ class Sampling:
             rounding).
     """
 
-    sampler: Literal["ddim", "dpm++"] = "ddim"
+    sampler: Sampler = "ddim"
     steps: int = 50
     guidance: float = 7.0
     images_per_pair: int = 10
     seed: int = 2
     batch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.sampler not in get_args(Sampler):
+            raise InputError(
+                f"sampling.sampler must be one of {', '.join(get_args(Sampler))}, "
+                f"got {self.sampler!r}"
+            )
+        for name in ("steps", "images_per_pair", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"sampling.{name} must be >= 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"sampling.seed must be >= 0, got {self.seed}")
+        if not math.isfinite(self.guidance):
+            raise InputError(f"sampling.guidance must be a finite number, got {self.guidance}")
 
 
 EmbeddingFilter: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Sampling], torch.Tensor]"

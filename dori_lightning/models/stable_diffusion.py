@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from dori_lightning import processes
 from dori_lightning.halving import Passes
+from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -243,12 +244,21 @@ class StableDiffusion:
         return output
 
     def sampling_timesteps(self, sampling: Sampling) -> torch.Tensor:
-        """Timesteps (S,) that a sampler visits, from noise to picture."""
+        """Timesteps (S,) that a sampler visits, from noise to picture.
+
+        Raises:
+            InputError: The sampler has more steps than there are timesteps.
+        """
         timesteps: torch.Tensor = self._sampler(sampling).timesteps
         return timesteps
 
     def _sampler(self, sampling: Sampling) -> Any:
         kinds: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+        if sampling.steps > self.num_train_timesteps:
+            raise InputError(
+                f"sampling.steps={sampling.steps} is more than the {self.num_train_timesteps} "
+                f"timesteps that {self.name} was trained with"
+            )
         scheduler = kinds[sampling.sampler].from_config(self.scheduler.config)
         scheduler.set_timesteps(sampling.steps, device=self.device)
         return scheduler

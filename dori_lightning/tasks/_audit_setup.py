@@ -100,8 +100,8 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
         for node in (cfg.attack, cfg.sampling, cfg.metrics, cfg.mitigation, cfg.utility)
     )
     check_controls(pairs, settings, measures)
-    claim_folder(folder, method_of(plain(cfg)))
     model = instantiate(cfg.checkpoint)
+    model.sampling_timesteps(sampling)  # refuses more steps than it has
     cut = check_prompt_lengths(
         pairs,
         model.token_count,
@@ -128,6 +128,8 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
             mitigated=not isinstance(mitigation, NoMitigation),
         ),
     )
+    # all that can be mended was checked: from here on the folder belongs to these settings
+    claim_folder(folder, method_of(plain(cfg)))
     originals = originals_of(pairs, model.resolution, measures)
     workshop = workshop_of(cfg, data=data, originals=originals, sampling=sampling, tracker=tracker)
     return Bench(

@@ -70,14 +70,15 @@ def check_space(folder: Path, needed: int) -> None:
     """Refuse to begin what the disk does not hold.
 
     Args:
-        folder: Run folder; what an earlier run left in it is not needed again.
+        folder: Run folder, there or not yet; what an earlier run left in it is not needed again.
         needed: Bytes, at most.
 
     Raises:
         InputError: Less is free; says how much of each.
     """
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
+    place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(place).free
     log.info("writes up to %s, %s are free", _words(max(0, needed - there)), _words(free))
     if needed - there > free:
         raise InputError(

@@ -1,7 +1,7 @@
-"""Fits by several processes: ``python -m support.distributed_fits FOLDER METHOD [SEARCH]``.
+"""Fits by several processes: ``support.distributed_fits FOLDER METHOD [SEARCH SIGNAL]``.
 
 Each process runs this with the environment of one that torchrun started. In the search of that
-number the second process is told to leave.
+number the second process gets the signal.
 """
 
 import os
@@ -58,7 +58,7 @@ METHODS: dict[str, Mitigation] = {
                 inits=("prompt", "random"), budget=BudgetSettings(steps=2), noise_batch=2
             )
         ),
-        finetune=FinetuneSettings(lr=LR, ema=0.5),
+        finetune=FinetuneSettings(lr=LR, ema=0.5, checkpoint_every=1),
         epochs=2,
         updates=2,
         adversarial_batch=4,
@@ -84,27 +84,27 @@ def fit(folder: Path, name: str, *, trainer: dict[str, Any] | None = None) -> We
     return found.edit
 
 
-def tell_in_a_search(number: int) -> None:
-    """Have this process told to leave as its ``number``-th search of triggers begins."""
+def tell_in_a_search(number: int, signum: signal.Signals) -> None:
+    """Have this process get a signal as its ``number``-th search of triggers begins."""
     solve, seen = trigger_pool.solve, [0]
 
     def counting(*arguments: Any, **settings: Any) -> Any:
         seen[0] += 1
         if seen[0] == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
         return solve(*arguments, **settings)
 
     trigger_pool.solve = counting
 
 
-def main(folder: str, name: str, told: str | None = None) -> int:
-    """Fit; 143 where a signal came."""
+def main(folder: str, name: str, told: str | None = None, signum: str = "SIGTERM") -> int:
+    """Fit; 143 where it was told to leave."""
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     with interruption.handling():
         try:
             if told is not None and os.environ["RANK"] == "1":
-                tell_in_a_search(int(told))
+                tell_in_a_search(int(told), signal.Signals[signum])
             fit(Path(folder), name, trainer={"devices": world, "strategy": "ddp"})
         except Interrupted as error:
             processes.leave(error)

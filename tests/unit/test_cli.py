@@ -161,6 +161,18 @@ def wrapped(cfg: Any, folder: Path) -> None:
         (fail(InputError("row 3: no such picture")), 2, "dori: row 3: no such picture\n", False),
         (wrapped, 2, "dori: row 3: no such picture\n", False),
         (fail(RuntimeError("a bug")), 1, "RuntimeError: a bug", True),
+        (
+            fail(RuntimeError("[gloo/pair.cc:1] Connection closed by peer [10.0.0.1]:5")),
+            1,
+            "dori: another process of this run is gone",
+            False,
+        ),
+        (
+            fail(OSError(28, "No space left on device", "outputs/x")),
+            2,
+            "dori: cannot write: No space left on device",
+            False,
+        ),
         (fail(KeyboardInterrupt()), 130, "interrupted", False),
     ],
 )

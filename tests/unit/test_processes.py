@@ -118,7 +118,11 @@ def test_shares_average_to_the_mean_of_the_whole(
         assert sorted(taken) == values.tolist(), "every row once"
 
 
-@pytest.mark.parametrize("name", ["esd", "siss", "adversarial"])
+@pytest.mark.parametrize(
+    "name",
+    # what these two share between processes, the third does too
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("esd", "siss")), "adversarial"],
+)
 def test_two_processes_train_what_one_trains(material: Path, tmp_path: Path, name: str) -> None:
     alone = fit(copy_of(material, tmp_path / "alone"), name)
     shared = copy_of(material, tmp_path / "shared")
@@ -128,14 +132,15 @@ def test_two_processes_train_what_one_trains(material: Path, tmp_path: Path, nam
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_in_a_search_ends_both_and_they_go_on_to_the_same_bits(
-    material: Path, tmp_path: Path
+@pytest.mark.parametrize(("signum", "codes"), [("SIGTERM", [143, 143]), ("SIGKILL", [1, -9])])
+def test_one_process_that_goes_in_a_search_ends_both_and_they_go_on_to_the_same_bits(
+    material: Path, tmp_path: Path, signum: str, codes: list[int]
 ) -> None:
     whole = copy_of(material, tmp_path / "whole")
     assert two_processes(str(whole), "adversarial") == [0, 0]
     cut = copy_of(material, tmp_path / "cut")
     begun = time.monotonic()
-    assert two_processes(str(cut), "adversarial", "2") == [143, 143]
+    assert two_processes(str(cut), "adversarial", "2", signum) == codes
     assert time.monotonic() - begun < 240, "the others do not wait for the one that left"
     (scratch,) = (cut / "edits" / "unfinished").iterdir()
     last = last_checkpoint(scratch, "adversarial")
