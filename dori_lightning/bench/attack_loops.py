@@ -128,6 +128,8 @@ def fair(model: StableDiffusion, task: AttackTask, denoiser: nn.Module | Any = N
         task: What to search.
         denoiser: What to call instead of the model's denoiser, such as its compiled copy (B2).
     """
+    # not "or": a compiled module has no truth value
+    denoiser = model.unet if denoiser is None else denoiser
     embeddings, losses = [], []
     with model.frozen(), torch.enable_grad():
         for row in range(len(task.ids)):
@@ -139,7 +141,7 @@ def fair(model: StableDiffusion, task: AttackTask, denoiser: nn.Module | Any = N
                 noise, timesteps = task.draw(model, row, step)
                 with _autocast(model):
                     loss = _error(
-                        model, denoiser or model.unet, latents.expand_as(noise), noise, timesteps,
+                        model, denoiser, latents.expand_as(noise), noise, timesteps,
                         embedding.expand(len(noise), -1, -1),
                     ).mean()  # fmt: skip
                 optimizer.zero_grad()

@@ -12,12 +12,12 @@ import torch
 from dori_lightning.attacks.budget import BudgetSettings
 from dori_lightning.attacks.campaign import attack_pairs
 from dori_lightning.attacks.embedding_attack import ControlPrompts
+from dori_lightning.attacks.memory import PeakTensors
 from dori_lightning.attacks.settings import AttackSettings
 from dori_lightning.attacks.solver import CPU_PAIRS, AttackProblem, solve
 from dori_lightning.bench.attack_loops import Found, fair, hand_written, naive
 from dori_lightning.bench.counters import counted
 from dori_lightning.bench.operations import (
-    PeakTensors,
     counted_operations,
     matmul_peak,
     seconds_alone,

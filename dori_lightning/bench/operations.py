@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dori_lightning.progress import hushed
@@ -47,49 +46,6 @@ _CPU_ATTENTION: dict[str, Callable[..., int]] = {
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }
-
-
-class PeakTensors(TorchDispatchMode):
-    """Most bytes of tensors that were made while this is open and alive at one time.
-
-    What kernels take for themselves while they run is not among them.
-
-    Attributes:
-        peak: Bytes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._upper = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and look at what is alive after it."""
-        del types
-        # of arguments too: what was there before is not counted when a view of it is made
-        known = {_storage(x).data_ptr() for x in tree_leaves((args, kwargs)) if _is_plain(x)}
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if _is_plain(value):
-                storage = _storage(value)
-                if storage.nbytes() and storage.data_ptr() not in known:
-                    reference = StorageWeakRef(storage)
-                    self._alive[reference.cdata] = (reference, storage.nbytes())
-                    self._upper += storage.nbytes()
-        if self._upper > self.peak:  # looking through all of them at every operation takes long
-            self._alive = {k: held for k, held in self._alive.items() if not held[0].expired()}
-            self._upper = sum(size for _, size in self._alive.values())
-            self.peak = max(self.peak, self._upper)
-        return result
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided
-
-
-def _storage(value: torch.Tensor) -> torch.UntypedStorage:
-    return value.untyped_storage()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Timed:
         warm_up: Seconds of the first run, which is not among ``seconds``: compilation, caches.
         seconds: Seconds of each repeat.
         peak_bytes: On a GPU, most memory that its allocator held for a repeat beyond what it held
-            before; None elsewhere, see ``operations.PeakTensors``.
+            before; None elsewhere, see ``attacks.memory.PeakTensors``.
         result: What the last repeat returned.
     """
 

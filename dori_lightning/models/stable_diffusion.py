@@ -250,7 +250,7 @@ class StableDiffusion:
             InputError: The sampler has more steps than there are timesteps.
         """
         timesteps: torch.Tensor = self._sampler(sampling).timesteps
-        return timesteps
+        return timesteps.to(self.device)
 
     def _sampler(self, sampling: Sampling) -> Any:
         kinds: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
@@ -260,7 +260,8 @@ class StableDiffusion:
                 f"timesteps that {self.name} was trained with"
             )
         scheduler = kinds[sampling.sampler].from_config(self.scheduler.config)
-        scheduler.set_timesteps(sampling.steps, device=self.device)
+        # on the host: schedulers look tables up by it, and would wait for a GPU at each step
+        scheduler.set_timesteps(sampling.steps, device="cpu")
         return scheduler
 
     @torch.no_grad()
@@ -315,10 +316,11 @@ class StableDiffusion:
         if pair_ids is not None:
             pair_ids = [*pair_ids, *pair_ids] if guided else list(pair_ids)
         x: torch.Tensor = noise.to(self.device) * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
+        places = scheduler.timesteps.to(self.device)
+        for place, t in zip(places, scheduler.timesteps, strict=True):
             processes.check()
             inputs = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-            output = self._denoise(inputs, t.expand(len(inputs)), context, pair_ids)
+            output = self._denoise(inputs, place.expand(len(inputs)), context, pair_ids)
             if guided:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + sampling.guidance * (conditional - unconditional)

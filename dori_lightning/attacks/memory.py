@@ -1,0 +1,221 @@
+"""How much memory a pass of the attack takes, measured before the run, and how many pairs fit.
+
+The gradient of an embedding needs what the denoiser computed on the way forward: about 0.7 GiB for
+each sample of Stable Diffusion at 512 pixels. So the number of pairs in a pass decides whether a
+run ends in "out of memory". What two small passes hold at most tells what a sample costs and what
+every pass costs anyway, whatever the architecture, precision and kernels are.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from dori_lightning.models.protocol import TextToImage
+
+__all__ = [
+    "MOST_PAIRS",
+    "PassMemory",
+    "PeakTensors",
+    "free_memory",
+    "measure_pass",
+    "pairs_that_fit",
+]
+
+log = logging.getLogger(__name__)
+
+MOST_PAIRS = 8
+"""Pairs of a pass where memory does not decide: wider was no faster on the CPU."""
+
+_SHARE = 0.8
+"""Share of the free memory that is planned with; the rest is for what was not measured: workspaces
+of kernels, an allocator's gaps, other parts of the run."""
+
+_GIB = 2**30
+
+
+class PeakTensors(TorchDispatchMode):
+    """Most bytes of tensors that were made while this is open and alive at one time.
+
+    What kernels take for themselves while they run is not among them.
+
+    Attributes:
+        peak: Bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._upper = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and look at what is alive after it."""
+        del types
+        # of arguments too: what was there before is not counted when a view of it is made
+        known = {_storage(x).data_ptr() for x in tree_leaves((args, kwargs)) if _is_plain(x)}
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if _is_plain(value):
+                storage = _storage(value)
+                if storage.nbytes() and storage.data_ptr() not in known:
+                    reference = StorageWeakRef(storage)
+                    self._alive[reference.cdata] = (reference, storage.nbytes())
+                    self._upper += storage.nbytes()
+        if self._upper > self.peak:  # looking through all of them at every operation takes long
+            self._alive = {k: held for k, held in self._alive.items() if not held[0].expired()}
+            self._upper = sum(size for _, size in self._alive.values())
+            self.peak = max(self.peak, self._upper)
+        return result
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided
+
+
+def _storage(value: torch.Tensor) -> torch.UntypedStorage:
+    return value.untyped_storage()
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """What a forward and backward pass holds at most, besides the model's weights.
+
+    Attributes:
+        fixed: Bytes whatever the number of samples: weights in another precision, for example.
+        sample: Bytes more for each sample, which is one noise sample of one pair.
+    """
+
+    fixed: int
+    sample: int
+
+    def of(self, samples: int) -> int:
+        """Bytes of a pass of so many samples."""
+        return self.fixed + samples * self.sample
+
+    def pairs(self, free: int, noise_batch: int) -> int:
+        """Most pairs whose noise samples fit into ``free`` bytes; 0 where not one does."""
+        return max(0, (free - self.fixed) // (self.sample * noise_batch))
+
+
+def measure_pass(model: TextToImage) -> PassMemory:
+    """Measure one pass of one sample and one of two.
+
+    On a GPU what its allocator holds, elsewhere the tensors that are alive (``PeakTensors``). It
+    counts as three evaluations of the denoiser and leaves no other trace.
+
+    Args:
+        model: Model under attack.
+
+    Raises:
+        torch.OutOfMemoryError: Not even two samples fit.
+    """
+    _peak(model, 1)  # the first pass of all holds what kernels keep afterwards
+    one, two = _peak(model, 1), _peak(model, 2)
+    sample = max(1, two - one)
+    return PassMemory(max(0, one - sample), sample)
+
+
+def _peak(model: TextToImage, samples: int) -> int:
+    """Most bytes that a pass of ``samples`` samples holds beyond what is held before it."""
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _run(model, samples)
+        return torch.cuda.max_memory_allocated(device) - before
+    with PeakTensors() as tensors:
+        _run(model, samples)
+    return tensors.peak
+
+
+def _run(model: TextToImage, samples: int) -> None:
+    """One pass as the solver makes it; its numbers do not matter."""
+    latents = torch.zeros(samples, *model.latent_shape, device=model.device)
+    rows = torch.zeros(samples, *model.embedding_shape, device=model.device, requires_grad=True)
+    timesteps = torch.zeros(samples, dtype=torch.long, device=model.device)
+    with model.frozen(), torch.enable_grad():
+        loss = model.denoising_loss(latents, latents, timesteps, rows, pair_ids=None)
+        torch.autograd.grad(loss.sum(), rows)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a run may still take on a device; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + kept)
+    if device.type != "cpu":
+        return None
+    known = [value for value in (_of_system(), _of_control_group()) if value is not None]
+    return min(known) if known else None
+
+
+def _of_system() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * found[0] if found else None
+
+
+def _of_control_group(place: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container or a batch job leaves: the system may have far more."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int((place / limit).read_text()) - int((place / used).read_text())
+        except (OSError, ValueError):  # another version, or "max": no limit
+            continue
+    return None
+
+
+def pairs_that_fit(
+    model: TextToImage, *, noise_batch: int, wanted: int | None, free: int | None = None
+) -> int:
+    """Pairs of a forward pass: as many as were asked for, or as fit into the free memory.
+
+    Args:
+        model: Model under attack, on its device.
+        noise_batch: Noise samples of a pair.
+        wanted: What the configuration fixes; None measures. Nothing is measured where it is fixed.
+        free: Bytes to plan with; None asks the system.
+
+    Returns:
+        1 to ``MOST_PAIRS``, or ``wanted``.
+    """
+    if wanted is not None:
+        return wanted
+    free = free_memory(model.device) if free is None else free
+    if free is None:
+        log.info("free memory of %s is not known: %d pairs a pass", model.device, MOST_PAIRS)
+        return MOST_PAIRS
+    memory = measure_pass(model)
+    fit = memory.pairs(int(_SHARE * free), noise_batch)
+    chosen = max(1, min(MOST_PAIRS, fit))
+    text = (
+        f"a sample takes {memory.sample / _GIB:.3g} GiB and every pass {memory.fixed / _GIB:.3g} "
+        f"GiB, {free / _GIB:.3g} GiB are free: {chosen} pairs of {noise_batch} samples a pass, "
+        f"{memory.of(chosen * noise_batch) / _GIB:.3g} GiB"
+    )
+    if fit < 1:
+        log.warning(
+            "%s. That may not fit; checkpoint.gradient_checkpointing=true takes a fraction, and "
+            "a smaller attack.noise_batch is a weaker attack",
+            text,
+        )
+    else:
+        log.info("%s", text)
+    return chosen

@@ -1,0 +1,117 @@
+"""What an audit and a sweep ask of their models, counted: nothing is computed twice."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dori_lightning.attacks import embedding_attack
+from dori_lightning.attacks.solver import CPU_PAIRS
+from dori_lightning.mitigations.wanda import Wanda
+from dori_lightning.models.pictures import CPU_PICTURES
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from support.runs import run_task, write_pairs
+from support.tiny import write_tiny
+
+STEPS, NOISES, SAMPLER = 3, 1, 2
+SMALL = (
+    "pairs=folder", "utility=none", f"attack.budget.steps={STEPS}", "attack.snapshots=[]",
+    f"attack.noise_batch={NOISES}", "attack.inits=[prompt]", f"sampling.steps={SAMPLER}",
+    "sampling.images_per_pair=1", "checkpoint.name=tiny", "checkpoint.device=cpu", "trainer=cpu",
+    "report.images=none", "metrics.descriptors.local_correlation.threshold=0.5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("material")
+    for seed in (0, 1):
+        write_tiny(place / f"checkpoint{seed}", seed=seed)
+    write_pairs(place / "pairs")
+    return place
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Rows through every model of the process by what they are for, attacks and prunings."""
+    tally: Counter[str] = Counter()
+    unet, prune, solve = StableDiffusion._denoise, Wanda.apply, embedding_attack.solve
+
+    def denoise(self: StableDiffusion, noised: torch.Tensor, *args: Any) -> torch.Tensor:
+        tally["with gradient" if torch.is_grad_enabled() else "forward"] += len(noised)
+        return unet(self, noised, *args)
+
+    def rows(name: str) -> Any:
+        real = getattr(StableDiffusion, name)
+
+        def counting(self: StableDiffusion, inputs: Any) -> Any:
+            tally[name] += len(inputs)
+            return real(self, inputs)
+
+        return counting
+
+    def pruned(*args: Any) -> Any:
+        tally["prunings"] += 1
+        return prune(*args)
+
+    def solved(*args: Any, **options: Any) -> Any:
+        tally["attacks"] += 1
+        return solve(*args, **options)
+
+    monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
+    for name in ("encode_images", "encode_prompts", "decode_latents"):
+        monkeypatch.setattr(StableDiffusion, name, rows(name))
+    monkeypatch.setattr(Wanda, "apply", pruned)
+    monkeypatch.setattr(embedding_attack, "solve", solved)
+    # most of so small an audit's time
+    monkeypatch.setattr("dori_lightning.tasks.audit._write", lambda *_, **__: None)
+    return tally
+
+
+def audit(place: Path, name: str, *overrides: str, seed: int = 0) -> None:
+    run_task(
+        place / name, *SMALL, f"pairs.path={place / 'pairs'}",
+        f"checkpoint.source={place / f'checkpoint{seed}'}", f"paths.cache={place / 'cache'}",
+        *overrides,
+    )  # fmt: skip
+
+
+def test_budgets_of_an_audit_are_read_off_one_attack(place: Path, asked: Counter[str]) -> None:
+    pairs, one_attack = 5, STEPS * CPU_PAIRS * NOISES
+    audit(place, "one", f"paths.cache={place / 'own'}")
+    one = Counter(asked)
+    # ten pictures, from prompts and from the attack, fill one pass of sixteen; guided
+    drawn = CPU_PICTURES
+    assert one == {
+        "attacks": 1, "with gradient": one_attack, "forward": drawn * SAMPLER * 2,
+        "encode_images": pairs, "encode_prompts": pairs + 1, "decode_latents": drawn + pairs,
+    }  # fmt: skip
+    asked.clear()
+    audit(place, "three", "attack.snapshots=[1,2]", f"paths.cache={place / 'own'}")
+    assert asked["attacks"] == 1
+    assert asked["with gradient"] == one_attack
+    assert asked["encode_images"] == 0, "the first audit's latents are kept"
+    assert asked["encode_prompts"] == 1, "the empty prompt"
+    asked.clear()
+    audit(place, "three", "attack.snapshots=[1,2]", f"paths.cache={place / 'own'}")
+    assert asked == {"decode_latents": pairs}, "again: the autoencoder's ceiling alone"
+
+
+def test_a_sweep_prunes_and_attacks_once_for_each_method_and_checkpoint(
+    place: Path, asked: Counter[str]
+) -> None:
+    """M methods x B budgets x C checkpoints cost M x C prunings and M x C attacks."""
+    methods, checkpoints = (0.1, 0.2), (0, 1)
+    for seed in checkpoints:
+        for fraction in methods:
+            audit(
+                place, f"sweep{seed}{fraction}", "attack.snapshots=[1,2]", "mitigation=wanda",
+                f"mitigation.fraction={fraction}", "mitigation.steps=2", seed=seed,
+            )  # fmt: skip
+    jobs = len(methods) * len(checkpoints)
+    assert asked["prunings"] == asked["attacks"] == jobs
+    assert asked["with gradient"] == jobs * STEPS * CPU_PAIRS * NOISES
+    assert asked["encode_images"] == len(checkpoints) * 5, "each checkpoint sees a pair once"

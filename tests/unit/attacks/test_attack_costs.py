@@ -1,0 +1,142 @@
+"""What the attack and the sampler ask of a device, without a clock."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from dori_lightning.attacks.solver import CPU_PAIRS, AttackProblem, solve
+from dori_lightning.bench.counters import counted
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import Budget
+from support.fetches import Fetches, FetchingKernels
+
+STEPS = 4
+
+
+@contextmanager
+def watched() -> Iterator[tuple[Fetches, FetchingKernels]]:
+    methods, kernels = Fetches(), FetchingKernels()
+    with kernels, methods:
+        yield methods, kernels
+
+
+def test_values_are_noticed_where_they_are_fetched() -> None:
+    with watched() as (methods, kernels):
+        value = torch.ones(3)
+        float(value.sum())
+        value[value > 0]
+        if value.any():
+            value.cpu()
+        torch.arange(3).tolist()
+    assert methods.found == ["__float__", "__bool__", "cpu"]
+    assert len(kernels.found) >= 2
+
+
+@pytest.mark.parametrize("snapshots", [(), (1, 2)])
+def test_the_attack_fetches_values_at_its_beginning_and_at_snapshots_alone(
+    model: StableDiffusion, problem: AttackProblem, snapshots: tuple[int, ...]
+) -> None:
+    seen: list[int] = []
+    with watched() as (methods, kernels):
+        solve(
+            model, problem, budget=Budget("l2", 5.0, STEPS), noise_batch=2, snapshots=snapshots,
+            keep_first_token=True,
+            on_step=lambda _: seen.append(len(methods.found) + len(kernels.found)),
+        )  # fmt: skip
+    by_step = [after - before for before, after in pairwise(seen)]
+    # the embedding that is kept is fetched once; nothing else, whatever the step
+    assert by_step == [int(step in {*snapshots, STEPS}) for step in range(2, STEPS + 1)]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_the_sampler_fetches_no_values_between_its_steps(
+    model: StableDiffusion, sampler: str
+) -> None:
+    sampling = Sampling(sampler, 5, 2.0, 2)  # type: ignore[arg-type]
+    context, noise = model.encode_prompts(["a cat", "a boat"]), torch.randn(2, *model.latent_shape)
+    with counted(model) as counts, Fetches(context, noise) as methods:
+        latents = model.denoise(context, noise, sampling)
+        assert methods.found == []
+        float(latents.sum())
+        assert methods.found == ["__float__"], "it looks"
+    assert counts.unet_passes == 5, "both halves of the guidance in one pass"
+
+
+def test_scheduler_arithmetic_stays_on_the_host(
+    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step number that lies on a device has to be waited for."""
+    monkeypatch.setattr(model, "device", torch.device("meta"))
+    for sampler in ("ddim", "dpm++"):
+        scheduler = model._sampler(Sampling(sampler, 5, 2.0, 2))  # type: ignore[arg-type]
+        assert scheduler.timesteps.device.type == "cpu"
+
+
+def test_nothing_before_the_first_cross_attention_is_differentiated(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    """The backward pass ends there by itself, unless the noised latent needs a gradient."""
+    needs: dict[str, bool] = {}
+    inputs: list[bool] = []
+
+    def note(name: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
+        def look(_: nn.Module, __: object, output: torch.Tensor) -> None:
+            needs[name] = output.requires_grad
+
+        return look
+
+    def enter(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(arguments[0].requires_grad)
+
+    names = dict(model.unet.named_modules())
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    chosen = ("conv_in", "time_embedding", "down_blocks.0.resnets.0", f"{block}.attn1")
+    handles = [names[n].register_forward_hook(note(n)) for n in (*chosen, f"{block}.attn2")]
+    handles.append(model.unet.register_forward_pre_hook(enter))
+    try:
+        solve(model, problem, budget=Budget(steps=1), noise_batch=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert needs == {**dict.fromkeys(chosen, False), f"{block}.attn2": True}
+    assert inputs == [False]
+
+
+def test_one_attack_takes_one_pass_a_step_for_eight_pairs(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    with counted(model) as counts:
+        solve(model, problem, budget=Budget(steps=3), noise_batch=2, snapshots=(1, 2))
+    assert (counts.unet_passes, counts.unet) == (3, 3 * CPU_PAIRS * 2)
+    assert (counts.encoded, counts.decoded, counts.prompts) == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_is_compiled_once(
+    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither steps nor a second attack, with its flags put back in between, compile again.
+
+    With the backend that generates no code: which graphs there are does not depend on it.
+    """
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    plain = solve(model, problem, budget=Budget(steps=2), noise_batch=1)
+    monkeypatch.setattr(model, "unet", torch.compile(model.unet, backend=backend))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        once = solve(model, problem, budget=Budget(steps=2), noise_batch=1)
+        graphs = len(compiled)
+        solve(model, problem, budget=Budget(steps=2), noise_batch=1)
+    assert 1 <= graphs == len(compiled)
+    assert torch.allclose(once.embeddings, plain.embeddings, atol=1e-4)
+    torch._dynamo.reset()
