@@ -91,11 +91,15 @@ class AttackLedger:
                 "%s was made with another %s and is computed anew", path, ", ".join(differing)
             )
             return None
-        return AttackResult(
-            ids=(pair_id,),
-            restart=restart,
-            embeddings=embeddings[None],
-            snapshots=tuple(json.loads(metadata["snapshots"])),
-            losses=losses[None],
-            diverged=torch.tensor([metadata["diverged"] == "True"]),
-        )
+        try:
+            return AttackResult(
+                ids=(pair_id,),
+                restart=restart,
+                embeddings=embeddings[None],
+                snapshots=tuple(int(step) for step in json.loads(metadata["snapshots"])),
+                losses=losses[None],
+                diverged=torch.tensor([metadata["diverged"] == "True"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("%s is damaged and is computed anew: %r", path, error)
+            return None

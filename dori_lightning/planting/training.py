@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from dori_lightning.mitigations.checkpoints import read_checkpoint
 from dori_lightning.planting.autoencoder import AutoencoderTraining, StreamImages
 from dori_lightning.planting.diffusion import DiffusionTraining, silence_cross_attention
 from dori_lightning.planting.latents import EncodedStream
@@ -110,7 +111,7 @@ def _fit(
     """Fit, going on from ``folder``'s last checkpoint where there is one."""
     last, done = folder / "last.ckpt", 0
     if last.is_file():
-        done = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
+        done = int(read_checkpoint(last)["global_step"])
         log.info("resuming from step %d of %s", done, last)
     loader = DataLoader(_Rest(data, length, done * batch), batch_size=batch)
     trainer.fit(module, loader, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
