@@ -13,13 +13,13 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dori_lightning.redaction import is_secret_name, redact, secrets_in
-from dori_lightning.targets import find_target, targets_in
+from dori_lightning.redaction import REDACTED, is_secret_name, redact, secrets_in
+from dori_lightning.targets import allow_target, find_target, targets_in
 from dori_lightning.types import InputError
 
 __all__ = ["check_composed", "guard", "refuse_secrets"]
 
-_PLUGINS = ("hydra.launcher", "hydra.sweeper")
+_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 _HYDRAS_TARGETS = ("dori_lightning.", "hydra.experimental.callbacks.", "hydra_plugins.")
 _LOGGING_CLASSES = {
     "logging.FileHandler",
@@ -75,8 +75,10 @@ def check_composed(cfg: DictConfig) -> None:
     _refuse_secret_values({**plain, "hydra": _without_keys_of_hydra(hydra)})
     _refuse_addresses(cfg)
     for path, node in targets_in(hydra, "hydra"):
-        # of these two Hydra builds nothing but the plugins that are installed
-        if path not in _PLUGINS:
+        if path in ("hydra.launcher", "hydra.sweeper"):
+            # of these Hydra builds nothing but the plugins that it finds installed
+            allow_target(path, node["_target_"], _PLUGINS)
+        else:
             find_target(path, node["_target_"], _HYDRAS_TARGETS)
     for name in ("job_logging", "hydra_logging"):
         for place, value in _calls_of_logging(hydra.get(name), f"hydra.{name}"):
@@ -100,7 +102,7 @@ def refuse_secrets(overrides: Iterable[str]) -> None:
         # escapes and quotes would hide an address and its password
         plain = re.sub(r"\\(.)", r"\1", override)
         key, _, value = plain.lstrip("+~").partition("=")
-        where = f"{key}=..." if value and is_secret_name(key) else redact(plain)
+        where = f"{key}={REDACTED}" if value and is_secret_name(key) else redact(plain)
         if where != plain or _secret_variable(plain):
             raise _no_secrets(where)
 

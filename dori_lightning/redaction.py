@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 __all__ = ["REDACTED", "RedactingFormatter", "is_secret_name", "redact", "secrets_in"]
@@ -36,8 +37,9 @@ _HARMLESS_NEXT = {
 # One slash too: that is what remains of a URL that was taken for a path.
 _USER_INFO = re.compile(r"\b([a-z][a-z0-9+.\-]+://?)[^\s/?#]*@", re.IGNORECASE)
 _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.\-]*)=(\"[^\"]*\"|'[^']*'|[^\s&,;]+)")
-# A dictionary in a message.
+# A dictionary in a message, and one on the command line.
 _ITEM = re.compile(r"([\"'])([\w.\-]+)\1: (\"[^\"]*\"|'[^']*')")
+_FLOW_ITEM = re.compile(r"([{,]\s*)([A-Za-z_][\w.\-]*):\s*([^\s,{}\[\]]+)")
 _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}"
     r"|wandb_v\d+_\w{16,}"
@@ -57,9 +59,9 @@ def is_secret_name(name: str) -> bool:
     words = [word.lower() for word in _WORDS.findall(name)]
     if _ALWAYS.intersection(words):
         return True
-    following = [*words[1:], ""]
     return any(
-        w in _USUALLY and n not in _HARMLESS_NEXT for w, n in zip(words, following, strict=True)
+        word in _USUALLY and following not in _HARMLESS_NEXT
+        for word, following in pairwise([*words, ""])
     )
 
 
@@ -132,6 +134,12 @@ def _clean_text(text: str) -> str:
     # Command-line overrides and URL queries carry "name=value" inside one string.
     text = _ASSIGNMENT.sub(
         lambda found: f"{found[1]}={REDACTED}" if is_secret_name(found[1]) else found[0], text
+    )
+    text = _FLOW_ITEM.sub(
+        lambda found: (
+            f"{found[1]}{found[2]}: {REDACTED}" if is_secret_name(found[2]) else found[0]
+        ),
+        text,
     )
     return _ITEM.sub(
         lambda found: (

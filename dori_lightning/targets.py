@@ -13,6 +13,7 @@ from dori_lightning.types import InputError
 
 __all__ = [
     "ALLOWED_TARGETS",
+    "allow_target",
     "check_signatures",
     "check_targets",
     "closest",
@@ -43,7 +44,7 @@ def check_targets(cfg: DictConfig) -> None:
         InputError: Names the key and the target.
     """
     for path, node in targets_in(OmegaConf.to_container(cfg, resolve=True)):
-        _allow(path, node["_target_"])
+        allow_target(path, node["_target_"])
 
 
 def check_signatures(cfg: DictConfig) -> None:
@@ -70,7 +71,7 @@ def find_target(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGE
     Raises:
         InputError: It may not be built, or there is no such thing.
     """
-    _allow(path, target, allowed)
+    allow_target(path, target, allowed)
     try:
         thing = get_object(target)
     except ImportError as error:
@@ -79,7 +80,7 @@ def find_target(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGE
         ) from error
     # An allowed module also holds names that it imported: the thing itself must live inside.
     home = getattr(thing, "__module__", None)
-    _allow(path, f"{home}.{getattr(thing, '__qualname__', target)}", allowed)
+    allow_target(path, f"{home}.{getattr(thing, '__qualname__', target)}", allowed)
     return thing
 
 
@@ -125,7 +126,8 @@ def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, An
             yield from targets_in(value, f"{path}[{index}]")
 
 
-def _allow(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGETS) -> None:
+def allow_target(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGETS) -> None:
+    """Refuse a ``_target_`` whose name does not begin as it may; imports nothing."""
     if not isinstance(target, str) or not target.startswith(allowed):
         raise InputError(
             f"refused to build {target!r}\n"

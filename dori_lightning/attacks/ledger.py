@@ -92,13 +92,17 @@ class AttackLedger:
                 "%s was made with another %s and is computed anew", path, ", ".join(differing)
             )
             return None
-        return AttackResult(
-            ids=(pair_id,),
-            restart=restart,
-            embeddings=embeddings[None],
-            snapshots=tuple(json.loads(metadata["snapshots"])),
-            losses=losses[None],
-            diverged=torch.tensor([metadata["diverged"] == "True"]),
-            # earlier versions ended where there was none
-            no_gradient=torch.tensor([metadata.get("no_gradient") == "True"]),
-        )
+        try:
+            return AttackResult(
+                ids=(pair_id,),
+                restart=restart,
+                embeddings=embeddings[None],
+                snapshots=tuple(int(step) for step in json.loads(metadata["snapshots"])),
+                losses=losses[None],
+                diverged=torch.tensor([metadata["diverged"] == "True"]),
+                # earlier versions ended where there was none
+                no_gradient=torch.tensor([metadata.get("no_gradient") == "True"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("%s is damaged and is computed anew: %r", path, error)
+            return None

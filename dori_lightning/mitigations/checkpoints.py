@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,11 +19,12 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from dori_lightning.files import sync_folder, write_atomically
+from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from typing import IO, BinaryIO
 
-__all__ = ["FitCheckpoints", "checkpoint_path", "last_checkpoint"]
+__all__ = ["FitCheckpoints", "checkpoint_path", "last_checkpoint", "read_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,30 @@ def last_checkpoint(folder: Path, title: str) -> Path | None:
     if _checkpoints(folder):
         log.warning("%s: no checkpoint in %s is whole, so training begins anew", title, folder)
     return None
+
+
+def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint; nothing in it is executed.
+
+    Args:
+        path: The file.
+        mapped: Leave tensors on the disk until they are used.
+
+    Raises:
+        InputError: It holds more than tensors and plain values, so no fit of this program wrote
+            it.
+    """
+    try:
+        kept: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped or None
+        )
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors, or is damaged, and is not opened\n"
+            f"  where: {str(error).strip().partition(chr(10))[0]}\n"
+            f"  mend:  remove it; the fit then begins anew"
+        ) from error
+    return kept
 
 
 class FitCheckpoints(CheckpointIO):
@@ -94,8 +120,7 @@ class FitCheckpoints(CheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint; nothing in it is executed, whatever ``weights_only`` says."""
         del map_location, weights_only
-        kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return kept
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint; without its checksum first, so that no part of it counts."""

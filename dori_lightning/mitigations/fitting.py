@@ -19,6 +19,7 @@ from dori_lightning.mitigations.checkpoints import (
     FitCheckpoints,
     checkpoint_path,
     last_checkpoint,
+    read_checkpoint,
 )
 from dori_lightning.progress import stage
 
@@ -193,7 +194,7 @@ def is_done(module: L.LightningModule, last: Path, steps: int) -> bool:
     A Trainer that has nothing left to do would not put the average of the weights in place.
     """
     # mapped, since only its end is read whole
-    kept = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    kept = read_checkpoint(last, mapped=True)
     if kept["global_step"] < steps:
         return False
     module.on_load_checkpoint(kept)

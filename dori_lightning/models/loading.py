@@ -237,8 +237,9 @@ def _load_folder(place: Path | tuple[str, str | None]) -> dict[str, Any]:
             "vae": AutoencoderKL.from_pretrained(
                 where, subfolder="vae", low_cpu_mem_usage=False, **common
             ),
+            # said here, or the folder could name a kernel that is fetched and run
             "text_encoder": CLIPTextModel.from_pretrained(
-                where, subfolder="text_encoder", **common
+                where, subfolder="text_encoder", attn_implementation="sdpa", **common
             ),
             "tokenizer": CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **options),
             "scheduler": DDIMScheduler.from_pretrained(where, subfolder="scheduler", **options),

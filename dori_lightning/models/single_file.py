@@ -5,6 +5,7 @@ Nothing here touches the network where the configuration is a folder.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -48,8 +49,13 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
             f"id of the same architecture with checkpoint.config=..., "
             f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    with safe_open(path, framework="pt") as file:
-        keys = list(file.keys())
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is no safetensors file, whatever its name, or damaged: {error}; get it again"
+        ) from error
     for part, prefixes in _PREFIXES.items():
         if not any(key.startswith(prefixes) for key in keys):
             raise InputError(
@@ -59,6 +65,8 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
     local = Path(config).is_dir()
     options: dict[str, Any] = {"config": config, "local_files_only": local}
     try:
+        if local:
+            _refuse_kernels(Path(config) / "text_encoder" / "config.json")
         unet = UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **options)
         vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", **options)
         text_encoder = create_diffusers_clip_model_from_ldm(  # type: ignore[no-untyped-call]
@@ -86,3 +94,14 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "scheduler": scheduler,
     }
+
+
+def _refuse_kernels(path: Path) -> None:
+    """Refuse a configuration that names a kernel, which transformers would fetch and run."""
+    held = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for key, value in held.items() if isinstance(held, dict) else ():
+        if "attn_implementation" in key and value not in (None, "eager", "sdpa"):
+            raise InputError(
+                f"{path} asks for the attention {value!r}, which may be code of others; remove "
+                f"{key}"
+            )

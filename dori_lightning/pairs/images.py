@@ -20,6 +20,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 def open_image(path: Path) -> Image.Image:
     """Decode a picture completely: EXIF orientation applied, transparency over white, RGB.
 
+    Pixels are all that is kept of the file.
+
     Raises:
         OSError: Unreadable, truncated, or none of ``FORMATS``.
         PIL.Image.DecompressionBombError: More pixels than Pillow's limit allows.
@@ -35,7 +37,10 @@ def open_image(path: Path) -> Image.Image:
             background = Image.new("RGBA", image.size, "white")
             background.alpha_composite(image)
             image = background
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        # comments and profiles would go into every file that is made of the picture
+        image.info = {}
+        return image
 
 
 def square_image(path: Path) -> Image.Image:

@@ -12,7 +12,11 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, TQDMProgressBar
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from dori_lightning.mitigations.checkpoints import FitCheckpoints, last_checkpoint
+from dori_lightning.mitigations.checkpoints import (
+    FitCheckpoints,
+    last_checkpoint,
+    read_checkpoint,
+)
 from dori_lightning.mitigations.fitting import Saving, is_done
 from dori_lightning.planting.autoencoder import AutoencoderTraining, StreamImages
 from dori_lightning.planting.diffusion import DiffusionTraining, silence_cross_attention
@@ -118,7 +122,7 @@ def _fit(
     if last is not None:
         if is_done(module, last, int(trainer.max_steps)):
             return
-        done = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
+        done = int(read_checkpoint(last)["global_step"])
     loader = DataLoader(_Rest(data, length, done * batch), batch_size=batch)
     ckpt_path = None if last is None else str(last)
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)

@@ -1,0 +1,269 @@
+"""Files of strangers: nothing in them is executed, whatever they pretend to be."""
+
+import hashlib
+import json
+import pickle
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
+
+from dori_lightning.attacks.ledger import AttackLedger
+from dori_lightning.attacks.solver import AttackResult
+from dori_lightning.mitigations.activations import ActivationStatistics
+from dori_lightning.mitigations.checkpoints import (
+    FitCheckpoints,
+    checkpoint_path,
+    last_checkpoint,
+    read_checkpoint,
+)
+from dori_lightning.mitigations.edit_files import read_edit
+from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.pairs.images import open_image
+from dori_lightning.pairs.readers import FolderPairs
+from dori_lightning.planting.latents import EncodedStream
+from dori_lightning.report.locality_section import read_locality
+from dori_lightning.report.pictures import jpeg_uri, thumbnail
+from dori_lightning.types import InputError
+from support.runs import write_pairs
+from support.tiny import write_tiny
+
+
+class Evil:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def in_a_weight_file(folder: Path, data: bytes) -> None:
+    weights = write_tiny(folder / "model") / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(data)
+    load_checkpoint(name="x", source=str(folder / "model"), device="cpu")
+
+
+def as_one_file(folder: Path, data: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(data)
+    load_checkpoint(name="x", source=str(folder / "model.safetensors"), device="cpu", config="x")
+
+
+def as_a_ckpt(folder: Path, data: bytes) -> None:
+    (folder / "model.ckpt").write_bytes(data)
+    load_checkpoint(name="x", source=str(folder / "model.ckpt"), device="cpu")
+
+
+def as_an_edit(folder: Path, data: bytes) -> None:
+    (folder / "edit.safetensors").write_bytes(data)
+    read_edit(folder / "edit.safetensors")
+
+
+def as_statistics(folder: Path, data: bytes) -> None:
+    (folder / "statistics.safetensors").write_bytes(data)
+    ActivationStatistics.load(folder / "statistics.safetensors", None)  # type: ignore[arg-type]
+
+
+def as_a_fits_checkpoint(folder: Path, data: bytes) -> None:
+    path = checkpoint_path(folder, 3)
+    path.write_bytes(data)
+    path.with_name(f"{path.name}.sha256").write_text(hashlib.sha256(data).hexdigest())
+    assert last_checkpoint(folder, "fit") == path, "its checksum is right"
+    FitCheckpoints().load_checkpoint(path, weights_only=False)
+
+
+def as_a_fits_last_checkpoint(folder: Path, data: bytes) -> None:
+    (folder / "last.ckpt").write_bytes(data)
+    read_checkpoint(folder / "last.ckpt", mapped=zipped(data))
+
+
+def zipped(data: bytes) -> bool:
+    return data.startswith(b"PK")
+
+
+@pytest.mark.parametrize("packed", ["a pickle", "in a torch file"])
+@pytest.mark.parametrize(
+    "offered",
+    [
+        in_a_weight_file, as_one_file, as_a_ckpt, as_an_edit, as_statistics, as_a_fits_checkpoint,
+        as_a_fits_last_checkpoint,
+    ],
+)  # fmt: skip
+def test_a_pickle_is_refused_and_not_loaded(
+    tmp_path: Path, offered: Callable[[Path, bytes], None], packed: str
+) -> None:
+    mark, evil = tmp_path / "mark", Evil(tmp_path / "mark")
+    data = pickle.dumps(evil)
+    if packed != "a pickle":
+        torch.save({"state_dict": {}, "global_step": evil}, tmp_path / "evil")
+        data = (tmp_path / "evil").read_bytes()
+    with pytest.raises(InputError):
+        offered(tmp_path, data)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(evil))
+    assert mark.exists(), "it would have been"
+
+
+def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    ledger = AttackLedger(tmp_path, {})
+    path = ledger.path("a", "prompt", 0)
+    path.parent.mkdir()
+    path.write_bytes(pickle.dumps(Evil(mark)))
+    assert ledger.read("a", "prompt", 0, "x") is None
+    np.save(tmp_path / "latents.npy", np.array([Evil(mark)], object), allow_pickle=True)
+    (tmp_path / "keys.json").write_text("[]")
+    shutil.copy(tmp_path / "latents.npy", tmp_path / "tokens.npy")
+    with pytest.raises(ValueError, match="Python objects"):
+        EncodedStream(tmp_path, length=1)
+    assert not mark.exists()
+
+
+def test_a_note_of_an_attack_that_is_no_json_counts_as_damaged(tmp_path: Path) -> None:
+    ledger = AttackLedger(tmp_path, {"seed": "0"})
+    made = AttackResult(
+        ("a",), 0, torch.ones(1, 1, 2, 2), (1,), torch.ones(1, 1), torch.tensor([False])
+    )
+    ledger.write(made, "prompt", {"a": "x"})
+    path = ledger.path("a", "prompt", 0)
+    note = {"seed": "0", "inputs": "x", "snapshots": "[__import__('os')]", "diverged": "True"}
+    save_file(load_file(path), path, metadata=note)
+    assert ledger.read("a", "prompt", 0, "x") is None
+
+
+CODE = "from pathlib import Path\nPath('mark').touch()\nraise SystemExit('executed')\n"
+
+
+def test_code_and_classes_in_a_checkpoints_folder_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_tiny(tmp_path / "model")
+    expected = load_checkpoint(name="x", source=str(folder), device="cpu").fingerprint
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": ["pipeline", "Evil"], "unet": ["evil", "Evil"]})
+    )
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "."):
+        for name in ("evil.py", "pipeline.py", "modeling_evil.py", "my_own.py"):
+            (folder / part / name).write_text(CODE)
+    names = {"AutoModel": "modeling_evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    hostile = {
+        "auto_map": names,
+        "custom_pipelines": {"x": {"impl": "pipeline"}},
+        "_attn_implementation": "stranger/kernel",
+        "attn_implementation": "stranger/kernel",
+    }
+    for file in ("unet/config.json", "vae/config.json", "text_encoder/config.json",
+                 "tokenizer/tokenizer_config.json"):  # fmt: skip
+        held = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**held, **hostile}))
+    model = load_checkpoint(name="x", source=str(folder), device="cpu")
+    assert model.fingerprint == expected
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_kernel_named_by_the_configuration_of_a_single_file_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model")
+    config = folder / "text_encoder" / "config.json"
+    held = json.loads(config.read_text())
+    config.write_text(json.dumps({**held, "attn_implementation": "stranger/kernel"}))
+    file = tmp_path / "one.safetensors"
+    keys = ("model.diffusion_model.x", "first_stage_model.x", "cond_stage_model.x")
+    save_file({key: torch.ones(1) for key in keys}, file)
+    with pytest.raises(InputError, match="stranger/kernel"):
+        load_checkpoint(name="x", source=str(file), device="cpu", config=str(folder))
+
+
+# --- pictures
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG whose header says how large it is, whatever it holds."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def complaint(folder: Path, content: bytes) -> str:
+    """What is said of a list whose one picture is this."""
+    folder.mkdir(exist_ok=True)
+    (folder / "x.png").write_bytes(content)
+    (folder / "metadata.csv").write_text("file_name,prompt\nx.png,a boat\n")
+    with pytest.raises(InputError) as refused:
+        FolderPairs(folder).read()
+    return str(refused.value)
+
+
+TEXT_BOMB = (b"zTXt", b"x\0\0" + zlib.compress(b"\0" * 200_000_000, 9))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (png(65_500, 65_500), "decompression bomb"),
+        (png(2**31 - 1, 2**31 - 1), "decompression bomb"),
+        (png(32, 32, TEXT_BOMB), "damaged"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(mark) (w) file\n", "PostScript"),
+        (b"%PDF-1.7\n1 0 obj\n", "PDF"),
+        (f"{'SIMPLE  =                    T':<80}".encode() * 36, "unknown content"),
+        (b"PK\x03\x04" + b"\0" * 60, "zip archive"),
+        (b"\x89PNG\r\n\x1a\n%PDF-1.7\n", "damaged or truncated PNG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'><script>x</script></svg>", "unknown content"),
+        (b"GIF89a" + b"\1" * 60, "GIF"),
+    ],
+)
+def test_what_only_looks_like_a_picture_is_refused(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    assert words in complaint(tmp_path / "pictures", content)
+
+
+def test_what_is_behind_a_picture_is_not_handed_on(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "pairs", vm=1, control=0)
+    path = folder / "0.png"
+    plain = open_image(path)
+    note = PngImagePlugin.PngInfo()
+    note.add_text("comment", "<script>hidden words</script>")
+    plain.save(path, pnginfo=note)
+    path.write_bytes(path.read_bytes() + b"PK\x03\x04 an archive of hidden words")
+    (pair,) = FolderPairs(folder).read()
+    assert open_image(pair.image).tobytes() == plain.tobytes()
+    shown = thumbnail(pair.image, "full")
+    assert shown is not None
+    assert not shown.info
+    shown.save(tmp_path / "shown.jpg")
+    assert b"hidden words" not in (tmp_path / "shown.jpg").read_bytes()
+    assert jpeg_uri(shown).startswith("data:image/jpeg")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "figures/link.png"])
+def test_a_strangers_run_shows_pictures_of_its_own_folder_only(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run"
+    (folder / "figures").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "secret.png")
+    (folder / "figures" / "link.png").symlink_to(tmp_path / "secret.png")
+    name = str(tmp_path / "secret.png") if name.startswith("/") else name
+    (folder / "locality.json").write_text(json.dumps({"figures": [{"file": name}]}))
+    with pytest.raises(InputError, match=r"cannot show .*refused"):
+        read_locality(folder, disclosure="full")
+
+
+def test_a_figure_of_a_strangers_run_is_a_png(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "locality_x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    (tmp_path / "locality.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot show"):
+        read_locality(tmp_path, disclosure="full")
