@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # An index of other builds (CPU only, another CUDA) is chosen with pip's own PIP_INDEX_URL or PIP_EXTRA_INDEX_URL.
 TORCH ?= "torch>=2.11,<3" "torchvision>=0.26,<1"
+# Pins for pip, such as .ci/constraints.txt (what the tests passed with); empty for any version in range.
+CONSTRAINTS ?=
 ARGS ?=
 # Test processes; each test computes on one thread.
 WORKERS ?= 2
@@ -10,10 +12,11 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := $(BIN)/python -m
+PINS := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 QUICK := not slow and not gpu and not slurm and not kill
 
 .DEFAULT_GOAL := help
-.PHONY: help setup audit headline grid locality bench plant test test-slow test-kill test-slurm lint clean
+.PHONY: help setup audit headline grid locality bench plant test test-slow test-kill test-slurm lint constraints vulnerabilities clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,8 +25,8 @@ setup: $(STAMP) ## install into the environment (VENV=); does nothing when it is
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check $(TORCH)
-	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(RUN) pip install --quiet --disable-pip-version-check $(PINS) $(TORCH)
+	$(RUN) pip install --quiet --disable-pip-version-check $(PINS) --editable ".[dev]"
 	@touch $@
 
 audit: $(STAMP) ## audit the embedded benchmark and write its report (ARGS="..." adds overrides)
@@ -54,7 +57,7 @@ test-kill: $(STAMP) ## kill runs fifty times at random moments, resume them, com
 	$(RUN) pytest -m kill $(ARGS)
 
 test-slurm: $(STAMP) ## a SLURM of two nodes on this machine: sweep, fine-tuning over nodes, preemption, time limit
-	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[dev,slurm]"
+	$(RUN) pip install --quiet --disable-pip-version-check $(PINS) --editable ".[dev,slurm]"
 	$(RUN) pytest -m slurm -rs $(ARGS)
 
 lint: $(STAMP) ## style, types and import directions
@@ -62,6 +65,13 @@ lint: $(STAMP) ## style, types and import directions
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(BIN)/lint-imports
+
+constraints: $(STAMP) ## write down the installed versions (.ci/constraints.txt), after the tests have passed with them
+	$(BIN)/python .ci/constraints.py > .ci/constraints.txt.new
+	mv .ci/constraints.txt.new .ci/constraints.txt
+
+vulnerabilities: $(STAMP) ## known vulnerabilities of the installed versions (needs the network; 1: found some, 3: not checked)
+	VENV="$(VENV)" .ci/vulnerabilities
 
 clean: ## remove caches and build products; results and the environment stay
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -67,8 +67,9 @@ def check_composed(cfg: DictConfig) -> None:
         InputError: A secret, a folder that is an address, or something that is not on the lists of
             what may be built.
     """
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(plain, dict)
+    composed = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(composed, dict)
+    plain = {str(key): value for key, value in composed.items()}
     hydra = plain.pop("hydra", None) or {}
     given = hydra.get("overrides") or {}
     refuse_secrets([*(given.get("task") or []), *(given.get("hydra") or [])])

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from support.in_process import bytes_with
 from support.offline_runs import OfflineRun, files_of, inspected, offline_runs
 from support.runs import write_pairs
 from support.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
+CANARY = "hunter2canary"
 MITIGATIONS = ("none", "sparse")
 BUDGETS = ("l2_small", "unbounded")
 SMALL = (
@@ -31,7 +33,15 @@ def program(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "dori_lightning", "--config-dir", "mine", *SMALL, *arguments],
         cwd=place,
-        env={**environment, "HOME": str(place / "home"), "PYTHONPATH": str(ROOT)},
+        env={
+            **environment,
+            "HOME": str(place / "home"),
+            "PYTHONPATH": str(ROOT),
+            "HF_TOKEN": f"hf_{CANARY * 2}",
+            "DORI_PASSWORD": CANARY,
+            "DORI_PLACE": f"https://user:{CANARY}@example.org/pairs",
+        },
+        umask=0o022,
         capture_output=True,
         text=True,
         timeout=1800,
@@ -195,7 +205,13 @@ def test_csv_gets_the_same_numbers(runs: dict[Path, OfflineRun]) -> None:
         assert [float(value) for value in objective] == [run.summary["final/objective"]]
 
 
-CANARY = "hunter2canary"
+def test_no_byte_of_a_sweep_holds_a_secret_and_nobody_else_may_read_any(
+    sweep: Path, place: Path
+) -> None:
+    assert bytes_with(CANARY, place) == []
+    found = [path for path in (place / "outputs").rglob("*") if not path.is_symlink()]
+    assert any(path.suffix == ".wandb" for path in found)
+    assert [path for path in found if path.stat().st_mode & 0o077] == []
 
 
 def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place: Path) -> None:
@@ -204,7 +220,7 @@ def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place: Path)
         "-m",
         "seed=1,2",
         "sweep=failing",
-        f"pairs.path=https://user:{CANARY}@example.org/pairs",
+        "pairs.path=${oc.env:DORI_PLACE}",
     )
     assert ended.returncode == 2, ended.stderr
     folders = sorted((place / "outputs" / "sweeps" / "failing").glob("[!.]*/"))
@@ -214,9 +230,8 @@ def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place: Path)
     assert len({run.about["run_group"] for run in runs}) == 1
     for run in runs:
         assert run.summary["error"].startswith("InputError: ")
-    for folder in folders:
-        for file in (folder / "wandb").rglob("*"):
-            assert file.is_dir() or CANARY.encode() not in file.read_bytes(), file
+    assert CANARY not in ended.stdout + ended.stderr
+    assert bytes_with(CANARY, place) == []
 
 
 def test_two_processes_are_one_run_and_a_resumed_run_is_the_same(place: Path) -> None:

@@ -26,7 +26,9 @@ CONFIGS = {
     "a callback through the package": (
         "mitigation/own.yaml", f"# @package _global_\nhydra: {{callbacks: {{x: {REACHED}}}}}\n",
     ),
-    "a callback by its package": ("mitigation/own.yaml", f"# @package hydra.callbacks\nx: {COPY}\n"),
+    "a callback by its package": (
+        "mitigation/own.yaml", f"# @package hydra.callbacks\nx: {COPY}\n",
+    ),
     "a target out of the environment": (
         "mitigation/own.yaml",
         "# @package _global_\nhydra: {callbacks: {x: {_target_: '${oc.env:HOME}'}}}\n",

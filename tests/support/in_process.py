@@ -55,8 +55,8 @@ def program_in(place: Path) -> Iterator[Program]:
 
 def bytes_with(canary: str, place: Path) -> list[Path]:
     """Files and folders below ``place`` that hold a text, in their content or in their name."""
-    found = []
-    for path in place.rglob("*"):
-        if canary in path.name or (path.is_file() and canary.encode() in path.read_bytes()):
-            found.append(path)
-    return found
+    return [
+        path
+        for path in place.rglob("*")
+        if canary in path.name or (path.is_file() and canary.encode() in path.read_bytes())
+    ]
