@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Norm",
     "Outcome",
     "Pair",
+    "Pairs",
     "Status",
 ]
 
@@ -69,6 +72,22 @@ class Pair:
     sha256: str = ""
     duplicate_of: str | None = None
     truncated: bool = False
+
+
+class Pairs(tuple[Pair, ...]):
+    """The pairs of a list, and which of its rows were left out for want of a picture.
+
+    Attributes:
+        skipped: Ids of those rows; they are in no rate.
+    """
+
+    skipped: tuple[str, ...]
+
+    def __new__(cls, pairs: Iterable[Pair], *, skipped: Iterable[str] = ()) -> Pairs:
+        """Keep both."""
+        made = super().__new__(cls, tuple(pairs))
+        made.skipped = tuple(skipped)
+        return made
 
 
 @dataclass(frozen=True)

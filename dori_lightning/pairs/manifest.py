@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dori_lightning.pairs.problems import quote, raise_problems, some_of
 from dori_lightning.pairs.rows import check_row
-from dori_lightning.types import KINDS, InputError, Kind, Pair
+from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +78,7 @@ def validate_rows(
     kinds: Sequence[Kind] = KINDS,
     limit: int | None = None,
     on_missing: OnMissing = "error",
-) -> tuple[Pair, ...]:
+) -> Pairs:
     """Check every row, decode every picture, and return the pairs in the order of the file.
 
     Args:
@@ -88,7 +88,7 @@ def validate_rows(
         names: Field of ``RawRow`` to the column's name in the file, where they differ.
         kinds: Rows of other kinds are left out unchecked.
         limit: Most audit pairs of each kind, the first ones; training pairs are never cut.
-        on_missing: ``skip`` drops rows without a picture and logs their ids.
+        on_missing: ``skip`` leaves rows without a picture out, logs and returns their ids.
 
     Raises:
         InputError: Anything is wrong; its text is a table of all problems. Or no pair is left.
@@ -105,14 +105,14 @@ def validate_rows(
     taken: dict[str, str] = {}
     problems: list[Problem] = []
     pairs: list[Pair] = []
-    skipped: list[str] = []
+    skipped: dict[str, str] = {}
     for row in chosen:
         if row.problems:
             problems.extend(row.problems)
             continue
         pair, found_here = check_row(row, root=root, names=names, taken=taken)
         if on_missing == "skip" and any(p.missing for p in found_here):
-            skipped.append(f"{pair.id} ({row.where})")
+            skipped[pair.id] = row.where
             found_here = [p for p in found_here if not p.missing]
         elif not found_here:
             pairs.append(pair)
@@ -124,11 +124,12 @@ def validate_rows(
             source,
             len(skipped),
             len(chosen),
-            some_of(skipped),
+            some_of([f"{name} ({where})" for name, where in skipped.items()]),
         )
     if not pairs:
         raise InputError(f"{source}: all {len(skipped)} rows were skipped for want of a picture")
-    return mark_duplicates(select_pairs(pairs, kinds=kinds, limit=limit))
+    chosen_pairs = mark_duplicates(select_pairs(pairs, kinds=kinds, limit=limit))
+    return Pairs(chosen_pairs, skipped=skipped)
 
 
 def check_prompt_lengths(

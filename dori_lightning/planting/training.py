@@ -76,7 +76,7 @@ def _trainer(
     logger: Logger | None,
 ) -> L.Trainer:
     shown: list[L.Callback] = [TQDMProgressBar()] if bar else [_LogLines(50)]
-    return Trainer(
+    made: L.Trainer = Trainer(
         max_steps=steps,
         accelerator="auto",
         devices=1,
@@ -90,6 +90,7 @@ def _trainer(
         plugins=[FitCheckpoints()],
         default_root_dir=folder,
     )
+    return made
 
 
 class _Rest(IterableDataset[Any]):

@@ -27,6 +27,9 @@ BASELINE_LIMIT = 0.5
 FEW_PAIRS = 10
 """Fewer suspected images than this earn a remark on the interval's width."""
 
+_NAMED = 10
+"""Ids that a sentence lists before it only counts."""
+
 WEAK_CONTROLS = 0.2
 """Where the false-positive rate may be above this, the controls are too few to lean on."""
 
@@ -37,6 +40,7 @@ def find_flags(
     mitigation: str,
     outcomes: Sequence[Outcome] = (),
     inert: bool = False,
+    skipped: Sequence[str] = (),
 ) -> tuple[Flag, ...]:
     """List what limits the meaning of the numbers, gravest first.
 
@@ -45,10 +49,12 @@ def find_flags(
         mitigation: The mitigation under audit.
         outcomes: Every pair under every condition.
         inert: Whether the mitigation's edit changes nothing in the model.
+        skipped: Ids of the list's rows that have no picture.
     """
     own = [cell for cell in cells if cell.mitigation == mitigation]
     flags = [
         *_inert_flags(mitigation, inert=inert),
+        *_skipped_flags(skipped),
         *_failed_flags(own, outcomes),
         *_control_flags(own),
         *_baseline_flags(cells, mitigation),
@@ -64,6 +70,17 @@ def _inert_flags(mitigation: str, *, inert: bool) -> Iterable[Flag]:
             "edit_changes_nothing", "invalid",
             f"The edit of {mitigation} changes no weight of the model, so this is an audit of the "
             "checkpoint without a mitigation.",
+        )  # fmt: skip
+
+
+def _skipped_flags(skipped: Sequence[str]) -> Iterable[Flag]:
+    if skipped:
+        more = len(skipped) - _NAMED
+        named = ", ".join(skipped[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        yield Flag(
+            "pairs_skipped", "warning",
+            f"{number_words(len(skipped), 'row')} of the list without a picture: in no rate, and "
+            f"nothing is known of them ({named}).",
         )  # fmt: skip
 
 

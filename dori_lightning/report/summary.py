@@ -134,7 +134,8 @@ def _reduce(
             best, seed = float(values[place]), outcome.seeds[place]
             picture = outcome.images[place] if outcome.images else None
     if math.isnan(statistic):
-        failed = next((o.status for o in group if o.status != "ok"), "diverged")
+        unknown: Status = "diverged"
+        failed = next((o.status for o in group if o.status != "ok"), unknown)
         return PairResult(pair, condition, failed, statistic, best, None, None, None)
     return PairResult(pair, condition, "ok", statistic, best, picture, seed, statistic > threshold)
 

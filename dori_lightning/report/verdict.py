@@ -57,6 +57,7 @@ def make_report(
     baseline: Sequence[Outcome] = (),
     utility: Utility | None = None,
     inert: bool = False,
+    skipped: Sequence[str] = (),
 ) -> AuditReport:
     """Draw the conclusions from measured cells and outcomes and put everything into one report.
 
@@ -70,8 +71,11 @@ def make_report(
         baseline: Outcomes of the prompts before the mitigation.
         utility: What the mitigation costs, where that was measured.
         inert: Whether the mitigation's edit changes nothing in the model.
+        skipped: Ids of the list's rows that have no picture.
     """
-    flags = find_flags(cells, mitigation=mitigation, outcomes=outcomes, inert=inert)
+    flags = find_flags(
+        cells, mitigation=mitigation, outcomes=outcomes, inert=inert, skipped=skipped
+    )
     own = [cell for cell in cells if cell.mitigation == mitigation]
     headline = headline_condition(own)
     return AuditReport(

@@ -18,7 +18,7 @@ from dori_lightning.tasks._originals import originals_of
 from dori_lightning.tasks._provenance import plain
 from dori_lightning.tasks._space import audit_bytes, check_space
 from dori_lightning.tasks._workshop import workshop_of
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, Pairs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Bench:
         folder: Run folder.
         cache: What the jobs of a sweep share.
         seed: Run seed.
-        pairs: Pairs under audit.
+        pairs: Pairs under audit, and rows of the list that have no picture.
         model: The checkpoint, without any edit.
         data: The pairs, encoded.
         originals: Their pictures, described.
@@ -63,7 +63,7 @@ class Bench:
     folder: Path
     cache: Path
     seed: int
-    pairs: tuple[Pair, ...]
+    pairs: Pairs
     model: StableDiffusion
     data: PairsDataModule
     originals: Originals
@@ -94,7 +94,8 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
         InputError: Something is missing, does not fit together, or ``folder`` holds results of
             other settings.
     """
-    pairs = [pair for pair in instantiate(cfg.pairs).read() if pair.role == "audit"]
+    listed = instantiate(cfg.pairs).read()
+    pairs = [pair for pair in listed if pair.role == "audit"]
     settings, sampling, measures, mitigation, utility = (
         instantiate(node)
         for node in (cfg.attack, cfg.sampling, cfg.metrics, cfg.mitigation, cfg.utility)
@@ -136,7 +137,7 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
         folder=folder,
         cache=cache,
         seed=cfg.seed,
-        pairs=tuple(pairs),
+        pairs=Pairs(pairs, skipped=listed.skipped if isinstance(listed, Pairs) else ()),
         model=model,
         data=data,
         originals=originals,

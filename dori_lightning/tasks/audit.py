@@ -76,6 +76,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         baseline=measured.baseline,
         utility=price(bench, found.edit, measured.calibration),
         provenance=provenance_of(cfg, bench.model, bench.pairs, started=started),
+        skipped=bench.pairs.skipped,
         inert=changed == 0 and bench.mitigation.name != BASELINE,
     )
     images, max_pairs = cfg.report.images.value, cfg.report.max_pairs

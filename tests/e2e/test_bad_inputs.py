@@ -214,6 +214,19 @@ def test_lists(program: Program, finished: Path, tmp_path: Path, case: str) -> N
     refused(program, finished, *parts, more=more)
 
 
+def test_a_skipped_row_is_in_no_rate_and_in_the_report(
+    program: Program, place: Path, tmp_path: Path
+) -> None:
+    more = [listed(tmp_path, LISTS["missing"][0]), "pairs.on_missing=skip", "name=skipped"]
+    code, said = program(*more, without="pairs.path")
+    assert code == 0, said
+    document = json.loads((place / "skipped" / "report.json").read_text())
+    assert {cell["n"] for cell in document["cells"] if cell["kind"] == "vm"} == {1}
+    (flag,) = (f for f in document["flags"] if f["name"] == "pairs_skipped")
+    assert "1 row of the list without a picture" in flag["text"]
+    assert "(pair1)" in flag["text"]
+
+
 def test_a_decompression_bomb(
     program: Program, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,12 @@ def test_the_summary_has_what_a_sweep_sorts_by(runs: dict[Path, OfflineRun]) -> 
     for folder, run in runs.items():
         report = json.loads((folder / "report.json").read_text())
         cells = [c for c in report["cells"] if c["kind"] == "vm"]
-        assert run.summary["final/objective"] == max(c["mr"] for c in cells)
+        # random weights hold nothing, so an audit of a mitigation is invalid: no rate to minimise
+        invalid = report["mitigation"] != "none"
+        assert run.summary["final/invalid"] == float(invalid)
+        assert run.summary.get("final/objective") == (
+            None if invalid else max(c["mr"] for c in cells)
+        )
         assert run.summary["final/threshold"] == 0.5
         assert run.summary["verdict"] == report["verdict"]
         assert {
@@ -201,8 +206,8 @@ def test_csv_gets_the_same_numbers(runs: dict[Path, OfflineRun]) -> None:
             here = {float(row[step]): float(row[key]) for row in rows if row[key]}
             there = {row[step]: row[key] for row in run.history if key in row}
             assert here == pytest.approx(there)
-        objective = [row["final/objective"] for row in rows if row["final/objective"]]
-        assert [float(value) for value in objective] == [run.summary["final/objective"]]
+        rates = [row["final/mr_attack_vm"] for row in rows if row["final/mr_attack_vm"]]
+        assert [float(value) for value in rates] == [run.summary["final/mr_attack_vm"]]
 
 
 def test_no_byte_of_a_sweep_holds_a_secret_and_nobody_else_may_read_any(

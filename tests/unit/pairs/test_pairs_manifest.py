@@ -243,6 +243,7 @@ def test_duplicates_are_marked_afresh():
 def test_skipping_drops_the_row_and_says_which(folder, caplog):
     pairs = validate(folder, {"id": "x", "image": "no.png"}, {}, on_missing="skip")
     assert [pair.id for pair in pairs] == ["a"]
+    assert pairs.skipped == ("x",)
     (record,) = caplog.records
     assert "skipped 1 of 2 rows" in record.getMessage()
     assert "x (line 2)" in record.getMessage()
