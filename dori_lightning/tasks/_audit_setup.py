@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 
 from dori_lightning.attacks.embedding_attack import ControlPrompts
+from dori_lightning.attacks.memory import pairs_that_fit
 from dori_lightning.models.pictures import unmitigated_name
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.manifest import check_prompt_lengths
@@ -104,9 +105,10 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
         pairs, model.token_count, model.embedding_shape[0], strict=cfg.task.strict_prompts
     )
     cache = Path(cfg.paths.cache)
-    data = PairsDataModule(
-        pairs, model, pairs_per_batch=settings.pairs_per_forward, cache=cache / "encoded"
+    width = pairs_that_fit(
+        model, noise_batch=settings.noise_batch, wanted=settings.pairs_per_forward
     )
+    data = PairsDataModule(pairs, model, pairs_per_batch=width, cache=cache / "encoded")
     data.prepare()
     controls = control_prompts(pairs, data)
     originals = originals_of(pairs, model.resolution, measures)
@@ -137,7 +139,9 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     """
     return {
         "seed": cfg["seed"],
-        "checkpoint": without(cfg["checkpoint"], "device", "channels_last"),
+        "checkpoint": without(
+            cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
+        ),
         "mitigation": cfg["mitigation"],
         "corpus": cfg["corpus"],
         "attack": without(cfg["attack"], "pairs_per_forward"),
