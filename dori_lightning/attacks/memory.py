@@ -52,7 +52,7 @@ class PeakTensors(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._upper = 0
@@ -67,11 +67,15 @@ class PeakTensors(TorchDispatchMode):
             if _is_plain(value):
                 storage = _storage(value)
                 if storage.nbytes() and storage.data_ptr() not in known:
-                    reference = StorageWeakRef(storage)
+                    reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
                     self._alive[reference.cdata] = (reference, storage.nbytes())
                     self._upper += storage.nbytes()
         if self._upper > self.peak:  # looking through all of them at every operation takes long
-            self._alive = {k: held for k, held in self._alive.items() if not held[0].expired()}
+            self._alive = {
+                key: held
+                for key, held in self._alive.items()
+                if not held[0].expired()  # type: ignore[no-untyped-call]
+            }
             self._upper = sum(size for _, size in self._alive.values())
             self.peak = max(self.peak, self._upper)
         return result
@@ -109,8 +113,8 @@ class PassMemory:
 def measure_pass(model: TextToImage) -> PassMemory:
     """Measure one pass of one sample and one of two.
 
-    On a GPU what its allocator holds, elsewhere the tensors that are alive (``PeakTensors``). It
-    counts as three evaluations of the denoiser and leaves no other trace.
+    On a GPU what its allocator holds, elsewhere the tensors that are alive (``PeakTensors``). No
+    result comes of it, so the model's count of evaluations is put back.
 
     Args:
         model: Model under attack.
@@ -118,8 +122,12 @@ def measure_pass(model: TextToImage) -> PassMemory:
     Raises:
         torch.OutOfMemoryError: Not even two samples fit.
     """
-    _peak(model, 1)  # the first pass of all holds what kernels keep afterwards
-    one, two = _peak(model, 1), _peak(model, 2)
+    evaluations, owners = model.unet_evaluations, model.row_pairs
+    try:
+        _peak(model, 1)  # the first pass of all holds what kernels keep afterwards
+        one, two = _peak(model, 1), _peak(model, 2)
+    finally:
+        model.unet_evaluations, model.row_pairs = evaluations, owners
     sample = max(1, two - one)
     return PassMemory(max(0, one - sample), sample)
 
@@ -133,7 +141,8 @@ def _peak(model: TextToImage, samples: int) -> int:
         before = torch.cuda.memory_allocated(device)
         _run(model, samples)
         return torch.cuda.max_memory_allocated(device) - before
-    with PeakTensors() as tensors:
+    tensors = PeakTensors()
+    with tensors:
         _run(model, samples)
     return tensors.peak
 

@@ -10,6 +10,7 @@ import torch
 from dori_lightning.attacks.campaign import attack_identity, read_triggers
 from dori_lightning.attacks.embedding_attack import EmbeddingAttack
 from dori_lightning.attacks.ledger import AttackLedger
+from dori_lightning.attacks.memory import MOST_PAIRS, pairs_that_fit
 from dori_lightning.attacks.solver import AttackProblem, refuse_broken
 from dori_lightning.progress import stage
 
@@ -82,7 +83,11 @@ def attack_restarts(
         if init in settings.inits_of(pair.kind)
     ]
     missing = [job for job in jobs if not _is_done(*job, data)]
-    width = settings.pairs_per_forward
+    width = MOST_PAIRS
+    if missing:
+        width = pairs_that_fit(
+            model, noise_batch=settings.noise_batch, wanted=settings.pairs_per_forward
+        )
     batches = [missing[start : start + width] for start in range(0, len(missing), width)]
     with stage("attack", len(batches) * budget.steps) as advance:
         for batch in batches:

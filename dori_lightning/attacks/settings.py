@@ -31,6 +31,7 @@ class AttackSettings:
         snapshots: Steps at which to measure besides the last one; free, since they lie on one
             trajectory.
         pairs_per_forward: Pairs that share a forward pass; changes speed and memory, not results.
+            None chooses by the free memory, see ``memory.pairs_that_fit``.
     """
 
     inits: tuple[Init, ...] = ("prompt", "random")
@@ -41,7 +42,7 @@ class AttackSettings:
     restarts: int = 1
     keep_first_token: bool = False
     snapshots: tuple[int, ...] = ()
-    pairs_per_forward: int = 8
+    pairs_per_forward: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inits", tuple(self.inits))
@@ -66,8 +67,9 @@ class AttackSettings:
         if not 0 < self.lr < math.inf:
             raise InputError(f"attack.lr must be a positive number, got {self.lr}")
         for name in ("noise_batch", "restarts", "pairs_per_forward"):
-            if getattr(self, name) < 1:
-                raise InputError(f"attack.{name} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"attack.{name} must be >= 1, got {value}")
         if self.snapshots and self.snapshots[0] < 0:
             raise InputError(f"attack.snapshots must be >= 0, got {list(self.snapshots)}")
 

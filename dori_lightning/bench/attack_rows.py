@@ -31,6 +31,8 @@ from dori_lightning.types import Budget
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from torch import nn
+
     from dori_lightning.bench.attack_loops import AttackTask
     from dori_lightning.bench.subjects import Subject
     from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -115,7 +117,8 @@ def attack_rows(
     eager = dict(ways)
     skipped = _why_not_compiled(model, compiled)
     if not skipped:
-        twin = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)
+        twin: nn.Module = copy.deepcopy(model.denoiser())
+        twin.to(memory_format=torch.channels_last)
         twin.eval().requires_grad_(False)
         fast = torch.compile(twin)
         ways["B2"] = partial(fair, model, denoiser=fast)

@@ -115,7 +115,7 @@ def _name(axes: Axes, family: Family) -> None:
 
 def _ratios(parts: list[Family], ink: Ink) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        labels = []
+        labels: list[str] = []
         for family in parts:
             rows = _measured(family)
             for row in rows[1:]:

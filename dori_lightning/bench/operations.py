@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Operations",
-    "PeakTensors",
     "counted_operations",
     "matmul_peak",
     "seconds_alone",
@@ -34,11 +33,14 @@ __all__ = [
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    count: int = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
+    return count
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    shapes = (grad.shape, query.shape, key.shape, value.shape)
+    count: int = sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
+    return count
 
 
 # torch's own table has the attention kernels of GPUs only
@@ -67,7 +69,7 @@ class _Call:
     """``repr`` of arguments and keywords, which decides equality with ``function``."""
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Matrix products, convolutions and attention that run while this is open.
 
     The formulas are those of ``torch.utils.flop_counter``, one multiply-add as two operations.
@@ -80,7 +82,7 @@ class Operations(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flop = 0
         self.calls: Counter[_Call] = Counter()
         self._arguments: dict[_Call, tuple[Any, Any]] = {}

@@ -29,6 +29,7 @@ from dori_lightning.models.pictures import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from dori_lightning.bench.counters import Counts
     from dori_lightning.bench.settings import BenchSettings
     from dori_lightning.bench.subjects import Subject
     from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning
@@ -69,11 +70,10 @@ def sampling_rows(
             for name, s in samplers.items()
         },
     }
-    counts = {}
+    counts: dict[str, Counts] = {}
     for name, run in ways.items():
-        with counted(subject.model) as own:
+        with counted(subject.model) as counts[name]:
             run()
-        counts[name] = own
     timed = timed_in_turn(
         ways, repeats=settings.repeats, device=subject.model.device, title="sampling"
     )
@@ -161,7 +161,7 @@ def nemo_rows(subject: Subject, settings: BenchSettings, method: NeMo) -> tuple[
     def ours() -> dict[str, Any]:
         return method.find(subject.model, encoded, subject.workshop).masks
 
-    counts = {}
+    counts: dict[str, Counts] = {}
     ways: dict[str, Callable[[], Any]] = {"B1": one_at_a_time, "ours": ours}
     timed = timed_in_turn(
         {name: _counting(subject, run, counts, name) for name, run in ways.items()},
@@ -187,7 +187,7 @@ def nemo_rows(subject: Subject, settings: BenchSettings, method: NeMo) -> tuple[
 
 
 def _counting(
-    subject: Subject, run: Callable[[], Any], counts: dict[str, Any], name: str
+    subject: Subject, run: Callable[[], Any], counts: dict[str, Counts], name: str
 ) -> Callable[[], Any]:
     """Count each run by hooks, which cost nothing beside a pass; the last run's counts stay."""
 
@@ -209,7 +209,7 @@ def wanda_rows(subject: Subject, settings: BenchSettings, method: Wanda) -> tupl
     pairs = subject.pairs[: settings.wanda_pairs]
     embeddings = subject.workshop.data.batch(pairs).embeddings
     find = partial(method.find, subject.model, workshop=subject.workshop)
-    counts: dict[str, Any] = {}
+    counts: dict[str, Counts] = {}
     ways: dict[str, Callable[[], Any]] = {
         "B1": lambda: [mask for row in embeddings for mask in find(row[None])],
         "ours": lambda: list(find(embeddings)),

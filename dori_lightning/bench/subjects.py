@@ -109,7 +109,7 @@ class Subject:
             bool(
                 self.originals.measure(pair, own.cpu()).similarity[decider].max() >= self.threshold
             )
-            for pair, own in zip(self.pairs, images.split(pictures), strict=False)
+            for pair, own in zip(self.pairs, torch.split(images, pictures), strict=False)
         )
 
 

@@ -85,7 +85,9 @@ def random_sd14(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-    for module in (unet, autoencoder, text_encoder):
+    # as plain modules: type checkers take the libraries' wrapped methods for others
+    parts: tuple[torch.nn.Module, ...] = (unet, autoencoder, text_encoder)
+    for module in parts:
         module.to(dtype).requires_grad_(False)
         if channels_last and module is not text_encoder:
             module.to(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 
 from dori_lightning.attacks.embedding_attack import ControlPrompts
+from dori_lightning.attacks.memory import pairs_that_fit
 from dori_lightning.mitigations.none import NoMitigation
 from dori_lightning.models.pictures import unmitigated_name
 from dori_lightning.pairs.datamodule import PairsDataModule
@@ -112,9 +113,10 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
     )
     pairs = [replace(pair, truncated=pair.id in cut) for pair in pairs]
     cache = Path(cfg.paths.cache)
-    data = PairsDataModule(
-        pairs, model, pairs_per_batch=settings.pairs_per_forward, cache=cache / "encoded"
+    width = pairs_that_fit(
+        model, noise_batch=settings.noise_batch, wanted=settings.pairs_per_forward
     )
+    data = PairsDataModule(pairs, model, pairs_per_batch=width, cache=cache / "encoded")
     data.prepare()
     controls = control_prompts(pairs, data)
     budget = settings.budget.resolve(controls.embeddings)
@@ -159,7 +161,9 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     """
     return {
         "seed": cfg["seed"],
-        "checkpoint": without(cfg["checkpoint"], "device", "channels_last"),
+        "checkpoint": without(
+            cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
+        ),
         "mitigation": cfg["mitigation"],
         "corpus": cfg["corpus"],
         "attack": without(cfg["attack"], "pairs_per_forward"),

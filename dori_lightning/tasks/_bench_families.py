@@ -12,6 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
+from dori_lightning.attacks.memory import pairs_that_fit
 from dori_lightning.bench.attack_rows import attack_rows, own_attack, solved
 from dori_lightning.bench.part_rows import finetuning_rows, nemo_rows, sampling_rows, wanda_rows
 from dori_lightning.bench.program_rows import audit_rows, scaling_rows, startup_rows
@@ -68,7 +69,10 @@ class Bench:
                 f"  mend:  smaller numbers there, or another list with pairs=NAME"
             )
         model = instantiate(cfg.checkpoint)
-        data = PairsDataModule(pairs, model, pairs_per_batch=cfg.attack.pairs_per_forward)
+        width = pairs_that_fit(
+            model, noise_batch=settings.noise_batch, wanted=cfg.attack.pairs_per_forward
+        )
+        data = PairsDataModule(pairs, model, pairs_per_batch=width)
         data.prepare()
         return Subject(
             model=model,

@@ -69,7 +69,9 @@ def _method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     return {
         "seed": cfg["seed"],
         "task": cfg["task"],
-        "checkpoint": without(cfg["checkpoint"], "device", "channels_last"),
+        "checkpoint": without(
+            cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
+        ),
         "corpus": cfg["corpus"],
         "sampling": without(cfg["sampling"], "batch", "images_per_pair", "seed"),
     }

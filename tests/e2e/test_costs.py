@@ -22,6 +22,8 @@ SMALL = (
     f"attack.noise_batch={NOISES}", "attack.inits=[prompt]", f"sampling.steps={SAMPLER}",
     "sampling.images_per_pair=1", "checkpoint.name=tiny", "checkpoint.device=cpu", "trainer=cpu",
     "report.images=none", "metrics.descriptors.local_correlation.threshold=0.5",
+    # fixed, so that nothing is measured before
+    "attack.pairs_per_forward=8",
 )  # fmt: skip
 
 

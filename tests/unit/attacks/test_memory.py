@@ -1,0 +1,103 @@
+"""What a pass of the attack holds, and how many pairs are chosen by it."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from dori_lightning.attacks import memory
+from dori_lightning.attacks.memory import (
+    MOST_PAIRS,
+    PassMemory,
+    PeakTensors,
+    free_memory,
+    measure_pass,
+    pairs_that_fit,
+)
+from dori_lightning.models.stable_diffusion import StableDiffusion
+
+
+def test_tensors_count_while_they_are_alive() -> None:
+    outside = torch.ones(1000)
+    with PeakTensors() as seen:
+        kept = torch.ones(100)
+        view = kept[:50].view(5, 10)
+        for _ in range(3):
+            torch.ones(200)
+        outside.view(10, 100)
+    assert seen.peak == 4 * (100 + 200)
+    del view
+
+
+def test_a_graph_keeps_its_tensors_alive() -> None:
+    start = torch.ones(100, requires_grad=True)
+    with PeakTensors() as seen:
+        value = start
+        for _ in range(5):
+            value = value.exp()
+    assert seen.peak == 4 * 5 * 100
+
+
+def test_a_pass_is_measured_and_scales_with_its_samples(model: StableDiffusion) -> None:
+    evaluations = model.unet_evaluations
+    found = measure_pass(model)
+    assert model.unet_evaluations == evaluations
+    assert all(p.grad is None for p in model.parameters())
+    with PeakTensors() as seen:
+        memory._run(model, 6)
+    assert found.of(6) == pytest.approx(seen.peak, rel=0.05)
+    assert found.sample > 10 * 4 * torch.Size(model.latent_shape).numel()
+
+
+def test_checkpointing_takes_less_and_gives_the_same_gradient(model: StableDiffusion) -> None:
+    def gradient() -> torch.Tensor:
+        torch.manual_seed(0)
+        rows = torch.randn(2, *model.embedding_shape, requires_grad=True)
+        latents = torch.randn(2, *model.latent_shape)
+        with model.frozen():
+            loss = model.denoising_loss(latents, latents, torch.tensor([3, 900]), rows)
+            return torch.autograd.grad(loss.sum(), rows)[0]
+
+    whole, plain = measure_pass(model), gradient()
+    model.unet.enable_gradient_checkpointing()
+    try:
+        less, again = measure_pass(model), gradient()
+    finally:
+        model.unet.disable_gradient_checkpointing()
+    assert less.sample < 0.6 * whole.sample
+    assert torch.equal(plain, again)
+
+
+def test_pairs_are_chosen_by_what_is_free(
+    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # 1 GiB whatever the number, 0.5 GiB a sample
+    monkeypatch.setattr(memory, "measure_pass", lambda _: PassMemory(2**30, 2**29))
+
+    def chosen(gib: float) -> int:
+        return pairs_that_fit(model, noise_batch=8, wanted=None, free=int(gib * 2**30))
+
+    with caplog.at_level(logging.INFO):
+        # a fifth is left alone
+        assert [chosen(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, MOST_PAIRS]
+        assert "a sample takes 0.5 GiB and every pass 1 GiB, 11.3 GiB are free: 2 pairs" in (
+            caplog.text
+        )
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+        assert chosen(4) == 1
+        assert "checkpoint.gradient_checkpointing=true" in caplog.text
+    monkeypatch.setattr(memory, "measure_pass", lambda _: pytest.fail("it is fixed"))
+    assert pairs_that_fit(model, noise_batch=8, wanted=3, free=1) == 3
+
+
+def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
+    free = free_memory(torch.device("cpu"))
+    assert free is not None
+    assert free > 2**20
+    assert memory._of_control_group(tmp_path) is None
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._of_control_group(tmp_path) is None
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory._of_control_group(tmp_path) == 4000
