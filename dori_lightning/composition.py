@@ -26,6 +26,7 @@ _LOGGING_CLASSES = {
     "logging.Formatter",
     "logging.NullHandler",
     "logging.StreamHandler",
+    "dori_lightning.logfiles.ProcessFileHandler",
     "dori_lightning.redaction.RedactingFormatter",
 }
 _REFERENCES = {

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from dori_lightning import processes
+from dori_lightning import processes, trainers
 from dori_lightning.attacks.embedding_attack import EmbeddingAttack
 from dori_lightning.attacks.ledger import AttackLedger
 from dori_lightning.progress import stage
@@ -119,7 +119,7 @@ def attack_pairs(
     Raises:
         InputError: Not even one pair fits the memory.
     """
-    processes.start(trainer)
+    trainers.start(trainer)
     ledger = AttackLedger(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
     triggers: list[Trigger] = []
     for init in settings.inits:

@@ -23,7 +23,7 @@ from dori_lightning.planting.diffusion import DiffusionTraining, silence_cross_a
 from dori_lightning.planting.latents import EncodedStream
 from dori_lightning.planting.recipe import build_autoencoder, build_scheduler, build_unet
 from dori_lightning.planting.text import build_text_encoder
-from dori_lightning.processes import Trainer
+from dori_lightning.trainers import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 
-from dori_lightning import processes
+from dori_lightning import trainers
 from dori_lightning.mitigations.base import Workshop
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def workshop_of(
         made: L.Trainer = instantiate(cfg.trainer, **settings)
         return made
 
-    processes.start(trainer())
+    trainers.start(trainer())
     return Workshop(
         seed=cfg.seed,
         corpus=instantiate(cfg.corpus),

@@ -30,7 +30,7 @@ from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.pairs.images import open_image
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.planting.latents import EncodedStream
-from dori_lightning.report.locality_section import read_locality
+from dori_lightning.report.locality.section import read_locality
 from dori_lightning.report.pictures import jpeg_uri, thumbnail
 from dori_lightning.types import InputError
 from support.runs import write_pairs

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dori_lightning import interruption, processes
+from dori_lightning import interruption, processes, trainers
 from dori_lightning.attacks.budget import BudgetSettings
 from dori_lightning.attacks.settings import AttackSettings
 from dori_lightning.interruption import Interrupted
@@ -76,9 +76,9 @@ def fit(folder: Path, name: str, *, trainer: dict[str, Any] | None = None) -> We
     if trainer is not None:
         settings = {"accelerator": "cpu", "logger": False, **trainer}
         object.__setattr__(
-            workshop, "trainer", lambda **more: processes.Trainer(**{**settings, **more})
+            workshop, "trainer", lambda **more: trainers.Trainer(**{**settings, **more})
         )
-        processes.start(workshop.trainer())
+        trainers.start(workshop.trainer())
     found = workshop.find(METHODS[name], model, [p for p in pairs if p.kind != "control"])
     assert isinstance(found.edit, WeightEdit)
     return found.edit

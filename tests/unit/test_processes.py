@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning import processes
+from dori_lightning import processes, trainers
 from dori_lightning.mitigations.checkpoints import last_checkpoint
 from dori_lightning.mitigations.edit_files import read_edit
 from dori_lightning.mitigations.edits import WeightEdit
@@ -163,15 +163,15 @@ def test_a_wrong_number_of_tasks_is_refused_with_the_right_command(
         "SLURM_NODELIST": "n1",
     }.items():
         monkeypatch.setenv(name, value)
-    trainer = processes.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    trainer = trainers.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     with pytest.raises(InputError, match="1 SLURM tasks were started for 2") as caught:
-        processes.start(trainer)
+        trainers.start(trainer)
     assert "srun --nodes=1 --ntasks-per-node=2 python -m dori_lightning" in str(caught.value)
 
 
 def test_a_trainer_that_the_machine_cannot_make_is_a_users_error() -> None:
     with pytest.raises(InputError, match=r"(?s)no Trainer can be made: .*trainer=cpu"):
-        processes.Trainer(accelerator="cpu", devices=1, fast_dev_run=-1)
+        trainers.Trainer(accelerator="cpu", devices=1, fast_dev_run=-1)
 
 
 def test_a_task_of_submitits_local_executor_knows_its_place(
@@ -188,12 +188,12 @@ def test_a_task_of_submitits_local_executor_knows_its_place(
         "SUBMITIT_LOCAL_NNODES": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    assert processes.SubmititEnvironment.detect()
-    place = processes.SubmititEnvironment()
+    assert trainers.SubmititEnvironment.detect()
+    place = trainers.SubmititEnvironment()
     assert place.creates_processes_externally
     assert (place.world_size(), place.global_rank(), place.local_rank()) == (2, 1, 1)
     assert place.node_rank() == 0
     assert place.main_address
     assert 1024 <= place.main_port <= 65535
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    assert not processes.SubmititEnvironment.detect()
+    assert not trainers.SubmititEnvironment.detect()
