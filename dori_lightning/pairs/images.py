@@ -11,10 +11,40 @@ from PIL import Image, ImageOps
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["FORMATS", "image_tensor", "open_image", "square_image"]
+__all__ = ["FORMATS", "conversions", "image_tensor", "open_image", "square_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats whose parsers may run; the file's content decides, not its name."""
+
+
+_ORIENTATION = 0x0112
+"""EXIF tag; 1 is upright."""
+
+
+def _is_deep(mode: str) -> bool:
+    return mode.startswith("I;16") or mode in ("I", "F")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def conversions(path: Path) -> tuple[str, ...]:
+    """Name what happens to a picture before it is attacked and compared; reads its header only.
+
+    Raises:
+        OSError: Unreadable, or none of ``FORMATS``.
+    """
+    with Image.open(path, formats=FORMATS) as file:
+        applied = {
+            "turned upright (EXIF)": file.getexif().get(_ORIENTATION, 1) != 1,
+            "scaled from 16 bits to 8": _is_deep(file.mode),
+            "laid over white (transparency)": _is_transparent(file),
+            "greyscale to RGB": file.mode in ("1", "L", "LA"),
+            "CMYK to RGB": file.mode == "CMYK",
+            "cut to the centred square": file.width != file.height,
+        }
+    return tuple(words for words, happens in applied.items() if happens)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -28,11 +58,11 @@ def open_image(path: Path) -> Image.Image:
     """
     with Image.open(path, formats=FORMATS) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        if _is_deep(image.mode):
             values = np.asarray(image, np.float64)
             span = values.max() - values.min()
             image = Image.fromarray(np.uint8(255 * (values - values.min()) / (span or 1.0)))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if _is_transparent(image):
             image = image.convert("RGBA")
             background = Image.new("RGBA", image.size, "white")
             background.alpha_composite(image)

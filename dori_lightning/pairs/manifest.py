@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from dori_lightning.pairs.images import conversions
 from dori_lightning.pairs.problems import quote, raise_problems, some_of
 from dori_lightning.pairs.rows import check_row
 from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs
@@ -129,7 +130,18 @@ def validate_rows(
     if not pairs:
         raise InputError(f"{source}: all {len(skipped)} rows were skipped for want of a picture")
     chosen_pairs = mark_duplicates(select_pairs(pairs, kinds=kinds, limit=limit))
+    _tell_conversions(chosen_pairs)
     return Pairs(chosen_pairs, skipped=skipped)
+
+
+def _tell_conversions(pairs: Sequence[Pair]) -> None:
+    """Say once for each kind how many pictures are not looked at as they are."""
+    counts = Counter(words for pair in pairs for words in conversions(pair.image))
+    if counts:
+        logger.warning(
+            "pictures are converted, for the attack and the comparison alike: %s",
+            ", ".join(f"{count} {words}" for words, count in counts.items()),
+        )
 
 
 def check_prompt_lengths(

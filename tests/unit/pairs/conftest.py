@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 
-def _picture(path, *, seed=0, size=(20, 24), **options):
+def _picture(path, *, seed=0, size=(24, 24), **options):
     """Write a picture of seeded noise; the suffix decides the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_lightning.pairs.images import image_tensor, open_image, square_image
+from dori_lightning.pairs.images import conversions, image_tensor, open_image, square_image
 
 
 def test_sixteen_bit_grey_is_stretched_not_clipped(tmp_path):
@@ -84,3 +84,21 @@ def test_tensor_has_unit_range_and_the_asked_size():
     tensor = image_tensor(Image.new("RGB", (20, 20), (255, 0, 51)), 8)
     assert tensor.shape == (3, 8, 8)
     assert torch.allclose(tensor[:, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
+
+
+def test_what_is_done_to_a_picture_has_a_name(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("LA", (20, 20)).save(tmp_path / "veil.png")
+    Image.new("CMYK", (20, 20)).save(tmp_path / "print.jpg")
+    Image.new("I;16", (20, 20)).save(tmp_path / "deep.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "plain.png")
+    found = {path.name: conversions(path) for path in tmp_path.iterdir()}
+    assert found == {
+        "turned.jpg": ("turned upright (EXIF)", "cut to the centred square"),
+        "veil.png": ("laid over white (transparency)", "greyscale to RGB"),
+        "print.jpg": ("CMYK to RGB",),
+        "deep.png": ("scaled from 16 bits to 8",),
+        "plain.png": (),
+    }

@@ -206,7 +206,7 @@ def test_decompression_bomb_is_refused_with_the_limit(folder, monkeypatch, limit
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     text = complaint(folder, {})
     assert f"more than {limit} pixels" in text
-    assert "480 pixels" in text
+    assert "576 pixels" in text
 
 
 def test_thumbnail_is_refused(folder):
@@ -314,3 +314,13 @@ def test_long_prompt_is_refused_when_strict():
 def test_prompts_that_just_fit_pass(caplog):
     assert check_prompt_lengths(PAIRS, words, 6, strict=True) == ()
     assert not caplog.records
+
+
+def test_conversions_are_said_once_for_each_kind(folder, caplog):
+    for name, colour in {"wide": "red", "wider": "blue"}.items():
+        Image.new("RGB", (60, 30), colour).save(folder / f"{name}.png")
+    with caplog.at_level(logging.WARNING):
+        validate(folder, {"image": "wide.png"}, {"image": "wider.png"}, {})
+    told = [r.getMessage() for r in caplog.records if "converted" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].endswith("2 cut to the centred square")
