@@ -18,6 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dori_lightning.halving import out_of_memory
+
 if TYPE_CHECKING:
     from dori_lightning.models.protocol import TextToImage
 
@@ -110,7 +112,7 @@ class PassMemory:
         return max(0, (free - self.fixed) // (self.sample * noise_batch))
 
 
-def measure_pass(model: TextToImage) -> PassMemory:
+def measure_pass(model: TextToImage, *, pair_id: str | None = None) -> PassMemory:
     """Measure one pass of one sample and one of two.
 
     On a GPU what its allocator holds, elsewhere the tensors that are alive (``PeakTensors``). No
@@ -118,42 +120,44 @@ def measure_pass(model: TextToImage) -> PassMemory:
 
     Args:
         model: Model under attack.
+        pair_id: Whose rows these are, where the model carries an edit for each pair.
 
     Raises:
         torch.OutOfMemoryError: Not even two samples fit.
     """
     evaluations, owners = model.unet_evaluations, model.row_pairs
     try:
-        _peak(model, 1)  # the first pass of all holds what kernels keep afterwards
-        one, two = _peak(model, 1), _peak(model, 2)
+        _peak(model, 1, pair_id)  # the first pass of all holds what kernels keep afterwards
+        one, two = _peak(model, 1, pair_id), _peak(model, 2, pair_id)
     finally:
         model.unet_evaluations, model.row_pairs = evaluations, owners
     sample = max(1, two - one)
     return PassMemory(max(0, one - sample), sample)
 
 
-def _peak(model: TextToImage, samples: int) -> int:
+def _peak(model: TextToImage, samples: int, pair_id: str | None) -> int:
     """Most bytes that a pass of ``samples`` samples holds beyond what is held before it."""
     device = model.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _run(model, samples)
+        _run(model, samples, pair_id)
         return torch.cuda.max_memory_allocated(device) - before
     tensors = PeakTensors()
     with tensors:
-        _run(model, samples)
+        _run(model, samples, pair_id)
     return tensors.peak
 
 
-def _run(model: TextToImage, samples: int) -> None:
+def _run(model: TextToImage, samples: int, pair_id: str | None) -> None:
     """One pass as the solver makes it; its numbers do not matter."""
     latents = torch.zeros(samples, *model.latent_shape, device=model.device)
     rows = torch.zeros(samples, *model.embedding_shape, device=model.device, requires_grad=True)
     timesteps = torch.zeros(samples, dtype=torch.long, device=model.device)
+    owners = None if pair_id is None else [pair_id] * samples
     with model.frozen(), torch.enable_grad():
-        loss = model.denoising_loss(latents, latents, timesteps, rows, pair_ids=None)
+        loss = model.denoising_loss(latents, latents, timesteps, rows, pair_ids=owners)
         torch.autograd.grad(loss.sum(), rows)
 
 
@@ -192,7 +196,12 @@ def _of_control_group(place: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def pairs_that_fit(
-    model: TextToImage, *, noise_batch: int, wanted: int | None, free: int | None = None
+    model: TextToImage,
+    *,
+    noise_batch: int,
+    wanted: int | None,
+    free: int | None = None,
+    pair_id: str | None = None,
 ) -> int:
     """Pairs of a forward pass: as many as were asked for, or as fit into the free memory.
 
@@ -201,6 +210,7 @@ def pairs_that_fit(
         noise_batch: Noise samples of a pair.
         wanted: What the configuration fixes; None measures. Nothing is measured where it is fixed.
         free: Bytes to plan with; None asks the system.
+        pair_id: Some pair, where the model carries an edit for each pair.
 
     Returns:
         1 to ``MOST_PAIRS``, or ``wanted``.
@@ -211,7 +221,14 @@ def pairs_that_fit(
     if free is None:
         log.info("free memory of %s is not known: %d pairs a pass", model.device, MOST_PAIRS)
         return MOST_PAIRS
-    memory = measure_pass(model)
+    try:
+        memory = measure_pass(model, pair_id=pair_id)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        # the attack itself says what does not fit, and what helps
+        log.warning("no room to measure a pass of two samples: 1 pair a pass")
+        return 1
     fit = memory.pairs(int(_SHARE * free), noise_batch)
     chosen = max(1, min(MOST_PAIRS, fit))
     text = (

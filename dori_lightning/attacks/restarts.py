@@ -86,7 +86,10 @@ def attack_restarts(
     width = MOST_PAIRS
     if missing:
         width = pairs_that_fit(
-            model, noise_batch=settings.noise_batch, wanted=settings.pairs_per_forward
+            model,
+            noise_batch=settings.noise_batch,
+            wanted=settings.pairs_per_forward,
+            pair_id=missing[0][1].id,
         )
     batches = [missing[start : start + width] for start in range(0, len(missing), width)]
     with stage("attack", len(batches) * budget.steps) as advance:

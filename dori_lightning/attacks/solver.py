@@ -190,9 +190,10 @@ def solve(
                 delta = project(optimizer.step(delta, gradient, active), budget)
             if step + 1 in wanted:
                 kept.append((initial + delta).cpu())
+            none_left = step == 0 and not bool(active.any())
             if on_step is not None:
                 on_step(step + 1)
-            if step == 0 and not bool(active.any()):
+            if none_left:
                 log.warning("%s", _why_none(model, problem.ids, dead.cpu(), timesteps))
                 break
     stacked = torch.full((rows, budget.steps), torch.nan)

@@ -351,7 +351,7 @@ def test_an_attack_that_cannot_search(
         return BROKEN[status](real(self, *tensors, pair_ids=pair_ids), pair_ids)
 
     monkeypatch.setattr(StableDiffusion, "denoising_loss", broken)
-    code, said = program(f"name={status}", without="name=")
+    code, said = program(f"name={status}", "attack.pairs_per_forward=8", without="name=")
     assert code == 0, "it was carried out; its record says that it answers nothing"
     assert f"INVALID AUDIT: {status}" in said
     reasons, rows = invalid(place / status)

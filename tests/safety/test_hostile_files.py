@@ -131,7 +131,13 @@ def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None
 def test_a_note_of_an_attack_that_is_no_json_counts_as_damaged(tmp_path: Path) -> None:
     ledger = AttackLedger(tmp_path, {"seed": "0"})
     made = AttackResult(
-        ("a",), 0, torch.ones(1, 1, 2, 2), (1,), torch.ones(1, 1), torch.tensor([False])
+        ("a",),
+        0,
+        torch.ones(1, 1, 2, 2),
+        (1,),
+        torch.ones(1, 1),
+        torch.tensor([False]),
+        torch.tensor([False]),
     )
     ledger.write(made, "prompt", {"a": "x"})
     path = ledger.path("a", "prompt", 0)

@@ -45,7 +45,7 @@ def test_a_pass_is_measured_and_scales_with_its_samples(model: StableDiffusion) 
     assert model.unet_evaluations == evaluations
     assert all(p.grad is None for p in model.parameters())
     with PeakTensors() as seen:
-        memory._run(model, 6)
+        memory._run(model, 6, None)
     assert found.of(6) == pytest.approx(seen.peak, rel=0.05)
     assert found.sample > 10 * 4 * torch.Size(model.latent_shape).numel()
 
@@ -73,7 +73,7 @@ def test_pairs_are_chosen_by_what_is_free(
     model: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # 1 GiB whatever the number, 0.5 GiB a sample
-    monkeypatch.setattr(memory, "measure_pass", lambda _: PassMemory(2**30, 2**29))
+    monkeypatch.setattr(memory, "measure_pass", lambda _, **__: PassMemory(2**30, 2**29))
 
     def chosen(gib: float) -> int:
         return pairs_that_fit(model, noise_batch=8, wanted=None, free=int(gib * 2**30))
@@ -87,7 +87,7 @@ def test_pairs_are_chosen_by_what_is_free(
         assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
         assert chosen(4) == 1
         assert "checkpoint.gradient_checkpointing=true" in caplog.text
-    monkeypatch.setattr(memory, "measure_pass", lambda _: pytest.fail("it is fixed"))
+    monkeypatch.setattr(memory, "measure_pass", lambda _, **__: pytest.fail("it is fixed"))
     assert pairs_that_fit(model, noise_batch=8, wanted=3, free=1) == 3
 
 
