@@ -239,6 +239,7 @@ def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place: Path)
     assert bytes_with(CANARY, place) == []
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_and_a_resumed_run_is_the_same(place: Path) -> None:
     command = (
         "trainer=ddp", "trainer.accelerator=cpu", "name=pair", "report.images=none",

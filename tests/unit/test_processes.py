@@ -118,11 +118,8 @@ def test_shares_average_to_the_mean_of_the_whole(
         assert sorted(taken) == values.tolist(), "every row once"
 
 
-@pytest.mark.parametrize(
-    "name",
-    # what these two share between processes, the third does too
-    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("esd", "siss")), "adversarial"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["esd", "siss", "adversarial"])
 def test_two_processes_train_what_one_trains(material: Path, tmp_path: Path, name: str) -> None:
     alone = fit(copy_of(material, tmp_path / "alone"), name)
     shared = copy_of(material, tmp_path / "shared")

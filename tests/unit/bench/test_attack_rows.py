@@ -67,6 +67,7 @@ def test_operations_are_those_that_torch_counts(model: StableDiffusion) -> None:
     assert matmul_peak(torch.device("cpu"), torch.float32, side=64, repeats=2) > 0
 
 
+@pytest.mark.slow
 def test_rows_say_cost_quality_and_why_one_is_missing(subject: Subject) -> None:
     task = subject.task(3, steps=2, noise_batch=2)
     longer = subject.task(1, steps=1, noise_batch=2)
