@@ -101,7 +101,7 @@ class Bench:
         given: tuple[str, ...] = ()
         if HydraConfig.initialized():
             given = tuple(HydraConfig.get().overrides.task)
-        ours = ("task", "name", "sweep", "mitigation@task", "sampling@task", "+experiment",
+        ours = ("task", "name", "sweep", "mitigation@task", "sampling@task", "experiment",
                 "paths.", "logger", "attack", "utility")  # fmt: skip
         kept = tuple(text for text in given if not text.lstrip("+~").startswith(ours))
         decider = self.cfg.metrics.decider
