@@ -161,6 +161,11 @@ def _run(model: TextToImage, samples: int, pair_id: str | None) -> None:
         torch.autograd.grad(loss.sum(), rows)
 
 
+def _size(count: int) -> str:
+    """Bytes for people: GiB with two places where it is one at least, else whole MiB."""
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.0f} MiB"
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a run may still take on a device; None where the system does not say."""
     if device.type == "cuda":
@@ -232,9 +237,9 @@ def pairs_that_fit(
     fit = memory.pairs(int(_SHARE * free), noise_batch)
     chosen = max(1, min(MOST_PAIRS, fit))
     text = (
-        f"a sample takes {memory.sample / _GIB:.3g} GiB and every pass {memory.fixed / _GIB:.3g} "
-        f"GiB, {free / _GIB:.3g} GiB are free: {chosen} pairs of {noise_batch} samples a pass, "
-        f"{memory.of(chosen * noise_batch) / _GIB:.3g} GiB"
+        f"a sample takes {_size(memory.sample)} and every pass {_size(memory.fixed)} besides, "
+        f"{_size(free)} are free: {chosen} pairs of {noise_batch} samples a pass, "
+        f"{_size(memory.of(chosen * noise_batch))}"
     )
     if fit < 1:
         log.warning(

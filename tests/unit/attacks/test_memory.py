@@ -81,8 +81,9 @@ def test_pairs_are_chosen_by_what_is_free(
     with caplog.at_level(logging.INFO):
         # a fifth is left alone
         assert [chosen(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, MOST_PAIRS]
-        assert "a sample takes 0.5 GiB and every pass 1 GiB, 11.3 GiB are free: 2 pairs" in (
-            caplog.text
+        assert (
+            "a sample takes 512 MiB and every pass 1.00 GiB besides, 11.30 GiB are free: 2 pairs"
+            in (caplog.text)
         )
         assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
         assert chosen(4) == 1
