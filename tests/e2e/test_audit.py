@@ -162,6 +162,7 @@ def command(material: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(material: Path, finished: Path, tmp_path: Path) -> None:
     ended = subprocess.run(
         command(material, tmp_path, "trainer=ddp", "trainer.accelerator=cpu"),

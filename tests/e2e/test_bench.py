@@ -29,6 +29,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (*SMALL, f"checkpoint.source={place / 'checkpoint'}", f"pairs.path={place / 'pairs'}")
 
 
+@pytest.mark.slow
 def test_families_are_measured_once_and_joined(material: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "bench"
     run_task(folder, *material, "task.rows=[attack]")
