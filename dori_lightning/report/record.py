@@ -179,12 +179,11 @@ def read_report(folder: Path) -> dict[str, Any]:
             key.
     """
     path = folder / "report.json"
-    try:
-        document = stored_json(path, mend=": run the audit again to rewrite it")
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist: the run has not finished, or this is no run folder"
-        ) from None
+    document = stored_json(
+        path,
+        mend=": run the audit again to rewrite it",
+        missing="the run has not finished, or this is no run folder",
+    )
     if not isinstance(document, dict) or "schema_version" not in document:
         raise InputError(f"{path} has no schema_version: it was not written by an audit")
     if document["schema_version"] != SCHEMA_VERSION:

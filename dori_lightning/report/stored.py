@@ -16,19 +16,24 @@ if TYPE_CHECKING:
 __all__ = ["stored_json", "stored_rows"]
 
 
-def stored_json(path: Path, *, mend: str) -> Any:
+def stored_json(path: Path, *, mend: str, missing: str = "") -> Any:
     """Read a JSON file.
 
     Args:
         path: The file.
         mend: End of the message, after what is wrong.
+        missing: What it means that there is no such file; empty leaves that to the caller.
 
     Raises:
-        InputError: It is not JSON.
-        FileNotFoundError: It is missing.
+        InputError: It is not JSON, or is missing and ``missing`` says what that means.
+        FileNotFoundError: It is missing and ``missing`` is empty.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not missing:
+            raise
+        raise InputError(f"{path} does not exist: {missing}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON ({error}){mend}") from None
 

@@ -146,12 +146,11 @@ def read_locality_record(folder: Path) -> dict[str, Any]:
             key.
     """
     path = folder / "locality.json"
-    try:
-        document = stored_json(path, mend=": run the task again to rewrite it")
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist: the run has not finished, or this is no run of task=locality"
-        ) from None
+    document = stored_json(
+        path,
+        mend=": run the task again to rewrite it",
+        missing="the run has not finished, or this is no run of task=locality",
+    )
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != LOCALITY_SCHEMA_VERSION:
         raise InputError(
