@@ -18,13 +18,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dori_lightning.attacks.solver import PASS_KIND, PASS_PAIRS
 from dori_lightning.halving import out_of_memory
 
 if TYPE_CHECKING:
     from dori_lightning.models.protocol import TextToImage
 
 __all__ = [
-    "MOST_PAIRS",
     "PassMemory",
     "PeakTensors",
     "free_memory",
@@ -33,9 +33,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-MOST_PAIRS = 8
-"""Pairs of a pass where memory does not decide: wider was no faster on the CPU."""
 
 _SHARE = 0.8
 """Share of the free memory that is planned with; the rest is for what was not measured: workspaces
@@ -208,24 +205,30 @@ def pairs_that_fit(
     free: int | None = None,
     pair_id: str | None = None,
 ) -> int:
-    """Pairs of a forward pass: as many as were asked for, or as fit into the free memory.
+    """Pairs of a batch: as many as were asked for, or as fit into the free memory.
+
+    On the CPU every pass has one width, whatever the batch (``solver``); where that does not fit,
+    the model is told a narrower one, since a system that runs out of memory kills the process
+    instead of raising something that could be halved.
 
     Args:
         model: Model under attack, on its device.
         noise_batch: Noise samples of a pair.
-        wanted: What the configuration fixes; None measures. Nothing is measured where it is fixed.
+        wanted: What the configuration fixes; None measures. Where it is fixed, nothing is measured
+            but on the CPU.
         free: Bytes to plan with; None asks the system.
         pair_id: Some pair, where the model carries an edit for each pair.
 
     Returns:
-        1 to ``MOST_PAIRS``, or ``wanted``.
+        1 to ``PASS_PAIRS``, or ``wanted``.
     """
-    if wanted is not None:
+    on_cpu = model.device.type == "cpu"
+    if wanted is not None and not on_cpu:
         return wanted
     free = free_memory(model.device) if free is None else free
     if free is None:
-        log.info("free memory of %s is not known: %d pairs a pass", model.device, MOST_PAIRS)
-        return MOST_PAIRS
+        log.info("free memory of %s is not known: %d pairs a pass", model.device, PASS_PAIRS)
+        return wanted or PASS_PAIRS
     try:
         memory = measure_pass(model, pair_id=pair_id)
     except (RuntimeError, MemoryError) as error:
@@ -233,9 +236,14 @@ def pairs_that_fit(
             raise
         # the attack itself says what does not fit, and what helps
         log.warning("no room to measure a pass of two samples: 1 pair a pass")
-        return 1
+        if on_cpu:
+            model.pass_limits[PASS_KIND] = 1
+        return wanted or 1
     fit = memory.pairs(int(_SHARE * free), noise_batch)
-    chosen = max(1, min(MOST_PAIRS, fit))
+    chosen = max(1, min(PASS_PAIRS, fit))
+    if on_cpu and chosen < PASS_PAIRS:
+        chosen = min(chosen, wanted or chosen)
+        model.pass_limits[PASS_KIND] = chosen
     text = (
         f"a sample takes {_size(memory.sample)} and every pass {_size(memory.fixed)} besides, "
         f"{_size(free)} are free: {chosen} pairs of {noise_batch} samples a pass, "
@@ -249,4 +257,4 @@ def pairs_that_fit(
         )
     else:
         log.info("%s", text)
-    return chosen
+    return wanted or chosen

@@ -31,7 +31,8 @@ class AttackSettings:
         snapshots: Steps at which to measure besides the last one; free, since they lie on one
             trajectory.
         pairs_per_forward: Pairs that share a forward pass; changes speed and memory, not results.
-            None chooses by the free memory, see ``memory.pairs_that_fit``.
+            None chooses by the free memory, see ``memory.pairs_that_fit``. On the CPU
+            it is how many pairs are kept together; its passes have one width.
     """
 
     inits: tuple[Init, ...] = ("prompt", "random")

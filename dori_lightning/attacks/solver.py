@@ -49,8 +49,12 @@ _BROKEN = (
     "fp16"
 )
 
-CPU_PAIRS = 8
-"""Pairs of every forward pass on the CPU; see ``_loss_and_gradient``. Wider was no faster."""
+PASS_PAIRS = 8
+"""Pairs of a forward pass where memory does not decide, and on the CPU of every pass, see
+``_loss_and_gradient``. Wider was no faster there."""
+
+PASS_KIND = "attack"
+"""Under this name a model remembers how wide its memory lets a pass be, see ``halving.Passes``."""
 
 
 class BrokenAttackError(RuntimeError):
@@ -154,10 +158,10 @@ def solve(
     losses: list[torch.Tensor] = []
     kept: list[torch.Tensor] = [initial.cpu()] if 0 in wanted else []
     shape = (batch, *latents.shape[1:])
-    share = CPU_PAIRS if model.device.type == "cpu" else rows
+    share = PASS_PAIRS if model.device.type == "cpu" else rows
     restarts = problem.restarts or (problem.restart,) * rows
     repeated = latents.repeat_interleave(batch, 0)
-    passes = Passes("attack", "pair", model.pass_limits, _TOO_LARGE)
+    passes = Passes(PASS_KIND, "pair", model.pass_limits, _TOO_LARGE)
     with model.frozen(), torch.enable_grad():
         for step in range(budget.steps):
             processes.check()

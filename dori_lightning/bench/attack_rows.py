@@ -14,7 +14,7 @@ from dori_lightning.attacks.campaign import attack_pairs
 from dori_lightning.attacks.embedding_attack import ControlPrompts
 from dori_lightning.attacks.memory import PeakTensors
 from dori_lightning.attacks.settings import AttackSettings
-from dori_lightning.attacks.solver import CPU_PAIRS, AttackProblem, solve
+from dori_lightning.attacks.solver import PASS_PAIRS, AttackProblem, solve
 from dori_lightning.bench.attack_loops import Found, fair, hand_written, naive
 from dori_lightning.bench.counters import counted
 from dori_lightning.bench.operations import (
@@ -107,7 +107,7 @@ def attack_rows(
         title: What the progress line says.
         quality: ``subject`` and ``task`` for loss and memorization rate; None leaves them out.
     """
-    share = CPU_PAIRS if model.device.type == "cpu" else len(task.ids)
+    share = PASS_PAIRS if model.device.type == "cpu" else len(task.ids)
     ways: dict[str, Callable[[AttackTask], Found]] = {
         "B0": partial(naive, model),
         "B1": partial(fair, model),

@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from rich.table import Table
-
 from dori_lightning.types import INITS, KINDS, InputError, Norm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from rich.table import Table
 
     from dori_lightning.report.headline import HeadlineRow
     from dori_lightning.types import Cell
@@ -228,6 +228,8 @@ def _is(cell: Cell, wanted: Mapping[str, Any]) -> bool:
 
 def claims_table(checked: Sequence[Checked]) -> Table:
     """Show each claim beside what was measured."""
+    from rich.table import Table  # only here: the command line imports this module to start
+
     table = Table(title="Recorded claims", title_justify="left")
     for name in ("claim", "metric", "recorded", "measured", "holds"):
         table.add_column(name, justify="left" if name == "claim" else "right")

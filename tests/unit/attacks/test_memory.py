@@ -2,19 +2,21 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from dori_lightning.attacks import memory
 from dori_lightning.attacks.memory import (
-    MOST_PAIRS,
     PassMemory,
     PeakTensors,
     free_memory,
     measure_pass,
     pairs_that_fit,
 )
+from dori_lightning.attacks.solver import PASS_KIND, PASS_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
 
 
@@ -74,13 +76,14 @@ def test_pairs_are_chosen_by_what_is_free(
 ) -> None:
     # 1 GiB whatever the number, 0.5 GiB a sample
     monkeypatch.setattr(memory, "measure_pass", lambda _, **__: PassMemory(2**30, 2**29))
+    monkeypatch.setattr(model, "pass_limits", {})
 
     def chosen(gib: float) -> int:
         return pairs_that_fit(model, noise_batch=8, wanted=None, free=int(gib * 2**30))
 
     with caplog.at_level(logging.INFO):
         # a fifth is left alone
-        assert [chosen(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, MOST_PAIRS]
+        assert [chosen(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, PASS_PAIRS]
         assert (
             "a sample takes 512 MiB and every pass 1.00 GiB besides, 11.30 GiB are free: 2 pairs"
             in (caplog.text)
@@ -88,8 +91,36 @@ def test_pairs_are_chosen_by_what_is_free(
         assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
         assert chosen(4) == 1
         assert "checkpoint.gradient_checkpointing=true" in caplog.text
+
+
+def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
+    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "measure_pass", lambda _, **__: PassMemory(2**30, 2**29))
+    monkeypatch.setattr(model, "pass_limits", {})
+
+    def limit(gib: float, wanted: int | None) -> int | None:
+        model.pass_limits.clear()
+        given = pairs_that_fit(model, noise_batch=8, wanted=wanted, free=int(gib * 2**30))
+        assert wanted in (None, given)  # a batch is as wide as it was asked for
+        return model.pass_limits.get(PASS_KIND)
+
+    # with memory for all, passes stay of one width, and so results the same in any batch
+    assert limit(1000, None) is None
+    assert limit(1000, 3) is None
+    assert limit(16.3, None) == 3
+    assert limit(16.3, 8) == 3
+    assert limit(16.3, 2) == 2
+    assert limit(4, None) == 1
+
+
+def test_on_a_gpu_a_fixed_number_is_taken_without_a_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(memory, "measure_pass", lambda _, **__: pytest.fail("it is fixed"))
-    assert pairs_that_fit(model, noise_batch=8, wanted=3, free=1) == 3
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), pass_limits={})
+    assert pairs_that_fit(cast("StableDiffusion", on_gpu), noise_batch=8, wanted=3, free=1) == 3
+    assert on_gpu.pass_limits == {}
 
 
 def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
