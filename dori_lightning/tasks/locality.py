@@ -19,6 +19,7 @@ from dori_lightning.report.locality.text import answers
 from dori_lightning.tasks._locality_large import ask_other_models, ask_searched_model, join
 from dori_lightning.tasks._locality_layers import groups_of, look_at_activations, look_at_weights
 from dori_lightning.tasks._locality_study import prepare, search
+from dori_lightning.tasks._locality_tracking import track_locality
 from dori_lightning.tasks._provenance import provenance_of
 from dori_lightning.tasks._tracking import tracked
 
@@ -90,12 +91,7 @@ def _study(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     asked = sum(image.attacked.get(study.settings.start, 0) for image in report.studied)
     works = sum(image.working.get(study.settings.start, 0) for image in report.studied)
     rate = works / asked if asked else None
-    tracker.summary({"final/objective": rate})
-    name = f"{report.checkpoint}-{report.mitigation}-locality"
-    found = [*folder.glob("locality.*"), *folder.glob("figures/*")]
-    tracker.artifact(
-        name, kind="report", files={p.relative_to(folder).as_posix(): p for p in found}
-    )
+    track_locality(tracker, report, folder, objective=rate)
     return rate
 
 

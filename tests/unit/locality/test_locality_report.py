@@ -1,12 +1,15 @@
 """Record, words, figures and page of a locality run that never ran."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
 from dori_lightning.locality.activations import Compared, activation_findings
 from dori_lightning.locality.distances import distances
@@ -24,6 +27,8 @@ from dori_lightning.report.locality.record import (
 from dori_lightning.report.locality.section import read_locality
 from dori_lightning.report.locality.text import answers, verdict
 from dori_lightning.report.record import Provenance
+from dori_lightning.tasks._locality_tracking import track_locality
+from dori_lightning.tracking.tracker import Tracker
 from dori_lightning.types import Budget, InputError
 from support.locality import pair, prompt_sets, rows, triggers
 
@@ -200,3 +205,71 @@ def test_bad_records_are_refused(tmp_path: Path, content: str | None, part: str)
         (tmp_path / "locality.json").write_text(content)
     with pytest.raises(InputError, match=part):
         read_locality_record(tmp_path)
+
+
+class Told(Tracker):
+    """Keeps what a W&B run would be told."""
+
+    def __init__(self) -> None:
+        super().__init__([CSVLogger("unused", name="csv")])
+        self.curves: dict[str, dict[int, float]] = {}
+        self.tables: dict[str, list[dict[str, object]]] = {}
+        self.shown: list[str] = []
+        self.kept: dict[str, object] = {}
+        self.files: set[str] = set()
+
+    def scalars(
+        self, rows: Iterable[tuple[int, Mapping[str, float]]], *, step_metric: str
+    ) -> None:
+        for step, values in rows:
+            for key, value in values.items():
+                self.curves.setdefault(f"{key} by {step_metric}", {})[step] = value
+
+    def pictures(self, event: str, picture: Image.Image | None, *, caption: str) -> None:
+        assert picture is not None
+        assert picture.size > (1, 1)
+        assert caption
+        self.shown.append(event)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        self.tables[name] = [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def summary(self, values: Mapping[str, object]) -> None:
+        self.kept.update(values)
+
+    def artifact(self, name: str, *, files: Mapping[str, Path], **_: object) -> None:
+        assert name == "tiny-nemo-locality"
+        self.files |= set(files)
+
+
+def test_loggers_get_curves_tables_figures_and_the_page(
+    whole: LocalityReport, tmp_path: Path
+) -> None:
+    write_locality_files(whole, tmp_path)
+    told = Told()
+    track_locality(told, whole, tmp_path, objective=0.75)
+    assert told.curves["locality/rate/random/memorized by locality/steps"] == {1: 0, 50: 0.75}
+    assert told.curves["locality/rate/random/control by locality/steps"] == {50: 0}
+    assert told.curves["locality/line_rate/same_image by locality/percent_of_line"] == {
+        25: 0.75, 50: 0.75,
+    }  # fmt: skip
+    moved = {(r["model"], r["images"], r["start"]): r for r in told.tables["locality/transfers"]}
+    assert moved["none", "memorized", "random"]["hits"] == 3
+    assert moved["nemo", "control", "random"]["rate"] == 0
+    chosen = told.tables["locality/weights"]
+    assert {row["method"] for row in chosen} == {"nemo", "wanda"}
+    assert all(0 <= float(str(row["iou"])) <= 1 for row in chosen if row["group"] == "triggers")
+    assert f"locality/{answers(whole)[0].name}" in {s.replace("locality_", "") for s in told.shown}
+    assert told.kept == {"final/objective": 0.75}
+    assert {"locality.json", "locality.html", "locality.md"} <= told.files
+    assert not any("pictures" in name for name in told.files)
+
+
+def test_loggers_of_a_run_that_found_nothing(tmp_path: Path) -> None:
+    nothing = report(working=False)
+    write_locality_files(nothing, tmp_path)
+    told = Told()
+    track_locality(told, nothing, tmp_path, objective=None)
+    assert told.curves == {}
+    assert told.tables["locality/transfers"] == []
+    assert told.kept == {"final/objective": None}
