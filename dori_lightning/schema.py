@@ -17,6 +17,7 @@ from dori_lightning.types import InputError
 __all__ = [
     "ALLOWED_TARGETS",
     "CONF",
+    "MEANINGS",
     "Config",
     "Images",
     "Paths",
@@ -166,19 +167,35 @@ def check_keys(cfg: DictConfig) -> None:
                 )
 
 
+MEANINGS = {
+    "checkpoint.source": "a diffusers folder, a hub id, or a single .safetensors file",
+    "pairs.path": "the list of prompts and pictures, or the folder that holds both",
+    "pairs.images": "the folder with the list's pictures",
+    "pairs.kind": "vm (reproduced verbatim), tm (template) or control (never seen)",
+    "corpus.path": "ordinary captions, or a folder of ordinary pictures with a metadata.csv",
+    "metrics.descriptors.sscd.weights": "SSCD's model, the file sscd_disc_mixup.torchscript.pt of "
+    "facebookresearch/sscd-copy-detection; nothing is downloaded",
+    "utility.inception.weights": "the Inception network of FID, a local file",
+    "task.runs": "the folder of a sweep, or [FOLDER,FOLDER] of runs",
+}
+"""What is wanted where the yaml files leave a value to the user (``???``)."""
+
+
 def check_missing(cfg: DictConfig) -> None:
     """Refuse a config with mandatory values left open.
 
     Raises:
-        InputError: Names every open key.
+        InputError: Names every open key, and says what it wants.
     """
     # parts[0] as Hydra's command line writes it: parts.0
     missing = sorted(re.sub(r"\[(\d+)\]", r".\1", key) for key in OmegaConf.missing_keys(cfg))
     if missing:
+        meanings = {key: MEANINGS.get(re.sub(r"\.parts\.\d+", "", key)) for key in missing}
         raise InputError(
             f"missing value for {', '.join(missing)}\n"
             f"  where: the composed config\n"
             f"  mend:  add {' '.join(f'{key}=VALUE' for key in missing)}"
+            + "".join(f"\n         {key}: {text}" for key, text in meanings.items() if text)
         )
 
 

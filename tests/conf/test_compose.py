@@ -168,6 +168,18 @@ def test_missing_values_are_all_named():
         )
 
 
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_what_an_option_leaves_open_is_explained(group: str, option: str):
+    cfg = chosen(group, option)
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        with pytest.raises(InputError) as refused:
+            schema.check_missing(cfg)
+        lines = str(refused.value).splitlines()
+        # a line for each besides what, where and how
+        assert len(lines) == 3 + len(missing), missing
+
+
 @pytest.mark.parametrize(
     "text", ["", "attack/budget=l2_small,seed=1", "a=/x/../y", "k=" + "v" * 500]
 )

@@ -218,7 +218,11 @@ def test_full_errors_on_request(
         (["report.images=some"], ["'some'", "full"]),
         (
             ["checkpoint.source=???"],
-            ["missing value for checkpoint.source", "checkpoint.source=VALUE"],
+            [
+                "missing value for checkpoint.source",
+                "checkpoint.source=VALUE",
+                "checkpoint.source: a diffusers folder, a hub id",
+            ],
         ),
         (["name=???"], ["name"]),
         (
