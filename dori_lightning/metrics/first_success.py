@@ -1,14 +1,15 @@
 """After how many steps an attack first brings a picture back, and the rate that counts it.
 
 Two rates answer two questions. The rate *at* a budget counts the pairs that come back after
-exactly its steps; one that came back after 10 and is lost again after 50 does not count at 50. The
-*cumulative* rate *up to* a budget counts the pairs that came back at any step looked at on the way,
-snapshots and the budget itself: somebody who looks after 10, 25 and 50 steps has seen them.
+exactly its steps; one that comes back after 10 and is lost again after 50 does not count at 50.
+The *cumulative* rate *up to* a budget counts the pairs that came back at any step looked at on the
+way, snapshots and the budget itself: whoever looks after 10, 25 and 50 steps has seen them.
 
-An attack that stops at its first success leaves the cumulative rate as it is, since the steps up to
-that success are the same ones. The rate at the budget is lost: nobody knows what the stopped rows
-would have given there, and those that went on are the ones that had failed. So a cell with stopped
-rows counts cumulatively, and says so (``Cell.counted``).
+An attack that stops at its first success leaves the cumulative rate as it is, since the steps up
+to that success are the same ones. The rate at the budget is lost: nobody knows what the stopped
+rows would have given there, and those that went on are the ones that had failed. So a cell with
+stopped rows counts cumulatively, and says so (``Cell.counted``). Its similarities are those of the
+pictures at which rows were stopped, which later steps might have surpassed.
 
 A pair counts where it came back, also if its attack diverged later, or where some restart gave a
 result at the budget. This denominator too is the same for stopped attacks.

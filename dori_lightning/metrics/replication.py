@@ -52,6 +52,7 @@ __all__ = [
     "repeated_pictures",
 ]
 
+
 def pair_scores(
     outcomes: Iterable[Outcome], descriptor: str, *, aggregation: Aggregation = "max"
 ) -> dict[str, float]:

@@ -60,8 +60,8 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
     """List every generated picture of a report: pair x condition x restart x seed.
 
     Each descriptor has a column. Outcomes of the baseline carry the mitigation ``none``.
-    ``first_success_steps`` is one number for an attack (pair x init x restart), in all of its rows:
-    the fewest steps looked at after which it reproduced the pair, null where it never did.
+    ``first_success_steps`` is one number for an attack (pair x init x restart), in all of its
+    rows: the fewest steps looked at after which it reproduced the pair, null where it never did.
     ``stopped_at`` marks rows whose attack was stopped there, before the steps of the condition.
 
     Args:
