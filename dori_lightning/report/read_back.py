@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from dori_lightning.report.effort import AttackEffort
 from dori_lightning.report.pictures import NOT_KEPT
 from dori_lightning.report.record import AuditReport, Flag, Provenance
 from dori_lightning.report.run_files import read_run
@@ -62,6 +63,7 @@ def audit_of(run: Run) -> AuditReport:
             provenance=_provenance(held["provenance"]),
             baseline=with_files_that_exist(run.baseline),
             utility=read_utility(run.folder, held["utility"]) if held.get("utility") else None,
+            effort=AttackEffort(**held["effort"]) if held.get("effort") else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
