@@ -1,5 +1,6 @@
 """Attacks that stop at their first success find what whole attacks find, for less."""
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,7 +135,7 @@ def test_the_cumulative_rate_and_the_first_success_are_the_same(
         ]
         back = sorted(k for k in kinds if k is not None and k <= steps)
         assert own["first_success"]["pairs"] == len(back)
-        assert own["first_success"]["median_steps"] == pd.Series(back).median()
+        assert own["first_success"]["median_steps"] == (statistics.median(back) if back else None)
         assert other["hits"] == len(back), "stopped rows count at every later budget"
         assert other["n"] == own["n"] == len(kinds), "and in its denominator"
         earlier = any(k < steps for k in back)
@@ -236,9 +237,10 @@ def test_a_run_that_ended_between_snapshots_goes_on(
             raise Interrupted(15)
         return real(model, problem, **options)
 
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+    with monkeypatch.context() as patched:
         patched.setattr(embedding_attack, "solve", interrupted)
-        run(material, tmp_path / "run", STOP)
+        with pytest.raises(Interrupted):
+            run(material, tmp_path / "run", STOP)
     done = list(solved)
     assert [until for until, _ in done] == [1, 1, 1, 2]
     solved.clear()
@@ -248,6 +250,7 @@ def test_a_run_that_ended_between_snapshots_goes_on(
     assert not {name for until, ids in solved if until == 2 for name in ids} & {*done[-1][1]}
 
 
+@pytest.mark.slow
 def test_under_another_threshold_attacks_go_on_from_where_they_were_stopped(
     material: Path, stopped: Path, tmp_path: Path, solved: list[tuple[int, tuple[str, ...]]]
 ) -> None:
@@ -262,11 +265,6 @@ def test_under_another_threshold_attacks_go_on_from_where_they_were_stopped(
 def test_a_folder_holds_attacks_of_one_way_only(material: Path, whole: Path) -> None:
     with pytest.raises(InputError, match=r"attack\.early_stop: None there, True now"):
         run(material, whole, STOP)
-
-
-def test_without_a_snapshot_it_is_refused(material: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"attack\.snapshots=\[4\] has none before the last step"):
-        run(material, tmp_path / "run", STOP, "attack.snapshots=[4]")
 
 
 @pytest.mark.slow
