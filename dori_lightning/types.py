@@ -18,6 +18,8 @@ __all__ = [
     "Calibration",
     "Cell",
     "Condition",
+    "Counted",
+    "FirstSuccess",
     "Init",
     "InputError",
     "Kind",
@@ -34,6 +36,7 @@ Init = Literal["prompt", "random", "control_prompt"]
 INITS: tuple[Init, ...] = ("prompt", "random", "control_prompt")
 Norm = Literal["none", "l2", "linf"]
 Status = Literal["ok", "diverged", "no_gradient"]
+Counted = Literal["at_budget", "up_to_budget"]
 
 
 class InputError(Exception):
@@ -143,6 +146,9 @@ class Outcome:
         loss_last: Mean attack loss of the last five steps; None for ``prompt``.
         displacement: Euclidean distance between final and initial embedding; None for ``prompt``.
         images: Paths of the K generated pictures, or empty where none are kept.
+        stopped_at: Steps after which the attack was stopped, because its pictures were copies
+            (``attack.early_stop``), fewer than the condition's; pictures and numbers are those of
+            that step. None where all steps were taken, and for ``prompt``.
     """
 
     pair: Pair
@@ -158,6 +164,7 @@ class Outcome:
     loss_last: float | None = None
     displacement: float | None = None
     images: tuple[Path, ...] = ()
+    stopped_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,27 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class FirstSuccess:
+    """How many pairs an attack brought back at any step looked at, up to a budget.
+
+    Cumulative, so the same whether the attack was stopped early or not; see
+    ``metrics.first_success``.
+
+    Attributes:
+        pairs: Pairs reproduced at some step looked at, up to the budget.
+        n: Pairs that count.
+        mr: Cumulative memorization rate ``pairs / n``, NaN where n is 0.
+        median_steps: Median over those pairs of the fewest steps looked at after which a restart
+            reproduced them; NaN where there is none.
+    """
+
+    pairs: int
+    n: int
+    mr: float
+    median_steps: float
+
+
+@dataclass(frozen=True)
 class Cell:
     """One row of the answer: a checkpoint under a mitigation and a condition, one kind of pair.
 
@@ -205,6 +233,11 @@ class Cell:
         descriptor: Deciding descriptor.
         threshold: Its threshold.
         aggregation: How K pictures become one number: ``max`` or ``median``.
+        counted: What ``hits``, ``n`` and ``mr`` say: ``at_budget`` counts what comes back after
+            exactly the budget's steps; ``up_to_budget`` also what came back at an earlier step
+            looked at, where the attack was stopped. Only the latter can be known of a stopped
+            attack.
+        first_success: The cumulative count, whatever ``counted`` says; None for ``prompt``.
     """
 
     checkpoint: str
@@ -221,3 +254,5 @@ class Cell:
     descriptor: str
     threshold: float
     aggregation: Literal["max", "median"]
+    counted: Counted = "at_budget"
+    first_success: FirstSuccess | None = None

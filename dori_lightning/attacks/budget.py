@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from dori_lightning.types import Budget, InputError, Norm
 
-__all__ = ["BudgetSettings", "median_distance", "project"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["BudgetSettings", "looked_at", "median_distance", "project"]
 
 _NEEDS_CONTROLS = (
     "a relative budget needs at least two control pairs with different prompts; add pairs of "
@@ -68,6 +72,11 @@ class BudgetSettings:
             float(self.radius) * median_distance(control_embeddings, self.norm),
             self.steps,
         )
+
+
+def looked_at(snapshots: Iterable[int], steps: int) -> tuple[int, ...]:
+    """Steps after which an attack is measured: snapshots on its way, and its end, rising."""
+    return tuple(sorted({s for s in snapshots if 0 <= s <= steps} | {steps}))
 
 
 def median_distance(embeddings: torch.Tensor, norm: Norm) -> float:

@@ -7,63 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dori_lightning import processes, trainers
+from dori_lightning.attacks.budget import looked_at
+from dori_lightning.attacks.early_stop import stop_at_success
 from dori_lightning.attacks.embedding_attack import EmbeddingAttack
 from dori_lightning.attacks.ledger import AttackLedger
+from dori_lightning.attacks.triggers import Trigger
 from dori_lightning.progress import stage
 from dori_lightning.types import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     import lightning.pytorch as L
-    import torch
 
     from dori_lightning.attacks.embedding_attack import ControlPrompts
     from dori_lightning.attacks.settings import AttackSettings
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.pairs.datamodule import PairsDataModule
-    from dori_lightning.types import Budget, Pair, Status
+    from dori_lightning.types import Budget, Pair
 
-__all__ = ["Trigger", "attack_identity", "attack_pairs", "read_triggers"]
-
-
-@dataclass(frozen=True)
-class Trigger:
-    """An embedding to generate from, and how it came about.
-
-    Attributes:
-        pair: The pair it should reproduce.
-        condition: Prompt or attack, with the steps spent so far.
-        restart: Which restart.
-        embedding: Text embedding (T, D).
-        diverged: Whether the attack stopped being finite on the way.
-        no_gradient: Whether it had no gradient to follow.
-        loss_first: Attack loss at the first step; None for a prompt.
-        loss_last: Mean attack loss of the last five steps spent; None for a prompt.
-        displacement: Euclidean distance to the initial embedding; None for a prompt.
-        losses: Attack loss of every step spent (S,); None for a prompt.
-    """
-
-    pair: Pair
-    condition: Condition
-    restart: int
-    embedding: torch.Tensor
-    diverged: bool = False
-    no_gradient: bool = False
-    loss_first: float | None = None
-    loss_last: float | None = None
-    displacement: float | None = None
-    losses: torch.Tensor | None = None
-
-    @property
-    def status(self) -> Status:
-        """What came of the attack; ``ok`` for a prompt."""
-        return "no_gradient" if self.no_gradient else "diverged" if self.diverged else "ok"
+__all__ = ["attack_identity", "attack_pairs", "read_triggers"]
 
 
 def attack_identity(
@@ -97,8 +66,13 @@ def attack_pairs(
     seed: int,
     edit: str,
     on_round: Callable[[Sequence[Trigger]], None] | None = None,
+    reproduced: Callable[[Sequence[Trigger]], Collection[str]] | None = None,
 ) -> list[Trigger]:
     """Attack pairs, reusing what ``folder`` holds.
+
+    With ``reproduced``, an attack goes from one snapshot to the next, and pairs that came back
+    are left out of what follows: the rest is put together anew, so that passes stay full and
+    processes share it evenly. A pair's steps, and so its embeddings, are the same as without.
 
     Args:
         model: Model under attack, with the edit applied.
@@ -112,9 +86,12 @@ def attack_pairs(
         seed: Run seed.
         edit: Identity of the edit.
         on_round: Called with the triggers from one initial point and restart, once all are there.
+        reproduced: Names the pairs that the triggers of one snapshot bring back, the same on every
+            process; their attacks stop there. None stops none.
 
     Returns:
-        One trigger per pair, init, restart and snapshot, the same on every process.
+        One trigger per pair, init, restart and snapshot, the same on every process. After its
+        attack was stopped, a pair's triggers are the one that brought it back.
 
     Raises:
         InputError: Not even one pair fits the memory.
@@ -125,33 +102,52 @@ def attack_pairs(
     for init in settings.inits:
         chosen = [p for p in pairs if init in settings.inits_of(p.kind)]
         for restart in range(settings.restarts):
-            own = len(chosen[trainer.global_rank :: trainer.world_size])
-            batches = -(-own // data.pairs_per_batch)
             title = f"attack from {init}" + (
                 f", restart {restart}" if settings.restarts > 1 else ""
             )
-            with stage(title, batches * budget.steps, visible=trainer.is_global_zero) as advance:
-                module = EmbeddingAttack(
-                    model,
-                    settings=settings,
-                    budget=budget,
-                    init=init,
-                    restart=restart,
-                    controls=controls,
-                    ledger=ledger,
-                    seed=seed,
-                    on_step=_one_at_a_time(advance),
-                )
-                if chosen:
-                    trainer.predict(
-                        module, datamodule=data.subset(chosen), return_predictions=False
-                    )
-                    processes.barrier()  # the others' results are read below
-            found = [t for pair in chosen for t in read_triggers(module, data, pair, budget)]
+            module = EmbeddingAttack(
+                model,
+                settings=settings,
+                budget=budget,
+                init=init,
+                restart=restart,
+                controls=controls,
+                ledger=ledger,
+                seed=seed,
+            )
+            attack = partial(_attack, module, trainer=trainer, data=data, title=title)
+            read = partial(read_triggers, module, data, budget=budget)
+            if reproduced is None:
+                attack(chosen, range(budget.steps))
+                found = [t for pair in chosen for t in read(pair)]
+            else:
+                ends = looked_at(settings.snapshots, budget.steps)
+                found = stop_at_success(attack, read, chosen, ends=ends, reproduced=reproduced)
             if on_round is not None and found:
                 on_round(found)
             triggers += found
     return triggers
+
+
+def _attack(
+    module: EmbeddingAttack,
+    pairs: Sequence[Pair],
+    steps: range,
+    *,
+    trainer: L.Trainer,
+    data: PairsDataModule,
+    title: str,
+) -> None:
+    """Attack pairs up to the end of ``steps``; all of it is in the ledger when this returns."""
+    own = len(pairs[trainer.global_rank :: trainer.world_size])
+    batches = -(-own // data.pairs_per_batch)
+    if len(steps) < module.budget.steps:
+        title += f", steps {steps.start} to {steps.stop}"
+    with stage(title, batches * len(steps), visible=trainer.is_global_zero) as advance:
+        module.until, module.on_step = steps.stop, _one_at_a_time(advance)
+        if pairs:
+            trainer.predict(module, datamodule=data.subset(pairs), return_predictions=False)
+            processes.barrier()  # the others' results are read next
 
 
 def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
@@ -162,7 +158,7 @@ def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
 def read_triggers(
     module: EmbeddingAttack, data: PairsDataModule, pair: Pair, budget: Budget
 ) -> list[Trigger]:
-    """One trigger per snapshot of a pair's stored attack."""
+    """One trigger per snapshot of a pair's stored attack, as far as it came."""
     init, restart = module.init_point, module.restart
     initial, inputs = module.begin(pair, data.encoded(pair))
     result = module.ledger.read(pair.id, init, restart, inputs)

@@ -10,7 +10,8 @@ import lightning.pytorch as L
 import torch
 
 from dori_lightning.attacks.draws import keyed_generator, random_embedding
-from dori_lightning.attacks.solver import AttackProblem, AttackResult, solve
+from dori_lightning.attacks.results import AttackProblem, AttackResult, joined
+from dori_lightning.attacks.solver import solve
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class EmbeddingAttack(L.LightningModule):
         controls: ControlPrompts,
         ledger: AttackLedger,
         seed: int,
+        until: int | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         """Prepare the attack from one initial point.
@@ -93,6 +95,7 @@ class EmbeddingAttack(L.LightningModule):
             controls: Where ``control_prompt`` starts from.
             ledger: Finished pairs are read from it and new ones written to it.
             seed: Run seed.
+            until: Step to stop at, from where another attack can go on; None takes all steps.
             on_step: Called after every attack step.
         """
         super().__init__()
@@ -100,6 +103,7 @@ class EmbeddingAttack(L.LightningModule):
         self._held = [model]
         self.settings, self.budget, self.init_point, self.restart = settings, budget, init, restart
         self.controls, self.ledger, self.seed, self.on_step = controls, ledger, seed, on_step
+        self.until = budget.steps if until is None else until
 
     @property
     def model(self) -> TextToImage:
@@ -128,9 +132,13 @@ class EmbeddingAttack(L.LightningModule):
         return initial, input_hash(pair, encoded.latent, initial)
 
     def search(
-        self, problem: AttackProblem, *, on_step: Callable[[int], None] | None = None
+        self,
+        problem: AttackProblem,
+        *,
+        so_far: AttackResult | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> AttackResult:
-        """Solve a problem with this attack's settings; nothing is kept."""
+        """Solve a problem with this attack's settings, from where it stands; nothing is kept."""
         return solve(
             self.model,
             problem,
@@ -140,11 +148,21 @@ class EmbeddingAttack(L.LightningModule):
             seed=self.seed,
             snapshots=self.settings.snapshots,
             keep_first_token=self.settings.keep_first_token,
+            so_far=so_far,
+            until=self.until,
             on_step=on_step,
         )
 
+    def stored(self, pair_id: str, inputs: str) -> AttackResult | None:
+        """What the ledger holds of a pair's attack, as far as it came."""
+        return self.ledger.read(pair_id, self.init_point, self.restart, inputs)
+
+    def reached(self, result: AttackResult | None) -> bool:
+        """Whether a stored attack came as far as this one is to go."""
+        return result is not None and result.steps >= self.until
+
     def predict_step(self, batch: PairBatch, *_: Any) -> list[AttackResult]:
-        """Solve the pairs of a batch that the ledger does not hold yet.
+        """Solve the pairs of a batch as far as the ledger does not hold them yet.
 
         Returns:
             One result per pair of the batch, in its order.
@@ -153,22 +171,24 @@ class EmbeddingAttack(L.LightningModule):
         hashes = {
             p.id: input_hash(p, batch.latents[k], initial[k]) for k, p in enumerate(batch.pairs)
         }
-        stored = {
-            p.id: self.ledger.read(p.id, self.init_point, self.restart, hashes[p.id])
-            for p in batch.pairs
-        }
-        missing = [k for k, p in enumerate(batch.pairs) if stored[p.id] is None]
-        if missing:
+        groups: dict[int, list[tuple[int, AttackResult | None]]] = {}
+        for k, pair in enumerate(batch.pairs):
+            stored = self.stored(pair.id, hashes[pair.id])
+            if not self.reached(stored):
+                begun = stored if stored is not None and stored.state is not None else None
+                groups.setdefault(begun.steps if begun else 0, []).append((k, begun))
+        for group in groups.values():
+            rows = [k for k, _ in group]
+            begun_rows = [begun for _, begun in group if begun is not None]
             problem = AttackProblem(
-                tuple(batch.pairs[k].id for k in missing),
+                tuple(batch.pairs[k].id for k in rows),
                 self.restart,
-                batch.latents[missing],
-                initial[missing],
+                batch.latents[rows],
+                initial[rows],
             )
-            result = self.search(problem, on_step=self.on_step)
+            result = self.search(
+                problem, so_far=joined(begun_rows) if begun_rows else None, on_step=self.on_step
+            )
             self.ledger.write(result, self.init_point, hashes)
-        found = [
-            self.ledger.read(p.id, self.init_point, self.restart, hashes[p.id])
-            for p in batch.pairs
-        ]
+        found = [self.stored(p.id, hashes[p.id]) for p in batch.pairs]
         return [r for r in found if r is not None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dori_lightning.attacks.solver import AttackResult
+from dori_lightning.attacks.results import AttackResult, SearchState
 from dori_lightning.files import write_atomically
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["AttackLedger"]
 
 log = logging.getLogger(__name__)
+
+_STATE = tuple(field.name for field in fields(SearchState))
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,17 @@ class AttackLedger:
                 "embeddings": result.embeddings[row].contiguous(),
                 "losses": result.losses[row].contiguous(),
             }
+            if result.state is not None:
+                tensors |= {n: t[row].contiguous() for n, t in vars(result.state).items()}
             write_atomically(self.path(pair_id, init, result.restart), save(tensors, metadata))
 
     def read(self, pair_id: str, init: str, restart: int, inputs: str) -> AttackResult | None:
-        """A stored result, or None where none is whole and belongs to these settings."""
+        """A stored result, or None where none is undamaged and belongs to these settings.
+
+        Its search may have stopped on its way: ``steps`` says how far it came, and with its state
+        it goes on to the bits that it would have come to at once. So runs that stop early and
+        runs that do not can use each other's results.
+        """
         path = self.path(pair_id, init, restart)
         if not path.is_file():
             return None
@@ -81,6 +90,8 @@ class AttackLedger:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 embeddings, losses = file.get_tensor("embeddings"), file.get_tensor("losses")
+                held = [name for name in _STATE if name in file.keys()]  # noqa: SIM118
+                state = {name: file.get_tensor(name)[None] for name in held}
         except (SafetensorError, OSError) as error:
             log.warning("%s is damaged and is computed anew: %s", path, error)
             return None
@@ -102,6 +113,7 @@ class AttackLedger:
                 diverged=torch.tensor([metadata["diverged"] == "True"]),
                 # earlier versions ended where there was none
                 no_gradient=torch.tensor([metadata.get("no_gradient") == "True"]),
+                state=SearchState(**state) if state else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged and is computed anew: %r", path, error)

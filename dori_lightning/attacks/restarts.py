@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from dori_lightning.attacks.campaign import Trigger
     from dori_lightning.attacks.embedding_attack import ControlPrompts
     from dori_lightning.attacks.settings import AttackSettings
+    from dori_lightning.attacks.triggers import Trigger
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.pairs.datamodule import PairsDataModule
     from dori_lightning.types import Budget, Pair
@@ -102,7 +102,7 @@ def attack_restarts(
 
 def _is_done(module: EmbeddingAttack, pair: Pair, data: PairsDataModule) -> bool:
     _, inputs = module.begin(pair, data.encoded(pair))
-    return module.ledger.read(pair.id, module.init_point, module.restart, inputs) is not None
+    return module.reached(module.stored(pair.id, inputs))
 
 
 def _solve(

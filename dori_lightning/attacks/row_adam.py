@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dori_lightning.attacks.results import SearchState
+
 __all__ = ["RowAdam"]
 
 
@@ -28,6 +30,22 @@ class RowAdam:
         self.count = torch.zeros(
             len(rows), *([1] * (rows.dim() - 1)), device=rows.device, dtype=torch.float64
         )
+
+    def state(self, delta: torch.Tensor) -> SearchState:
+        """Where the rows stand, so that they can go on later; on the CPU.
+
+        Args:
+            delta: Their current values (N, T, D).
+        """
+        return SearchState(
+            delta.cpu(), self.mean.cpu(), self.square.cpu(), self.count.flatten().cpu()
+        )
+
+    def restore(self, state: SearchState) -> None:
+        """Go on from a state of as many rows."""
+        device, shape = self.count.device, self.count.shape
+        self.mean, self.square = state.mean.to(device), state.square.to(device)
+        self.count = state.count.view(shape).to(device)
 
     def step(
         self, rows: torch.Tensor, gradient: torch.Tensor, active: torch.Tensor

@@ -30,6 +30,9 @@ class AttackSettings:
             as published: no.
         snapshots: Steps at which to measure besides the last one; free, since they lie on one
             trajectory.
+        early_stop: Stop a pair's attack at the first snapshot whose pictures are copies; the
+            others go on in full passes. Rates are cumulative then, see
+            ``metrics.first_success``.
         pairs_per_forward: Pairs that share a forward pass; changes speed and memory, not results.
             None chooses by the free memory, see ``memory.pairs_that_fit``. On the CPU
             it is how many pairs are kept together; its passes have one width.
@@ -43,6 +46,7 @@ class AttackSettings:
     restarts: int = 1
     keep_first_token: bool = False
     snapshots: tuple[int, ...] = ()
+    early_stop: bool = False
     pairs_per_forward: int | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +77,25 @@ class AttackSettings:
                 raise InputError(f"attack.{name} must be >= 1, got {value}")
         if self.snapshots and self.snapshots[0] < 0:
             raise InputError(f"attack.snapshots must be >= 0, got {list(self.snapshots)}")
+        if self.early_stop and not any(s < self.budget.steps for s in self.snapshots):
+            raise InputError(
+                f"attack.early_stop stops at snapshots, and attack.snapshots="
+                f"{list(self.snapshots)} has none before the last step, {self.budget.steps}\n"
+                f"  mend:  give some, as in attack.snapshots=[1,10,25], or leave "
+                f"attack.early_stop=false"
+            )
+
+    def check_whole(self) -> None:
+        """Refuse to stop early where nobody looks at pictures during the attack.
+
+        Raises:
+            InputError: ``early_stop`` is set.
+        """
+        if self.early_stop:
+            raise InputError(
+                "attack.early_stop is for audits, which look at pictures between the stretches "
+                "of an attack; nothing else does\n  mend:  attack.early_stop=false"
+            )
 
     def inits_of(self, kind: Kind) -> tuple[Init, ...]:
         """Initial points that pairs of a kind are attacked from."""

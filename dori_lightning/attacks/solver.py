@@ -7,15 +7,15 @@ Reference: Finding DoRI (2507.16880), section "adversarial text embeddings": Ada
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from dori_lightning import processes
-from dori_lightning.attacks.budget import project
+from dori_lightning.attacks.budget import looked_at, project
 from dori_lightning.attacks.draws import noise_and_timesteps
+from dori_lightning.attacks.results import AttackProblem, AttackResult
 from dori_lightning.attacks.row_adam import RowAdam
 from dori_lightning.halving import Passes
 
@@ -61,51 +61,6 @@ class BrokenAttackError(RuntimeError):
     """The attack has no gradient to follow, so its failure would say nothing about the model."""
 
 
-@dataclass(frozen=True)
-class AttackProblem:
-    """N independent searches that share forward passes and nothing else.
-
-    Attributes:
-        ids: Pair ids, length N.
-        restart: Which restart the rows are.
-        latents: Latents of the pictures to reproduce (N, C, h, w).
-        initial: Initial embeddings (N, T, D).
-        restarts: Each row's own restart, length N; None where all rows are ``restart``.
-    """
-
-    ids: tuple[str, ...]
-    restart: int
-    latents: torch.Tensor
-    initial: torch.Tensor
-    restarts: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """What the searches found.
-
-    Attributes:
-        ids: Pair ids, length N.
-        restart: Which restart.
-        embeddings: Embeddings after each snapshot, (N, S, T, D), fp32 on the CPU.
-        snapshots: Steps after which embeddings were kept, length S; 0 is the initial point.
-        losses: Attack loss at each step (N, steps), before the step's update; NaN after
-            divergence.
-        diverged: Whether the loss or gradient stopped being finite (N,); such a row keeps its
-            last finite point.
-        no_gradient: Whether the first gradient was exactly zero (N,): the text does not reach the
-            loss. Such a row stays where it began, and its losses are NaN.
-    """
-
-    ids: tuple[str, ...]
-    restart: int
-    embeddings: torch.Tensor
-    snapshots: tuple[int, ...]
-    losses: torch.Tensor
-    diverged: torch.Tensor
-    no_gradient: torch.Tensor
-
-
 def solve(
     model: TextToImage,
     problem: AttackProblem,
@@ -116,6 +71,8 @@ def solve(
     seed: int = 0,
     snapshots: Sequence[int] = (),
     keep_first_token: bool = False,
+    so_far: AttackResult | None = None,
+    until: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> AttackResult:
     """Solve N embedding searches in shared forward passes.
@@ -128,6 +85,9 @@ def solve(
     still from there on and is marked: its search says nothing about the model. Where no row is
     left after the first step, the search ends there.
 
+    A search can be taken in stretches, with other rows beside it in each: draws depend on pair,
+    restart and step alone, so the rows get the bits that one stretch would have given them.
+
     Args:
         model: Model under attack.
         problem: Pictures and initial embeddings.
@@ -138,13 +98,16 @@ def solve(
         snapshots: Steps after which to keep the embedding besides the last one; those beyond the
             budget are dropped.
         keep_first_token: Leave the first (start) token as it is, as Wen et al. (2024) do.
+        so_far: What the same rows found up to some step, with their state; None begins at 0.
+        until: Step to stop at; None takes all of the budget's.
         on_step: Called after each step with its number.
 
     Raises:
         InputError: Not even one pair fits the memory.
         Interrupted: The run was told to leave.
     """
-    wanted = tuple(sorted({s for s in snapshots if 0 <= s <= budget.steps} | {budget.steps}))
+    end = budget.steps if until is None else until
+    wanted = tuple(s for s in looked_at(snapshots, budget.steps) if s <= end)
     initial = problem.initial.to(model.device, torch.float32)
     latents = problem.latents.to(model.device, torch.float32)
     rows, batch = len(problem.ids), noise_batch
@@ -152,18 +115,27 @@ def solve(
     optimizer = RowAdam(delta, lr=lr)
     active = torch.ones(rows, dtype=torch.bool, device=model.device)
     dead = ~active
+    steps, losses, kept = range(end), list[torch.Tensor](), list[torch.Tensor]()
+    if so_far is not None and so_far.state is not None:
+        delta = so_far.state.delta.to(model.device)
+        optimizer.restore(so_far.state)
+        dead = so_far.no_gradient.to(model.device)
+        active = ~(dead | so_far.diverged.to(model.device))
+        steps = range(so_far.steps, end) if bool(active.any()) else range(0)
+        losses = [*so_far.losses.to(model.device).unbind(1)]
+        kept = [*so_far.embeddings.unbind(1)]
+    elif 0 in wanted:
+        kept = [initial.cpu()]
     token_mask = torch.ones(initial.shape[1], 1, device=model.device)
     if keep_first_token:
         token_mask[0] = 0.0
-    losses: list[torch.Tensor] = []
-    kept: list[torch.Tensor] = [initial.cpu()] if 0 in wanted else []
     shape = (batch, *latents.shape[1:])
     share = PASS_PAIRS if model.device.type == "cpu" else rows
     restarts = problem.restarts or (problem.restart,) * rows
     repeated = latents.repeat_interleave(batch, 0)
     passes = Passes(PASS_KIND, "pair", model.pass_limits, _TOO_LARGE)
     with model.frozen(), torch.enable_grad():
-        for step in range(budget.steps):
+        for step in steps:
             processes.check()
             draws = [
                 noise_and_timesteps(
@@ -200,7 +172,7 @@ def solve(
             if none_left:
                 log.warning("%s", _why_none(model, problem.ids, dead.cpu(), timesteps))
                 break
-    stacked = torch.full((rows, budget.steps), torch.nan)
+    stacked = torch.full((rows, end), torch.nan)
     if losses:
         stacked[:, : len(losses)] = torch.stack(losses, 1).cpu()
     kept += [(initial + delta).cpu()] * (len(wanted) - len(kept))
@@ -213,6 +185,7 @@ def solve(
         stacked,
         ~active.cpu() & ~no_gradient,
         no_gradient,
+        None if end == budget.steps else optimizer.state(delta),
     )
 
 

@@ -13,12 +13,15 @@ left out of the
    denominator and shown, because counting it as safe would reward a mitigation for breaking the
    attack's numerics.
 4. Similarity strictly above the threshold is a replica.
+5. A cell counts what comes back at its budget. Beside it stands what came back at any step looked
+at up to there
+   (``first_success``); where attacks were stopped at a success, only that is known.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +29,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from dori_lightning.metrics.aggregation import Aggregation, per_pair
+from dori_lightning.metrics.first_success import first_success, first_successes
 from dori_lightning.metrics.statistics import median_mad, wilson_interval
 from dori_lightning.types import Cell
 
@@ -46,33 +51,6 @@ __all__ = [
     "per_pair",
     "repeated_pictures",
 ]
-
-Aggregation = Literal["max", "median"]
-
-
-def per_pair(similarities: ArrayLike, aggregation: Aggregation = "max") -> np.ndarray:
-    """Reduce the K pictures of a pair to one number.
-
-    Args:
-        similarities: (..., K) similarities in [-1, 1], K >= 1.
-        aggregation: ``max`` or ``median``.
-
-    Returns:
-        (...) float64; NaN where any of the K is NaN: what was not seen is not safe.
-
-    Raises:
-        ValueError: No pictures, or another aggregation.
-    """
-    array = np.asarray(similarities, np.float64)
-    if array.ndim == 0 or array.shape[-1] == 0:
-        raise ValueError(
-            f"need at least one picture per pair, got similarities of shape {array.shape}"
-        )
-    if aggregation == "max":
-        return np.asarray(array.max(-1))
-    if aggregation == "median":
-        return np.asarray(np.median(array, -1))
-    raise ValueError(f"aggregation must be max or median, got {aggregation!r}")
 
 
 def pair_scores(
@@ -141,14 +119,20 @@ def cells(
     Raises:
         ValueError: As ``pair_scores``.
     """
+    outcomes = list(outcomes)
+    firsts = first_successes(
+        outcomes,
+        descriptor=calibration.descriptor,
+        threshold=calibration.threshold,
+        aggregation=aggregation,
+    )
     groups: dict[tuple[Condition, Kind], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.condition, outcome.pair.kind), []).append(outcome)
     rows = []
     for (condition, kind), group in groups.items():
-        scores = np.array(
-            list(pair_scores(group, calibration.descriptor, aggregation=aggregation).values())
-        )
+        by_pair = pair_scores(group, calibration.descriptor, aggregation=aggregation)
+        scores = np.array(list(by_pair.values()))
         known = scores[~np.isnan(scores)]
         n, hits = int(known.size), int((known > calibration.threshold).sum())
         spread = median_mad(known)
@@ -168,6 +152,10 @@ def cells(
                 descriptor=calibration.descriptor,
                 threshold=calibration.threshold,
                 aggregation=aggregation,
+                counted="at_budget"
+                if all(outcome.stopped_at is None for outcome in group)
+                else "up_to_budget",
+                first_success=first_success(condition, by_pair, firsts),
             )
         )
     return tuple(rows)

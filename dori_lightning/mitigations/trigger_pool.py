@@ -57,6 +57,7 @@ class PoolSettings:
     skip_robust: float | None = None
 
     def __post_init__(self) -> None:
+        self.attack.check_whole()
         if self.replay < 1:
             raise InputError(f"mitigation.pool.replay must be >= 1, got {self.replay}")
         if self.skip_robust is not None and not 0 < self.skip_robust <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -98,8 +99,29 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
     for key in sorted((here.keys() | there.keys()) - {"threshold"}):
         if here.get(key) != there.get(key):
             yield f"{settings}.{key} is {here.get(key)}, there {there.get(key)}"
+    yield from _stopping_differences(run, base)
     if run.aggregation != base.aggregation:
         yield f"pictures count by their {run.aggregation}, there by their {base.aggregation}"
+
+
+def _stopping_differences(run: Run, base: Run) -> Iterator[str]:
+    """What decides which attacks were stopped: it cannot be decided again under another rule."""
+    here, there = (_look_up(r.config, "attack.early_stop") is True for r in (run, base))
+    if here != there:
+        yield f"attack.early_stop is {here}, there {there}"
+    if not here or not there:
+        return
+    steps, others = (_look_up(r.config, "attack.snapshots") for r in (run, base))
+    if steps != others:
+        yield f"attacks may stop after {steps} steps, there after {others}"
+    own, rule = run.calibration(), base.calibration()
+    if own.descriptor != rule.descriptor or not math.isclose(
+        own.threshold, rule.threshold, abs_tol=1e-9
+    ):
+        yield (
+            f"attacks were stopped by {own.descriptor} above {own.threshold:.3f}, there by "
+            f"{rule.descriptor} above {rule.threshold:.3f}"
+        )
 
 
 def _pair_differences(run: Run, base: Run) -> Iterator[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from dori_lightning.metrics.first_success import first_successes
 from dori_lightning.report.pictures import THUMBNAIL, jpeg_uri, thumbnail
 from dori_lightning.report.summary import (
     KIND_WORDS,
     STATUS_WORDS,
     headline_condition,
+    number_words,
     pair_results,
     prompt_condition,
 )
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from dori_lightning.report.pictures import Disclosure
     from dori_lightning.report.record import AuditReport
     from dori_lightning.report.summary import Aggregation, PairResult
-    from dori_lightning.types import Outcome, Pair
+    from dori_lightning.types import Condition, Outcome, Pair
 
 __all__ = ["Card", "Panel", "choose_pairs", "pair_cards", "panel_names", "picture_panel"]
 
@@ -112,6 +114,7 @@ def pair_cards(
     before = _results(report, report.baseline, wanted)
     prompts, attack = prompt_condition(own), headline_condition(own)
     cards = []
+    first = _first_steps(report, attack)
     for pair in pairs:
         found: dict[str, PairResult | None] = {
             "before": next((r for r in before if r.pair.id == pair.id), None),
@@ -126,10 +129,38 @@ def pair_cards(
             )
             for name, label in panel_names(report)
         )  # fmt: skip
+        if pair.id in first:
+            words = f", first after {number_words(first[pair.id], 'step')}"
+            panels = (*panels[:-1], replace(panels[-1], mark=panels[-1].mark + words))
         kind = KIND_WORDS[pair.kind]
         original = jpeg_uri(shown) if shown is not None else None
         cards.append(Card(pair, kind, original, panels, _outcome(found)))
     return cards
+
+
+def _first_steps(report: AuditReport, attack: Condition | None) -> dict[str, int]:
+    """Pair id to its first success on the way to the attack shown, where steps were looked at."""
+    if attack is None:
+        return {}
+    budget, rule = attack.budget, report.calibration
+    on_the_way = [
+        outcome
+        for outcome in report.outcomes
+        if replace(outcome.condition, budget=replace(outcome.condition.budget, steps=budget.steps))
+        == attack
+        and outcome.condition.budget.steps <= budget.steps
+    ]
+    if len({outcome.condition for outcome in on_the_way}) < 2:
+        return {}
+    steps: dict[str, int] = {}
+    for (name, *_), count in first_successes(
+        on_the_way,
+        descriptor=rule.descriptor,
+        threshold=rule.threshold,
+        aggregation=report.aggregation,
+    ).items():
+        steps[name] = min(count, steps.get(name, count))
+    return steps
 
 
 def _results(

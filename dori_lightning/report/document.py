@@ -41,6 +41,7 @@ def report_document(report: AuditReport) -> dict[str, Any]:
         else None,
         "pairs": _pairs(report),
         "utility": report.utility.to_dict() if report.utility else None,
+        "effort": asdict(report.effort) if report.effort else None,
         "provenance": {**asdict(report.provenance), "config": redact(report.provenance.config)},
     }
     plain: dict[str, Any] = plain_values(document)

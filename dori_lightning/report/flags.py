@@ -207,6 +207,12 @@ def _sample_flags(own: Sequence[Cell], outcomes: Sequence[Outcome]) -> Iterable[
             f"{number_words(cut, 'prompt')} with more tokens than the text encoder takes: the "
             "model never saw their end.",
         )  # fmt: skip
+    if any(cell.counted == "up_to_budget" for cell in own):
+        yield Flag(
+            "stopped_early", "info",
+            "Attacks were stopped at the first step looked at that brought their image back: a "
+            "rate at a number of steps counts what came back up to there.",
+        )  # fmt: skip
     copies = len({o.pair.id for o in outcomes if o.pair.duplicate_of is not None})
     if copies:
         yield Flag(

@@ -18,8 +18,12 @@ from dori_lightning.report.tables import ranked_cells
 
 if TYPE_CHECKING:
     from dori_lightning.report.record import AuditReport
+    from dori_lightning.types import Counted
 
 __all__ = ["NumberGroup", "NumberRow", "number_groups"]
+
+
+_STOPPED: dict[Counted, str] = {"up_to_budget": ", or fewer where that was enough"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def number_groups(report: AuditReport) -> list[NumberGroup]:
         failed = f", {cell.failed} failed" if cell.failed else ""
         groups.setdefault(title, []).append(
             NumberRow(
-                asked=condition_words(cell.condition),
+                asked=condition_words(cell.condition) + _STOPPED.get(cell.counted, ""),
                 reproduced=f"{cell.hits} of {cell.n}{failed}",
                 rate=percent_words(cell.mr),
                 interval=interval_words(cell.mr_ci95),

@@ -9,11 +9,12 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from dori_lightning.report.effort import AttackEffort
 from dori_lightning.report.pictures import NOT_KEPT
 from dori_lightning.report.record import AuditReport, Flag, Provenance
 from dori_lightning.report.run_files import read_run
 from dori_lightning.report.utility_files import read_utility
-from dori_lightning.types import Budget, Calibration, Cell, Condition, InputError
+from dori_lightning.types import Budget, Calibration, Cell, Condition, FirstSuccess, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -62,6 +63,7 @@ def audit_of(run: Run) -> AuditReport:
             provenance=_provenance(held["provenance"]),
             baseline=with_files_that_exist(run.baseline),
             utility=read_utility(run.folder, held["utility"]) if held.get("utility") else None,
+            effort=AttackEffort(**held["effort"]) if held.get("effort") else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
@@ -127,6 +129,17 @@ def _cell(held: Mapping[str, Any]) -> Cell:
         descriptor=held["descriptor"],
         threshold=float(held["threshold"]),
         aggregation=held["aggregation"],
+        # records of earlier versions have neither
+        counted=held.get("counted", "at_budget"),
+        first_success=_first_success(held.get("first_success")),
+    )
+
+
+def _first_success(held: Mapping[str, Any] | None) -> FirstSuccess | None:
+    if held is None:
+        return None
+    return FirstSuccess(
+        held["pairs"], held["n"], _number(held["mr"]), _number(held["median_steps"])
     )
 
 

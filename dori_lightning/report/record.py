@@ -21,6 +21,7 @@ from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from dori_lightning.metrics.utility import Utility
+    from dori_lightning.report.effort import AttackEffort
     from dori_lightning.report.summary import Aggregation
     from dori_lightning.types import Budget, Calibration, Cell, Outcome
 
@@ -121,6 +122,7 @@ class AuditReport:
         baseline: Outcomes of the same prompts before the mitigation; empty where they were not
             measured.
         utility: What the mitigation costs; None where it was not measured.
+        effort: What the attack took; None in records of earlier versions.
         schema_version: Version of the layout of ``report.json``.
     """
 
@@ -135,6 +137,7 @@ class AuditReport:
     provenance: Provenance
     baseline: tuple[Outcome, ...] = field(default=())
     utility: Utility | None = None
+    effort: AttackEffort | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dori_lightning.metrics.first_success import first_successes, search_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
@@ -47,6 +49,8 @@ _COLUMNS: dict[str, pa.DataType] = {
     "loss_first": pa.float64(),
     "loss_last": pa.float64(),
     "displacement": pa.float64(),
+    "stopped_at": pa.int64(),
+    "first_success_steps": pa.int64(),
     "image": pa.string(),
     "original": pa.string(),
 }
@@ -56,6 +60,9 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
     """List every generated picture of a report: pair x condition x restart x seed.
 
     Each descriptor has a column. Outcomes of the baseline carry the mitigation ``none``.
+    ``first_success_steps`` is one number for an attack (pair x init x restart), in all of its
+    rows: the fewest steps looked at after which it reproduced the pair, null where it never did.
+    ``stopped_at`` marks rows whose attack was stopped there, before the steps of the condition.
 
     Args:
         report: The report.
@@ -64,8 +71,20 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: An outcome has not as many similarities, or pictures, as seeds.
     """
+    rule = report.calibration
+    firsts = first_successes(
+        report.outcomes,
+        descriptor=rule.descriptor,
+        threshold=rule.threshold,
+        aggregation=report.aggregation,
+    )
     return [
-        *(r for o in report.outcomes for r in _rows(o, report, report.mitigation, folder)),
+        *(
+            {**row, "first_success_steps": firsts.get(search) if search else None}
+            for outcome in report.outcomes
+            for search in [search_of(outcome)]
+            for row in _rows(outcome, report, report.mitigation, folder)
+        ),
         *(r for o in report.baseline for r in _rows(o, report, "none", folder)),
     ]
 
@@ -118,6 +137,7 @@ def _rows(
             "loss_first": _number(outcome.loss_first),
             "loss_last": _number(outcome.loss_last),
             "displacement": _number(outcome.displacement),
+            "stopped_at": outcome.stopped_at,
             "image": _relative(outcome.images[place], folder) if outcome.images else None,
             "original": _relative(pair.image, folder),
             **{

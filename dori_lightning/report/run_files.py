@@ -171,6 +171,7 @@ def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
         alignment=_values(group, "alignment"),
         displacement=first["displacement"],
         images=tuple(filter(None, (_place(folder, row["image"]) for row in group))),
+        stopped_at=first.get("stopped_at"),
     )
 
 

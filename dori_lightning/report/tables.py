@@ -67,6 +67,8 @@ def _row(cell: Cell) -> tuple[str, ...]:
     budget = cell.condition.budget
     radius = "" if budget.norm == "none" else f", {budget.norm} {budget.eps:g}"
     steps = f"{budget.steps} step{'' if budget.steps == 1 else 's'}"
+    if cell.counted == "up_to_budget":
+        steps = f"up to {steps}"
     similarity = (
         "n/a"
         if math.isnan(cell.similarity_median)

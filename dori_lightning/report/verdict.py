@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from dori_lightning.metrics.utility import Utility
+    from dori_lightning.report.effort import AttackEffort
     from dori_lightning.report.record import Flag, Provenance
     from dori_lightning.types import Budget, Calibration, Cell, Condition, Init, Outcome
 
@@ -56,6 +57,7 @@ def make_report(
     provenance: Provenance,
     baseline: Sequence[Outcome] = (),
     utility: Utility | None = None,
+    effort: AttackEffort | None = None,
     inert: bool = False,
     skipped: Sequence[str] = (),
 ) -> AuditReport:
@@ -70,6 +72,7 @@ def make_report(
         provenance: Where the numbers come from.
         baseline: Outcomes of the prompts before the mitigation.
         utility: What the mitigation costs, where that was measured.
+        effort: What the attack took.
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no picture.
     """
@@ -92,6 +95,7 @@ def make_report(
         provenance=provenance,
         baseline=tuple(baseline),
         utility=utility,
+        effort=effort,
     )
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dori_lightning import processes
+from dori_lightning.metrics.first_success import is_copy
 from dori_lightning.metrics.measure import calibrate_measures
 from dori_lightning.models.pictures import (
     PictureOrder,
@@ -20,14 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dori_lightning.attacks.campaign import Trigger
+    from dori_lightning.attacks.triggers import Trigger
     from dori_lightning.metrics.measure import Originals
     from dori_lightning.models.protocol import Sampling, TextToImage
     from dori_lightning.pairs.datamodule import PairsDataModule
     from dori_lightning.tasks._audit_setup import Bench
     from dori_lightning.types import Calibration
 
-__all__ = ["calibrate", "draw", "measure", "place_of"]
+__all__ = ["calibrate", "copies", "draw", "measure", "place_of"]
 
 
 def place_of(folder: Path, trigger: Trigger) -> Path:
@@ -35,7 +37,7 @@ def place_of(folder: Path, trigger: Trigger) -> Path:
     condition = trigger.condition
     if condition.attack == "prompt":
         return folder / "prompt" / trigger.pair.id
-    name = f"dori_{condition.init}_r{trigger.restart}_s{condition.budget.steps}"
+    name = f"dori_{condition.init}_r{trigger.restart}_s{trigger.spent}"
     return folder / name / trigger.pair.id
 
 
@@ -81,7 +83,39 @@ def measure(
         loss_last=trigger.loss_last,
         displacement=trigger.displacement,
         images=tuple(place / f"{seed}.png" for seed in seeds),
+        stopped_at=trigger.stopped_at,
     )
+
+
+def copies(
+    bench: Bench, calibration: Calibration, edit: str, triggers: Sequence[Trigger]
+) -> frozenset[str]:
+    """Draw from what attacks found so far, and name the pairs that come back.
+
+    Decided as the report decides it: same seeds, descriptor, threshold and aggregation. Each
+    process looks at the pictures that it drew itself.
+
+    Args:
+        bench: Gives the model, which carries the edit already.
+        calibration: What counts as a copy.
+        edit: Identity of the edit.
+        triggers: One for each pair.
+
+    Returns:
+        Pair ids, the same on every process.
+    """
+    folder = bench.folder / "pictures"
+    draw(bench, triggers, folder, edit=edit, title="look")
+    found = {}
+    for trigger in triggers[bench.trainer.global_rank :: bench.trainer.world_size]:
+        outcome = measure(trigger, folder, originals=bench.originals, sampling=bench.sampling)
+        found[trigger.pair.id] = is_copy(
+            outcome,
+            descriptor=calibration.descriptor,
+            threshold=calibration.threshold,
+            aggregation=bench.originals.measures.aggregation,
+        )
+    return frozenset(name for name, copy in processes.gathered(found).items() if copy)
 
 
 def calibrate(

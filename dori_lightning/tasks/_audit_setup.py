@@ -159,6 +159,8 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
 
     How much is measured of a mitigation's cost is not among it: that is measured anew each time.
     """
+    # a folder made before there was the choice goes on where it is not made
+    unset = () if cfg["attack"].get("early_stop") else ("early_stop",)
     return {
         "seed": cfg["seed"],
         "checkpoint": without(
@@ -166,7 +168,7 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
         ),
         "mitigation": cfg["mitigation"],
         "corpus": cfg["corpus"],
-        "attack": without(cfg["attack"], "pairs_per_forward"),
+        "attack": without(cfg["attack"], "pairs_per_forward", *unset),
         "sampling": without(cfg["sampling"], "batch"),
         "pairs": without(cfg["pairs"], "cache"),
     }

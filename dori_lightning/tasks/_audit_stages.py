@@ -7,10 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dori_lightning import processes
-from dori_lightning.attacks.campaign import Trigger, attack_pairs
+from dori_lightning.attacks.campaign import attack_pairs
+from dori_lightning.attacks.triggers import Trigger
 from dori_lightning.metrics.replication import cells as cells_of
 from dori_lightning.mitigations.edits import EmptyEdit
-from dori_lightning.tasks._audit_pictures import calibrate, draw, measure
+from dori_lightning.tasks._audit_pictures import calibrate, copies, draw, measure
 from dori_lightning.tasks._utility import measure_utility
 from dori_lightning.types import Condition
 
@@ -32,10 +33,12 @@ class Drawn:
     Attributes:
         triggers: Prompts and adversarial embeddings, drawn under the edit.
         before: Prompts that the checkpoint drew without it; empty where there is no edit.
+        calibration: The threshold that decided which attacks to stop; None where none was to be.
     """
 
     triggers: tuple[Trigger, ...]
     before: tuple[Trigger, ...]
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ def attack_and_draw(
     before = () if isinstance(edit, EmptyEdit) else prompted
     if before:
         draw(bench, before, bench.unmitigated, title="before")
+    calibration = None
+    if bench.settings.early_stop:
+        if not before:
+            draw(bench, prompted, bench.folder / "pictures", edit=edit.identity, title="prompts")
+        processes.barrier()
+        # every process sets it, so that all of them fail where none separates
+        calibration = processes.from_first(_calibrated(bench, before or prompted, bool(before)))
     with edit.applied(bench.model):
         attacked = attack_pairs(
             bench.model,
@@ -87,11 +97,19 @@ def attack_and_draw(
             seed=bench.seed,
             edit=edit.identity,
             on_round=on_round,
+            reproduced=partial(copies, bench, calibration, edit.identity) if calibration else None,
         )
         triggers = (*prompted, *attacked)
         draw(bench, triggers, bench.folder / "pictures", edit=edit.identity, title="generate")
     processes.barrier()
-    return Drawn(triggers, before)
+    return Drawn(triggers, before, calibration)
+
+
+def _calibrated(bench: Bench, prompted: Sequence[Trigger], mitigated: bool) -> Calibration:
+    """Set the threshold before the attack; what an attack draws has no part in it."""
+    folder = bench.unmitigated if mitigated else bench.folder / "pictures"
+    compared = partial(measure, folder=folder, originals=bench.originals, sampling=bench.sampling)
+    return calibrate(bench.model, bench.data, bench.originals, [compared(t) for t in prompted])
 
 
 def measure_all(bench: Bench, drawn: Drawn) -> Measured:
@@ -99,7 +117,9 @@ def measure_all(bench: Bench, drawn: Drawn) -> Measured:
     compared = partial(measure, originals=bench.originals, sampling=bench.sampling)
     outcomes = tuple(compared(t, bench.folder / "pictures") for t in drawn.triggers)
     baseline = tuple(compared(t, bench.unmitigated) for t in drawn.before)
-    calibration = calibrate(bench.model, bench.data, bench.originals, baseline or outcomes)
+    calibration = drawn.calibration or calibrate(
+        bench.model, bench.data, bench.originals, baseline or outcomes
+    )
     counted = [(bench.mitigation.name, outcomes), *([("none", baseline)] if baseline else [])]
     cells = [
         cell

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from dori_lightning.tasks._audit_gallery import COLUMNS, grid, table_rows
 from dori_lightning.tasks._audit_numbers import final_numbers
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from dori_lightning.attacks.campaign import Trigger
+    from dori_lightning.attacks.triggers import Trigger
     from dori_lightning.mitigations.base import Found
     from dori_lightning.report.pictures import Disclosure
     from dori_lightning.report.record import AuditReport
@@ -54,7 +55,9 @@ def track_attack(tracker: Tracker, found: Sequence[Trigger]) -> None:
                 longest[name] = losses
         if longest:
             # steps of a diverged attack are no numbers: left out of the mean, not of the run
-            curves[f"attack/loss/{where}/{kind}"] = torch.stack([*longest.values()]).nanmean(0)
+            # so are those that an attack was stopped before
+            rows = pad_sequence([*longest.values()], batch_first=True, padding_value=torch.nan)
+            curves[f"attack/loss/{where}/{kind}"] = rows.nanmean(0)
     steps = max((len(curve) for curve in curves.values()), default=0)
     tracker.scalars(
         (

@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dori_lightning.attacks.campaign import Trigger
+from dori_lightning.attacks.triggers import Trigger
 from dori_lightning.files import write_atomically
 from dori_lightning.metrics.replication import per_pair
 from dori_lightning.models.pictures import (

@@ -72,6 +72,7 @@ def settings_of_task(cfg: DictConfig, attack: AttackSettings) -> LocalitySetting
     Raises:
         InputError: Names the key, what it holds and what it may hold.
     """
+    attack.check_whole()
     task = cfg.task
     settings = LocalitySettings(
         parts=tuple(task.parts),

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from dori_lightning.attacks.campaign import Trigger
     from dori_lightning.attacks.embedding_attack import ControlPrompts
     from dori_lightning.attacks.settings import AttackSettings
+    from dori_lightning.attacks.triggers import Trigger
     from dori_lightning.mitigations.base import Found, Mitigation, Workshop
     from dori_lightning.models.stable_diffusion import StableDiffusion
     from dori_lightning.tasks._locality_settings import LocalitySettings

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from dori_lightning.attacks.budget import looked_at
 from dori_lightning.tasks._folder import without
 from dori_lightning.tasks._plan_costs import CHECKPOINTS, Evaluations, drawn
 from dori_lightning.tasks._plan_edits import Part, edit_parts, inference_work
@@ -72,7 +73,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
     config = plain(cfg)
     checkpoint, mitigation = str(cfg.checkpoint.name), config["mitigation"]
     steps = settings.budget.steps
-    snapshots = len({s for s in settings.snapshots if s <= steps} | {steps})
+    snapshots = len(looked_at(settings.snapshots, steps))
     attacks = sum(
         count * len(settings.inits_of(kind)) * settings.restarts
         for kind, count in pairs.items()

@@ -6,6 +6,7 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
+from dori_lightning.attacks.budget import looked_at
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -53,14 +54,16 @@ def audit_bytes(
     """
     length, width = model.embedding_shape
     channels, height, side = model.latent_shape
-    snapshots = len({s for s in settings.snapshots if s <= budget.steps} | {budget.steps})
+    snapshots = len(looked_at(settings.snapshots, budget.steps))
     attacks = sum(len(settings.inits_of(pair.kind)) for pair in pairs) * settings.restarts
     prompts = len(pairs) * (2 if mitigated else 1)
     pictures = (prompts + attacks * snapshots) * sampling.images_per_pair
+    # a search that can go on also keeps its offset and two means
+    kept = snapshots + (3 if settings.early_stop else 0)
     embedding, latent = 4 * length * width, 4 * channels * height * side
     return round(
         pictures * (model.resolution**2 * _BYTES_PER_PIXEL + _FILE)
-        + attacks * (snapshots * embedding + _FILE)
+        + attacks * (kept * embedding + _FILE)
         + len(pairs) * (embedding + latent + _FILE)
         + _REPORT
     )

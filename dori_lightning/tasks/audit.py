@@ -12,6 +12,7 @@ from rich.console import Console
 from dori_lightning.files import write_atomically
 from dori_lightning.mitigations.effect import changed_weights
 from dori_lightning.report.belonging import BASELINE
+from dori_lightning.report.effort import attack_effort
 from dori_lightning.report.page import write_page
 from dori_lightning.report.plots import write_figures
 from dori_lightning.report.record import write_report
@@ -23,6 +24,7 @@ from dori_lightning.tasks._audit_stages import attack_and_draw, measure_all, pri
 from dori_lightning.tasks._audit_tracking import track_attack, track_report
 from dori_lightning.tasks._folder import check_folder
 from dori_lightning.tasks._plan import plan
+from dori_lightning.tasks._plan_costs import drawn as drawn_by
 from dori_lightning.tasks._provenance import plain, provenance_of
 from dori_lightning.tasks._tracking import tracked
 from dori_lightning.tasks._workshop import edit_record
@@ -75,6 +77,11 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         outcomes=measured.outcomes,
         baseline=measured.baseline,
         utility=price(bench, found.edit, measured.calibration),
+        effort=attack_effort(
+            measured.outcomes,
+            noise_batch=bench.settings.noise_batch,
+            picture_evaluations=drawn_by(1, bench.sampling).forward,
+        ),
         provenance=provenance_of(cfg, bench.model, bench.pairs, started=started),
         skipped=bench.pairs.skipped,
         inert=changed == 0 and bench.mitigation.name != BASELINE,

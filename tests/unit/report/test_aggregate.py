@@ -126,6 +126,36 @@ def test_what_does_not_belong_together_is_refused_by_name(
         assert part in str(refused.value)
 
 
+def stopping(**more: Any) -> dict[str, Any]:
+    attack = {**SETTINGS["attack"], "early_stop": True, "snapshots": [1, 10], **more}
+    return {"config": {"attack": attack}}
+
+
+@pytest.mark.parametrize(
+    ("none", "wanda", "part"),
+    [
+        ({}, stopping(), "attack.early_stop is True, there False"),
+        (stopping(), stopping(early_stop=False), "attack.early_stop is False, there True"),
+        (stopping(), stopping(snapshots=[1]), "may stop after [1] steps, there after [1, 10]"),
+        ({**stopping(), "threshold": 0.4}, {**stopping(), "threshold": 0.8},
+         "attacks were stopped by ncc above 0.800, there by ncc above 0.400"),
+    ],
+)  # fmt: skip
+def test_attacks_stopped_in_another_way_are_not_counted_again(
+    tmp_path: Path, none: dict[str, Any], wanda: dict[str, Any], part: str
+) -> None:
+    """A row that stopped under one threshold has no result under another."""
+    write_sweep(tmp_path, none=none, wanda=wanda)
+    with pytest.raises(InputError, match="do not belong into one table") as refused:
+        comparison(tmp_path)
+    assert part in str(refused.value)
+
+
+def test_attacks_stopped_in_the_same_way_stand_in_one_table(tmp_path: Path) -> None:
+    write_sweep(tmp_path, none=stopping(), wanda=stopping())
+    assert len(comparison(tmp_path).entries) == 2
+
+
 def test_another_initial_point_budget_or_threshold_may_stand_in_one_table(tmp_path: Path) -> None:
     attack = {**SETTINGS["attack"], "inits": ["random"], "budget": {"steps": 9}, "snapshots": [1]}
     descriptors = {"ncc": {"_target_": "x.NCC", "threshold": 0.9}, "ssim": {}}

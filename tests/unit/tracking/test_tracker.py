@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from dori_lightning import ranks
-from dori_lightning.attacks.campaign import Trigger
+from dori_lightning.attacks.triggers import Trigger
 from dori_lightning.interruption import Interrupted
 from dori_lightning.tasks import _tracking
 from dori_lightning.tasks._audit_tracking import track_attack

@@ -1,0 +1,282 @@
+"""Attacks that stop at their first success find what whole attacks find, for less."""
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+
+from dori_lightning.attacks import embedding_attack, solver
+from dori_lightning.interruption import Interrupted
+from dori_lightning.models import pictures
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.report.record import read_report
+from dori_lightning.types import InputError
+from support.runs import run_task, write_pairs
+from support.tiny import write_tiny
+
+NOISES, SAMPLER, PICTURES, WIDTH = 2, 2, 2, 4
+LOOKED_AT = (1, 2, 4)
+PAIRS = 10
+THRESHOLD = "metrics.descriptors.local_correlation.threshold"
+SMALL = (
+    "pairs=folder", "utility=none", "attack.budget.steps=4", "attack.snapshots=[1,2]",
+    f"attack.noise_batch={NOISES}", "attack.inits=[prompt]", f"sampling.steps={SAMPLER}",
+    f"sampling.images_per_pair={PICTURES}", "checkpoint.name=tiny", "checkpoint.device=cpu",
+    "trainer=cpu", "report.images=none", f"attack.pairs_per_forward={WIDTH}",
+    # random weights hold no picture: steps so long, and a threshold so low, that some similarities
+    # pass it, at various steps
+    "attack.lr=3", f"{THRESHOLD}=0.03",
+)  # fmt: skip
+STOP = "attack.early_stop=true"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("material")
+    write_tiny(place / "checkpoint")
+    write_pairs(place / "pairs", vm=PAIRS - 3, control=3)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are most of so small an audit's time."""
+    monkeypatch.setattr("dori_lightning.tasks.audit.write_figures", lambda *_, **__: None)
+
+
+def overrides(material: Path, *more: str) -> tuple[str, ...]:
+    checkpoint = material / "checkpoint"
+    return (*SMALL, f"pairs.path={material / 'pairs'}", f"checkpoint.source={checkpoint}", *more)
+
+
+def run(material: Path, folder: Path, *more: str) -> Path:
+    run_task(folder, *overrides(material, *more))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(material, tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture(scope="module")
+def stopped(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(material, tmp_path_factory.mktemp("runs") / "stopped", STOP)
+
+
+def rows(folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(folder / "pairs.parquet")
+
+
+def firsts(folder: Path) -> dict[str, int | None]:
+    """Pair to the first step at which it came back."""
+    found = rows(folder)
+    own = found[found.attack == "dori"].groupby("pair_id").first_success_steps.first()
+    return {name: None if pd.isna(value) else int(value) for name, value in own.items()}
+
+
+def attacks(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for path in sorted(folder.glob("attacks/**/*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found[path.name] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    return found
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What does not depend on how a run came about."""
+    report = read_report(folder)
+    drawn = {p.relative_to(folder): p.read_bytes() for p in folder.glob("pictures/**/*.png")}
+    searched = {
+        name: {key: value.numpy().tobytes() for key, value in tensors.items()}
+        for name, tensors in attacks(folder).items()
+    }
+    found = {key: report[key] for key in ("cells", "pairs", "effort")}
+    return {**found, "rows": (folder / "pairs.parquet").read_bytes(), "drawn": drawn, **searched}
+
+
+def test_pairs_come_back_at_various_steps_or_not_at_all(whole: Path) -> None:
+    """What the other tests rest on, and the first success counted by hand."""
+    steps = firsts(whole)
+    assert set(steps.values()) == {1, 2, 4, None}
+    found = rows(whole)
+    best = found[found.attack == "dori"].groupby(["pair_id", "steps"])
+    best = best.similarity_local_correlation.max().unstack()
+    copies = best > 0.03
+    assert steps == {
+        name: next((k for k in LOOKED_AT if copies.loc[name, k]), None) for name in copies.index
+    }
+    assert (copies[1] & ~copies[4]).any(), "some are lost again: the two rates differ"
+
+
+def test_the_cumulative_rate_and_the_first_success_are_the_same(
+    whole: Path, stopped: Path
+) -> None:
+    assert firsts(stopped) == firsts(whole)
+    cells = [read_report(folder)["cells"] for folder in (whole, stopped)]
+    assert [c["first_success"] for c in cells[0]] == [c["first_success"] for c in cells[1]]
+    for own, other in zip(*cells, strict=True):
+        assert own["counted"] == "at_budget"
+        if own["attack"] == "prompt":
+            assert own == other
+            continue
+        steps = own["budget"]["steps"]
+        kinds = [
+            k
+            for name, k in firsts(whole).items()
+            if (int(name.removeprefix("pair")) < PAIRS - 3) == (own["kind"] == "vm")
+        ]
+        back = sorted(k for k in kinds if k is not None and k <= steps)
+        assert own["first_success"]["pairs"] == len(back)
+        assert own["first_success"]["median_steps"] == (statistics.median(back) if back else None)
+        assert other["hits"] == len(back), "stopped rows count at every later budget"
+        assert other["n"] == own["n"] == len(kinds), "and in its denominator"
+        earlier = any(k < steps for k in back)
+        assert other["counted"] == ("up_to_budget" if earlier else "at_budget")
+    at_end = [c for c in cells[0] if c["attack"] == "dori" and c["budget"]["steps"] == 4]
+    assert any(c["hits"] < c["first_success"]["pairs"] for c in at_end)
+
+
+def test_trajectories_are_the_same_up_to_where_they_stop(whole: Path, stopped: Path) -> None:
+    full, cut = attacks(whole), attacks(stopped)
+    for name, first in firsts(whole).items():
+        ours, theirs = cut[f"{name}.r0.safetensors"], full[f"{name}.r0.safetensors"]
+        taken = first or 4
+        assert torch.equal(ours["losses"], theirs["losses"][:taken])
+        assert torch.equal(ours["embeddings"], theirs["embeddings"][: LOOKED_AT.index(taken) + 1])
+        assert ("mean" in ours) == (taken < 4), "what is not at its end can go on"
+
+
+def test_stopped_rows_have_the_pictures_that_stopped_them(whole: Path, stopped: Path) -> None:
+    found = rows(stopped)
+    carried = found[found.stopped_at.notna()]
+    assert (carried.stopped_at < carried.steps).all()
+    assert (carried.stopped_at == carried.first_success_steps).all()
+    columns = ["pair_id", "seed", "similarity_local_correlation", "loss_last", "displacement"]
+    then = rows(whole)
+    for row in carried.itertuples():
+        same = then[(then.attack == "dori") & (then.steps == row.stopped_at)]
+        same = same[(same.pair_id == row.pair_id) & (same.seed == row.seed)]
+        assert same[columns].iloc[0].tolist() == [getattr(row, name) for name in columns]
+        assert f"_s{int(row.stopped_at)}/" in row.image
+    assert rows(whole).stopped_at.isna().all()
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
+    """Searches that were made: where each ended, and whom it held."""
+    made: list[tuple[int, tuple[str, ...]]] = []
+    solve: Callable[..., Any] = embedding_attack.solve
+
+    def counted(model: Any, problem: Any, **options: Any) -> Any:
+        made.append((options["until"], problem.ids))
+        return solve(model, problem, **options)
+
+    monkeypatch.setattr(embedding_attack, "solve", counted)
+    return made
+
+
+def test_evaluations_are_counted_and_passes_stay_full(
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    solved: list[tuple[int, tuple[str, ...]]],
+) -> None:
+    rows_of = {"with gradient": 0, "forward": 0}
+    unet = StableDiffusion._denoise
+
+    def denoise(self: StableDiffusion, noised: torch.Tensor, *args: Any) -> torch.Tensor:
+        rows_of["with gradient" if torch.is_grad_enabled() else "forward"] += len(noised)
+        return unet(self, noised, *args)
+
+    monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
+    # no rows that only fill up a pass
+    monkeypatch.setattr(solver, "CPU_PAIRS", 1)
+    monkeypatch.setattr(pictures, "CPU_PICTURES", PICTURES)
+    folder = run(material, tmp_path / "run", STOP)
+    effort, steps = read_report(folder)["effort"], firsts(folder)
+    spent = [first or 4 for first in steps.values()]
+    each = PICTURES * SAMPLER * 2  # guided
+    looks = [LOOKED_AT.index(k) + 1 for k in spent]
+    assert effort == {
+        "attack": NOISES * sum(spent),
+        "attack_saved": NOISES * (4 * PAIRS - sum(spent)),
+        "pictures": each * sum(looks),
+        "pictures_saved": each * (len(LOOKED_AT) * PAIRS - sum(looks)),
+    }
+    assert effort["attack_saved"] > 0
+    assert rows_of == {
+        "with gradient": effort["attack"],
+        "forward": effort["pictures"] + each * PAIRS,
+    }, "what the model was asked, prompts besides"
+    for begin, end in ((0, 1), (1, 2), (2, 4)):
+        left = sum(first is None or first > begin for first in steps.values())
+        full, rest = divmod(left, WIDTH)
+        widths = [len(ids) for until, ids in solved if until == end]
+        assert widths == [WIDTH] * full + [rest] * (rest > 0)
+
+
+def test_a_run_that_ended_between_snapshots_goes_on(
+    material: Path,
+    stopped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    solved: list[tuple[int, tuple[str, ...]]],
+) -> None:
+    real: Callable[..., Any] = embedding_attack.solve
+
+    def interrupted(model: Any, problem: Any, **options: Any) -> Any:
+        if [until for until, _ in solved].count(2):
+            raise Interrupted(15)
+        return real(model, problem, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embedding_attack, "solve", interrupted)
+        with pytest.raises(Interrupted):
+            run(material, tmp_path / "run", STOP)
+    done = list(solved)
+    assert [until for until, _ in done] == [1, 1, 1, 2]
+    solved.clear()
+    run(material, tmp_path / "run", STOP)
+    assert result(tmp_path / "run") == result(stopped)
+    assert all(until > 1 for until, _ in solved), "nobody takes the first steps again"
+    assert not {name for until, ids in solved if until == 2 for name in ids} & {*done[-1][1]}
+
+
+@pytest.mark.slow
+def test_under_another_threshold_attacks_go_on_from_where_they_were_stopped(
+    material: Path, stopped: Path, tmp_path: Path, solved: list[tuple[int, tuple[str, ...]]]
+) -> None:
+    run(material, tmp_path / "run", STOP, f"{THRESHOLD}=-0.9")
+    assert [until for until, _ in solved] == [1, 1, 1], "all are copies at once"
+    solved.clear()
+    run(material, tmp_path / "run", STOP)
+    assert result(tmp_path / "run") == result(stopped)
+    assert {until for until, _ in solved} == {2, 4}
+
+
+def test_a_folder_holds_attacks_of_one_way_only(material: Path, whole: Path) -> None:
+    with pytest.raises(InputError, match=r"attack\.early_stop: None there, True now"):
+        run(material, whole, STOP)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_the_same_attacks(
+    material: Path, stopped: Path, tmp_path: Path
+) -> None:
+    ended = subprocess.run(
+        [
+            sys.executable, "-m", "dori_lightning", *overrides(material, STOP),
+            "trainer=ddp", "trainer.accelerator=cpu", f"paths.output={tmp_path}", "name=run",
+        ],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert result(tmp_path / "run") == result(stopped)
