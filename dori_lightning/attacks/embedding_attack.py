@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import torch
 
 from dori_lightning.attacks.draws import keyed_generator, random_embedding
+from dori_lightning.attacks.memory import fit_cpu_passes
 from dori_lightning.attacks.results import AttackProblem, AttackResult, joined
 from dori_lightning.attacks.solver import solve
 from dori_lightning.types import InputError
@@ -139,6 +140,12 @@ class EmbeddingAttack(L.LightningModule):
         on_step: Callable[[int], None] | None = None,
     ) -> AttackResult:
         """Solve a problem with this attack's settings, from where it stands; nothing is kept."""
+        fit_cpu_passes(
+            self.model,
+            noise_batch=self.settings.noise_batch,
+            wanted=self.settings.pairs_per_forward,
+            pair_id=problem.ids[0],
+        )
         return solve(
             self.model,
             problem,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PassMemory",
     "PeakTensors",
+    "fit_cpu_passes",
     "free_memory",
     "measure_pass",
     "pairs_that_fit",
@@ -205,30 +206,63 @@ def pairs_that_fit(
     free: int | None = None,
     pair_id: str | None = None,
 ) -> int:
-    """Pairs of a batch: as many as were asked for, or as fit into the free memory.
+    """Pairs of a batch: as many as were asked for, or as fit into the free memory of a GPU.
 
-    On the CPU every pass has one width, whatever the batch (``solver``); where that does not fit,
-    the model is told a narrower one, since a system that runs out of memory kills the process
-    instead of raising something that could be halved.
+    On the CPU all passes have one width, whatever the batch, see ``fit_cpu_passes``.
 
     Args:
         model: Model under attack, on its device.
         noise_batch: Noise samples of a pair.
-        wanted: What the configuration fixes; None measures. Where it is fixed, nothing is measured
-            but on the CPU.
+        wanted: What the configuration fixes; None measures. Nothing is measured where it is fixed.
         free: Bytes to plan with; None asks the system.
         pair_id: Some pair, where the model carries an edit for each pair.
 
     Returns:
         1 to ``PASS_PAIRS``, or ``wanted``.
     """
-    on_cpu = model.device.type == "cpu"
-    if wanted is not None and not on_cpu:
+    if wanted is not None:
         return wanted
+    if model.device.type == "cpu":
+        return PASS_PAIRS
+    return _fitting(model, noise_batch, free, pair_id)
+
+
+def fit_cpu_passes(
+    model: TextToImage,
+    *,
+    noise_batch: int,
+    wanted: int | None,
+    free: int | None = None,
+    pair_id: str | None = None,
+) -> None:
+    """Tell a model on the CPU how wide its passes may be, where memory is short; asked once.
+
+    Passes of one width give a pair the same bits in any batch, and ``PASS_PAIRS`` is that width.
+    Where it does not fit it must be narrower from the start: a system that runs out of memory
+    kills the process instead of raising something that could be halved.
+
+    Args:
+        model: Model under attack.
+        noise_batch: Noise samples of a pair.
+        wanted: Pairs of a pass by the configuration; a narrower pass is not wider than that.
+        free: Bytes to plan with; None asks the system.
+        pair_id: Some pair, where the model carries an edit for each pair.
+    """
+    asked = f"{PASS_KIND}, {noise_batch} samples"
+    if model.device.type != "cpu" or asked in model.pass_limits:
+        return
+    fit = model.pass_limits[asked] = _fitting(model, noise_batch, free, pair_id)
+    if fit < PASS_PAIRS:
+        narrow = min(fit, wanted or fit, model.pass_limits.get(PASS_KIND, fit))
+        model.pass_limits[PASS_KIND] = narrow
+
+
+def _fitting(model: TextToImage, noise_batch: int, free: int | None, pair_id: str | None) -> int:
+    """Pairs of a pass by the free memory, 1 to ``PASS_PAIRS``; says how it was found."""
     free = free_memory(model.device) if free is None else free
     if free is None:
         log.info("free memory of %s is not known: %d pairs a pass", model.device, PASS_PAIRS)
-        return wanted or PASS_PAIRS
+        return PASS_PAIRS
     try:
         memory = measure_pass(model, pair_id=pair_id)
     except (RuntimeError, MemoryError) as error:
@@ -236,14 +270,9 @@ def pairs_that_fit(
             raise
         # the attack itself says what does not fit, and what helps
         log.warning("no room to measure a pass of two samples: 1 pair a pass")
-        if on_cpu:
-            model.pass_limits[PASS_KIND] = 1
-        return wanted or 1
+        return 1
     fit = memory.pairs(int(_SHARE * free), noise_batch)
     chosen = max(1, min(PASS_PAIRS, fit))
-    if on_cpu and chosen < PASS_PAIRS:
-        chosen = min(chosen, wanted or chosen)
-        model.pass_limits[PASS_KIND] = chosen
     text = (
         f"a sample takes {_size(memory.sample)} and every pass {_size(memory.fixed)} besides, "
         f"{_size(free)} are free: {chosen} pairs of {noise_batch} samples a pass, "
@@ -257,4 +286,4 @@ def pairs_that_fit(
         )
     else:
         log.info("%s", text)
-    return wanted or chosen
+    return chosen

@@ -10,6 +10,7 @@ import torch
 
 from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator, random_embedding
+from dori_lightning.attacks.memory import fit_cpu_passes
 from dori_lightning.attacks.settings import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, refuse_broken, solve
 from dori_lightning.types import InputError
@@ -222,6 +223,12 @@ class TriggerPool:
         own = range(processes.rank(), len(names), processes.world())
         mine: dict[str, tuple[torch.Tensor, float]] = {}
         if own:
+            fit_cpu_passes(
+                self.model,
+                noise_batch=attack.noise_batch,
+                wanted=attack.pairs_per_forward,
+                pair_id=names[own[0]],
+            )
             result = solve(
                 self.model,
                 AttackProblem(

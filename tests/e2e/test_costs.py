@@ -22,9 +22,10 @@ SMALL = (
     f"attack.noise_batch={NOISES}", "attack.inits=[prompt]", f"sampling.steps={SAMPLER}",
     "sampling.images_per_pair=1", "checkpoint.name=tiny", "checkpoint.device=cpu", "trainer=cpu",
     "report.images=none", "metrics.descriptors.local_correlation.threshold=0.5",
-    # fixed, so that nothing is measured before
-    "attack.pairs_per_forward=8",
 )  # fmt: skip
+
+MEASURED = 4
+"""Rows of the passes of one, one and two samples that measure the memory before an attack."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def audit(place: Path, name: str, *overrides: str, seed: int = 0) -> None:
 
 
 def test_budgets_of_an_audit_are_read_off_one_attack(place: Path, asked: Counter[str]) -> None:
-    pairs, one_attack = 5, STEPS * PASS_PAIRS * NOISES
+    pairs, one_attack = 5, STEPS * PASS_PAIRS * NOISES + MEASURED
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
     # ten pictures, from prompts and from the attack, fill one pass of sixteen; guided
@@ -115,5 +116,5 @@ def test_a_sweep_prunes_and_attacks_once_for_each_method_and_checkpoint(
             )  # fmt: skip
     jobs = len(methods) * len(checkpoints)
     assert asked["prunings"] == asked["attacks"] == jobs
-    assert asked["with gradient"] == jobs * STEPS * PASS_PAIRS * NOISES
+    assert asked["with gradient"] == jobs * (STEPS * PASS_PAIRS * NOISES + MEASURED)
     assert asked["encode_images"] == len(checkpoints) * 5, "each checkpoint sees a pair once"

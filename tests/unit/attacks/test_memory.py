@@ -12,6 +12,7 @@ from dori_lightning.attacks import memory
 from dori_lightning.attacks.memory import (
     PassMemory,
     PeakTensors,
+    fit_cpu_passes,
     free_memory,
     measure_pass,
     pairs_that_fit,
@@ -71,38 +72,57 @@ def test_checkpointing_takes_less_and_gives_the_same_gradient(model: StableDiffu
     assert torch.equal(plain, again)
 
 
+def on(device: str) -> StableDiffusion:
+    """What is asked of a model before it is measured."""
+    return cast("StableDiffusion", SimpleNamespace(device=torch.device(device), pass_limits={}))
+
+
+def gpu_pairs(gib: float, wanted: int | None = None) -> int:
+    return pairs_that_fit(on("cuda"), noise_batch=8, wanted=wanted, free=int(gib * 2**30))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Passes take 1 GiB whatever the number and 0.5 GiB a sample; by whom it was measured."""
+    whose: list[str | None] = []
+
+    def measure(_: StableDiffusion, *, pair_id: str | None) -> PassMemory:
+        whose.append(pair_id)
+        return PassMemory(2**30, 2**29)
+
+    monkeypatch.setattr(memory, "measure_pass", measure)
+    return whose
+
+
 def test_pairs_are_chosen_by_what_is_free(
-    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    measured: list[str | None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    # 1 GiB whatever the number, 0.5 GiB a sample
-    monkeypatch.setattr(memory, "measure_pass", lambda _, **__: PassMemory(2**30, 2**29))
-    monkeypatch.setattr(model, "pass_limits", {})
-
-    def chosen(gib: float) -> int:
-        return pairs_that_fit(model, noise_batch=8, wanted=None, free=int(gib * 2**30))
-
     with caplog.at_level(logging.INFO):
         # a fifth is left alone
-        assert [chosen(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, PASS_PAIRS]
+        assert [gpu_pairs(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, PASS_PAIRS]
         assert (
             "a sample takes 512 MiB and every pass 1.00 GiB besides, 11.30 GiB are free: 2 pairs"
             in (caplog.text)
         )
         assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
-        assert chosen(4) == 1
+        assert gpu_pairs(4) == 1
         assert "checkpoint.gradient_checkpointing=true" in caplog.text
+    assert len(measured) == 5
+    assert gpu_pairs(1, wanted=3) == 3
+    assert len(measured) == 5, "nothing is measured where it is fixed"
 
 
 def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
-    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+    measured: list[str | None],
 ) -> None:
-    monkeypatch.setattr(memory, "measure_pass", lambda _, **__: PassMemory(2**30, 2**29))
-    monkeypatch.setattr(model, "pass_limits", {})
-
     def limit(gib: float, wanted: int | None) -> int | None:
-        model.pass_limits.clear()
-        given = pairs_that_fit(model, noise_batch=8, wanted=wanted, free=int(gib * 2**30))
-        assert wanted in (None, given)  # a batch is as wide as it was asked for
+        model = on("cpu")
+        assert pairs_that_fit(model, noise_batch=8, wanted=wanted) == (wanted or PASS_PAIRS)
+        assert PASS_KIND not in model.pass_limits
+        for _ in range(2):
+            fit_cpu_passes(
+                model, noise_batch=8, wanted=wanted, free=int(gib * 2**30), pair_id="boat"
+            )
         return model.pass_limits.get(PASS_KIND)
 
     # with memory for all, passes stay of one width, and so results the same in any batch
@@ -112,15 +132,15 @@ def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
     assert limit(16.3, 8) == 3
     assert limit(16.3, 2) == 2
     assert limit(4, None) == 1
+    assert measured == ["boat"] * 6, "once for each model"
 
 
-def test_on_a_gpu_a_fixed_number_is_taken_without_a_measurement(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(memory, "measure_pass", lambda _, **__: pytest.fail("it is fixed"))
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), pass_limits={})
-    assert pairs_that_fit(cast("StableDiffusion", on_gpu), noise_batch=8, wanted=3, free=1) == 3
-    assert on_gpu.pass_limits == {}
+def test_more_noise_is_measured_again_and_never_widens(measured: list[str | None]) -> None:
+    model = on("cpu")
+    for samples, pairs in ((2, 5), (8, 1), (2, 1)):
+        fit_cpu_passes(model, noise_batch=samples, wanted=None, free=8 * 2**30)
+        assert model.pass_limits[PASS_KIND] == pairs
+    assert len(measured) == 2
 
 
 def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
