@@ -118,7 +118,7 @@ def test_shares_average_to_the_mean_of_the_whole(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["esd", "siss", "adversarial"])
+@pytest.mark.parametrize("name", ["esd", "concept_ablation", "siss", "adversarial"])
 def test_two_processes_train_what_one_trains(material: Path, tmp_path: Path, name: str) -> None:
     alone = fit(copy_of(material, tmp_path / "alone"), name)
     shared = copy_of(material, tmp_path / "shared")
