@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -91,6 +92,9 @@ def main() -> int:
                 _run_hydra()
         except JobFailed as failed:
             code = failed.code
+        except BrokenProcessPool:
+            _say(f"dori: {sweeps.lost_worker()}\n")
+            code = 1
         # Also after a failed job: the others have earned their table.
         sweeps.close_sweep()
     except Interrupted as told:

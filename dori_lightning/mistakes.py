@@ -16,7 +16,7 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dori_lightning import schema
+from dori_lightning import roster, schema
 from dori_lightning.types import InputError
 
 __all__ = ["explain", "explain_in_task", "lost_process"]
@@ -91,10 +91,11 @@ def lost_process(error: BaseException) -> str | None:
     """Say that another process of the run is gone, where that is what an exception means."""
     for link in _chain(error):
         if isinstance(link, RuntimeError) and _GONE.search(str(link)):
-            return (
-                f"another process of this run is gone: {_first_line(link)}\n"
-                f"  where: its own log, dori-RANK.log in the run folder\n"
-                f"  mend:  give the same command again; what is finished is kept"
+            who, log = roster.lost()
+            return _message(
+                f"{who} is gone: {_first_line(link)}",
+                f"its own log, {log} in the run folder",
+                "give the same command again; what is finished is kept",
             )
     return None
 

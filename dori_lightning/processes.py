@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
-from dori_lightning import interruption
+from dori_lightning import interruption, roster
 from dori_lightning.interruption import Interrupted
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ _LEAVING = "dori/leaving"
 
 
 def prepare() -> None:
-    """Make what they agree through; every process calls it right after they have met."""
-    _control()
+    """Make what they agree through, and tell who they are; called right after they have met."""
+    found = [roster.me()] * world()
+    dist.all_gather_object(found, roster.me(), group=_control())
+    roster.meet(found)
 
 
 @functools.cache

@@ -19,11 +19,12 @@ from dori_lightning.guards import CLOCK, command
 from dori_lightning.tasks._lock import one_writer
 from dori_lightning.types import InputError
 
-__all__ = ["SweepGuard", "SweepTable", "close_sweep", "forget_sweep"]
+__all__ = ["SweepGuard", "SweepTable", "close_sweep", "forget_sweep", "lost_worker"]
 
 SWEEP_LOCK = "sweep.lock"
 
 _open: list[DictConfig] = []
+_held: list[Path] = []
 _locks = ExitStack()
 
 
@@ -50,6 +51,7 @@ class SweepGuard(Callback):
             if not config.task.get("dry_run"):
                 place = Path(str(OmegaConf.select(config, "hydra.sweep.dir")))
                 _locks.enter_context(one_writer(place, SWEEP_LOCK))
+                _held[:] = [place]
         except InputError as error:
             sys.stderr.write(f"dori: {error}\n")
             sys.exit(2)
@@ -90,7 +92,31 @@ def _refuse_clock(config: DictConfig) -> None:
 def forget_sweep() -> None:
     """Forget a sweep that another command left behind, and give its folder back."""
     _open.clear()
+    _held.clear()
     _locks.close()
+
+
+def lost_worker() -> str:
+    """Say that a process that works on a sweep's jobs was killed, and which jobs that has cut.
+
+    To be called when no job runs any more: its launcher ends all workers over one.
+    """
+    from dori_lightning.tasks._job_status import FILE, read_status
+
+    cut, where = [], "hydra.launcher"
+    for place in _held:
+        folders = sorted(path.parent for path in place.glob(f"*/{FILE}"))
+        statuses = [(folder.name, read_status(folder)) for folder in folders]
+        # nobody was there to write anything else
+        cut = [name for name, status in statuses if status and status.state == "running"]
+        where = f"{place}; task=status task.runs={place} shows every job"
+    return (
+        f"a worker of the sweep was killed, by the system perhaps for want of memory; cut: "
+        f"{'; '.join(cut) or 'no job'}\n"
+        f"  where: {where}\n"
+        f"  mend:  give the same command again; what is finished is kept. If memory was short, "
+        f"with fewer jobs at once: hydra.launcher.n_jobs=N"
+    )
 
 
 def close_sweep() -> None:

@@ -14,7 +14,12 @@ import torch
 from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.base import check_calibrated, edit_key
-from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, finetune
+from dori_lightning.mitigations.finetuning import (
+    FinetuneSettings,
+    Finetuning,
+    check_disk,
+    finetune,
+)
 from dori_lightning.mitigations.low_rank import LowRank
 from dori_lightning.mitigations.surrogates import SurrogateSettings, find_surrogates
 from dori_lightning.mitigations.trigger_pool import PoolSettings, TriggerPool
@@ -89,6 +94,14 @@ class AdversarialFinetuning:
     def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
         """Find surrogates, then alternate between searching triggers and training."""
         check_calibrated(pairs, self.name)
+        key = edit_key(self, model, pairs, workshop)
+        if self.low_rank is None:
+            check_disk(model, self.finetune, workshop, key=key)
+        else:
+            added = LowRank.count(model.denoiser(), self.low_rank)
+            check_disk(
+                model, self.finetune, workshop, key=key, trained=lambda _: False, added=added
+            )
         surrogates = find_surrogates(model, pairs, workshop, self.surrogates)
         ordinary = workshop.encodings(model, "calibration", self.ordinary_examples)
 
@@ -102,7 +115,7 @@ class AdversarialFinetuning:
             model,
             workshop,
             steps=self.epochs * self.updates,
-            key=edit_key(self, model, pairs, workshop),
+            key=key,
             title=self.name,
             notes={"surrogates": surrogates.notes},
         )

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.files import write_atomically
 from dori_lightning.mitigations.base import Mitigation, check_calibrated, edit_key
-from dori_lightning.mitigations.finetuning import finetune
+from dori_lightning.mitigations.finetuning import check_disk, finetune
 from dori_lightning.pairs.captions import neighbour_prompts
 from dori_lightning.progress import stage
 from dori_lightning.types import InputError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from dori_lightning.mitigations.base import Workshop
     from dori_lightning.mitigations.edits import WeightEdit
-    from dori_lightning.mitigations.finetuning import Finetuning
+    from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.types import Pair
 
@@ -122,6 +122,11 @@ class OnAnchors(Mitigation, Protocol):
         """Optimizer steps."""
         ...
 
+    @property
+    def finetune(self) -> FinetuneSettings:
+        """Optimizer settings."""
+        ...
+
 
 def finetune_on_anchors(
     method: OnAnchors,
@@ -141,6 +146,7 @@ def finetune_on_anchors(
     """
     check_calibrated(pairs, method.name)
     key = edit_key(method, model, pairs, workshop)
+    check_disk(model, method.finetune, workshop, key=key)
     anchors = find_anchors(
         model, pairs, workshop, method.anchors, folder=workshop.scratch(key) / "anchors"
     )

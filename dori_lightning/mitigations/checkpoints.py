@@ -24,11 +24,13 @@ from dori_lightning.types import InputError
 if TYPE_CHECKING:
     from typing import IO, BinaryIO
 
-__all__ = ["FitCheckpoints", "checkpoint_path", "last_checkpoint", "read_checkpoint"]
+__all__ = ["KEPT", "FitCheckpoints", "checkpoint_path", "last_checkpoint", "read_checkpoint"]
 
 log = logging.getLogger(__name__)
 
 KEPT = 2
+"""Checkpoints of a fit, besides the one that is being written."""
+
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
 

@@ -18,6 +18,7 @@ from dori_lightning.mitigations.base import check_calibrated, edit_key
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
     Finetuning,
+    check_disk,
     finetune,
     in_turn,
 )
@@ -100,12 +101,16 @@ class ESD:
     def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
         """Train on the pairs' captions; their pictures are not used."""
         check_calibrated(pairs, self.name)
+        key = edit_key(self, model, pairs, workshop)
+        check_disk(
+            model, self.finetune, workshop, key=key, trained=lambda n: is_trained(n, self.variant)
+        )
         return finetune(
             lambda: ESDTraining(model, self, pairs, workshop),
             model,
             workshop,
             steps=self.steps,
-            key=edit_key(self, model, pairs, workshop),
+            key=key,
             title=self.name,
         )
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from dori_lightning import processes
 from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.disk import check_space
+from dori_lightning.mitigations.checkpoints import KEPT
 from dori_lightning.mitigations.edits import Origin, WeightEdit
 from dori_lightning.mitigations.fitting import fit
 from dori_lightning.types import InputError
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from dori_lightning.mitigations.base import Workshop
     from dori_lightning.models.protocol import TextToImage
 
-__all__ = ["FinetuneSettings", "Finetuning", "finetune", "in_turn"]
+__all__ = ["FinetuneSettings", "Finetuning", "check_disk", "finetune", "in_turn"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,43 @@ def in_turn(name: str, seed: int, step: int, *, batch: int, count: int) -> list[
             orders[turn] = torch.randperm(count, generator=generator).tolist()
         picked.append(orders[turn][k])
     return picked
+
+
+def check_disk(
+    model: TextToImage,
+    settings: FinetuneSettings,
+    workshop: Workshop,
+    *,
+    key: str,
+    trained: Callable[[str], bool] = lambda _: True,
+    added: int = 0,
+) -> None:
+    """Refuse a fit whose checkpoints the disk does not hold, before anything is drawn for it.
+
+    A checkpoint holds all weights in fp32, twice where their average is kept, and the optimizer's
+    two moments of those that are trained. While one is written, the last two are there. The edit
+    comes when they are gone, and is smaller than one.
+
+    Args:
+        model: Its denoiser is to be trained.
+        settings: Optimizer settings.
+        workshop: Gives the folder.
+        key: Names the fit's folder.
+        trained: Whether the parameter of a name is trained.
+        added: Weights that are added to the denoiser's for the training, and trained.
+
+    Raises:
+        InputError: The disk has less.
+    """
+    sizes = {name: p.numel() for name, p in model.denoiser().named_parameters()}
+    weights = sum(sizes.values()) + added
+    moments = 2 * (sum(size for name, size in sizes.items() if trained(name)) + added)
+    copies = 1 if settings.ema is None else 2
+    check_space(
+        workshop.scratch(key),
+        (KEPT + 1) * 4 * (copies * weights + moments),
+        mend="or choose another disk for edits with paths.cache=FOLDER",
+    )
 
 
 def finetune(

@@ -57,6 +57,12 @@ class LowRank:
             )
 
     @staticmethod
+    def count(module: nn.Module, rank: int) -> int:
+        """Weights that updates of ``module`` would have."""
+        shapes = [m.weight.shape for m in module.modules() if isinstance(m, nn.Linear)]
+        return sum(min(rank, *shape) * sum(shape) for shape in shapes)
+
+    @staticmethod
     def trains(name: str) -> bool:
         """Whether the parameter of a name belongs to an update."""
         return name.endswith(("parametrizations.weight.0.up", "parametrizations.weight.0.down"))

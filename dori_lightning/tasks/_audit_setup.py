@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 
 from dori_lightning.attacks.embedding_attack import ControlPrompts
 from dori_lightning.attacks.memory import pairs_that_fit
+from dori_lightning.disk import check_space
 from dori_lightning.mitigations.none import NoMitigation
 from dori_lightning.models.pictures import unmitigated_name
 from dori_lightning.pairs.datamodule import PairsDataModule
@@ -17,7 +18,7 @@ from dori_lightning.pairs.manifest import check_prompt_lengths
 from dori_lightning.tasks._folder import claim_folder, without
 from dori_lightning.tasks._originals import originals_of
 from dori_lightning.tasks._provenance import plain
-from dori_lightning.tasks._space import audit_bytes, check_space
+from dori_lightning.tasks._space import audit_bytes
 from dori_lightning.tasks._workshop import workshop_of
 from dori_lightning.types import InputError, Pairs
 
@@ -130,6 +131,8 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
             sampling=sampling,
             mitigated=not isinstance(mitigation, NoMitigation),
         ),
+        mend="choose another disk with paths.output=FOLDER, or write less: fewer "
+        "attack.snapshots or sampling.images_per_pair",
     )
     # all that can be mended was checked: from here on the folder belongs to these settings
     claim_folder(folder, method_of(plain(cfg)))

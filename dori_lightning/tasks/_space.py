@@ -1,25 +1,19 @@
-"""Whether the disk holds what an audit will write, estimated before hours are spent on it."""
+"""What an audit will write, estimated before hours are spent on it."""
 
 from __future__ import annotations
 
-import logging
-import shutil
 from typing import TYPE_CHECKING
 
 from dori_lightning.attacks.budget import looked_at
-from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from dori_lightning.attacks.settings import AttackSettings
     from dori_lightning.models.protocol import Sampling, TextToImage
     from dori_lightning.types import Budget, Pair
 
-__all__ = ["audit_bytes", "check_space"]
-
-log = logging.getLogger(__name__)
+__all__ = ["audit_bytes"]
 
 _BYTES_PER_PIXEL = 3.0
 """Of a PNG, at most: noise does not compress."""
@@ -42,7 +36,7 @@ def audit_bytes(
 ) -> int:
     """Bytes that an audit writes, at most: pictures, embeddings, encodings and the report.
 
-    Edits are not among it: how large one is depends on the mitigation.
+    Edits are not among it: mitigations ask for what they write themselves.
 
     Args:
         model: The checkpoint.
@@ -67,31 +61,3 @@ def audit_bytes(
         + len(pairs) * (embedding + latent + _FILE)
         + _REPORT
     )
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what the disk does not hold.
-
-    Args:
-        folder: Run folder, there or not yet; what an earlier run left in it is not needed again.
-        needed: Bytes, at most.
-
-    Raises:
-        InputError: Less is free; says how much of each.
-    """
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(place).free
-    log.info("writes up to %s, %s are free", _words(max(0, needed - there)), _words(free))
-    if needed - there > free:
-        raise InputError(
-            f"the disk has {_words(free)} free, but up to {_words(needed - there)} are to be "
-            f"written\n"
-            f"  where: {folder}\n"
-            f"  mend:  free space, choose another disk with paths.output=FOLDER, or write less: "
-            f"fewer attack.snapshots or sampling.images_per_pair"
-        )
-
-
-def _words(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

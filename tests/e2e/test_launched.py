@@ -4,12 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from dori_lightning.mitigations.checkpoints import last_checkpoint, read_checkpoint
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
 
@@ -151,3 +153,49 @@ def test_two_processes_give_what_one_gives(way: str, material: Path, tmp_path: P
     two, one = results(tmp_path / "two"), results(tmp_path / "one")
     assert len(one) > 10
     assert two == one
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_which_names_it_and_the_same_command_goes_on(
+    killed: int, material: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        *overrides(material),
+        "mitigation.steps=40",
+        "mitigation.finetune.checkpoint_every=1",
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "name=two",
+        f"paths.output={tmp_path}",
+        f"paths.cache={tmp_path / 'cache'}",
+    ]
+    started = by_slurm(arguments, tmp_path)
+    unfinished = tmp_path / "cache" / "edits" / "unfinished"
+    try:
+        deadline = time.monotonic() + 600
+        while not list(unfinished.glob("*/*.sha256")):
+            assert all(process.poll() is None for process in started), started[0].communicate()[0]
+            assert time.monotonic() < deadline, "no step was taken"
+            time.sleep(0.02)
+        started[killed].kill()
+        said = started[1 - killed].communicate(timeout=600)[0]
+    finally:
+        for process in started:
+            process.kill()
+    assert started[1 - killed].returncode == 1, said
+    assert said.count("dori: ") == 1
+    assert f"dori: the process of rank {killed} is gone" in said
+    assert "Traceback" not in said
+    (scratch,) = unfinished.iterdir()
+    last = last_checkpoint(scratch, "what is left")
+    assert last is not None
+    assert 1 <= read_checkpoint(last)["global_step"] < 40
+    again = by_slurm(arguments, tmp_path)
+    try:
+        said = "".join(process.communicate(timeout=1500)[0] for process in again)
+    finally:
+        for process in again:
+            process.kill()
+    assert [process.returncode for process in again] == [0, 0], said
+    assert f"going on from {last}" in said
+    assert (tmp_path / "two" / "report.json").is_file()

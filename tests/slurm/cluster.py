@@ -84,11 +84,16 @@ class Cluster:
         self._until(self._both_idle, "two idle nodes")
 
     def stop(self) -> None:
-        """End the jobs and the daemons."""
-        subprocess.run(
-            ["scancel", "--me", "--full"], env=self.environment, check=False, timeout=30
-        )
-        time.sleep(1)
+        """End the jobs and the daemons; jobs that are cut in the middle would outlive these."""
+        # what waits, then what runs, which may ignore the first signal
+        for how in ([], ["--signal=KILL"]):
+            subprocess.run(
+                ["scancel", "--me", "--full", *how],
+                env=self.environment, check=False, timeout=30,
+            )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while self._busy() and time.monotonic() < deadline:
+            time.sleep(0.3)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in self.daemons:
@@ -107,6 +112,13 @@ class Cluster:
         """Jobs that wait or run."""
         lines = self.ask("squeue", "--noheader", "--array", "--format=%i|%T|%N").splitlines()
         return [Job(*line.split("|")) for line in lines if line.strip()]
+
+    def _busy(self) -> bool:
+        """Whether any job is left, also one that is being cleaned up."""
+        try:
+            return bool(self.queue())
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+            return False  # nobody answers
 
     def _both_idle(self) -> bool:
         done = subprocess.run(
@@ -138,8 +150,13 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         with (self.folder / f"{Path(command[0]).name}.{len(self.daemons)}.out").open("wb") as out:
             self.daemons.append(
+                # in a session of its own: Ctrl+C is for the tests, which then end jobs and daemons
                 subprocess.Popen(
-                    command, env=self.environment, stdout=out, stderr=subprocess.STDOUT
+                    command,
+                    env=self.environment,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
             )
 

@@ -20,6 +20,7 @@ from dori_lightning.mitigations import trigger_pool
 from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning
 from dori_lightning.mitigations.anchors import AnchorSettings
 from dori_lightning.mitigations.base import Mitigation
+from dori_lightning.mitigations.concept_ablation import ConceptAblation
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.esd import ESD
 from dori_lightning.mitigations.finetuning import FinetuneSettings
@@ -31,6 +32,7 @@ from dori_lightning.models.loading import load_checkpoint
 from support.workshop import make_workshop, read_pairs
 
 LR = 1e-3
+ANCHORS = AnchorSettings(prompts=2, images=1, max_similarity=0.99, ordinary=4)
 
 METHODS: dict[str, Mitigation] = {
     # an odd batch: one process has two rows, the other one
@@ -42,9 +44,16 @@ METHODS: dict[str, Mitigation] = {
         sampling_steps=3,
         finetune=FinetuneSettings(lr=LR, clip=0.5, weight_decay=0.0),
     ),
+    "concept_ablation": ConceptAblation(
+        "concept_ablation",
+        anchors=ANCHORS,
+        steps=2,
+        batch=3,
+        finetune=FinetuneSettings(lr=LR, clip=0.5, weight_decay=0.0),
+    ),
     "siss": SISS(
         "siss",
-        anchors=AnchorSettings(prompts=2, images=1, max_similarity=0.99, ordinary=4),
+        anchors=ANCHORS,
         steps=2,
         batch=3,
         micro_batch=2,

@@ -4,15 +4,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
 
 from dori_lightning import cli, schema, sweeps
 from dori_lightning.report import sweep_page
+from dori_lightning.tasks._job_status import StatusFile
 from dori_lightning.types import InputError
 from support.fake_audits import PROMPT, dori, write_audit
 
@@ -211,3 +214,29 @@ def test_a_dry_run_of_a_sweep_adds_up_its_plans(
     assert (folder / "plan.json").is_file()
     assert len(captured.out.splitlines()) == 2
     assert not list(folder.glob("*/report.json"))
+
+
+def test_a_killed_worker_is_one_message_that_names_what_was_cut(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # the class that Hydra holds: it imports its plugins' modules again
+    launcher = Plugins.instance().class_name_to_class[
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    ]
+    launch = launcher.launch
+    folder = tmp_path / "outputs" / "sweeps" / "mine"
+
+    def launch_one(self: Any, jobs: Any, initial_job_idx: int) -> None:
+        launch(self, jobs[:1], initial_job_idx)
+        (folder / "second").mkdir()
+        StatusFile(folder / "second")
+        raise BrokenProcessPool("a worker died")
+
+    monkeypatch.setattr(launcher, "launch", launch_one)
+    assert run("-m", "sweep=mine", "seed=1,2") == 1
+    said = capsys.readouterr().err
+    assert said.count("dori: ") == 1
+    assert "dori: a worker of the sweep was killed" in said
+    assert "cut: second\n" in said
+    assert "task=status task.runs=outputs/sweeps/mine" in said
+    assert "Traceback" not in said

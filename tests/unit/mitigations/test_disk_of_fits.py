@@ -1,0 +1,85 @@
+"""What a fine-tuning writes, known before anything is drawn for it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dori_lightning import disk
+from dori_lightning.mitigations import checkpoints, finetuning
+from dori_lightning.mitigations.base import Workshop
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError, Pair
+from support.distributed_fits import METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_too_little_disk_is_refused_before_anything_is_drawn(
+    name: str,
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    workshop: Workshop,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    used = model.unet_evaluations
+    with pytest.raises(InputError, match=r"0\.1 MB free(.|\n)*unfinished(.|\n)*paths\.cache="):
+        workshop.find(METHODS[name], model, suspected)
+    assert model.unet_evaluations == used
+
+
+@pytest.mark.parametrize("name", ["all", "some", "averaged", "low rank"])
+def test_as_much_is_asked_for_as_three_checkpoints_take(
+    name: str,
+    model: StableDiffusion,
+    suspected: tuple[Pair, ...],
+    workshop: Workshop,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    esd: Any = METHODS["esd"]
+    esd = replace(esd, steps=3, finetune=replace(esd.finetune, checkpoint_every=1))
+    method = {
+        "all": esd,
+        "some": replace(esd, variant="x"),
+        "averaged": replace(esd, finetune=replace(esd.finetune, ema=0.5)),
+        "low rank": replace(METHODS["adversarial"], low_rank=2, updates=3),  # type: ignore[arg-type]
+    }[name]
+    asked: list[int] = []
+    numbers: list[int] = []
+    files: list[int] = []
+
+    def ask(_: Path, needed: int, *, mend: str) -> None:
+        del mend
+        asked.append(needed)
+
+    def measure(folder: Path) -> None:
+        paths = list(folder.glob("*.ckpt"))
+        held = [t for path in paths for t in tensors(checkpoints.read_checkpoint(path))]
+        numbers.append(sum(t.nbytes for t in held))
+        # a tiny model's files are headers for the most part, half a kilobyte a tensor
+        files.append(sum(path.stat().st_size for path in paths) - 600 * len(held))
+
+    monkeypatch.setattr(finetuning, "check_space", ask)
+    # between a new checkpoint and the removal of the oldest
+    monkeypatch.setattr(checkpoints, "sync_folder", measure)
+    workshop.find(method, model, suspected)
+    (needed,) = asked
+    assert max(numbers) == pytest.approx(needed, rel=0.01)
+    assert max(files) < needed
+
+
+def tensors(held: Any) -> Iterator[torch.Tensor]:
+    """Tensors of a checkpoint, without the triggers, which are small in a model of full size."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, dict):
+        for key, value in held.items():
+            if key != "trigger_pool":
+                yield from tensors(value)
+    elif isinstance(held, list | tuple):
+        for value in held:
+            yield from tensors(value)
