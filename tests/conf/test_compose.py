@@ -1,5 +1,7 @@
 """Every option of every config group composes and fits what it builds."""
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -23,7 +25,9 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", list(overrides))
 
 
+@functools.cache
 def chosen(group: str, option: str) -> DictConfig:
+    """A config that several tests look at, and that none may change."""
     return composed(f"{'+' if group == 'experiment' else ''}{group}={option}")
 
 
@@ -34,7 +38,7 @@ def test_every_group_is_found():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option_composes_and_resolves(group: str, option: str):
-    cfg = chosen(group, option)
+    cfg = copy.deepcopy(chosen(group, option))
     OmegaConf.resolve(cfg)
     assert OmegaConf.get_type(cfg) is schema.Config
 
