@@ -160,8 +160,9 @@ def tables_markdown(tables: Iterable[TextTable], said: Iterable[str]) -> str:
     parts = []
     for table in tables:
         rule = ["---" if place < table.named else "---:" for place in range(len(table.header))]
-        lines = [table.header, rule, *table.rows]
-        body = "".join(f"| {' | '.join(_cells(line, table.named))} |\n" for line in lines)
+        rows = [_cells(row, table.named) for row in table.rows]
+        lines = [_cells(table.header, table.named), rule, *rows]
+        body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         parts.append(f"### {table.title}\n\n{body}\n{table.caption}\n")
     listed = "".join(f"- {escape(text)}\n" for text in said)
     return "\n".join([*parts, listed] if listed else parts)

@@ -272,6 +272,8 @@ def test_markdown_holds_every_row(compared: Comparison, rows: tuple[HeadlineRow,
     text = tables_markdown(headline_tables(rows), remarks(compared, rows))
     assert text.count("### ") == 3
     assert text.count("| nemo |") == 3
+    # without this rule under its header, a table is shown as a paragraph of bars
+    assert len(re.findall(r"^\| --- \|(?: ---:? \|)+$", text, re.MULTILINE)) == 3
     assert "| mitigation | prompt |" in text
     assert "- tiny: all rows are counted under one threshold" in text
 
