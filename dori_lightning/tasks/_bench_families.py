@@ -14,9 +14,10 @@ from hydra.utils import instantiate
 
 from dori_lightning.attacks.memory import pairs_that_fit
 from dori_lightning.bench.attack_rows import attack_rows, own_attack, solved
-from dori_lightning.bench.part_rows import finetuning_rows, nemo_rows, sampling_rows, wanda_rows
+from dori_lightning.bench.part_rows import finetuning_rows, nemo_rows, wanda_rows
 from dori_lightning.bench.program_rows import audit_rows, scaling_rows, startup_rows
 from dori_lightning.bench.record import Family
+from dori_lightning.bench.sampling_rows import sampling_rows
 from dori_lightning.bench.subjects import Subject, random_task
 from dori_lightning.models.random_weights import random_sd14
 from dori_lightning.pairs.datamodule import PairsDataModule

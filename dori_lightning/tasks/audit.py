@@ -12,12 +12,13 @@ from rich.console import Console
 from dori_lightning.files import write_atomically
 from dori_lightning.mitigations.effect import changed_weights
 from dori_lightning.report.belonging import BASELINE
+from dori_lightning.report.conclusions import make_report
 from dori_lightning.report.effort import attack_effort
 from dori_lightning.report.page import write_page
 from dori_lightning.report.plots import write_figures
 from dori_lightning.report.record import write_report
 from dori_lightning.report.tables import cells_table
-from dori_lightning.report.verdict import INVALID, make_report
+from dori_lightning.report.verdict import INVALID
 from dori_lightning.tasks._audit_numbers import objective
 from dori_lightning.tasks._audit_setup import method_of, set_up
 from dori_lightning.tasks._audit_stages import attack_and_draw, measure_all, price

@@ -2,13 +2,9 @@ from dataclasses import replace
 
 from dori_lightning.attacks.budget import BudgetSettings
 from dori_lightning.attacks.settings import AttackSettings
-from dori_lightning.bench.part_rows import (
-    finetuning_rows,
-    nemo_rows,
-    sampling_rows,
-    wanda_rows,
-)
+from dori_lightning.bench.part_rows import finetuning_rows, nemo_rows, wanda_rows
 from dori_lightning.bench.program_rows import scaling_rows
+from dori_lightning.bench.sampling_rows import sampling_rows
 from dori_lightning.bench.settings import BenchSettings
 from dori_lightning.bench.subjects import Subject
 from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning

@@ -3,10 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from dori_lightning.report.conclusions import recommended_budget
 from dori_lightning.report.flags import find_flags
 from dori_lightning.report.plain_words import plain_verdict
 from dori_lightning.report.summary import headline_condition, interval_words, percent_words
-from dori_lightning.report.verdict import recommended_budget, short_answer, verdict_text
+from dori_lightning.report.verdict import short_answer, verdict_text
 
 
 def names(cells: list, mitigation: str = "none", outcomes: tuple = ()) -> set[str]:
