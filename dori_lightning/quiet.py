@@ -25,7 +25,12 @@ def quiet_libraries() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    for name in ("lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+    for name in (
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.pytorch.utilities.rank_zero",
+        # at every checkpoint that is written, of a default
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     # said of a list of modules that is empty for every checkpoint read here
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_about_no_module)

@@ -2,9 +2,11 @@
 
 import logging
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from dori_lightning.quiet import quiet_libraries
 
@@ -18,6 +20,17 @@ def test_lightning_speaks_once_and_of_trouble_only(
         logging.getLogger("lightning.pytorch.utilities.rank_zero").warning("mind this")
     assert [record.getMessage() for record in caplog.records] == ["mind this"]
     assert "TPU" not in capsys.readouterr().err
+
+
+def test_writing_a_checkpoint_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet_libraries()
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=0)
+    trainer.fit(BoringModel())
+    with caplog.at_level(logging.INFO):
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_remarks_on_nothing_are_dropped_and_others_kept(caplog: pytest.LogCaptureFixture) -> None:
