@@ -22,7 +22,7 @@ _PARTS = {
     "sampling": "drawing",
     "nemo": "NeMo",
     "wanda": "Wanda",
-    "finetuning": "fine-tuning epoch",
+    "finetuning": "tuning epoch",
 }
 
 
@@ -40,7 +40,7 @@ def speed_figure(families: Mapping[str, Family], ink: Ink | None = None) -> byte
         if family is not None and any(row.seconds for row in family.rows):
             panels.append((f"{title}: seconds per pair", _ladder(family, ink)))
             if family.limits is not None:
-                panels.append((f"{title}: share of what the machine can do", _shares(family, ink)))
+                panels.append((f"{title}: share of the limits", _shares(family, ink)))
     parts = [families[name] for name in _PARTS if name in families]
     if any(row.seconds for family in parts for row in family.rows):
         panels.append(("other parts: times as fast as the first way", _ratios(parts, ink)))

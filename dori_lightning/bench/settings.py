@@ -94,8 +94,8 @@ class BenchSettings:
     threshold: float = 0.62
     compile: bool = True
     sampling_pairs: int = 8
-    nemo_pairs: int = 2
-    nemo_repeats: int = 1
+    nemo_pairs: int = 16
+    nemo_repeats: int = 3
     wanda_pairs: int = 8
     finetuning_pairs: int = 8
     finetuning_updates: int = 10
