@@ -54,7 +54,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         return None
     # first of all: a mistaken command must not reach the logged run that the folder belongs to
     check_folder(folder, method_of(plain(cfg)))
-    tags = (str(cfg.checkpoint.name), str(cfg.mitigation.get("name", "none")))
+    tags = (str(cfg.checkpoint.name), str(cfg.mitigation.name))
     with tracked(cfg, folder, tags=tags) as tracker:
         return _audit(cfg, folder, tracker)
 

@@ -45,7 +45,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         Share of attacks from ``task.start`` that draw their image, for sweepers; None where all
         of them diverged.
     """
-    tags = (str(cfg.checkpoint.name), str(cfg.mitigation.get("name", "none")))
+    tags = (str(cfg.checkpoint.name), str(cfg.mitigation.name))
     with tracked(cfg, folder, tags=tags) as tracker:
         return _study(cfg, folder, tracker)
 

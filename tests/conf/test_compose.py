@@ -55,6 +55,17 @@ def test_option_says_what_it_is(group: str, option: str):
     assert schema.groups()[group][option], f"conf/{group}/{option}.yaml begins without a comment"
 
 
+@pytest.mark.parametrize("option", schema.groups()["mitigation"])
+def test_mitigations_have_the_name_that_run_folders_are_called_by(option: str):
+    assert chosen("mitigation", option).mitigation.name
+
+
+def test_every_kind_of_experiment_runs_without_a_mitigation():
+    for experiment in ("removal_audit", "locality"):
+        cfg = composed(f"+experiment={experiment}", "mitigation=none")
+        assert cfg.name == f"{experiment}-dori_tiny-none"
+
+
 def test_no_task_needs_a_config_of_its_own():
     assert {chosen("task", name).task.name for name in schema.groups()["task"]} == set(
         schema.groups()["task"]

@@ -27,7 +27,7 @@ Run = Callable[..., int]
 
 def audit(cfg: Any, folder: Path) -> float:
     """Stand in for an audit; random_pruning and wanda_10 fail."""
-    name = cfg.mitigation.get("name", "none")
+    name = cfg.mitigation.name
     if name == "random_pruning":
         raise InputError("no such luck")
     if name == "wanda_10":
@@ -116,7 +116,7 @@ def test_a_resumed_sweep_counts_the_jobs_that_were_done_before(
     assert "Without a result" in capsys.readouterr().err
 
     def mended(cfg: Any, folder: Path) -> None:
-        write_audit(folder, cfg.mitigation.get("name", "none"), reproduced=FOUND)
+        write_audit(folder, cfg.mitigation.name, reproduced=FOUND)
 
     assert run(*command, task=mended) == 0
     said = capsys.readouterr().err
