@@ -186,7 +186,7 @@ def test_files_are_artifacts_whose_bytes_lie_in_the_run_folder(
         assert {"report.json", "report.html", "pairs.parquet", "edit.json"} <= files_of(
             run.artifacts["report"]
         ).keys()
-        mitigated = "name" in run.config["mitigation"]
+        mitigated = run.config["mitigation"]["name"] != "none"
         assert ("edit" in run.artifacts) is mitigated
         for artifact in run.artifacts.values():
             for file in files_of(artifact).values():
