@@ -102,7 +102,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         )
     return JobPlan(
         checkpoint=checkpoint,
-        mitigation=_name(mitigation),
+        mitigation=str(mitigation["name"]),
         pairs=pairs,
         pairs_from=pairs_from,
         ball=_ball(settings),
@@ -119,13 +119,6 @@ def _ball(settings: AttackSettings) -> str:
     budget = settings.budget
     radius = "" if budget.norm == "none" else f", {budget.norm} {budget.radius:g}"
     return f"{budget.steps} steps{radius}{' (relative)' if radius and budget.relative else ''}"
-
-
-def _name(mitigation: Mapping[str, Any]) -> str:
-    if "name" in mitigation:
-        return str(mitigation["name"])
-    kind = str(mitigation["_target_"]).rpartition(".")[2]
-    return "none" if kind == "NoMitigation" else kind
 
 
 def _pairs(cfg: DictConfig) -> tuple[dict[str, int], str]:
