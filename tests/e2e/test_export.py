@@ -109,7 +109,11 @@ def export(
     mitigation: type | None = None,
     task: str = "export",
 ) -> Path:
-    chosen = [f"mitigation._target_={HERE}.{mitigation.__name__}"] if mitigation else []
+    chosen = (
+        [f"mitigation._target_={HERE}.{mitigation.__name__}", f"mitigation.name={mitigation.name}"]
+        if mitigation
+        else []
+    )
     run_task(
         folder,
         f"task={task}",
