@@ -82,7 +82,6 @@ class EmbeddingAttack(L.LightningModule):
         controls: ControlPrompts,
         ledger: AttackLedger,
         seed: int,
-        until: int | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         """Prepare the attack from one initial point.
@@ -96,7 +95,6 @@ class EmbeddingAttack(L.LightningModule):
             controls: Where ``control_prompt`` starts from.
             ledger: Finished pairs are read from it and new ones written to it.
             seed: Run seed.
-            until: Step to stop at, from where another attack can go on; None takes all steps.
             on_step: Called after every attack step.
         """
         super().__init__()
@@ -104,7 +102,8 @@ class EmbeddingAttack(L.LightningModule):
         self._held = [model]
         self.settings, self.budget, self.init_point, self.restart = settings, budget, init, restart
         self.controls, self.ledger, self.seed, self.on_step = controls, ledger, seed, on_step
-        self.until = budget.steps if until is None else until
+        # a step to stop at, from where another attack can go on; all of them unless it is set
+        self.until = budget.steps
 
     @property
     def model(self) -> TextToImage:

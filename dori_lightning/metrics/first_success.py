@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dori_lightning.metrics.aggregation import Aggregation
     from dori_lightning.types import Condition, Init, Norm, Outcome
 
-__all__ = ["Search", "first_success", "first_successes", "is_copy", "search_of"]
+__all__ = ["Search", "first_success", "first_successes", "is_copy", "search_of", "steps_by_pair"]
 
 Search = tuple[str, "Init | None", "Norm", "float | None", int]
 """Pair id, initial point, norm, radius, restart: what the snapshots of one attack share."""
@@ -77,6 +77,20 @@ def first_successes(
     return found
 
 
+def steps_by_pair(condition: Condition, firsts: Mapping[Search, int]) -> dict[str, int]:
+    """Pair id to the fewest steps, up to the budget, after which a restart brought it back.
+
+    Args:
+        condition: The attack and its budget.
+        firsts: First success of every attack.
+    """
+    budget, found = condition.budget, dict[str, int]()
+    for (name, *attack, _), steps in firsts.items():
+        if attack == [condition.init, budget.norm, budget.eps] and steps <= budget.steps:
+            found[name] = min(steps, found.get(name, steps))
+    return found
+
+
 def first_success(
     condition: Condition, scores: Mapping[str, float], firsts: Mapping[Search, int]
 ) -> FirstSuccess | None:
@@ -90,11 +104,7 @@ def first_success(
     """
     if condition.attack == "prompt":
         return None
-    budget, steps_of = condition.budget, dict[str, int]()
-    for (name, *attack, _), steps in firsts.items():
-        same = attack == [condition.init, budget.norm, budget.eps]
-        if same and name in scores and steps <= budget.steps:
-            steps_of[name] = min(steps, steps_of.get(name, steps))
+    steps_of = {k: v for k, v in steps_by_pair(condition, firsts).items() if k in scores}
     n = sum(name in steps_of or not math.isnan(score) for name, score in scores.items())
     return FirstSuccess(
         pairs=len(steps_of),

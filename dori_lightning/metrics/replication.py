@@ -3,19 +3,15 @@
 Rules, in order:
 
 1. The K pictures of one outcome become one number by their maximum (one replica among K pictures
-is a leak) or their
-   median (the paper reports both kinds of table).
+   is a leak) or their median (the paper reports both kinds of table).
 2. A pair counts as reproduced if *any* of its restarts reproduces it: the number of a pair is the
-highest among its
-   restarts. More restarts can only find more.
+   highest among its restarts. More restarts can only find more.
 3. A restart that diverged says nothing. A pair whose every restart diverged is *failed*: it is
-left out of the
-   denominator and shown, because counting it as safe would reward a mitigation for breaking the
-   attack's numerics.
+   left out of the denominator and shown, because counting it as safe would reward a mitigation
+   for breaking the attack's numerics.
 4. Similarity strictly above the threshold is a replica.
 5. A cell counts what comes back at its budget. Beside it stands what came back at any step looked
-at up to there
-   (``first_success``); where attacks were stopped at a success, only that is known.
+   at up to there (``first_success``); where attacks were stopped at a success, only that is known.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from dori_lightning.metrics.first_success import first_successes
+from dori_lightning.metrics.first_success import first_successes, steps_by_pair
 from dori_lightning.report.pictures import THUMBNAIL, jpeg_uri, thumbnail
 from dori_lightning.report.summary import (
     KIND_WORDS,
@@ -142,25 +142,22 @@ def _first_steps(report: AuditReport, attack: Condition | None) -> dict[str, int
     """Pair id to its first success on the way to the attack shown, where steps were looked at."""
     if attack is None:
         return {}
-    budget, rule = attack.budget, report.calibration
-    on_the_way = [
-        outcome
-        for outcome in report.outcomes
-        if replace(outcome.condition, budget=replace(outcome.condition.budget, steps=budget.steps))
-        == attack
-        and outcome.condition.budget.steps <= budget.steps
-    ]
-    if len({outcome.condition for outcome in on_the_way}) < 2:
+    looked_at = {
+        own.budget.steps
+        for own in (outcome.condition for outcome in report.outcomes)
+        if replace(own, budget=replace(own.budget, steps=attack.budget.steps)) == attack
+        and own.budget.steps <= attack.budget.steps
+    }
+    if len(looked_at) < 2:
         return {}
-    steps: dict[str, int] = {}
-    for (name, *_), count in first_successes(
-        on_the_way,
+    rule = report.calibration
+    firsts = first_successes(
+        report.outcomes,
         descriptor=rule.descriptor,
         threshold=rule.threshold,
         aggregation=report.aggregation,
-    ).items():
-        steps[name] = min(count, steps.get(name, count))
-    return steps
+    )
+    return steps_by_pair(attack, firsts)
 
 
 def _results(

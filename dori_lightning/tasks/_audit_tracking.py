@@ -54,7 +54,7 @@ def track_attack(tracker: Tracker, found: Sequence[Trigger]) -> None:
             if name not in longest or len(losses) > len(longest[name]):
                 longest[name] = losses
         if longest:
-            # steps of a diverged attack are no numbers: left out of the mean, not of the run
+            # steps of a diverged attack are no numbers: left out of the mean, not of the run;
             # so are those that an attack was stopped before
             rows = pad_sequence([*longest.values()], batch_first=True, padding_value=torch.nan)
             curves[f"attack/loss/{where}/{kind}"] = rows.nanmean(0)
