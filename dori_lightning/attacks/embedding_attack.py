@@ -82,7 +82,6 @@ class EmbeddingAttack(L.LightningModule):
         controls: ControlPrompts,
         ledger: AttackLedger,
         seed: int,
-        on_step: Callable[[int], None] | None = None,
     ) -> None:
         """Prepare the attack from one initial point.
 
@@ -95,15 +94,15 @@ class EmbeddingAttack(L.LightningModule):
             controls: Where ``control_prompt`` starts from.
             ledger: Finished pairs are read from it and new ones written to it.
             seed: Run seed.
-            on_step: Called after every attack step.
         """
         super().__init__()
         # a list hides the module, so that its weights stay out of this one's state
         self._held = [model]
         self.settings, self.budget, self.init_point, self.restart = settings, budget, init, restart
-        self.controls, self.ledger, self.seed, self.on_step = controls, ledger, seed, on_step
-        # a step to stop at, from where another attack can go on; all of them unless it is set
+        self.controls, self.ledger, self.seed = controls, ledger, seed
+        # of the stretch that is taken next: the step to stop at, and who is told of every step
         self.until = budget.steps
+        self.on_step: Callable[[int], None] | None = None
 
     @property
     def model(self) -> TextToImage:
