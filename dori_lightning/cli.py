@@ -20,7 +20,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dori_lightning import (
     composition,
@@ -169,7 +169,8 @@ def _run_task(cfg: DictConfig) -> float | None:
         from dori_lightning import devices, progress
 
         quiet.quiet_libraries()
-        if "joblib" in str(settings.launcher.get("_target_")):
+        on_gpu = OmegaConf.select(cfg, "checkpoint.device") != "cpu"
+        if "joblib" in str(settings.launcher.get("_target_")) and on_gpu:
             devices.pin()
         if status is not None:
             until_the_end.enter_context(progress.heard_by(status.progress))

@@ -21,7 +21,7 @@ from dori_lightning.types import InputError
 
 __all__ = ["explain", "explain_in_task", "lost_process"]
 
-_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+_LAUNCHERS = ("submitit_local", "submitit_slurm")
 _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 """How gloo and NCCL say that the other side of a connection has ended."""
 
