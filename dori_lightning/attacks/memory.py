@@ -18,7 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dori_lightning.attacks.solver import PASS_KIND, PASS_PAIRS
+from dori_lightning import lanes
+from dori_lightning.attacks.solver import PASS_KIND, pairs_at_once
 from dori_lightning.halving import out_of_memory
 
 if TYPE_CHECKING:
@@ -101,13 +102,13 @@ class PassMemory:
     fixed: int
     sample: int
 
-    def of(self, samples: int) -> int:
-        """Bytes of a pass of so many samples."""
-        return self.fixed + samples * self.sample
+    def of(self, samples: int, *, passes: int = 1) -> int:
+        """Bytes of so many samples in one pass, or in several at the same time."""
+        return passes * self.fixed + samples * self.sample
 
-    def pairs(self, free: int, noise_batch: int) -> int:
+    def pairs(self, free: int, noise_batch: int, *, passes: int = 1) -> int:
         """Most pairs whose noise samples fit into ``free`` bytes; 0 where not one does."""
-        return max(0, (free - self.fixed) // (self.sample * noise_batch))
+        return max(0, (free - passes * self.fixed) // (self.sample * noise_batch))
 
 
 def measure_pass(model: TextToImage, *, pair_id: str | None = None) -> PassMemory:
@@ -208,7 +209,8 @@ def pairs_that_fit(
 ) -> int:
     """Pairs of a batch: as many as were asked for, or as fit into the free memory of a GPU.
 
-    On the CPU all passes have one width, whatever the batch, see ``fit_cpu_passes``.
+    On the CPU all passes have one width, whatever the batch, see ``fit_cpu_passes``; a batch is
+    what goes side by side.
 
     Args:
         model: Model under attack, on its device.
@@ -218,12 +220,12 @@ def pairs_that_fit(
         pair_id: Some pair, where the model carries an edit for each pair.
 
     Returns:
-        1 to ``PASS_PAIRS``, or ``wanted``.
+        1 to ``solver.pairs_at_once``, or ``wanted``.
     """
     if wanted is not None:
         return wanted
     if model.device.type == "cpu":
-        return PASS_PAIRS
+        return pairs_at_once(model.device)
     return _fitting(model, noise_batch, free, pair_id)
 
 
@@ -235,16 +237,16 @@ def fit_cpu_passes(
     free: int | None = None,
     pair_id: str | None = None,
 ) -> None:
-    """Tell a model on the CPU how wide its passes may be, where memory is short; asked once.
+    """Tell a model on the CPU how many pairs it may compute at once, where memory is short.
 
-    Passes of one width give a pair the same bits in any batch, and ``PASS_PAIRS`` is that width.
-    Where it does not fit it must be narrower from the start: a system that runs out of memory
-    kills the process instead of raising something that could be halved.
+    Asked once. Passes of one width give a pair the same bits in any batch. Where they do not fit
+    side by side they must be narrower from the start: a system that runs out of memory kills the
+    process instead of raising something that could be halved.
 
     Args:
         model: Model under attack.
         noise_batch: Noise samples of a pair.
-        wanted: Pairs of a pass by the configuration; a narrower pass is not wider than that.
+        wanted: Pairs at once by the configuration; where memory is short, no more than these.
         free: Bytes to plan with; None asks the system.
         pair_id: Some pair, where the model carries an edit for each pair.
     """
@@ -252,31 +254,33 @@ def fit_cpu_passes(
     if model.device.type != "cpu" or asked in model.pass_limits:
         return
     fit = model.pass_limits[asked] = _fitting(model, noise_batch, free, pair_id)
-    if fit < PASS_PAIRS:
+    if fit < pairs_at_once(model.device):
         narrow = min(fit, wanted or fit, model.pass_limits.get(PASS_KIND, fit))
         model.pass_limits[PASS_KIND] = narrow
 
 
 def _fitting(model: TextToImage, noise_batch: int, free: int | None, pair_id: str | None) -> int:
-    """Pairs of a pass by the free memory, 1 to ``PASS_PAIRS``; says how it was found."""
+    """Pairs at once by the free memory, 1 to ``pairs_at_once``; says how it was found."""
+    most = pairs_at_once(model.device)
     free = free_memory(model.device) if free is None else free
     if free is None:
-        log.info("free memory of %s is not known: %d pairs a pass", model.device, PASS_PAIRS)
-        return PASS_PAIRS
+        log.info("free memory of %s is not known: %d pairs at once", model.device, most)
+        return most
     try:
         memory = measure_pass(model, pair_id=pair_id)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         # the attack itself says what does not fit, and what helps
-        log.warning("no room to measure a pass of two samples: 1 pair a pass")
+        log.warning("no room to measure a pass of two samples: 1 pair at once")
         return 1
-    fit = memory.pairs(int(_SHARE * free), noise_batch)
-    chosen = max(1, min(PASS_PAIRS, fit))
+    passes = lanes.count(model.device)
+    fit = memory.pairs(int(_SHARE * free), noise_batch, passes=passes)
+    chosen = max(1, min(most, fit))
     text = (
         f"a sample takes {_size(memory.sample)} and every pass {_size(memory.fixed)} besides, "
-        f"{_size(free)} are free: {chosen} pairs of {noise_batch} samples a pass, "
-        f"{_size(memory.of(chosen * noise_batch))}"
+        f"{_size(free)} are free: {chosen} pairs of {noise_batch} samples at once, "
+        f"{_size(memory.of(chosen * noise_batch, passes=min(passes, chosen)))}"
     )
     if fit < 1:
         log.warning(

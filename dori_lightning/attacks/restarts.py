@@ -11,7 +11,7 @@ from dori_lightning.attacks.campaign import attack_identity, read_triggers
 from dori_lightning.attacks.embedding_attack import EmbeddingAttack
 from dori_lightning.attacks.ledger import AttackLedger
 from dori_lightning.attacks.memory import pairs_that_fit
-from dori_lightning.attacks.solver import PASS_PAIRS, AttackProblem, refuse_broken
+from dori_lightning.attacks.solver import AttackProblem, refuse_broken
 from dori_lightning.progress import stage
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def attack_restarts(
         if init in settings.inits_of(pair.kind)
     ]
     missing = [job for job in jobs if not _is_done(*job, data)]
-    width = PASS_PAIRS
+    width = 1
     if missing:
         width = pairs_that_fit(
             model,

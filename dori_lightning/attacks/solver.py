@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dori_lightning import processes
+from dori_lightning import lanes, processes
 from dori_lightning.attacks.budget import looked_at, project
 from dori_lightning.attacks.draws import noise_and_timesteps
 from dori_lightning.attacks.results import AttackProblem, AttackResult
@@ -29,6 +29,7 @@ __all__ = [
     "AttackProblem",
     "AttackResult",
     "BrokenAttackError",
+    "pairs_at_once",
     "refuse_broken",
     "solve",
 ]
@@ -50,11 +51,19 @@ _BROKEN = (
 )
 
 PASS_PAIRS = 8
-"""Pairs of a forward pass where memory does not decide, and on the CPU of every pass, see
-``_loss_and_gradient``. Wider was no faster there."""
+"""Pairs of a forward pass where memory does not decide."""
+
+CPU_PASS_PAIRS = 4
+"""Pairs of every forward pass on the CPU, see ``_loss_and_gradient``, of which several go side by
+side. Wider was no faster, and fills up more."""
 
 PASS_KIND = "attack"
 """Under this name a model remembers how wide its memory lets a pass be, see ``halving.Passes``."""
+
+
+def pairs_at_once(device: torch.device) -> int:
+    """Pairs whose passes a device computes at the same time where memory does not decide."""
+    return CPU_PASS_PAIRS * lanes.count(device) if device.type == "cpu" else PASS_PAIRS
 
 
 class BrokenAttackError(RuntimeError):
@@ -130,7 +139,7 @@ def solve(
     if keep_first_token:
         token_mask[0] = 0.0
     shape = (batch, *latents.shape[1:])
-    share = PASS_PAIRS if model.device.type == "cpu" else rows
+    share = pairs_at_once(model.device) if model.device.type == "cpu" else rows
     restarts = problem.restarts or (problem.restart,) * rows
     repeated = latents.repeat_interleave(batch, 0)
     passes = Passes(PASS_KIND, "pair", model.pass_limits, _TOO_LARGE)
@@ -196,17 +205,20 @@ def _loss_and_gradient(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    share: int,
+    at_once: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss (N,) and gradient (N, T, D) at ``point``, ``share`` pairs to a forward pass.
+    """Loss (N,) and gradient (N, T, D) at ``point``, of ``at_once`` pairs at the same time.
 
-    The last pass is filled up to ``share`` pairs with a copy of its first, and what the copies
-    give is dropped. Kernels are chosen by shape and work row by row, so with every pass of one
-    shape a pair gets the same bits on the CPU wherever and with whomever it stands.
+    On the CPU these are several passes. The last pass is filled up to the pairs of the others
+    with a copy of its first, and what the copies give is dropped. Kernels are chosen by shape and
+    work row by row, so with every pass of one shape a pair gets the same bits on the CPU wherever
+    and with whomever it stands.
     """
     batch = len(noise) // len(point)
-    losses, gradients = [], []
-    for start in range(0, len(point), share):
+    beside = min(lanes.count(model.device), at_once)
+    share = at_once // beside
+
+    def one_pass(start: int) -> tuple[torch.Tensor, torch.Tensor]:
         count = min(share, len(point) - start)
         index = torch.tensor([start + k if k < count else start for k in range(share)])
         samples = (index[:, None] * batch + torch.arange(batch)).flatten()
@@ -221,9 +233,11 @@ def _loss_and_gradient(
         )
         loss = loss.view(share, batch).mean(1)
         (gradient,) = torch.autograd.grad(loss.sum(), rows)
-        losses.append(loss.detach()[:count])
-        gradients.append(gradient[:count])
-    return torch.cat(losses), torch.cat(gradients)
+        return loss.detach()[:count], gradient[:count]
+
+    starts = range(0, len(point), share)
+    found = lanes.side_by_side([partial(one_pass, start) for start in starts], beside)
+    return torch.cat([loss for loss, _ in found]), torch.cat([grad for _, grad in found])
 
 
 def refuse_broken(result: AttackResult) -> None:

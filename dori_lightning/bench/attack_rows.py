@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dori_lightning import lanes
 from dori_lightning.attacks.budget import BudgetSettings
 from dori_lightning.attacks.campaign import attack_pairs
 from dori_lightning.attacks.embedding_attack import ControlPrompts
 from dori_lightning.attacks.memory import PeakTensors
 from dori_lightning.attacks.settings import AttackSettings
-from dori_lightning.attacks.solver import PASS_PAIRS, AttackProblem, solve
+from dori_lightning.attacks.solver import AttackProblem, pairs_at_once, solve
 from dori_lightning.bench.attack_loops import Found, fair, hand_written, naive
 from dori_lightning.bench.counters import counted
 from dori_lightning.bench.operations import (
@@ -107,7 +108,7 @@ def attack_rows(
         title: What the progress line says.
         quality: ``subject`` and ``task`` for loss and memorization rate; None leaves them out.
     """
-    share = PASS_PAIRS if model.device.type == "cpu" else len(task.ids)
+    share = pairs_at_once(model.device) if model.device.type == "cpu" else len(task.ids)
     ways: dict[str, Callable[[AttackTask], Found]] = {
         "B0": partial(naive, model),
         "B1": partial(fair, model),
@@ -127,6 +128,8 @@ def attack_rows(
     ways = {name: ways[name] for name in WHAT if name in ways}
     one = replace(task, steps=1)
     costs = {name: _cost(model, partial(run, one), len(task.ids)) for name, run in eager.items()}
+    # counted one pass after the other
+    costs["ours"]["bytes"] *= lanes.count(model.device)
     limits = _limits(model, one, share)
     timed = timed_in_turn(
         {name: partial(run, task) for name, run in ways.items()},
@@ -187,7 +190,7 @@ def _why_not_compiled(model: StableDiffusion, compiled: bool) -> str:
 def _cost(model: StableDiffusion, run: Callable[[], Any], pairs: int) -> dict[str, Any]:
     """Operations per pair, rows through the model and memory of one step."""
     memory = PeakTensors()
-    with counted(model) as counts, memory:
+    with lanes.in_one(), counted(model) as counts, memory:
         operations = counted_operations(run)
     return {
         "gflop": operations.flop / 1e9 / pairs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,18 +38,20 @@ class Counts:
 
 @contextmanager
 def counted(model: StableDiffusion) -> Iterator[Counts]:
-    """Count by the modules themselves while open, whoever calls them."""
-    counts = Counts()
+    """Count by the modules themselves while open, whoever calls them and from which thread."""
+    counts, one = Counts(), threading.Lock()
 
     def unet(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-        counts.unet += len(inputs[0])
-        counts.unet_passes += 1
+        with one:
+            counts.unet += len(inputs[0])
+            counts.unet_passes += 1
 
     def encoder(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
         counts.encoded += len(inputs[0])
 
     def decoder(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-        counts.decoded += len(inputs[0])
+        with one:
+            counts.decoded += len(inputs[0])
 
     def text(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         counts.prompts += len(inputs[0] if inputs else keywords["input_ids"])

@@ -61,7 +61,7 @@ def nemo_rows(subject: Subject, settings: BenchSettings, method: NeMo) -> tuple[
     words = {
         "B1": "one candidate set a pass, one pair after the other, as released",
         "ours": f"{method.candidates} likely questions of every pair side by side, "
-        f"{method.rows} rows a pass",
+        f"{method.rows} rows a pass at most",
     }
     blocked = sum(int(m.sum()) for own in timed["ours"].result.values() for m in own.values())
     return tuple(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from dori_lightning.metrics.aggregation import Aggregation
-    from dori_lightning.types import Condition, Init, Norm, Outcome
+    from dori_lightning.types import Calibration, Condition, Init, Norm, Outcome
 
 __all__ = ["Search", "first_success", "first_successes", "is_copy", "search_of", "steps_by_pair"]
 
@@ -46,32 +46,27 @@ def search_of(outcome: Outcome) -> Search | None:
     return (outcome.pair.id, condition.init, budget.norm, budget.eps, outcome.restart)
 
 
-def is_copy(
-    outcome: Outcome, *, descriptor: str, threshold: float, aggregation: Aggregation
-) -> bool:
+def is_copy(outcome: Outcome, rule: Calibration, aggregation: Aggregation) -> bool:
     """Whether an outcome's pictures reproduce the pair; never where its attack failed."""
     if outcome.status != "ok":
         return False
-    return bool(per_pair(outcome.similarity[descriptor], aggregation) > threshold)
+    return bool(per_pair(outcome.similarity[rule.descriptor], aggregation) > rule.threshold)
 
 
 def first_successes(
-    outcomes: Iterable[Outcome], *, descriptor: str, threshold: float, aggregation: Aggregation
+    outcomes: Iterable[Outcome], rule: Calibration, aggregation: Aggregation
 ) -> dict[Search, int]:
     """Fewest steps looked at after which each attack reproduced its pair; others are left out.
 
     Args:
         outcomes: Outcomes of one checkpoint under one mitigation, any order.
-        descriptor: Whose similarities.
-        threshold: Similarity above which a picture is a copy.
+        rule: Whose similarities decide, and above which threshold a picture is a copy.
         aggregation: How K pictures become one number.
     """
     found: dict[Search, int] = {}
     for outcome in outcomes:
         search = search_of(outcome)
-        if search is not None and is_copy(
-            outcome, descriptor=descriptor, threshold=threshold, aggregation=aggregation
-        ):
+        if search is not None and is_copy(outcome, rule, aggregation):
             steps = outcome.condition.budget.steps
             found[search] = min(steps, found.get(search, steps))
     return found

@@ -116,12 +116,7 @@ def cells(
         ValueError: As ``pair_scores``.
     """
     outcomes = list(outcomes)
-    firsts = first_successes(
-        outcomes,
-        descriptor=calibration.descriptor,
-        threshold=calibration.threshold,
-        aggregation=aggregation,
-    )
+    firsts = first_successes(outcomes, calibration, aggregation)
     groups: dict[tuple[Condition, Kind], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.condition, outcome.pair.kind), []).append(outcome)

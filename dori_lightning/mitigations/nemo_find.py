@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dori_lightning import lanes
 from dori_lightning.metrics.multiscale import MultiScaleSimilarity, fitting
 from dori_lightning.mitigations.activations import (
     ActivationStatistics,
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 __all__ = ["PUBLISHED_STEPS", "NeMoFindings", "find_neurons"]
 
 PUBLISHED_STEPS = 50
+
+CPU_ROWS = 32
+"""Rows of every pass on the CPU at most: wider ones gain nothing there, several go side by side,
+and what is left for guesses of what will be asked next costs as much as what is asked."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def find_neurons(
                 searches,
                 measurement(passes, chosen),
                 rows={pair: len(own.inputs[0]) for pair, own in chosen.items()},
-                capacity=settings.rows,
+                capacity=passes.rows * passes.beside,
                 candidates=settings.candidates,
                 finished=lambda _: advance(1),
             )
@@ -160,7 +165,14 @@ def _passes(
         "replication": drawing(model, workshop),
     }
     forward = forwards[settings.criterion]
-    with model.frozen(), blocked_passes(layers, forward, rows=settings.rows) as passes:
+    cpu = model.device.type == "cpu"
+    rows = max(settings.samples, min(settings.rows, CPU_ROWS)) if cpu else settings.rows
+    beside = lanes.count(model.device)
+    with (
+        model.frozen(),
+        torch.no_grad(),
+        blocked_passes(layers, forward, rows=rows, beside=beside) as passes,
+    ):
         yield passes
 
 

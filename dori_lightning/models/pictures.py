@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from dori_lightning import lanes
 from dori_lightning.files import write_atomically
 
 if TYPE_CHECKING:
@@ -137,16 +138,18 @@ def generate_pictures(
             missing.append((order, names))
     noise = torch.stack([generation_noise(seed, model.latent_shape) for seed in seeds])
     cpu = model.device.type == "cpu"
-    width = max(1, (CPU_PICTURES if cpu else sampling.batch) // len(seeds))
+    share = max(1, (CPU_PICTURES if cpu else sampling.batch) // len(seeds))
+    # an order of more than one pass has its passes side by side, and its own call
+    width = share * (lanes.count(model.device) if share * len(seeds) <= CPU_PICTURES else 1)
     for start in range(0, len(missing), width):
         part = missing[start : start + width]
-        full = [*part, *[part[0]] * (width - len(part))] if cpu else part
+        full = [*part, *[part[0]] * (-len(part) % share)] if cpu else part
         embeddings = torch.stack([order.embedding for order, _ in full])
         owners = [order.pair_id for order, _ in full if order.pair_id is not None]
         images = model.generate(
             embeddings.repeat_interleave(len(seeds), 0),
             noise.repeat(len(full), 1, 1, 1),
-            replace(sampling, batch=CPU_PICTURES) if cpu else sampling,
+            replace(sampling, batch=min(CPU_PICTURES, share * len(seeds))) if cpu else sampling,
             pair_ids=[name for name in owners for _ in seeds] if owners else None,
         )
         for (order, names), own in zip(part, torch.split(images, len(seeds)), strict=False):

@@ -76,7 +76,7 @@ class TextToImage(Protocol):
         unet_evaluations: Rows that went through the denoiser so far.
         pass_limits: Widest forward pass that memory was found to hold, by what it is for; empty
             while it has not run out (``halving.Passes``).
-        row_pairs: Whose rows the denoiser's current or last pass holds.
+        row_pairs: Whose rows the denoiser's current or last pass in this thread holds.
         embedding_filter: Applied to embeddings before anything is generated from them.
     """
 

@@ -8,7 +8,8 @@ attention projections.
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager, nullcontext
+import threading
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,13 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch.nn import functional as F
 
-from dori_lightning import processes
+from dori_lightning import lanes, processes
 from dori_lightning.halving import Passes
+from dori_lightning.models.encoders import Encoders
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -47,7 +48,7 @@ _SUFFIXES: dict[str, str] = {
 }
 
 
-class StableDiffusion:
+class StableDiffusion(Encoders):
     """A Stable Diffusion checkpoint behind the protocol of ``models.protocol.TextToImage``."""
 
     def __init__(
@@ -81,19 +82,19 @@ class StableDiffusion:
             ValueError: The parts do not fit each other.
         """
         self.name, self.fingerprint = name, fingerprint
-        self.unet, self.autoencoder = unet.eval(), autoencoder.eval()
-        text_encoder.eval()  # type: ignore[no-untyped-call]
-        self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.scheduler, self.autocast = scheduler, autocast
+        self.unet, self.scheduler = unet.eval(), scheduler
+        super().__init__(
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            device=next(unet.parameters()).device,
+            autocast=autocast,
+        )
         width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
         if {width} != ({wanted} if isinstance(wanted, int) else set(wanted)):
             raise ValueError(
                 f"text encoder gives width {width}, but the UNet's cross-attention takes {wanted}"
             )
-        # a tokenizer without a length of its own claims an astronomical one
-        length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        self.embedding_shape = (int(length), int(width))
-        self.factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
         self.resolution = resolution or int(unet.config["sample_size"]) * self.factor
         side = self.resolution // self.factor
         self.latent_shape = (int(unet.config["in_channels"]), side, side)
@@ -103,82 +104,23 @@ class StableDiffusion:
             raise ValueError(
                 f"prediction type must be epsilon or v_prediction, got {self.prediction_type!r}"
             )
-        self.device = next(unet.parameters()).device
         self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.unet_evaluations = 0
         self.pass_limits: dict[str, int] = {}
-        self.row_pairs: tuple[str, ...] | None = None
         self.embedding_filter: EmbeddingFilter | None = None
-        self._empty: torch.Tensor | None = None
-
-    # -- text ------------------------------------------------------------------------------------
-
-    def token_count(self, prompt: str) -> int:
-        """Tokens of a prompt with its start and end token, before truncation."""
-        return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-
-    def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that does not fit, as the tokenizer spells it."""
-        ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
-        # the end token takes the last place
-        lost = ids[self.embedding_shape[0] - 1 : -1]
-        return str(self.tokenizer.decode(lost)) if len(ids) > self.embedding_shape[0] else ""
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Prompts to embeddings (N, T, D), fp32: last hidden state after the final layer norm."""
-        rows = []
-        # one by one, so that a prompt's embedding never depends on its neighbours
-        for prompt in prompts:
-            ids = self.tokenizer(
-                prompt,
-                padding="max_length",
-                truncation=True,
-                max_length=self.embedding_shape[0],
-                return_tensors="pt",
-            ).input_ids
-            rows.append(self.text_encoder(ids.to(self.device)).last_hidden_state.float())
-        return torch.cat(rows)
-
-    def empty_embedding(self) -> torch.Tensor:
-        """Embedding (1, T, D) of the empty prompt, the unconditional branch of guidance."""
-        if self._empty is None:
-            self._empty = self.encode_prompts([""])
-        return self._empty
-
-    # -- images ----------------------------------------------------------------------------------
-
-    @property
-    def _latent_scale(self) -> float:
-        """What latents are multiplied by to have about unit standard deviation."""
-        return float(self.autoencoder.config["scaling_factor"])
-
-    @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, H, W) in [0, 1] to scaled latents (N, C, h, w): posterior mode, fp32."""
-        dtype = next(self.autoencoder.parameters()).dtype
-        images = images.to(self.device, dtype) * 2 - 1
-        rows = [
-            self.autoencoder.encode(image[None]).latent_dist.mode().float() for image in images
-        ]
-        return torch.cat(rows) * self._latent_scale
-
-    @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (N, C, h, w) to images (N, 3, H, W) in [0, 1], fp32."""
-        dtype = next(self.autoencoder.parameters()).dtype
-        latents = (latents / self._latent_scale).to(dtype)
-        with self._precision():
-            images: torch.Tensor = self.autoencoder.decode(latents).sample
-        return (images.float() / 2 + 0.5).clamp_(0, 1)
+        self._counting = threading.Lock()
+        self._of_thread = threading.local()
 
     # -- denoiser --------------------------------------------------------------------------------
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        # without a dtype of its own it leaves a Trainer's mixed precision in force
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast)
+    @property
+    def row_pairs(self) -> tuple[str, ...] | None:
+        """Whose rows this thread's current or last pass holds."""
+        return getattr(self._of_thread, "row_pairs", None)
+
+    @row_pairs.setter
+    def row_pairs(self, ids: tuple[str, ...] | None) -> None:
+        self._of_thread.row_pairs = ids
 
     def _denoise(
         self,
@@ -191,9 +133,10 @@ class StableDiffusion:
             raise ValueError(f"{len(noised)} rows, but {len(pair_ids)} pair ids")
         # stays until the next pass: gradient checkpointing runs the layers again in the backward
         self.row_pairs = None if pair_ids is None else tuple(pair_ids)
-        self.unet_evaluations += len(noised)
+        with self._counting:
+            self.unet_evaluations += len(noised)
         dtype = next(self.unet.parameters()).dtype
-        with self._precision():
+        with self.precision():
             output: torch.Tensor = self.unet(
                 noised.to(dtype),
                 timesteps,
@@ -286,17 +229,22 @@ class StableDiffusion:
         """
         passes = Passes("generate", "picture", self.pass_limits, _TOO_LARGE)
         done: list[torch.Tensor] = []
+        beside = lanes.count(self.device)
 
-        def draw(start: int, width: int) -> torch.Tensor:
-            part = slice(start, start + width)
+        def draw(part: slice) -> torch.Tensor:
             ids = None if pair_ids is None else list(pair_ids[part])
             rows = embeddings[part].to(self.device)
             if self.embedding_filter is not None:
                 rows = self.embedding_filter(rows, noise[part].to(self.device), sampling)
             return self.decode_latents(self.denoise(rows, noise[part], sampling, ids))
 
+        def draw_beside(start: int, width: int) -> list[torch.Tensor]:
+            starts = range(start, min(start + beside * width, len(embeddings)), width)
+            parts = [partial(draw, slice(own, own + width)) for own in starts]
+            return lanes.side_by_side(parts, beside)
+
         while (start := sum(map(len, done))) < len(embeddings):
-            done.append(passes.run(partial(draw, start), sampling.batch))
+            done += passes.run(partial(draw_beside, start), sampling.batch)
         return torch.cat(done)
 
     @torch.no_grad()
@@ -355,7 +303,7 @@ class StableDiffusion:
         """The same model with a copy of the UNet that nothing trains; the rest is shared."""
         twin = copy.copy(self)
         twin.unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
-        twin.unet_evaluations, twin.row_pairs = 0, None
+        twin.unet_evaluations, twin._of_thread = 0, threading.local()
         return twin
 
     @contextmanager

@@ -150,13 +150,7 @@ def _first_steps(report: AuditReport, attack: Condition | None) -> dict[str, int
     }
     if len(looked_at) < 2:
         return {}
-    rule = report.calibration
-    firsts = first_successes(
-        report.outcomes,
-        descriptor=rule.descriptor,
-        threshold=rule.threshold,
-        aggregation=report.aggregation,
-    )
+    firsts = first_successes(report.outcomes, report.calibration, report.aggregation)
     return steps_by_pair(attack, firsts)
 
 

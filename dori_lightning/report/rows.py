@@ -71,13 +71,7 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: An outcome has not as many similarities, or pictures, as seeds.
     """
-    rule = report.calibration
-    firsts = first_successes(
-        report.outcomes,
-        descriptor=rule.descriptor,
-        threshold=rule.threshold,
-        aggregation=report.aggregation,
-    )
+    firsts = first_successes(report.outcomes, report.calibration, report.aggregation)
     return [
         *(
             {**row, "first_success_steps": firsts.get(search) if search else None}

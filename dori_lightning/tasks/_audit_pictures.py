@@ -110,10 +110,7 @@ def copies(
     for trigger in triggers[bench.trainer.global_rank :: bench.trainer.world_size]:
         outcome = measure(trigger, folder, originals=bench.originals, sampling=bench.sampling)
         found[trigger.pair.id] = is_copy(
-            outcome,
-            descriptor=calibration.descriptor,
-            threshold=calibration.threshold,
-            aggregation=bench.originals.measures.aggregation,
+            outcome, calibration, bench.originals.measures.aggregation
         )
     return frozenset(name for name, copy in processes.gathered(found).items() if copy)
 

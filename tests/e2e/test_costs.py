@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dori_lightning.attacks import embedding_attack
-from dori_lightning.attacks.solver import PASS_PAIRS
+from dori_lightning.attacks.solver import CPU_PASS_PAIRS
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.pictures import CPU_PICTURES
 from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -19,10 +19,14 @@ from support.tiny import write_tiny
 STEPS, NOISES, SAMPLER = 3, 1, 2
 SMALL = (
     "pairs=folder", "utility=none", f"attack.budget.steps={STEPS}", "attack.snapshots=[]",
-    f"attack.noise_batch={NOISES}", "attack.inits=[prompt]", f"sampling.steps={SAMPLER}",
-    "sampling.images_per_pair=1", "checkpoint.name=tiny", "checkpoint.device=cpu", "trainer=cpu",
-    "report.images=none", "metrics.descriptors.local_correlation.threshold=0.5",
+    f"attack.noise_batch={NOISES}", "attack.pairs_per_forward=8", "attack.inits=[prompt]",
+    f"sampling.steps={SAMPLER}", "sampling.images_per_pair=1", "checkpoint.name=tiny",
+    "checkpoint.device=cpu", "trainer=cpu", "report.images=none",
+    "metrics.descriptors.local_correlation.threshold=0.5",
 )  # fmt: skip
+
+PASSES = 2
+"""Passes that five pairs take, kept together as one attack."""
 
 MEASURED = 4
 """Rows of the passes of one, one and two samples that measure the memory before an attack."""
@@ -83,7 +87,7 @@ def audit(place: Path, name: str, *overrides: str, seed: int = 0) -> None:
 
 
 def test_budgets_of_an_audit_are_read_off_one_attack(place: Path, asked: Counter[str]) -> None:
-    pairs, one_attack = 5, STEPS * PASS_PAIRS * NOISES + MEASURED
+    pairs, one_attack = 5, STEPS * PASSES * CPU_PASS_PAIRS * NOISES + MEASURED
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
     # ten pictures, from prompts and from the attack, fill one pass of sixteen; guided
@@ -116,5 +120,5 @@ def test_a_sweep_prunes_and_attacks_once_for_each_method_and_checkpoint(
             )  # fmt: skip
     jobs = len(methods) * len(checkpoints)
     assert asked["prunings"] == asked["attacks"] == jobs
-    assert asked["with gradient"] == jobs * (STEPS * PASS_PAIRS * NOISES + MEASURED)
+    assert asked["with gradient"] == jobs * (STEPS * PASSES * CPU_PASS_PAIRS * NOISES + MEASURED)
     assert asked["encode_images"] == len(checkpoints) * 5, "each checkpoint sees a pair once"

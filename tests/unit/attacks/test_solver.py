@@ -7,12 +7,15 @@ import torch
 
 from dori_lightning.attacks.row_adam import RowAdam
 from dori_lightning.attacks.solver import (
+    CPU_PASS_PAIRS,
     AttackProblem,
     AttackResult,
     BrokenAttackError,
+    pairs_at_once,
     refuse_broken,
     solve,
 )
+from dori_lightning.mitigations.edits import Origin, PairMaskEdit
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget, InputError, Norm
 
@@ -44,6 +47,29 @@ def test_a_pair_gets_the_same_bits_alone_and_in_company(
         assert torch.equal(alone.losses[0], together.losses[k])
     backwards = attack(model, rows(problem, 4, 2, 0))
     assert torch.equal(backwards.embeddings, together.embeddings[[4, 2, 0]])
+
+
+def test_passes_side_by_side_give_the_same_bits_and_keep_pairs_apart(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    name = next(iter(model.layers("cross_attention.value"))) + ".weight"
+    rows_of = len(dict(model.unet.named_parameters())[name])
+    generator = torch.Generator().manual_seed(1)
+    masks = {i: {name: torch.rand(rows_of, generator=generator) < 0.5} for i in problem.ids}
+    before, threads = model.unet_evaluations, torch.get_num_threads()
+    with PairMaskEdit(Origin(model.fingerprint), masks).applied(model):
+        one_by_one = attack(model, problem)
+        middle = model.unet_evaluations
+        torch.set_num_threads(2)
+        try:
+            assert pairs_at_once(model.device) == 2 * CPU_PASS_PAIRS
+            beside = attack(model, problem)
+        finally:
+            torch.set_num_threads(threads)
+    assert torch.equal(beside.embeddings, one_by_one.embeddings)
+    assert torch.equal(beside.losses, one_by_one.losses)
+    assert model.unet_evaluations - middle == middle - before > 0
+    assert not torch.allclose(attack(model, problem).losses, beside.losses, atol=1e-4)
 
 
 def test_the_attack_lowers_the_loss_and_moves_the_embedding(
@@ -162,7 +188,7 @@ def test_nothing_finite_ends_after_the_first_step_and_says_what_to_try(
 
     monkeypatch.setattr(model, "denoising_loss", broken)
     result = attack(model, problem)
-    assert len(calls) == 1
+    assert len(calls) == 2, "five rows take two passes a step"
     assert result.diverged.all()
     assert not result.no_gradient.any()
     assert result.embeddings.isfinite().all()
@@ -187,21 +213,21 @@ def test_out_of_memory_halves_the_pairs_and_not_the_noise_and_finds_the_same(
 
     def small_memory(latents: torch.Tensor, *args: torch.Tensor, **options: Any) -> torch.Tensor:
         widths.append(len(latents))
-        if len(latents) > 2 * 3:
+        if len(latents) > 1 * 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
         return real(latents, *args, **options)
 
     monkeypatch.setattr(model, "denoising_loss", small_memory)
     monkeypatch.setattr(model, "pass_limits", {})
     result = attack(model, problem)
-    assert widths[:3] == [8 * 3, 4 * 3, 2 * 3], "pairs of a pass, times three noise samples"
-    assert set(widths[2:]) == {2 * 3}, "memory runs out once, not at every step"
+    assert widths[:3] == [4 * 3, 2 * 3, 1 * 3], "pairs of a pass, times three noise samples"
+    assert set(widths[2:]) == {1 * 3}, "memory runs out once, not at every step"
     assert caplog.text.count("attack: out of memory") == 2
     # the same draws in passes of another shape: equal but for the rounding of kernels
     torch.testing.assert_close(result.embeddings, healthy.embeddings, atol=1e-4, rtol=0)
     torch.testing.assert_close(result.losses, healthy.losses, atol=1e-5, rtol=1e-5)
     assert attack(model, problem).losses.equal(result.losses)
-    assert widths.count(8 * 3) == 1, "what was found is remembered"
+    assert widths.count(4 * 3) == 1, "what was found is remembered"
 
 
 def test_passes_of_any_width_give_the_same_bits_where_kernels_do(
@@ -245,7 +271,7 @@ def test_a_row_that_diverges_stops_and_leaves_the_others_alone(
     def breaks(*args: torch.Tensor, **options: Any) -> torch.Tensor:
         calls.append(1)
         loss = real(*args, **options)
-        if len(calls) == 3:  # five rows take one pass a step: third step
+        if len(calls) == 5:  # five rows take two passes a step: third step
             loss = loss * torch.where(torch.arange(len(loss)) // 3 == 1, torch.nan, 1.0)  # row 1
         return loss
 

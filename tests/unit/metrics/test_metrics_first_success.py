@@ -47,7 +47,7 @@ def test_what_came_back_and_is_lost_again_counts_up_to_the_budget_only() -> None
 
 def test_the_first_of_any_restart_counts() -> None:
     found = [outcome("a", 10, 0.2), outcome("a", 50, 0.9), outcome("a", 10, 0.8, restart=1)]
-    firsts = first_successes(found, descriptor="local", threshold=0.7, aggregation="max")
+    firsts = first_successes(found, RULE, "max")
     assert firsts == {search_of(found[1]): 50, search_of(found[2]): 10}
     first = at(found, 50).first_success
     assert first is not None
@@ -74,7 +74,7 @@ def test_a_success_counts_also_where_the_attack_diverged_later() -> None:
 def test_pictures_count_by_the_aggregation() -> None:
     found = [outcome("a", 10, 0.9)]
     for aggregation, firsts in (("max", [10]), ("median", [])):
-        steps = first_successes(found, descriptor="local", threshold=0.7, aggregation=aggregation)
+        steps = first_successes(found, RULE, aggregation)
         assert [*steps.values()] == firsts
 
 

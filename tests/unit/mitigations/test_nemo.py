@@ -138,9 +138,18 @@ def test_answers_are_the_same_bits_in_any_company(loud: StableDiffusion) -> None
         together = passes.run(parts)
         backwards = passes.run(parts[::-1])[::-1]
         alone = [passes.run([part])[0] for part in parts]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with blocked_passes(layers, loud.predict_noise, rows=6, beside=2) as passes:
+            beside = passes.run([*parts, *parts[::-1]])
+    finally:
+        torch.set_num_threads(threads)
     for k in range(3):
         assert torch.equal(together[k], alone[k])
         assert torch.equal(together[k], backwards[k])
+        assert torch.equal(together[k], beside[k])
+        assert torch.equal(together[k], beside[5 - k])
 
 
 def test_similarities_do_not_depend_on_what_else_is_asked(loud: StableDiffusion) -> None:
