@@ -160,6 +160,13 @@ class AdversarialTraining(Finetuning):
             seed=workshop.seed,
         )
 
+    def work(self, steps: int) -> int:
+        """Rows through the denoiser up to an optimizer step, with no pair left out."""
+        method = self.method
+        rounds = -(-steps // method.updates)
+        rows = method.adversarial_batch + method.ordinary_batch
+        return rounds * self.pool.rows_of_search + steps * rows
+
     @property
     def notes(self) -> dict[str, Any]:
         """What the pool has to say: attack losses by round, pairs skipped."""
@@ -171,6 +178,7 @@ class AdversarialTraining(Finetuning):
         if step % method.updates == 0:
             # attacks run in full precision whatever the training's, as those of an audit do
             with torch.autocast(device.type, enabled=False):
+                self.pool.worked = self.worked
                 self.pool.search(step // method.updates)
         generator = keyed_generator("adversarial_finetuning", self.seed, step)
         ids, triggers = self.pool.draw(method.adversarial_batch, generator)

@@ -98,6 +98,7 @@ class Finetuning(L.LightningModule):
         # a list hides the model: only the denoiser belongs to this module's state
         self._held = [model]
         self.denoiser, self.settings = model.denoiser(), settings
+        self.worked: Callable[[int], None] = lambda _: None
         chosen = 0
         for name, parameter in self.denoiser.named_parameters():
             parameter.requires_grad_(trained(name))
@@ -116,6 +117,10 @@ class Finetuning(L.LightningModule):
         A copy of everything would double the model, the teacher and the data too.
         """
         return nn.ModuleDict({"denoiser": copy.deepcopy(self.denoiser, memo)})
+
+    def work(self, steps: int) -> int:
+        """How much work it is up to an optimizer step; ``worked`` is told of what lies between."""
+        return steps
 
     def finish(self) -> None:
         """Called once after the fit, or when it was cut: leave plain weights in the denoiser."""

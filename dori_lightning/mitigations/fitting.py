@@ -45,10 +45,15 @@ class _Steps(IterableDataset[int]):
 
 
 class _Advance(L.Callback):
-    """Advance a stage by the optimizer steps that were taken; stop at a loss that is no number."""
+    """Advance a stage by the work that was done; stop at a loss that is no number."""
 
-    def __init__(self, title: str, advance: Callable[[int], None]) -> None:
-        self.title, self.advance, self.seen = title, advance, 0
+    def __init__(self, title: str, module: Finetuning, advance: Callable[[int], None]) -> None:
+        self.title, self.module, self.advance, self.seen = title, module, advance, 0
+        module.worked = self._add
+
+    def _add(self, work: int) -> None:
+        self.seen += work
+        self.advance(work)
 
     # checkpoints come after all other callbacks, so none holds the broken weights
     def on_train_batch_end(
@@ -60,8 +65,7 @@ class _Advance(L.Callback):
                 f"{self.title}: the loss stopped being finite at step {trainer.global_step}; "
                 f"a smaller mitigation.finetune.lr or precision=32-true may help"
             )
-        self.advance(trainer.global_step - self.seen)
-        self.seen = trainer.global_step
+        self._add(self.module.work(trainer.global_step) - self.seen)
 
 
 class Saving(Checkpoint):
@@ -129,10 +133,10 @@ def fit(
     last = processes.from_first(last_checkpoint(folder, title) if processes.is_first() else None)
     if last is not None and is_done(module, last, steps):
         return
-    with stage(title, steps) as advance:
+    with stage(title, module.work(steps)) as advance:
         callbacks: list[L.Callback] = [
             Saving(folder, settings.checkpoint_every),
-            _Advance(title, advance),
+            _Advance(title, module, advance),
         ]
         if settings.ema is not None:
             # by interpolation, which leaves weights that are not trained as they are to the bit;

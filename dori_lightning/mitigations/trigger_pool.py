@@ -16,7 +16,7 @@ from dori_lightning.attacks.solver import AttackProblem, refuse_broken, solve
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from dori_lightning.models.protocol import TextToImage
     from dori_lightning.pairs.datamodule import PairBatch
@@ -104,9 +104,18 @@ class TriggerPool:
         self.warm = dict(self.prompts)
         self.rested: set[str] = set()
         self.rounds: list[dict[str, Any]] = []
+        # told after each step of a search of the rows that it took, those of all processes
+        self.worked: Callable[[int], None] = lambda _: None
         self._limits: dict[str, float] = {}
         if settings.skip_robust is not None:
             self._limits = self._robust_losses(settings.skip_robust)
+
+    @property
+    def rows_of_search(self) -> int:
+        """Rows through the denoiser that a round's search takes with all pairs in it."""
+        attack = self.settings.attack
+        searches = 2 if self.settings.warm else 1
+        return searches * len(self.ids) * attack.budget.steps * attack.noise_batch
 
     def search(self, number: int) -> None:
         """Search the triggers of a round against the model as it is now.
@@ -120,7 +129,8 @@ class TriggerPool:
         # kept aside until all is found: a search that is left half-way leaves the pool as it was
         if settings.warm:
             fresh = [self._random(name, number) for name in names]
-            last = self._attack(number, 0, names, [self.warm[name] for name in names], losses)
+            kept = [self.warm[name] for name in names]
+            last = self._attack(number, 0, names, kept, losses)
             found = last + self._attack(number, 1, names, fresh, losses)
         else:
             fresh = [self._start(name, number) for name in names]
@@ -243,6 +253,7 @@ class TriggerPool:
                 seed=self.seed,
                 snapshots=attack.snapshots,
                 keep_first_token=attack.keep_first_token,
+                on_step=lambda _: self.worked(len(names) * attack.noise_batch),
             )
             refuse_broken(result)
             for row, k in enumerate(own):

@@ -1,6 +1,7 @@
 """Adversarial fine-tuning: surrogates are vetted, triggers kept, the model put back."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dori_lightning.mitigations.none import NoMitigation
 from dori_lightning.mitigations.surrogates import SurrogateSettings, find_surrogates
 from dori_lightning.mitigations.trigger_pool import FIRST_RESTART, PoolSettings, TriggerPool
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.progress import heard_by
 from dori_lightning.types import InputError, Pair
 from support.tiny import tiny_model
 from support.workshop import make_workshop, read_pairs
@@ -81,6 +83,23 @@ def test_every_weight_is_trained_and_the_model_is_put_back(
     assert not any(torch.equal(edit.weights[name], before[name]) for name in before)
     rounds = edit.origin.notes["rounds"]
     assert [r["searched"] for r in rounds] == [2, 2]
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_progress_counts_the_rows_of_searches_and_updates(
+    tmp_path: Path, model: StableDiffusion, warm: bool
+) -> None:
+    pool = PoolSettings(attack=ATTACK, warm=warm)
+    told: list[tuple[str, int, int]] = []
+    with heard_by(lambda *what: told.append(what)):
+        method(pool=pool).apply(model, suspected(tmp_path), make_workshop(tmp_path, model))
+    told = [what for what in told if what[0] == "aft"]
+    search, update = (2 if warm else 1) * 2 * ATTACK.budget.steps * 2, 3 + 2
+    assert {total for _, _, total in told} == {2 * search + 4 * update}
+    done = [count for _, count, _ in told]
+    assert done[0] == 0
+    assert max(b - a for a, b in pairwise(done)) == max(update, 2 * 2), "no search in one piece"
+    assert done[-1] == 2 * search + 4 * update
 
 
 def test_it_is_deterministic_and_follows_the_seed(tmp_path: Path, model: StableDiffusion) -> None:
