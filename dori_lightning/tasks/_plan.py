@@ -232,5 +232,7 @@ def _remarks(plans: Sequence[JobPlan]) -> Iterator[str]:
         )
     if any(len(CHECKPOINTS[c].speeds) > 1 for c in _by_checkpoint(plans) if c in CHECKPOINTS):
         yield f"hours are of one card at {FRACTION:.0%} of its dense bf16 peak: estimates"
+    if any(job.at_most for job in plans):
+        yield "attack.early_stop: counted as if no image came back before the last step"
     for text in _not_counted(plans):
         yield f"not counted: {text}"

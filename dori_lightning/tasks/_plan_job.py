@@ -46,6 +46,8 @@ class JobPlan:
             draws.
         bytes: Estimated disk space of pictures and embeddings; None where the checkpoint's sizes
             are unknown.
+        at_most: Whether attacks may end before their last step (``attack.early_stop``), so that
+            what is counted is the most it can be.
     """
 
     checkpoint: str
@@ -59,6 +61,7 @@ class JobPlan:
     work: Evaluations
     shared: Mapping[str, Part]
     bytes: float | None
+    at_most: bool = False
 
 
 def plan_of(cfg: DictConfig) -> JobPlan:
@@ -112,6 +115,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         work=work,
         shared=shared,
         bytes=_bytes(checkpoint, pictures=pictures, embeddings=attacks * snapshots),
+        at_most=settings.early_stop,
     )
 
 

@@ -1,6 +1,7 @@
 """A dry run counts what an audit would do; where it can be checked against the code, it is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,17 @@ def test_a_dry_run_needs_no_list_no_pictures_and_no_weights(
     assert [p.name for p in folder.iterdir()] == ["plan.json"]
     held = json.loads((folder / "plan.json").read_text())
     assert (held["pairs"]["vm"], held["attacks"]) == (3, 6)
+
+
+def test_attacks_that_may_stop_early_are_counted_whole_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = planned(*listed(tmp_path))
+    early = planned(*listed(tmp_path), "attack.early_stop=true")
+    assert replace(early, at_most=False) == whole
+    for stop in ("true", "false"):
+        dry_run(tmp_path / stop, *listed(tmp_path), f"attack.early_stop={stop}")
+        assert ("attack.early_stop" in capsys.readouterr().err) == (stop == "true")
 
 
 def test_an_unreadable_list_is_assumed_and_the_reason_said(tmp_path: Path) -> None:
