@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml
 audit: $(STAMP) ## audit the embedded benchmark and write its report (ARGS="..." adds overrides)
 	$(RUN) dori_lightning +experiment=audit $(ARGS)
 
-headline: $(STAMP) ## make the headline table again and hold it against the recorded claims (an hour)
+headline: $(STAMP) ## make the headline table again and hold it against the recorded claims (an hour; jobs side by side)
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/001-headline-table/run.sh
 
 grid: $(STAMP) ## pruning method x budget x checkpoint, with its table (ARGS="..." adds overrides)
