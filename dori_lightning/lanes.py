@@ -1,7 +1,10 @@
 """Forward passes side by side on the CPU, each on threads of its own.
 
 The kernels of a small model are too short to be shared by many threads: two passes on a thread
-each take less time than one after the other on two (measured in ``experiments/003-speed``).
+each take less time than one after the other on two. A large model has its weights read from memory
+by every pass, and narrower passes read them more often: with Stable Diffusion's shape an attack
+took half as long again. Both are measured in ``experiments/003-speed``.
+
 A thread works without the interpreter's lock while it is in a kernel, so no processes are needed.
 """
 
@@ -17,21 +20,30 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["count", "in_one", "side_by_side"]
+    from dori_lightning.models.protocol import TextToImage
+
+__all__ = ["count", "in_one", "side_by_side", "small"]
 
 T = TypeVar("T")
 
 MOST = 4
 """Passes side by side at most; where there are more threads, each pass has several of them."""
 
+SMALL = 100_000_000
+"""Weights of a denoiser up to which its passes go side by side. Measured with 9 million, where it
+pays, and with 860, where it does not; where between them it turns is not known."""
+
 _one = False
 
 
-def count(device: torch.device) -> int:
-    """How many passes go side by side on a device: on the CPU a thread each, up to ``MOST``."""
-    if device.type != "cpu" or _one:
-        return 1
-    return min(MOST, torch.get_num_threads())
+def small(model: TextToImage) -> bool:
+    """Whether a model gains by passes side by side: on the CPU, with up to ``SMALL`` weights."""
+    return model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= SMALL
+
+
+def count(model: TextToImage) -> int:
+    """How many of a model's passes go side by side: a thread each, up to ``MOST``, or one."""
+    return min(MOST, torch.get_num_threads()) if small(model) and not _one else 1
 
 
 @contextmanager

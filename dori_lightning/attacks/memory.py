@@ -225,7 +225,7 @@ def pairs_that_fit(
     if wanted is not None:
         return wanted
     if model.device.type == "cpu":
-        return pairs_at_once(model.device)
+        return pairs_at_once(model)
     return _fitting(model, noise_batch, free, pair_id)
 
 
@@ -254,14 +254,14 @@ def fit_cpu_passes(
     if model.device.type != "cpu" or asked in model.pass_limits:
         return
     fit = model.pass_limits[asked] = _fitting(model, noise_batch, free, pair_id)
-    if fit < pairs_at_once(model.device):
+    if fit < pairs_at_once(model):
         narrow = min(fit, wanted or fit, model.pass_limits.get(PASS_KIND, fit))
         model.pass_limits[PASS_KIND] = narrow
 
 
 def _fitting(model: TextToImage, noise_batch: int, free: int | None, pair_id: str | None) -> int:
     """Pairs at once by the free memory, 1 to ``pairs_at_once``; says how it was found."""
-    most = pairs_at_once(model.device)
+    most = pairs_at_once(model)
     free = free_memory(model.device) if free is None else free
     if free is None:
         log.info("free memory of %s is not known: %d pairs at once", model.device, most)
@@ -274,7 +274,7 @@ def _fitting(model: TextToImage, noise_batch: int, free: int | None, pair_id: st
         # the attack itself says what does not fit, and what helps
         log.warning("no room to measure a pass of two samples: 1 pair at once")
         return 1
-    passes = lanes.count(model.device)
+    passes = lanes.count(model)
     fit = memory.pairs(int(_SHARE * free), noise_batch, passes=passes)
     chosen = max(1, min(most, fit))
     text = (

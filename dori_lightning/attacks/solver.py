@@ -53,17 +53,17 @@ _BROKEN = (
 PASS_PAIRS = 8
 """Pairs of a forward pass where memory does not decide."""
 
-CPU_PASS_PAIRS = 4
-"""Pairs of every forward pass on the CPU, see ``_loss_and_gradient``, of which several go side by
-side. Wider was no faster, and fills up more."""
+LANE_PAIRS = 4
+"""Pairs of a forward pass where several go side by side (``lanes``): wider was no faster, and
+fills up more."""
 
 PASS_KIND = "attack"
 """Under this name a model remembers how wide its memory lets a pass be, see ``halving.Passes``."""
 
 
-def pairs_at_once(device: torch.device) -> int:
-    """Pairs whose passes a device computes at the same time where memory does not decide."""
-    return CPU_PASS_PAIRS * lanes.count(device) if device.type == "cpu" else PASS_PAIRS
+def pairs_at_once(model: TextToImage) -> int:
+    """Pairs of a model that are computed at the same time where memory does not decide."""
+    return LANE_PAIRS * lanes.count(model) if lanes.small(model) else PASS_PAIRS
 
 
 class BrokenAttackError(RuntimeError):
@@ -139,7 +139,7 @@ def solve(
     if keep_first_token:
         token_mask[0] = 0.0
     shape = (batch, *latents.shape[1:])
-    share = pairs_at_once(model.device) if model.device.type == "cpu" else rows
+    share = pairs_at_once(model) if model.device.type == "cpu" else rows
     restarts = problem.restarts or (problem.restart,) * rows
     repeated = latents.repeat_interleave(batch, 0)
     passes = Passes(PASS_KIND, "pair", model.pass_limits, _TOO_LARGE)
@@ -209,13 +209,13 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss (N,) and gradient (N, T, D) at ``point``, of ``at_once`` pairs at the same time.
 
-    On the CPU these are several passes. The last pass is filled up to the pairs of the others
-    with a copy of its first, and what the copies give is dropped. Kernels are chosen by shape and
-    work row by row, so with every pass of one shape a pair gets the same bits on the CPU wherever
-    and with whomever it stands.
+    These are several passes where a small model's go side by side. The last pass is filled up to
+    the pairs of the others with a copy of its first, and what the copies give is dropped. Kernels
+    are chosen by shape and work row by row, so with every pass of one shape a pair gets the same
+    bits on the CPU wherever and with whomever it stands.
     """
     batch = len(noise) // len(point)
-    beside = min(lanes.count(model.device), at_once)
+    beside = min(lanes.count(model), at_once)
     share = at_once // beside
 
     def one_pass(start: int) -> tuple[torch.Tensor, torch.Tensor]:

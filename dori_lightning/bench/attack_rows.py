@@ -108,7 +108,7 @@ def attack_rows(
         title: What the progress line says.
         quality: ``subject`` and ``task`` for loss and memorization rate; None leaves them out.
     """
-    share = pairs_at_once(model.device) if model.device.type == "cpu" else len(task.ids)
+    share = pairs_at_once(model) if model.device.type == "cpu" else len(task.ids)
     ways: dict[str, Callable[[AttackTask], Found]] = {
         "B0": partial(naive, model),
         "B1": partial(fair, model),
@@ -129,7 +129,7 @@ def attack_rows(
     one = replace(task, steps=1)
     costs = {name: _cost(model, partial(run, one), len(task.ids)) for name, run in eager.items()}
     # counted one pass after the other
-    costs["ours"]["bytes"] *= lanes.count(model.device)
+    costs["ours"]["bytes"] *= lanes.count(model)
     limits = _limits(model, one, share)
     timed = timed_in_turn(
         {name: partial(run, task) for name, run in ways.items()},

@@ -81,8 +81,8 @@ class NeMo:
             blocks nothing, as published; ``block`` goes on with all samples (``noise_ssim``).
         scales: Scales of the similarity; None for the published 3, or what fits.
         window: Its window; None for the published 11, or what fits.
-        rows: Rows of every forward pass; at least ``samples``. On the CPU fewer
-            (``nemo_find.CPU_ROWS``).
+        rows: Rows of every forward pass; at least ``samples``. Fewer where passes
+            go side by side (``nemo_find.LANE_ROWS``).
         candidates: Questions of one pair in a pass, at most. 1 asks one at a time; more is faster
             where few pairs are left and finds the same neurons.
     """

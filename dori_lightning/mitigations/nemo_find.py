@@ -49,8 +49,8 @@ __all__ = ["PUBLISHED_STEPS", "NeMoFindings", "find_neurons"]
 
 PUBLISHED_STEPS = 50
 
-CPU_ROWS = 32
-"""Rows of every pass on the CPU at most: wider ones gain nothing there, several go side by side,
+LANE_ROWS = 32
+"""Rows of a pass at most where several go side by side (``lanes``): wider ones gain nothing there,
 and what is left for guesses of what will be asked next costs as much as what is asked."""
 
 
@@ -165,9 +165,9 @@ def _passes(
         "replication": drawing(model, workshop),
     }
     forward = forwards[settings.criterion]
-    cpu = model.device.type == "cpu"
-    rows = max(settings.samples, min(settings.rows, CPU_ROWS)) if cpu else settings.rows
-    beside = lanes.count(model.device)
+    rows, beside = settings.rows, lanes.count(model)
+    if lanes.small(model):
+        rows = max(settings.samples, min(rows, LANE_ROWS))
     with (
         model.frozen(),
         torch.no_grad(),

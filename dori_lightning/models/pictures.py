@@ -140,7 +140,7 @@ def generate_pictures(
     cpu = model.device.type == "cpu"
     share = max(1, (CPU_PICTURES if cpu else sampling.batch) // len(seeds))
     # an order of more than one pass has its passes side by side, and its own call
-    width = share * (lanes.count(model.device) if share * len(seeds) <= CPU_PICTURES else 1)
+    width = share * (lanes.count(model) if share * len(seeds) <= CPU_PICTURES else 1)
     for start in range(0, len(missing), width):
         part = missing[start : start + width]
         full = [*part, *[part[0]] * (-len(part) % share)] if cpu else part

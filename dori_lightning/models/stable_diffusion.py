@@ -229,7 +229,7 @@ class StableDiffusion(Encoders):
         """
         passes = Passes("generate", "picture", self.pass_limits, _TOO_LARGE)
         done: list[torch.Tensor] = []
-        beside = lanes.count(self.device)
+        beside = lanes.count(self)
 
         def draw(part: slice) -> torch.Tensor:
             ids = None if pair_ids is None else list(pair_ids[part])

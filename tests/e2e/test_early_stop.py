@@ -198,7 +198,7 @@ def test_evaluations_are_counted_and_passes_stay_full(
 
     monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
     # no rows that only fill up a pass
-    monkeypatch.setattr(solver, "CPU_PASS_PAIRS", 1)
+    monkeypatch.setattr(solver, "LANE_PAIRS", 1)
     monkeypatch.setattr(pictures, "CPU_PICTURES", PICTURES)
     folder = run(material, tmp_path / "run", STOP)
     effort, steps = read_report(folder)["effort"], firsts(folder)

@@ -1,13 +1,14 @@
 import threading
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from dori_lightning import lanes
-
-CPU = torch.device("cpu")
+from dori_lightning.models.protocol import TextToImage
 
 
 @pytest.fixture
@@ -18,13 +19,28 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_there_are_as_many_lanes_as_threads_and_one_on_a_gpu(two_threads: None) -> None:
-    assert lanes.count(CPU) == 2
-    assert lanes.count(torch.device("cuda")) == 1
+def of_size(weights: int, device: str = "cpu") -> TextToImage:
+    """What is asked of a model; weights without memory."""
+    parameters = [
+        torch.empty(weights // 2, device="meta"),
+        torch.empty(weights // 2, device="meta"),
+    ]
+    return cast(
+        "TextToImage",
+        SimpleNamespace(device=torch.device(device), parameters=lambda: iter(parameters)),
+    )
+
+
+def test_a_small_model_has_as_many_lanes_as_threads_others_have_one(two_threads: None) -> None:
+    tiny = of_size(10)
+    assert lanes.count(tiny) == 2
+    assert lanes.count(of_size(lanes.SMALL)) == 2
+    assert lanes.count(of_size(lanes.SMALL + 2)) == 1
+    assert lanes.count(of_size(10, "cuda")) == 1
     with lanes.in_one():
-        assert lanes.count(CPU) == 1
+        assert lanes.count(tiny) == 1
     torch.set_num_threads(lanes.MOST + 3)
-    assert lanes.count(CPU) == lanes.MOST
+    assert lanes.count(tiny) == lanes.MOST
 
 
 def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads: None) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dori_lightning.attacks.solver import CPU_PASS_PAIRS, AttackProblem, solve
+from dori_lightning.attacks.solver import LANE_PAIRS, AttackProblem, solve
 from dori_lightning.bench.counters import counted
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -112,7 +112,7 @@ def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(
 ) -> None:
     with counted(model) as counts:
         solve(model, problem, budget=Budget(steps=3), noise_batch=2, snapshots=(1, 2))
-    assert (counts.unet_passes, counts.unet) == (3 * 2, 3 * 2 * CPU_PASS_PAIRS * 2)
+    assert (counts.unet_passes, counts.unet) == (3 * 2, 3 * 2 * LANE_PAIRS * 2)
     assert (counts.encoded, counts.decoded, counts.prompts) == (0, 0, 0)
 
 

@@ -17,7 +17,7 @@ from dori_lightning.attacks.memory import (
     measure_pass,
     pairs_that_fit,
 )
-from dori_lightning.attacks.solver import CPU_PASS_PAIRS, PASS_KIND, PASS_PAIRS
+from dori_lightning.attacks.solver import LANE_PAIRS, PASS_KIND, PASS_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
 
 
@@ -74,7 +74,12 @@ def test_checkpointing_takes_less_and_gives_the_same_gradient(model: StableDiffu
 
 def on(device: str) -> StableDiffusion:
     """What is asked of a model before it is measured."""
-    return cast("StableDiffusion", SimpleNamespace(device=torch.device(device), pass_limits={}))
+    return cast(
+        "StableDiffusion",
+        SimpleNamespace(
+            device=torch.device(device), pass_limits={}, parameters=lambda: iter([torch.ones(3)])
+        ),
+    )
 
 
 def gpu_pairs(gib: float, wanted: int | None = None) -> int:
@@ -117,7 +122,7 @@ def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
 ) -> None:
     def limit(gib: float, wanted: int | None) -> int | None:
         model = on("cpu")
-        assert pairs_that_fit(model, noise_batch=8, wanted=wanted) == (wanted or CPU_PASS_PAIRS)
+        assert pairs_that_fit(model, noise_batch=8, wanted=wanted) == (wanted or LANE_PAIRS)
         assert PASS_KIND not in model.pass_limits
         for _ in range(2):
             fit_cpu_passes(

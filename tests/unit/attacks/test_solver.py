@@ -7,7 +7,7 @@ import torch
 
 from dori_lightning.attacks.row_adam import RowAdam
 from dori_lightning.attacks.solver import (
-    CPU_PASS_PAIRS,
+    LANE_PAIRS,
     AttackProblem,
     AttackResult,
     BrokenAttackError,
@@ -62,7 +62,7 @@ def test_passes_side_by_side_give_the_same_bits_and_keep_pairs_apart(
         middle = model.unet_evaluations
         torch.set_num_threads(2)
         try:
-            assert pairs_at_once(model.device) == 2 * CPU_PASS_PAIRS
+            assert pairs_at_once(model) == 2 * LANE_PAIRS
             beside = attack(model, problem)
         finally:
             torch.set_num_threads(threads)
