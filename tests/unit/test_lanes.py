@@ -9,14 +9,13 @@ import torch
 
 from dori_lightning import lanes
 from dori_lightning.models.protocol import TextToImage
+from support.threads import threads
 
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 def of_size(weights: int, device: str = "cpu") -> TextToImage:
@@ -53,7 +52,7 @@ def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads: No
 
     found = lanes.side_by_side([partial(work, k) for k in range(5)], 2)
     assert [number for number, _, _ in found] == [0, 1, 2, 3, 4]
-    assert {threads for _, threads, _ in found} == {1}
+    assert {own for _, own, _ in found} == {1}
     assert len({name for _, _, name in found}) == 2
     assert torch.get_num_threads() == 2
 

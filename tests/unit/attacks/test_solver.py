@@ -18,6 +18,7 @@ from dori_lightning.attacks.solver import (
 from dori_lightning.mitigations.edits import Origin, PairMaskEdit
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget, InputError, Norm
+from support.threads import threads
 
 FIVE = Budget("none", None, 5)
 
@@ -56,16 +57,13 @@ def test_passes_side_by_side_give_the_same_bits_and_keep_pairs_apart(
     rows_of = len(dict(model.unet.named_parameters())[name])
     generator = torch.Generator().manual_seed(1)
     masks = {i: {name: torch.rand(rows_of, generator=generator) < 0.5} for i in problem.ids}
-    before, threads = model.unet_evaluations, torch.get_num_threads()
+    before = model.unet_evaluations
     with PairMaskEdit(Origin(model.fingerprint), masks).applied(model):
         one_by_one = attack(model, problem)
         middle = model.unet_evaluations
-        torch.set_num_threads(2)
-        try:
+        with threads(2):
             assert pairs_at_once(model) == 2 * LANE_PAIRS
             beside = attack(model, problem)
-        finally:
-            torch.set_num_threads(threads)
     assert torch.equal(beside.embeddings, one_by_one.embeddings)
     assert torch.equal(beside.losses, one_by_one.losses)
     assert model.unet_evaluations - middle == middle - before > 0

@@ -19,6 +19,7 @@ from dori_lightning.mitigations.nemo_selection import Schedule, levels_of
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import NoCorpus
 from dori_lightning.types import InputError, Pair
+from support.threads import threads
 from support.tiny import tiny_model
 from support.workshop import make_workshop
 
@@ -138,13 +139,8 @@ def test_answers_are_the_same_bits_in_any_company(loud: StableDiffusion) -> None
         together = passes.run(parts)
         backwards = passes.run(parts[::-1])[::-1]
         alone = [passes.run([part])[0] for part in parts]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with blocked_passes(layers, loud.predict_noise, rows=6, beside=2) as passes:
-            beside = passes.run([*parts, *parts[::-1]])
-    finally:
-        torch.set_num_threads(threads)
+    with threads(2), blocked_passes(layers, loud.predict_noise, rows=6, beside=2) as passes:
+        beside = passes.run([*parts, *parts[::-1]])
     for k in range(3):
         assert torch.equal(together[k], alone[k])
         assert torch.equal(together[k], backwards[k])
