@@ -27,13 +27,13 @@ from dori_lightning import (
     guards,
     interruption,
     mistakes,
-    quiet,
     ranks,
     schema,
     sweeps,
 )
 from dori_lightning.files import remove_partials
 from dori_lightning.interruption import Interrupted
+from dori_lightning.quiet import quiet_libraries
 from dori_lightning.redaction import redact
 from dori_lightning.report.claims import ClaimsFailedError
 from dori_lightning.tasks._job_status import status_of
@@ -126,9 +126,9 @@ def _run_hydra(cfg: DictConfig) -> float | None:
         with _environment_variable(_FULL_ERROR, _USERS_FULL_ERROR):
             return _run_task(cfg)
     except Interrupted as told:
-        from dori_lightning import processes
+        from dori_lightning.processes import leave
 
-        processes.leave(told)
+        leave(told)
         interruption.hand_on(told.signum)
         raise
     except Exception as error:
@@ -166,14 +166,15 @@ def _run_task(cfg: DictConfig) -> float | None:
             status = until_the_end.enter_context(status_of(folder))
         task = _checked(cfg)
         # late: errors above come at once, and these import torch
-        from dori_lightning import devices, progress
+        from dori_lightning.devices import pin
+        from dori_lightning.progress import heard_by
 
-        quiet.quiet_libraries()
+        quiet_libraries()
         on_gpu = OmegaConf.select(cfg, "checkpoint.device") != "cpu"
         if "joblib" in str(settings.launcher.get("_target_")) and on_gpu:
-            devices.pin()
+            pin()
         if status is not None:
-            until_the_end.enter_context(progress.heard_by(status.progress))
+            until_the_end.enter_context(heard_by(status.progress))
         until_the_end.enter_context(interruption.handling())
         result: float | None = task.run(cfg, folder)
     if ranks.speaks():
@@ -195,8 +196,7 @@ def _checked(cfg: DictConfig) -> Any:
 
 def _task(name: Any) -> Any:
     """Module of `dori_lightning.tasks` by name; only names of its files are imported."""
-    here = Path(__file__).resolve().parent / "tasks"
-    known = sorted(file.stem for file in here.glob("*.py") if not file.stem.startswith("_"))
+    known = sorted(file.stem for file in (schema.CONF / "task").glob("*.yaml"))
     if name not in known:
         raise InputError(
             f"no task {name!r}\n  where: task.name\n  mend:  one of {', '.join(known)}: task=NAME"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dori_lightning.metrics.utility import (
-        Comparison,
+        Comparison as UtilityComparison,
         DenoisingLoss,
         PictureRow,
         Replicas,
@@ -167,7 +167,7 @@ def _loss_row(loss: DenoisingLoss) -> CostRow:
 
 
 def _picture_rows(
-    sets: Comparison, descriptor: str, which: str, *, first: bool = True
+    sets: UtilityComparison, descriptor: str, which: str, *, first: bool = True
 ) -> Iterator[CostRow]:
     count = (
         f"{number_words(sets.prompts, 'prompt')} × {number_words(sets.pictures_each, 'picture')}"

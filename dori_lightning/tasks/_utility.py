@@ -21,7 +21,6 @@ from dori_lightning.metrics.utility_comparison import (
     replicated_before,
 )
 from dori_lightning.progress import stage
-from dori_lightning.report.utility_files import write_utility
 from dori_lightning.tasks._utility_cache import Unmitigated
 from dori_lightning.tasks._utility_losses import LossExamples, corpus_id, denoising_losses
 from dori_lightning.tasks._utility_pictures import PictureSet, near_prompts, ordinary_prompts
@@ -63,8 +62,6 @@ def measure_utility(
 
     Ordinary prompts and pictures are those that the corpus keeps for evaluation: no mitigation has
     calibrated on them. What cannot be measured here is left out, with the reason.
-
-    The result is also written into the run folder: ``utility.json`` and two tables.
 
     Args:
         model: The model, without the edit.
@@ -114,7 +111,7 @@ def measure_utility(
     near = [row for row in rows if row.kind == "neighbour"]
     for name, reason in left_out.items():
         log.info("utility: %s is left out: %s", name, reason)
-    found = Utility(
+    return Utility(
         descriptor=descriptor,
         denoising_loss=compare_losses(losses, seed=seed) if losses else None,
         ordinary=compared.get("ordinary"),
@@ -128,8 +125,6 @@ def measure_utility(
         loss_rows=tuple(losses),
         picture_rows=tuple(rows),
     )
-    write_utility(found, folder)
-    return found
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dori_lightning.report.page import write_page
 from dori_lightning.report.plots import write_figures
 from dori_lightning.report.record import write_report
 from dori_lightning.report.tables import cells_table
+from dori_lightning.report.utility_files import write_utility
 from dori_lightning.report.verdict import INVALID
 from dori_lightning.tasks._audit_numbers import objective
 from dori_lightning.tasks._audit_setup import method_of, set_up
@@ -67,6 +68,9 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     if not bench.trainer.is_global_zero:
         return None
     measured = measure_all(bench, drawn)
+    utility = price(bench, found.edit, measured.calibration)
+    if utility is not None:
+        write_utility(utility, folder)
     changed = changed_weights(found.edit, bench.model)
     record = edit_record(found, bench.mitigation.name, changed=changed)
     write_atomically(folder / "edit.json", record)
@@ -77,7 +81,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         calibration=measured.calibration,
         outcomes=measured.outcomes,
         baseline=measured.baseline,
-        utility=price(bench, found.edit, measured.calibration),
+        utility=utility,
         effort=attack_effort(
             measured.outcomes,
             noise_batch=bench.settings.noise_batch,

@@ -18,6 +18,7 @@ from dori_lightning.mitigations.edits import (
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import CaptionCorpus, Corpus, Examples, NoCorpus, Split
+from dori_lightning.report.utility_files import write_utility
 from dori_lightning.tasks._utility import measure_utility
 from dori_lightning.tasks._utility_losses import LossExamples, corpus_id
 from dori_lightning.tasks._utility_pictures import near_prompts
@@ -65,7 +66,7 @@ def measured(
     run: str = "run",
 ) -> Utility:
     shop = make_workshop(folder, model)
-    return measure_utility(
+    found = measure_utility(
         model,
         edit,
         pairs=[pair for pair in read_pairs(folder) if pair.kind != "control"],
@@ -79,6 +80,8 @@ def measured(
         threshold=0.5,
         seed=seed,
     )
+    write_utility(found, folder / run)
+    return found
 
 
 def nothing(model: StableDiffusion) -> MaskEdit:
