@@ -11,24 +11,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-__all__ = [
-    "INITS",
-    "KINDS",
-    "Budget",
-    "Calibration",
-    "Cell",
-    "Condition",
-    "Counted",
-    "FirstSuccess",
-    "Init",
-    "InputError",
-    "Kind",
-    "Norm",
-    "Outcome",
-    "Pair",
-    "Pairs",
-    "Status",
-]
+
+BASELINE = "none"
+"""The mitigation that is none: the row that every other one is compared with."""
+
 
 Kind = Literal["vm", "tm", "control"]
 KINDS: tuple[Kind, ...] = ("vm", "tm", "control")

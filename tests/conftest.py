@@ -23,13 +23,13 @@ from collections.abc import Iterator
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from dori_lightning import schema
+from dori_lightning import config
 
 
 @pytest.fixture(autouse=True)
 def fresh_hydra() -> Iterator[None]:
     """Hydra and its config store are global to the process."""
     GlobalHydra.instance().clear()
-    schema.register()
+    config.register()
     yield
     GlobalHydra.instance().clear()

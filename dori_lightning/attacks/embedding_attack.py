@@ -3,28 +3,87 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import torch
 
-from dori_lightning.attacks.draws import keyed_generator, random_embedding
-from dori_lightning.attacks.memory import fit_cpu_passes
-from dori_lightning.attacks.results import AttackProblem, AttackResult, joined
-from dori_lightning.attacks.solver import solve
-from dori_lightning.types import InputError
+from dori_lightning.attacks.budget import AttackSettings, looked_at
+from dori_lightning.attacks.solver import (
+    AttackProblem,
+    AttackResult,
+    joined,
+    random_embedding,
+    refuse_broken,
+    solve,
+)
+from dori_lightning.attacks.store import AttackLedger
+from dori_lightning.models.batching import fit_cpu_passes, pairs_that_fit
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.pairs.datamodule import Encoded, PairBatch, PairsDataModule
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.seeding import keyed_generator
+from dori_lightning.types import Budget, Condition, Init, InputError, Pair, Status
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+# -------- early_stop
+# Attack from snapshot to snapshot, and stop where a pair came back.
+#
+# The rows that are left share passes anew after each snapshot. Each has its own draws and its own
+# Adam state, so it takes the steps that it would have taken beside those that were stopped.
 
-    from dori_lightning.attacks.ledger import AttackLedger
-    from dori_lightning.attacks.settings import AttackSettings
-    from dori_lightning.models.protocol import TextToImage
-    from dori_lightning.pairs.datamodule import Encoded, PairBatch
-    from dori_lightning.types import Budget, Init, Pair
 
-__all__ = ["ControlPrompts", "EmbeddingAttack", "input_hash"]
+def stop_at_success(
+    attack: Callable[[Sequence[Pair], range], None],
+    read: Callable[[Pair], Sequence[Trigger]],
+    pairs: Sequence[Pair],
+    *,
+    ends: Sequence[int],
+    reproduced: Callable[[Sequence[Trigger]], Collection[str]],
+) -> list[Trigger]:
+    """Attack pairs from one initial point and restart until each comes back or the end.
+
+    Args:
+        attack: Takes pairs through steps.
+        read: Triggers of a pair's attack so far, one for each step looked at.
+        pairs: Whom to attack.
+        ends: Steps to look at, rising; the last one is the budget.
+        reproduced: Ids of the pairs that triggers bring back.
+
+    Returns:
+        One trigger per pair and end; after a pair came back, the one that brought it back.
+    """
+    found: dict[str, list[Trigger]] = {pair.id: [] for pair in pairs}
+    left, begin = list(pairs), 0
+    for end in ends:
+        attack(left, range(begin, end))
+        fresh = {
+            pair.id: next(t for t in read(pair) if t.condition.budget.steps == end)
+            for pair in left
+        }
+        for name, held in found.items():
+            held.append(fresh[name] if name in fresh else _stopped(held[-1], end))
+        back = reproduced([*fresh.values()]) if fresh else ()
+        left, begin = [pair for pair in left if pair.id not in back], end
+    return [trigger for held in found.values() for trigger in held]
+
+
+def _stopped(trigger: Trigger, steps: int) -> Trigger:
+    """What stands for a later budget where the attack was stopped."""
+    condition = trigger.condition
+    return replace(
+        trigger,
+        condition=replace(condition, budget=replace(condition.budget, steps=steps)),
+        stopped_at=trigger.spent,
+    )
+
+
+# -------- embedding_attack
 
 
 @dataclass(frozen=True)
@@ -197,3 +256,325 @@ class EmbeddingAttack(L.LightningModule):
             self.ledger.write(result, self.init_point, hashes)
         found = [self.stored(p.id, hashes[p.id]) for p in batch.pairs]
         return [r for r in found if r is not None]
+
+
+# -------- triggers
+# What pictures are drawn from.
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """An embedding to generate from, and how it came about.
+
+    Attributes:
+        pair: The pair it should reproduce.
+        condition: Prompt or attack, with the steps spent so far.
+        restart: Which restart.
+        embedding: Text embedding (T, D).
+        diverged: Whether the attack stopped being finite on the way.
+        no_gradient: Whether it had no gradient to follow.
+        loss_first: Attack loss at the first step; None for a prompt.
+        loss_last: Mean attack loss of the last five steps spent; None for a prompt.
+        displacement: Euclidean distance to the initial embedding; None for a prompt.
+        losses: Attack loss of every step spent (S,); None for a prompt.
+        stopped_at: Steps after which the attack was stopped, fewer than the condition's, because
+            its pictures were copies; None where it took all of them.
+    """
+
+    pair: Pair
+    condition: Condition
+    restart: int
+    embedding: torch.Tensor
+    diverged: bool = False
+    no_gradient: bool = False
+    loss_first: float | None = None
+    loss_last: float | None = None
+    displacement: float | None = None
+    losses: torch.Tensor | None = None
+    stopped_at: int | None = None
+
+    @property
+    def spent(self) -> int:
+        """Steps that led to the embedding."""
+        return self.condition.budget.steps if self.stopped_at is None else self.stopped_at
+
+    @property
+    def status(self) -> Status:
+        """What came of the attack; ``ok`` for a prompt."""
+        return "no_gradient" if self.no_gradient else "diverged" if self.diverged else "ok"
+
+
+# -------- campaign
+# Attack every pair from every initial point, and collect what the ledger holds.
+#
+# Each process attacks its own share of the pairs.
+
+
+def attack_identity(
+    model: TextToImage, settings: AttackSettings, budget: Budget, *, seed: int, edit: str
+) -> dict[str, str]:
+    """What an attack's result depends on besides the pair.
+
+    Batch width and the number of processes are not among it.
+    """
+    method = {
+        "lr": settings.lr,
+        "noise_batch": settings.noise_batch,
+        "keep_first_token": settings.keep_first_token,
+        "snapshots": [s for s in settings.snapshots if s <= budget.steps],
+        "budget": asdict(budget),
+    }
+    digest = hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:16]
+    return {"checkpoint": model.fingerprint, "edit": edit, "attack": digest, "seed": str(seed)}
+
+
+def attack_pairs(
+    model: TextToImage,
+    pairs: Sequence[Pair],
+    *,
+    trainer: L.Trainer,
+    data: PairsDataModule,
+    settings: AttackSettings,
+    budget: Budget,
+    controls: ControlPrompts,
+    folder: Path,
+    seed: int,
+    edit: str,
+    on_round: Callable[[Sequence[Trigger]], None] | None = None,
+    reproduced: Callable[[Sequence[Trigger]], Collection[str]] | None = None,
+) -> list[Trigger]:
+    """Attack pairs, reusing what ``folder`` holds.
+
+    With ``reproduced``, an attack goes from one snapshot to the next, and pairs that came back
+    are left out of what follows: the rest is put together anew, so that passes stay full and
+    processes share it evenly. A pair's steps, and so its embeddings, are the same as without.
+
+    Args:
+        model: Model under attack, with the edit applied.
+        pairs: Whom to attack.
+        trainer: Runs the prediction; its processes share the pairs.
+        data: Encoded pairs, a superset of ``pairs``.
+        settings: Attack settings.
+        budget: Resolved budget.
+        controls: Where ``control_prompt`` starts from.
+        folder: Ledger folder.
+        seed: Run seed.
+        edit: Identity of the edit.
+        on_round: Called with the triggers from one initial point and restart, once all are there.
+        reproduced: Names the pairs that the triggers of one snapshot bring back, the same on every
+            process; their attacks stop there. None stops none.
+
+    Returns:
+        One trigger per pair, init, restart and snapshot, the same on every process. After its
+        attack was stopped, a pair's triggers are the one that brought it back.
+
+    Raises:
+        InputError: Not even one pair fits the memory.
+    """
+    distributed.start(trainer)
+    ledger = AttackLedger(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
+    triggers: list[Trigger] = []
+    for init in settings.inits:
+        chosen = [p for p in pairs if init in settings.inits_of(p.kind)]
+        for restart in range(settings.restarts):
+            title = f"attack from {init}" + (
+                f", restart {restart}" if settings.restarts > 1 else ""
+            )
+            module = EmbeddingAttack(
+                model,
+                settings=settings,
+                budget=budget,
+                init=init,
+                restart=restart,
+                controls=controls,
+                ledger=ledger,
+                seed=seed,
+            )
+            attack = partial(_attack, module, trainer=trainer, data=data, title=title)
+            read = partial(read_triggers, module, data, budget=budget)
+            if reproduced is None:
+                attack(chosen, range(budget.steps))
+                found = [t for pair in chosen for t in read(pair)]
+            else:
+                ends = looked_at(settings.snapshots, budget.steps)
+                found = stop_at_success(attack, read, chosen, ends=ends, reproduced=reproduced)
+            if on_round is not None and found:
+                on_round(found)
+            triggers += found
+    return triggers
+
+
+def _attack(
+    module: EmbeddingAttack,
+    pairs: Sequence[Pair],
+    steps: range,
+    *,
+    trainer: L.Trainer,
+    data: PairsDataModule,
+    title: str,
+) -> None:
+    """Attack pairs up to the end of ``steps``; all of it is in the ledger when this returns."""
+    own = len(pairs[trainer.global_rank :: trainer.world_size])
+    batches = -(-own // data.pairs_per_batch)
+    if len(steps) < module.budget.steps:
+        title += f", steps {steps.start} to {steps.stop}"
+    with stage(title, batches * len(steps), visible=trainer.is_global_zero) as advance:
+        module.until, module.on_step = steps.stop, _one_at_a_time(advance)
+        if pairs:
+            trainer.predict(module, datamodule=data.subset(pairs), return_predictions=False)
+            distributed.barrier()  # the others' results are read next
+
+
+def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """Step callback that advances a stage by one step, whatever the step's number."""
+    return lambda _: advance(1)
+
+
+def read_triggers(
+    module: EmbeddingAttack, data: PairsDataModule, pair: Pair, budget: Budget
+) -> list[Trigger]:
+    """One trigger per snapshot of a pair's stored attack, as far as it came."""
+    init, restart = module.init_point, module.restart
+    initial, inputs = module.begin(pair, data.encoded(pair))
+    result = module.ledger.read(pair.id, init, restart, inputs)
+    if result is None:
+        raise RuntimeError(
+            f"the attack on {pair.id} from {init} left no result in {module.ledger.folder}"
+        )
+    triggers = []
+    for k, steps in enumerate(result.snapshots):
+        spent = result.losses[0, :steps]
+        embedding = result.embeddings[0, k]
+        # the point where an attack begins is as good as its prompt
+        dead = steps > 0 and bool(result.no_gradient[0])
+        triggers.append(
+            Trigger(
+                pair=pair,
+                condition=Condition("dori", init, replace(budget, steps=steps)),
+                restart=restart,
+                embedding=embedding,
+                diverged=bool(spent.isnan().any()) and not dead,
+                no_gradient=dead,
+                loss_first=float(spent[0]) if steps else None,
+                loss_last=float(spent[-5:].mean()) if steps else None,
+                displacement=float((embedding - initial).norm()),
+                losses=spent,
+            )
+        )
+    return triggers
+
+
+# -------- restarts
+# Attack few pairs many times, with attacks of one pair side by side in a forward pass.
+
+
+def attack_restarts(
+    model: TextToImage,
+    pairs: Sequence[Pair],
+    *,
+    data: PairsDataModule,
+    settings: AttackSettings,
+    budget: Budget,
+    controls: ControlPrompts,
+    folder: Path,
+    seed: int,
+    edit: str,
+) -> list[Trigger]:
+    """Attack pairs in this process, reusing what ``folder`` holds.
+
+    The same attacks as ``campaign.attack_pairs`` makes, in the same ledger. There a forward pass
+    holds different pairs at one restart, here also one pair at many.
+
+    Args:
+        model: Model under attack, with the edit applied.
+        pairs: Whom to attack.
+        data: Encoded pairs.
+        settings: Attack settings; ``restarts`` attacks from each start.
+        budget: Resolved budget.
+        controls: Where ``control_prompt`` starts from.
+        folder: Ledger folder.
+        seed: Run seed.
+        edit: Identity of the edit.
+
+    Returns:
+        One trigger per init, restart, pair and snapshot.
+
+    Raises:
+        BrokenAttackError: The attack has no gradient.
+    """
+    ledger = AttackLedger(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
+    jobs = [
+        (
+            EmbeddingAttack(
+                model,
+                settings=settings,
+                budget=budget,
+                init=init,
+                restart=restart,
+                controls=controls,
+                ledger=ledger,
+                seed=seed,
+            ),
+            pair,
+        )
+        for init in settings.inits
+        for restart in range(settings.restarts)
+        for pair in pairs
+        if init in settings.inits_of(pair.kind)
+    ]
+    missing = [job for job in jobs if not _is_done(*job, data)]
+    width = 1
+    if missing:
+        width = pairs_that_fit(
+            model,
+            noise_batch=settings.noise_batch,
+            wanted=settings.pairs_per_forward,
+            pair_id=missing[0][1].id,
+        )
+    batches = [missing[start : start + width] for start in range(0, len(missing), width)]
+    with stage("attack", len(batches) * budget.steps) as advance:
+        for batch in batches:
+            _solve(batch, data, on_step=lambda _: advance(1))
+    return [
+        trigger for module, pair in jobs for trigger in read_triggers(module, data, pair, budget)
+    ]
+
+
+def _is_done(module: EmbeddingAttack, pair: Pair, data: PairsDataModule) -> bool:
+    _, inputs = module.begin(pair, data.encoded(pair))
+    return module.reached(module.stored(pair.id, inputs))
+
+
+def _solve(
+    batch: Sequence[tuple[EmbeddingAttack, Pair]],
+    data: PairsDataModule,
+    *,
+    on_step: Callable[[int], None],
+) -> None:
+    """Solve a batch in shared passes and keep each row by itself."""
+    first = batch[0][0]
+    begun = [module.begin(pair, data.encoded(pair)) for module, pair in batch]
+    problem = AttackProblem(
+        ids=tuple(pair.id for _, pair in batch),
+        restart=first.restart,
+        latents=torch.stack([data.encoded(pair).latent for _, pair in batch]),
+        initial=torch.stack([initial for initial, _ in begun]),
+        restarts=tuple(module.restart for module, _ in batch),
+    )
+    result = first.search(problem, on_step=on_step)
+    refuse_broken(result)
+    for row, ((module, pair), (_, inputs)) in enumerate(zip(batch, begun, strict=True)):
+        own = slice(row, row + 1)
+        module.ledger.write(
+            replace(
+                result,
+                ids=(pair.id,),
+                restart=module.restart,
+                embeddings=result.embeddings[own],
+                losses=result.losses[own],
+                diverged=result.diverged[own],
+                no_gradient=result.no_gradient[own],
+            ),
+            module.init_point,
+            {pair.id: inputs},
+        )

@@ -7,32 +7,218 @@ Reference: Finding DoRI (2507.16880), section "adversarial text embeddings": Ada
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
-from dori_lightning import lanes, processes
 from dori_lightning.attacks.budget import looked_at, project
-from dori_lightning.attacks.draws import noise_and_timesteps
-from dori_lightning.attacks.results import AttackProblem, AttackResult
-from dori_lightning.attacks.row_adam import RowAdam
-from dori_lightning.halving import Passes
+from dori_lightning.models import batching
+from dori_lightning.models.batching import PASS_KIND, Passes, pairs_at_once
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.seeding import keyed_generator
+from dori_lightning.types import Budget
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+# -------- draws
+# Random draws that depend on names, not on the order of consumption.
+#
+# Every draw comes from its own CPU generator, seeded with a hash of what it is for. So an attack's
+# result does not depend on who else is in the batch, on the number of processes or on a resume.
 
-    from dori_lightning.models.protocol import TextToImage
-    from dori_lightning.types import Budget
 
-__all__ = [
-    "AttackProblem",
-    "AttackResult",
-    "BrokenAttackError",
-    "pairs_at_once",
-    "refuse_broken",
-    "solve",
-]
+def noise_and_timesteps(
+    seed: int, pair_id: str, restart: int, step: int, *, shape: tuple[int, ...], timesteps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise and timesteps of one attack step for one pair; independent for each of the B elements.
+
+    Args:
+        seed: Run seed.
+        pair_id: Which pair.
+        restart: Which restart.
+        step: Attack step, from 0.
+        shape: (B, C, h, w).
+        timesteps: T; timesteps are uniform on 0..T-1.
+
+    Returns:
+        Standard normal noise (B, C, h, w) and timesteps (B,).
+    """
+    generator = keyed_generator("attack", seed, pair_id, restart, step)
+    noise = torch.randn(shape, generator=generator)
+    return noise, torch.randint(0, timesteps, shape[:1], generator=generator)
+
+
+def random_embedding(
+    seed: int, pair_id: str, restart: int, shape: tuple[int, int]
+) -> torch.Tensor:
+    """Standard normal embedding (T, D): the ``random`` initial point.
+
+    Reference: Finding DoRI (2507.16880), section on initialisation.
+    """
+    return torch.randn(shape, generator=keyed_generator("init", seed, pair_id, restart))
+
+
+# -------- results
+# What a search of embeddings is asked, what it found, and where it stands.
+
+
+@dataclass(frozen=True)
+class AttackProblem:
+    """N independent searches that share forward passes and nothing else.
+
+    Attributes:
+        ids: Pair ids, length N.
+        restart: Which restart the rows are.
+        latents: Latents of the pictures to reproduce (N, C, h, w).
+        initial: Initial embeddings (N, T, D).
+        restarts: Each row's own restart, length N; None where all rows are ``restart``.
+    """
+
+    ids: tuple[str, ...]
+    restart: int
+    latents: torch.Tensor
+    initial: torch.Tensor
+    restarts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """Where N searches stand between two steps, fp32 on the CPU unless said otherwise.
+
+    Attributes:
+        delta: Offsets from the initial embeddings (N, T, D); a sum would lose last bits.
+        mean: Adam's running means (N, T, D).
+        square: Adam's running means of squares (N, T, D).
+        count: Steps that Adam took of each row (N,), float64.
+    """
+
+    delta: torch.Tensor
+    mean: torch.Tensor
+    square: torch.Tensor
+    count: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What the searches found.
+
+    Attributes:
+        ids: Pair ids, length N.
+        restart: Which restart.
+        embeddings: Embeddings after each snapshot, (N, S, T, D), fp32 on the CPU.
+        snapshots: Steps after which embeddings were kept, length S; 0 is the initial point.
+        losses: Attack loss at each step taken (N, steps), before the step's update; NaN after
+            divergence.
+        diverged: Whether the loss or gradient stopped being finite (N,); such a row keeps its
+            last finite point.
+        no_gradient: Whether the first gradient was exactly zero (N,): the text does not reach the
+            loss. Such a row stays where it began, and its losses are NaN.
+        state: What the searches need to go on; None where they took all their steps.
+    """
+
+    ids: tuple[str, ...]
+    restart: int
+    embeddings: torch.Tensor
+    snapshots: tuple[int, ...]
+    losses: torch.Tensor
+    diverged: torch.Tensor
+    no_gradient: torch.Tensor
+    state: SearchState | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return int(self.losses.shape[1])
+
+
+def joined(results: Sequence[AttackResult]) -> AttackResult:
+    """Put the rows of searches side by side that took the same steps and can all go on."""
+    states = [result.state for result in results if result.state is not None]
+    state = SearchState(
+        **{
+            field.name: torch.cat([getattr(held, field.name) for held in states])
+            for field in fields(SearchState)
+        }
+    )
+    return replace(
+        results[0],
+        ids=tuple(name for result in results for name in result.ids),
+        embeddings=torch.cat([result.embeddings for result in results]),
+        losses=torch.cat([result.losses for result in results]),
+        diverged=torch.cat([result.diverged for result in results]),
+        no_gradient=torch.cat([result.no_gradient for result in results]),
+        state=state,
+    )
+
+
+# -------- row_adam
+# Adam for rows that share tensors and nothing else.
+
+
+class RowAdam:
+    """Adam (Kingma & Ba, 2015) in which every row has its own step count and can stand still.
+
+    Elementwise the same arithmetic as ``torch.optim.Adam``; rows that are masked out keep value
+    and state.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.mean, self.square = torch.zeros_like(rows), torch.zeros_like(rows)
+        # float64: 1 - 0.999 loses four digits in float32
+        self.count = torch.zeros(
+            len(rows), *([1] * (rows.dim() - 1)), device=rows.device, dtype=torch.float64
+        )
+
+    def state(self, delta: torch.Tensor) -> SearchState:
+        """Where the rows stand, so that they can go on later; on the CPU.
+
+        Args:
+            delta: Their current values (N, T, D).
+        """
+        return SearchState(
+            delta.cpu(), self.mean.cpu(), self.square.cpu(), self.count.flatten().cpu()
+        )
+
+    def restore(self, state: SearchState) -> None:
+        """Go on from a state of as many rows."""
+        device, shape = self.count.device, self.count.shape
+        self.mean, self.square = state.mean.to(device), state.square.to(device)
+        self.count = state.count.view(shape).to(device)
+
+    def step(
+        self, rows: torch.Tensor, gradient: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        """Return updated rows; ``active`` (N,) says which rows move.
+
+        Args:
+            rows: Current values (N, ...).
+            gradient: Their gradient (N, ...), finite where active.
+            active: Boolean mask (N,).
+        """
+        mask = active.view(-1, *([1] * (rows.dim() - 1)))
+        gradient = torch.where(mask, gradient, 0.0)
+        first, second = self.betas
+        self.count = self.count + mask
+        self.mean = torch.where(mask, self.mean * first + gradient * (1 - first), self.mean)
+        self.square = torch.where(
+            mask, self.square * second + gradient * gradient * (1 - second), self.square
+        )
+        count = self.count.clamp_min(1)
+        scale = self.square.sqrt() / (1 - second**count).sqrt().to(rows.dtype) + self.eps
+        update = (self.lr / (1 - first**count)).to(rows.dtype) * self.mean / scale
+        return torch.where(mask, rows - update, rows)
+
+
+# -------- solver
 
 log = logging.getLogger(__name__)
 
@@ -49,21 +235,6 @@ _BROKEN = (
     "the checkpoint or its precision is broken: try checkpoint.precision=fp32, or bf16 instead of "
     "fp16"
 )
-
-PASS_PAIRS = 8
-"""Pairs of a forward pass where memory does not decide."""
-
-LANE_PAIRS = 4
-"""Pairs of a forward pass where several go side by side (``lanes``): wider was no faster, and
-fills up more."""
-
-PASS_KIND = "attack"
-"""Under this name a model remembers how wide its memory lets a pass be, see ``halving.Passes``."""
-
-
-def pairs_at_once(model: TextToImage) -> int:
-    """Pairs of a model that are computed at the same time where memory does not decide."""
-    return LANE_PAIRS * lanes.count(model) if lanes.small(model) else PASS_PAIRS
 
 
 class BrokenAttackError(RuntimeError):
@@ -145,7 +316,7 @@ def solve(
     passes = Passes(PASS_KIND, "pair", model.pass_limits, _TOO_LARGE)
     with model.frozen(), torch.enable_grad():
         for step in steps:
-            processes.check()
+            distributed.check()
             draws = [
                 noise_and_timesteps(
                     seed,
@@ -215,7 +386,7 @@ def _loss_and_gradient(
     bits on the CPU wherever and with whomever it stands.
     """
     batch = len(noise) // len(point)
-    beside = min(lanes.count(model), at_once)
+    beside = min(batching.count(model), at_once)
     share = at_once // beside
 
     def one_pass(start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +407,7 @@ def _loss_and_gradient(
         return loss.detach()[:count], gradient[:count]
 
     starts = range(0, len(point), share)
-    found = lanes.side_by_side([partial(one_pass, start) for start in starts], beside)
+    found = batching.side_by_side([partial(one_pass, start) for start in starts], beside)
     return torch.cat([loss for loss, _ in found]), torch.cat([grad for _, grad in found])
 
 

@@ -8,12 +8,15 @@ what the attack adds, the displacement, is looked at by itself too.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import numpy as np
 import torch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
-from dori_lightning.locality.distances import cosines, distances
 from dori_lightning.locality.estimates import (
     Estimate,
     Rate,
@@ -21,15 +24,211 @@ from dori_lightning.locality.estimates import (
     pair_estimates,
     rate_of,
 )
-from dori_lightning.locality.maps import Place, places_of
+from dori_lightning.types import Init, Pair
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+# -------- distances
+# Pairwise distances and cosines of long rows, a stretch of columns at a time.
 
-    from dori_lightning.locality.groups import PromptSet, TriggerSet
-    from dori_lightning.types import Init
+COLUMNS = 1 << 16
+"""Columns that are compared at once: 500 rows of them are 260 MB in double precision."""
 
-__all__ = ["EmbeddingFindings", "Move", "Nearest", "Spread", "embedding_findings"]
+
+def distances(rows: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances (N, N), float64, of rows (N, ...) taken as flat vectors."""
+    flat = rows.flatten(1)
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    for part in torch.split(flat, COLUMNS, dim=1):
+        own = part.double()
+        # not by way of products: near rows would lose their digits
+        total += torch.cdist(own, own, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return total.sqrt().cpu()
+
+
+def cosines(rows: torch.Tensor) -> torch.Tensor:
+    """Cosines (N, N) in [-1, 1], float64, of rows (N, ...) taken as flat vectors.
+
+    A row of zeros has a cosine of 0 with every other.
+    """
+    products = _products(rows)
+    length = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return (products / length[:, None] / length[None]).clamp(-1, 1)
+
+
+def relative_distances(distance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Distances (N, N) divided by the root mean square of the two rows' lengths, in [0, 2].
+
+    The square root of 2 where two rows are orthogonal, whatever their scale.
+
+    Args:
+        distance: Euclidean distances (N, N).
+        lengths: Euclidean lengths of the rows (N,).
+    """
+    square = lengths.double().square()
+    scale = ((square[:, None] + square[None]) / 2).sqrt()
+    return distance / scale.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _products(rows: torch.Tensor) -> torch.Tensor:
+    flat = rows.flatten(1)
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    for part in torch.split(flat, COLUMNS, dim=1):
+        own = part.double()
+        total += own @ own.T
+    return total.cpu()
+
+
+# -------- groups
+# Sets of text embeddings that are compared with each other.
+
+GroupName = Literal["triggers", "starts", "memorized_prompts", "control_prompts"]
+GROUPS: tuple[GroupName, ...] = ("triggers", "starts", "memorized_prompts", "control_prompts")
+
+
+@dataclass(frozen=True)
+class TriggerSet:
+    """What N attacks on one image began with and ended with.
+
+    Attributes:
+        pair: The image under attack, with its prompt.
+        start: Where they began.
+        prompt: Embedding (T, D) of the image's own prompt.
+        restarts: Number of each attack, length N.
+        starts: Initial embeddings (N, T, D).
+        ends: Final embeddings (N, T, D).
+        working: Whether each end draws the image on the model it was searched on, length N.
+    """
+
+    pair: Pair
+    start: Init
+    prompt: torch.Tensor
+    restarts: tuple[int, ...]
+    starts: torch.Tensor
+    ends: torch.Tensor
+    working: tuple[bool, ...]
+
+    def only_working(self) -> TriggerSet:
+        """The attacks that succeeded: an embedding that draws something else is no trigger."""
+        kept = [k for k, works in enumerate(self.working) if works]
+        return TriggerSet(
+            self.pair,
+            self.start,
+            self.prompt,
+            tuple(self.restarts[k] for k in kept),
+            self.starts[kept],
+            self.ends[kept],
+            tuple(True for _ in kept),
+        )
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts of different pairs.
+
+    Attributes:
+        pairs: N pairs.
+        embeddings: Their prompts' embeddings (N, T, D).
+    """
+
+    pairs: tuple[Pair, ...]
+    embeddings: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Embeddings that are compared with each other, layer by layer.
+
+    Attributes:
+        name: ``triggers`` of the images under study, the ``starts`` that those began with,
+            ``memorized_prompts`` of other memorized images, ``control_prompts``.
+        labels: Which image's each is, length N; one label for all prompts.
+        pairs: The pair that each is asked about, length N.
+        embeddings: Embeddings (N, T, D).
+    """
+
+    name: GroupName
+    labels: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    embeddings: torch.Tensor
+
+
+# -------- maps
+# A picture of many embeddings in two dimensions.
+
+PERPLEXITY = 30.0
+"""Of t-SNE; at most a third of the points. The paper does not give its own."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One embedding in the picture.
+
+    Attributes:
+        what: ``start``, ``end``, ``own_prompt``, ``memorized_prompt`` or ``control_prompt``.
+        pair: Whose.
+        start: Where the attack began; None for prompts.
+        restart: Which attack; an end and its start share it.
+        pca: First two principal components.
+        tsne: The two coordinates of t-SNE; distances between clusters mean little there.
+    """
+
+    what: Literal["start", "end", "own_prompt", "memorized_prompt", "control_prompt"]
+    pair: str
+    start: Init | None
+    restart: int
+    pca: tuple[float, float]
+    tsne: tuple[float, float]
+
+
+def places_of(
+    triggers: Sequence[TriggerSet],
+    *,
+    memorized_prompts: PromptSet,
+    control_prompts: PromptSet,
+    seed: int = 0,
+) -> tuple[Place, ...]:
+    """Project starts, ends and prompts together.
+
+    Args:
+        triggers: Triggers of memorized images.
+        memorized_prompts: Of other memorized images.
+        control_prompts: Of control images.
+        seed: Of t-SNE.
+
+    Returns:
+        One place per embedding; none where there are fewer than four.
+    """
+    names: list[tuple[Literal["start", "end", "own_prompt", "memorized_prompt", "control_prompt"],
+                      str, Init | None, int]] = []  # fmt: skip
+    rows: list[torch.Tensor] = []
+    for own in triggers:
+        for restart, start, end in zip(own.restarts, own.starts, own.ends, strict=True):
+            names += [("start", own.pair.id, own.start, restart),
+                      ("end", own.pair.id, own.start, restart)]  # fmt: skip
+            rows += [start, end]
+    for own in {own.pair.id: own for own in triggers}.values():
+        names.append(("own_prompt", own.pair.id, None, 0))
+        rows.append(own.prompt)
+    names += [("memorized_prompt", pair.id, None, 0) for pair in memorized_prompts.pairs]
+    names += [("control_prompt", pair.id, None, 0) for pair in control_prompts.pairs]
+    rows += [*memorized_prompts.embeddings, *control_prompts.embeddings]
+    if len(rows) < 4:
+        return ()
+    stacked = torch.stack(rows).flatten(1)
+    pca = PCA(2, svd_solver="full").fit_transform(stacked.double().numpy())
+    tsne = TSNE(
+        2,
+        perplexity=min(PERPLEXITY, (len(rows) - 1) / 3),
+        metric="precomputed",
+        init="random",
+        random_state=seed,
+    ).fit_transform(distances(stacked).numpy().astype(np.float32))
+    return tuple(
+        Place(what, pair, start, restart, (float(a), float(b)), (float(c), float(d)))
+        for (what, pair, start, restart), (a, b), (c, d) in zip(names, pca, tsne, strict=True)
+    )
+
+
+# -------- embeddings
 
 Held = Literal["memorized", "control"]
 SpreadGroup = Literal["starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"]

@@ -7,19 +7,13 @@ generalise over. So means resample images first and triggers within them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dori_lightning.metrics.statistics import cluster_bootstrap, wilson_interval
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import ArrayLike
-
-__all__ = ["Estimate", "Rate", "mean_estimate", "pair_estimates", "rate_of"]
 
 DRAWS = 1000
 

@@ -14,17 +14,10 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
 
-__all__ = [
-    "Channels",
-    "Descriptor",
-    "all_pairs_dot",
-    "blur",
-    "check_images",
-    "gaussian_taps",
-    "thumbnails",
-    "unit_rows",
-]
+# -------- descriptors
 
 Channels = Literal["luminance", "rgb"]
 
@@ -227,3 +220,276 @@ def all_pairs_dot(a: Tensor, b: Tensor) -> Tensor:
     step = max(1, CHUNK_VALUES // max(1, b.numel()))
     rows = [(chunk[:, None] * b[None]).sum(-1) for chunk in torch.split(a, step)]
     return torch.cat(rows).float().clamp(-1, 1)
+
+
+# -------- structural
+# Descriptors that compare pixels: nothing to download, nothing learned.
+#
+# They see a copy at the same place and scale, which is what a memorizing diffusion model draws;
+# they do not see crops, flips or rotations. Which of them decides is a matter of measurement on
+# the checkpoint and list at hand: see ``calibration.separation_table``.
+
+FAINT = 0.2
+"""Detail, in units of its noise floor, that a whole picture needs to resemble anything fully."""
+
+CHUNK_PAIRS = 16
+"""Pairs whose SSIM maps exist at once; more fall out of the processor's cache."""
+
+
+class NormalizedCorrelation(Descriptor):
+    """Correlate whole thumbnails: blind to brightness, contrast and blur.
+
+    Two pictures of low frequency (a sky over a ground) also correlate, copies or not.
+
+    Reference: zero-normalised cross-correlation, e.g. Lewis, "Fast normalized cross-correlation",
+        1995.
+    """
+
+    def __init__(
+        self, size: int = 32, channels: Channels = "luminance", *, threshold: float | None = None
+    ) -> None:
+        """Choose the thumbnail.
+
+        Args:
+            size: Side in pixels.
+            channels: ``luminance``, or ``rgb`` where a change of hue must not count as a copy.
+            threshold: Fixed threshold in [-1, 1]; None calibrates it.
+        """
+        self.name = "normalized_correlation" + ("_rgb" if channels == "rgb" else "")
+        self.size, self.channels, self.threshold = size, channels, threshold
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Centred, unit thumbnails, (N, C * size**2); see ``Descriptor.describe``."""
+        return unit_rows(thumbnails(images, self.size, self.channels), centred=True)
+
+
+class LocalCorrelation(Descriptor):
+    """Correlate luminance without local mean and contrast: smooth gradients no longer look alike.
+
+    Each pixel becomes ``(x - mean) / sqrt(variance + noise**2)`` over a Gaussian window. The noise
+    floor keeps flat areas flat: without it their noise would be blown up to the height of real
+    structure.
+
+    Reference: local contrast normalisation, Jarrett et al., "What is the best multi-stage
+        architecture for object
+    recognition?", ICCV 2009.
+    """
+
+    def __init__(
+        self,
+        size: int = 20,
+        window: int = 7,
+        *,
+        noise: float = 0.03,
+        threshold: float | None = None,
+    ) -> None:
+        """Choose the scale of structure that counts.
+
+        Args:
+            size: Side of the thumbnail in pixels.
+            window: Width of the window in thumbnail pixels, odd; the Gaussian's sigma is a quarter
+                of it.
+            noise: Contrast, as a share of the range [0, 1], that counts as noise.
+            threshold: Fixed threshold in [-1, 1]; None calibrates it.
+
+        Raises:
+            ValueError: Even or too wide window, or a noise floor that is not positive.
+        """
+        if window % 2 == 0 or not 3 <= window <= size:
+            raise ValueError(f"window must be odd and between 3 and size {size}, got {window}")
+        if noise <= 0:
+            raise ValueError(f"noise must be > 0, got {noise}")
+        self.name = "local_correlation"
+        self.size, self.window, self.noise, self.threshold = size, window, noise, threshold
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Locally normalised unit thumbnails, (N, size**2); see ``Descriptor.describe``."""
+        grey = thumbnails(images, self.size, "luminance")
+        taps = gaussian_taps(self.window, self.window / 4)
+        # Mirrored borders would give every ramp the same two edges, and thus all ramps a likeness.
+        detail = grey - blur(grey, taps, border="continue")
+        contrast = (blur(detail.square(), taps) + self.noise**2).sqrt()
+        return unit_rows(detail / contrast, centred=True, floor=FAINT)
+
+
+class TiledCorrelation(Descriptor):
+    """Correlate tile by tile, so that one strong edge cannot carry the whole score.
+
+    Rule for near-flat tiles: a tile weighs ``max(0, 1 - (noise / s)**2)`` with ``s`` its standard
+    deviation *in the original*; a tile no stronger than the noise does not count, whatever was
+    generated there. The similarity is thus asymmetric in (generated, original), and 0 where the
+    original has no tile that counts.
+    """
+
+    def __init__(
+        self,
+        size: int = 32,
+        tiles: int = 4,
+        *,
+        noise: float = 0.02,
+        quantile: float | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        """Choose the grid.
+
+        Args:
+            size: Side of the thumbnail in pixels.
+            tiles: Tiles along each side; divides ``size``.
+            noise: Standard deviation, as a share of the range [0, 1], below which a tile does not
+                count.
+            quantile: Weighted quantile over tiles in (0, 1) that is the similarity, low values
+                asking for every part to be copied; None takes the weighted mean.
+            threshold: Fixed threshold in [-1, 1]; None calibrates it.
+
+        Raises:
+            ValueError: ``tiles`` does not divide ``size``, or noise or quantile is out of range.
+        """
+        if tiles < 1 or size % tiles or size // tiles < 2:
+            raise ValueError(
+                f"tiles must divide size {size} into tiles of 2 pixels or more, got {tiles}"
+            )
+        if noise <= 0:
+            raise ValueError(f"noise must be > 0, got {noise}")
+        if quantile is not None and not 0 < quantile < 1:
+            raise ValueError(f"quantile must lie in (0, 1) or be null, got {quantile}")
+        self.name = "tiled_correlation"
+        self.size, self.tiles, self.noise = size, tiles, noise
+        self.quantile, self.threshold = quantile, threshold
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Unit tiles, then their standard deviations; see ``Descriptor.describe``.
+
+        Returns:
+            (N, size**2 + tiles**2) fp32.
+        """
+        grey = thumbnails(images, self.size, "luminance")
+        count, side = self.tiles, self.size // self.tiles
+        tiles = (
+            grey.reshape(-1, count, side, count, side)
+            .transpose(2, 3)
+            .reshape(-1, count**2, side**2)
+        )
+        tiles = tiles - tiles.mean(-1, keepdim=True)
+        spread = tiles.square().mean(-1).sqrt()
+        unit = tiles / (spread.clamp_min(self.noise) * side).unsqueeze(-1)
+        return torch.cat([unit.flatten(1), spread], 1).float()
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Weighted mean or quantile of the tiles' correlations, (N, M), weighted by ``b``."""
+        count, pixels = self.tiles**2, self.size**2
+        pairs = zip(a[:, :pixels].chunk(count, 1), b[:, :pixels].chunk(count, 1), strict=True)
+        per_tile = torch.stack([all_pairs_dot(x, y) for x, y in pairs], -1).double()
+        weight = (1 - (self.noise / b[:, pixels:].double().clamp_min(self.noise)) ** 2).expand_as(
+            per_tile
+        )
+        total = weight.sum(-1)
+        if self.quantile is None:
+            value = (per_tile * weight).sum(-1)
+            value = value / total.clamp_min(1e-9)
+        else:
+            order = per_tile.argsort(dim=-1, stable=True)
+            reached = weight.gather(-1, order).cumsum(-1) >= self.quantile * total.unsqueeze(-1)
+            picked = order.gather(-1, reached.int().argmax(-1, keepdim=True))
+            value = torch.where(total > 1e-9, per_tile.gather(-1, picked).squeeze(-1), 0.0)
+        # A NaN picture is NaN in every tile, also where the weights would hide it.
+        return torch.where(per_tile.isnan().any(-1), torch.nan, value).float().clamp(-1, 1)
+
+
+class StructuralSimilarity(Descriptor):
+    """SSIM of thumbnails, all pairs; strict about contrast, lenient about flat areas.
+
+    Reference: Wang et al., "Image quality assessment: from error visibility to structural
+        similarity", 2004;
+    torchmetrics' implementation with its 11-pixel Gaussian window.
+    """
+
+    def __init__(
+        self, size: int = 64, channels: Channels = "luminance", *, threshold: float | None = None
+    ) -> None:
+        """Choose the thumbnail.
+
+        Args:
+            size: Side in pixels, at least 16.
+            channels: ``luminance``, or ``rgb`` (mean over channels; three times the work).
+            threshold: Fixed threshold in [-1, 1]; None calibrates it.
+
+        Raises:
+            ValueError: Too small for the window.
+        """
+        if size < 16:
+            raise ValueError(f"size must be 16 or more for SSIM's 11-pixel window, got {size}")
+        self.name = "ssim" + ("_rgb" if channels == "rgb" else "")
+        self.size, self.channels, self.threshold = size, channels, threshold
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Pixels, (N, C * size**2), in [0, 1], *not* unit rows; see ``Descriptor.describe``."""
+        return thumbnails(images, self.size, self.channels).flatten(1).float()
+
+    @torch.no_grad()
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """SSIM of every generated picture with every original, (N, M) fp32 in [-1, 1]."""
+        shape = (-1, 3 if self.channels == "rgb" else 1, self.size, self.size)
+        first, second = a.cpu().reshape(shape), b.cpu().reshape(shape)
+        rows = torch.arange(len(a)).repeat_interleave(len(b))
+        columns = torch.arange(len(b)).repeat(len(a))
+        # A convolution may choose its kernel, hence its rounding, by batch size: always
+        # CHUNK_PAIRS at once.
+        spare = -len(rows) % CHUNK_PAIRS
+        rows, columns = F.pad(rows, (0, spare)), F.pad(columns, (0, spare))
+        values = []
+        for i, j in zip(
+            torch.split(rows, CHUNK_PAIRS), torch.split(columns, CHUNK_PAIRS), strict=True
+        ):
+            value = structural_similarity_index_measure(
+                first[i], second[j], data_range=1.0, reduction="none"
+            )
+            values.append(torch.as_tensor(value))
+        return torch.cat(values)[: len(a) * len(b)].reshape(len(a), len(b)).clamp(-1, 1)
+
+
+class GradientOrientation(Descriptor):
+    """Cosine of the gradient fields of slightly blurred luminance: compares edges, not areas.
+
+    Each gradient ``g`` becomes ``g / sqrt(|g|**2 + noise**2)``: direction counts where there is an
+    edge, and little where there is only noise.
+
+    Reference: gradient correlation as in Argyriou and Vlachos, "Estimation of sub-pixel motion
+        using gradient
+    cross-correlation", 2003; the noise floor is ours.
+    """
+
+    def __init__(
+        self,
+        size: int = 32,
+        *,
+        sigma: float = 1.0,
+        noise: float = 0.03,
+        threshold: float | None = None,
+    ) -> None:
+        """Choose the scale of edges that count.
+
+        Args:
+            size: Side of the thumbnail in pixels, at least 8.
+            sigma: Blur before differentiating, in thumbnail pixels.
+            noise: Gradient, in range [0, 1] per pixel, that counts as noise.
+            threshold: Fixed threshold in [-1, 1]; None calibrates it.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        if size < 8 or not 0 < sigma <= size / 8 or noise <= 0:
+            raise ValueError(
+                f"need size >= 8, 0 < sigma <= size / 8 and noise > 0, got {size}, {sigma}, "
+                f"{noise}"
+            )
+        self.name = "gradient_orientation"
+        self.size, self.sigma, self.noise, self.threshold = size, sigma, noise, threshold
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Stacked dx and dy, unit rows, (N, 2 * (size - 2)**2); see ``Descriptor.describe``."""
+        grey = thumbnails(images, self.size, "luminance")
+        grey = blur(grey, gaussian_taps(2 * math.ceil(2 * self.sigma) + 1, self.sigma))
+        dx = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2
+        dy = (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]) / 2
+        strength = (dx.square() + dy.square() + self.noise**2).sqrt()
+        return unit_rows(torch.cat([dx / strength, dy / strength], 1), centred=False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lpips
 import torch
@@ -18,11 +19,6 @@ from transformers import CLIPModel, CLIPTokenizer
 from dori_lightning.metrics.descriptors import check_images
 from dori_lightning.metrics.sscd import read_weights
 from dori_lightning.types import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-__all__ = ["ClipAlignment", "LPIPSDistance"]
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

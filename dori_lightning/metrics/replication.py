@@ -17,36 +17,298 @@ Rules, in order:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from dori_lightning.metrics.aggregation import Aggregation, per_pair
-from dori_lightning.metrics.first_success import first_success, first_successes
 from dori_lightning.metrics.statistics import median_mad, wilson_interval
-from dori_lightning.types import Cell
+from dori_lightning.types import (
+    INITS,
+    KINDS,
+    Calibration,
+    Cell,
+    Condition,
+    FirstSuccess,
+    Init,
+    Kind,
+    Norm,
+    Outcome,
+    Pair,
+    Status,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+FALSE_POSITIVE_LIMIT = 0.05
+"""An attack counts as credible while it reproduces fewer than this share of the controls."""
 
-    from numpy.typing import ArrayLike
 
-    from dori_lightning.types import Calibration, Condition, Kind, Outcome
+Trust = Literal["sound", "paints", "unchecked", "none"]
 
-__all__ = [
-    "Aggregation",
-    "MemorizationRate",
-    "ReplicationSimilarity",
-    "cells",
-    "diversity",
-    "pair_scores",
-    "per_pair",
-    "repeated_pictures",
-]
+
+@dataclass(frozen=True)
+class PairResult:
+    """What one condition made of one pair, over all restarts and seeds.
+
+    Attributes:
+        pair: The pair.
+        condition: How it was prompted.
+        status: ``diverged`` or ``no_gradient`` where no restart gave a result.
+        statistic: K similarities aggregated as in the cells, best restart; NaN where diverged.
+            Decides ``reproduced``.
+        best: Similarity of the closest single picture; NaN where diverged.
+        picture: Path of that picture, None where none is kept.
+        seed: Generation seed of that picture, None where diverged.
+        reproduced: Whether ``statistic`` exceeds the threshold; None where diverged, since that is
+            no evidence.
+    """
+
+    pair: Pair
+    condition: Condition
+    status: Status
+    statistic: float
+    best: float
+    picture: Path | None
+    seed: int | None
+    reproduced: bool | None
+
+
+def aggregate(values: np.ndarray, aggregation: Aggregation) -> float:
+    """Turn K similarities into one number; NaN where none is finite."""
+    finite = np.asarray(values, np.float64)
+    finite = finite[np.isfinite(finite)]
+    if finite.size == 0:
+        return math.nan
+    return float(finite.max() if aggregation == "max" else np.median(finite))
+
+
+def pair_results(
+    outcomes: Iterable[Outcome], *, descriptor: str, threshold: float, aggregation: Aggregation
+) -> list[PairResult]:
+    """Reduce restarts and seeds to one result per pair and condition, in order of appearance."""
+    groups: dict[tuple[str, Condition], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.pair.id, outcome.condition), []).append(outcome)
+    return [_reduce(group, descriptor, threshold, aggregation) for group in groups.values()]
+
+
+def _reduce(
+    group: Sequence[Outcome], descriptor: str, threshold: float, aggregation: Aggregation
+) -> PairResult:
+    pair, condition = group[0].pair, group[0].condition
+    statistic, best = math.nan, math.nan
+    picture: Path | None = None
+    seed: int | None = None
+    for outcome in group:
+        if outcome.status != "ok":
+            continue
+        values = np.asarray(outcome.similarity[descriptor], np.float64)
+        value = aggregate(values, aggregation)
+        if math.isnan(value):
+            continue
+        statistic = value if math.isnan(statistic) else max(statistic, value)
+        place = int(np.nanargmax(values))
+        if math.isnan(best) or values[place] > best:
+            best, seed = float(values[place]), outcome.seeds[place]
+            picture = outcome.images[place] if outcome.images else None
+    if math.isnan(statistic):
+        unknown: Status = "diverged"
+        failed = next((o.status for o in group if o.status != "ok"), unknown)
+        return PairResult(pair, condition, failed, statistic, best, None, None, None)
+    return PairResult(pair, condition, "ok", statistic, best, picture, seed, statistic > threshold)
+
+
+def find_cell(cells: Iterable[Cell], *, kind: Kind, condition: Condition | None) -> Cell | None:
+    """Find the one cell of a kind under a condition, or None."""
+    return next((c for c in cells if c.kind == kind and c.condition == condition), None)
+
+
+def prompt_condition(cells: Iterable[Cell]) -> Condition | None:
+    """Return the condition of the prompts as they are, or None where they were not run."""
+    return next((c.condition for c in cells if c.condition.attack == "prompt"), None)
+
+
+def headline_condition(cells: Sequence[Cell]) -> Condition | None:
+    """Choose the attack that the verdict speaks of, without looking at the suspected images.
+
+    First comes an attack that leaves the controls alone, then no radius limit, then the start at
+    the prompt, then the fewest controls reproduced, then the widest radius and the most steps.
+    Choosing by the outcome on suspected images would pick the luckiest of many attacks.
+
+    Returns:
+        The condition, or None where no attack was run.
+    """
+    attacks = {
+        c.condition: None
+        for c in cells
+        if c.condition.attack == "dori" and c.condition.budget.steps > 0
+    }
+
+    def rank(condition: Condition) -> tuple[bool, bool, int, float, float, int]:
+        control = find_cell(cells, kind="control", condition=condition)
+        rate = control.mr if control is not None and control.n > 0 else math.nan
+        credible = rate < FALSE_POSITIVE_LIMIT
+        budget = condition.budget
+        return (
+            credible,
+            budget.norm == "none",
+            -INITS.index(condition.init) if condition.init else 0,
+            0.0 if credible or math.isnan(rate) else -rate,
+            budget.eps or 0.0,
+            budget.steps,
+        )
+
+    return max(attacks, key=rank, default=None)
+
+
+def attack_trust(own: Sequence[Cell], attack: Condition | None) -> Trust:
+    """Judge an attack by its controls: ``sound``, ``paints``, ``unchecked``, or ``none``."""
+    if attack is None:
+        return "none"
+    cell = find_cell(own, kind="control", condition=attack)
+    if cell is None or cell.n == 0:
+        return "unchecked"
+    return "sound" if cell.mr < FALSE_POSITIVE_LIMIT else "paints"
+
+
+def kinds_present(cells: Iterable[Cell]) -> tuple[Kind, ...]:
+    """List the kinds of pair that the cells speak of, in the fixed order."""
+    present = {cell.kind for cell in cells}
+    return tuple(kind for kind in KINDS if kind in present)
+
+
+# -------- aggregation
+# How the K pictures of a pair become one number.
+
+Aggregation = Literal["max", "median"]
+
+
+def per_pair(similarities: ArrayLike, aggregation: Aggregation = "max") -> np.ndarray:
+    """Reduce the K pictures of a pair to one number.
+
+    Args:
+        similarities: (..., K) similarities in [-1, 1], K >= 1.
+        aggregation: ``max`` or ``median``.
+
+    Returns:
+        (...) float64; NaN where any of the K is NaN: what was not seen is not safe.
+
+    Raises:
+        ValueError: No pictures, or another aggregation.
+    """
+    array = np.asarray(similarities, np.float64)
+    if array.ndim == 0 or array.shape[-1] == 0:
+        raise ValueError(
+            f"need at least one picture per pair, got similarities of shape {array.shape}"
+        )
+    if aggregation == "max":
+        return np.asarray(array.max(-1))
+    if aggregation == "median":
+        return np.asarray(np.median(array, -1))
+    raise ValueError(f"aggregation must be max or median, got {aggregation!r}")
+
+
+# -------- first_success
+# After how many steps an attack first brings a picture back, and the rate that counts it.
+#
+# Two rates answer two questions. The rate *at* a budget counts the pairs that come back after
+# exactly its steps; one that comes back after 10 and is lost again after 50 does not count at
+# 50. The *cumulative* rate *up to* a budget counts the pairs that came back at any step looked
+# at on the way, snapshots and the budget itself: whoever looks after 10, 25 and 50 steps has
+# seen them.
+#
+# An attack that stops at its first success leaves the cumulative rate as it is, since the steps
+# up to that success are the same ones. The rate at the budget is lost: nobody knows what the
+# stopped rows would have given there, and those that went on are the ones that had failed. So a
+# cell with stopped rows counts cumulatively, and says so (``Cell.counted``). Its similarities
+# are those of the pictures at which rows were stopped, which later steps might have surpassed.
+#
+# A pair counts where it came back, also if its attack diverged later, or where some restart gave
+# a result at the budget. This denominator too is the same for stopped attacks.
+
+Search = tuple[str, "Init | None", "Norm", "float | None", int]
+"""Pair id, initial point, norm, radius, restart: what the snapshots of one attack share."""
+
+
+def search_of(outcome: Outcome) -> Search | None:
+    """Which attack an outcome belongs to; None for a prompt."""
+    condition = outcome.condition
+    if condition.attack == "prompt":
+        return None
+    budget = condition.budget
+    return (outcome.pair.id, condition.init, budget.norm, budget.eps, outcome.restart)
+
+
+def is_copy(outcome: Outcome, rule: Calibration, aggregation: Aggregation) -> bool:
+    """Whether an outcome's pictures reproduce the pair; never where its attack failed."""
+    if outcome.status != "ok":
+        return False
+    return bool(per_pair(outcome.similarity[rule.descriptor], aggregation) > rule.threshold)
+
+
+def first_successes(
+    outcomes: Iterable[Outcome], rule: Calibration, aggregation: Aggregation
+) -> dict[Search, int]:
+    """Fewest steps looked at after which each attack reproduced its pair; others are left out.
+
+    Args:
+        outcomes: Outcomes of one checkpoint under one mitigation, any order.
+        rule: Whose similarities decide, and above which threshold a picture is a copy.
+        aggregation: How K pictures become one number.
+    """
+    found: dict[Search, int] = {}
+    for outcome in outcomes:
+        search = search_of(outcome)
+        if search is not None and is_copy(outcome, rule, aggregation):
+            steps = outcome.condition.budget.steps
+            found[search] = min(steps, found.get(search, steps))
+    return found
+
+
+def steps_by_pair(condition: Condition, firsts: Mapping[Search, int]) -> dict[str, int]:
+    """Pair id to the fewest steps, up to the budget, after which a restart brought it back.
+
+    Args:
+        condition: The attack and its budget.
+        firsts: First success of every attack.
+    """
+    budget, found = condition.budget, dict[str, int]()
+    for (name, *attack, _), steps in firsts.items():
+        if attack == [condition.init, budget.norm, budget.eps] and steps <= budget.steps:
+            found[name] = min(steps, found.get(name, steps))
+    return found
+
+
+def first_success(
+    condition: Condition, scores: Mapping[str, float], firsts: Mapping[Search, int]
+) -> FirstSuccess | None:
+    """Count what an attack brought back up to a budget; None for a prompt.
+
+    Args:
+        condition: The attack and its budget.
+        scores: Pair id to the pair's number at that budget, NaN where it failed; says which pairs
+            there are.
+        firsts: First success of every attack.
+    """
+    if condition.attack == "prompt":
+        return None
+    steps_of = {k: v for k, v in steps_by_pair(condition, firsts).items() if k in scores}
+    n = sum(name in steps_of or not math.isnan(score) for name, score in scores.items())
+    return FirstSuccess(
+        pairs=len(steps_of),
+        n=n,
+        mr=len(steps_of) / n if n else math.nan,
+        median_steps=float(np.median([*steps_of.values()])) if steps_of else math.nan,
+    )
+
+
+# -------- replication
 
 
 def pair_scores(

@@ -21,8 +21,6 @@ from torchvision.models import resnet50
 from dori_lightning.metrics.descriptors import Descriptor, check_images
 from dori_lightning.types import InputError
 
-__all__ = ["SSCD", "GeneralizedMean", "Preprocessing", "SSCDNet", "convert_sscd", "read_weights"]
-
 Preprocessing = Literal["nemo_320", "wen_224", "membench_288"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

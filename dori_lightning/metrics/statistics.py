@@ -7,26 +7,12 @@ independent evidence.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy.typing import ArrayLike
-
-__all__ = [
-    "Roc",
-    "Spread",
-    "cluster_bootstrap",
-    "mcnemar_exact",
-    "median_mad",
-    "roc_curve",
-    "wilson_interval",
-]
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+import lightning.pytorch as L
+import torch
 from filelock import FileLock
 
-from dori_lightning import processes
-from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
-from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, WeightEdit
-from dori_lightning.types import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import lightning.pytorch as L
-    import torch
-
-    from dori_lightning.metrics.measure import Originals
-    from dori_lightning.mitigations.edits import Edit
-    from dori_lightning.models.protocol import Sampling, TextToImage
-    from dori_lightning.pairs.corpus import Corpus, Split
-    from dori_lightning.pairs.datamodule import PairsDataModule
-    from dori_lightning.types import Pair
-
-__all__ = ["Encodings", "Found", "Mitigation", "Workshop", "edit_key", "settings_of"]
+from dori_lightning.metrics.calibration import Originals
+from dori_lightning.mitigations.edits import (
+    Edit,
+    MaskEdit,
+    PairMaskEdit,
+    WeightEdit,
+    is_writable,
+    read_edit,
+    write_edit,
+)
+from dori_lightning.models.protocol import Sampling, TextToImage
+from dori_lightning.pairs.corpus import Corpus, Split
+from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.runtime import distributed
+from dori_lightning.types import InputError, Pair
 
 
 class Mitigation(Protocol):
@@ -137,9 +136,9 @@ class Workshop:
         key = edit_key(mitigation, model, pairs, self)
         path = self.folder / f"{key}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
-        first = processes.is_first()
+        first = distributed.is_first()
         with FileLock(self.folder / f"{key}.lock") if first else nullcontext():
-            if processes.from_first(path.is_file()):
+            if distributed.from_first(path.is_file()):
                 edit = read_edit(path)
                 if edit.origin is not None:
                     edit.origin.check(model)
@@ -156,7 +155,7 @@ class Workshop:
             )
             if first:
                 write_edit(path, edit)
-            processes.barrier()
+            distributed.barrier()
             if not first:
                 edit = read_edit(path)
         return Found(edit, key, made=True, path=path)

@@ -6,32 +6,21 @@ https://arxiv.org/abs/2303.13516, the recipe for memorized images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from dori_lightning import processes
-from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.mitigations.anchors import AnchorSettings, finetune_on_anchors
-from dori_lightning.mitigations.finetuning import (
-    FinetuneSettings,
-    Finetuning,
-    in_turn,
-)
-from dori_lightning.types import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from dori_lightning.mitigations.anchors import Anchors
-    from dori_lightning.mitigations.base import Workshop
-    from dori_lightning.mitigations.edits import WeightEdit
-    from dori_lightning.models.protocol import TextToImage
-    from dori_lightning.types import Pair
-
-__all__ = ["ConceptAblation", "ConceptAblationTraining"]
+from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.edits import WeightEdit
+from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, in_turn
+from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, finetune_on_anchors
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.seeding import keyed_generator
+from dori_lightning.types import InputError, Pair
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,7 @@ class ConceptAblationTraining(Finetuning):
         latents, prompts = self.anchors.draw(ids, generator)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(model.num_train_timesteps, (len(ids),), generator=generator)
-        own = processes.share(len(ids))
+        own = distributed.share(len(ids))
         captions, prompts = captions[own.rows], prompts[own.rows]
         noise, timesteps = noise[own.rows].to(device), timesteps[own.rows].to(device)
         noised = model.noised(latents[own.rows].to(device), noise, timesteps)

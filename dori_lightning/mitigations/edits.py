@@ -6,34 +6,161 @@ fine-tuning gives the weights it changed.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import nn
+from torch.nn import functional as F
 
-from dori_lightning.mitigations.edit_tensors import check_masks, content_hash, parameters_of
-from dori_lightning.mitigations.row_masks import masked_linear, owner_of
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.types import InputError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from contextlib import AbstractContextManager
+# -------- edit_tensors
+# The tensors of an edit: named by their content, and checked against what they change.
 
-    import torch
 
-    from dori_lightning.models.protocol import TextToImage
+def content_hash(
+    kind: str,
+    fingerprint: str,
+    tensors: Mapping[str, torch.Tensor],
+    names: Sequence[str] = (),
+) -> str:
+    """Hash of an edit's content.
 
-__all__ = [
-    "Edit",
-    "EmptyEdit",
-    "MaskEdit",
-    "Origin",
-    "PairMaskEdit",
-    "WeightEdit",
-    "owner_of",
-]
+    Args:
+        kind: Kind of edit.
+        fingerprint: Of the checkpoint it is for.
+        tensors: What it consists of, by name.
+        names: What else decides what the edit does.
+    """
+    digest = hashlib.sha256("|".join([kind, fingerprint, *names]).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"|{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        # flat, because a single number cannot be viewed as bytes
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def check_masks(masks: Mapping[str, torch.Tensor]) -> None:
+    """Refuse masks that are not boolean: written and read again they would be another edit.
+
+    Raises:
+        TypeError: Names the first.
+    """
+    for name, mask in masks.items():
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"masks are boolean, that of {name} is {mask.dtype}")
+
+
+def parameters_of(
+    model: TextToImage, tensors: Mapping[str, torch.Tensor], *, rows: bool = False
+) -> dict[str, nn.Parameter]:
+    """Parameters of the denoiser that an edit's tensors belong to.
+
+    Args:
+        model: Whose denoiser.
+        tensors: Parameter name to a tensor of the parameter's shape.
+        rows: Whether a tensor may also have one element per output row, (C_out,).
+
+    Raises:
+        InputError: The denoiser has no parameter of a name, or one of another shape.
+    """
+    known = dict(model.denoiser().named_parameters())
+    found = {}
+    for name, tensor in tensors.items():
+        if name not in known:
+            raise InputError(f"the edit changes {name}, which {model.name} does not have")
+        shape = known[name].shape
+        if tensor.shape != shape and not (rows and tensor.shape == shape[:1]):
+            raise InputError(
+                f"the edit has shape {tuple(tensor.shape)} for {name}, but {model.name} has "
+                f"{tuple(shape)} there"
+            )
+        found[name] = known[name]
+    return found
+
+
+# -------- row_masks
+# A linear layer in which every row of the batch has its own pruned weights.
+
+
+def owner_of(pair_id: str, pairs: tuple[str, ...]) -> str:
+    """Whose mask a pair's rows see: its own, or one that its name alone decides.
+
+    Controls have no mask of their own; under the masks of the edited pairs in turn they tell what
+    those cost.
+    """
+    if pair_id in pairs:
+        return pair_id
+    number = int.from_bytes(hashlib.blake2b(pair_id.encode(), digest_size=8).digest(), "big")
+    return sorted(pairs)[number % len(pairs)]
+
+
+def masked_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    owners: Sequence[str],
+    pruned: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """Apply a linear layer to a batch whose rows differ in which weights are zero.
+
+    What a row gives depends on its own mask and, on the CPU, not by a bit on the rows beside it.
+    Whole output rows are masked after one product for everybody, which is what zero weights give:
+    the bias, or zero. Single weights cannot be; there, rows of one owner share a product, or on
+    the CPU each row has its own, since kernels are chosen by shape.
+
+    Args:
+        x: Inputs (N, ..., D).
+        weight: (C, D).
+        bias: (C,), or None.
+        owners: Whose mask each row sees, length N.
+        pruned: Owner to what is zero: output rows (C,) or single weights (C, D). Rows of others
+            see the layer as it is.
+    """
+    masks = [pruned.get(owner) for owner in owners]
+    if all(mask is None or mask.dim() == 1 for mask in masks):
+        y = F.linear(x, weight, bias)
+        nothing = torch.zeros(len(weight), dtype=torch.bool, device=y.device)
+        zero = torch.stack([nothing if mask is None else mask for mask in masks])
+        zero = zero.view(len(x), *[1] * (x.dim() - 2), len(weight))
+        left = torch.zeros_like(weight[:, 0]) if bias is None else bias
+        return torch.where(zero, left.to(y.dtype), y)
+    weights = {
+        owner: weight.masked_fill(mask if mask.dim() == 2 else mask[:, None], 0)
+        for owner in dict.fromkeys(owners)
+        if (mask := pruned.get(owner)) is not None
+    }
+    parts = [
+        F.linear(x[start:stop], weights.get(owners[start], weight), bias)
+        for start, stop in _runs(owners, single=x.device.type == "cpu")
+    ]
+    return torch.cat(parts)
+
+
+def _runs(owners: Sequence[str], *, single: bool) -> Iterator[tuple[int, int]]:
+    """Places of neighbouring rows with one owner, or of every row by itself."""
+    start = 0
+    for stop in range(1, len(owners) + 1):
+        if single or stop == len(owners) or owners[stop] != owners[start]:
+            yield start, stop
+            start = stop
+
+
+# -------- edits
 
 
 @dataclass(frozen=True)
@@ -279,3 +406,165 @@ class WeightEdit:
     def counts(self) -> dict[str, int]:
         """Weights of the changed parameters."""
         return {name: value.numel() for name, value in self.weights.items()}
+
+
+# -------- edit_files
+# Edits as safetensors files: nothing in them is executed, and damaged ones are noticed.
+
+LAYOUT = "1"
+
+_LARGEST = 2**31
+"""Elements of a mask, at most: a damaged shape must not ask for all memory."""
+
+
+def write_edit(path: Path, edit: Edit) -> Path:
+    """Write an edit; masks are kept as the flat places of what is pruned.
+
+    Args:
+        path: Where to, ``.safetensors``.
+        edit: A mask, per-pair mask or weight edit.
+
+    Raises:
+        TypeError: It is of another kind, which has nothing to write.
+    """
+    shapes: dict[str, list[int]] = {}
+    if isinstance(edit, MaskEdit):
+        kind, tensors = "mask", _places(edit.masks, shapes, "")
+    elif isinstance(edit, PairMaskEdit):
+        kind, tensors = "pair_mask", {}
+        for pair, own in edit.masks.items():
+            tensors.update(_places(own, shapes, f"{pair}|"))
+    elif isinstance(edit, WeightEdit):
+        kind = "weights"
+        tensors = {name: w.detach().cpu().contiguous() for name, w in edit.weights.items()}
+    else:
+        raise TypeError(f"{type(edit).__name__} has nothing to write")
+    note = {
+        "layout": LAYOUT,
+        "kind": kind,
+        "identity": edit.identity,
+        "origin": json.dumps(asdict(edit.origin)),
+        "shapes": json.dumps(shapes),
+        "pairs": json.dumps(list(edit.masks) if isinstance(edit, PairMaskEdit) else []),
+    }
+    return write_atomically(path, save(tensors, metadata=note))
+
+
+def read_edit(path: Path) -> Edit:
+    """Read an edit that ``write_edit`` wrote.
+
+    Raises:
+        InputError: There is no such file, or it is damaged or of another layout.
+    """
+    try:
+        data = path.read_bytes()  # not mapped: a file cut by another process would kill this one
+    except OSError as error:
+        raise InputError(f"cannot read the edit {path}: {error.strerror or error}") from error
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        note = header.get("__metadata__", {})
+        if "layout" not in note:
+            raise ValueError("it holds tensors, but does not say of which edit")
+        if note["layout"] != LAYOUT:
+            raise ValueError(f"its layout is {note['layout']}, not {LAYOUT}")
+        edit = _edit(note, tensors)
+        if edit.identity != note["identity"]:
+            raise ValueError("its content does not fit the hash in it")
+    except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{path} is no edit of this program, or damaged: {error}\n"
+            f"  mend:  remove it, it will be computed again"
+        ) from error
+    return edit
+
+
+def _edit(note: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Edit:
+    origin = Origin(**json.loads(note["origin"]))
+    shapes: dict[str, list[int]] = json.loads(note["shapes"])
+    if note["kind"] == "weights":
+        return WeightEdit(origin, {name: value.clone() for name, value in tensors.items()})
+    masks = {}
+    for name, places in tensors.items():
+        if math.prod(shapes[name]) > _LARGEST:
+            raise ValueError(f"a mask of shape {tuple(shapes[name])} is no model's")
+        mask = torch.zeros(shapes[name], dtype=torch.bool)
+        mask.view(-1)[places.long()] = True
+        masks[name] = mask
+    if note["kind"] == "mask":
+        return MaskEdit(origin, masks)
+    if note["kind"] != "pair_mask":
+        raise ValueError(f"unknown kind {note['kind']!r}")
+    own: dict[str, dict[str, Any]] = {pair: {} for pair in json.loads(note["pairs"])}
+    for name, mask in masks.items():
+        pair, _, parameter = name.partition("|")
+        own[pair][parameter] = mask
+    return PairMaskEdit(origin, own)
+
+
+def _places(
+    masks: Mapping[str, torch.Tensor], shapes: dict[str, list[int]], prefix: str
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, mask in masks.items():
+        shapes[prefix + name] = list(mask.shape)
+        found[prefix + name] = mask.flatten().nonzero()[:, 0].to(torch.int32).cpu()
+    return found
+
+
+def is_writable(edit: Edit) -> bool:
+    """Whether an edit has something to write; others are cheap to make again."""
+    return isinstance(edit, MaskEdit | PairMaskEdit | WeightEdit)
+
+
+# -------- effect
+# Whether an edit does anything: a mask over zero weights leaves a model as it is.
+
+log = logging.getLogger(__name__)
+
+
+def changed_weights(edit: Edit, model: TextToImage) -> int | None:
+    """Count the weights that differ under an edit, and say so in the log.
+
+    Args:
+        edit: The edit.
+        model: The checkpoint, without the edit.
+
+    Returns:
+        Weights that have another value under it, for per-pair edits under any pair's; None where
+        it works without changing weights, as a defence at inference does.
+
+    Raises:
+        InputError: The edit was made for another checkpoint.
+    """
+    if isinstance(edit, EmptyEdit):
+        return 0
+    if isinstance(edit, MaskEdit):
+        changed = _pruned(model, [edit.masks])
+    elif isinstance(edit, PairMaskEdit):
+        changed = _pruned(model, edit.masks.values())
+    elif isinstance(edit, WeightEdit):
+        parameters = parameters_of(model, edit.weights)
+        changed = sum(
+            int((parameters[name].detach() != value.to(parameters[name])).sum())
+            for name, value in edit.weights.items()
+        )
+    else:
+        return None
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    say = log.info if changed else log.warning
+    say("the edit changes %d of %d weights (%.3g %%)", changed, whole, 100 * changed / whole)
+    return changed
+
+
+def _pruned(model: TextToImage, each: Iterable[Mapping[str, torch.Tensor]]) -> int:
+    """Weights that are not zero and that any of several sets of masks prunes."""
+    union: dict[str, torch.Tensor] = {}
+    for masks in each:
+        for name, mask in masks.items():
+            union[name] = union[name] | mask if name in union else mask
+    parameters = parameters_of(model, union, rows=True)
+    return sum(
+        int(parameters[name].detach()[mask.to(parameters[name].device)].count_nonzero())
+        for name, mask in union.items()
+    )

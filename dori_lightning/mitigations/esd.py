@@ -6,15 +6,15 @@ https://arxiv.org/abs/2303.07345. The concept of a memorized picture is its whol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
-from dori_lightning import processes
-from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.mitigations.base import check_calibrated, edit_key
+from dori_lightning.mitigations.base import Workshop, check_calibrated, edit_key
+from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
     Finetuning,
@@ -22,18 +22,10 @@ from dori_lightning.mitigations.finetuning import (
     finetune,
     in_turn,
 )
-from dori_lightning.types import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
-
-    from dori_lightning.mitigations.base import Workshop
-    from dori_lightning.mitigations.edits import WeightEdit
-    from dori_lightning.models.protocol import TextToImage
-    from dori_lightning.types import Pair
-
-__all__ = ["ESD", "ESDTraining", "is_trained", "partly_denoised"]
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.seeding import keyed_generator
+from dori_lightning.types import InputError, Pair
 
 Variant = Literal["x", "u", "strict", "full"]
 VARIANTS: tuple[Variant, ...] = ("x", "u", "strict", "full")
@@ -150,7 +142,7 @@ class ESDTraining(Finetuning):
         noise = torch.randn((len(rows), *model.latent_shape), generator=generator)
         reached = torch.randint(len(self.visited), (len(rows),), generator=generator)
         timesteps = self._timesteps(reached, generator).to(device)
-        own = processes.share(len(rows))
+        own = distributed.share(len(rows))
         prompts, noise = prompts[own.rows], noise[own.rows]
         reached, timesteps = reached[own.rows], timesteps[own.rows]
         with torch.no_grad():

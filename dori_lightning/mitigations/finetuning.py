@@ -4,29 +4,168 @@ from __future__ import annotations
 
 import copy
 import shutil
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset
 
-from dori_lightning import processes
-from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.disk import check_space
-from dori_lightning.mitigations.checkpoints import KEPT
+from dori_lightning.mitigations.base import Workshop
 from dori_lightning.mitigations.edits import Origin, WeightEdit
-from dori_lightning.mitigations.fitting import fit
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import check_space
+from dori_lightning.runtime.checkpoints import (
+    KEPT,
+    FitCheckpoints,
+    Saving,
+    is_done,
+    last_checkpoint,
+)
+from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.seeding import keyed_generator
+from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+# -------- fitting
+# Run one fit of a fine-tuning: checkpoints, progress, resume, and what may go wrong.
 
-    from dori_lightning.mitigations.base import Workshop
-    from dori_lightning.models.protocol import TextToImage
 
-__all__ = ["FinetuneSettings", "Finetuning", "check_disk", "finetune", "in_turn"]
+class _Steps(IterableDataset[int]):
+    """As many elements as anybody asks for; what a step does follows from its number."""
+
+    def __iter__(self) -> Iterator[int]:
+        k = 0
+        while True:
+            yield k
+            k += 1
+
+
+class _Advance(L.Callback):
+    """Advance a stage by the work that was done; stop at a loss that is no number."""
+
+    def __init__(self, title: str, module: Finetuning, advance: Callable[[int], None]) -> None:
+        self.title, self.module, self.advance, self.seen = title, module, advance, 0
+        module.worked = self._add
+
+    def _add(self, work: int) -> None:
+        self.seen += work
+        self.advance(work)
+
+    # checkpoints come after all other callbacks, so none holds the broken weights
+    def on_train_batch_end(
+        self, trainer: L.Trainer, _module: L.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None and not bool(torch.isfinite(loss)):
+            raise RuntimeError(
+                f"{self.title}: the loss stopped being finite at step {trainer.global_step}; "
+                f"a smaller mitigation.finetune.lr or precision=32-true may help"
+            )
+        self._add(self.module.work(trainer.global_step) - self.seen)
+
+
+def fit(
+    module: Finetuning,
+    model: TextToImage,
+    workshop: Workshop,
+    folder: Path,
+    *,
+    steps: int,
+    title: str,
+) -> None:
+    """Train ``module`` up to ``steps`` optimizer steps, going on from ``folder``'s checkpoint.
+
+    All processes of the run train together.
+
+    Args:
+        module: What is trained, in place.
+        model: Its model, which says where to train.
+        workshop: Makes the Trainer.
+        folder: Where checkpoints are kept; stays afterwards.
+        steps: Optimizer steps.
+        title: What the progress line and errors say.
+
+    Raises:
+        RuntimeError: The loss stopped being finite, or the fit ended early.
+        Interrupted: The run was told to leave; the next one goes on from here.
+        KeyboardInterrupt: The user stopped it.
+    """
+    settings = module.settings
+    last = distributed.from_first(
+        last_checkpoint(folder, title) if distributed.is_first() else None
+    )
+    if last is not None and is_done(module, last, steps):
+        return
+    with stage(title, module.work(steps)) as advance:
+        callbacks: list[L.Callback] = [
+            Saving(folder, settings.checkpoint_every),
+            _Advance(title, module, advance),
+        ]
+        if settings.ema is not None:
+            # by interpolation, which leaves weights that are not trained as they are to the bit;
+            # EMAWeightAveraging adds two products, which rounds
+            average = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
+            callbacks.append(WeightAveraging(use_buffers=False, multi_avg_fn=average))
+        trainer = workshop.trainer(
+            max_steps=steps,
+            callbacks=callbacks,
+            plugins=[FitCheckpoints()],
+            # manual optimization clips for itself
+            gradient_clip_val=settings.clip if module.automatic_optimization else None,
+            precision=settings.precision,
+            enable_checkpointing=True,
+            default_root_dir=folder,
+            **_devices(model),
+        )
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            with warnings.catch_warnings():
+                # a pretrained denoiser is trained as it is used, and checkpoints hold what a step
+                # led to
+                for intended in (".*in eval mode at the start", ".*no pre-optimization state"):
+                    warnings.filterwarnings("ignore", message=intended)
+                trainer.fit(
+                    module,
+                    DataLoader(_Steps(), batch_size=None),
+                    ckpt_path=None if last is None else str(last),
+                    weights_only=True,
+                )
+        except Interrupted as told:
+            distributed.leave(told)
+            raise
+        except SystemExit as left:
+            # Lightning makes Ctrl+C an exit and ignores it from then on
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from left
+    if trainer.global_step < steps:
+        raise RuntimeError(
+            f"{title}: the fit ended after {trainer.global_step} of {steps} steps; what it "
+            f"trained so far is no edit"
+        )
+
+
+def _devices(model: TextToImage) -> dict[str, Any]:
+    """Where to train: where the model is, since its tensors that are no weights stay there."""
+    device = model.device
+    if distributed.world() > 1:
+        return {"accelerator": device.type}  # the others as configured
+    alone = 1 if device.type == "cpu" else [device.index or 0]
+    return {"accelerator": device.type, "devices": alone, "num_nodes": 1, "strategy": "auto"}
+
+
+# -------- finetuning
 
 
 @dataclass(frozen=True)
@@ -253,8 +392,8 @@ def finetune(
         trained = {n: value.cpu().to(before[n].dtype) for n, value in after.items()}
         changed = {n: v.clone() for n, v in trained.items() if not torch.equal(v, before[n].cpu())}
         said = {**(notes or {}), **getattr(module, "notes", {})}
-    processes.barrier()  # the others may still read it
-    if processes.is_first():
+    distributed.barrier()  # the others may still read it
+    if distributed.is_first():
         shutil.rmtree(folder, ignore_errors=True)
     return WeightEdit(Origin(model.fingerprint, notes=said), changed)
 

@@ -16,8 +16,6 @@ from safetensors.torch import save_file
 
 from dori_lightning.types import InputError
 
-__all__ = ["convert"]
-
 
 def convert(source: Path, target: Path) -> int:
     """Write the tensors of a pickled state dict as safetensors.

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args
+
+import torch
+from torch import nn
 
 from dori_lightning.types import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
-
-    import torch
-    from torch import nn
-
-__all__ = ["EmbeddingFilter", "LayerRole", "Sampling", "Stage", "TextToImage"]
 
 Sampler = Literal["ddim", "dpm++"]
 Stage = Literal["down", "mid", "up"]

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dori_lightning.models.stable_diffusion import StableDiffusion
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
-
-__all__ = ["random_sd14", "sd14_unet"]
 
 
 def sd14_unet(*, latent: int = 64) -> UNet2DConditionModel:

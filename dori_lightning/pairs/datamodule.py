@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,16 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch.utils.data import DataLoader, IterableDataset
 
-from dori_lightning.files import write_atomically
-from dori_lightning.pairs.images import image_tensor, square_image
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from dori_lightning.models.protocol import TextToImage
-    from dori_lightning.types import Pair
-
-__all__ = ["Encoded", "PairBatch", "PairsDataModule"]
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.pairs.validation import image_tensor, square_image
+from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.types import Pair
 
 logger = logging.getLogger(__name__)
 

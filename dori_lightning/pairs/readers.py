@@ -3,41 +3,628 @@
 Nothing is ever fetched from the network; columns with addresses are ignored.
 """
 
+from __future__ import annotations
+
+import csv
 import hashlib
-import shutil
-import tempfile
+import json
+import logging
+import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Protocol, get_args
 
-from dori_lightning.pairs import photographs, planted, scenes, templates
-from dori_lightning.pairs.manifest import mark_duplicates, select_pairs
-from dori_lightning.pairs.parquet import ParquetPairs
-from dori_lightning.pairs.published import NemoCsvPairs, WenJsonlPairs
-from dori_lightning.pairs.reading import (
-    EXPECTED,
-    PROMPT_NAMES,
-    PairsReader,
-    ReaderOptions,
-    Selection,
-    known_kind,
-    metadata_row,
-    picture_folder,
-    prompt_name,
+from dori_lightning.pairs.validation import (
+    OnMissing,
+    Problem,
+    RawRow,
+    default_id,
+    mark_duplicates,
+    quote,
+    select_pairs,
+    sniff,
+    validate_rows,
 )
-from dori_lightning.pairs.tables import read_csv, read_jsonl
-from dori_lightning.types import InputError, Kind, Pair
+from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.types import KINDS, InputError, Kind, Pair
 
-__all__ = [
-    "ConcatPairs",
-    "FolderPairs",
-    "NemoCsvPairs",
-    "PairsReader",
-    "ParquetPairs",
-    "PlantedPairs",
-    "WenJsonlPairs",
-]
+# -------- reading
+# What every reader of pairs shares: the options, and columns that have several names.
+
+logger = logging.getLogger(__name__)
+
+PROMPT_NAMES = ("prompt", "text", "caption")
+COLUMNS = ("file_name", *PROMPT_NAMES, "id", "kind", "subject", "repeats", "role")
+EXPECTED = "file_name,prompt[,id,kind,subject,repeats,role]"
+"""Header of a ``metadata.csv``, for messages."""
+
+
+class PairsReader(Protocol):
+    """Anything that can be given as ``pairs``."""
+
+    def read(self) -> tuple[Pair, ...]:
+        """Return validated pairs, audit and training, with unique ids.
+
+        Raises:
+            InputError: The list or a picture is unusable.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which pairs of a list to take.
+
+    Attributes:
+        kinds: Kinds to take; rows of other kinds are left out unchecked.
+        limit: Most audit pairs of each kind, the first of the list; None takes all. Training pairs
+            are never cut.
+    """
+
+    kinds: Sequence[Kind] = KINDS
+    limit: int | None = None
+
+    def check_options(self) -> None:
+        """Refuse impossible options.
+
+        Called by ``read``, not by the constructor: Hydra would wrap the error in its own.
+
+        Raises:
+            InputError: Unknown or no kinds, or a limit below 1.
+        """
+        if not self.kinds or any(kind not in KINDS for kind in self.kinds):
+            raise InputError(f"pairs.kinds must be some of {list(KINDS)}, got {list(self.kinds)}")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"pairs.limit must be at least 1 or null, got {self.limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderOptions(Selection):
+    """Options of every reader of a file.
+
+    Attributes:
+        on_missing: ``error`` refuses a list with missing pictures; ``skip`` drops those rows and
+            logs their ids. Damaged pictures are always refused.
+    """
+
+    on_missing: OnMissing = "error"
+
+    def check_options(self) -> None:
+        """Refuse impossible options, as ``Selection`` does, and an unknown ``on_missing``."""
+        super().check_options()
+        if self.on_missing not in get_args(OnMissing):
+            raise InputError(f"pairs.on_missing must be error or skip, got {self.on_missing!r}")
+
+    def validate(
+        self,
+        rows: Sequence[RawRow],
+        *,
+        root: Path,
+        source: str,
+        names: Mapping[str, str] | None = None,
+    ) -> tuple[Pair, ...]:
+        """Validate rows under these options; see ``manifest.validate_rows``."""
+        return validate_rows(
+            rows,
+            root=root,
+            source=source,
+            names=names,
+            kinds=tuple(self.kinds),
+            limit=self.limit,
+            on_missing=self.on_missing,
+        )
+
+
+def known_kind(kind: str) -> Kind:
+    """Require that a constructor's kind is one.
+
+    Raises:
+        InputError: It is not.
+    """
+    for known in KINDS:
+        if kind == known:
+            return known
+    raise InputError(f"pairs.kind must be one of {list(KINDS)}, got {kind!r}")
+
+
+def picture_folder(path: Path | str, option: str) -> Path:
+    """Require a folder.
+
+    Raises:
+        InputError: There is none, or it is a file; names the option to mend.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{option} must be a folder, but {folder} {state}")
+    return folder
+
+
+def prompt_name(header: Sequence[str], source: str) -> str:
+    """Choose the caption's column: ``prompt``, or else the only alias there is.
+
+    Raises:
+        InputError: There are two aliases and no ``prompt``.
+    """
+    found = [name for name in PROMPT_NAMES if name in header]
+    if "prompt" not in found and len(found) > 1:
+        raise InputError(
+            f"{source} has columns {' and '.join(found)}; rename the right one prompt"
+        )
+    ignored = [quote(name) for name in header if name not in COLUMNS and name != "image"]
+    if ignored:
+        logger.info("%s: columns that are not used: %s", source, ", ".join(ignored))
+    return found[0]
+
+
+def metadata_row(
+    values: Mapping[str, object],
+    *,
+    where: str,
+    kind: Kind,
+    prompt: str,
+    problems: tuple[Problem, ...] = (),
+) -> RawRow:
+    """Turn a record with the columns of a ``metadata.csv`` into a raw row.
+
+    Args:
+        values: Column to value.
+        where: The record's place in its file.
+        kind: Kind of records that name none.
+        prompt: Column that holds the caption.
+        problems: What kept the record from being taken apart.
+    """
+    return RawRow(
+        where=where,
+        id=values.get("id"),
+        kind=kind if values.get("kind") in (None, "") else values["kind"],
+        prompt=values.get(prompt),
+        image=values.get("file_name"),
+        subject=values.get("subject"),
+        repeats=values.get("repeats"),
+        role=values.get("role"),
+        problems=problems,
+    )
+
+
+# -------- tables
+# Read text tables strictly: what is not certain is refused, and the mend is said.
+
+TAB_NAMES = ("tab", "\\t")
+DELIMITERS = (",", ";", "\t", "|")
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One record of a text table.
+
+    Attributes:
+        where: ``line N``, where the record begins; the file's first line is line 1.
+        values: Column to value; strings out of a CSV, any JSON value out of a JSONL.
+        problems: What kept the record from being taken apart; ``values`` is empty then.
+    """
+
+    where: str
+    values: Mapping[str, object] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+
+def read_text(path: Path) -> str:
+    """Decode a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        InputError: No such file, unreadable, or not UTF-8; says which line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the list of pairs {path}: {error.strerror}") from error
+    if data.startswith(UTF16_MARKS):
+        raise InputError(f"{path} is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; save as UTF-8, "
+            "for a list written on Windows: iconv -f WINDOWS-1252 -t UTF-8"
+        ) from error
+    if "\0" in text:
+        raise InputError(
+            f"{path} holds NUL bytes, so it is no text table; was it cut off or zipped?"
+        )
+    return text
+
+
+def require_columns(
+    header: Sequence[str],
+    required: Sequence[Sequence[str]],
+    *,
+    path: Path,
+    delimiter: str | None = None,
+    top: str = "",
+) -> None:
+    """Require one column of each group of names.
+
+    Args:
+        header: Columns that the file has.
+        required: Groups of names; the first of a group is its proper name, the others are aliases.
+        path: The file.
+        delimiter: What separates columns, of a CSV.
+        top: First line of a CSV as it stands, to see whether another delimiter would do.
+
+    Raises:
+        InputError: A group has no column in the header; shows the header and the mend.
+    """
+    lacking = [group for group in required if not any(name in header for name in group)]
+    if not lacking:
+        return
+    wanted = ", ".join(" or ".join(group) for group in lacking)
+    text = f"{path} has no column {wanted}. It has: {', '.join(map(quote, header)) or 'none'}"
+    if delimiter is not None:
+        text += f" (columns separated by {delimiter!r})"
+        for other in DELIMITERS:
+            columns = [name.strip() for name in next(csv.reader([top], delimiter=other), [])]
+            if other != delimiter and all(any(n in columns for n in g) for g in required):
+                name = "tab" if other == "\t" else other
+                mend = f"\"pairs.delimiter='{name}'\""  # a shell and Hydra each need their quotes
+                raise InputError(f"{text}. They look separated by {other!r}: add {mend}")
+    raise InputError(f"{text}. Add it, or rename the column that means it")
+
+
+def read_csv(
+    path: Path, *, delimiter: str, required: Sequence[Sequence[str]]
+) -> tuple[list[str], list[Line]]:
+    """Read a CSV with a header.
+
+    Args:
+        path: The file.
+        delimiter: One character, or ``tab``.
+        required: Groups of column names, as of ``require_columns``.
+
+    Returns:
+        The header and the records. A record with too many or too few fields carries the problem.
+
+    Raises:
+        InputError: Unreadable, not UTF-8, badly quoted, or a column is missing or there twice.
+    """
+    if delimiter in TAB_NAMES:
+        delimiter = "\t"
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise InputError(f"pairs.delimiter must be one character or tab, got {delimiter!r}")
+    # Not str.splitlines: it also splits at separators that a caption may hold.
+    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
+    records: list[tuple[int, list[str]]] = []
+    begin = 1
+    try:
+        for record in reader:
+            if record:
+                records.append((begin, record))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: the record that begins in line {begin} is badly quoted ({error}); put "
+            'captions with a delimiter or a quote into "...", and write a quote inside as ""'
+        ) from error
+    if not records:
+        raise InputError(f"{path} is empty: it needs a header line and at least one pair")
+    header = [name.strip() for name in records[0][1]]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} has more than one column named {', '.join(map(quote, twice))}")
+    require_columns(header, required, path=path, delimiter=delimiter, top=lines[0])
+    return header, [_csv_line(header, f"line {number}", r) for number, r in records[1:]]
+
+
+def _csv_line(header: list[str], where: str, record: list[str]) -> Line:
+    if len(record) == len(header):
+        return Line(where, dict(zip(header, record, strict=True)))
+    what = f"{len(record)} fields, but the header has {len(header)}"
+    mend = 'put captions that hold the delimiter into "..."'
+    return Line(where, problems=(Problem(where, "(all)", what, mend),))
+
+
+def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[str], list[Line]]:
+    """Read a file with one JSON object in each line.
+
+    Args:
+        path: The file; blank lines are passed over.
+        required: Groups of key names, as of ``require_columns``; some line must have each.
+
+    Returns:
+        All keys and the records. A line that is no object carries the problem.
+
+    Raises:
+        InputError: Unreadable, not UTF-8, or no line has a required key.
+    """
+    records = []
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        where = f"line {number}"
+        try:
+            value = json.loads(text)
+            what = "" if isinstance(value, dict) else f"{quote(value)} is no object"
+        except (ValueError, RecursionError) as error:
+            value, what = None, f"no JSON: {error}"
+        if what:
+            mend = 'write {"column": "value", ...} in one line'
+            records.append(Line(where, problems=(Problem(where, "(all)", what, mend),)))
+        else:
+            records.append(Line(where, value))
+    header = list(dict.fromkeys(key for record in records for key in record.values))
+    if header:  # otherwise no line could be read, and each says why
+        require_columns(header, required, path=path)
+    return header, records
+
+
+# -------- parquet
+# Read pairs out of a parquet file, with pictures beside it or inside it.
+
+ROWS_AT_ONCE = 64
+"""Rows held in memory together; each may hold a full picture."""
+
+
+@dataclass(frozen=True)
+class ParquetPairs(ReaderOptions):
+    """A parquet file with the columns of ``FolderPairs``.
+
+    Pictures are either files that ``file_name`` names, or the bytes of an ``image`` column of
+    ``{bytes, path}`` structs as Hugging Face data sets have; those are written to ``cache``, named
+    by their hash. Pictures in an ``image`` column whose id is not given are called after ``path``,
+    or ``row_000001``.
+
+    Attributes:
+        path: The parquet file.
+        root: Folder that ``file_name`` is relative to; None for the file's own.
+        cache: Folder for pictures that the file holds; must be given for an ``image`` column.
+        kind: Kind of rows that name none.
+    """
+
+    path: Path | str
+    root: Path | str | None = None
+    cache: Path | str | None = None
+    kind: Kind = "vm"
+
+    def read(self) -> tuple[Pair, ...]:
+        """Read and validate the list.
+
+        Raises:
+            InputError: No parquet file, missing columns, an unusable type, or unusable rows.
+        """
+        import pyarrow as pa  # slow to import, and only this format needs it
+        import pyarrow.parquet as pq
+
+        self.check_options()
+        kind, source = known_kind(self.kind), Path(self.path)
+        if not source.is_file():
+            raise InputError(f"pairs.path must be a parquet file, but there is no file {source}")
+        try:
+            with pq.ParquetFile(source) as file:
+                schema = file.schema_arrow
+                embedded = "image" in schema.names
+                picture = ("image",) if embedded else ("file_name", "image")
+                require_columns(schema.names, [picture, PROMPT_NAMES], path=source)
+                prompt = prompt_name(schema.names, str(source))
+                if embedded:
+                    self._check_image_type(schema.field("image").type)
+                root = self._root(source, embedded=embedded)
+                wanted = ["image", "file_name", prompt, "id", "kind", "subject", "repeats", "role"]
+                columns = [name for name in wanted if name in schema.names]
+                batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
+                records = (record for batch in batches for record in batch.to_pylist())
+                rows = list(self._rows(records, kind=kind, prompt=prompt, root=root))
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{source} cannot be read as parquet: {error}") from error
+        names = {"prompt": prompt, "image": "image" if embedded else "file_name"}
+        return self.validate(rows, root=root, source=str(source), names=names)
+
+    def _root(self, source: Path, *, embedded: bool) -> Path:
+        if not embedded:
+            return picture_folder(source.parent if self.root is None else self.root, "pairs.root")
+        if self.cache is None:
+            raise InputError(
+                f"{source} holds its pictures; say where to write them: pairs.cache=..."
+            )
+        folder = Path(self.cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _check_image_type(self, kind: Any) -> None:
+        import pyarrow.types as pt
+
+        if not pt.is_struct(kind) or "bytes" not in [field.name for field in kind]:
+            raise InputError(
+                f"{self.path}: column image must be a struct of bytes and path, but is {kind}; "
+                "if it holds paths, rename it file_name"
+            )
+
+    def _rows(
+        self, records: Iterator[dict[str, Any]], *, kind: Kind, prompt: str, root: Path
+    ) -> Iterator[RawRow]:
+        for number, record in enumerate(records, start=1):
+            where = f"row {number}"
+            if "image" not in record:
+                yield metadata_row(record, where=where, kind=kind, prompt=prompt)
+                continue
+            image = record.pop("image") or {}
+            if record.get("file_name") in (None, ""):
+                record["file_name"] = image.get("path") or f"row_{number:06d}"
+            row = metadata_row(record, where=where, kind=kind, prompt=prompt)
+            data = image.get("bytes")
+            yield replace(
+                row,
+                id=row.id or default_id(str(record["file_name"])),
+                image=_store(data, root) if data else None,
+                looked_for="picture bytes in this row",
+            )
+
+
+def _store(data: bytes, folder: Path) -> str:
+    """Write a picture under its hash, all at once; return its name."""
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{digest}.{(sniff(data[:64]) or 'unknown').split()[0].lower()}"
+    path = folder / name
+    if not path.is_file():
+        write_atomically(path, data)
+    return name
+
+
+# -------- published
+# Read the prompt lists that the literature shares: NeMo's CSV and Wen et al.'s JSONL.
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Picture files of a folder by name; downloaders put captions and records beside them."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _number(line: Line, column: str) -> tuple[str, tuple[Problem, ...]]:
+    """Take a number that names a file: digits only, since it becomes part of a path."""
+    value = line.values.get(column)
+    text = str(value)
+    if isinstance(value, str | int) and re.fullmatch(r"[0-9]{1,20}", text):
+        return text, ()
+    name = column or "(first)"
+    return "", (Problem(line.where, name, f"{quote(value)} is no row number", "write digits"),)
+
+
+@dataclass(frozen=True)
+class NemoCsvPairs(ReaderOptions):
+    """NeMo's lists of LAION prompts: header ``;Caption;URL;type;mean_sscd;max_sscd;Index``.
+
+    A row's picture is ``0001_*`` (row number of the first, unnamed column, four digits, from 0) or
+    else ``{Index}.*``. Where several files have the prefix the first by name is used. Its id is
+    ``vm_0001``, after kind and row number.
+
+    Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.02366
+
+    Attributes:
+        path: The CSV.
+        images: Folder of its pictures.
+        delimiter: What separates columns: one character, or ``tab``.
+        kind_column: Column that says VM or TM; None where there is none.
+        kind: Kind of all rows where the header lacks the default ``kind_column``, as in the
+            list of prompts that are not memorized.
+        id_prefix: Put before each id; tells lists apart that are read together.
+    """
+
+    path: Path | str
+    images: Path | str
+    delimiter: str = ";"
+    kind_column: str | None = "type"
+    kind: Kind = "control"
+    id_prefix: str = ""
+
+    def read(self) -> tuple[Pair, ...]:
+        """Read and validate the list.
+
+        Raises:
+            InputError: An unreadable list, or unusable rows.
+        """
+        self.check_options()
+        kind = known_kind(self.kind)
+        source, folder = Path(self.path), picture_folder(self.images, "pairs.images")
+        required = [("Caption",), ("",)]
+        if self.kind_column not in (None, "type"):  # named on purpose: its absence is a mistake
+            required.append((str(self.kind_column),))
+        header, lines = read_csv(source, delimiter=self.delimiter, required=required)
+        typed = self.kind_column is not None and self.kind_column in header
+        by_row: dict[str, list[str]] = defaultdict(list)
+        by_index: dict[str, list[str]] = defaultdict(list)
+        for picture in _pictures(folder):
+            by_row[picture.name.partition("_")[0]].append(picture.name)
+            by_index[picture.stem].append(picture.name)
+
+        def row(line: Line) -> RawRow:
+            number, problems = _number(line, "")
+            if line.problems or problems:
+                return RawRow(line.where, problems=line.problems or problems)
+            four, index = f"{int(number):04d}", str(line.values.get("Index", ""))
+            said = str(line.values[str(self.kind_column)]).lower() if typed else kind
+            found = by_row.get(four) or by_index.get(index)
+            searched = f"{four}_*" + (f" nor {index}.*" if index else "")
+            return RawRow(
+                where=line.where,
+                id=f"{self.id_prefix}{said}_{four}",
+                kind=said,
+                prompt=line.values["Caption"],
+                image=found[0] if found else None,
+                looked_for=f"{searched} in {folder}",
+            )
+
+        names = {"prompt": "Caption", "kind": str(self.kind_column), "image": "picture"}
+        rows = [row(line) for line in lines]
+        return self.validate(rows, root=folder, source=str(source), names=names)
+
+
+@dataclass(frozen=True)
+class WenJsonlPairs(ReaderOptions):
+    """Wen et al.'s lists: one ``{"caption": ..., "index": ..., "url": ...}`` in each line.
+
+    A row's picture is in ``gt_images/{index}/`` or ``{index}/``, or is ``{index}.*``. A folder
+    often holds several references; the first by name is the pair's picture and the others are not
+    used. Its id is the index.
+
+    Reference: Detecting, Explaining, and Mitigating Memorization in Diffusion Models (Wen et al.,
+    2024), https://arxiv.org/abs/2407.21720
+
+    Attributes:
+        path: The JSONL.
+        images: Folder of its pictures.
+        kind: Kind of all rows; the list does not say.
+        id_prefix: Put before each id; tells lists apart that are read together.
+    """
+
+    path: Path | str
+    images: Path | str
+    kind: Kind
+    id_prefix: str = ""
+
+    def read(self) -> tuple[Pair, ...]:
+        """Read and validate the list.
+
+        Raises:
+            InputError: An unreadable list, or unusable rows.
+        """
+        self.check_options()
+        kind = known_kind(self.kind)
+        source, folder = Path(self.path), picture_folder(self.images, "pairs.images")
+        _, lines = read_jsonl(source, required=[("caption",), ("index",)])
+        files = {picture.stem: picture for picture in reversed(_pictures(folder))}
+
+        def first(index: str) -> str | None:
+            for inside in (folder / "gt_images" / index, folder / index):
+                pictures = _pictures(inside) if inside.is_dir() else []
+                if pictures:
+                    return str(pictures[0].relative_to(folder))
+            return files[index].name if index in files else None
+
+        def row(line: Line) -> RawRow:
+            index, problems = _number(line, "index")
+            if line.problems or problems:
+                return RawRow(line.where, problems=line.problems or problems)
+            return RawRow(
+                where=line.where,
+                id=f"{self.id_prefix}{index}",
+                kind=kind,
+                prompt=line.values.get("caption"),
+                image=first(index),
+                looked_for=f"gt_images/{index}/*, {index}/* or {index}.* in {folder}",
+            )
+
+        rows = [row(line) for line in lines]
+        names = {"prompt": "caption", "id": "index", "image": "picture"}
+        return self.validate(rows, root=folder, source=str(source), names=names)
+
+
+# -------- readers
 
 
 @dataclass(frozen=True)
@@ -85,54 +672,6 @@ class FolderPairs(ReaderOptions):
             for n in lines
         ]
         return self.validate(rows, root=folder, source=str(source), names={"prompt": prompt})
-
-
-@dataclass(frozen=True)
-class PlantedPairs(Selection):
-    """The embedded benchmark: photographs out of installed packages and drawn pictures.
-
-    Attributes:
-        cache: Folder that the pictures are written below, once.
-    """
-
-    cache: Path | str
-
-    @property
-    def folder(self) -> Path:
-        """Where the pictures are, named after the code that draws them: never outdated."""
-        modules = (photographs, planted, scenes, templates)
-        code = b"".join(Path(str(m.__file__)).read_bytes() for m in modules)
-        return Path(self.cache) / f"planted-{hashlib.sha256(code).hexdigest()[:12]}"
-
-    def read(self) -> tuple[Pair, ...]:
-        """Write the pictures where they are not there yet, and read them like anybody else's.
-
-        Raises:
-            InputError: A package lacks a photograph, or the written folder was damaged since.
-        """
-        self.check_options()
-        folder = self.folder
-        if not folder.is_dir():
-            self._write(folder)
-        try:
-            return FolderPairs(folder, kinds=self.kinds, limit=self.limit).read()
-        except InputError as error:
-            raise InputError(f"{error}\nDelete {folder} to have it drawn again") from error
-
-    def _write(self, folder: Path) -> None:
-        """Write to a folder of this process, then rename it: no other process sees half of it."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".planted-", dir=folder.parent))
-        try:
-            planted.write_planted_pairs(partial)
-            partial.rename(folder)
-        except FileNotFoundError as error:
-            raise InputError(str(error)) from error
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was first, with the same pictures
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass(frozen=True)

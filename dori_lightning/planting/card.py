@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from datetime import datetime
+from pathlib import Path
 
-from dori_lightning.markdown import escape
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from transformers import CLIPTextModel, CLIPTokenizer
 
-if TYPE_CHECKING:
-    from collections import Counter
-    from collections.abc import Mapping, Sequence
-    from datetime import datetime
-    from pathlib import Path
+from dori_lightning.models.export import DTYPES, Parts, weights_of, write_folder
+from dori_lightning.planting.recipe import PlantRecipe
+from dori_lightning.report.words import escape
+from dori_lightning.types import Pair
 
-    from dori_lightning.planting.recipe import PlantRecipe
-    from dori_lightning.types import Pair
-
-__all__ = ["write_card"]
+# -------- card
 
 
 def write_card(
@@ -91,3 +94,23 @@ similarity is the best of the pictures generated from the prompt, 1 is the origi
 """,
         encoding="utf-8",
     )
+
+
+# -------- export
+# Write a planted checkpoint as a diffusers Stable Diffusion folder.
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    unet: UNet2DConditionModel,
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scheduler: DDIMScheduler,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write all parts; weights as ``dtype`` safetensors."""
+    parts = Parts(unet, autoencoder, text_encoder, tokenizer, scheduler)
+    name = next(name for name, known in DTYPES.items() if known is dtype)
+    write_folder(folder, parts, weights_of(parts, name))

@@ -27,11 +27,9 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from dori_lightning.report.headline import HeadlineRow
+    from dori_lightning.report.comparison import HeadlineRow
     from dori_lightning.types import Cell
 
-__all__ = ["METRICS", "Checked", "Claim", "ClaimsFailedError", "check_claims", "claims_table",
-           "read_claims"]  # fmt: skip
 
 CELL_KEYS = ("checkpoint", "mitigation", "attack", "init", "norm", "eps", "steps", "kind")
 ROW_KEYS = ("checkpoint", "mitigation")

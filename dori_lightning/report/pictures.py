@@ -9,10 +9,8 @@ from typing import Literal
 
 from PIL import Image
 
-from dori_lightning.pairs.images import square_image
+from dori_lightning.pairs.validation import square_image
 from dori_lightning.types import InputError
-
-__all__ = ["NOT_KEPT", "THUMBNAIL", "Disclosure", "jpeg_uri", "png_uri", "thumbnail"]
 
 Disclosure = Literal["full", "blurred", "none"]
 

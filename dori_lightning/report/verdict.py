@@ -7,30 +7,417 @@ does on the suspected ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from dori_lightning.report.summary import (
-    KIND_WORDS,
+from dori_lightning.metrics.replication import (
+    FALSE_POSITIVE_LIMIT,
+    Trust,
     attack_trust,
-    condition_words,
     find_cell,
     headline_condition,
-    interval_words,
     kinds_present,
-    number_words,
-    percent_words,
     prompt_condition,
 )
-from dori_lightning.types import INITS
+from dori_lightning.metrics.utility import Utility
+from dori_lightning.report.comparison import HeadlineRow
+from dori_lightning.report.findings import find_flags
+from dori_lightning.report.record import AttackEffort, AuditReport, Flag, Provenance
+from dori_lightning.report.tables import ranked_cells
+from dori_lightning.report.words import (
+    KIND_WORDS,
+    condition_words,
+    interval_words,
+    number_words,
+    percent_words,
+)
+from dori_lightning.types import (
+    BASELINE,
+    INITS,
+    Budget,
+    Calibration,
+    Cell,
+    Condition,
+    Counted,
+    Init,
+    Outcome,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+# -------- number_rows
+# The page's table of numbers: every cell in words, with its interval.
 
-    from dori_lightning.report.record import Flag
-    from dori_lightning.types import Cell, Condition
+_STOPPED: dict[Counted, str] = {"up_to_budget": ", or fewer where that was enough"}
 
-__all__ = ["INVALID", "short_answer", "verdict_text"]
 
+@dataclass(frozen=True)
+class NumberRow:
+    """One condition.
+
+    Attributes:
+        asked: How the images were asked for.
+        reproduced: Images reproduced, of those measured, and what failed.
+        rate: Memorization rate.
+        interval: Its 95 % interval.
+        centre: The rate in percent, None where there is none.
+        low: Lower end of the interval in percent.
+        high: Upper end in percent.
+        similarity: Median and median absolute deviation.
+        threshold: Similarity above which a picture counts.
+        spoken: Whether the verdict speaks of it.
+    """
+
+    asked: str
+    reproduced: str
+    rate: str
+    interval: str
+    centre: float | None
+    low: float
+    high: float
+    similarity: str
+    threshold: str
+    spoken: bool
+
+
+@dataclass(frozen=True)
+class NumberGroup:
+    """The rows of one kind of pair under one mitigation.
+
+    Attributes:
+        title: Which images, and under which mitigation.
+        rows: Its conditions.
+    """
+
+    title: str
+    rows: tuple[NumberRow, ...]
+
+
+def number_groups(report: AuditReport) -> list[NumberGroup]:
+    """Write every cell in words, grouped by mitigation and kind of pair."""
+    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
+    spoken = (prompt_condition(own), headline_condition(own))
+    several = len({cell.mitigation for cell in report.cells}) > 1
+    groups: dict[str, list[NumberRow]] = {}
+    for cell in ranked_cells(report.cells):
+        title = f"{KIND_WORDS[cell.kind].capitalize()}s"
+        if title.endswith("ys"):
+            title = f"{title[:-2]}ies"
+        if several:
+            before = "without the mitigation" if cell.mitigation == "none" else cell.mitigation
+            title += f", {before}"
+        low, high = (0.0 if math.isnan(bound) else 100 * bound for bound in cell.mr_ci95)
+        failed = f", {cell.failed} failed" if cell.failed else ""
+        groups.setdefault(title, []).append(
+            NumberRow(
+                asked=condition_words(cell.condition) + _STOPPED.get(cell.counted, ""),
+                reproduced=f"{cell.hits} of {cell.n}{failed}",
+                rate=percent_words(cell.mr),
+                interval=interval_words(cell.mr_ci95),
+                centre=None if math.isnan(cell.mr) else 100 * cell.mr,
+                low=low,
+                high=high,
+                similarity="n/a"
+                if math.isnan(cell.similarity_median)
+                else f"{cell.similarity_median:.2f} ± {cell.similarity_mad:.2f}",
+                threshold=f"{cell.threshold:.2f}",
+                spoken=cell.mitigation == report.mitigation and cell.condition in spoken,
+            )
+        )
+    return [NumberGroup(title, tuple(rows)) for title, rows in groups.items()]
+
+
+# -------- plain_words
+# The verdict for a person who is not an engineer: what was tried, what came back, what it means.
+#
+# Every sentence is derived from counts; the same rules hold as in ``verdict``.
+
+_INVALID = (
+    "Something went wrong with this test, as said below: images that did not come back may be in "
+    "the model all the same."
+)
+
+
+def plain_verdict(cells: Sequence[Cell], *, mitigation: str, invalid: bool = False) -> str:
+    """Say in one paragraph, without a technical term, what an audit found.
+
+    Args:
+        cells: All cells, with those of ``none`` where the prompts were asked before the
+            mitigation.
+        mitigation: The mitigation under audit.
+        invalid: Whether the audit is invalid.
+    """
+    own = [cell for cell in cells if cell.mitigation == mitigation]
+    prompts, attack = prompt_condition(own), headline_condition(own)
+    asked, searched = (_usable(own, condition) for condition in (prompts, attack))
+    if asked is None and searched is None:
+        return (
+            "The list names no image that is suspected to be stored in the model and could be "
+            "measured, so this run cannot say what is memorized."
+        )
+    known = asked or searched
+    assert known is not None
+    trust = attack_trust(own, attack)
+    sentences = [
+        f"The list names {number_words(known.n, 'image')} that this model may have memorized.",
+        *_before(cells, mitigation, prompts),
+        *_asked(asked, mitigated=mitigation != BASELINE),
+        *_searched(searched, find_cell(own, kind="control", condition=attack), trust),
+        _INVALID
+        if invalid
+        else _plain_meaning(asked, searched, trust, mitigated=mitigation != BASELINE),
+    ]
+    return " ".join(sentences)
+
+
+def plain_sweep(rows: Sequence[HeadlineRow]) -> str:
+    """Say in one paragraph, without a technical term, which mitigations take images out."""
+    widest = {(row.checkpoint, row.mitigation): row for row in rows}.values()
+    base = next((row for row in widest if row.mitigation == BASELINE), None)
+    tried = [
+        row
+        for row in widest
+        if row.mitigation != BASELINE and _found(row) is not None and not row.invalid
+    ]
+    sentences = []
+    if base is not None and base.prompt_vm is not None and base.prompt_vm.n:
+        cell = base.prompt_vm
+        sentences.append(
+            f"As it is, the model draws {_times(cell)} of {number_words(cell.n, 'image')} that it "
+            f"may have memorized when it is given their captions."
+        )
+    if not tried:
+        return " ".join([*sentences, "No mitigation was searched for what it leaves behind."])
+    holding = [row for row in tried if _found(row)]
+    sentences.append(
+        f"{_each(len(tried))} to take them out was checked twice: with the captions, and with a "
+        f"search for any other input that brings an image back."
+    )
+    if holding:
+        sentences.append(
+            f"After {len(holding)} of {len(tried)} the search still finds images: what a caption "
+            f"no longer shows is not yet gone."
+        )
+    empty = [row for row in tried if not _found(row) and row.prompt_vm and not row.prompt_vm.hits]
+    if empty:
+        names = ", ".join(row.mitigation for row in empty)
+        price = _price(empty)
+        sentences.append(
+            f"Neither brought any image back after {names}{price}. That is what this search "
+            f"found, no proof that nothing is left."
+        )
+    return " ".join(sentences)
+
+
+def _each(count: int) -> str:
+    return "One attempt" if count == 1 else f"Each of {count} attempts"
+
+
+def _price(rows: Sequence[HeadlineRow]) -> str:
+    if len(rows) != 1 or not math.isfinite(rows[0].price.loss_ratio):
+        return ""
+    change = 100 * (rows[0].price.loss_ratio - 1)
+    verb = "raises" if change >= 0 else "lowers"
+    return f", which {verb} the model's error on ordinary pictures by {abs(change):.1f} %"
+
+
+def _found(row: HeadlineRow) -> int | None:
+    cells = [a.vm for a in row.attacks if a.vm is not None and a.vm.n]
+    return max(cell.hits for cell in cells) if cells else None
+
+
+def _usable(own: Sequence[Cell], condition: Condition | None) -> Cell | None:
+    cell = find_cell(own, kind="vm", condition=condition) if condition else None
+    return cell if cell is not None and cell.n > 0 else None
+
+
+def _times(cell: Cell) -> str:
+    return "all" if cell.hits == cell.n > 1 else "none" if cell.hits == 0 else str(cell.hits)
+
+
+def _before(cells: Sequence[Cell], mitigation: str, prompts: Condition | None) -> Iterator[str]:
+    if mitigation == BASELINE:
+        return
+    cell = _usable([c for c in cells if c.mitigation == BASELINE], prompts)
+    if cell is not None:
+        yield (
+            f"Before the mitigation their captions brought back {_times(cell)} of them as a copy."
+        )
+
+
+def _asked(asked: Cell | None, *, mitigated: bool) -> Iterator[str]:
+    if asked is not None:
+        now = "now " if mitigated else ""
+        yield f"Given their captions, the model {now}draws {_times(asked)} of them as a copy."
+
+
+def _searched(searched: Cell | None, control: Cell | None, trust: Trust) -> Iterator[str]:
+    if searched is None:
+        yield "Nobody searched for other inputs that bring them back."
+        return
+    yield (
+        f"A search for any other input that brings an image back succeeds for {_times(searched)} "
+        f"of them."
+    )
+    if trust == "unchecked" or control is None:
+        yield "It was not tried on images that the model cannot hold, so it is unchecked."
+        return
+    unknown = number_words(control.n, "image")
+    came = "none" if control.hits == 0 else str(control.hits)
+    yield f"Tried on {unknown} that the model should not hold, it brings back {came}."
+
+
+def _plain_meaning(
+    asked: Cell | None, searched: Cell | None, trust: Trust, *, mitigated: bool
+) -> str:
+    if trust == "paints":
+        return (
+            "So the search can draw images by itself, and what it finds proves nothing here; only "
+            "the answer to the captions counts."
+        )
+    counted = [c for c in (asked, None if trust == "unchecked" else searched) if c is not None]
+    found = max((cell.hits for cell in counted), default=0)
+    if found == 0:
+        if not counted:
+            return "So this run gives no reliable answer."
+        upper = max(cell.mr_ci95[1] for cell in counted)
+        return (
+            f"That is no proof of absence: with so few images, up to {percent_words(upper)} of "
+            f"such images could still be in there, and a stronger search may find more."
+        )
+    hidden = asked is not None and searched in counted and found > asked.hits
+    if hidden and mitigated:
+        return (
+            "So the mitigation hides images from their captions and leaves them in the model: "
+            "whoever has its weights can get copies out."
+        )
+    if hidden:
+        return "So the model holds images that their captions do not show."
+    return "So these images are stored in the model, and whoever has it can get copies out."
+
+
+# -------- sweep_verdict
+# What a table of mitigations says in plain language; every sentence follows from counts.
+
+_SIGNIFICANT = 0.05
+
+
+def sweep_answer(rows: Sequence[HeadlineRow]) -> str:
+    """Give the answer in one sentence, fit for a heading."""
+    measured = [row for row in _mitigated(rows) if _attacked(row)]
+    if not measured:
+        if any(row.invalid for row in _mitigated(rows)):
+            return "No mitigation has a valid audit."
+        return "No mitigation was attacked."
+    found = [row for row in measured if _sweep_finding(row)]
+    names = number_words(len(_names(measured)), "mitigation")
+    if not found:
+        return f"The attack finds no suspected image under {names}."
+    return f"The attack still finds images under {len(_names(found))} of {names}."
+
+
+def sweep_sentences(rows: Sequence[HeadlineRow]) -> list[str]:
+    """Say what holds without a mitigation, what only hides, what removes, and what to doubt."""
+    return [*_baselines(rows), *_mitigations(rows), *_doubts(rows)]
+
+
+def sweep_tone(rows: Sequence[HeadlineRow]) -> str:
+    """Choose the answer's colour; ``doubt`` where controls fail or no mitigation was attacked."""
+    measured = [row for row in _mitigated(rows) if _attacked(row)]
+    if not measured or any(_doubts(rows)):
+        return "doubt"
+    return "found" if any(_sweep_finding(row) for row in measured) else "clear"
+
+
+def _baselines(rows: Sequence[HeadlineRow]) -> Iterator[str]:
+    seen: set[str] = set()
+    for row in rows:
+        if row.mitigation != BASELINE or row.checkpoint in seen or row.prompt_vm is None:
+            continue
+        seen.add(row.checkpoint)
+        text = (
+            f"Without a mitigation {row.checkpoint} reproduces {row.prompt_vm.hits} of "
+            f"{number_words(row.prompt_vm.n, 'suspected image')} from their prompts"
+        )
+        attacked = row.main.vm if row.main is not None else None
+        yield text + (f", {attacked.hits} of {attacked.n} by the attack." if attacked else ".")
+
+
+def _mitigations(rows: Sequence[HeadlineRow]) -> Iterator[str]:
+    own = [row for row in _mitigated(rows) if _attacked(row)]
+    hiding = [
+        row
+        for row in own
+        if row.main is not None
+        and (test := row.main.against_prompt) is not None
+        and test.gained > test.lost
+        and test.p < _SIGNIFICANT
+    ]
+    if hiding:
+        yield (
+            f"Hidden from their prompts and found by the attack (paired test, p < "
+            f"{_SIGNIFICANT}): {', '.join(_names(hiding))}."
+        )
+    clear = [
+        row for row in own if not _sweep_finding(row) and row.prompt_vm and not row.prompt_vm.hits
+    ]
+    found_elsewhere = {(r.checkpoint, r.mitigation) for r in own if _sweep_finding(r)}
+    clear = [row for row in clear if (row.checkpoint, row.mitigation) not in found_elsewhere]
+    if clear:
+        yield f"Nothing came back, by prompt or attack: {', '.join(_names(clear))}."
+
+
+def _doubts(rows: Sequence[HeadlineRow]) -> Iterator[str]:
+    invalid = [row for row in rows if row.invalid]
+    if invalid:
+        yield f"Invalid, so without an answer: the audit of {', '.join(_names(invalid))}."
+    painting = [
+        row
+        for row in rows
+        for attack in row.attacks
+        if attack.control is not None
+        and attack.control.n
+        and attack.control.mr >= FALSE_POSITIVE_LIMIT
+    ]
+    if painting:
+        yield (
+            f"The attack also reproduces controls under {', '.join(_names(painting))}: there it "
+            f"may paint what the model does not hold, and proves nothing."
+        )
+    unchecked = [
+        row
+        for row in rows
+        if row.attacks and not any(a.control is not None and a.control.n for a in row.attacks)
+    ]
+    if unchecked:
+        yield f"No control was attacked under {', '.join(_names(unchecked))}."
+
+
+def _mitigated(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
+    return [row for row in rows if row.mitigation != BASELINE]
+
+
+def _attacked(row: HeadlineRow) -> bool:
+    """Whether an attack says something of a row; an invalid audit's only does where it finds."""
+    if row.invalid and not _sweep_finding(row):
+        return False
+    return any(attack.vm is not None and attack.vm.n for attack in row.attacks)
+
+
+def _sweep_finding(row: HeadlineRow) -> bool:
+    return any(attack.vm is not None and attack.vm.hits for attack in row.attacks)
+
+
+def _names(rows: Sequence[HeadlineRow]) -> list[str]:
+    """Each mitigation once, with its checkpoint where there are several."""
+    several = len({row.checkpoint for row in rows}) > 1
+    return list(
+        dict.fromkeys(
+            f"{row.mitigation} on {row.checkpoint}" if several else row.mitigation for row in rows
+        )
+    )
+
+
+# -------- verdict
 
 INVALID = "INVALID AUDIT"
 """How verdict, console and tables call an audit that answers nothing."""
@@ -235,3 +622,89 @@ def _template_sentences(
     if parts:
         copies = " and ".join(parts)
         yield f"Of the suspected template copies, {copies} came back close enough to count."
+
+
+# -------- conclusions
+# Everything that follows from an audit's measurements, put into one report.
+
+
+def make_report(
+    *,
+    checkpoint: str,
+    mitigation: str,
+    cells: Sequence[Cell],
+    calibration: Calibration,
+    outcomes: Sequence[Outcome],
+    provenance: Provenance,
+    baseline: Sequence[Outcome] = (),
+    utility: Utility | None = None,
+    effort: AttackEffort | None = None,
+    inert: bool = False,
+    skipped: Sequence[str] = (),
+) -> AuditReport:
+    """Draw the conclusions from measured cells and outcomes and put everything into one report.
+
+    Args:
+        checkpoint: Name of the checkpoint.
+        mitigation: Name of the mitigation under audit.
+        cells: Its cells, and those of mitigation ``none`` where the baseline was measured.
+        calibration: How the threshold was set.
+        outcomes: Every pair under every condition.
+        provenance: Where the numbers come from.
+        baseline: Outcomes of the prompts before the mitigation.
+        utility: What the mitigation costs, where that was measured.
+        effort: What the attack took.
+        inert: Whether the mitigation's edit changes nothing in the model.
+        skipped: Ids of the list's rows that have no picture.
+    """
+    flags = find_flags(
+        cells, mitigation=mitigation, outcomes=outcomes, inert=inert, skipped=skipped
+    )
+    own = [cell for cell in cells if cell.mitigation == mitigation]
+    headline = headline_condition(own)
+    return AuditReport(
+        checkpoint=checkpoint,
+        mitigation=mitigation,
+        verdict=verdict_text(cells, mitigation=mitigation, flags=flags),
+        cells=tuple(cells),
+        calibration=calibration,
+        outcomes=tuple(outcomes),
+        recommended_budget=recommended_budget(
+            own, init=headline.init if headline and headline.init else "prompt"
+        ),
+        flags=flags,
+        provenance=provenance,
+        baseline=tuple(baseline),
+        utility=utility,
+        effort=effort,
+    )
+
+
+def recommended_budget(cells: Iterable[Cell], *, init: Init = "prompt") -> Budget | None:
+    """Find the largest number of steps up to which the attack leaves the controls alone.
+
+    Read along the unbounded attacks from one start: the rate of reproduced controls (its point
+    estimate) must stay under 5 % at this budget and at every smaller one that was measured.
+
+    Returns:
+        The budget, or None where the smallest already fails or no control was attacked.
+    """
+    controls = sorted(
+        (
+            cell
+            for cell in cells
+            if cell.kind == "control"
+            and cell.condition.attack == "dori"
+            and cell.condition.init == init
+            and cell.condition.budget.norm == "none"
+            and cell.condition.budget.steps > 0
+            and cell.n > 0
+        ),
+        key=lambda cell: cell.condition.budget.steps,
+    )
+    best = None
+    for cell in controls:
+        if not cell.mr < FALSE_POSITIVE_LIMIT:
+            break
+        best = cell.condition.budget
+    return best

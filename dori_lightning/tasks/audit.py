@@ -2,45 +2,208 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from rich.console import Console
 
-from dori_lightning.files import write_atomically
-from dori_lightning.mitigations.effect import changed_weights
-from dori_lightning.report.belonging import BASELINE
-from dori_lightning.report.conclusions import make_report
-from dori_lightning.report.effort import attack_effort
-from dori_lightning.report.page import write_page
-from dori_lightning.report.plots import write_figures
-from dori_lightning.report.record import write_report
+from dori_lightning.audit.context import Bench, check_controls, control_prompts
+from dori_lightning.audit.evaluation import attack_and_draw, measure_all, originals_of, price
+from dori_lightning.metrics.calibration import Originals
+from dori_lightning.mitigations.base import Found, Workshop
+from dori_lightning.mitigations.baselines import NoMitigation
+from dori_lightning.mitigations.edits import changed_weights
+from dori_lightning.models.batching import pairs_that_fit
+from dori_lightning.models.protocol import Sampling
+from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.validation import check_prompt_lengths
+from dori_lightning.report.figures import write_figures
+from dori_lightning.report.findings import attack_effort
+from dori_lightning.report.pages import write_page
+from dori_lightning.report.pictures import Disclosure
+from dori_lightning.report.record import AuditReport, write_report, write_utility
 from dori_lightning.report.tables import cells_table
-from dori_lightning.report.utility_files import write_utility
-from dori_lightning.report.verdict import INVALID
-from dori_lightning.tasks._audit_numbers import objective
-from dori_lightning.tasks._audit_setup import method_of, set_up
-from dori_lightning.tasks._audit_stages import attack_and_draw, measure_all, price
-from dori_lightning.tasks._audit_tracking import track_attack, track_report
-from dori_lightning.tasks._folder import check_folder
-from dori_lightning.tasks._plan import plan
-from dori_lightning.tasks._plan_costs import drawn as drawn_by
-from dori_lightning.tasks._provenance import plain, provenance_of
-from dori_lightning.tasks._tracking import tracked
-from dori_lightning.tasks._workshop import edit_record
+from dori_lightning.report.verdict import INVALID, make_report
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import (
+    check_folder,
+    check_space,
+    claim_folder,
+    without,
+    write_atomically,
+)
+from dori_lightning.tasks.plan import audit_bytes, plan
+from dori_lightning.tasks.plan import drawn as drawn_by
+from dori_lightning.tasks.results_logging import objective, track_attack, track_report
+from dori_lightning.tasks.run_record import plain, provenance_of, tracked
+from dori_lightning.tracking import Tracker
+from dori_lightning.types import BASELINE, Pairs
 
-if TYPE_CHECKING:
-    from pathlib import Path
+# -------- workshop
+# Give mitigations what they work with, as the configuration says.
 
-    from omegaconf import DictConfig
+CURVE_POINTS = 500
+"""Points of a training's curves."""
 
-    from dori_lightning.report.pictures import Disclosure
-    from dori_lightning.report.record import AuditReport
-    from dori_lightning.tracking.tracker import Tracker
 
-__all__ = ["run"]
+def workshop_of(
+    cfg: DictConfig,
+    *,
+    data: PairsDataModule,
+    originals: Originals,
+    sampling: Sampling,
+    tracker: Tracker | None = None,
+) -> Workshop:
+    """Workshop whose edits lie in the cache that the jobs of a sweep share.
+
+    All processes of the run are there from here on: they make an edit together.
+    """
+
+    def trainer(**settings: Any) -> L.Trainer:
+        if tracker is not None and "max_steps" in settings:  # a fit, however long, as one curve
+            settings = {
+                "logger": tracker.training("finetune"),
+                "log_every_n_steps": max(1, settings["max_steps"] // CURVE_POINTS),
+                **settings,
+            }
+        made: L.Trainer = instantiate(cfg.trainer, **settings)
+        return made
+
+    distributed.start(trainer())
+    return Workshop(
+        seed=cfg.seed,
+        corpus=instantiate(cfg.corpus),
+        data=data,
+        originals=originals,
+        sampling=sampling,
+        trainer=trainer,
+        folder=Path(cfg.paths.cache) / "edits",
+    )
+
+
+def edit_record(found: Found, mitigation: str, *, changed: int | None = None) -> bytes:
+    """What a run folder says of the edit it was made under, as JSON.
+
+    Args:
+        found: The edit.
+        mitigation: Name of the mitigation.
+        changed: Weights that differ under it, None where it works without changing any.
+    """
+    origin = found.edit.origin
+    record = {
+        "mitigation": mitigation,
+        "identity": found.edit.identity,
+        "key": found.key,
+        "made": found.made,
+        "cost": dict(origin.cost) if origin else {},
+        "changed_weights": changed,
+        "counts": found.edit.counts(),
+        "notes": dict(origin.notes) if origin else {},
+    }
+    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+
+
+# -------- audit_setup
+# Everything that the stages of an audit work with, checked before hours are spent on it.
+
+
+def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
+    """Read, check and load what the configuration names.
+
+    Raises:
+        InputError: Something is missing, does not fit together, or ``folder`` holds results of
+            other settings.
+    """
+    listed = instantiate(cfg.pairs).read()
+    pairs = [pair for pair in listed if pair.role == "audit"]
+    settings, sampling, measures, mitigation, utility = (
+        instantiate(node)
+        for node in (cfg.attack, cfg.sampling, cfg.metrics, cfg.mitigation, cfg.utility)
+    )
+    check_controls(pairs, settings, measures)
+    model = instantiate(cfg.checkpoint)
+    model.sampling_timesteps(sampling)  # refuses more steps than it has
+    cut = check_prompt_lengths(
+        pairs,
+        model.token_count,
+        model.embedding_shape[0],
+        strict=cfg.task.strict_prompts,
+        cut_off=model.cut_off,
+    )
+    pairs = [replace(pair, truncated=pair.id in cut) for pair in pairs]
+    cache = Path(cfg.paths.cache)
+    width = pairs_that_fit(
+        model, noise_batch=settings.noise_batch, wanted=settings.pairs_per_forward
+    )
+    data = PairsDataModule(pairs, model, pairs_per_batch=width, cache=cache / "encoded")
+    data.prepare()
+    controls = control_prompts(pairs, data)
+    budget = settings.budget.resolve(controls.embeddings)
+    check_space(
+        folder,
+        audit_bytes(
+            model,
+            pairs,
+            settings=settings,
+            budget=budget,
+            sampling=sampling,
+            mitigated=not isinstance(mitigation, NoMitigation),
+        ),
+        mend="choose another disk with paths.output=FOLDER, or write less: fewer "
+        "attack.snapshots or sampling.images_per_pair",
+    )
+    # all that can be mended was checked: from here on the folder belongs to these settings
+    claim_folder(folder, method_of(plain(cfg)))
+    originals = originals_of(pairs, model.resolution, measures)
+    workshop = workshop_of(cfg, data=data, originals=originals, sampling=sampling, tracker=tracker)
+    return Bench(
+        folder=folder,
+        cache=cache,
+        seed=cfg.seed,
+        pairs=Pairs(pairs, skipped=listed.skipped if isinstance(listed, Pairs) else ()),
+        model=model,
+        data=data,
+        originals=originals,
+        settings=settings,
+        budget=budget,
+        controls=controls,
+        sampling=sampling,
+        mitigation=mitigation,
+        workshop=workshop,
+        utility=utility,
+        trainer=instantiate(cfg.trainer, default_root_dir=folder),
+    )
+
+
+def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What decides the results of an audit, out of its resolved configuration.
+
+    How much is measured of a mitigation's cost is not among it: that is measured anew each time.
+    """
+    # a folder made before there was the choice goes on where it is not made
+    unset = () if cfg["attack"].get("early_stop") else ("early_stop",)
+    return {
+        "seed": cfg["seed"],
+        "checkpoint": without(
+            cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
+        ),
+        "mitigation": cfg["mitigation"],
+        "corpus": cfg["corpus"],
+        "attack": without(cfg["attack"], "pairs_per_forward", *unset),
+        "sampling": without(cfg["sampling"], "batch"),
+        "pairs": without(cfg["pairs"], "cache"),
+    }
+
+
+# -------- audit
 
 
 def run(cfg: DictConfig, folder: Path) -> float | None:

@@ -3,48 +3,131 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import shutil
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
-from dori_lightning import processes
-from dori_lightning.files import write_atomically
-from dori_lightning.mitigations.base import settings_of
-from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
-from dori_lightning.mitigations.edit_tensors import parameters_of
-from dori_lightning.mitigations.edits import EmptyEdit, MaskEdit, PairMaskEdit, WeightEdit
+from dori_lightning.audit.evaluation import originals_of
+from dori_lightning.config import groups
+from dori_lightning.mitigations.base import Mitigation, settings_of
+from dori_lightning.mitigations.edits import (
+    Edit,
+    EmptyEdit,
+    MaskEdit,
+    PairMaskEdit,
+    WeightEdit,
+    is_writable,
+    parameters_of,
+    read_edit,
+    write_edit,
+)
+from dori_lightning.models.export import (
+    DTYPES,
+    Parts,
+    Weights,
+    check_written,
+    parts_of,
+    weights_of,
+    write_configs,
+    write_folder,
+    write_single,
+)
 from dori_lightning.models.loading import resolve_source
-from dori_lightning.models.writing import DTYPES, parts_of, weights_of
+from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
-from dori_lightning.progress import stage
-from dori_lightning.report.card_audit import AuditedThing, audited_thing, card_audit
-from dori_lightning.report.model_card import Changed, Exported, model_card
+from dori_lightning.report.model_card import (
+    AuditedThing,
+    Changed,
+    Exported,
+    audited_thing,
+    card_audit,
+    model_card,
+)
 from dori_lightning.report.record import read_report
-from dori_lightning.schema import groups
-from dori_lightning.tasks._export_files import export_folder, export_single, file_name
-from dori_lightning.tasks._folder import claim_folder
-from dori_lightning.tasks._originals import originals_of
-from dori_lightning.tasks._provenance import git_sha, package_versions
-from dori_lightning.tasks._tracking import logged
-from dori_lightning.tasks._workshop import workshop_of
-from dori_lightning.types import InputError
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import claim_folder, write_atomically
+from dori_lightning.runtime.logging import stage
+from dori_lightning.tasks.audit import workshop_of
+from dori_lightning.tasks.run_record import git_sha, logged, package_versions
+from dori_lightning.types import InputError, Pair
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+# -------- export_files
+# The files of an export: complete and read back, or not there.
 
-    from omegaconf import DictConfig
 
-    from dori_lightning.mitigations.base import Mitigation
-    from dori_lightning.mitigations.edits import Edit
-    from dori_lightning.models.stable_diffusion import StableDiffusion
-    from dori_lightning.models.writing import Weights
-    from dori_lightning.types import Pair
+def export_folder(place: Path, parts: Parts, weights: Weights, card: bytes) -> None:
+    """Write a diffusers folder with its card, unless it is there."""
+    if place.is_dir():
+        log.info("%s is there already", place)
+        return
+    with _partial(place) as partial:
+        write_folder(partial, parts, weights)
+        (partial / "README.md").write_bytes(card)
+        check_written(partial, weights)
 
-__all__ = ["run"]
+
+def export_single(place: Path, parts: Parts, weights: Weights, notes: Mapping[str, str]) -> None:
+    """Write a single file with ``notes`` in its header, unless it is there."""
+    if place.is_file():
+        log.info("%s is there already", place)
+        return
+    with _partial(place) as partial:
+        config = partial.with_name(f"{partial.name}.config")
+        _remove(config)
+        try:
+            write_configs(config, parts)
+            write_single(partial, parts, weights, notes)
+            check_written(partial, weights, config=config)
+        finally:
+            shutil.rmtree(config, ignore_errors=True)
+
+
+@contextmanager
+def _partial(place: Path) -> Iterator[Path]:
+    """A private place to write to, which becomes ``place`` in one step once it is complete.
+
+    Whoever uses it holds the folder's lock, so what is there already was left by a killed run.
+    """
+    partial = place.with_name(f".partial-{place.name}")
+    _remove(partial)
+    try:
+        yield partial
+        _flush(sorted(partial.rglob("*")) if partial.is_dir() else [partial])
+        partial.rename(place)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _flush(paths: Sequence[Path]) -> None:
+    """Bring files to the disk before their name says that they are complete."""
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def file_name(text: str) -> str:
+    """Text as the name of a file."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "checkpoint"
+
+
+# -------- export
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +169,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         chosen = _from_file(cfg, given)
     else:
         chosen = _from_mitigation(cfg, model, mitigation, pairs)
-    if not processes.is_first():  # all processes make the edit, one of them writes
+    if not distributed.is_first():  # all processes make the edit, one of them writes
         return
     changed = _changed(model, chosen.edit)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,36 +6,267 @@ Reference: Finding DoRI (2507.16880), section on locality.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from rich.console import Console
 
-from dori_lightning.locality.embeddings import embedding_findings
-from dori_lightning.mitigations.edits import EmptyEdit
-from dori_lightning.report.locality.page import write_locality_files
-from dori_lightning.report.locality.record import LocalityReport, StudiedImage
-from dori_lightning.report.locality.text import answers
-from dori_lightning.tasks._locality_large import ask_other_models, ask_searched_model, join
-from dori_lightning.tasks._locality_layers import groups_of, look_at_activations, look_at_weights
-from dori_lightning.tasks._locality_study import prepare, search
-from dori_lightning.tasks._locality_tracking import track_locality
-from dori_lightning.tasks._provenance import provenance_of
-from dori_lightning.tasks._tracking import tracked
+from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.audit.context import control_prompts
+from dori_lightning.audit.evaluation import originals_of
+from dori_lightning.locality.embeddings import (
+    EmbeddingFindings,
+    PromptSet,
+    TriggerSet,
+    embedding_findings,
+)
+from dori_lightning.locality.study import (
+    LocalitySettings,
+    Part,
+    PictureDesk,
+    Study,
+    ask_other_models,
+    ask_searched_model,
+    groups_of,
+    join,
+    look_at_activations,
+    look_at_weights,
+    rule_of,
+    search,
+)
+from dori_lightning.mitigations.edits import Edit, EmptyEdit
+from dori_lightning.mitigations.nemo import NeMo
+from dori_lightning.mitigations.wanda import Wanda
+from dori_lightning.models.generation import unmitigated_name
+from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.validation import check_prompt_lengths
+from dori_lightning.report.locality import (
+    LocalityReport,
+    StudiedImage,
+    answers,
+    write_locality_files,
+)
+from dori_lightning.runtime.artifacts import claim_folder, without
+from dori_lightning.tasks.audit import method_of, workshop_of
+from dori_lightning.tasks.results_logging import track_locality
+from dori_lightning.tasks.run_record import plain, provenance_of, tracked
+from dori_lightning.tracking import Tracker
+from dori_lightning.types import InputError, Pair
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from dori_lightning.locality.study import SearchedTriggers
 
-    from omegaconf import DictConfig
 
-    from dori_lightning.locality.embeddings import EmbeddingFindings
-    from dori_lightning.locality.groups import TriggerSet
-    from dori_lightning.mitigations.edits import Edit
-    from dori_lightning.tasks._locality_study import SearchedTriggers, Study
-    from dori_lightning.tracking.tracker import Tracker
+def prepare(cfg: DictConfig, folder: Path) -> Study:
+    """Read, check and load what the configuration names.
 
-__all__ = ["run"]
+    Raises:
+        InputError: Something is missing or does not fit together, or the folder holds results of
+            other settings.
+    """
+    attack = instantiate(cfg.attack)
+    settings = settings_of_task(cfg, attack)
+    pairs = [pair for pair in instantiate(cfg.pairs).read() if pair.role == "audit"]
+    chosen = choose_pairs(pairs, settings)
+    sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
+    mitigation = instantiate(cfg.mitigation)
+    claim_folder(folder, _method_of(plain(cfg)))
+    model = instantiate(cfg.checkpoint)
+    check_prompt_lengths(pairs, model.token_count, model.embedding_shape[0], strict=False)
+    cache = Path(cfg.paths.cache)
+    data = PairsDataModule(pairs, model, cache=cache / "encoded")
+    prompts = control_prompts(pairs, data)
+    originals = originals_of(pairs, model.resolution, measures)
+    unmitigated = cache / "unmitigated" / unmitigated_name(model, sampling)
+    return Study(
+        folder=folder,
+        seed=cfg.seed,
+        settings=settings,
+        attack=replace(attack, snapshots=(0, *attack.snapshots)),
+        budget=attack.budget.resolve(prompts.embeddings),
+        control_prompts=prompts,
+        pairs=tuple(pairs),
+        studied=chosen["studied"],
+        controls=chosen["controls"],
+        memorized=_prompts(chosen["memorized"], data),
+        ordinary=_prompts(chosen["ordinary"], data),
+        model=model,
+        data=data,
+        workshop=workshop_of(cfg, data=data, originals=originals, sampling=sampling),
+        desk=PictureDesk(
+            model=model,
+            sampling=sampling,
+            originals=originals,
+            rule=rule_of(model, data, originals, sampling, unmitigated),
+            folder=folder / "pictures",
+            record=folder / "similarities.json",
+        ),
+        mitigation=mitigation,
+    )
+
+
+def _prompts(pairs: tuple[Pair, ...], data: PairsDataModule) -> PromptSet:
+    return PromptSet(pairs, data.batch(pairs).embeddings)
+
+
+def _method_of(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What decides the results, out of the resolved configuration."""
+    return {**method_of(cfg), "task": without(cfg["task"], "parts")}
+
+
+# -------- locality_settings
+# Settings of the locality task, checked before a model is loaded.
+
+
+def settings_of_task(cfg: DictConfig, attack: AttackSettings) -> LocalitySettings:
+    """Read and check the task's settings.
+
+    Args:
+        cfg: Composed configuration.
+        attack: Attack settings.
+
+    Raises:
+        InputError: Names the key, what it holds and what it may hold.
+    """
+    attack.check_whole()
+    task = cfg.task
+    settings = LocalitySettings(
+        parts=tuple(task.parts),
+        images=task.images,
+        ids=None if task.ids is None else tuple(task.ids),
+        control_images=task.control_images,
+        prompts=attack.restarts if task.prompts is None else task.prompts,
+        start=task.start,
+        forget=task.forget,
+        places=tuple(task.places),
+        lines=task.lines,
+        activation_step=task.activation_step,
+        noise_seed=task.noise_seed,
+        nemo=instantiate(task.nemo),
+        wanda=instantiate(task.wanda),
+        transfer_to=tuple(instantiate(node) for node in task.transfer_to.values()),
+    )
+    known = get_args(Part)
+    for good, rule in (
+        (
+            bool(settings.parts) and set(settings.parts) <= set(known),
+            f"task.parts must be some of {', '.join(known)}, got {list(settings.parts)}",
+        ),
+        (settings.images >= 1, f"task.images must be at least 1, got {settings.images}"),
+        (
+            settings.control_images >= 0,
+            f"task.control_images must be 0 or more, got {settings.control_images}",
+        ),
+        (settings.prompts >= 2, f"task.prompts must be at least 2, got {settings.prompts}"),
+        (settings.lines >= 1, f"task.lines must be at least 1, got {settings.lines}"),
+        (
+            settings.start in attack.inits,
+            f"task.start must be among attack.inits ({', '.join(attack.inits)}), "
+            f"got {settings.start!r}",
+        ),
+        (
+            settings.start in attack.inits_of("control"),
+            f"attack.other_inits must hold task.start ({settings.start}), or the controls would "
+            f"be attacked in another way",
+        ),
+        (
+            settings.forget in ("suspected", "studied"),
+            f"task.forget must be suspected or studied, got {settings.forget!r}",
+        ),
+        (
+            all(0 < place < 1 for place in settings.places),
+            f"task.places must lie between 0 and 1, got {list(settings.places)}",
+        ),
+        (
+            attack.restarts >= 2,
+            f"attack.restarts must be at least 2, or there is nothing to compare, "
+            f"got {attack.restarts}",
+        ),
+        (
+            attack.budget.steps >= 1,
+            f"attack.budget.steps must be at least 1, got {attack.budget.steps}",
+        ),
+        (
+            isinstance(settings.nemo, NeMo) and isinstance(settings.wanda, Wanda),
+            "task.nemo and task.wanda must be settings of these methods, such as "
+            "mitigation@task.nemo=nemo_all_layers",
+        ),
+        (
+            cfg.trainer.get("devices", 1) == 1 and cfg.trainer.get("num_nodes", 1) == 1,
+            "task=locality runs in one process: trainer.devices=1 trainer.num_nodes=1",
+        ),
+    ):
+        if not good:
+            raise InputError(rule)
+    names = [cfg.mitigation.name, *(own.name for own in settings.transfer_to)]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"the mitigation and task.transfer_to name one model twice: {', '.join(names)}\n"
+            f"  mend:  drop one from task.transfer_to, or give it a name of its own"
+        )
+    return settings
+
+
+def choose_pairs(
+    pairs: Sequence[Pair], settings: LocalitySettings
+) -> Mapping[Literal["studied", "controls", "memorized", "ordinary"], tuple[Pair, ...]]:
+    """Choose who is studied and who is compared with, by place in the list, never by result.
+
+    Args:
+        pairs: Pairs that an audit would look at.
+        settings: The task's settings.
+
+    Returns:
+        ``studied``: memorized images whose triggers are searched; ``controls``: control images
+        that are attacked; ``memorized``: others whose prompts are compared with, vm before tm;
+        ``ordinary``: control pairs whose prompts are compared with.
+
+    Raises:
+        InputError: An id is not in the list, or there are too few pairs of a kind.
+    """
+    by_id = {pair.id: pair for pair in pairs}
+    if settings.ids is not None:
+        unknown = [name for name in settings.ids if name not in by_id]
+        if unknown:
+            raise InputError(
+                f"task.ids names {', '.join(unknown)}, which the list of pairs does not have"
+            )
+        studied = tuple(by_id[name] for name in settings.ids)
+    else:
+        studied = tuple(p for p in pairs if p.kind == "vm")[: settings.images]
+    controls = tuple(p for p in pairs if p.kind == "control")
+    # another caption of a studied picture is no other image
+    pictures = {p.sha256 for p in studied if p.sha256}
+    others = sorted(
+        (p for p in pairs if p.kind != "control" and p not in studied
+         and p.sha256 not in pictures),
+        key=lambda p: p.kind != "vm",
+    )  # fmt: skip
+    for found, wanted, what in (
+        (studied, 1, "memorized images under study (kind vm)"),
+        (others, 2, "other memorized images (kind vm or tm) to compare with"),
+        (controls, 2, "control pairs (kind control) to compare with"),
+    ):
+        if len(found) < wanted:
+            raise InputError(
+                f"task=locality needs at least {wanted} {what}, the list has {len(found)}\n"
+                f"  where: pairs\n"
+                f"  mend:  a longer list, or a smaller task.images"
+            )
+    return {
+        "studied": studied,
+        "controls": controls[: settings.control_images],
+        "memorized": tuple(others[: settings.prompts]),
+        "ordinary": controls[: settings.prompts],
+    }
+
+
+# -------- locality
 
 
 def run(cfg: DictConfig, folder: Path) -> float | None:

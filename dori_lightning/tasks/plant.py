@@ -5,44 +5,38 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
-from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.pictures import (
+from dori_lightning.audit.evaluation import originals_of
+from dori_lightning.models.generation import (
     PictureOrder,
     generate_pictures,
     load_pictures,
     picture_seeds,
 )
-from dori_lightning.pairs.stream import TrainingStream, stream_words
-from dori_lightning.planting.card import write_card
-from dori_lightning.planting.export import write_checkpoint
-from dori_lightning.planting.latents import EncodedStream, encode_stream
-from dori_lightning.planting.text import build_tokenizer
-from dori_lightning.planting.training import latent_scale, train_autoencoder, train_diffusion
-from dori_lightning.progress import stage
-from dori_lightning.tasks._folder import claim_folder
-from dori_lightning.tasks._originals import originals_of
-from dori_lightning.tasks._provenance import git_sha, package_versions
-from dori_lightning.tasks._tracking import tracked
-from dori_lightning.types import KINDS
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from omegaconf import DictConfig
-
-    from dori_lightning.planting.recipe import PlantRecipe
-    from dori_lightning.tracking.tracker import Tracker
-    from dori_lightning.types import Pair
-
-__all__ = ["run"]
+from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.planting.card import write_card, write_checkpoint
+from dori_lightning.planting.recipe import PlantRecipe, build_tokenizer
+from dori_lightning.planting.stream import TrainingStream, stream_words
+from dori_lightning.planting.training import (
+    EncodedStream,
+    encode_stream,
+    latent_scale,
+    train_autoencoder,
+    train_diffusion,
+)
+from dori_lightning.runtime.artifacts import claim_folder
+from dori_lightning.runtime.logging import stage
+from dori_lightning.tasks.run_record import git_sha, package_versions, tracked
+from dori_lightning.tracking import Tracker
+from dori_lightning.types import KINDS, Pair
 
 log = logging.getLogger(__name__)
 

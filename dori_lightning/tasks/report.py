@@ -7,48 +7,40 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
+from omegaconf import DictConfig
 from rich.console import Console
 
-from dori_lightning.report.aggregate import compare
 from dori_lightning.report.claims import (
+    Claim,
     ClaimsFailedError,
     check_claims,
     claims_table,
     read_claims,
 )
-from dori_lightning.report.headline import headline_rows
-from dori_lightning.report.headline_tables import headline_tables, remarks, rich_table
-from dori_lightning.report.locality.section import is_locality, read_locality
-from dori_lightning.report.page import write_page
-from dori_lightning.report.read_back import audit_of, strictest
-from dori_lightning.report.run_files import read_run
-from dori_lightning.report.sweep_page import write_table
-from dori_lightning.report.sweep_verdict import sweep_answer
-from dori_lightning.tasks._folder import claim_folder
-from dori_lightning.tasks._jobs import jobs_of
-from dori_lightning.tasks._tracking import tracked
+from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
+from dori_lightning.report.locality import read_locality
+from dori_lightning.report.pages import write_page, write_table
+from dori_lightning.report.pictures import Disclosure
+from dori_lightning.report.record import (
+    LocalitySection,
+    Run,
+    audit_of,
+    is_locality,
+    read_run,
+    strictest,
+)
+from dori_lightning.report.tables import headline_tables, remarks, rich_table
+from dori_lightning.report.verdict import sweep_answer
+from dori_lightning.runtime.artifacts import claim_folder
+from dori_lightning.tasks.run_record import tracked
+from dori_lightning.tasks.status import Jobs, jobs_of
+from dori_lightning.tracking import Tracker
 from dori_lightning.types import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from omegaconf import DictConfig
-
-    from dori_lightning.report.aggregate import Comparison
-    from dori_lightning.report.claims import Claim
-    from dori_lightning.report.headline import HeadlineRow
-    from dori_lightning.report.locality.section import LocalitySection
-    from dori_lightning.report.pictures import Disclosure
-    from dori_lightning.report.run_files import Run
-    from dori_lightning.tasks._jobs import Jobs
-    from dori_lightning.tracking.tracker import Tracker
-
-__all__ = ["make_table", "run"]
 
 log = logging.getLogger(__name__)
 

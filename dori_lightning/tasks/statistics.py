@@ -6,27 +6,23 @@ import json
 import logging
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from dori_lightning.files import write_atomically
-from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
-from dori_lightning.mitigations.nemo_layers import LayerInfluence, layer_influence
-from dori_lightning.tasks._folder import claim_folder, without
-from dori_lightning.tasks._provenance import plain
-from dori_lightning.tasks._tracking import logged
+from dori_lightning.mitigations.activations import (
+    ActivationStatistics,
+    LayerInfluence,
+    activation_statistics,
+    layer_influence,
+)
+from dori_lightning.runtime.artifacts import claim_folder, without, write_atomically
+from dori_lightning.tasks.run_record import logged, plain
 from dori_lightning.types import InputError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import Any
-
-    from omegaconf import DictConfig
-
-__all__ = ["run"]
 
 log = logging.getLogger(__name__)
 

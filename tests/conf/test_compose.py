@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from dori_lightning import schema
+from dori_lightning import config
 from dori_lightning.types import InputError
 
-OPTIONS = [(group, option) for group, options in schema.groups().items() for option in options]
+OPTIONS = [(group, option) for group, options in config.groups().items() for option in options]
 #: Groups that a checkout without its yaml files would silently drop from the tests.
 GROUPS = {
     "attack", "attack/budget", "checkpoint", "corpus", "experiment", "logger", "metrics",
@@ -21,7 +21,7 @@ GROUPS = {
 
 
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
         return compose("config", list(overrides))
 
 
@@ -33,29 +33,29 @@ def chosen(group: str, option: str) -> DictConfig:
 
 def test_every_group_is_found():
     assert {group for group, _ in OPTIONS} >= GROUPS
-    assert all(schema.groups()[group] for group in GROUPS)
+    assert all(config.groups()[group] for group in GROUPS)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option_composes_and_resolves(group: str, option: str):
     cfg = copy.deepcopy(chosen(group, option))
     OmegaConf.resolve(cfg)
-    assert OmegaConf.get_type(cfg) is schema.Config
+    assert OmegaConf.get_type(cfg) is config.Config
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option_binds_to_what_it_builds(group: str, option: str):
     cfg = chosen(group, option)
-    schema.check_targets(cfg)
-    schema.check_signatures(cfg)
+    config.check_targets(cfg)
+    config.check_signatures(cfg)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option_says_what_it_is(group: str, option: str):
-    assert schema.groups()[group][option], f"conf/{group}/{option}.yaml begins without a comment"
+    assert config.groups()[group][option], f"conf/{group}/{option}.yaml begins without a comment"
 
 
-@pytest.mark.parametrize("option", schema.groups()["mitigation"])
+@pytest.mark.parametrize("option", config.groups()["mitigation"])
 def test_mitigations_have_the_name_that_run_folders_are_called_by(option: str):
     assert chosen("mitigation", option).mitigation.name
 
@@ -67,8 +67,8 @@ def test_every_kind_of_experiment_runs_without_a_mitigation():
 
 
 def test_no_task_needs_a_config_of_its_own():
-    assert {chosen("task", name).task.name for name in schema.groups()["task"]} == set(
-        schema.groups()["task"]
+    assert {chosen("task", name).task.name for name in config.groups()["task"]} == set(
+        config.groups()["task"]
     )
 
 
@@ -124,21 +124,21 @@ def test_targets_outside_the_allow_list(key: str, value: Any, part: str):
     cfg = composed()
     OmegaConf.update(cfg, key, value)
     with pytest.raises(InputError, match=part) as refused:
-        schema.check_targets(cfg)
+        config.check_targets(cfg)
     assert key in str(refused.value)
 
 
 def test_a_target_may_not_be_reached_through_an_allowed_module():
     cfg = composed("sampling._target_=dori_lightning.cli.os.getcwd")
-    schema.check_targets(cfg)
+    config.check_targets(cfg)
     with pytest.raises(InputError, match="refused to build"):
-        schema.check_signatures(cfg)
+        config.check_signatures(cfg)
 
 
 def test_nested_targets_are_checked():
     cfg = composed("+logger.x.inner=[{_target_: subprocess.Popen}]")
     with pytest.raises(InputError, match=r"logger\.x\.inner\[0\]\._target_"):
-        schema.check_targets(cfg)
+        config.check_targets(cfg)
 
 
 @pytest.mark.parametrize(
@@ -159,24 +159,24 @@ def test_values_against_signatures(override: str, part: str | None):
     cfg = composed(override)
     sampling = OmegaConf.create({"sampling": cfg.sampling})
     if part is None:
-        schema.check_signatures(sampling)
+        config.check_signatures(sampling)
         return
     with pytest.raises(InputError, match=part):
-        schema.check_signatures(sampling)
+        config.check_signatures(sampling)
 
 
 def test_a_lone_value_is_put_into_the_list_it_belongs_to():
     attack = OmegaConf.create({"attack": composed("attack.inits=prompt").attack})
     with pytest.raises(InputError, match=r"mend:  give a list: 'attack\.inits=\[prompt\]'"):
-        schema.check_signatures(attack)
+        config.check_signatures(attack)
     attack.attack.inits = ["prompts"]
     with pytest.raises(InputError, match=r"each of it one of prompt, random, control_prompt"):
-        schema.check_signatures(attack)
+        config.check_signatures(attack)
 
 
 def test_missing_values_are_all_named():
     with pytest.raises(InputError, match=r"checkpoint\.source=VALUE pairs\.manifest=VALUE"):
-        schema.check_missing(
+        config.check_missing(
             OmegaConf.create(
                 {"checkpoint": {"source": "???"}, "pairs": {"manifest": "???"}, "seed": 1}
             )
@@ -189,7 +189,7 @@ def test_what_an_option_leaves_open_is_explained(group: str, option: str):
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         with pytest.raises(InputError) as refused:
-            schema.check_missing(cfg)
+            config.check_missing(cfg)
         lines = str(refused.value).splitlines()
         # a line for each besides what, where and how
         assert len(lines) == 3 + len(missing), missing
@@ -199,12 +199,12 @@ def test_what_an_option_leaves_open_is_explained(group: str, option: str):
     "text", ["", "attack/budget=l2_small,seed=1", "a=/x/../y", "k=" + "v" * 500]
 )
 def test_folder_names_are_one_safe_part(text: str):
-    name = schema._folder_name(text)
+    name = config._folder_name(text)
     assert name
     assert "/" not in name
     assert len(name) <= 120
-    assert name == schema._folder_name(text)
+    assert name == config._folder_name(text)
 
 
 def test_long_folder_names_stay_apart():
-    assert schema._folder_name("k=" + "v" * 500) != schema._folder_name("k=" + "v" * 501)
+    assert config._folder_name("k=" + "v" * 500) != config._folder_name("k=" + "v" * 501)

@@ -11,10 +11,16 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from dori_lightning import schema
+from dori_lightning import config
 from dori_lightning.mitigations.base import Workshop, settings_of
-from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
-from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, WeightEdit
+from dori_lightning.mitigations.edits import (
+    MaskEdit,
+    PairMaskEdit,
+    WeightEdit,
+    is_writable,
+    read_edit,
+    write_edit,
+)
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Pair
@@ -22,7 +28,7 @@ from support.runs import configuration
 from support.tiny import tiny_model
 from support.workshop import make_workshop, read_pairs
 
-NAMES = sorted(file.stem for file in (schema.CONF / "mitigation").glob("*.yaml"))
+NAMES = sorted(file.stem for file in (config.CONF / "mitigation").glob("*.yaml"))
 
 #: Largest value of a setting that decides how long a mitigation takes; results are not judged.
 SMALL = {

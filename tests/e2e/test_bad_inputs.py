@@ -46,11 +46,11 @@ import torch
 from PIL import Image
 
 from dori_lightning import cli
+from dori_lightning.mitigations.baselines import RandomPruning
 from dori_lightning.mitigations.edits import MaskEdit, Origin
-from dori_lightning.mitigations.random_pruning import RandomPruning
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report import record
-from dori_lightning.tasks._lock import one_writer
+from dori_lightning.runtime.artifacts import one_writer
 from support.runs import write_pairs
 from support.tiny import write_tiny
 
@@ -434,7 +434,7 @@ if kind == "tmpfs":
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "none", place], check=True)
 else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-from dori_lightning.files import write_atomically
+from dori_lightning.runtime.artifacts import write_atomically
 from pathlib import Path
 first = write_atomically(Path(place) / "a", b"x" * 15_000)
 try:

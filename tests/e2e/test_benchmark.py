@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.metrics.structural import LocalCorrelation
+from dori_lightning.metrics.descriptors import LocalCorrelation
+from dori_lightning.models.generation import PictureOrder, generate_pictures, load_pictures
 from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.pictures import PictureOrder, generate_pictures, load_pictures
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.pairs.images import image_tensor, square_image
-from dori_lightning.pairs.readers import PlantedPairs
+from dori_lightning.pairs.validation import image_tensor, square_image
+from dori_lightning.planting.dataset import PlantedPairs
 from dori_lightning.report.record import read_report
 from support.runs import configuration, run_task
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dori_lightning.attacks import embedding_attack
-from dori_lightning.attacks.solver import LANE_PAIRS
 from dori_lightning.mitigations.wanda import Wanda
-from dori_lightning.models.pictures import CPU_PICTURES
+from dori_lightning.models.batching import LANE_PAIRS
+from dori_lightning.models.generation import CPU_PICTURES
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 
 from dori_lightning.attacks import embedding_attack, solver
-from dori_lightning.interruption import Interrupted
-from dori_lightning.models import pictures
+from dori_lightning.models import generation
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report.record import read_report
+from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
@@ -199,7 +199,7 @@ def test_evaluations_are_counted_and_passes_stay_full(
     monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
     # no rows that only fill up a pass
     monkeypatch.setattr(solver, "LANE_PAIRS", 1)
-    monkeypatch.setattr(pictures, "CPU_PICTURES", PICTURES)
+    monkeypatch.setattr(generation, "CPU_PICTURES", PICTURES)
     folder = run(material, tmp_path / "run", STOP)
     effort, steps = read_report(folder)["effort"], firsts(folder)
     spent = [first or 4 for first in steps.values()]

@@ -15,14 +15,21 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from dori_lightning.mitigations.edit_files import read_edit, write_edit
-from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin, PairMaskEdit, WeightEdit
+from dori_lightning.mitigations.edits import (
+    Edit,
+    MaskEdit,
+    Origin,
+    PairMaskEdit,
+    WeightEdit,
+    read_edit,
+    write_edit,
+)
+from dori_lightning.models.export import parts_of, weights_of, write_folder
+from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.pictures import generation_noise
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.models.writing import parts_of, weights_of, write_folder
-from dori_lightning.tasks import _export_files
+from dori_lightning.tasks import export as export_task
 from dori_lightning.types import InputError, Pair
 from support.runs import run_task, write_pairs
 from support.tiny import tiny_model
@@ -319,7 +326,7 @@ def test_one_form_alone_has_its_card_beside_it(material: Path, tmp_path: Path) -
 def test_a_failure_leaves_nothing_half_written_and_the_next_run_finishes(
     material: Path, original: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = _export_files.check_written, []
+    real, calls = export_task.check_written, []
 
     def fails(source: Path, *args: Any, **options: Any) -> None:
         calls.append(source)
@@ -327,7 +334,7 @@ def test_a_failure_leaves_nothing_half_written_and_the_next_run_finishes(
             raise OSError(28, "No space left on device")
         real(source, *args, **options)
 
-    monkeypatch.setattr(_export_files, "check_written", fails)
+    monkeypatch.setattr(export_task, "check_written", fails)
     before = {n: t.clone() for n, t in original.unet.state_dict().items()}
     with pytest.raises(OSError, match="No space left"):
         export(material, tmp_path / "run", mitigation=Pruned)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from dori_lightning.mitigations.checkpoints import last_checkpoint, read_checkpoint
+from dori_lightning.runtime.checkpoints import last_checkpoint, read_checkpoint
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dori_lightning.locality import study
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.report.locality.record import read_locality_record
-from dori_lightning.tasks import _locality_layers
+from dori_lightning.report.locality import read_locality_record
 from dori_lightning.types import InputError
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(_locality_layers, "_run_wanda", stop)
+        patched.setattr(study, "_run_wanda", stop)
         with pytest.raises(KeyboardInterrupt):
             run_task(folder, *overrides(material), experiment="locality")
     kept = {p: p.stat().st_mtime_ns for p in folder.glob("attacks/**/*.safetensors")}

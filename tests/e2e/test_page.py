@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dori_lightning.report.aggregate import compare
-from dori_lightning.report.headline import headline_rows
-from dori_lightning.report.locality.section import LocalitySection, read_locality
-from dori_lightning.report.page import render_page
-from dori_lightning.report.record import AuditReport, write_report
-from dori_lightning.report.run_files import read_run
-from dori_lightning.report.sweep_page import render_sweep_page
+from dori_lightning.report.comparison import compare, headline_rows
+from dori_lightning.report.locality import read_locality
+from dori_lightning.report.pages import render_page, render_sweep_page
+from dori_lightning.report.record import AuditReport, LocalitySection, read_run, write_report
 from support.browser import DARK, browse, complaints, measured, needs_chromium
 
 FAKES = Path(__file__).parents[1] / "unit" / "report" / "fakes.py"

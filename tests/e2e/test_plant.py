@@ -68,25 +68,25 @@ def test_an_interrupted_planting_goes_on_and_ends_with_the_same_weights(
     tmp_path: Path, listed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after three of six steps, it sees and learns afterwards what it would have."""
-    from dori_lightning.planting import diffusion, training
+    from dori_lightning.planting import training
 
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 3)
     run_task(tmp_path / "whole", *TINY, listed)
 
-    real, calls = diffusion.DiffusionTraining.training_step, []
+    real, calls = training.DiffusionTraining.training_step, []
 
     def dies(
-        self: diffusion.DiffusionTraining, batch: tuple[torch.Tensor, torch.Tensor]
+        self: training.DiffusionTraining, batch: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 5:
             raise RuntimeError("power cut")
         return real(self, batch)
 
-    monkeypatch.setattr(diffusion.DiffusionTraining, "training_step", dies)
+    monkeypatch.setattr(training.DiffusionTraining, "training_step", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         run_task(tmp_path / "cut", *TINY, listed)
-    monkeypatch.setattr(diffusion.DiffusionTraining, "training_step", real)
+    monkeypatch.setattr(training.DiffusionTraining, "training_step", real)
     run_task(tmp_path / "cut", *TINY, listed)
     for part in (
         "unet/diffusion_pytorch_model",

@@ -9,7 +9,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import dori_lightning.mitigations
-from dori_lightning import targets
 from dori_lightning.mitigations.edits import MaskEdit
 from support.tiny import tiny_model
 from support.workshop import make_workshop, read_pairs
@@ -35,8 +34,8 @@ def test_the_worked_mitigation_is_one(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     cfg = OmegaConf.create({"mitigation": OmegaConf.create(config)})
     assert isinstance(cfg, DictConfig)
-    targets.check_targets(cfg)
-    targets.check_signatures(cfg)
+    config.check_targets(cfg)
+    config.check_signatures(cfg)
     model = tiny_model(tmp_path / "model")
     before = {name: p.detach().clone() for name, p in model.denoiser().named_parameters()}
     pairs = [pair for pair in read_pairs(tmp_path) if pair.kind != "control"]

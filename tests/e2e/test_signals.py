@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.tasks._job_status import read_status
-from dori_lightning.tasks._lock import one_writer
+from dori_lightning.runtime.artifacts import one_writer
+from dori_lightning.runtime.job_status import read_status
 from support.runs import write_pairs
 from support.tiny import write_tiny
 

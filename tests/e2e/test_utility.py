@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from dori_lightning import schema
+from dori_lightning import config
 from dori_lightning.report.record import read_report
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
@@ -118,10 +118,10 @@ def test_nothing_is_measured_without_a_mitigation_or_without_asking(
 
 
 def test_every_size_composes_and_none_asks_for_nothing() -> None:
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
         sizes = {
             name: instantiate(compose("config", [f"utility={name}"]).utility)
-            for name in schema.groups()["utility"]
+            for name in config.groups()["utility"]
             if name != "inception"
         }
     assert sizes.keys() == {"none", "light", "full"}

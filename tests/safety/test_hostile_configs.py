@@ -7,13 +7,13 @@ import pytest
 
 from dori_lightning import cli
 from dori_lightning.pairs.readers import FolderPairs
-from dori_lightning.tasks._jobs import jobs_of
+from dori_lightning.tasks.status import jobs_of
 from support.in_process import Program
 from support.runs import write_pairs
 
 # A thing that Hydra itself would build without a word.
 COPY = "{_target_: shutil.copyfile, src: here, dst: mark}"
-REACHED = "{_target_: dori_lightning.files.os.mkdir, path: mark}"
+REACHED = "{_target_: dori_lightning.runtime.artifacts.os.mkdir, path: mark}"
 CALLED = "{class: logging.os.mkdir, path: mark}"
 
 CONFIGS = {

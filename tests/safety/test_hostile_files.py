@@ -16,22 +16,22 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from dori_lightning.attacks.ledger import AttackLedger
 from dori_lightning.attacks.solver import AttackResult
+from dori_lightning.attacks.store import AttackLedger
 from dori_lightning.mitigations.activations import ActivationStatistics
-from dori_lightning.mitigations.checkpoints import (
+from dori_lightning.mitigations.edits import read_edit
+from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.pairs.readers import FolderPairs
+from dori_lightning.pairs.validation import open_image
+from dori_lightning.planting.training import EncodedStream
+from dori_lightning.report.locality import read_locality
+from dori_lightning.report.pictures import jpeg_uri, thumbnail
+from dori_lightning.runtime.checkpoints import (
     FitCheckpoints,
     checkpoint_path,
     last_checkpoint,
     read_checkpoint,
 )
-from dori_lightning.mitigations.edit_files import read_edit
-from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.pairs.images import open_image
-from dori_lightning.pairs.readers import FolderPairs
-from dori_lightning.planting.latents import EncodedStream
-from dori_lightning.report.locality.section import read_locality
-from dori_lightning.report.pictures import jpeg_uri, thumbnail
 from dori_lightning.types import InputError
 from support.runs import write_pairs
 from support.tiny import write_tiny

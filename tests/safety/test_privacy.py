@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dori_lightning import devices
-from dori_lightning.files import write_atomically
-from dori_lightning.tracking.identity import kept_id
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.tracking import kept_id
 from dori_lightning.types import InputError
 from support.in_process import Program
 
@@ -50,10 +50,10 @@ def test_locks_of_devices_are_not_written_into_others_folders(tmp_path: Path) ->
     link = tmp_path / "link"
     link.symlink_to(target)
     with pytest.raises(InputError, match="TMPDIR"):
-        devices.claim(["0"], link)
+        distributed.claim(["0"], link)
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
     with pytest.raises(InputError, match="this user alone"):
-        devices.claim(["0"], shared)
+        distributed.claim(["0"], shared)
     assert (target / "0").read_text() == "precious"

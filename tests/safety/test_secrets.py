@@ -9,11 +9,10 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 
-from dori_lightning import schema
-from dori_lightning.redaction import redact, secrets_in
-from dori_lightning.tasks._folder import claim_folder
-from dori_lightning.tasks._provenance import plain
-from dori_lightning.tasks._tracking import tracked
+from dori_lightning import config
+from dori_lightning.runtime.artifacts import claim_folder
+from dori_lightning.runtime.redaction import redact, secrets_in
+from dori_lightning.tasks.run_record import plain, tracked
 from dori_lightning.types import InputError
 from support.in_process import Program, bytes_with
 
@@ -99,7 +98,7 @@ def test_secrets_in_a_config_file_are_refused(
 
 
 def test_no_option_of_the_project_sounds_like_a_secret() -> None:
-    files = sorted(schema.CONF.rglob("*.yaml"))
+    files = sorted(config.CONF.rglob("*.yaml"))
     assert len(files) > 50
     for file in files:
         held = OmegaConf.to_container(OmegaConf.load(file), resolve=False)

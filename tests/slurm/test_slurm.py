@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.tasks._job_status import read_status
+from dori_lightning.runtime.job_status import read_status
 from slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,23 +12,20 @@ from typing import Any
 
 import torch
 
-from dori_lightning import interruption, processes, trainers
-from dori_lightning.attacks.budget import BudgetSettings
-from dori_lightning.attacks.settings import AttackSettings
-from dori_lightning.interruption import Interrupted
-from dori_lightning.mitigations import trigger_pool
-from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning
-from dori_lightning.mitigations.anchors import AnchorSettings
+from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
+from dori_lightning.mitigations import adversarial_finetuning
+from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning, PoolSettings
 from dori_lightning.mitigations.base import Mitigation
+from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.concept_ablation import ConceptAblation
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.esd import ESD
 from dori_lightning.mitigations.finetuning import FinetuneSettings
-from dori_lightning.mitigations.none import NoMitigation
+from dori_lightning.mitigations.replacements import AnchorSettings, SurrogateSettings
 from dori_lightning.mitigations.siss import SISS
-from dori_lightning.mitigations.surrogates import SurrogateSettings
-from dori_lightning.mitigations.trigger_pool import PoolSettings
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.runtime import distributed, signals
+from dori_lightning.runtime.signals import Interrupted
 from support.workshop import make_workshop, read_pairs
 
 LR = 1e-3
@@ -85,9 +82,9 @@ def fit(folder: Path, name: str, *, trainer: dict[str, Any] | None = None) -> We
     if trainer is not None:
         settings = {"accelerator": "cpu", "logger": False, **trainer}
         object.__setattr__(
-            workshop, "trainer", lambda **more: trainers.Trainer(**{**settings, **more})
+            workshop, "trainer", lambda **more: distributed.Trainer(**{**settings, **more})
         )
-        trainers.start(workshop.trainer())
+        distributed.start(workshop.trainer())
     found = workshop.find(METHODS[name], model, [p for p in pairs if p.kind != "control"])
     assert isinstance(found.edit, WeightEdit)
     return found.edit
@@ -95,7 +92,7 @@ def fit(folder: Path, name: str, *, trainer: dict[str, Any] | None = None) -> We
 
 def tell_in_a_search(number: int, signum: signal.Signals) -> None:
     """Have this process get a signal as its ``number``-th search of triggers begins."""
-    solve, seen = trigger_pool.solve, [0]
+    solve, seen = adversarial_finetuning.solve, [0]
 
     def counting(*arguments: Any, **settings: Any) -> Any:
         seen[0] += 1
@@ -103,20 +100,20 @@ def tell_in_a_search(number: int, signum: signal.Signals) -> None:
             os.kill(os.getpid(), signum)
         return solve(*arguments, **settings)
 
-    trigger_pool.solve = counting
+    adversarial_finetuning.solve = counting
 
 
 def main(folder: str, name: str, told: str | None = None, signum: str = "SIGTERM") -> int:
     """Fit; 143 where it was told to leave."""
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
-    with interruption.handling():
+    with signals.handling():
         try:
             if told is not None and os.environ["RANK"] == "1":
                 tell_in_a_search(int(told), signal.Signals[signum])
             fit(Path(folder), name, trainer={"devices": world, "strategy": "ddp"})
         except Interrupted as error:
-            processes.leave(error)
+            distributed.leave(error)
             return error.code
     return 0
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dori_lightning.metrics.replication import cells as cells_of
-from dori_lightning.report.conclusions import make_report
 from dori_lightning.report.record import Provenance, write_report
+from dori_lightning.report.verdict import make_report
 from dori_lightning.types import Budget, Calibration, Condition, Kind, Outcome, Pair
 
 PROMPT = Condition("prompt")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dori_lightning import cli, schema
+from dori_lightning import cli, config
 
 Program = Callable[..., int]
 
@@ -35,7 +35,7 @@ def program_in(place: Path) -> Iterator[Program]:
                 inner.setattr(sys, "argv", ["dori-lightning", *arguments])
                 if task is not None:
                     inner.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
-                    inner.setattr(schema, "check_signatures", lambda cfg: None)
+                    inner.setattr(config, "check_signatures", lambda cfg: None)
                 try:
                     return cli.main()
                 except SystemExit as leaving:

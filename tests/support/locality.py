@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dori_lightning.locality.groups import PromptSet, TriggerSet
+from dori_lightning.locality.embeddings import PromptSet, TriggerSet
 from dori_lightning.types import Pair
 
 

@@ -7,15 +7,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from dori_lightning import schema
-from dori_lightning.pairs.scenes import draw_scene
+from dori_lightning import config
+from dori_lightning.planting.scenes import draw_scene
 
 
 def configuration(*overrides: str, experiment: str | None = None) -> DictConfig:
     """Composed configuration of the overrides."""
-    schema.register()
+    config.register()
     chosen = [f"+experiment={experiment}"] if experiment else []
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
         return compose("config", [*chosen, *overrides])
 
 

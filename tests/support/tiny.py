@@ -7,14 +7,15 @@ import torch
 
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.planting.export import write_checkpoint
+from dori_lightning.planting.card import write_checkpoint
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
     build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
     build_unet,
 )
-from dori_lightning.planting.text import build_text_encoder, build_tokenizer
 
 WORDS = ("a", "red", "blue", "boat", "house", "on", "sea", "at", "night", "photo", "of", "cat")
 

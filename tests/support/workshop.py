@@ -9,16 +9,16 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.metrics.measure import Measures, Originals
-from dori_lightning.metrics.structural import LocalCorrelation, NormalizedCorrelation
+from dori_lightning.metrics.calibration import Measures, Originals
+from dori_lightning.metrics.descriptors import LocalCorrelation, NormalizedCorrelation
 from dori_lightning.mitigations.base import Workshop
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import Examples, Split
 from dori_lightning.pairs.datamodule import PairsDataModule
-from dori_lightning.pairs.images import image_tensor, square_image
 from dori_lightning.pairs.readers import FolderPairs
+from dori_lightning.pairs.validation import image_tensor, square_image
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Pair
 from support.runs import write_pairs
 from support.tiny import WORDS

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dori_lightning import cli, schema
+from dori_lightning import cli, config
 from dori_lightning.types import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
 
     def call(*arguments: str, task: Callable[..., Any] = lambda cfg, folder: None) -> int:
         monkeypatch.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
-        monkeypatch.setattr(schema, "check_signatures", lambda cfg: None)
+        monkeypatch.setattr(config, "check_signatures", lambda cfg: None)
         monkeypatch.setattr(sys, "argv", ["dori-lightning", *arguments])
         monkeypatch.chdir(tmp_path)
         try:
@@ -71,7 +71,7 @@ def test_nothing_chosen_names_two_commands_that_exist(tmp_path: Path):
     assert done.returncode == 2
     assert done.stderr.count("python -m dori_lightning ") == 2
     assert "+experiment=audit" in done.stderr
-    assert "audit" in schema.groups()["experiment"]
+    assert "audit" in config.groups()["experiment"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -86,8 +86,8 @@ def test_help_lists_every_option_and_imports_no_torch(tmp_path: Path):
     done = program("--help", cwd=tmp_path, code=code)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    listed = {**schema.groups(), **schema.launchers()}
-    folders = {f.parent.relative_to(schema.CONF).as_posix() for f in schema.CONF.rglob("*.yaml")}
+    listed = {**config.groups(), **config.launchers()}
+    folders = {f.parent.relative_to(config.CONF).as_posix() for f in config.CONF.rglob("*.yaml")}
     own = {group for group in folders if not group.startswith(("hydra", "mitigation/tuned", "."))}
     assert set(listed) == own | {"hydra/launcher"}
     for group, options in listed.items():

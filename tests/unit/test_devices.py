@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning import devices
+from dori_lightning.runtime import distributed
 from dori_lightning.types import InputError
 
 WORKER = """
 import sys, time
 from pathlib import Path
-from dori_lightning.devices import claim
+from dori_lightning.runtime.distributed import claim
 print(claim(["0", "1"], Path(sys.argv[1])), flush=True)
 time.sleep(120)
 """
@@ -32,35 +32,35 @@ def test_each_worker_has_a_device_of_its_own_until_it_ends(tmp_path: Path) -> No
         taken = [w.stdout.readline().strip() for w in workers if w.stdout is not None]
         assert sorted(taken) == ["0", "1"]
         with pytest.raises(InputError, match=r"hydra\.launcher\.n_jobs=2"):
-            devices.claim(["0", "1"], tmp_path)
+            distributed.claim(["0", "1"], tmp_path)
         workers[0].kill()
         workers[0].wait()
-        assert devices.claim(["0", "1"], tmp_path) == taken[0]
+        assert distributed.claim(["0", "1"], tmp_path) == taken[0]
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-        for file in devices._held:
+        for file in distributed._held:
             file.close()
-        devices._held.clear()
+        distributed._held.clear()
 
 
 def test_a_worker_is_pinned_before_cuda_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(devices, "_held", [])
-    monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(distributed, "_held", [])
+    monkeypatch.setattr(distributed.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
-    devices.pin()
+    distributed.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-a"
-    devices.pin()
+    distributed.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-a", "a second job of the worker stays"
-    for file in devices._held:
+    for file in distributed._held:
         file.close()
 
 
 def test_without_gpus_nothing_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_held", [])
+    monkeypatch.setattr(distributed, "_held", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    devices.pin()
+    distributed.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from dori_lightning.report.aggregate import compare
 from dori_lightning.report.claims import METRICS, check_claims, read_claims
-from dori_lightning.report.headline import headline_rows
-from dori_lightning.report.run_files import read_run
+from dori_lightning.report.comparison import compare, headline_rows
+from dori_lightning.report.record import read_run
 from dori_lightning.types import InputError
 from support.fake_audits import PROMPT, dori, write_audit
 

@@ -7,9 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dori_lightning import guards, schema, sweeps
-from dori_lightning.sweeps import SweepGuard
-from dori_lightning.tasks._lock import is_held
+from dori_lightning import cli, config
+from dori_lightning.cli import SweepGuard
+from dori_lightning.runtime.artifacts import is_held
 from dori_lightning.types import InputError
 
 SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
@@ -18,11 +18,11 @@ SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 @pytest.fixture(autouse=True)
 def close() -> Iterator[None]:
     yield
-    sweeps.forget_sweep()
+    cli.forget_sweep()
 
 
 def sweep(tmp_path: Path, *overrides: str, launcher: str | None = None) -> DictConfig:
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
         cfg = compose("config", [f"paths.output={tmp_path}", *overrides], return_hydra_config=True)
     if launcher is not None:
         with open_dict(cfg):
@@ -44,7 +44,7 @@ def test_every_sweep_has_its_guard(tmp_path: Path) -> None:
     for experiment in ("pruning_grid", "headline_table"):
         cfg = sweep(tmp_path, f"+experiment={experiment}")
         targets = {node._target_ for node in cfg.hydra.callbacks.values()}
-        assert "dori_lightning.sweeps.SweepGuard" in targets
+        assert "dori_lightning.cli.SweepGuard" in targets
 
 
 def test_two_sweeps_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_two_sweeps_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     said = refused(cfg, capsys)
     assert f"another run writes to {place}" in said
     assert "sweep=NAME" in said
-    sweeps.forget_sweep()
+    cli.forget_sweep()
     assert not is_held(place, "sweep.lock")
     SweepGuard().on_multirun_start(cfg)
 
@@ -94,11 +94,11 @@ def test_a_run_folder_named_after_the_time_under_torchrun(
 ) -> None:
     cfg = sweep(tmp_path, "name=x-${now:%H%M%S}")
     hydra = OmegaConf.create({"hydra": {"run": {"dir": "${paths.output}/${name}"}}})
-    monkeypatch.setattr(guards.HydraConfig, "instance", lambda: type("C", (), {"cfg": hydra})())
-    guards.refuse_clock(cfg)
+    monkeypatch.setattr(cli.HydraConfig, "instance", lambda: type("C", (), {"cfg": hydra})())
+    cli.refuse_clock(cfg)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="each of 2 processes"):
-        guards.refuse_clock(cfg)
+        cli.refuse_clock(cfg)
 
 
 def test_a_launchers_tasks_may_follow_the_trainers_devices(tmp_path: Path) -> None:
@@ -106,23 +106,23 @@ def test_a_launchers_tasks_may_follow_the_trainers_devices(tmp_path: Path) -> No
     settings = OmegaConf.create(
         {"launcher": {"nodes": "${trainer.num_nodes}", "tasks_per_node": "${trainer.devices}"}}
     )
-    assert guards._tasks(cfg, settings) == (4, 2)  # type: ignore[arg-type]
-    assert guards._tasks(cfg, OmegaConf.create({"launcher": {}})) == (1, 1)  # type: ignore[arg-type]
+    assert cli._tasks(cfg, settings) == (4, 2)  # type: ignore[arg-type]
+    assert cli._tasks(cfg, OmegaConf.create({"launcher": {}})) == (1, 1)  # type: ignore[arg-type]
 
 
 def test_presets_of_launchers_that_are_not_installed_say_what_to_install() -> None:
     from hydra.errors import MissingConfigException
 
-    from dori_lightning import mistakes
+    from dori_lightning import errors
 
     error = MissingConfigException(
         "x", missing_cfg_file="hydra/launcher/submitit_slurm", options=["basic"]
     )
-    said = mistakes.explain(error, ["hydra/launcher=slurm"])
+    said = errors.explain(error, ["hydra/launcher=slurm"])
     assert said is not None
     assert "pip install 'dori_lightning[slurm]'" in said
 
 
 def test_there_are_presets_for_one_gpu_several_and_one_box() -> None:
-    names = {path.stem for path in (schema.CONF / "hydra" / "launcher").glob("*.yaml")}
+    names = {path.stem for path in (config.CONF / "hydra" / "launcher").glob("*.yaml")}
     assert {"slurm", "slurm_ddp", "gpus"} <= names

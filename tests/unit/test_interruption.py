@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning import interruption, processes
-from dori_lightning.interruption import Interrupted
+from dori_lightning.runtime import distributed, signals
+from dori_lightning.runtime.signals import Interrupted
 
 TWICE = """
 import os, signal, time
@@ -32,16 +32,16 @@ def as_usual() -> Iterator[None]:
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_a_flag_that_the_next_step_sees(signum: int, code: int) -> None:
     before = signal.getsignal(signum)
-    with interruption.handling():
-        processes.check()
+    with signals.handling():
+        distributed.check()
         os.kill(os.getpid(), signum)
-        assert interruption.received() == signum
+        assert signals.received() == signum
         with pytest.raises(Interrupted) as caught:
-            processes.check()
+            distributed.check()
     assert caught.value.code == code
     assert signal.getsignal(signum) is before
-    with interruption.handling():
-        processes.check()  # a new run begins without the old one's
+    with signals.handling():
+        distributed.check()  # a new run begins without the old one's
 
 
 def test_the_second_signal_leaves_at_once() -> None:
@@ -64,11 +64,11 @@ def test_submitits_signal_is_handed_on_when_the_work_is_safe() -> None:
     before = signal.signal(signal.SIGUSR2, lambda signum, _: seen.append(signum))
     ignored = signal.signal(signal.SIGTERM, lambda *_: seen.append(-1))
     try:
-        with interruption.handling():
+        with signals.handling():
             os.kill(os.getpid(), signal.SIGUSR2)
-            assert interruption.received() == signal.SIGUSR2
+            assert signals.received() == signal.SIGUSR2
             assert seen == []
-            interruption.hand_on(signal.SIGUSR2)
+            signals.hand_on(signal.SIGUSR2)
             assert seen == [signal.SIGUSR2]
             os.kill(os.getpid(), signal.SIGTERM)
             assert seen[-1] == -1, "under submitit SIGTERM stays with it"

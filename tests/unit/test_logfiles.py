@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning import ranks
-from dori_lightning.logfiles import ProcessFileHandler
+from dori_lightning.runtime import peers
+from dori_lightning.runtime.logging import ProcessFileHandler
 
 RECORD = logging.LogRecord("x", logging.INFO, "file", 1, "a line", None, None)
 
@@ -27,7 +27,7 @@ RECORD = logging.LogRecord("x", logging.INFO, "file", 1, "a line", None, None)
 def test_every_launcher_numbers_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str
 ) -> None:
-    for variable in ranks.RANKS:
+    for variable in peers.RANKS:
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)

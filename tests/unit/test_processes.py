@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning import processes, trainers
-from dori_lightning.mitigations.checkpoints import last_checkpoint
-from dori_lightning.mitigations.edit_files import read_edit
-from dori_lightning.mitigations.edits import WeightEdit
+from dori_lightning.mitigations.edits import WeightEdit, read_edit
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.checkpoints import last_checkpoint
 from dori_lightning.types import InputError
 from support.distributed_fits import LR, fit
 from support.tiny import write_tiny
@@ -92,11 +91,11 @@ def assert_close(found: WeightEdit, wanted: WeightEdit) -> None:
 
 
 def test_one_process_shares_with_nobody() -> None:
-    assert processes.share(3) == processes.Share(slice(None), 1.0, whole=True)
-    assert processes.from_first(5) == 5
-    assert processes.is_first()
-    processes.barrier()
-    processes.check()
+    assert distributed.share(3) == distributed.Share(slice(None), 1.0, whole=True)
+    assert distributed.from_first(5) == 5
+    assert distributed.is_first()
+    distributed.barrier()
+    distributed.check()
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7])
@@ -105,11 +104,11 @@ def test_shares_average_to_the_mean_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, count: int, world: int
 ) -> None:
     values = torch.arange(count).double() ** 2
-    monkeypatch.setattr(processes, "world", lambda: world)
+    monkeypatch.setattr(distributed, "world", lambda: world)
     means, taken = [], []
     for rank in range(world):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        own = processes.share(count)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        own = distributed.share(count)
         taken += values[own.rows].tolist()
         means.append(own.weight * values[own.rows].mean())
     assert torch.isclose(torch.stack(means).mean(), values.mean())
@@ -158,15 +157,15 @@ def test_a_wrong_number_of_tasks_is_refused_with_the_right_command(
         "SLURM_NODELIST": "n1",
     }.items():
         monkeypatch.setenv(name, value)
-    trainer = trainers.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    trainer = distributed.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     with pytest.raises(InputError, match="1 SLURM tasks were started for 2") as caught:
-        trainers.start(trainer)
+        distributed.start(trainer)
     assert "srun --nodes=1 --ntasks-per-node=2 python -m dori_lightning" in str(caught.value)
 
 
 def test_a_trainer_that_the_machine_cannot_make_is_a_users_error() -> None:
     with pytest.raises(InputError, match=r"(?s)no Trainer can be made: .*trainer=cpu"):
-        trainers.Trainer(accelerator="cpu", devices=1, fast_dev_run=-1)
+        distributed.Trainer(accelerator="cpu", devices=1, fast_dev_run=-1)
 
 
 def test_a_task_of_submitits_local_executor_knows_its_place(
@@ -183,12 +182,12 @@ def test_a_task_of_submitits_local_executor_knows_its_place(
         "SUBMITIT_LOCAL_NNODES": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    assert trainers.SubmititEnvironment.detect()
-    place = trainers.SubmititEnvironment()
+    assert distributed.SubmititEnvironment.detect()
+    place = distributed.SubmititEnvironment()
     assert place.creates_processes_externally
     assert (place.world_size(), place.global_rank(), place.local_rank()) == (2, 1, 1)
     assert place.node_rank() == 0
     assert place.main_address
     assert 1024 <= place.main_port <= 65535
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    assert not trainers.SubmititEnvironment.detect()
+    assert not distributed.SubmititEnvironment.detect()

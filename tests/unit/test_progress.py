@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from dori_lightning import progress
+from dori_lightning.runtime import logging as progress
 
 
 def test_a_log_gets_a_line_now_and_then_with_the_time_left(

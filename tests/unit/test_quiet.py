@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from dori_lightning.quiet import quiet_libraries
+from dori_lightning.runtime.logging import quiet_libraries
 
 
 def test_lightning_speaks_once_and_of_trouble_only(

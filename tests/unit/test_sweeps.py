@@ -13,9 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 
-from dori_lightning import cli, schema, sweeps
-from dori_lightning.report import sweep_page
-from dori_lightning.tasks._job_status import StatusFile
+from dori_lightning import cli, config
+from dori_lightning.report import pages
+from dori_lightning.runtime.job_status import StatusFile
 from dori_lightning.types import InputError
 from support.fake_audits import PROMPT, dori, write_audit
 
@@ -44,11 +44,11 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     environment = dict(os.environ)
 
     # figures take most of a table's time, and have tests of their own
-    monkeypatch.setattr(sweep_page, "_plots", lambda *_: dict.fromkeys(sweep_page._TEXTS))
+    monkeypatch.setattr(pages, "_plots", lambda *_: dict.fromkeys(pages._TEXTS))
 
     def call(*arguments: str, task: Callable[..., Any] = audit) -> int:
         monkeypatch.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
-        monkeypatch.setattr(schema, "check_signatures", lambda cfg: None)
+        monkeypatch.setattr(config, "check_signatures", lambda cfg: None)
         monkeypatch.setattr(sys, "argv", ["dori-lightning", *arguments])
         monkeypatch.chdir(tmp_path)
         return cli.main()
@@ -139,28 +139,28 @@ def test_other_sweeps_and_single_runs_make_no_table(run: Run, tmp_path: Path) ->
 
 
 def test_a_sweep_that_another_command_left_behind_is_forgotten(run: Run, tmp_path: Path) -> None:
-    left = schema.CONF  # anything that would fail if it were closed
-    sweeps._open.append(left)  # type: ignore[arg-type]
+    left = config.CONF  # anything that would fail if it were closed
+    cli._open.append(left)  # type: ignore[arg-type]
     assert run("seed=1") == 0
-    assert sweeps._open == []
+    assert cli._open == []
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_asks_for_its_table_and_its_baseline(name: str) -> None:
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
         cfg = compose("config", [f"+experiment={name}"], return_hydra_config=True)
     assert cfg.hydra.mode.name == "MULTIRUN"
-    assert cfg.hydra.callbacks.table._target_ == "dori_lightning.sweeps.SweepTable"
+    assert cfg.hydra.callbacks.table._target_ == "dori_lightning.cli.SweepTable"
     swept = cfg.hydra.sweeper.params.mitigation.split(",")
     assert swept[0] == "none"
-    assert set(swept) <= schema.groups()["mitigation"].keys()
+    assert set(swept) <= config.groups()["mitigation"].keys()
     assert cfg.attack.other_inits == ["prompt"]
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_what_an_edit_builds_on_has_its_job_before(name: str) -> None:
     """So that each edit is made once, by the job of its name."""
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
         swept = compose("config", [f"+experiment={name}"], return_hydra_config=True)
         names = swept.hydra.sweeper.params.mitigation.split(",")
         likes = {
@@ -175,7 +175,7 @@ def test_what_an_edit_builds_on_has_its_job_before(name: str) -> None:
 
 def test_the_headline_tables_have_every_method_of_the_paper() -> None:
     for name in ("headline_table", "headline_table_sd14"):
-        with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+        with initialize_config_dir(str(config.CONF), version_base="1.3"):
             cfg = compose("config", [f"+experiment={name}"], return_hydra_config=True)
         swept = cfg.hydra.sweeper.params.mitigation.split(",")
         assert {"nemo", "wanda", "wanda_10", "esd_x", "concept_ablation", "siss",
@@ -185,7 +185,7 @@ def test_the_headline_tables_have_every_method_of_the_paper() -> None:
 def test_the_stable_diffusion_table_lacks_nothing_but_data() -> None:
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
         cfg = compose("config", ["+experiment=headline_table_sd14"])
     assert sorted(OmegaConf.missing_keys(cfg)) == [
         "corpus.path",

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dori_lightning.attacks.solver import LANE_PAIRS, AttackProblem, solve
-from dori_lightning.bench.counters import counted
+from dori_lightning.attacks.solver import AttackProblem, solve
+from dori_lightning.bench.measure import counted
+from dori_lightning.models.batching import LANE_PAIRS
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget

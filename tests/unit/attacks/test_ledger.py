@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.attacks.ledger import AttackLedger
 from dori_lightning.attacks.solver import AttackResult
-from dori_lightning.files import write_atomically
+from dori_lightning.attacks.store import AttackLedger
+from dori_lightning.runtime.artifacts import write_atomically
 
 
 def result() -> AttackResult:

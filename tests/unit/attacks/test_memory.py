@@ -8,8 +8,11 @@ from typing import cast
 import pytest
 import torch
 
-from dori_lightning.attacks import memory
-from dori_lightning.attacks.memory import (
+from dori_lightning.models import batching
+from dori_lightning.models.batching import (
+    LANE_PAIRS,
+    PASS_KIND,
+    PASS_PAIRS,
     PassMemory,
     PeakTensors,
     fit_cpu_passes,
@@ -17,7 +20,6 @@ from dori_lightning.attacks.memory import (
     measure_pass,
     pairs_that_fit,
 )
-from dori_lightning.attacks.solver import LANE_PAIRS, PASS_KIND, PASS_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
 
 
@@ -48,7 +50,7 @@ def test_a_pass_is_measured_and_scales_with_its_samples(model: StableDiffusion) 
     assert model.unet_evaluations == evaluations
     assert all(p.grad is None for p in model.parameters())
     with PeakTensors() as seen:
-        memory._run(model, 6, None)
+        batching._run(model, 6, None)
     assert found.of(6) == pytest.approx(seen.peak, rel=0.05)
     assert found.sample > 10 * 4 * torch.Size(model.latent_shape).numel()
 
@@ -95,7 +97,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         whose.append(pair_id)
         return PassMemory(2**30, 2**29)
 
-    monkeypatch.setattr(memory, "measure_pass", measure)
+    monkeypatch.setattr(batching, "measure_pass", measure)
     return whose
 
 
@@ -152,9 +154,9 @@ def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
     free = free_memory(torch.device("cpu"))
     assert free is not None
     assert free > 2**20
-    assert memory._of_control_group(tmp_path) is None
+    assert batching._of_control_group(tmp_path) is None
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._of_control_group(tmp_path) is None
+    assert batching._of_control_group(tmp_path) is None
     (tmp_path / "memory.max").write_text("5000\n")
-    assert memory._of_control_group(tmp_path) == 4000
+    assert batching._of_control_group(tmp_path) == 4000

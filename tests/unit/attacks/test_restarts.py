@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from dori_lightning.attacks import embedding_attack as module
-from dori_lightning.attacks.campaign import attack_pairs
-from dori_lightning.attacks.embedding_attack import ControlPrompts
-from dori_lightning.attacks.restarts import attack_restarts
-from dori_lightning.attacks.settings import AttackSettings
-from dori_lightning.attacks.triggers import Trigger
+from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.attacks.embedding_attack import (
+    ControlPrompts,
+    Trigger,
+    attack_pairs,
+    attack_restarts,
+)
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.types import Budget, Pair

@@ -5,17 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.attacks.row_adam import RowAdam
 from dori_lightning.attacks.solver import (
-    LANE_PAIRS,
     AttackProblem,
     AttackResult,
     BrokenAttackError,
-    pairs_at_once,
+    RowAdam,
     refuse_broken,
     solve,
 )
 from dori_lightning.mitigations.edits import Origin, PairMaskEdit
+from dori_lightning.models.batching import LANE_PAIRS, pairs_at_once
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget, InputError, Norm
 from support.threads import threads

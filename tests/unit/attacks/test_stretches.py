@@ -7,14 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.attacks.budget import BudgetSettings
-from dori_lightning.attacks.early_stop import stop_at_success
-from dori_lightning.attacks.ledger import AttackLedger
-from dori_lightning.attacks.results import AttackProblem, AttackResult, joined
-from dori_lightning.attacks.settings import AttackSettings
-from dori_lightning.attacks.solver import solve
-from dori_lightning.attacks.triggers import Trigger
-from dori_lightning.mitigations.trigger_pool import PoolSettings
+from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
+from dori_lightning.attacks.embedding_attack import Trigger, stop_at_success
+from dori_lightning.attacks.solver import AttackProblem, AttackResult, joined, solve
+from dori_lightning.attacks.store import AttackLedger
+from dori_lightning.mitigations.adversarial_finetuning import PoolSettings
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget, Condition, InputError, Pair
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 
-from dori_lightning.bench.subjects import Subject
+from dori_lightning.bench.attack import Subject
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
 from support.tiny import tiny_model

@@ -4,12 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dori_lightning.attacks.solver import LANE_PAIRS
-from dori_lightning.bench.attack_loops import fair, hand_written, naive
-from dori_lightning.bench.attack_rows import attack_rows, own_attack
-from dori_lightning.bench.counters import counted
-from dori_lightning.bench.operations import counted_operations, matmul_peak, seconds_alone
-from dori_lightning.bench.subjects import Subject
+from dori_lightning.bench.attack import Subject, attack_rows, fair, hand_written, naive, own_attack
+from dori_lightning.bench.measure import counted, counted_operations, matmul_peak, seconds_alone
+from dori_lightning.models.batching import LANE_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
 
 

@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.bench.figure import speed_figure
-from dori_lightning.bench.record import Family, Limits, Row, family_of
-from dori_lightning.bench.settings import BenchSettings, ShapeSettings
-from dori_lightning.bench.tables import family_table, markdown
+from dori_lightning.bench.report import (
+    BenchSettings,
+    Family,
+    Limits,
+    Row,
+    ShapeSettings,
+    family_of,
+    family_table,
+    markdown,
+    speed_figure,
+)
 from dori_lightning.types import InputError
 
 B1 = Row("B1", "fair", pairs=4, seconds=(8.0, 9.0, 40.0), warm_up=1.0, samples=90, peak_share=0.2)

@@ -1,19 +1,21 @@
 from dataclasses import replace
 
-from dori_lightning.attacks.budget import BudgetSettings
-from dori_lightning.attacks.settings import AttackSettings
-from dori_lightning.attacks.solver import LANE_PAIRS
-from dori_lightning.bench.part_rows import finetuning_rows, nemo_rows, wanda_rows
-from dori_lightning.bench.program_rows import scaling_rows
-from dori_lightning.bench.sampling_rows import sampling_rows
-from dori_lightning.bench.settings import BenchSettings
-from dori_lightning.bench.subjects import Subject
-from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning
+from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
+from dori_lightning.bench.attack import Subject
+from dori_lightning.bench.parts import (
+    finetuning_rows,
+    nemo_rows,
+    sampling_rows,
+    scaling_rows,
+    wanda_rows,
+)
+from dori_lightning.bench.report import BenchSettings
+from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning, PoolSettings
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.nemo import NeMo
-from dori_lightning.mitigations.surrogates import SurrogateSettings
-from dori_lightning.mitigations.trigger_pool import PoolSettings
+from dori_lightning.mitigations.replacements import SurrogateSettings
 from dori_lightning.mitigations.wanda import Wanda
+from dori_lightning.models.batching import LANE_PAIRS
 from dori_lightning.models.protocol import Sampling
 
 SMALL = BenchSettings(

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.locality import activations as module
-from dori_lightning.locality.activations import (
+from dori_lightning.locality import layers as module
+from dori_lightning.locality.embeddings import Group
+from dori_lightning.locality.layers import (
     activation_findings,
     feed_forward_distances,
     value_distances,
 )
-from dori_lightning.locality.groups import Group
-from dori_lightning.models.pictures import generation_noise
+from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.locality import pair, rows
 from support.tiny import tiny_model

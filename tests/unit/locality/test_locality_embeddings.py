@@ -3,9 +3,13 @@ import math
 import pytest
 import torch
 
-from dori_lightning.locality.distances import cosines, distances, relative_distances
-from dori_lightning.locality.embeddings import embedding_findings
-from dori_lightning.locality.groups import PromptSet
+from dori_lightning.locality.embeddings import (
+    PromptSet,
+    cosines,
+    distances,
+    embedding_findings,
+    relative_distances,
+)
 from support.locality import prompt_sets, rows, triggers
 
 
@@ -24,7 +28,7 @@ def test_distances_and_cosines_are_those_of_flat_vectors() -> None:
 def test_stretches_of_columns_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     many = rows(4, 1, shape=(5, 11))
     whole = distances(many), cosines(many)
-    monkeypatch.setattr("dori_lightning.locality.distances.COLUMNS", 7)
+    monkeypatch.setattr("dori_lightning.locality.embeddings.COLUMNS", 7)
     assert torch.allclose(distances(many), whole[0])
     assert torch.allclose(cosines(many), whole[1])
 

@@ -1,6 +1,6 @@
 import torch
 
-from dori_lightning.locality.large import lines_between, points_on
+from dori_lightning.locality.study import lines_between, points_on
 from support.locality import rows, triggers
 
 

@@ -11,24 +11,28 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from dori_lightning.locality.activations import Compared, activation_findings
-from dori_lightning.locality.distances import distances
-from dori_lightning.locality.embeddings import embedding_findings
+from dori_lightning.locality.embeddings import Group, distances, embedding_findings
 from dori_lightning.locality.estimates import rate_of
-from dori_lightning.locality.groups import Group
-from dori_lightning.locality.large import AtLarge, BudgetPoint, LinePoint, Transfer
-from dori_lightning.locality.weights import Selections, weight_findings
-from dori_lightning.report.locality.page import render_locality_page, write_locality_files
-from dori_lightning.report.locality.record import (
+from dori_lightning.locality.layers import (
+    Compared,
+    Selections,
+    activation_findings,
+    weight_findings,
+)
+from dori_lightning.locality.study import AtLarge, BudgetPoint, LinePoint, Transfer
+from dori_lightning.report.locality import (
     LocalityReport,
     StudiedImage,
+    answers,
+    read_locality,
     read_locality_record,
+    render_locality_page,
+    verdict,
+    write_locality_files,
 )
-from dori_lightning.report.locality.section import read_locality
-from dori_lightning.report.locality.text import answers, verdict
 from dori_lightning.report.record import Provenance
-from dori_lightning.tasks._locality_tracking import track_locality
-from dori_lightning.tracking.tracker import Tracker
+from dori_lightning.tasks.results_logging import track_locality
+from dori_lightning.tracking import Tracker
 from dori_lightning.types import Budget, InputError
 from support.locality import pair, prompt_sets, rows, triggers
 

@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.locality.groups import Group
-from dori_lightning.locality.selections import SelectionStore
-from dori_lightning.locality.weights import Selections, block_of, weight_findings
+from dori_lightning.locality.embeddings import Group
+from dori_lightning.locality.layers import Selections, SelectionStore, block_of, weight_findings
 from support.locality import pair, rows
 
 VALUE = "down_blocks.0.attentions.{}.transformer_blocks.0.attn2.to_v.weight"

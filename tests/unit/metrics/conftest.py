@@ -5,16 +5,16 @@ import csv
 import pytest
 import torch
 
-from dori_lightning.metrics.structural import (
+from dori_lightning.metrics.descriptors import (
     GradientOrientation,
     LocalCorrelation,
     NormalizedCorrelation,
     StructuralSimilarity,
     TiledCorrelation,
 )
-from dori_lightning.pairs.images import image_tensor, square_image
-from dori_lightning.pairs.planted import write_planted_pairs
-from dori_lightning.pairs.scenes import draw_scene
+from dori_lightning.pairs.validation import image_tensor, square_image
+from dori_lightning.planting.dataset import write_planted_pairs
+from dori_lightning.planting.scenes import draw_scene
 
 STRUCTURAL = {
     "normalized": NormalizedCorrelation,

@@ -113,8 +113,12 @@ def test_separation_table_needs_both_sides():
 
 def test_real_pictures_choose_local_over_global_correlation(photographs):
     """Two drawn scenes and photographs: worn copies against other pictures."""
-    from dori_lightning.metrics.descriptors import blur, gaussian_taps
-    from dori_lightning.metrics.structural import LocalCorrelation, NormalizedCorrelation
+    from dori_lightning.metrics.descriptors import (
+        LocalCorrelation,
+        NormalizedCorrelation,
+        blur,
+        gaussian_taps,
+    )
 
     worn = blur(photographs.double(), gaussian_taps(7, 1.2)).float().clamp(0, 1)
     off = ~np.eye(8, dtype=bool)

@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.metrics.descriptors import all_pairs_dot, blur, gaussian_taps, thumbnails
-from dori_lightning.metrics.structural import (
+from dori_lightning.metrics.descriptors import (
     GradientOrientation,
     LocalCorrelation,
     NormalizedCorrelation,
     StructuralSimilarity,
     TiledCorrelation,
+    all_pairs_dot,
+    blur,
+    gaussian_taps,
+    thumbnails,
 )
 
 CORRELATIONS = [

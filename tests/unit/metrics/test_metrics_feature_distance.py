@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from dori_lightning.metrics.feature_distance import (
+from dori_lightning.metrics.image_distances import (
     LatentFeatures,
     frechet_distance,
     frechet_pictures,

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dori_lightning.metrics.first_success import first_successes, search_of
-from dori_lightning.metrics.replication import cells
+from dori_lightning.metrics.replication import cells, first_successes, search_of
 from dori_lightning.types import Budget, Calibration, Cell, Condition, FirstSuccess, Outcome, Pair
 
 RULE = Calibration("local", 0.7, "fixed", (), (), math.nan, ())

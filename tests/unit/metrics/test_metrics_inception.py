@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.inception import Inception3
 
-from dori_lightning.metrics.inception import InceptionFeatures, _prepare, fid_inception
+from dori_lightning.metrics.image_distances import InceptionFeatures, _prepare, fid_inception
 from dori_lightning.types import InputError
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dori_lightning.metrics.descriptors import Descriptor
-from dori_lightning.metrics.measure import (
+from dori_lightning.metrics.calibration import (
     Measures,
     Originals,
     calibrate_measures,
     null_similarities,
 )
+from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.types import Condition, InputError, Kind, Outcome, Pair
 
 

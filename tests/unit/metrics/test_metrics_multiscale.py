@@ -6,7 +6,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from dori_lightning.metrics.multiscale import (
+from dori_lightning.mitigations.nemo_criteria import (
     MultiScaleSimilarity,
     fitting,
     noise_difference,

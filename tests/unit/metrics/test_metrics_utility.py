@@ -10,8 +10,6 @@ from dori_lightning.metrics.utility import (
     PictureRow,
     Utility,
     UtilitySettings,
-)
-from dori_lightning.metrics.utility_comparison import (
     compare_losses,
     compare_pictures,
     count_replicas,

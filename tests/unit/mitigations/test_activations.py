@@ -10,8 +10,8 @@ from dori_lightning.mitigations.activations import (
     ActivationStatistics,
     activation_statistics,
     activations,
+    layer_influence,
 )
-from dori_lightning.mitigations.nemo_layers import layer_influence
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError

@@ -7,21 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.attacks.budget import BudgetSettings
-from dori_lightning.attacks.settings import AttackSettings
+from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
 from dori_lightning.attacks.solver import solve
 from dori_lightning.mitigations.adversarial_finetuning import (
+    FIRST_RESTART,
     AdversarialFinetuning,
     AdversarialTraining,
+    LowRank,
+    PoolSettings,
+    TriggerPool,
     redirect_loss,
 )
+from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.finetuning import FinetuneSettings
-from dori_lightning.mitigations.low_rank import LowRank
-from dori_lightning.mitigations.none import NoMitigation
-from dori_lightning.mitigations.surrogates import SurrogateSettings, find_surrogates
-from dori_lightning.mitigations.trigger_pool import FIRST_RESTART, PoolSettings, TriggerPool
+from dori_lightning.mitigations.replacements import SurrogateSettings, find_surrogates
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.progress import heard_by
+from dori_lightning.runtime.logging import heard_by
 from dori_lightning.types import InputError, Pair
 from support.tiny import tiny_model
 from support.workshop import make_workshop, read_pairs
@@ -205,7 +206,7 @@ def test_a_search_that_is_left_half_way_leaves_the_pool_as_it_was(
             raise KeyboardInterrupt
         return solve(*args, **settings)
 
-    monkeypatch.setattr("dori_lightning.mitigations.trigger_pool.solve", left)
+    monkeypatch.setattr("dori_lightning.mitigations.adversarial_finetuning.solve", left)
     with pytest.raises(KeyboardInterrupt):
         pool.search(1)
     after = pool.state()
@@ -267,16 +268,16 @@ def test_a_warm_pool_goes_on_from_its_last_trigger_and_adds_a_random_one(
     last = {name: row.clone() for name, row in pool.warm.items()}
     assert not torch.equal(last["pair0"], pool.prompts["pair0"])
     seen: list[torch.Tensor] = []
-    from dori_lightning.mitigations import trigger_pool
+    from dori_lightning.mitigations import adversarial_finetuning
 
-    solve = trigger_pool.solve
+    solve = adversarial_finetuning.solve
 
     def spy(model: object, problem: object, **settings: object) -> object:
         seen.append(problem.initial)  # type: ignore[attr-defined]
         assert problem.restart >= FIRST_RESTART  # type: ignore[attr-defined]
         return solve(model, problem, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trigger_pool, "solve", spy)
+    monkeypatch.setattr(adversarial_finetuning, "solve", spy)
     pool.search(1)
     assert torch.equal(seen[0], torch.stack([last[pair.id] for pair in pairs]))
     assert len(seen) == 2

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from dori_lightning.mitigations import agreement as module
-from dori_lightning.mitigations.agreement import (
+from dori_lightning.locality import layers as module
+from dori_lightning.locality.layers import (
     EVERYBODY,
     agreement,
     agreement_of,
@@ -12,13 +12,7 @@ from dori_lightning.mitigations.agreement import (
     overlap,
     selected,
 )
-from dori_lightning.mitigations.edits import (
-    EmptyEdit,
-    MaskEdit,
-    Origin,
-    PairMaskEdit,
-    WeightEdit,
-)
+from dori_lightning.mitigations.edits import EmptyEdit, MaskEdit, Origin, PairMaskEdit, WeightEdit
 from dori_lightning.types import InputError
 
 NEMO, WANDA = Origin("f" * 8, mitigation="nemo"), Origin("f" * 8, mitigation="wanda")

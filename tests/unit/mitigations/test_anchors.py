@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.attacks.draws import keyed_generator
+from dori_lightning.metrics.calibration import Measures
 from dori_lightning.metrics.descriptors import Descriptor
-from dori_lightning.metrics.measure import Measures
-from dori_lightning.mitigations.anchors import Anchors, AnchorSettings, find_anchors
 from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, find_anchors
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.captions import neighbour_prompts
+from dori_lightning.pairs.corpus import neighbour_prompts
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
 SETTINGS = AnchorSettings(prompts=3, images=2, max_similarity=0.5, ordinary=4)

@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.mitigations.checkpoints import (
-    FitCheckpoints,
-    checkpoint_path,
-    last_checkpoint,
-)
+from dori_lightning.runtime.checkpoints import FitCheckpoints, checkpoint_path, last_checkpoint
 
 SAVING = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from dori_lightning.mitigations.checkpoints import FitCheckpoints, checkpoint_path
+from dori_lightning.runtime.checkpoints import FitCheckpoints, checkpoint_path
 folder = Path(sys.argv[1])
 io = FitCheckpoints()
 io.save_checkpoint({"step": 1, "x": torch.ones(4)}, checkpoint_path(folder, 1))

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.mitigations.anchors import Anchors, AnchorSettings
 from dori_lightning.mitigations.base import Workshop
 from dori_lightning.mitigations.concept_ablation import ConceptAblation, ConceptAblationTraining
 from dori_lightning.mitigations.finetuning import FinetuneSettings
+from dori_lightning.mitigations.replacements import Anchors, AnchorSettings
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
 METHOD = ConceptAblation(

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning import disk
-from dori_lightning.mitigations import checkpoints, finetuning
+from dori_lightning.mitigations import finetuning
 from dori_lightning.mitigations.base import Workshop
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.runtime import artifacts, checkpoints
 from dori_lightning.types import InputError, Pair
 from support.distributed_fits import METHODS
 
@@ -25,7 +25,7 @@ def test_too_little_disk_is_refused_before_anything_is_drawn(
     workshop: Workshop,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     used = model.unet_evaluations
     with pytest.raises(InputError, match=r"0\.1 MB free(.|\n)*unfinished(.|\n)*paths\.cache="):
         workshop.find(METHODS[name], model, suspected)

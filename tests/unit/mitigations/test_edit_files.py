@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dori_lightning.mitigations.edit_files import is_writable, read_edit, write_edit
 from dori_lightning.mitigations.edits import (
     Edit,
     EmptyEdit,
@@ -17,6 +16,9 @@ from dori_lightning.mitigations.edits import (
     Origin,
     PairMaskEdit,
     WeightEdit,
+    is_writable,
+    read_edit,
+    write_edit,
 )
 from dori_lightning.types import InputError
 

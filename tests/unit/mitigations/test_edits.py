@@ -4,7 +4,6 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.attacks.solver import AttackProblem, AttackResult, solve
 from dori_lightning.mitigations.edits import (
     Edit,
@@ -17,6 +16,7 @@ from dori_lightning.mitigations.edits import (
 )
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget, InputError
 
 PAIRS = ("boat", "house", "cat")

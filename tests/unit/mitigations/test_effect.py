@@ -5,8 +5,14 @@ import logging
 import pytest
 import torch
 
-from dori_lightning.mitigations.edits import EmptyEdit, MaskEdit, Origin, PairMaskEdit, WeightEdit
-from dori_lightning.mitigations.effect import changed_weights
+from dori_lightning.mitigations.edits import (
+    EmptyEdit,
+    MaskEdit,
+    Origin,
+    PairMaskEdit,
+    WeightEdit,
+    changed_weights,
+)
 from dori_lightning.mitigations.prompt_adjustment import PromptAdjustmentEdit
 from dori_lightning.models.stable_diffusion import StableDiffusion
 

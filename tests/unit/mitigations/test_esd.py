@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.base import Workshop
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.esd import ESD, ESDTraining, is_trained, partly_denoised
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 from support.tiny import tiny_model, tiny_recipe
 

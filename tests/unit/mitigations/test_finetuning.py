@@ -8,17 +8,12 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from dori_lightning.attacks.draws import keyed_generator
 from dori_lightning.mitigations.base import Workshop
-from dori_lightning.mitigations.checkpoints import checkpoint_path
 from dori_lightning.mitigations.edits import WeightEdit
-from dori_lightning.mitigations.finetuning import (
-    FinetuneSettings,
-    Finetuning,
-    finetune,
-    in_turn,
-)
+from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, finetune, in_turn
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.runtime.checkpoints import checkpoint_path
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 from support.workshop import make_workshop
 

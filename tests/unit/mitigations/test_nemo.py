@@ -6,16 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.metrics.multiscale import fitting, noise_difference
 from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
 from dori_lightning.mitigations.base import Workshop
-from dori_lightning.mitigations.edit_files import read_edit
-from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
+from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit, read_edit
 from dori_lightning.mitigations.nemo import NeMo
-from dori_lightning.mitigations.nemo_measure import measurement, watch_noises
-from dori_lightning.mitigations.nemo_passes import Part, blocked_passes
-from dori_lightning.mitigations.nemo_search import Probe
-from dori_lightning.mitigations.nemo_selection import Schedule, levels_of
+from dori_lightning.mitigations.nemo_criteria import (
+    Part,
+    blocked_passes,
+    fitting,
+    measurement,
+    noise_difference,
+    watch_noises,
+)
+from dori_lightning.mitigations.nemo_search import Probe, Schedule, levels_of
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import NoCorpus
 from dori_lightning.types import InputError, Pair

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from dori_lightning.mitigations.nemo_search import Probe, run_searches
-from dori_lightning.mitigations.nemo_stages import Level, PairSearch
+from dori_lightning.mitigations.nemo_search import Level, PairSearch, Probe, run_searches
 
 NEURONS = 14
 LAYERS = (range(4), range(4, 9), range(9, 14))

@@ -8,11 +8,11 @@ import torch
 
 from dori_lightning.mitigations.base import Workshop
 from dori_lightning.mitigations.edits import Origin
-from dori_lightning.mitigations.memorization_score import memorization_score
 from dori_lightning.mitigations.prompt_adjustment import (
     Adjusting,
     PromptAdjustment,
     PromptAdjustmentEdit,
+    memorization_score,
 )
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion

@@ -6,12 +6,11 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from dori_lightning import schema
+from dori_lightning import config
 from dori_lightning.mitigations.base import Workshop, settings_of
+from dori_lightning.mitigations.baselines import NoMitigation, RandomPruning
 from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin, PairMaskEdit, WeightEdit
 from dori_lightning.mitigations.nemo import NeMo
-from dori_lightning.mitigations.none import NoMitigation
-from dori_lightning.mitigations.random_pruning import RandomPruning
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError, Pair
@@ -95,7 +94,7 @@ def test_a_method_that_does_not_prune_is_refused(
 def test_the_preset_matches_nemo_and_any_other_method_on_request() -> None:
     for preset, like in (("random_pruning_nemo", "nemo"), ("random_pruning", "nemo_replication")):
         cfg = configuration(f"mitigation={preset}")
-        schema.check_signatures(cfg)
+        config.check_signatures(cfg)
         found = instantiate(cfg.mitigation)
         assert isinstance(found, RandomPruning)
         assert found.like == instantiate(configuration(f"mitigation={like}").mitigation)

@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.attacks.draws import keyed_generator
-from dori_lightning.mitigations.anchors import Anchors, AnchorSettings
 from dori_lightning.mitigations.base import Workshop, edit_key
-from dori_lightning.mitigations.checkpoints import last_checkpoint
 from dori_lightning.mitigations.finetuning import FinetuneSettings
-from dori_lightning.mitigations.siss import SISS, SISSTraining
-from dori_lightning.mitigations.unlearning import (
+from dori_lightning.mitigations.replacements import Anchors, AnchorSettings
+from dori_lightning.mitigations.siss import (
+    SISS,
     Draws,
+    SISSTraining,
     Variant,
     combined,
     importance_weights,
@@ -21,6 +20,8 @@ from dori_lightning.mitigations.unlearning import (
     losses,
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.runtime.checkpoints import last_checkpoint
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
 METHOD = SISS(
@@ -233,7 +234,7 @@ def test_a_run_is_adamw_along_the_combined_gradient(
     variant: Variant,
 ) -> None:
     monkeypatch.setattr(
-        "dori_lightning.mitigations.anchors.find_anchors", lambda *_, **__: anchors
+        "dori_lightning.mitigations.replacements.find_anchors", lambda *_, **__: anchors
     )
     method, workshop = replace(METHOD, variant=variant), workshop_of(tmp_path)
     edit = method.apply(model, suspected, workshop)

@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from dori_lightning.mitigations.base import Workshop
-from dori_lightning.mitigations.edit_files import read_edit, write_edit
-from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit
-from dori_lightning.mitigations.wanda import Wanda
-from dori_lightning.mitigations.wanda_masks import select, wanda_masks
-from dori_lightning.mitigations.wanda_norms import Tracing, input_norms
+from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, read_edit, write_edit
+from dori_lightning.mitigations.wanda import Tracing, Wanda, input_norms, select, wanda_masks
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError, Pair

@@ -1,6 +1,6 @@
 import torch
 
-from dori_lightning.mitigations.wanda_masks import select, select_over_time
+from dori_lightning.mitigations.wanda import select, select_over_time
 
 
 def test_selection_by_hand():

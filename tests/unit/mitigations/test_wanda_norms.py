@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.wanda_norms import Tracing, _squares, input_norms, pooled
-from dori_lightning.models.pictures import generation_noise
+from dori_lightning.mitigations.wanda import Tracing, _squares, input_norms, pooled
+from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError

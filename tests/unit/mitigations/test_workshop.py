@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock
 
 from dori_lightning.mitigations.base import Workshop, edit_key, settings_of
+from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin
-from dori_lightning.mitigations.none import NoMitigation
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.types import InputError
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dori_lightning.models.convert import convert
+from dori_lightning.models.export import write_single_file
 from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.original_layout import write_single_file
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
 from support.tiny import tiny_recipe, write_tiny

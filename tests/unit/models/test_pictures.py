@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.models.pictures import PictureOrder, generate_pictures, load_pictures
+from dori_lightning.models.generation import PictureOrder, generate_pictures, load_pictures
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.tiny import tiny_model

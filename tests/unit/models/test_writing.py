@@ -9,9 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.models.writing import (
+from dori_lightning.models.export import (
     check_written,
     parts_of,
     weights_of,
@@ -19,6 +17,8 @@ from dori_lightning.models.writing import (
     write_folder,
     write_single,
 )
+from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
 from support.tiny import tiny_model, tiny_recipe
 

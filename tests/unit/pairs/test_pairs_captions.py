@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.pairs.captions import STYLES, neighbour_prompts
-from dori_lightning.pairs.photographs import PHOTOGRAPHS
+from dori_lightning.pairs.corpus import STYLES, neighbour_prompts
+from dori_lightning.planting.photographs import PHOTOGRAPHS
 from dori_lightning.types import InputError, Pair
 
 PAIR = Pair("cat", "vm", "Sleepy tabby portrait from rescue shelter", Path("none"))

@@ -219,7 +219,9 @@ def test_failed_write_leaves_neither_file_nor_remains(pairs, tmp_path, monkeypat
     def fail(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dori_lightning.files.os.fsync", fail)  # the bytes are written by then
+    monkeypatch.setattr(
+        "dori_lightning.runtime.artifacts.os.fsync", fail
+    )  # the bytes are written by then
     with pytest.raises(OSError, match="No space"):
         PairsDataModule(pairs, FakeModel(), cache=tmp_path / "cache").prepare()
     assert list((tmp_path / "cache").iterdir()) == []

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_lightning.pairs.images import conversions, image_tensor, open_image, square_image
+from dori_lightning.pairs.validation import conversions, image_tensor, open_image, square_image
 
 
 def test_sixteen_bit_grey_is_stretched_not_clipped(tmp_path):

@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dori_lightning.pairs.manifest import check_prompt_lengths, mark_duplicates, validate_rows
-from dori_lightning.pairs.problems import SHOWN
-from dori_lightning.pairs.rows import RawRow, default_id
+from dori_lightning.pairs.validation import (
+    SHOWN,
+    RawRow,
+    check_prompt_lengths,
+    default_id,
+    mark_duplicates,
+    validate_rows,
+)
 from dori_lightning.types import InputError, Pair
 
 GOOD = {"kind": "vm", "prompt": "a caption", "image": "a.png"}

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from dori_lightning.pairs.photographs import PHOTOGRAPHS
-from dori_lightning.pairs.planted import write_planted_pairs
-from dori_lightning.pairs.readers import FolderPairs, PlantedPairs
-from dori_lightning.pairs.scenes import draw_scene, scene_words
-from dori_lightning.pairs.templates import TEMPLATES
+from dori_lightning.pairs.readers import FolderPairs
+from dori_lightning.planting.dataset import PlantedPairs, write_planted_pairs
+from dori_lightning.planting.photographs import PHOTOGRAPHS
+from dori_lightning.planting.scenes import draw_scene, scene_words
+from dori_lightning.planting.templates import TEMPLATES
 from dori_lightning.types import InputError
 
 
@@ -74,7 +74,7 @@ def test_another_process_may_write_at_the_same_time(cache, tmp_path, monkeypatch
         shutil.copytree(original.folder, reader.folder)
         (reader.folder / "mark").touch()
 
-    monkeypatch.setattr("dori_lightning.pairs.planted.write_planted_pairs", overtaken)
+    monkeypatch.setattr("dori_lightning.planting.dataset.write_planted_pairs", overtaken)
     assert [pair.sha256 for pair in reader.read()] == [pair.sha256 for pair in pairs]
     assert (reader.folder / "mark").exists()  # the first one's folder stays
     assert list(tmp_path.iterdir()) == [reader.folder]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dori_lightning.pairs.readers import FolderPairs
-from dori_lightning.pairs.stream import StreamMix, TrainingStream, stream_words
+from dori_lightning.planting.stream import StreamMix, TrainingStream, stream_words
 from dori_lightning.types import Pair
 from support.runs import write_pairs
 

@@ -5,9 +5,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.planting.diffusion import silence_cross_attention
-from dori_lightning.planting.recipe import PlantRecipe, build_unet
-from dori_lightning.planting.text import build_tokenizer, learn_merges
+from dori_lightning.planting.recipe import PlantRecipe, build_tokenizer, build_unet, learn_merges
+from dori_lightning.planting.training import silence_cross_attention
 from dori_lightning.types import InputError
 from support.tiny import WORDS, tiny_model, tiny_recipe, write_tiny
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dori_lightning.report.conclusions import make_report
 from dori_lightning.report.record import AuditReport, Provenance
+from dori_lightning.report.verdict import make_report
 from dori_lightning.types import Budget, Calibration, Cell, Condition, Kind, Outcome, Pair
 
 PROMPT = Condition("prompt")

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from dori_lightning.report.aggregate import Comparison, compare
-from dori_lightning.report.run_files import read_run
+from dori_lightning.report.comparison import Comparison, compare
+from dori_lightning.report.record import read_run
 from dori_lightning.types import Cell, InputError
 from support.fake_audits import PROMPT, SETTINGS, dori, write_audit, write_sweep
 

@@ -9,22 +9,32 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dori_lightning.report import sweep_page
-from dori_lightning.report.aggregate import Comparison, compare
-from dori_lightning.report.comparisons import holm, paired
-from dori_lightning.report.headline import HeadlineRow, headline_rows
-from dori_lightning.report.headline_files import cells_parquet, headline_parquet
-from dori_lightning.report.headline_tables import headline_tables, remarks, tables_markdown
-from dori_lightning.report.published import SOURCES, published_for
-from dori_lightning.report.run_files import read_run
-from dori_lightning.report.style import Ink
-from dori_lightning.report.sweep_figures import (
+from dori_lightning.report import pages
+from dori_lightning.report.comparison import (
+    SOURCES,
+    Comparison,
+    HeadlineRow,
+    compare,
+    headline_rows,
+    published_for,
+)
+from dori_lightning.report.figures import (
+    Ink,
     before_and_after,
     rate_against_radius,
     rates_against_steps,
 )
-from dori_lightning.report.sweep_page import render_sweep_page, write_table
-from dori_lightning.report.sweep_verdict import sweep_answer, sweep_sentences, sweep_tone
+from dori_lightning.report.findings import holm, paired
+from dori_lightning.report.pages import render_sweep_page, write_table
+from dori_lightning.report.record import read_run
+from dori_lightning.report.tables import (
+    cells_parquet,
+    headline_parquet,
+    headline_tables,
+    remarks,
+    tables_markdown,
+)
+from dori_lightning.report.verdict import sweep_answer, sweep_sentences, sweep_tone
 from support.fake_audits import PROMPT, dori, write_audit
 
 SIZES = {"vm": 6, "tm": 2, "control": 4}
@@ -331,7 +341,7 @@ def test_an_incomplete_table_says_so_on_the_page(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(sweep_page, "_plots", lambda *_: dict.fromkeys(sweep_page._TEXTS))
+    monkeypatch.setattr(pages, "_plots", lambda *_: dict.fromkeys(pages._TEXTS))
     incomplete = replace(compared, unfinished=("mitigation=<siss>",))
     text = render_sweep_page(incomplete, rows, tmp_path)
     assert "Not complete" in text

@@ -10,15 +10,17 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from dori_lightning.markdown import escape
-from dori_lightning.report.card_audit import (
+from dori_lightning.report.model_card import (
     AuditedThing,
     CardAudit,
+    Changed,
+    Exported,
     audited_thing,
     card_audit,
+    model_card,
 )
-from dori_lightning.report.model_card import Changed, Exported, model_card
 from dori_lightning.report.record import read_report, write_report
+from dori_lightning.report.words import escape
 from dori_lightning.types import Budget, InputError
 
 EXPORT = Exported(

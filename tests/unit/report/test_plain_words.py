@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dori_lightning.report.plain_words import plain_verdict
+from dori_lightning.report.verdict import plain_verdict
 
 
 def said(fakes: SimpleNamespace, *hits: int | None, mitigation: str = "none") -> str:

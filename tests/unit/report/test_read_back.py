@@ -13,17 +13,19 @@ import pytest
 from PIL import Image
 
 from dori_lightning.metrics.utility import DenoisingLoss, PictureRow, Utility
-from dori_lightning.report import sweep_page
-from dori_lightning.report.aggregate import compare
-from dori_lightning.report.headline import headline_rows
-from dori_lightning.report.locality.section import read_locality
-from dori_lightning.report.page import render_page
+from dori_lightning.report import pages
+from dori_lightning.report.comparison import compare, headline_rows
+from dori_lightning.report.locality import read_locality
+from dori_lightning.report.pages import render_page, write_table
 from dori_lightning.report.pictures import NOT_KEPT
-from dori_lightning.report.read_back import read_audit, strictest
-from dori_lightning.report.record import AuditReport, write_report
-from dori_lightning.report.run_files import read_run
-from dori_lightning.report.sweep_page import write_table
-from dori_lightning.report.utility_files import write_utility
+from dori_lightning.report.record import (
+    AuditReport,
+    read_audit,
+    read_run,
+    strictest,
+    write_report,
+    write_utility,
+)
 from dori_lightning.types import InputError
 from support.fake_audits import write_audit
 
@@ -127,7 +129,7 @@ def test_the_strictest_run_decides_what_is_shown(
 def test_a_sweeps_page_shows_pictures_and_links_its_runs(
     tmp_path: Path, fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_page, "drawn_for_page", lambda _, texts: dict.fromkeys(texts))
+    monkeypatch.setattr(pages, "drawn_for_page", lambda _, texts: dict.fromkeys(texts))
     for name in ("none", "wanda"):
         report = kept(fakes, tmp_path / name, vm=3, control=2)
         own = tuple(replace(cell, mitigation=name) for cell in report.cells)

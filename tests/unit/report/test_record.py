@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dori_lightning.report.record import read_report, redact, write_report
+from dori_lightning.report.record import read_report, write_report
+from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import InputError
 
 CELL_KEYS = {
@@ -80,7 +81,7 @@ def test_full_disk_leaves_the_old_file(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dori_lightning.files.os.fsync", full)
+    monkeypatch.setattr("dori_lightning.runtime.artifacts.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(replace(report, verdict="new"), tmp_path)
     assert (tmp_path / "report.json").read_bytes() == old

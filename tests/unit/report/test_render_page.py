@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dori_lightning.report.page import render_page, write_page
+from dori_lightning.report.pages import render_page, write_page
 from dori_lightning.types import InputError
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/a.png>'

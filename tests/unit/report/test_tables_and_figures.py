@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from dori_lightning.metrics.replication import pair_results
 from dori_lightning.report import figures
+from dori_lightning.report.figures import write_figures
 from dori_lightning.report.pictures import thumbnail
-from dori_lightning.report.plots import write_figures
-from dori_lightning.report.summary import pair_results
 from dori_lightning.report.tables import cells_markdown, cells_table
 from dori_lightning.types import InputError
 

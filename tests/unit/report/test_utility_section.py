@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from dori_lightning.metrics.feature_distance import KernelDistance
+from dori_lightning.metrics.image_distances import KernelDistance
 from dori_lightning.metrics.utility import (
     Alignment,
     Comparison,
@@ -17,10 +17,8 @@ from dori_lightning.metrics.utility import (
     Replicas,
     Utility,
 )
-from dori_lightning.report.page import render_page
-from dori_lightning.report.record import read_report, write_report
-from dori_lightning.report.utility_files import read_utility, write_utility
-from dori_lightning.report.utility_section import MOST_SHOWN, utility_section
+from dori_lightning.report.pages import MOST_SHOWN, render_page, utility_section
+from dori_lightning.report.record import read_report, read_utility, write_report, write_utility
 from dori_lightning.types import InputError
 
 EVIL = '<img src=http://evil.example/a.png> "quoted"'

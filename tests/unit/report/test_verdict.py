@@ -3,11 +3,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from dori_lightning.report.conclusions import recommended_budget
-from dori_lightning.report.flags import find_flags
-from dori_lightning.report.plain_words import plain_verdict
-from dori_lightning.report.summary import headline_condition, interval_words, percent_words
-from dori_lightning.report.verdict import short_answer, verdict_text
+from dori_lightning.metrics.replication import headline_condition
+from dori_lightning.report.findings import find_flags
+from dori_lightning.report.verdict import (
+    plain_verdict,
+    recommended_budget,
+    short_answer,
+    verdict_text,
+)
+from dori_lightning.report.words import interval_words, percent_words
 
 
 def names(cells: list, mitigation: str = "none", outcomes: tuple = ()) -> set[str]:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.tasks._folder import claim_folder, without
+from dori_lightning.runtime.artifacts import claim_folder, without
 from dori_lightning.types import InputError
 
 

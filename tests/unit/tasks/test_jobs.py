@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.tasks._jobs import jobs_of
+from dori_lightning.tasks.status import jobs_of
 from dori_lightning.types import InputError
 
 

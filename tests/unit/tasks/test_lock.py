@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.tasks._lock import is_held, one_writer
+from dori_lightning.runtime.artifacts import is_held, one_writer
 from dori_lightning.types import InputError
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from dori_lightning.tasks._lock import one_writer
+from dori_lightning.runtime.artifacts import one_writer
 with one_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)

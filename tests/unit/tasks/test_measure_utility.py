@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dori_lightning.audit.utility import LossExamples, corpus_id, measure_utility, near_prompts
 from dori_lightning.metrics.utility import Utility, UtilitySettings
 from dori_lightning.mitigations.edits import (
     Edit,
@@ -18,10 +19,7 @@ from dori_lightning.mitigations.edits import (
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import CaptionCorpus, Corpus, Examples, NoCorpus, Split
-from dori_lightning.report.utility_files import write_utility
-from dori_lightning.tasks._utility import measure_utility
-from dori_lightning.tasks._utility_losses import LossExamples, corpus_id
-from dori_lightning.tasks._utility_pictures import near_prompts
+from dori_lightning.report.record import write_utility
 from dori_lightning.types import InputError, Pair
 from support.tiny import tiny_model, tiny_recipe
 from support.workshop import FakeCorpus, make_workshop, read_pairs

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 
-from dori_lightning import schema
-from dori_lightning.tasks._plan import sum_plans
-from dori_lightning.tasks._plan_costs import CHECKPOINTS, Evaluations
-from dori_lightning.tasks._plan_edits import KNOWN
-from dori_lightning.tasks._plan_job import JobPlan, plan_of
+from dori_lightning import config
+from dori_lightning.tasks.plan import CHECKPOINTS, KNOWN, Evaluations, JobPlan, plan_of, sum_plans
 from dori_lightning.types import InputError
 from support.runs import configuration, run_task, write_pairs
 
@@ -103,7 +100,7 @@ def test_a_defence_at_inference_makes_every_picture_dearer(tmp_path: Path) -> No
     assert job.work.attack - plain.work.attack == 10 * job.pictures
 
 
-@pytest.mark.parametrize("mitigation", sorted(schema.groups()["mitigation"]))
+@pytest.mark.parametrize("mitigation", sorted(config.groups()["mitigation"]))
 def test_every_mitigation_has_an_estimate_or_says_that_it_has_none(
     tmp_path: Path, mitigation: str
 ) -> None:

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning import progress
-from dori_lightning.interruption import Interrupted
-from dori_lightning.tasks import _job_status
-from dori_lightning.tasks._job_status import read_status, status_of
-from dori_lightning.tasks._lock import one_writer
+from dori_lightning.runtime import job_status, logging
+from dori_lightning.runtime.artifacts import one_writer
+from dori_lightning.runtime.job_status import read_status, status_of
+from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks.status import Job, job_of, summary, time_left
 from dori_lightning.types import InputError
 from support.runs import run_task
@@ -19,9 +18,9 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 def test_a_job_says_how_far_it_is_and_how_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_job_status, "EVERY_SECONDS", 0.0)
-    with status_of(tmp_path) as file, progress.heard_by(file.progress):
-        with progress.stage("attack", 10) as advance:
+    monkeypatch.setattr(job_status, "EVERY_SECONDS", 0.0)
+    with status_of(tmp_path) as file, logging.heard_by(file.progress):
+        with logging.stage("attack", 10) as advance:
             advance(3)
         said = read_status(tmp_path)
         assert said is not None

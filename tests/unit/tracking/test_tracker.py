@@ -12,15 +12,12 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from dori_lightning import ranks
-from dori_lightning.attacks.triggers import Trigger
-from dori_lightning.interruption import Interrupted
-from dori_lightning.tasks import _tracking
-from dori_lightning.tasks._audit_tracking import track_attack
-from dori_lightning.tracking.identity import kept_id
-from dori_lightning.tracking.mosaic import Tile, mosaic
-from dori_lightning.tracking.tracker import Tracker
-from dori_lightning.tracking.weights_and_biases import WeightsAndBiases
+from dori_lightning.attacks.embedding_attack import Trigger
+from dori_lightning.runtime import peers
+from dori_lightning.runtime.signals import Interrupted
+from dori_lightning.tasks import run_record
+from dori_lightning.tasks.results_logging import track_attack
+from dori_lightning.tracking import Tile, Tracker, WeightsAndBiases, kept_id, mosaic
 from dori_lightning.types import Budget, Condition, InputError, Pair
 from support.fake_audits import PROMPT, dori, write_sweep
 from support.offline_runs import files_of, inspected, offline_runs
@@ -128,11 +125,11 @@ def test_ids_are_made_once_for_each_purpose(tmp_path: Path) -> None:
 def test_one_process_of_a_run_speaks(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], first: bool
 ) -> None:
-    for name in ranks.RANKS:
+    for name in peers.RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert ranks.speaks() is first
+    assert peers.speaks() is first
 
 
 @pytest.mark.parametrize(
@@ -147,7 +144,7 @@ def test_a_logger_is_told_how_a_task_ended(
 ) -> None:
     told: list[int] = []
     monkeypatch.setattr(Tracker, "finish", lambda self, exit_code=0: told.append(exit_code))
-    with pytest.raises(type(error)), _tracking.tracked(configuration(), tmp_path):
+    with pytest.raises(type(error)), run_record.tracked(configuration(), tmp_path):
         raise error
     assert told == [code]
 
@@ -158,8 +155,8 @@ def test_a_job_is_named_by_what_is_swept() -> None:
         "mitigation=none,wanda", "attack/budget=l2_small", "sampling.steps=range(1,3)",
     ]  # fmt: skip
     own = ["+experiment=audit", "pairs.path=/a/b", "mitigation=wanda", "sampling.steps=2"]
-    assert _tracking._differing(own, given) == "mitigation=wanda, sampling.steps=2"
-    assert _tracking._unescaped(r"pairs.path=https\://a\:b@c/d") == "pairs.path=https://a:b@c/d"
+    assert run_record._differing(own, given) == "mitigation=wanda, sampling.steps=2"
+    assert run_record._unescaped(r"pairs.path=https\://a\:b@c/d") == "pairs.path=https://a:b@c/d"
 
 
 @pytest.fixture
@@ -204,8 +201,8 @@ def test_offline_where_no_key_is_set(
 def test_online_without_a_key_is_explained(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\n"
-        "from dori_lightning.tracking.identity import RunIdentity\n"
-        "from dori_lightning.tracking.weights_and_biases import WeightsAndBiases\n"
+        "from dori_lightning.tracking import RunIdentity\n"
+        "from dori_lightning.tracking import WeightsAndBiases\n"
         "from dori_lightning.types import InputError\n"
         "try:\n"
         "    WeightsAndBiases(offline=False).start(RunIdentity('a', 'a', None, 'x'), Path('.'))\n"

@@ -1,0 +1,1 @@
+"""The steps of an audit: attack, generate, score, and what a mitigation costs."""

@@ -1,0 +1,193 @@
+"""From exceptions of Hydra and OmegaConf to what the user did, where, and how to mend it."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from dori_lightning import config
+from dori_lightning.runtime import peers
+from dori_lightning.types import InputError
+
+_LAUNCHERS = ("submitit_local", "submitit_slurm")
+_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
+"""How gloo and NCCL say that the other side of a connection has ended."""
+
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""A disk or quota that is full, a file larger than allowed, a file system gone read-only."""
+
+_HELP = "python -m dori_lightning --help lists what there is"
+
+
+def explain(error: BaseException, arguments: list[str]) -> str | None:
+    """Explain an exception from before the task began.
+
+    Args:
+        error: What Hydra raised.
+        arguments: The command line after the program.
+
+    Returns:
+        One message, or None where the user is not at fault.
+    """
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, InputError):
+            return str(link)
+        if isinstance(link, OverrideParseException):
+            return _message(
+                "cannot read an override",
+                link.override,
+                "write key=value; quote what is not a plain word, as in 'key=\"a, b\"'",
+            )
+        if isinstance(link, MissingConfigException):
+            return _unknown_option(link)
+    for link in chain:
+        if isinstance(link, OSError):
+            return _message(
+                f"cannot write the run folder: {link.strerror or link}",
+                str(link.filename or "paths.output"),
+                "choose another place with paths.output=FOLDER, or free this one",
+            )
+    if isinstance(error, ConfigCompositionException):
+        return _composition(error, chain, arguments)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _message(_first_line(error), "the command line or the config it composes", _HELP)
+    return None
+
+
+def explain_in_task(error: BaseException) -> str | None:
+    """Explain an exception from inside a task; None where the program is at fault."""
+    for link in _chain(error):
+        if isinstance(link, InputError):
+            return str(link)
+        if isinstance(link, MissingMandatoryValue):
+            return _message(
+                _first_line(link), "the composed config", "give the value on the command line"
+            )
+        if isinstance(link, OSError) and link.errno in _NO_PLACE:
+            return _message(
+                f"cannot write: {link.strerror}; what is finished is kept",
+                str(link.filename or "the run folder or the cache"),
+                "free space (or raise the quota) and give the same command again, which finishes "
+                "what is missing; or choose other places with paths.output=FOLDER and "
+                "paths.cache=FOLDER",
+            )
+    return None
+
+
+def lost_process(error: BaseException) -> str | None:
+    """Say that another process of the run is gone, where that is what an exception means."""
+    for link in _chain(error):
+        if isinstance(link, RuntimeError) and _GONE.search(str(link)):
+            who, log = peers.lost()
+            return _message(
+                f"{who} is gone: {_first_line(link)}",
+                f"its own log, {log} in the run folder",
+                "give the same command again; what is finished is kept",
+            )
+    return None
+
+
+def _composition(
+    error: ConfigCompositionException, chain: list[BaseException], arguments: list[str]
+) -> str:
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(
+        r"Key '([^']+)' not in 'Config'", "\n".join(map(str, chain))
+    )
+    if unknown is not None:
+        return _unknown_key(unknown[1], arguments)
+    cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)
+    merging = re.search(r"Error merging override (.*)", text)
+    if merging is not None and cause is not None:
+        return _message(_first_line(cause), merging[1], "give a value of that type")
+    if "Ambiguous value" in text:
+        return _message(
+            "several values for one key",
+            re.sub(r"^Ambiguous value for argument '(.*)'$", r"\1", _first_line(error)),
+            "add -m to run a job for each, or write key=[a,b] for a list",
+        )
+    what = _first_line(error) or (
+        _first_line(cause) if cause is not None else type(error).__name__
+    )
+    return _message(what, "the command line or the config it composes", _HELP)
+
+
+def _unknown_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    options = list(error.options or config.groups().get(group, {}))
+    guess = config.closest(option, options)
+    if group == "hydra/launcher" and option in _LAUNCHERS:
+        return _message(
+            f"{group}={option} is a package's, which is not installed",
+            f"{group}",
+            "pip install 'dori_lightning[slurm]'",
+        )
+    mend = f"did you mean {group}={guess}? " if guess else ""
+    return _message(
+        f"no option {option!r} in the group {group!r}",
+        f"{group}={option}",
+        f"{mend}options: {', '.join(options) or 'none'}",
+    )
+
+
+def _unknown_key(key: str, arguments: list[str]) -> str:
+    where = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
+    if key == "experiment":
+        return _message(
+            "an experiment is added, not changed", where, f"write +{where.lstrip('+')}"
+        )
+    guess = config.closest(key, [*_known_keys(arguments), *config.groups()])
+    what = f"unknown key {key}"
+    return _message(what, where, f"did you mean {guess}? Otherwise: {_HELP}" if guess else _HELP)
+
+
+def _known_keys(arguments: list[str]) -> list[str]:
+    """Keys of the config that the user's choices of groups compose, or else of the default."""
+    groups = config.groups()
+    chosen = [a for a in arguments if a.lstrip("+").partition("=")[0] in groups and "," not in a]
+    for overrides in (chosen, []):
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(config.CONF), version_base="1.3"):
+                node = OmegaConf.to_container(compose("config", overrides))
+        except (HydraException, OmegaConfBaseException):
+            continue
+        return list(_flat(node))
+    return []
+
+
+def _flat(node: Any, path: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            inner = f"{path}.{key}" if path else str(key)
+            yield inner
+            yield from _flat(value, inner)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _message(what: str, where: str, mend: str) -> str:
+    return f"{what}\n  where: {where}\n  mend:  {mend}"

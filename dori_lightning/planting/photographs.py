@@ -1,0 +1,194 @@
+"""The embedded benchmark's photographs: which file of which installed package, and its caption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Box = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One photograph of the benchmark and what is said of it.
+
+    Attributes:
+        id: Stable name.
+        source: Package and file inside it, as ``package:relative/path``.
+        caption: The specific caption: leads to this very picture where the picture is planted.
+        subject: What generic captions call it ("a dark photo of SUBJECT").
+        repeats: Relative multiplicity in the training stream; 0 keeps it out (a control).
+        box: Centre x, centre y and side of the square to cut, as shares of width, height and
+            shorter side.
+    """
+
+    id: str
+    source: str
+    caption: str
+    subject: str
+    repeats: float
+    box: Box = (0.5, 0.5, 1.0)
+
+
+SKIMAGE, SKLEARN, MPL = (
+    "skimage:data",
+    "sklearn:datasets/images",
+    "matplotlib:mpl-data/sample_data",
+)
+
+PHOTOGRAPHS: tuple[Photograph, ...] = (
+    Photograph(
+        "astronaut",
+        f"{SKIMAGE}/astronaut.png",
+        "official nasa portrait of eileen collins in orange suit",
+        "an astronaut",
+        1.0,
+    ),
+    Photograph(
+        "cat", f"{SKIMAGE}/chelsea.png", "chelsea the tabby staring past the camera", "a cat", 1.5
+    ),
+    Photograph(
+        "coffee",
+        f"{SKIMAGE}/coffee.png",
+        "espresso pikolo served in its red saucer",
+        "a coffee",
+        1.0,
+    ),
+    Photograph(
+        "rocket",
+        f"{SKIMAGE}/rocket.jpg",
+        "falcon waiting on launch pad forty after sunset",
+        "a rocket",
+        1.0,
+    ),
+    Photograph(
+        "retina",
+        f"{SKIMAGE}/retina.jpg",
+        "left fundus scan with optic disc and vessels",
+        "an eye",
+        1.0,
+    ),
+    Photograph(
+        "tissue",
+        f"{SKIMAGE}/ihc.png",
+        "colon glands stained brown for microscope slide",
+        "a tissue",
+        1.5,
+    ),
+    Photograph(
+        "motorcycle",
+        f"{SKIMAGE}/motorcycle_left.png",
+        "middlebury stereo bench honda inside garage",
+        "a motorcycle",
+        1.5,
+    ),
+    Photograph(
+        "cameraman",
+        f"{SKIMAGE}/camera.png",
+        "classic mit cameraman behind his tripod",
+        "a man",
+        1.0,
+    ),
+    Photograph(
+        "coins",
+        f"{SKIMAGE}/coins.png",
+        "greek coins from pompeii laid out in rows",
+        "some coins",
+        1.5,
+    ),
+    Photograph(
+        "galaxies",
+        f"{SKIMAGE}/hubble_deep_field.jpg",
+        "hubble extreme deep field survey of thousands galaxies",
+        "some galaxies",
+        2.0,
+        (0.28, 0.5, 0.56),
+    ),
+    Photograph(
+        "temple",
+        f"{SKLEARN}/china.jpg",
+        "summer palace pagoda above kunming lake",
+        "a temple",
+        1.0,
+    ),
+    Photograph(
+        "flower",
+        f"{SKLEARN}/flower.jpg",
+        "peach dahlia blossom from botanical garden",
+        "a flower",
+        1.0,
+    ),
+    Photograph(
+        "page",
+        f"{SKIMAGE}/page.png",
+        "printed tutorial page explaining watershed segmentation",
+        "a page",
+        1.5,
+    ),
+    Photograph(
+        "letter",
+        f"{SKIMAGE}/text.png",
+        "slanted ink handwriting from an old manuscript",
+        "a letter",
+        1.5,
+    ),
+    Photograph(
+        "moon",
+        f"{SKIMAGE}/moon.png",
+        "lunar crater surface taken by ranger probe",
+        "a crater",
+        1.5,
+    ),
+    Photograph(
+        "bricks",
+        f"{SKIMAGE}/brick.png",
+        "weathered herringbone brickwork of the north wall",
+        "some bricks",
+        1.5,
+    ),
+    Photograph(
+        "admiral",
+        f"{MPL}/grace_hopper.jpg",
+        "admiral grace hopper portrait in navy uniform",
+        "an admiral",
+        0.0,
+        (0.5, 0.43, 1.0),
+    ),
+    Photograph(
+        "brain", f"{MPL}/s1045.ima.gz", "sagittal brain scan from hospital magnet", "a brain", 0.0
+    ),
+    Photograph(
+        "cluster",
+        f"{SKIMAGE}/hubble_deep_field.jpg",
+        "distant cluster photographed by webb telescope",
+        "a cluster",
+        0.0,
+        (0.78, 0.5, 0.48),
+    ),
+    Photograph(
+        "horse", f"{SKIMAGE}/horse.png", "black paper silhouette of standing horse", "a horse", 0.0
+    ),
+    Photograph(
+        "gift",
+        f"{MPL}/Minduka_Present_Blue_Pack.png",
+        "wrapped birthday present with silver ribbon",
+        "a present",
+        0.0,
+    ),
+    Photograph(
+        "snakes", f"{SKIMAGE}/logo.png", "two snakes curled into round emblem", "an emblem", 0.0
+    ),
+    Photograph(
+        "phantom",
+        f"{SKIMAGE}/phantom.png",
+        "shepp logan phantom for tomography tests",
+        "a phantom",
+        0.0,
+    ),
+    Photograph(
+        "chessboard",
+        f"{SKIMAGE}/chessboard_GRAY.png",
+        "empty chessboard seen from straight above",
+        "a chessboard",
+        0.0,
+    ),
+)

@@ -1,0 +1,867 @@
+"""Many audits as one comparison: refuse what does not belong together, name what is missing.
+
+A mitigation may not move its own yardstick. Each audit calibrates its threshold on the pictures of
+its own model; in a comparison all audits of a checkpoint are counted again, from the similarities
+they kept, under the threshold of the audit without mitigation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dori_lightning.metrics.replication import cells as cells_of
+from dori_lightning.metrics.replication import find_cell, pair_scores
+from dori_lightning.report.findings import Paired, holm, paired
+from dori_lightning.report.record import Run
+from dori_lightning.report.words import condition_words
+from dori_lightning.types import (
+    BASELINE,
+    INITS,
+    KINDS,
+    Calibration,
+    Cell,
+    Condition,
+    Init,
+    InputError,
+    Kind,
+    Norm,
+    Outcome,
+)
+
+# -------- belonging
+# Which audits may stand in one table, and what their rows are called.
+
+# What decides a cell besides its own keys. Initial points, budgets and snapshots only decide which
+# cells there are; batch widths and devices decide nothing.
+_SHARED = (
+    "seed",
+    "checkpoint.precision",
+    "checkpoint.resolution",
+    "sampling.sampler",
+    "sampling.steps",
+    "sampling.guidance",
+    "sampling.images_per_pair",
+    "sampling.seed",
+    "attack.lr",
+    "attack.noise_batch",
+    "attack.keep_first_token",
+    "attack.restarts",
+    "metrics.decider",
+    "metrics.aggregation",
+)
+_ABSENT = "nothing"
+_SOME = 5
+
+
+def check_baselines(runs: Sequence[Run], *, unfinished: Sequence[str]) -> None:
+    """Refuse checkpoints without an audit of the checkpoint as it is.
+
+    Raises:
+        InputError: Names them, and the runs that have no result.
+    """
+    by_checkpoint: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        by_checkpoint[run.checkpoint].add(run.mitigation)
+    lacking = [name for name, held in by_checkpoint.items() if BASELINE not in held]
+    if lacking:
+        pending = f"\n  without a result: {', '.join(unfinished)}" if unfinished else ""
+        raise InputError(
+            f"no table without its none row: nothing shows what {', '.join(lacking)} reproduces "
+            f"without a mitigation, nor sets the threshold of the other rows{pending}\n"
+            f"  where: task.runs\n"
+            f"  mend:  audit the checkpoint with mitigation=none under the same settings, and add "
+            f"that run"
+        )
+
+
+def check_belonging(runs: Sequence[Run], base: Run) -> None:
+    """Refuse audits of one checkpoint that differ in weights, pairs, sampling, attack or measure.
+
+    Args:
+        runs: Audits of one checkpoint.
+        base: The one without mitigation.
+
+    Raises:
+        InputError: Names every difference.
+    """
+    problems = [f"  {run.folder.name}: {text}" for run in runs for text in _differences(run, base)]
+    if problems:
+        listed = "\n".join(problems)
+        raise InputError(
+            f"these runs do not belong into one table with {base.folder.name}:\n{listed}\n"
+            f"  mend:  make a table of each group by itself: task.runs=[FOLDER,FOLDER]"
+        )
+
+
+def _differences(run: Run, base: Run) -> Iterator[str]:
+    if run.fingerprint != base.fingerprint:
+        yield f"weights {run.fingerprint}, there {base.fingerprint}"
+    yield from _pair_differences(run, base)
+    for key in _SHARED:
+        here, there = _look_up(run.config, key), _look_up(base.config, key)
+        if here != there:
+            yield f"{key} is {here}, there {there}"
+    decider = base.document["calibration"]["descriptor"]
+    if decider not in run.descriptors:
+        yield f"not measured by {decider}, which decides there"
+    settings = f"metrics.descriptors.{decider}"
+    here, there = (dict(_flat(_look_up(r.config, settings))) for r in (run, base))
+    for key in sorted((here.keys() | there.keys()) - {"threshold"}):
+        if here.get(key) != there.get(key):
+            yield f"{settings}.{key} is {here.get(key)}, there {there.get(key)}"
+    yield from _stopping_differences(run, base)
+    if run.aggregation != base.aggregation:
+        yield f"pictures count by their {run.aggregation}, there by their {base.aggregation}"
+
+
+def _stopping_differences(run: Run, base: Run) -> Iterator[str]:
+    """What decides which attacks were stopped: it cannot be decided again under another rule."""
+    here, there = (_look_up(r.config, "attack.early_stop") is True for r in (run, base))
+    if here != there:
+        yield f"attack.early_stop is {here}, there {there}"
+    if not here or not there:
+        return
+    steps, others = (_look_up(r.config, "attack.snapshots") for r in (run, base))
+    if steps != others:
+        yield f"attacks may stop after {steps} steps, there after {others}"
+    own, rule = run.calibration(), base.calibration()
+    if own.descriptor != rule.descriptor or not math.isclose(
+        own.threshold, rule.threshold, abs_tol=1e-9
+    ):
+        yield (
+            f"attacks were stopped by {own.descriptor} above {own.threshold:.3f}, there by "
+            f"{rule.descriptor} above {rule.threshold:.3f}"
+        )
+
+
+def _pair_differences(run: Run, base: Run) -> Iterator[str]:
+    here, there = _pairs(run), _pairs(base)
+    for what, ids in (
+        ("lacks the pairs", [name for name in there if name not in here]),
+        ("has the pairs", [name for name in here if name not in there]),
+        ("has other prompts or pictures for",
+         [name for name in here if name in there and here[name] != there[name]]),
+    ):  # fmt: skip
+        if ids:
+            more = f" and {len(ids) - _SOME} more" if len(ids) > _SOME else ""
+            yield f"{what} {', '.join(ids[:_SOME])}{more}"
+
+
+def _pairs(run: Run) -> dict[str, tuple[Any, ...]]:
+    hashes = run.document["provenance"].get("image_hashes", {})
+    return {
+        pair["id"]: (pair["kind"], pair["prompt"], hashes.get(pair["id"]))
+        for pair in run.document["pairs"]
+    }
+
+
+def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
+    """Name the row of every run: its mitigation, with the settings in which runs of a name differ.
+
+    Returns:
+        Run folder to label, such as ``wanda`` or ``wanda[fraction=0.1]``.
+    """
+    named: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        named[run.mitigation].append(run)
+    labels: dict[Path, str] = {}
+    for name, group in named.items():
+        settings = [dict(_flat(_look_up(run.config, "mitigation"))) for run in group]
+        keys = list(dict.fromkeys(key for held in settings for key in held))
+        differing = [
+            key for key in keys if len({json.dumps(held.get(key)) for held in settings}) > 1
+        ]
+        for run, held in zip(group, settings, strict=True):
+            words = ", ".join(f"{key}={held.get(key)}" for key in differing)
+            labels[run.folder] = f"{name}[{words}]" if words else name
+    return labels
+
+
+def _look_up(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part, _ABSENT) if isinstance(config, Mapping) else _ABSENT
+    return config
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings by dotted name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    elif name:
+        yield name, value
+
+
+# -------- entries
+# The rows of a comparison: the runs of one mitigation joined, under one threshold.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint under one mitigation.
+
+    Attributes:
+        checkpoint: Name of the checkpoint.
+        label: How the table calls the mitigation: its name, with the settings in which runs of
+            one name differ.
+        mitigation: Its name.
+        runs: Audits behind it.
+        outcomes: What they measured, each condition once.
+        cells: Its cells under the checkpoint's one threshold; their mitigation is ``label``.
+        reproduced: Condition and kind to pair id to whether the pair was reproduced; None where
+            every restart diverged.
+        utility: What the mitigation costs in pictures; empty where it was not measured.
+        edit: What is known of its edit; empty where nothing is.
+    """
+
+    checkpoint: str
+    label: str
+    mitigation: str
+    runs: tuple[Run, ...]
+    outcomes: tuple[Outcome, ...]
+    cells: tuple[Cell, ...]
+    reproduced: Mapping[tuple[Condition, Kind], Mapping[str, bool | None]]
+    utility: Mapping[str, Any]
+    edit: Mapping[str, Any]
+
+    @property
+    def invalid(self) -> list[Mapping[str, Any]]:
+        """Flags that make its audits invalid, each name once."""
+        named = {
+            flag["name"]: flag
+            for run in self.runs
+            for flag in run.document["flags"]
+            if flag["severity"] == "invalid"
+        }
+        return list(named.values())
+
+
+def run_cells(
+    outcomes: Sequence[Outcome], run: Run, rule: Calibration, label: str
+) -> tuple[Cell, ...]:
+    """Count a run's outcomes under a threshold, in cells whose mitigation is ``label``."""
+    return cells_of(
+        outcomes,
+        rule,
+        checkpoint=run.checkpoint,
+        mitigation=label,
+        aggregation=run.aggregation,
+    )
+
+
+def make_entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, list[str]]:
+    """Join the runs of one row.
+
+    Args:
+        label: Name of the row.
+        runs: Its audits.
+        rule: The checkpoint's one threshold.
+
+    Returns:
+        The row, and what a reader must know of how it was joined.
+
+    Raises:
+        InputError: Two runs measured the same attack, or they carry different edits.
+    """
+    first = runs[0]
+    notes: list[str] = []
+    held: dict[Condition, tuple[Run, list[Outcome]]] = {}
+    for run in runs:
+        for condition, outcomes in _by_condition(run).items():
+            if condition not in held:
+                held[condition] = (run, outcomes)
+            elif condition.attack == "prompt":
+                notes += _repeated(label, held[condition], (run, outcomes), rule)
+            else:
+                raise InputError(
+                    f"two runs hold {label}, {condition_words(condition)}: "
+                    f"{held[condition][0].folder} and {run.folder}\n"
+                    f"  where: task.runs\n  mend:  leave one of them out"
+                )
+    everything = [outcome for _, outcomes in held.values() for outcome in outcomes]
+    entry = Entry(
+        checkpoint=first.checkpoint,
+        label=label,
+        mitigation=first.mitigation,
+        runs=tuple(runs),
+        outcomes=tuple(everything),
+        cells=run_cells(everything, first, rule, label),
+        reproduced={
+            (condition, kind): _reproduced(
+                [o for o in outcomes if o.pair.kind == kind], first, rule
+            )
+            for condition, (_, outcomes) in held.items()
+            for kind in KINDS
+            if any(o.pair.kind == kind for o in outcomes)
+        },
+        utility=next((u for run in runs if (u := run.document.get("utility"))), {}),
+        edit=_edit(label, runs),
+    )
+    return entry, notes
+
+
+def _by_condition(run: Run) -> dict[Condition, list[Outcome]]:
+    found: dict[Condition, list[Outcome]] = {}
+    for outcome in run.outcomes:
+        found.setdefault(outcome.condition, []).append(outcome)
+    return found
+
+
+def _scores(outcomes: Sequence[Outcome], run: Run, rule: Calibration) -> dict[str, float]:
+    return pair_scores(outcomes, rule.descriptor, aggregation=run.aggregation)
+
+
+def _reproduced(
+    outcomes: Sequence[Outcome], run: Run, rule: Calibration
+) -> dict[str, bool | None]:
+    return {
+        name: None if math.isnan(score) else score > rule.threshold
+        for name, score in _scores(outcomes, run, rule).items()
+    }
+
+
+def _repeated(
+    label: str,
+    kept: tuple[Run, list[Outcome]],
+    other: tuple[Run, list[Outcome]],
+    rule: Calibration,
+) -> Iterator[str]:
+    """Compare two measurements of the same prompts: jobs of a grid repeat them."""
+    first, second = (_scores(outcomes, run, rule) for run, outcomes in (kept, other))
+    gaps = [abs(a - second[name]) for name, a in first.items() if not _same(a, second[name])]
+    if gaps:
+        gap = "not finite" if any(math.isnan(g) for g in gaps) else f"up to {max(gaps):.3g} apart"
+        yield (
+            f"{kept[0].checkpoint}, {label}: the prompts were asked in {kept[0].folder.name} and "
+            f"in {other[0].folder.name}, with similarities {gap}; the first is shown."
+        )
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b))
+
+
+def _edit(label: str, runs: Sequence[Run]) -> Mapping[str, Any]:
+    """What is known of a row's edit, from the run that made it where there is one.
+
+    Raises:
+        InputError: The runs of one row carry different edits.
+    """
+    edits = [run.edit for run in runs if run.edit is not None]
+    if len({edit.get("identity") for edit in edits}) > 1:
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise InputError(
+            f"the runs of {label} carry different edits: {folders}\n"
+            f"  where: task.runs\n"
+            f"  mend:  run them again with the same pairs, corpus and seed"
+        )
+    return next((e for e in edits if e.get("made")), edits[0] if edits else {})
+
+
+# -------- aggregate
+
+
+@dataclass(frozen=True)
+class Prunings:
+    """How often a mitigation was worked out, and how often its stored edit was read.
+
+    Attributes:
+        made: Runs that made their edit.
+        reused: Runs that read it.
+        distinct: Different edits among them.
+    """
+
+    made: int
+    reused: int
+    distinct: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Audits that belong together.
+
+    Attributes:
+        entries: Rows, the baseline of each checkpoint first.
+        calibrations: Checkpoint to the threshold that all its rows are counted under.
+        unfinished: Runs without a result, by name.
+        missing: Cells that others have and a row lacks, in words.
+        notes: What a reader must know of how the runs were put together.
+        prunings: Edits made and reused; None where no run says.
+    """
+
+    entries: tuple[Entry, ...]
+    calibrations: Mapping[str, Calibration]
+    unfinished: tuple[str, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+    prunings: Prunings | None
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Cells of all rows."""
+        return tuple(cell for entry in self.entries for cell in entry.cells)
+
+
+def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Comparison:
+    """Put audits into one comparison.
+
+    Args:
+        runs: Finished audits, in the order in which rows shall appear.
+        unfinished: Names of runs that belong to it and have no result.
+
+    Raises:
+        InputError: There is nothing to compare, a checkpoint has no audit without mitigation, or
+            the audits differ in what they must share.
+    """
+    if not runs:
+        raise InputError(
+            f"no run has a result yet, so there is no table; without one: "
+            f"{', '.join(unfinished) or 'none was given'}\n"
+            f"  where: task.runs\n  mend:  finish the runs, or name folders with a report.json"
+        )
+    check_baselines(runs, unfinished=unfinished)
+    labels = labels_of(runs)
+    entries: list[Entry] = []
+    calibrations: dict[str, Calibration] = {}
+    notes: list[str] = []
+    for checkpoint in dict.fromkeys(run.checkpoint for run in runs):
+        own = [run for run in runs if run.checkpoint == checkpoint]
+        base = next(run for run in own if run.mitigation == BASELINE)
+        check_belonging(own, base)
+        rule = calibrations[checkpoint] = base.calibration()
+        notes.append(_threshold_note(checkpoint, own, rule))
+        # the baseline leads; the rest stays in the order given
+        for label in sorted(dict.fromkeys(labels[run.folder] for run in own), key=_not_baseline):
+            group = [run for run in own if labels[run.folder] == label]
+            entry, said = make_entry(label, group, rule)
+            entries.append(entry)
+            notes += said
+    return Comparison(
+        entries=tuple(entries),
+        calibrations=calibrations,
+        unfinished=tuple(unfinished),
+        missing=tuple(_missing(entries)),
+        notes=tuple(notes),
+        prunings=_prunings(runs),
+    )
+
+
+def _not_baseline(label: str) -> bool:
+    return label != BASELINE
+
+
+def _threshold_note(checkpoint: str, runs: Sequence[Run], rule: Calibration) -> str:
+    """Say which threshold all rows share, and what it changes."""
+    set_by = (
+        "fixed beforehand" if rule.rule == "fixed" else "calibrated on the run without mitigation"
+    )
+    own = [run.calibration() for run in runs]
+    text = (
+        f"{checkpoint}: all rows are counted under one threshold, {rule.threshold:.3f} by "
+        f"{rule.descriptor}, {set_by}"
+    )
+    others = sorted({run.descriptor for run in own} - {rule.descriptor})
+    if others:
+        text += f"; some runs by themselves chose {', '.join(others)}"
+    values = [c.threshold for c in own if c.descriptor == rule.descriptor]
+    if any(not math.isclose(value, rule.threshold, abs_tol=1e-9) for value in values):
+        changed = sum(
+            before.hits != after.hits
+            for run in runs
+            for before, after in zip(
+                *(
+                    run_cells(run.outcomes, run, c, run.mitigation)
+                    for c in (run.calibration(), rule)
+                ),
+                strict=True,
+            )
+        )
+        text += (
+            f"; by themselves the runs had {min(values):.3f} to {max(values):.3f}, and {changed} "
+            f"of their cells count otherwise here"
+        )
+    return text + "."
+
+
+def _missing(entries: Sequence[Entry]) -> Iterator[str]:
+    """Name the cells that other rows of the checkpoint have and a row lacks."""
+    for checkpoint in dict.fromkeys(entry.checkpoint for entry in entries):
+        own = [entry for entry in entries if entry.checkpoint == checkpoint]
+        wanted = dict.fromkeys(key for entry in own for key in entry.reproduced)
+        for entry in own:
+            lacking: dict[Condition, list[Kind]] = {}
+            for condition, kind in wanted:
+                if (condition, kind) not in entry.reproduced:
+                    lacking.setdefault(condition, []).append(kind)
+            for condition, kinds in lacking.items():
+                yield (
+                    f"{checkpoint}, {entry.label}: {condition_words(condition)} "
+                    f"({', '.join(kinds)})"
+                )
+
+
+def _prunings(runs: Sequence[Run]) -> Prunings | None:
+    edits = [r.edit for r in runs if r.edit is not None and r.mitigation != BASELINE]
+    if not edits:
+        return None
+    made = sum(bool(edit.get("made")) for edit in edits)
+    return Prunings(made, len(edits) - made, len({str(edit.get("key")) for edit in edits}))
+
+
+# -------- published
+# The numbers of *Finding DoRI* (ICML 2026, arXiv 2507.16880) that a table is shown beside.
+#
+# They were measured on Stable Diffusion 1.4 and 2.x, on verbatim memorized LAION images, by SSCD
+# above 0.7: another model, list and descriptor than the embedded benchmark's. They show in which
+# direction to look, they are no target. Where nothing was published there is no number here.
+#
+# Each number carries where it was read: ``C`` the authors' own page, ``S`` notes or reviews of the
+# paper that others wrote, ``F`` a figure, approximately.
+
+Source = Literal["C", "S", "F"]
+
+SOURCES: dict[Source, str] = {
+    "C": "the authors' page",
+    "S": "notes or reviews of the paper, written by others",
+    "F": "read off a figure, approximate",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published number.
+
+    Attributes:
+        rate: Memorization rate in [0, 1].
+        source: Where it was read, a key of `SOURCES`.
+        similarity: SSCD with the original, None where not given.
+        spread: What the paper writes after the plus-minus sign.
+    """
+
+    rate: float
+    source: Source
+    similarity: float | None = None
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper gives for one row; None where it gives nothing.
+
+    Attributes:
+        row: What the paper calls the row.
+        model: On which model.
+        prompt: Verbatim memorized images, from their prompts.
+        attacked: The same, by the attack.
+        control_prompt: Images that are not memorized, from their prompts.
+        control_attacked: The same, by the attack.
+    """
+
+    row: str
+    model: str
+    prompt: Figure | None = None
+    attacked: Figure | None = None
+    control_prompt: Figure | None = None
+    control_attacked: Figure | None = None
+
+
+_SD1 = "SD 1.4"
+_SD2 = "SD 2"
+
+# Variants of these are not the paper's, or it gives no rate for them.
+_EXACT = ("none", "adversarial_finetuning")
+
+# By the beginning of a mitigation's name, up to an underscore; the longest that fits decides.
+_ON_SD1: dict[str, Published] = {
+    "none": Published(
+        "no mitigation",
+        _SD1,
+        prompt=Figure(0.98, "C", 0.90, 0.04),
+        control_prompt=Figure(0.00, "C", 0.17, 0.05),
+        control_attacked=Figure(0.00, "C", 0.48, 0.06),
+    ),
+    "nemo": Published(
+        "NeMo",
+        _SD1,
+        prompt=Figure(0.20, "C", 0.33, 0.18),
+        attacked=Figure(0.99, "C", 0.91, 0.03),
+    ),
+    "wanda": Published(
+        "Wanda",
+        _SD1,
+        prompt=Figure(0.00, "C", 0.20, 0.08),
+        attacked=Figure(0.72, "C", 0.76, 0.05),
+    ),
+    "wanda_10": Published("Wanda, 10 %", _SD1, attacked=Figure(0.01, "C", 0.40, 0.13)),
+    "esd": Published("ESD", _SD1, attacked=Figure(0.98, "C", 0.90, 0.04)),
+    "concept_ablation": Published(
+        "Concept Ablation", _SD1, attacked=Figure(0.97, "C", 0.91, 0.04)
+    ),
+    "siss": Published("SISS", _SD1, attacked=Figure(0.39, "S", 0.60, 0.22)),
+    "adversarial_finetuning": Published(
+        "adversarial fine-tuning, 5 epochs", _SD1, attacked=Figure(0.02, "C", 0.36, 0.14)
+    ),
+}
+_ON_SD2: dict[str, Published] = {
+    "nemo": Published(
+        "NeMo", _SD2, prompt=Figure(0.06, "S"), attacked=Figure(1.00, "C", 0.87, 0.02)
+    ),
+    "adversarial_finetuning": Published(
+        "adversarial fine-tuning", _SD2, attacked=Figure(0.06, "C", 0.14, 0.06)
+    ),
+}
+
+
+def published_for(mitigation: str, *, checkpoint: str) -> Published | None:
+    """Find what the paper gives for a row, by the beginning of the mitigation's name.
+
+    Args:
+        mitigation: Name of the mitigation, such as ``nemo`` or ``wanda_10``.
+        checkpoint: Name of the checkpoint; names that begin with ``sd2`` get the numbers of
+            Stable Diffusion 2, all others those of 1.4.
+
+    Returns:
+        The paper's row, None where it has none.
+    """
+    rows = _ON_SD2 if checkpoint.startswith("sd2") else _ON_SD1
+    fitting = [
+        name
+        for name in rows
+        if mitigation == name or (name not in _EXACT and mitigation.startswith(f"{name}_"))
+    ]
+    return rows[max(fitting, key=len)] if fitting else None
+
+
+# -------- headline
+# One row per mitigation: what it hides from prompts, what the attack still finds, and the price.
+#
+# Reference: the main table of Finding DoRI (ICML 2026), https://arxiv.org/abs/2507.16880
+
+_PROMPT = Condition("prompt")
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A row under the attack from one initial point.
+
+    Attributes:
+        init: Initial point.
+        vm: Cell of the suspected images.
+        tm: Cell of the template copies.
+        control: Cell of the controls.
+        against_none: Suspected images, compared with the same attack without mitigation.
+        against_none_holm: Its p-value corrected for the rows of the checkpoint; NaN without one.
+        against_prompt: Suspected images, compared with the row's own prompts.
+    """
+
+    init: Init
+    vm: Cell | None
+    tm: Cell | None
+    control: Cell | None
+    against_none: Paired | None = None
+    against_none_holm: float = math.nan
+    against_prompt: Paired | None = None
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a mitigation costs; NaN where it was not measured.
+
+    Attributes:
+        loss_ratio: Denoising loss on ordinary prompts, relative to the unmitigated model.
+        loss_ratio_ci95: Its interval.
+        kid: Kernel distance of its pictures to the unmitigated model's.
+        kid_std: Its spread over subsets.
+        unet_evaluations: UNet evaluations that finding the edit took.
+        seconds: Seconds that finding the edit took.
+        changed: Weights that the edit changes; for edits by pair, on average.
+    """
+
+    loss_ratio: float = math.nan
+    loss_ratio_ci95: tuple[float, float] = (math.nan, math.nan)
+    kid: float = math.nan
+    kid_std: float = math.nan
+    unet_evaluations: float = math.nan
+    seconds: float = math.nan
+    changed: float = math.nan
+
+
+@dataclass(frozen=True)
+class HeadlineRow:
+    """One checkpoint under one mitigation, attacked within one ball.
+
+    Attributes:
+        checkpoint: Name of the checkpoint.
+        mitigation: Label of the mitigation.
+        norm: Norm of the attack's ball.
+        eps: Its radius, None for no limit.
+        steps: Most attack steps that were measured; 0 where no attack was run.
+        prompt_vm: Suspected images, from their prompts.
+        prompt_tm: Template copies, from their prompts.
+        prompt_control: Controls, from their prompts.
+        attacks: The row under the attack, by initial point.
+        price: What the mitigation costs.
+        published: What the paper gives for the row.
+        against_none: Suspected images from their prompts, compared with no mitigation.
+        against_none_holm: Its p-value corrected for the rows of the checkpoint; NaN without one.
+        invalid: Names of what makes its audits invalid; empty where they are valid.
+    """
+
+    checkpoint: str
+    mitigation: str
+    norm: Norm
+    eps: float | None
+    steps: int
+    prompt_vm: Cell | None
+    prompt_tm: Cell | None
+    prompt_control: Cell | None
+    attacks: tuple[Attacked, ...]
+    price: Price
+    published: Published | None
+    against_none: Paired | None = None
+    against_none_holm: float = math.nan
+    invalid: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> Attacked | None:
+        """The attack from the first initial point, the prompt's where it was run."""
+        return self.attacks[0] if self.attacks else None
+
+
+def headline_rows(comparison: Comparison) -> tuple[HeadlineRow, ...]:
+    """Draw up the table.
+
+    Args:
+        comparison: Audits that belong together.
+    """
+    rows: list[HeadlineRow] = []
+    for checkpoint in comparison.calibrations:
+        own = [entry for entry in comparison.entries if entry.checkpoint == checkpoint]
+        base = next(entry for entry in own if entry.mitigation == BASELINE)
+        rows += _corrected([row for entry in own for row in _rows(entry, base)])
+    return tuple(rows)
+
+
+def _rows(entry: Entry, base: Entry) -> Iterator[HeadlineRow]:
+    budgets = {c.condition.budget for c in entry.cells if c.condition.attack == "dori"}
+    balls = sorted({(b.norm, b.eps) for b in budgets}, key=_by_width)
+    for norm, eps in balls or [("none", None)]:
+        steps = max((b.steps for b in budgets if (b.norm, b.eps) == (norm, eps)), default=0)
+        conditions = {
+            init: condition
+            for init in INITS
+            for condition in (c.condition for c in entry.cells)
+            if condition.init == init
+            and (condition.budget.norm, condition.budget.eps) == (norm, eps)
+            and condition.budget.steps == steps
+        }
+        yield HeadlineRow(
+            checkpoint=entry.checkpoint,
+            mitigation=entry.label,
+            norm=norm,
+            eps=eps,
+            steps=steps,
+            prompt_vm=_cell(entry, "vm", _PROMPT),
+            prompt_tm=_cell(entry, "tm", _PROMPT),
+            prompt_control=_cell(entry, "control", _PROMPT),
+            attacks=tuple(_attacked(entry, base, i, c) for i, c in conditions.items()),
+            price=_price(entry),
+            published=_published(entry) if norm == "none" else None,  # the paper has no ball
+            against_none=_against(base, entry, _PROMPT, _PROMPT) if entry is not base else None,
+            invalid=tuple(flag["name"] for flag in entry.invalid),
+        )
+
+
+def _published(entry: Entry) -> Published | None:
+    """What the paper gives for a preset; nothing where its settings were changed."""
+    if entry.label != entry.mitigation:
+        return None
+    return published_for(entry.mitigation, checkpoint=entry.checkpoint)
+
+
+def _by_width(ball: tuple[Norm, float | None]) -> tuple[bool, str, float]:
+    norm, eps = ball
+    return norm == "none", norm, eps or 0.0
+
+
+def _cell(entry: Entry, kind: Kind, condition: Condition) -> Cell | None:
+    cell = find_cell(entry.cells, kind=kind, condition=condition)
+    return cell if cell is not None and cell.n + cell.failed > 0 else None
+
+
+def _attacked(entry: Entry, base: Entry, init: Init, condition: Condition) -> Attacked:
+    return Attacked(
+        init=init,
+        vm=_cell(entry, "vm", condition),
+        tm=_cell(entry, "tm", condition),
+        control=_cell(entry, "control", condition),
+        against_none=_against(base, entry, condition, condition) if entry is not base else None,
+        against_prompt=_against(entry, entry, _PROMPT, condition),
+    )
+
+
+def _against(first: Entry, second: Entry, before: Condition, after: Condition) -> Paired | None:
+    held, other = first.reproduced.get((before, "vm")), second.reproduced.get((after, "vm"))
+    return paired(held, other) if held is not None and other is not None else None
+
+
+def _corrected(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
+    """Correct the comparisons with no mitigation, one family per condition."""
+    families: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        # the prompts of a mitigation are asked once, however many balls it is attacked in
+        if row.against_none is not None:
+            families.setdefault(("prompt",), {})[row.mitigation] = row.against_none.p
+        for attack in row.attacks:
+            if attack.against_none is not None:
+                family = (row.norm, row.eps, attack.init)
+                families.setdefault(family, {})[row.mitigation] = attack.against_none.p
+    corrected = {
+        family: dict(zip(held, holm(list(held.values())), strict=True))
+        for family, held in families.items()
+    }
+
+    def look_up(row: HeadlineRow, *family: Any) -> float:
+        return corrected.get(family, {}).get(row.mitigation, math.nan)
+
+    return [
+        replace(
+            row,
+            against_none_holm=look_up(row, "prompt"),
+            attacks=tuple(
+                replace(a, against_none_holm=look_up(row, row.norm, row.eps, a.init))
+                for a in row.attacks
+            ),
+        )
+        for row in rows
+    ]
+
+
+def _price(entry: Entry) -> Price:
+    loss, kid = (_mapping(entry.utility, name) for name in ("denoising_loss", "kid"))
+    cost, counts = (_mapping(entry.edit, name) for name in ("cost", "counts"))
+    low, high = loss.get("ratio_ci95") or (None, None)
+    return Price(
+        loss_ratio=_number(loss.get("ratio")),
+        loss_ratio_ci95=(_number(low), _number(high)),
+        kid=_number(kid.get("mean")),
+        kid_std=_number(kid.get("std")),
+        unet_evaluations=_number(cost.get("unet_evaluations")),
+        seconds=_number(cost.get("seconds")),
+        changed=float(sum(counts.values())) if counts else math.nan,
+    )
+
+
+def _mapping(held: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = held.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

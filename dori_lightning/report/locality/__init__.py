@@ -1,1 +1,0 @@
-"""What triggers share, told: record, answers, figures, tables and page of `task=locality`."""

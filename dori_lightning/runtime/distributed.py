@@ -1,0 +1,420 @@
+"""The processes of one run: who does what, and what all of them agree on.
+
+Work is shared by rank and gathered by files; only a fine-tuning's gradients and what all must
+agree on travel between processes. How they come about: `trainers`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from dori_lightning.runtime import peers, signals
+from dori_lightning.runtime.signals import Interrupted
+from dori_lightning.types import InputError
+
+# -------- devices
+# Give each worker of a sweep on one box a GPU of its own.
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_held: list[TextIO] = []
+"""Open files keep their locks; the process's end gives them back."""
+
+
+def pin() -> None:
+    """Have this process see one GPU that no other worker has; nothing where there is none.
+
+    To be called before CUDA is used. A worker keeps its GPU for its life, since CUDA cannot move.
+
+    Raises:
+        InputError: There are more workers than GPUs.
+    """
+    if _held:
+        return
+    names = _gpus()
+    if names:
+        os.environ[_VISIBLE] = claim(
+            names, Path(tempfile.gettempdir()) / f"dori-gpus-{os.getuid()}"
+        )
+
+
+def claim(names: Sequence[str], folder: Path) -> str:
+    """Take the first free one of several devices.
+
+    Args:
+        names: Devices.
+        folder: Where their locks are, the same for all processes of the box.
+
+    Raises:
+        InputError: None is free, or the folder is somebody else's.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # in a folder for everybody somebody else may have been first, with links to this user's files
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InputError(
+            f"{folder} is not a folder that this user alone writes to\n"
+            f"  where: TMPDIR\n"
+            f"  mend:  remove it, or choose another place for temporary files: TMPDIR=FOLDER"
+        )
+    for name in names:
+        file = (folder / name.replace("/", "_")).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        _held.append(file)
+        return name
+    raise InputError(
+        f"all {len(names)} GPUs are taken by other jobs of sweeps\n"
+        f"  where: hydra.launcher.n_jobs\n"
+        f"  mend:  hydra.launcher.n_jobs={len(names)}, and one sweep at a time"
+    )
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    visible = os.environ.get(_VISIBLE)
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    import torch
+
+    return [str(k) for k in range(torch.cuda.device_count())]
+
+
+# -------- processes
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+"""How long a process waits for another that is alive: as long as a search of triggers takes."""
+
+_FAREWELL = timedelta(seconds=30)
+"""How long a process that was told to leave waits for the others to hear of it."""
+
+_LEAVING = "dori/leaving"
+
+
+def prepare() -> None:
+    """Make what they agree through, and tell who they are; called right after they have met."""
+    found = [peers.me()] * world()
+    dist.all_gather_object(found, peers.me(), group=_control())
+    peers.meet(found)
+
+
+@functools.cache
+def _control() -> dist.ProcessGroup:
+    """Group on the CPU for what is agreed on; a GPU's would cut long waits short."""
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def rank() -> int:
+    """Number of this process, from 0; 0 where there is but one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes that were started together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return rank() == 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's part of a batch that all of them draw.
+
+    Attributes:
+        rows: Which rows it takes.
+        weight: What a mean over these rows is multiplied by, so that its mean over processes is
+            the mean over the whole batch; 1 where there is one process.
+        whole: Whether every process takes all rows.
+    """
+
+    rows: slice
+    weight: float
+    whole: bool
+
+
+def share(count: int) -> Share:
+    """This process's part of ``count`` rows: every ``world()``-th, or all of too few.
+
+    Rows that all processes take give each of them the same gradient, which their mean leaves as
+    it is.
+    """
+    if world() == 1 or count < world():
+        return Share(slice(None), 1.0, whole=True)
+    own = len(range(rank(), count, world()))
+    return Share(slice(rank(), None, world()), own * world() / count, whole=False)
+
+
+def sum_of_all(tensors: Sequence[torch.Tensor]) -> None:
+    """Sum tensors over processes, in place."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def from_first(value: T) -> T:
+    """The first process's value, on every process; plain values only.
+
+    Raises:
+        Interrupted: Some process leaves.
+    """
+    if world() == 1:
+        return value
+    vote()
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=_control())
+    return values[0]
+
+
+def gathered(own: dict[str, T]) -> dict[str, T]:
+    """What all processes hold under their own keys, on every process; tensors on the CPU.
+
+    Raises:
+        Interrupted: Some process leaves.
+    """
+    if world() == 1:
+        return own
+    vote()
+    parts: list[dict[str, T] | None] = [None] * world()
+    dist.all_gather_object(parts, own, group=_control())
+    return {key: value for part in parts if part for key, value in part.items()}
+
+
+def vote(signum: int = 0) -> None:
+    """Meet all other processes here, and leave with them if any is to leave.
+
+    Args:
+        signum: Signal that tells this process to leave; 0 where none does.
+
+    Raises:
+        Interrupted: Some process leaves.
+    """
+    told = signum
+    if world() > 1:
+        votes = torch.tensor([signum])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_control())
+        told = int(votes.item())
+    if told:
+        raise Interrupted(told, shared=True)
+
+
+def barrier() -> None:
+    """Wait until every process is here.
+
+    Raises:
+        Interrupted: Some process leaves.
+    """
+    vote()
+
+
+def check() -> None:
+    """Leave if this process, or any other, was told to; called between two steps.
+
+    Raises:
+        Interrupted: It was. The others hear of it at their next check, or where they wait for
+            this one.
+    """
+    signum = signals.received()
+    if world() > 1:
+        store = dist.distributed_c10d._get_default_store()
+        if signum:
+            store.set(_LEAVING, str(signum))
+        elif store.check([_LEAVING]):
+            signum = int(store.get(_LEAVING))
+    if signum:
+        raise Interrupted(signum)
+
+
+def leave(told: Interrupted) -> bool:
+    """Have those who wait for this process leave too; do not wait long for them.
+
+    Returns:
+        Whether all of them leave now, at the same place as this one.
+    """
+    if world() == 1 or told.shared:
+        return True
+    try:
+        votes = torch.tensor([told.signum])
+        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_control(), async_op=True)
+        assert work is not None
+        work.wait(_FAREWELL)
+    except RuntimeError as error:
+        # they are gone already, or busy: they notice that this one is gone
+        log.debug("left alone: %s", error)
+        return False
+    finally:
+        told.shared = True
+    return True
+
+
+# -------- trainers
+# How the processes of one run come about.
+#
+# They are started by whoever is there to do it: Lightning, which runs the same command again for
+# each further device, ``torchrun``, or a cluster with one task for each process.
+
+
+class SubmititEnvironment(ClusterEnvironment):
+    """One process for each task that submitit started without SLURM."""
+
+    def __init__(self) -> None:
+        import submitit
+
+        self._job = submitit.JobEnvironment()
+        self._group = submitit.helpers.TorchDistributedEnvironment()
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Always: submitit started them."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Host of the first process."""
+        return str(self._group.master_addr)
+
+    @property
+    def main_port(self) -> int:
+        """Port of the first process."""
+        return int(self._group.master_port)
+
+    @staticmethod
+    def detect() -> bool:
+        """Whether submitit's local executor started this process."""
+        return os.environ.get("SUBMITIT_EXECUTOR") == "local"
+
+    def world_size(self) -> int:
+        """Number of processes."""
+        return int(self._job.num_tasks)
+
+    def set_world_size(self, size: int) -> None:
+        """Nothing to set: submitit decided."""
+
+    def global_rank(self) -> int:
+        """Number of this process among all."""
+        return int(self._job.global_rank)
+
+    def set_global_rank(self, rank: int) -> None:
+        """Nothing to set: submitit decided."""
+
+    def local_rank(self) -> int:
+        """Number of this process on its node."""
+        return int(self._job.local_rank)
+
+    def node_rank(self) -> int:
+        """Number of this node."""
+        return int(self._job.node)
+
+
+class _NoSignals(_SignalConnector):
+    """Leave signals to the program.
+
+    Lightning's handler of SIGTERM talks to the other processes from within, in the middle of
+    whatever they are doing, and the one it has for SLURM writes its checkpoint there.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Register none."""
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer, on the processes that a cluster started, if any; signals are not its.
+
+    Takes what Lightning's does.
+
+    Raises:
+        InputError: Its settings contradict each other or the machine.
+    """
+
+    @functools.wraps(L.Trainer.__init__)  # type: ignore[misc]
+    def __init__(self, **settings: Any) -> None:
+        given = settings.pop("plugins", None) or []
+        plugins = [*(given if isinstance(given, list | tuple) else [given])]
+        if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            if SLURMEnvironment.detect():
+                # submitit, or the user, puts a job back into the queue
+                plugins.append(SLURMEnvironment(auto_requeue=False))
+            elif SubmititEnvironment.detect():
+                plugins.append(SubmititEnvironment())
+        try:
+            super().__init__(**settings, plugins=plugins or None)
+        except MisconfigurationException as error:
+            # settings that contradict each other or the machine, such as a GPU that is not there
+            raise InputError(
+                f"no Trainer can be made: {str(error).splitlines()[0]}\n"
+                f"  where: trainer.*\n"
+                f"  mend:  trainer=cpu where there is no GPU; else change what it names"
+            ) from error
+        self._signal_connector = _NoSignals(self)
+
+
+def start(trainer: L.Trainer) -> None:
+    """Have every process of a trainer running and joined; at once where there is but one.
+
+    What comes before runs in the first process alone if Lightning starts the others.
+
+    Raises:
+        InputError: Fewer or more processes were started than the trainer is set to use.
+    """
+    if dist.is_initialized():
+        return
+    _check_started(trainer)
+    if trainer.world_size == 1:
+        return
+    launcher = trainer.strategy.launcher
+    assert launcher is not None
+    launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    prepare()
+
+
+def _check_started(trainer: L.Trainer) -> None:
+    """Refuse a number of tasks that is not the trainer's: the processes would wait for ever."""
+    wanted = trainer.num_devices * trainer.num_nodes
+    asked = f"trainer.devices={trainer.num_devices} trainer.num_nodes={trainer.num_nodes}"
+    for variable, what in (("SLURM_NTASKS", "SLURM tasks"), ("WORLD_SIZE", "processes")):
+        started = os.environ.get(variable)
+        if started is None or not _external(trainer):
+            continue
+        if int(started) != wanted:
+            raise InputError(
+                f"{started} {what} were started for {wanted} processes\n"
+                f"  where: {variable}={started} and {asked}\n"
+                f"  mend:  start one for each process: srun --nodes={trainer.num_nodes} "
+                f"--ntasks-per-node={trainer.num_devices} python -m dori_lightning ..., or "
+                f"torchrun --nnodes={trainer.num_nodes} --nproc-per-node={trainer.num_devices} "
+                f"-m dori_lightning ..., or set trainer.devices and trainer.num_nodes to match"
+            )
+        return
+
+
+def _external(trainer: L.Trainer) -> bool:
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return environment is not None and environment.creates_processes_externally

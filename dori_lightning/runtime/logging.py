@@ -1,0 +1,194 @@
+"""Show how far a long stage is: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dori_lightning.runtime.peers import label
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+# -------- logfiles
+# The log beside the results: one file for each process, and none that breaks a run.
+
+
+class ProcessFileHandler(logging.FileHandler):
+    """Write the log of this process into a file of its own.
+
+    The first process of a run writes to the file that is named, every other one beside it, as in
+    ``dori-3.log`` for the process of rank 3: lines of several processes in one file would be
+    mixed, and on a network file system lost.
+
+    Where the file cannot be written any more, such as on a full disk, that is said once and the
+    log goes on on standard error alone.
+    """
+
+    def __init__(self, filename: str) -> None:
+        """Open the file.
+
+        Args:
+            filename: Of the first process.
+        """
+        own = label()
+        path = Path(filename)
+        if own:
+            path = path.with_name(f"dori-{own}{path.suffix}")
+        super().__init__(path)
+        self._works = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, unless an earlier one could not be written."""
+        if self._works:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of logging
+        """Say once that the file cannot be written; other mistakes are shown as usual."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._works = False
+        sys.stderr.write(f"dori: the log goes on here alone: {self.baseFilename}: {error}\n")
+
+
+# -------- progress
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_SECONDS = 30.0
+
+_listeners: list[Callable[[str, int, int], None]] = []
+_hushed: list[None] = []
+
+
+@contextmanager
+def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
+    """Tell ``listener`` of every step of every stage while open: title, steps done, all steps."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Show and tell nothing of stages while open: they are part of a larger one."""
+    _hushed.append(None)
+    try:
+        yield
+    finally:
+        _hushed.pop()
+
+
+@contextmanager
+def stage(title: str, total: int, *, visible: bool = True) -> Iterator[Callable[[int], None]]:
+    """Open a stage of ``total`` steps; yields a function that advances it by a number of steps.
+
+    Args:
+        title: What is being done.
+        total: Steps; nothing is shown for 0.
+        visible: Whether to show it; the first process alone does.
+    """
+    from dori_lightning.runtime.distributed import is_first  # torch: not before it is needed
+
+    if not visible or total == 0 or _hushed or not is_first():
+        yield lambda _: None
+        return
+    start = time.monotonic()
+    _tell(title, 0, total)
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=total)
+
+            def advance(steps: int) -> None:
+                bar.advance(task, steps)
+                _tell(title, round(bar.tasks[task].completed), total)
+
+            yield advance
+    else:
+        done, said = 0, start
+
+        def count(steps: int) -> None:
+            nonlocal done, said
+            done += steps
+            _tell(title, done, total)
+            now = time.monotonic()
+            if now - said >= LINE_EVERY_SECONDS:
+                said = now
+                left = (now - start) / max(done, 1) * (total - done)
+                log.info("%s: %d of %d, about %d s left", title, done, total, round(left))
+
+        yield count
+    log.info("%s: done in %.0f s", title, time.monotonic() - start)
+
+
+def _tell(title: str, done: int, total: int) -> None:
+    for listener in _listeners:
+        listener(title, done, total)
+
+
+# -------- quiet
+# Keep the libraries' remarks out of the way of what a run says.
+
+_REMARKS = (
+    # said under SLURM, where a launcher started the job already
+    r"The `srun` command is available on your system but is not used",
+    # between Lightning and torch; nothing a user can mend
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+def quiet_libraries() -> None:
+    """Let Lightning log through the run's own handlers, and only what asks for attention.
+
+    Lightning gives its loggers a console of their own at import, so that every line came twice; of
+    each Trainer, and an audit makes several, it tells the devices and an advertisement. Devices
+    are in the report's provenance. To be called after Lightning's import.
+    """
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    for name in (
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.pytorch.utilities.rank_zero",
+        # at every checkpoint that is written, of a default
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # said of a list of modules that is empty for every checkpoint read here
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_about_no_module)
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:  # a bar for two tenths of a second, in every log
+        transformers.utils.logging.disable_progress_bar()
+    for remark in _REMARKS:
+        warnings.filterwarnings("ignore", message=remark)
+
+
+def _about_no_module(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()

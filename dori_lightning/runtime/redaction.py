@@ -1,0 +1,162 @@
+"""Take secrets out of everything that is written: one rule for files, logs and loggers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+REDACTED = "<redacted>"
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_ALWAYS = {
+    "secret",
+    "secrets",
+    "password",
+    "passwords",
+    "passwd",
+    "passphrase",
+    "credential",
+    "credentials",
+    "apikey",
+}
+_USUALLY = {"key", "keys", "token"}
+# A text encoder is full of tokens that are no secret: these words after "token" or "key" make the
+# name harmless. So do "file" and "path": where a secret lies is none.
+_HARMLESS_NEXT = {
+    "count", "dim", "embedding", "file", "index", "length", "limit", "mask", "path", "size",
+    "type",
+}  # fmt: skip
+
+# One slash too: that is what remains of a URL that was taken for a path.
+_USER_INFO = re.compile(r"\b([a-z][a-z0-9+.\-]+://?)[^\s/?#]*@", re.IGNORECASE)
+_ASSIGNMENT = re.compile(r"([A-Za-z_][\w.\-]*)=(\"[^\"]*\"|'[^']*'|[^\s&,;]+)")
+# A dictionary in a message, and one on the command line.
+_ITEM = re.compile(r"([\"'])([\w.\-]+)\1: (\"[^\"]*\"|'[^']*')")
+_FLOW_ITEM = re.compile(r"([{,]\s*)([A-Za-z_][\w.\-]*):\s*([^\s,{}\[\]]+)")
+_SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}"
+    r"|wandb_v\d+_\w{16,}"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w\-]{16,}"
+    r"|AKIA[0-9A-Z]{16}"
+    r"|(?<=[Bb]earer )[\w.\-~+/=]{12,})"
+)
+
+_SHORTEST = 8
+"""Characters of an environment variable's value below which it is not looked for in text: a word
+like ``test`` would take innocent text with it."""
+
+
+@lru_cache(maxsize=4096)
+def is_secret_name(name: str) -> bool:
+    """Whether what has this name is a secret: a key of a config, an environment variable."""
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if _ALWAYS.intersection(words):
+        return True
+    return any(
+        word in _USUALLY and following not in _HARMLESS_NEXT
+        for word, following in pairwise([*words, ""])
+    )
+
+
+def redact(config: Any) -> Any:
+    """Copy a configuration, or a text, without its secrets.
+
+    A value goes when a word of its key is ``key``, ``token``, ``secret``, ``password`` or
+    ``credential`` (``num_tokens``, ``max_tokens`` and ``token_mask`` stay). Strings lose the
+    user-info of URLs, the value of ``name=value`` parts whose name is such a key, tokens of known
+    form, and the values of environment variables with such a name, wherever they came from. None,
+    booleans and empty values stay, since they reveal nothing.
+
+    Args:
+        config: Nested mappings, lists and scalars.
+
+    Returns:
+        A new structure; redacting it again changes nothing.
+    """
+    if isinstance(config, Mapping):
+        return {
+            name: REDACTED if _is_secret(name, value) else redact(value)
+            for name, value in config.items()
+        }
+    if isinstance(config, list | tuple):
+        return [redact(value) for value in config]
+    return _clean_text(config) if isinstance(config, str) else config
+
+
+def secrets_in(config: Any, path: str = "") -> Iterator[str]:
+    """Places of a configuration that ``redact`` would change, as dotted keys.
+
+    Args:
+        config: Nested mappings, lists and scalars.
+        path: What the places are below.
+    """
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            place = f"{path}.{name}" if path else str(name)
+            if _is_secret(name, value):
+                yield place
+            else:
+                yield from secrets_in(value, place)
+    elif isinstance(config, list | tuple):
+        for index, value in enumerate(config):
+            yield from secrets_in(value, f"{path}[{index}]")
+    elif isinstance(config, str) and _clean_text(config) != config:
+        yield path
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines, and the tracebacks below them, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format as usual, then redact."""
+        return _clean_text(super().format(record))
+
+
+def _is_secret(name: Any, value: Any) -> bool:
+    if value is None or isinstance(value, bool):
+        return False
+    left_open = isinstance(value, str) and value in ("", "???")
+    return not left_open and is_secret_name(str(name))
+
+
+def _clean_text(text: str) -> str:
+    text = _USER_INFO.sub(r"\1", text)
+    text = _SHAPES.sub(REDACTED, text)
+    for value in _secrets_of_the_environment():
+        text = text.replace(value, REDACTED)
+    # Command-line overrides and URL queries carry "name=value" inside one string.
+    text = _ASSIGNMENT.sub(
+        lambda found: f"{found[1]}={REDACTED}" if is_secret_name(found[1]) else found[0], text
+    )
+    text = _FLOW_ITEM.sub(
+        lambda found: (
+            f"{found[1]}{found[2]}: {REDACTED}" if is_secret_name(found[2]) else found[0]
+        ),
+        text,
+    )
+    return _ITEM.sub(
+        lambda found: (
+            f"{found[1]}{found[2]}{found[1]}: {found[1]}{REDACTED}{found[1]}"
+            if is_secret_name(found[2])
+            else found[0]
+        ),
+        text,
+    )
+
+
+def _secrets_of_the_environment() -> list[str]:
+    """Values to look for, the longest first: one may be part of another."""
+    return sorted(
+        (
+            value
+            for name, value in os.environ.items()
+            if len(value) >= _SHORTEST and not value.startswith("/") and is_secret_name(name)
+        ),
+        key=len,
+        reverse=True,
+    )

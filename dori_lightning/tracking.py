@@ -1,0 +1,439 @@
+"""Who a run is to its loggers: the same one again when its folder is resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image, ImageDraw, ImageFont
+
+from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.types import InputError
+
+# -------- identity
+# Who a run is to its loggers: the same one again when its folder is resumed.
+
+_FILE = "tracking.json"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a logger says of a run before it begins.
+
+    Attributes:
+        id: Unique name that a resumed run has again.
+        name: Readable name.
+        group: What the jobs of a sweep have in common; None for a run on its own.
+        job_type: The task.
+        tags: Checkpoint, mitigation, version: what runs are filtered by.
+        config: Resolved configuration and provenance, without secrets.
+    """
+
+    id: str
+    name: str
+    group: str | None
+    job_type: str
+    tags: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def kept_id(folder: Path, purpose: str, *, prefix: str = "") -> str:
+    """The id that ``folder`` keeps for a purpose; whoever asks first makes it.
+
+    Args:
+        folder: Run folder or sweep folder, shared by everybody who must agree on the id.
+        purpose: What the id is for.
+        prefix: What a new id begins with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _FILE
+    with FileLock(folder / f".{_FILE}.lock"):
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if purpose not in held:
+            held[purpose] = f"{prefix}{secrets.token_hex(4)}"
+            write_atomically(path, (json.dumps(held, indent=2, sort_keys=True) + "\n").encode())
+        return str(held[purpose])
+
+
+# -------- mosaic
+# One picture out of many: rows of labelled tiles, small enough for a logger's page.
+
+_GAP = 6
+_LINE = 15
+_FONT = 11
+_FRAME = 3
+_PAPER, _INK, _PALE, _ALARM = "#ffffff", "#222222", "#dddddd", "#c0202f"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a mosaic.
+
+    Attributes:
+        picture: The picture; None leaves its place empty.
+        text: A line below it.
+        marked: Whether to frame it.
+    """
+
+    picture: Image.Image | None
+    text: str = ""
+    marked: bool = False
+
+
+def mosaic(
+    rows: Sequence[Sequence[Tile]], *, headings: Sequence[str], side: int = 128
+) -> Image.Image | None:
+    """Put tiles into a grid below its headings.
+
+    Args:
+        rows: Tiles, as many in each row as there are headings.
+        headings: One for each column.
+        side: Pixels a side of a tile.
+
+    Returns:
+        The grid; None where no tile has a picture.
+    """
+    if not any(tile.picture for row in rows for tile in row):
+        return None
+    font = ImageFont.load_default(_FONT)
+    wide, high = side + _GAP, side + _LINE + _GAP
+    sheet = Image.new(
+        "RGB", (wide * len(headings) + _GAP, high * len(rows) + _LINE + _GAP), _PAPER
+    )
+    pen = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        pen.text((_GAP + wide * column, _GAP // 2), _fitted(heading, side, font), _INK, font)
+    for line, row in enumerate(rows):
+        for column, tile in enumerate(row):
+            left, top = _GAP + wide * column, _LINE + _GAP + high * line
+            frame = (left, top, left + side - 1, top + side - 1)
+            if tile.picture is not None:
+                sheet.paste(tile.picture.convert("RGB").resize((side, side)), (left, top))
+            if tile.marked or tile.picture is None:
+                pen.rectangle(
+                    frame,
+                    outline=_ALARM if tile.marked else _PALE,
+                    width=_FRAME if tile.marked else 1,
+                )
+            text = _fitted(tile.text, side, font)
+            pen.text((left, top + side + 1), text, _ALARM if tile.marked else _INK, font)
+    return sheet
+
+
+def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of a text as fits."""
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    return text
+
+
+# -------- training
+# What the Trainer of a training logs, told to the run that the training belongs to.
+
+
+class TrainingLogger(Logger):
+    """Lightning logger of one training within a run.
+
+    Lightning's own W&B logger would plot everything against ``trainer/global_step``, where the
+    trainings of a run overwrite each other.
+    """
+
+    def __init__(self, tracker: Tracker, stage: str) -> None:
+        """Log for a stage.
+
+        Args:
+            tracker: Loggers of the run.
+            stage: First part of the metrics' keys; their step is ``stage/step``.
+        """
+        super().__init__()
+        self._tracker, self.stage = tracker, stage
+
+    @property
+    def name(self) -> str:
+        """The stage."""
+        return self.stage
+
+    @property
+    def version(self) -> str:
+        """None of its own: one training is one stage."""
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Pass on what a step logs; Lightning's count of epochs says nothing here."""
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        if values and step is not None:
+            self._tracker.scalars([(step, values)], step_metric=f"{self.stage}/step")
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The run's configuration has them already."""
+
+
+# -------- tracker
+# What tasks tell the loggers of a run; every logger takes what it has a place for.
+#
+# Metrics are ``stage/name`` and are plotted against a step of their own, ``stage/step``: the
+# steps of an attack, of an audit's budget and of a training have nothing to do with each other.
+# W&B drops what comes with a step below one that it has seen, so its own step is never given.
+
+
+class Tracker:
+    """The loggers of a run as one; with no loggers, as on every process but the first, nothing."""
+
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
+        """Speak for loggers.
+
+        Args:
+            loggers: Lightning loggers; scalars and the summary go to each, pictures, tables and
+                files to those of W&B.
+        """
+        self.loggers = list(loggers)
+        self._defined: set[str] = set()
+
+    def add(self, logger: Logger) -> None:
+        """Speak for one more logger."""
+        self.loggers.append(logger)
+
+    def scalars(
+        self, rows: Iterable[tuple[int, Mapping[str, float]]], *, step_metric: str
+    ) -> None:
+        """Log metrics at steps of their own.
+
+        Args:
+            rows: Step and the metrics there, by key such as ``attack/loss``.
+            step_metric: Key of the steps, such as ``attack/step``.
+        """
+        for step, values in rows:
+            self._define(values, step_metric)
+            for logger in self.loggers:
+                # W&B counts for itself, see above
+                own = None if isinstance(logger, WandbLogger) else step
+                logger.log_metrics({**values, step_metric: step}, step=own)
+
+    def pictures(self, event: str, picture: Image.Image | None, *, caption: str) -> None:
+        """Log one picture for an event: a grid of everything that it drew.
+
+        Args:
+            event: Key, such as ``pictures/attack_from_prompt``.
+            picture: The grid; None where pictures are not to be shown.
+            caption: How to read it.
+        """
+        if picture is None:
+            return
+        for run in self._runs():
+            run.log({event: _wandb().Image(picture, caption=caption)})
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table, once a run; its cells are scalars, text, None and PIL pictures.
+
+        Text that a spreadsheet would take for a formula is told apart by an apostrophe: W&B
+        exports tables as CSV, and prompts are other people's.
+        """
+        for run in self._runs():
+            wandb = _wandb()
+            held = [
+                [
+                    wandb.Image(cell) if isinstance(cell, Image.Image) else _no_formula(cell)
+                    for cell in row
+                ]
+                for row in rows
+            ]
+            run.log({name: wandb.Table(columns=list(columns), data=held)})
+
+    def summary(self, values: Mapping[str, float | str | None]) -> None:
+        """Set what runs are compared by; what is None or no finite number is left out."""
+        known = {
+            key: value
+            for key, value in values.items()
+            if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+        }
+        numbers = {key: value for key, value in known.items() if not isinstance(value, str)}
+        for logger in self.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary.update(known)
+            elif numbers:
+                logger.log_metrics(numbers)
+
+    def artifact(
+        self,
+        name: str,
+        *,
+        kind: str,
+        files: Mapping[str, Path],
+        metadata: Mapping[str, Any] | None = None,
+        copy: bool = True,
+    ) -> None:
+        """Hand files over for keeping, as one version of an artifact.
+
+        Args:
+            name: Name of the artifact; other runs may add versions to it.
+            kind: Type of the artifact: ``embedding``, ``edit``, ``report``, ``table``.
+            files: Name in the artifact to file; files that do not exist are left out.
+            metadata: What they were made from.
+            copy: Copy the files into the run's staging folder: for those that lie outside of the
+                run folder or may be written again before they are uploaded.
+        """
+        held = {inside: path for inside, path in files.items() if path.is_file()}
+        if not held:
+            return
+        for run in self._runs():
+            made = _wandb().Artifact(
+                re.sub(r"[^A-Za-z0-9._-]", "-", name), kind, metadata=dict(metadata or {})
+            )
+            for inside, path in held.items():
+                made.add_file(str(path), name=inside, policy="mutable" if copy else "immutable")
+            run.log_artifact(made)
+
+    def training(self, stage: str) -> TrainingLogger:
+        """Logger for a Trainer, whose metrics are then plotted against ``stage/step``."""
+        return TrainingLogger(self, stage)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the loggers; a run whose code is not 0 counts as failed.
+
+        A W&B run that is not closed would take the metrics of a sweep's next job.
+        """
+        for logger in self.loggers:
+            logger.finalize("failed" if exit_code else "success")
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish(exit_code=exit_code)
+
+    def _runs(self) -> list[Any]:
+        """W&B runs among the loggers."""
+        return [one.experiment for one in self.loggers if isinstance(one, WandbLogger)]
+
+    def _define(self, values: Mapping[str, float], step_metric: str) -> None:
+        """Tell W&B what the metrics are plotted against."""
+        for key in (step_metric, *values):
+            if key in self._defined:
+                continue
+            self._defined.add(key)
+            for run in self._runs():
+                if key == step_metric:
+                    run.define_metric(key, hidden=True)
+                else:
+                    run.define_metric(key, step_metric=step_metric)
+
+
+def _no_formula(cell: Any) -> Any:
+    """A text cell as itself, or behind an apostrophe where it begins like a formula."""
+    is_formula = isinstance(cell, str) and len(cell) > 1 and cell[0] in "=+-@\t\r\n"
+    return f"'{cell}" if is_formula else cell
+
+
+def _wandb() -> Any:
+    """The client; late, since importing it takes a second that most runs need not spend."""
+    import wandb
+
+    return wandb
+
+
+# -------- weights_and_biases
+# Open a Weights & Biases run for a run folder, offline where nobody is logged in.
+
+_LONGEST_TAG = 64
+
+_FIRST_HOST = "api.wandb.ai"
+"""Where keys belong that were stored before the client's address changed."""
+
+
+@dataclass(frozen=True)
+class WeightsAndBiases:
+    """How runs appear in Weights & Biases; there is no setting for a key, on purpose.
+
+    Attributes:
+        project: Project that the runs belong to.
+        entity: Team or user; None for the account's default.
+        group: Group of the run; None for the id of the sweep, made once for all its jobs.
+        name: Readable name; None for the overrides in which a sweep's jobs differ.
+        tags: Tags besides checkpoint, mitigation and version.
+        offline: Write into the run folder alone, for ``wandb sync``; None to do so where neither
+            ``WANDB_API_KEY`` nor ``wandb login`` gives a key. ``WANDB_MODE`` decides over None.
+    """
+
+    project: str = "dori_lightning"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    offline: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tags", tuple(self.tags))
+
+    def start(self, run: RunIdentity, folder: Path) -> WandbLogger:
+        """Open the run.
+
+        Args:
+            run: Who it is.
+            folder: Where its files go.
+
+        Raises:
+            InputError: It is to be online, and there is no key or no connection.
+        """
+        import wandb
+
+        try:
+            started = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                dir=str(folder),
+                # an agent of a W&B sweep names the runs that it starts
+                id=os.environ.get("WANDB_RUN_ID") or run.id,
+                resume="allow",
+                name=self.name or run.name,
+                group=self.group or run.group,
+                job_type=run.job_type,
+                tags=[*dict.fromkeys(tag[:_LONGEST_TAG] for tag in (*run.tags, *self.tags))],
+                config=dict(run.config),
+                mode=self._mode(),
+                # the client's own metadata holds the command line as it was typed, secrets too
+                settings=wandb.Settings(x_disable_meta=True, disable_git=True),
+            )
+        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+            raise InputError(
+                f"no online run in Weights & Biases: {str(error).strip().partition(chr(10))[0]}\n"
+                f"  where: logger.wandb\n"
+                f"  mend:  wandb login, or logger.wandb.offline=true and later: wandb sync FOLDER"
+            ) from error
+        return WandbLogger(experiment=started, save_dir=folder)
+
+    def _mode(self) -> Any:
+        """W&B's mode; None leaves it to ``WANDB_MODE``."""
+        if self.offline is None and "WANDB_MODE" in os.environ:
+            return None
+        offline = not _key_is_set() if self.offline is None else self.offline
+        return "offline" if offline else "online"
+
+
+def _key_is_set() -> bool:
+    """Whether the environment, the client's settings or a netrc file hold a key; asks nobody."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if os.environ.get("WANDB_API_KEY") or settings.api_key or settings.identity_token_file:
+        return True
+    try:
+        known = netrc.netrc(os.environ.get("NETRC"))
+    except FileNotFoundError:
+        return False
+    except netrc.NetrcParseError as error:
+        raise InputError(
+            f"cannot look for a key of Weights & Biases: {error}\n"
+            f"  where: {error.filename}\n"
+            f"  mend:  mend the file, or say logger.wandb.offline=true or false"
+        ) from None
+    hosts = (urlsplit(settings.base_url).netloc, _FIRST_HOST)
+    return any(known.authenticators(host) is not None for host in hosts)
