@@ -57,7 +57,7 @@ def refuse_rerun(arguments: list[str]) -> None:
             raise InputError(
                 f"{argument.partition('=')[0]} loads a pickle, which may execute anything\n"
                 "  where: command line\n"
-                "  mend:  give the command of the run again; it finishes what is missing"
+                "  fix:   give the command of the run again; it finishes what is missing"
             )
 
 
@@ -74,7 +74,7 @@ def refuse_device_sweep(arguments: list[str]) -> None:
             raise InputError(
                 f"{override.key_or_group} cannot be swept: jobs of one sweep share a process\n"
                 f"  where: {argument}\n"
-                "  mend:  one run for each value:\n"
+                "  fix:   one run for each value:\n"
                 + "\n".join(command([*rest, f"{override.key_or_group}={v}"]) for v in values)
             )
 
@@ -103,7 +103,7 @@ def refuse_sweep_over_processes(cfg: DictConfig, settings: HydraConf) -> None:
     sys.stderr.write(
         f"dori: {what}\n"
         f"  where: {'hydra.sweeper.params' if over else 'trainer'}\n"
-        "  mend:  run each job by itself, as in\n"
+        "  fix:   run each job by itself, as in\n"
         f"{command([*overrides, f'trainer.devices={devices}'])}\n"
         "         or sweep with one device per job: trainer.devices=1 trainer.num_nodes=1\n"
         "         or on SLURM, which starts every process itself: hydra/launcher=slurm_ddp\n"
@@ -142,7 +142,7 @@ def refuse_clock(cfg: DictConfig) -> None:
             raise InputError(
                 f"each of {started} processes would have a folder of its own: all ask the clock\n"
                 f"  where: {key}={text}\n"
-                f"  mend:  give the run a fixed name: name=NAME"
+                f"  fix:   give the run a fixed name: name=NAME"
             )
 
 
@@ -203,7 +203,7 @@ def _refuse_many_of_it() -> None:
             raise InputError(
                 f"{count} processes were started, and each would run the whole sweep\n"
                 f"  where: {variable}={count}\n"
-                f"  mend:  start the sweep once, and have SLURM start its jobs:\n"
+                f"  fix:   start the sweep once, and have SLURM start its jobs:\n"
                 + command([*sys.argv[1:], "hydra/launcher=slurm"])
             )
 
@@ -222,7 +222,7 @@ def _refuse_clock(config: DictConfig) -> None:
             raise InputError(
                 f"every job would have a sweep's folder of its own: each asks the clock\n"
                 f"  where: {key}={plain[name]}\n"
-                f"  mend:  give the sweep a fixed name, which also lets the same command finish "
+                f"  fix:   give the sweep a fixed name, which also lets the same command finish "
                 f"what is missing: sweep=NAME"
             )
 
@@ -252,7 +252,7 @@ def lost_worker() -> str:
         f"a worker of the sweep was killed, by the system perhaps for want of memory; cut: "
         f"{'; '.join(cut) or 'no job'}\n"
         f"  where: {where}\n"
-        f"  mend:  give the same command again; what is finished is kept. If memory was short, "
+        f"  fix:   give the same command again; what is finished is kept. If memory was short, "
         f"with fewer jobs at once: hydra.launcher.n_jobs=N"
     )
 
@@ -410,14 +410,14 @@ def _run_task(cfg: DictConfig) -> float | None:
         task = _checked(cfg)
         # late: errors above come at once, and these import torch
         from dori_lightning.runtime.distributed import pin
-        from dori_lightning.runtime.logging import heard_by
+        from dori_lightning.runtime.logging import listening
 
         quiet_libraries()
         on_gpu = OmegaConf.select(cfg, "checkpoint.device") != "cpu"
         if "joblib" in str(settings.launcher.get("_target_")) and on_gpu:
             pin()
         if status is not None:
-            until_the_end.enter_context(heard_by(status.progress))
+            until_the_end.enter_context(listening(status.progress))
         until_the_end.enter_context(signals.handling())
         result: float | None = task.run(cfg, folder)
     if peers.speaks():
@@ -442,7 +442,7 @@ def _task(name: Any) -> Any:
     known = sorted(file.stem for file in (config.CONF / "task").glob("*.yaml"))
     if name not in known:
         raise InputError(
-            f"no task {name!r}\n  where: task.name\n  mend:  one of {', '.join(known)}: task=NAME"
+            f"no task {name!r}\n  where: task.name\n  fix:   one of {', '.join(known)}: task=NAME"
         )
     return import_module(f"dori_lightning.tasks.{name}")
 

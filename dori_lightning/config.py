@@ -81,7 +81,7 @@ def find_target(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGE
         thing = get_object(target)
     except ImportError as error:
         raise InputError(
-            f"cannot import {target}\n  where: {path}._target_\n  mend:  {error}"
+            f"cannot import {target}\n  where: {path}._target_\n  fix:   {error}"
         ) from error
     # An allowed module also holds names that it imported: the thing itself must live inside.
     home = getattr(thing, "__module__", None)
@@ -99,20 +99,20 @@ def _check_node(path: str, node: Mapping[str, Any], thing: Any) -> None:
             raise InputError(
                 f"unknown key {path}.{key}\n"
                 f"  where: {node['_target_']} does not take it\n"
-                f"  mend:  {f'did you mean {path}.{guess}?' if guess else 'remove it'}"
+                f"  fix:   {f'did you mean {path}.{guess}?' if guess else 'remove it'}"
             )
     try:
         (signature.bind_partial if node.get("_partial_") else signature.bind)(**values)
     except TypeError as error:
         raise InputError(
-            f"{path} is not complete: {error}\n  where: {node['_target_']}\n  mend:  add the value"
+            f"{path} is not complete: {error}\n  where: {node['_target_']}\n  fix:   add the value"
         ) from None
     for key, hint in _hints(thing).items():
         if key in values and not _fits(values[key], hint):
             raise InputError(
                 f"{path}.{key} cannot be {values[key]!r}\n"
                 f"  where: {node['_target_']}\n"
-                f"  mend:  {_mend(f'{path}.{key}', values[key], hint)}"
+                f"  fix:   {_mend(f'{path}.{key}', values[key], hint)}"
             )
 
 
@@ -137,7 +137,7 @@ def allow_target(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARG
         raise InputError(
             f"refused to build {target!r}\n"
             f"  where: {path}._target_\n"
-            f"  mend:  a config may only name {', '.join(f'{p}*' for p in allowed)}"
+            f"  fix:   a config may only name {', '.join(f'{p}*' for p in allowed)}"
         )
 
 
@@ -270,7 +270,7 @@ def check_composed(cfg: DictConfig) -> None:
             raise InputError(
                 f"refused to have logging call {value!r}\n"
                 f"  where: {place}\n"
-                f"  mend:  use {', '.join(sorted(_LOGGING_CLASSES | _REFERENCES))}"
+                f"  fix:   use {', '.join(sorted(_LOGGING_CLASSES | _REFERENCES))}"
             )
 
 
@@ -316,7 +316,7 @@ def _no_secrets(where: str) -> InputError:
     return InputError(
         "a configuration holds no secrets: it is written into the run folder and the report\n"
         f"  where: {where}\n"
-        "  mend:  remove it; keys come from the environment, WANDB_API_KEY (or wandb login) for "
+        "  fix:   remove it; keys come from the environment, WANDB_API_KEY (or wandb login) for "
         "Weights & Biases and HF_TOKEN for the Hugging Face hub"
     )
 
@@ -332,7 +332,7 @@ def _refuse_addresses(cfg: DictConfig) -> None:
             raise InputError(
                 f"results go to a folder of this machine, not to {redact(value)}\n"
                 f"  where: {key}\n"
-                f"  mend:  give a folder, and copy what is finished from there"
+                f"  fix:   give a folder, and copy what is finished from there"
             )
 
 
@@ -497,7 +497,7 @@ def check_keys(cfg: DictConfig) -> None:
                 raise InputError(
                     f"unknown key {path}{key!s}\n"
                     f"  where: +{path}{key!s}\n"
-                    f"  mend:  {f'did you mean {path}{guess}?' if guess else 'remove it'}"
+                    f"  fix:   {f'did you mean {path}{guess}?' if guess else 'remove it'}"
                 )
 
 
@@ -528,7 +528,7 @@ def check_missing(cfg: DictConfig) -> None:
         raise InputError(
             f"missing value for {', '.join(missing)}\n"
             f"  where: the composed config\n"
-            f"  mend:  add {' '.join(f'{key}=VALUE' for key in missing)}"
+            f"  fix:   add {' '.join(f'{key}=VALUE' for key in missing)}"
             + "".join(f"\n         {key}: {text}" for key, text in meanings.items() if text)
         )
 

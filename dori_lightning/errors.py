@@ -92,7 +92,7 @@ def lost_process(error: BaseException) -> str | None:
     """Say that another process of the run is gone, where that is what an exception means."""
     for link in _chain(error):
         if isinstance(link, RuntimeError) and _GONE.search(str(link)):
-            who, log = peers.lost()
+            who, log = peers.dead_peers()
             return _message(
                 f"{who} is gone: {_first_line(link)}",
                 f"its own log, {log} in the run folder",
@@ -136,11 +136,11 @@ def _unknown_option(error: MissingConfigException) -> str:
             f"{group}",
             "pip install 'dori_lightning[slurm]'",
         )
-    mend = f"did you mean {group}={guess}? " if guess else ""
+    fix = f"did you mean {group}={guess}? " if guess else ""
     return _message(
         f"no option {option!r} in the group {group!r}",
         f"{group}={option}",
-        f"{mend}options: {', '.join(options) or 'none'}",
+        f"{fix}options: {', '.join(options) or 'none'}",
     )
 
 
@@ -189,5 +189,5 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _message(what: str, where: str, mend: str) -> str:
-    return f"{what}\n  where: {where}\n  mend:  {mend}"
+def _message(what: str, where: str, fix: str) -> str:
+    return f"{what}\n  where: {where}\n  fix:   {fix}"

@@ -406,7 +406,7 @@ class WeightsAndBiases:
             raise InputError(
                 f"no online run in Weights & Biases: {str(error).strip().partition(chr(10))[0]}\n"
                 f"  where: logger.wandb\n"
-                f"  mend:  wandb login, or logger.wandb.offline=true and later: wandb sync FOLDER"
+                f"  fix:   wandb login, or logger.wandb.offline=true and later: wandb sync FOLDER"
             ) from error
         return WandbLogger(experiment=started, save_dir=folder)
 
@@ -433,7 +433,7 @@ def _key_is_set() -> bool:
         raise InputError(
             f"cannot look for a key of Weights & Biases: {error}\n"
             f"  where: {error.filename}\n"
-            f"  mend:  mend the file, or say logger.wandb.offline=true or false"
+            f"  fix:   mend the file, or say logger.wandb.offline=true or false"
         ) from None
     hosts = (urlsplit(settings.base_url).netloc, _FIRST_HOST)
     return any(known.authenticators(host) is not None for host in hosts)

@@ -26,7 +26,7 @@ Counted = Literal["at_budget", "up_to_budget"]
 
 
 class InputError(Exception):
-    """Bad input that the user can mend: what is wrong, where, and how to mend it.
+    """Bad input that the user can fix: what is wrong, where, and how to mend it.
 
     Ends the program with exit code 2.
     """
@@ -162,7 +162,7 @@ class Calibration:
         threshold: Similarity above which a generated picture counts as a replica.
         rule: ``fixed`` (the descriptor's published value or the user's) or ``calibrated``.
         null: Similarities of pictures that are not replicas: those of any prompt, unattacked,
-            against originals of control pairs, best of K.
+            against references of control pairs, best of K.
         ceiling: Similarities of each original with its own autoencoder reconstruction: the best a
             model can do.
         auc: Area under the ROC of vm prompts against control prompts, NaN where either is missing.

@@ -71,7 +71,7 @@ class BudgetSettings:
         )
 
 
-def looked_at(snapshots: Iterable[int], steps: int) -> tuple[int, ...]:
+def evaluation_steps(snapshots: Iterable[int], steps: int) -> tuple[int, ...]:
     """Steps after which an attack is measured: snapshots on its way, and its end, rising."""
     return tuple(sorted({s for s in snapshots if 0 <= s <= steps} | {steps}))
 
@@ -183,7 +183,7 @@ class AttackSettings:
             raise InputError(
                 f"attack.early_stop stops at snapshots, and attack.snapshots="
                 f"{list(self.snapshots)} has none before the last step, {self.budget.steps}\n"
-                f"  mend:  give some, as in attack.snapshots=[1,10,25], or leave "
+                f"  fix:   give some, as in attack.snapshots=[1,10,25], or leave "
                 f"attack.early_stop=false"
             )
 
@@ -196,7 +196,7 @@ class AttackSettings:
         if self.early_stop:
             raise InputError(
                 "attack.early_stop is for audits, which look at pictures between the stretches "
-                "of an attack; nothing else does\n  mend:  attack.early_stop=false"
+                "of an attack; nothing else does\n  fix:   attack.early_stop=false"
             )
 
     def inits_of(self, kind: Kind) -> tuple[Init, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from dori_lightning.attacks.budget import AttackSettings, looked_at
+from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.attacks.solver import (
     AttackProblem,
     AttackResult,
@@ -22,12 +22,12 @@ from dori_lightning.attacks.solver import (
     refuse_broken,
     solve,
 )
-from dori_lightning.attacks.store import AttackLedger
-from dori_lightning.models.batching import fit_cpu_passes, pairs_that_fit
+from dori_lightning.attacks.store import AttackStore
+from dori_lightning.models.batching import estimate_batch_size, fit_cpu_passes
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import Encoded, PairBatch, PairsDataModule
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget, Condition, Init, InputError, Pair, Status
 
@@ -40,12 +40,12 @@ from dori_lightning.types import Budget, Condition, Init, InputError, Pair, Stat
 
 def stop_at_success(
     attack: Callable[[Sequence[Pair], range], None],
-    read: Callable[[Pair], Sequence[Trigger]],
+    read: Callable[[Pair], Sequence[Conditioning]],
     pairs: Sequence[Pair],
     *,
     ends: Sequence[int],
-    reproduced: Callable[[Sequence[Trigger]], Collection[str]],
-) -> list[Trigger]:
+    reproduced: Callable[[Sequence[Conditioning]], Collection[str]],
+) -> list[Conditioning]:
     """Attack pairs from one initial point and restart until each comes back or the end.
 
     Args:
@@ -58,7 +58,7 @@ def stop_at_success(
     Returns:
         One trigger per pair and end; after a pair came back, the one that brought it back.
     """
-    found: dict[str, list[Trigger]] = {pair.id: [] for pair in pairs}
+    found: dict[str, list[Conditioning]] = {pair.id: [] for pair in pairs}
     left, begin = list(pairs), 0
     for end in ends:
         attack(left, range(begin, end))
@@ -73,7 +73,7 @@ def stop_at_success(
     return [trigger for held in found.values() for trigger in held]
 
 
-def _stopped(trigger: Trigger, steps: int) -> Trigger:
+def _stopped(trigger: Conditioning, steps: int) -> Conditioning:
     """What stands for a later budget where the attack was stopped."""
     condition = trigger.condition
     return replace(
@@ -139,7 +139,7 @@ class EmbeddingAttack(L.LightningModule):
         init: Init,
         restart: int,
         controls: ControlPrompts,
-        ledger: AttackLedger,
+        store: AttackStore,
         seed: int,
     ) -> None:
         """Prepare the attack from one initial point.
@@ -151,16 +151,16 @@ class EmbeddingAttack(L.LightningModule):
             init: Initial point.
             restart: Which restart.
             controls: Where ``control_prompt`` starts from.
-            ledger: Finished pairs are read from it and new ones written to it.
+            store: Finished pairs are read from it and new ones written to it.
             seed: Run seed.
         """
         super().__init__()
         # a list hides the module, so that its weights stay out of this one's state
         self._held = [model]
         self.settings, self.budget, self.init_point, self.restart = settings, budget, init, restart
-        self.controls, self.ledger, self.seed = controls, ledger, seed
+        self.controls, self.store, self.seed = controls, store, seed
         # of the stretch that is taken next: the step to stop at, and who is told of every step
-        self.until = budget.steps
+        self.stop_at = budget.steps
         self.on_step: Callable[[int], None] | None = None
 
     @property
@@ -193,7 +193,7 @@ class EmbeddingAttack(L.LightningModule):
         self,
         problem: AttackProblem,
         *,
-        so_far: AttackResult | None = None,
+        resume_from: AttackResult | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> AttackResult:
         """Solve a problem with this attack's settings, from where it stands; nothing is kept."""
@@ -212,21 +212,21 @@ class EmbeddingAttack(L.LightningModule):
             seed=self.seed,
             snapshots=self.settings.snapshots,
             keep_first_token=self.settings.keep_first_token,
-            so_far=so_far,
-            until=self.until,
+            resume_from=resume_from,
+            stop_at=self.stop_at,
             on_step=on_step,
         )
 
     def stored(self, pair_id: str, inputs: str) -> AttackResult | None:
-        """What the ledger holds of a pair's attack, as far as it came."""
-        return self.ledger.read(pair_id, self.init_point, self.restart, inputs)
+        """What the store holds of a pair's attack, as far as it came."""
+        return self.store.read(pair_id, self.init_point, self.restart, inputs)
 
     def reached(self, result: AttackResult | None) -> bool:
         """Whether a stored attack came as far as this one is to go."""
-        return result is not None and result.steps >= self.until
+        return result is not None and result.steps >= self.stop_at
 
     def predict_step(self, batch: PairBatch, *_: Any) -> list[AttackResult]:
-        """Solve the pairs of a batch as far as the ledger does not hold them yet.
+        """Solve the pairs of a batch as far as the store does not hold them yet.
 
         Returns:
             One result per pair of the batch, in its order.
@@ -251,9 +251,11 @@ class EmbeddingAttack(L.LightningModule):
                 initial[rows],
             )
             result = self.search(
-                problem, so_far=joined(begun_rows) if begun_rows else None, on_step=self.on_step
+                problem,
+                resume_from=joined(begun_rows) if begun_rows else None,
+                on_step=self.on_step,
             )
-            self.ledger.write(result, self.init_point, hashes)
+            self.store.write(result, self.init_point, hashes)
         found = [self.stored(p.id, hashes[p.id]) for p in batch.pairs]
         return [r for r in found if r is not None]
 
@@ -263,7 +265,7 @@ class EmbeddingAttack(L.LightningModule):
 
 
 @dataclass(frozen=True)
-class Trigger:
+class Conditioning:
     """An embedding to generate from, and how it came about.
 
     Attributes:
@@ -305,7 +307,7 @@ class Trigger:
 
 
 # -------- campaign
-# Attack every pair from every initial point, and collect what the ledger holds.
+# Attack every pair from every initial point, and collect what the store holds.
 #
 # Each process attacks its own share of the pairs.
 
@@ -328,7 +330,7 @@ def attack_identity(
     return {"checkpoint": model.fingerprint, "edit": edit, "attack": digest, "seed": str(seed)}
 
 
-def attack_pairs(
+def run_attacks(
     model: TextToImage,
     pairs: Sequence[Pair],
     *,
@@ -340,9 +342,9 @@ def attack_pairs(
     folder: Path,
     seed: int,
     edit: str,
-    on_round: Callable[[Sequence[Trigger]], None] | None = None,
-    reproduced: Callable[[Sequence[Trigger]], Collection[str]] | None = None,
-) -> list[Trigger]:
+    on_round: Callable[[Sequence[Conditioning]], None] | None = None,
+    reproduced: Callable[[Sequence[Conditioning]], Collection[str]] | None = None,
+) -> list[Conditioning]:
     """Attack pairs, reusing what ``folder`` holds.
 
     With ``reproduced``, an attack goes from one snapshot to the next, and pairs that came back
@@ -372,8 +374,8 @@ def attack_pairs(
         InputError: Not even one pair fits the memory.
     """
     distributed.start(trainer)
-    ledger = AttackLedger(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
-    triggers: list[Trigger] = []
+    store = AttackStore(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
+    triggers: list[Conditioning] = []
     for init in settings.inits:
         chosen = [p for p in pairs if init in settings.inits_of(p.kind)]
         for restart in range(settings.restarts):
@@ -387,7 +389,7 @@ def attack_pairs(
                 init=init,
                 restart=restart,
                 controls=controls,
-                ledger=ledger,
+                store=store,
                 seed=seed,
             )
             attack = partial(_attack, module, trainer=trainer, data=data, title=title)
@@ -396,7 +398,7 @@ def attack_pairs(
                 attack(chosen, range(budget.steps))
                 found = [t for pair in chosen for t in read(pair)]
             else:
-                ends = looked_at(settings.snapshots, budget.steps)
+                ends = evaluation_steps(settings.snapshots, budget.steps)
                 found = stop_at_success(attack, read, chosen, ends=ends, reproduced=reproduced)
             if on_round is not None and found:
                 on_round(found)
@@ -413,13 +415,13 @@ def _attack(
     data: PairsDataModule,
     title: str,
 ) -> None:
-    """Attack pairs up to the end of ``steps``; all of it is in the ledger when this returns."""
+    """Attack pairs up to the end of ``steps``; all of it is in the store when this returns."""
     own = len(pairs[trainer.global_rank :: trainer.world_size])
     batches = -(-own // data.pairs_per_batch)
     if len(steps) < module.budget.steps:
         title += f", steps {steps.start} to {steps.stop}"
-    with stage(title, batches * len(steps), visible=trainer.is_global_zero) as advance:
-        module.until, module.on_step = steps.stop, _one_at_a_time(advance)
+    with progress_bar(title, batches * len(steps), visible=trainer.is_global_zero) as advance:
+        module.stop_at, module.on_step = steps.stop, _one_at_a_time(advance)
         if pairs:
             trainer.predict(module, datamodule=data.subset(pairs), return_predictions=False)
             distributed.barrier()  # the others' results are read next
@@ -432,14 +434,14 @@ def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
 
 def read_triggers(
     module: EmbeddingAttack, data: PairsDataModule, pair: Pair, budget: Budget
-) -> list[Trigger]:
+) -> list[Conditioning]:
     """One trigger per snapshot of a pair's stored attack, as far as it came."""
     init, restart = module.init_point, module.restart
     initial, inputs = module.begin(pair, data.encoded(pair))
-    result = module.ledger.read(pair.id, init, restart, inputs)
+    result = module.store.read(pair.id, init, restart, inputs)
     if result is None:
         raise RuntimeError(
-            f"the attack on {pair.id} from {init} left no result in {module.ledger.folder}"
+            f"the attack on {pair.id} from {init} left no result in {module.store.folder}"
         )
     triggers = []
     for k, steps in enumerate(result.snapshots):
@@ -448,7 +450,7 @@ def read_triggers(
         # the point where an attack begins is as good as its prompt
         dead = steps > 0 and bool(result.no_gradient[0])
         triggers.append(
-            Trigger(
+            Conditioning(
                 pair=pair,
                 condition=Condition("dori", init, replace(budget, steps=steps)),
                 restart=restart,
@@ -479,10 +481,10 @@ def attack_restarts(
     folder: Path,
     seed: int,
     edit: str,
-) -> list[Trigger]:
+) -> list[Conditioning]:
     """Attack pairs in this process, reusing what ``folder`` holds.
 
-    The same attacks as ``campaign.attack_pairs`` makes, in the same ledger. There a forward pass
+    The same attacks as ``campaign.attack_pairs`` makes, in the same store. There a forward pass
     holds different pairs at one restart, here also one pair at many.
 
     Args:
@@ -502,7 +504,7 @@ def attack_restarts(
     Raises:
         BrokenAttackError: The attack has no gradient.
     """
-    ledger = AttackLedger(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
+    store = AttackStore(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
     jobs = [
         (
             EmbeddingAttack(
@@ -512,7 +514,7 @@ def attack_restarts(
                 init=init,
                 restart=restart,
                 controls=controls,
-                ledger=ledger,
+                store=store,
                 seed=seed,
             ),
             pair,
@@ -525,14 +527,14 @@ def attack_restarts(
     missing = [job for job in jobs if not _is_done(*job, data)]
     width = 1
     if missing:
-        width = pairs_that_fit(
+        width = estimate_batch_size(
             model,
             noise_batch=settings.noise_batch,
             wanted=settings.pairs_per_forward,
             pair_id=missing[0][1].id,
         )
     batches = [missing[start : start + width] for start in range(0, len(missing), width)]
-    with stage("attack", len(batches) * budget.steps) as advance:
+    with progress_bar("attack", len(batches) * budget.steps) as advance:
         for batch in batches:
             _solve(batch, data, on_step=lambda _: advance(1))
     return [
@@ -565,7 +567,7 @@ def _solve(
     refuse_broken(result)
     for row, ((module, pair), (_, inputs)) in enumerate(zip(batch, begun, strict=True)):
         own = slice(row, row + 1)
-        module.ledger.write(
+        module.store.write(
             replace(
                 result,
                 ids=(pair.id,),

@@ -13,9 +13,9 @@ from functools import partial
 
 import torch
 
-from dori_lightning.attacks.budget import looked_at, project
+from dori_lightning.attacks.budget import evaluation_steps, project
 from dori_lightning.models import batching
-from dori_lightning.models.batching import PASS_KIND, Passes, pairs_at_once
+from dori_lightning.models.batching import PASS_KIND, OomBackoff, pairs_at_once
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
@@ -83,7 +83,7 @@ class AttackProblem:
 
 
 @dataclass(frozen=True)
-class SearchState:
+class OptimizerState:
     """Where N searches stand between two steps, fp32 on the CPU unless said otherwise.
 
     Attributes:
@@ -124,7 +124,7 @@ class AttackResult:
     losses: torch.Tensor
     diverged: torch.Tensor
     no_gradient: torch.Tensor
-    state: SearchState | None = None
+    state: OptimizerState | None = None
 
     @property
     def steps(self) -> int:
@@ -135,10 +135,10 @@ class AttackResult:
 def joined(results: Sequence[AttackResult]) -> AttackResult:
     """Put the rows of searches side by side that took the same steps and can all go on."""
     states = [result.state for result in results if result.state is not None]
-    state = SearchState(
+    state = OptimizerState(
         **{
             field.name: torch.cat([getattr(held, field.name) for held in states])
-            for field in fields(SearchState)
+            for field in fields(OptimizerState)
         }
     )
     return replace(
@@ -178,17 +178,17 @@ class RowAdam:
             len(rows), *([1] * (rows.dim() - 1)), device=rows.device, dtype=torch.float64
         )
 
-    def state(self, delta: torch.Tensor) -> SearchState:
+    def state(self, delta: torch.Tensor) -> OptimizerState:
         """Where the rows stand, so that they can go on later; on the CPU.
 
         Args:
             delta: Their current values (N, T, D).
         """
-        return SearchState(
+        return OptimizerState(
             delta.cpu(), self.mean.cpu(), self.square.cpu(), self.count.flatten().cpu()
         )
 
-    def restore(self, state: SearchState) -> None:
+    def restore(self, state: OptimizerState) -> None:
         """Go on from a state of as many rows."""
         device, shape = self.count.device, self.count.shape
         self.mean, self.square = state.mean.to(device), state.square.to(device)
@@ -251,8 +251,8 @@ def solve(
     seed: int = 0,
     snapshots: Sequence[int] = (),
     keep_first_token: bool = False,
-    so_far: AttackResult | None = None,
-    until: int | None = None,
+    resume_from: AttackResult | None = None,
+    stop_at: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> AttackResult:
     """Solve N embedding searches in shared forward passes.
@@ -278,16 +278,16 @@ def solve(
         snapshots: Steps after which to keep the embedding besides the last one; those beyond the
             budget are dropped.
         keep_first_token: Leave the first (start) token as it is, as Wen et al. (2024) do.
-        so_far: What the same rows found up to some step, with their state; None begins at 0.
-        until: Step to stop at; None takes all of the budget's.
+        resume_from: What the same rows found up to some step, with their state; None begins at 0.
+        stop_at: Step to stop at; None takes all of the budget's.
         on_step: Called after each step with its number.
 
     Raises:
         InputError: Not even one pair fits the memory.
         Interrupted: The run was told to leave.
     """
-    end = budget.steps if until is None else until
-    wanted = tuple(s for s in looked_at(snapshots, budget.steps) if s <= end)
+    end = budget.steps if stop_at is None else stop_at
+    wanted = tuple(s for s in evaluation_steps(snapshots, budget.steps) if s <= end)
     initial = problem.initial.to(model.device, torch.float32)
     latents = problem.latents.to(model.device, torch.float32)
     rows, batch = len(problem.ids), noise_batch
@@ -296,14 +296,14 @@ def solve(
     active = torch.ones(rows, dtype=torch.bool, device=model.device)
     dead = ~active
     steps, losses, kept = range(end), list[torch.Tensor](), list[torch.Tensor]()
-    if so_far is not None and so_far.state is not None:
-        delta = so_far.state.delta.to(model.device)
-        optimizer.restore(so_far.state)
-        dead = so_far.no_gradient.to(model.device)
-        active = ~(dead | so_far.diverged.to(model.device))
-        steps = range(so_far.steps, end) if bool(active.any()) else range(0)
-        losses = [*so_far.losses.to(model.device).unbind(1)]
-        kept = [*so_far.embeddings.unbind(1)]
+    if resume_from is not None and resume_from.state is not None:
+        delta = resume_from.state.delta.to(model.device)
+        optimizer.restore(resume_from.state)
+        dead = resume_from.no_gradient.to(model.device)
+        active = ~(dead | resume_from.diverged.to(model.device))
+        steps = range(resume_from.steps, end) if bool(active.any()) else range(0)
+        losses = [*resume_from.losses.to(model.device).unbind(1)]
+        kept = [*resume_from.embeddings.unbind(1)]
     elif 0 in wanted:
         kept = [initial.cpu()]
     token_mask = torch.ones(initial.shape[1], 1, device=model.device)
@@ -313,7 +313,7 @@ def solve(
     share = pairs_at_once(model) if model.device.type == "cpu" else rows
     restarts = problem.restarts or (problem.restart,) * rows
     repeated = latents.repeat_interleave(batch, 0)
-    passes = Passes(PASS_KIND, "pair", model.pass_limits, _TOO_LARGE)
+    passes = OomBackoff(PASS_KIND, "pair", model.max_batch_sizes, _TOO_LARGE)
     with model.frozen(), torch.enable_grad():
         for step in steps:
             distributed.check()

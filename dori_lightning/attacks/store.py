@@ -15,16 +15,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dori_lightning.attacks.solver import AttackResult, SearchState
+from dori_lightning.attacks.solver import AttackResult, OptimizerState
 from dori_lightning.runtime.artifacts import write_atomically
 
 log = logging.getLogger(__name__)
 
-_STATE = tuple(field.name for field in fields(SearchState))
+_STATE = tuple(field.name for field in fields(OptimizerState))
 
 
 @dataclass(frozen=True)
-class AttackLedger:
+class AttackStore:
     """Attack results on disk, valid for one set of settings.
 
     There is one safetensors file per (pair, init, restart).
@@ -108,7 +108,7 @@ class AttackLedger:
                 diverged=torch.tensor([metadata["diverged"] == "True"]),
                 # earlier versions ended where there was none
                 no_gradient=torch.tensor([metadata.get("no_gradient") == "True"]),
-                state=SearchState(**state) if state else None,
+                state=OptimizerState(**state) if state else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged and is computed anew: %r", path, error)

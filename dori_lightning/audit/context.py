@@ -10,10 +10,10 @@ import lightning.pytorch as L
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.embedding_attack import ControlPrompts
-from dori_lightning.metrics.calibration import Measures, Originals
+from dori_lightning.metrics.calibration import Measures, ReferenceImages
 from dori_lightning.metrics.utility import UtilitySettings
-from dori_lightning.mitigations.base import Mitigation, Workshop
-from dori_lightning.models.generation import unmitigated_name
+from dori_lightning.mitigations.base import Context, Mitigation
+from dori_lightning.models.generation import baseline_cache_key
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
@@ -31,14 +31,14 @@ class Bench:
         pairs: Pairs under audit, and rows of the list that have no picture.
         model: The checkpoint, without any edit.
         data: The pairs, encoded.
-        originals: Their pictures, described.
+        references: Their pictures, described.
         settings: Attack settings.
         budget: The attack's budget, resolved.
         controls: Where the attack from ``control_prompt`` begins.
         sampling: How pictures are generated.
         mitigation: What is done to the checkpoint.
-        workshop: What mitigations work with.
-        utility: How much is measured of its price.
+        context: What mitigations work with.
+        utility: How much is measured of its cost.
         trainer: Runs the attack; its processes share the pairs and their pictures.
     """
 
@@ -48,13 +48,13 @@ class Bench:
     pairs: Pairs
     model: StableDiffusion
     data: PairsDataModule
-    originals: Originals
+    references: ReferenceImages
     settings: AttackSettings
     budget: Budget
     controls: ControlPrompts
     sampling: Sampling
     mitigation: Mitigation
-    workshop: Workshop
+    context: Context
     utility: UtilitySettings
     trainer: L.Trainer
 
@@ -66,7 +66,7 @@ class Bench:
     @property
     def unmitigated(self) -> Path:
         """Folder for the pictures that the checkpoint draws as it is."""
-        return self.cache / "unmitigated" / unmitigated_name(self.model, self.sampling)
+        return self.cache / "unmitigated" / baseline_cache_key(self.model, self.sampling)
 
 
 def check_controls(pairs: Sequence[Pair], settings: AttackSettings, measures: Measures) -> None:
@@ -80,13 +80,13 @@ def check_controls(pairs: Sequence[Pair], settings: AttackSettings, measures: Me
         raise InputError(
             f"{measures.decider} has no threshold of its own, it is calibrated on control pairs, "
             f"and the list has none\n"
-            f"  mend:  add pairs of kind control (pictures the checkpoint cannot hold, with their "
+            f"  fix:   add pairs of kind control (pictures the checkpoint cannot hold, with their "
             f"prompts), or fix it with metrics.descriptors.{measures.decider}.threshold=NUMBER"
         )
     if "control_prompt" in settings.inits and controls < 2:
         raise InputError(
             f"attack.inits has control_prompt, but the list has {controls} control pairs\n"
-            f"  mend:  add pairs of kind control, or drop control_prompt from attack.inits"
+            f"  fix:   add pairs of kind control, or drop control_prompt from attack.inits"
         )
 
 

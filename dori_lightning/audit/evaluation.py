@@ -9,32 +9,32 @@ from pathlib import Path
 
 import torch
 
-from dori_lightning.attacks.embedding_attack import Trigger, attack_pairs
+from dori_lightning.attacks.embedding_attack import Conditioning, run_attacks
 from dori_lightning.audit.context import Bench
 from dori_lightning.audit.utility import measure_utility
-from dori_lightning.metrics.calibration import Measures, Originals, calibrate_measures
+from dori_lightning.metrics.calibration import Measures, ReferenceImages, calibrate_measures
 from dori_lightning.metrics.replication import cells as cells_of
 from dori_lightning.metrics.replication import is_copy
 from dori_lightning.metrics.utility import Utility
 from dori_lightning.mitigations.edits import Edit, EmptyEdit
 from dori_lightning.models.generation import (
-    PictureOrder,
-    generate_pictures,
-    load_pictures,
-    picture_seeds,
+    GenerationRequest,
+    generate_images,
+    image_seeds,
+    load_images,
 )
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import Calibration, Cell, Condition, Outcome, Pair
 
 # -------- audit_pictures
 # Pictures of an audit: where they go, who draws them, and what they are worth.
 
 
-def place_of(folder: Path, trigger: Trigger) -> Path:
+def place_of(folder: Path, trigger: Conditioning) -> Path:
     """Where a trigger's pictures go."""
     condition = trigger.condition
     if condition.attack == "prompt":
@@ -44,7 +44,7 @@ def place_of(folder: Path, trigger: Trigger) -> Path:
 
 
 def draw(
-    bench: Bench, triggers: Sequence[Trigger], folder: Path, *, edit: str = "none", title: str
+    bench: Bench, triggers: Sequence[Conditioning], folder: Path, *, edit: str = "none", title: str
 ) -> None:
     """Generate this process's share of the triggers' pictures.
 
@@ -56,20 +56,20 @@ def draw(
         title: What the progress line says.
     """
     trainer, sampling = bench.trainer, bench.sampling
-    orders = [PictureOrder(place_of(folder, t), t.embedding, t.pair.id) for t in triggers]
+    orders = [GenerationRequest(place_of(folder, t), t.embedding, t.pair.id) for t in triggers]
     own = orders[trainer.global_rank :: trainer.world_size]
     total = len(own) * sampling.images_per_pair
-    with stage(title, total, visible=trainer.is_global_zero) as advance:
-        generate_pictures(bench.model, own, sampling, edit=edit, advance=advance)
+    with progress_bar(title, total, visible=trainer.is_global_zero) as advance:
+        generate_images(bench.model, own, sampling, edit=edit, advance=advance)
 
 
 def measure(
-    trigger: Trigger, folder: Path, *, originals: Originals, sampling: Sampling
+    trigger: Conditioning, folder: Path, *, references: ReferenceImages, sampling: Sampling
 ) -> Outcome:
     """Compare a trigger's pictures in ``folder`` with its original."""
-    seeds, place = picture_seeds(sampling), place_of(folder, trigger)
-    measured = originals.measure(
-        trigger.pair, load_pictures(place, seeds), failed=trigger.status != "ok"
+    seeds, place = image_seeds(sampling), place_of(folder, trigger)
+    measured = references.measure(
+        trigger.pair, load_images(place, seeds), failed=trigger.status != "ok"
     )
     return Outcome(
         pair=trigger.pair,
@@ -90,7 +90,7 @@ def measure(
 
 
 def copies(
-    bench: Bench, calibration: Calibration, edit: str, triggers: Sequence[Trigger]
+    bench: Bench, calibration: Calibration, edit: str, triggers: Sequence[Conditioning]
 ) -> frozenset[str]:
     """Draw from what attacks found so far, and name the pairs that come back.
 
@@ -110,33 +110,36 @@ def copies(
     draw(bench, triggers, folder, edit=edit, title="look")
     found = {}
     for trigger in triggers[bench.trainer.global_rank :: bench.trainer.world_size]:
-        outcome = measure(trigger, folder, originals=bench.originals, sampling=bench.sampling)
+        outcome = measure(trigger, folder, references=bench.references, sampling=bench.sampling)
         found[trigger.pair.id] = is_copy(
-            outcome, calibration, bench.originals.measures.aggregation
+            outcome, calibration, bench.references.measures.aggregation
         )
-    return frozenset(name for name, copy in distributed.gathered(found).items() if copy)
+    return frozenset(name for name, copy in distributed.all_gather_dict(found).items() if copy)
 
 
 def calibrate(
-    model: TextToImage, data: PairsDataModule, originals: Originals, outcomes: Sequence[Outcome]
+    model: TextToImage,
+    data: PairsDataModule,
+    references: ReferenceImages,
+    outcomes: Sequence[Outcome],
 ) -> Calibration:
     """Set the threshold from what unattacked prompts give and what the autoencoder can give.
 
     Args:
         model: The checkpoint, without any edit.
         data: All pairs of the list, encoded.
-        originals: Their pictures.
+        references: Their pictures.
         outcomes: What the unedited checkpoint gave; those of prompts are used.
 
     Raises:
         InputError: No threshold separates.
     """
     prompted = [outcome for outcome in outcomes if outcome.condition.attack == "prompt"]
-    pictures = {o.pair.id: load_pictures(o.images[0].parent, o.seeds) for o in prompted}
-    latents = [data.encoded(pair).latent[None].to(model.device) for pair in originals.pairs]
+    pictures = {o.pair.id: load_images(o.images[0].parent, o.seeds) for o in prompted}
+    latents = [data.encoded(pair).latent[None].to(model.device) for pair in references.pairs]
     reconstructions = torch.cat([model.decode_latents(latent).cpu() for latent in latents])
     return calibrate_measures(
-        originals, prompted, pictures=pictures, reconstructions=reconstructions
+        references, prompted, pictures=pictures, reconstructions=reconstructions
     )
 
 
@@ -153,8 +156,8 @@ class Drawn:
         calibration: The threshold that decided which attacks to stop; None where none was to be.
     """
 
-    triggers: tuple[Trigger, ...]
-    before: tuple[Trigger, ...]
+    triggers: tuple[Conditioning, ...]
+    before: tuple[Conditioning, ...]
     calibration: Calibration | None = None
 
 
@@ -176,7 +179,7 @@ class Measured:
 
 
 def attack_and_draw(
-    bench: Bench, edit: Edit, *, on_round: Callable[[Sequence[Trigger]], None] | None = None
+    bench: Bench, edit: Edit, *, on_round: Callable[[Sequence[Conditioning]], None] | None = None
 ) -> Drawn:
     """Search embeddings under the edit, and draw from prompts and embeddings.
 
@@ -188,7 +191,7 @@ def attack_and_draw(
         on_round: Called with what the attack from one initial point and restart found.
     """
     prompted = tuple(
-        Trigger(pair, Condition("prompt"), 0, bench.data.encoded(pair).embedding)
+        Conditioning(pair, Condition("prompt"), 0, bench.data.encoded(pair).embedding)
         for pair in bench.pairs
     )
     before = () if isinstance(edit, EmptyEdit) else prompted
@@ -200,9 +203,11 @@ def attack_and_draw(
             draw(bench, prompted, bench.folder / "pictures", edit=edit.identity, title="prompts")
         distributed.barrier()
         # every process sets it, so that all of them fail where none separates
-        calibration = distributed.from_first(_calibrated(bench, before or prompted, bool(before)))
+        calibration = distributed.broadcast_object(
+            _calibrated(bench, before or prompted, bool(before))
+        )
     with edit.applied(bench.model):
-        attacked = attack_pairs(
+        attacked = run_attacks(
             bench.model,
             bench.pairs,
             trainer=bench.trainer,
@@ -222,20 +227,22 @@ def attack_and_draw(
     return Drawn(triggers, before, calibration)
 
 
-def _calibrated(bench: Bench, prompted: Sequence[Trigger], mitigated: bool) -> Calibration:
+def _calibrated(bench: Bench, prompted: Sequence[Conditioning], mitigated: bool) -> Calibration:
     """Set the threshold before the attack; what an attack draws has no part in it."""
     folder = bench.unmitigated if mitigated else bench.folder / "pictures"
-    compared = partial(measure, folder=folder, originals=bench.originals, sampling=bench.sampling)
-    return calibrate(bench.model, bench.data, bench.originals, [compared(t) for t in prompted])
+    compared = partial(
+        measure, folder=folder, references=bench.references, sampling=bench.sampling
+    )
+    return calibrate(bench.model, bench.data, bench.references, [compared(t) for t in prompted])
 
 
 def measure_all(bench: Bench, drawn: Drawn) -> Measured:
     """Compare every picture with its original, and count the copies."""
-    compared = partial(measure, originals=bench.originals, sampling=bench.sampling)
+    compared = partial(measure, references=bench.references, sampling=bench.sampling)
     outcomes = tuple(compared(t, bench.folder / "pictures") for t in drawn.triggers)
     baseline = tuple(compared(t, bench.unmitigated) for t in drawn.before)
     calibration = drawn.calibration or calibrate(
-        bench.model, bench.data, bench.originals, baseline or outcomes
+        bench.model, bench.data, bench.references, baseline or outcomes
     )
     counted = [(bench.mitigation.name, outcomes), *([("none", baseline)] if baseline else [])]
     cells = [
@@ -246,13 +253,13 @@ def measure_all(bench: Bench, drawn: Drawn) -> Measured:
             calibration,
             checkpoint=bench.model.name,
             mitigation=mitigation,
-            aggregation=bench.originals.measures.aggregation,
+            aggregation=bench.references.measures.aggregation,
         )
     ]
     return Measured(outcomes, baseline, calibration, tuple(cells))
 
 
-def price(bench: Bench, edit: Edit, calibration: Calibration) -> Utility | None:
+def measure_cost(bench: Bench, edit: Edit, calibration: Calibration) -> Utility | None:
     """What the mitigation costs on prompts that nobody wanted to forget; None if not asked for."""
     if isinstance(edit, EmptyEdit) or not bench.utility.asked:
         return None
@@ -260,8 +267,8 @@ def price(bench: Bench, edit: Edit, calibration: Calibration) -> Utility | None:
         bench.model,
         edit,
         pairs=bench.suspected,
-        corpus=bench.workshop.corpus,
-        originals=bench.originals,
+        corpus=bench.context.corpus,
+        references=bench.references,
         sampling=bench.sampling,
         settings=bench.utility,
         folder=bench.folder,
@@ -272,11 +279,13 @@ def price(bench: Bench, edit: Edit, calibration: Calibration) -> Utility | None:
     )
 
 
-# -------- originals
+# -------- references
 # Originals of pairs, ready to be compared with.
 
 
-def originals_of(pairs: Sequence[Pair], resolution: int, measures: Measures) -> Originals:
+def reference_images(
+    pairs: Sequence[Pair], resolution: int, measures: Measures
+) -> ReferenceImages:
     """Read the pairs' pictures as the model sees them and describe them."""
     pictures = [image_tensor(square_image(pair.image), resolution) for pair in pairs]
-    return Originals(pairs, torch.stack(pictures), measures)
+    return ReferenceImages(pairs, torch.stack(pictures), measures)

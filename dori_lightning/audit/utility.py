@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from dori_lightning.metrics.calibration import Originals
+from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.metrics.image_distances import (
     FEWEST_GROUPS,
     Features,
@@ -39,16 +39,16 @@ from dori_lightning.metrics.utility import (
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.models.generation import (
     CPU_PICTURES,
-    PictureOrder,
-    generate_pictures,
-    load_pictures,
-    picture_seeds,
-    unmitigated_name,
+    GenerationRequest,
+    baseline_cache_key,
+    generate_images,
+    image_seeds,
+    load_images,
 )
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.corpus import Corpus, neighbour_prompts
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
@@ -78,7 +78,7 @@ class Unmitigated:
         """
         precision = str(getattr(self.model, "autocast", None) or torch.float32)
         machine = f"{self.model.device.type}-{precision.removeprefix('torch.')}"
-        return self.folder / unmitigated_name(self.model, self.sampling) / f"utility-{machine}"
+        return self.folder / baseline_cache_key(self.model, self.sampling) / f"utility-{machine}"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -320,21 +320,21 @@ class PictureSet:
     def draw_unmitigated(self, advance: Callable[[int], None]) -> None:
         """Draw what the cache lacks by the model as it is; it must carry no edit."""
         orders = {
-            self._before(item): PictureOrder(self._before(item), row)
+            self._before(item): GenerationRequest(self._before(item), row)
             for item, row in zip(self.asked, self.embeddings, strict=True)
         }
-        generate_pictures(self.model, list(orders.values()), self.sampling, advance=advance)
+        generate_images(self.model, list(orders.values()), self.sampling, advance=advance)
 
     def draw_mitigated(self, edit: str, advance: Callable[[int], None]) -> None:
         """Draw by the model that carries the edit of that identity now."""
         orders = [
-            PictureOrder(self._after(item), row, item.owner)
+            GenerationRequest(self._after(item), row, item.owner)
             for item, row in zip(self.asked, self.embeddings, strict=True)
         ]
-        generate_pictures(self.model, orders, self.sampling, edit=edit, advance=advance)
+        generate_images(self.model, orders, self.sampling, edit=edit, advance=advance)
 
     def describe(
-        self, originals: Originals, features: Features, *, descriptor: str
+        self, references: ReferenceImages, features: Features, *, descriptor: str
     ) -> tuple[list[PictureRow], torch.Tensor, torch.Tensor]:
         """Read both models' pictures and compare them seed by seed.
 
@@ -344,18 +344,18 @@ class PictureSet:
         """
         rows: list[PictureRow] = []
         described: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        seeds = picture_seeds(self.sampling)
+        seeds = image_seeds(self.sampling)
         width = max(1, CHUNK // len(seeds))
         for start in range(0, len(self.asked), width):
             part = [item for item in self.asked[start : start + width] for _ in seeds]
             numbers = [seed for _ in self.asked[start : start + width] for seed in seeds]
             both = [
-                torch.cat([load_pictures(where(item), seeds) for item in part[:: len(seeds)]])
+                torch.cat([load_images(where(item), seeds) for item in part[:: len(seeds)]])
                 for where in (self._before, self._after)
             ]
             for found, pictures in zip(described, both, strict=True):
                 found.append(features.describe(pictures.to(self.model.device)))
-            rows += self._rows(part, numbers, both, originals, descriptor)
+            rows += self._rows(part, numbers, both, references, descriptor)
         return rows, torch.cat(described[0]), torch.cat(described[1])
 
     def _rows(
@@ -363,10 +363,10 @@ class PictureSet:
         part: Sequence[Asked],
         seeds: Sequence[int],
         both: Sequence[torch.Tensor],
-        originals: Originals,
+        references: ReferenceImages,
         descriptor: str,
     ) -> Iterable[PictureRow]:
-        measures = originals.measures
+        measures = references.measures
         judge = measures.descriptors[descriptor]
         before, after = (judge.describe(pictures) for pictures in both)
         scores = [
@@ -379,8 +379,8 @@ class PictureSet:
         def with_original(row: torch.Tensor, item: Asked) -> float | None:
             if item.pair is None:
                 return None
-            k = originals.places[item.pair.id]
-            original = originals.features[descriptor][k : k + 1]
+            k = references.places[item.pair.id]
+            original = references.features[descriptor][k : k + 1]
             return float(judge.compare(row, original)[0, 0])
 
         for k, (item, seed) in enumerate(zip(part, seeds, strict=True)):
@@ -413,7 +413,7 @@ def measure_utility(
     *,
     pairs: Sequence[Pair],
     corpus: Corpus,
-    originals: Originals,
+    references: ReferenceImages,
     sampling: Sampling,
     settings: UtilitySettings,
     folder: Path,
@@ -432,7 +432,7 @@ def measure_utility(
         edit: What the mitigation changes.
         pairs: Suspected pairs, whose neighbour prompts are drawn.
         corpus: Ordinary prompts and pictures.
-        originals: The pairs' pictures, described; also says which measures there are.
+        references: The pairs' pictures, described; also says which measures there are.
         sampling: How pictures are generated.
         settings: How much is measured.
         folder: Run folder; the mitigated model's pictures go to ``pictures/utility`` in it.
@@ -456,11 +456,11 @@ def measure_utility(
     compared: dict[str, Comparison] = {}
     rows: list[PictureRow] = []
     for name, pictures in plan.pictures.items():
-        own, before, after = pictures.describe(originals, features, descriptor=descriptor)
+        own, before, after = pictures.describe(references, features, descriptor=descriptor)
         rows += own
         if name == "neighbours":
             old = replicated_before(
-                own, threshold=threshold, aggregation=originals.measures.aggregation
+                own, threshold=threshold, aggregation=references.measures.aggregation
             )
             stay = [k for k, row in enumerate(own) if row.id not in old]
             own, before, after = [own[k] for k in stay], before[stay], after[stay]
@@ -481,7 +481,7 @@ def measure_utility(
         ordinary=compared.get("ordinary"),
         neighbours=compared.get("neighbours"),
         replicas=count_replicas(
-            near, threshold=threshold, aggregation=originals.measures.aggregation
+            near, threshold=threshold, aggregation=references.measures.aggregation
         )
         if near
         else None,
@@ -585,10 +585,10 @@ def _run(model: TextToImage, edit: Edit, plan: _Plan, *, batch: int, key: str) -
             before = plan.cache.losses(
                 named, lambda: denoising_losses(model, examples, batch=batch)
             )
-        with stage("utility, unmitigated", count) as advance:
+        with progress_bar("utility, unmitigated", count) as advance:
             for pictures in sets:
                 pictures.draw_unmitigated(advance)
-    with edit.applied(model), stage("utility, mitigated", count) as advance:
+    with edit.applied(model), progress_bar("utility, mitigated", count) as advance:
         if examples is not None:
             after = denoising_losses(model, examples, batch=batch)
         for pictures in sets:

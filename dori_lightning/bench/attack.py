@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
-from dori_lightning.attacks.embedding_attack import ControlPrompts, attack_pairs
+from dori_lightning.attacks.embedding_attack import ControlPrompts, run_attacks
 from dori_lightning.attacks.solver import (
     AttackProblem,
     noise_and_timesteps,
@@ -32,14 +32,14 @@ from dori_lightning.bench.measure import (
     timed_in_turn,
 )
 from dori_lightning.bench.report import Limits, Row, row_of
-from dori_lightning.metrics.calibration import Originals
+from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.metrics.statistics import wilson_interval
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.models import batching
-from dori_lightning.models.batching import PeakTensors, pairs_at_once
+from dori_lightning.models.batching import PeakMemory, pairs_at_once
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.runtime.logging import hushed
+from dori_lightning.runtime.logging import progress_disabled
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget, Pair
 
@@ -181,7 +181,7 @@ def fair(model: StableDiffusion, task: AttackTask, denoiser: nn.Module | Any = N
 def hand_written(model: StableDiffusion, task: AttackTask, *, share: int) -> Found:
     """The package's own arithmetic without the package: ``share`` pairs a pass, losses summed.
 
-    No Trainer, no ledger, no row that can stand still, no checks: the difference to the package's
+    No Trainer, no store, no row that can stand still, no checks: the difference to the package's
     own attack is what these cost.
     """
     batch, rows = task.noise_batch, len(task.ids)
@@ -236,7 +236,7 @@ class Subject:
     Attributes:
         model: The checkpoint.
         pairs: Pairs of kind vm.
-        workshop: Encoded pairs, their originals, the sampler; what mitigations work with.
+        context: Encoded pairs, their references, the sampler; what mitigations work with.
         trainer: Runs the package's attack.
         folder: Where the package's attack may write; emptied between runs.
         threshold: Similarity above which a picture is a copy.
@@ -245,33 +245,33 @@ class Subject:
 
     model: StableDiffusion
     pairs: tuple[Pair, ...]
-    workshop: Workshop
+    context: Context
     trainer: L.Trainer
     folder: Path
     threshold: float
     seed: int
 
     @property
-    def originals(self) -> Originals:
+    def references(self) -> ReferenceImages:
         """The pairs' pictures."""
-        return self.workshop.originals
+        return self.context.references
 
     @property
     def sampling(self) -> Sampling:
         """How pictures are generated."""
-        return self.workshop.sampling
+        return self.context.sampling
 
     def task(self, pairs: int, *, steps: int, noise_batch: int) -> AttackTask:
         """The attack on the first pairs from random embeddings."""
         chosen = self.pairs[:pairs]
-        batch = self.workshop.data.batch(chosen)
-        places = [self.originals.places[pair.id] for pair in chosen]
+        batch = self.context.data.batch(chosen)
+        places = [self.references.places[pair.id] for pair in chosen]
         initial = [
             random_embedding(self.seed, pair.id, 0, self.model.embedding_shape) for pair in chosen
         ]
         return AttackTask(
             ids=tuple(pair.id for pair in chosen),
-            images=self.originals.images[places],
+            images=self.references.images[places],
             latents=batch.latents,
             initial=torch.stack(initial),
             steps=steps,
@@ -307,10 +307,11 @@ class Subject:
             sampling,
             pair_ids=[p.id for p in self.pairs[: len(embeddings)] for _ in range(pictures)],
         )
-        decider = self.originals.measures.decider
+        decider = self.references.measures.decider
         return tuple(
             bool(
-                self.originals.measure(pair, own.cpu()).similarity[decider].max() >= self.threshold
+                self.references.measure(pair, own.cpu()).similarity[decider].max()
+                >= self.threshold
             )
             for pair, own in zip(self.pairs, torch.split(images, pictures), strict=False)
         )
@@ -358,7 +359,7 @@ WHAT = {
 
 
 def solved(model: StableDiffusion, task: AttackTask) -> Found:
-    """The package's solver on a task, without Trainer and ledger."""
+    """The package's solver on a task, without Trainer and store."""
     result = solve(
         model,
         AttackProblem(task.ids, 0, task.latents, task.initial),
@@ -371,18 +372,18 @@ def solved(model: StableDiffusion, task: AttackTask) -> Found:
 
 
 def own_attack(subject: Subject, task: AttackTask) -> Found:
-    """The package's attack with everything an audit has around it: Trainer, ledger, files."""
+    """The package's attack with everything an audit has around it: Trainer, store, files."""
     settings = AttackSettings(
         inits=("random",),
         budget=BudgetSettings(steps=task.steps),
         lr=task.lr,
         noise_batch=task.noise_batch,
     )
-    triggers = attack_pairs(
+    triggers = run_attacks(
         subject.model,
         subject.pairs[: len(task.ids)],
         trainer=subject.trainer,
-        data=subject.workshop.data,
+        data=subject.context.data,
         settings=settings,
         budget=settings.budget.resolve(None),
         controls=ControlPrompts((), None),
@@ -496,7 +497,7 @@ def _why_not_compiled(model: StableDiffusion, compiled: bool) -> str:
 
 def _cost(model: StableDiffusion, run: Callable[[], Any], pairs: int) -> dict[str, Any]:
     """Operations per pair, rows through the model and memory of one step."""
-    memory = PeakTensors()
+    memory = PeakMemory()
     with batching.in_one(), counted(model) as counts, memory:
         operations = counted_operations(run)
     return {
@@ -535,7 +536,7 @@ def _limits(model: StableDiffusion, one: AttackTask, share: int) -> Limits:
 def _quality(run: Callable[[AttackTask], Found], quality: Mapping[str, Any]) -> dict[str, Any]:
     """Loss at the end and memorization rate of a longer attack."""
     subject: Subject = quality["subject"]
-    with hushed():
+    with progress_disabled():
         found = run(quality["task"])
     return {
         "steps": quality["task"].steps,

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.logging import hushed, stage
+from dori_lightning.runtime.logging import progress_bar, progress_disabled
 
 # -------- counters
 # Count what a task asks of a model: rows through its denoiser, autoencoder and text encoder.
@@ -191,7 +191,7 @@ def _replay(function: Any, arguments: tuple[Any, Any]) -> Callable[[], Any]:
 def counted_operations(run: Callable[[], Any]) -> Operations:
     """Run something once and count its operations; slower than without."""
     operations = Operations()
-    with hushed(), operations:
+    with progress_disabled(), operations:
         run()
     return operations
 
@@ -297,14 +297,14 @@ def timed_in_turn(
     taken: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, int | None] = dict.fromkeys(ways)
     results: dict[str, Any] = {}
-    with stage(f"bench: {title}", (repeats + 1) * len(ways)) as advance:
+    with progress_bar(f"bench: {title}", (repeats + 1) * len(ways)) as advance:
         for number in range(repeats + 1):
             for name, run in ways.items():
                 distributed.check()
                 synchronize(device)
                 before = _allocated(device)
                 started = time.perf_counter()
-                with hushed():
+                with progress_disabled():
                     results[name] = run()
                 synchronize(device)
                 seconds = time.perf_counter() - started

@@ -29,11 +29,11 @@ from dori_lightning.mitigations.finetuning import finetune
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import (
-    PictureOrder,
-    generate_pictures,
+    GenerationRequest,
+    generate_images,
     generation_noise,
-    load_pictures,
-    picture_seeds,
+    image_seeds,
+    load_images,
 )
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.runtime.seeding import keyed_generator
@@ -45,8 +45,8 @@ from dori_lightning.types import Budget, Pair
 def nemo_rows(subject: Subject, settings: BenchSettings, method: NeMo) -> tuple[Row, ...]:
     """Search neurons with one question a pass, pair after pair, and as the package does."""
     pairs = subject.pairs[: settings.nemo_pairs]
-    encoded = {pair.id: subject.workshop.data.encoded(pair) for pair in pairs}
-    prompts = subject.workshop.corpus.prompts("calibration", method.statistics_prompts)
+    encoded = {pair.id: subject.context.data.encoded(pair) for pair in pairs}
+    prompts = subject.context.corpus.prompts("calibration", method.statistics_prompts)
     statistics = activation_statistics(subject.model, prompts)
     path = statistics.save(subject.scratch("nemo") / "statistics.safetensors")
     # computed once and read by both: the search is what differs
@@ -56,11 +56,11 @@ def nemo_rows(subject: Subject, settings: BenchSettings, method: NeMo) -> tuple[
     def one_at_a_time() -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, own in encoded.items():
-            found |= single.find(subject.model, {name: own}, subject.workshop).masks
+            found |= single.find(subject.model, {name: own}, subject.context).masks
         return found
 
     def ours() -> dict[str, Any]:
-        return method.find(subject.model, encoded, subject.workshop).masks
+        return method.find(subject.model, encoded, subject.context).masks
 
     counts: dict[str, Counts] = {}
     ways: dict[str, Callable[[], Any]] = {"B1": one_at_a_time, "ours": ours}
@@ -108,8 +108,8 @@ def _equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
 def wanda_rows(subject: Subject, settings: BenchSettings, method: Wanda) -> tuple[Row, ...]:
     """Make masks pair after pair, and for all pairs at once."""
     pairs = subject.pairs[: settings.wanda_pairs]
-    embeddings = subject.workshop.data.batch(pairs).embeddings
-    find = partial(method.find, subject.model, workshop=subject.workshop)
+    embeddings = subject.context.data.batch(pairs).embeddings
+    find = partial(method.find, subject.model, context=subject.context)
     counts: dict[str, Counts] = {}
     ways: dict[str, Callable[[], Any]] = {
         "B1": lambda: [mask for row in embeddings for mask in find(row[None])],
@@ -176,19 +176,19 @@ def _epoch(
     subject: Subject, pairs: Sequence[Pair], method: AdversarialFinetuning, *, updates: int
 ) -> tuple[dict[str, Any], float]:
     """Search once, train a few updates; times of the search, and seconds of the whole."""
-    model, workshop = subject.model, subject.workshop
+    model, context = subject.model, subject.context
     updates = min(updates, method.updates)
     generator = keyed_generator("bench surrogates", subject.seed)
     shape = (method.surrogates.per_pair, *model.latent_shape)
     surrogates = {pair.id: torch.randn(shape, generator=generator) for pair in pairs}
-    ordinary = workshop.encodings(
+    ordinary = context.encodings(
         model, "calibration", min(method.ordinary_examples, 4 * method.ordinary_batch)
     )
     times: dict[str, Any] = {"updates": updates}
 
     def make() -> AdversarialTraining:
         module = AdversarialTraining(
-            model, method, pairs, workshop, surrogates=surrogates, ordinary=ordinary
+            model, method, pairs, context, surrogates=surrogates, ordinary=ordinary
         )
         search = module.pool.search
 
@@ -202,7 +202,7 @@ def _epoch(
         return module
 
     started = time.perf_counter()
-    finetune(make, model, workshop, steps=updates, key=f"bench-{method.name}", title=method.name)
+    finetune(make, model, context, steps=updates, key=f"bench-{method.name}", title=method.name)
     return times, time.perf_counter() - started
 
 
@@ -387,7 +387,7 @@ def sampling_rows(
             compared with that of the first row, pair by pair.
     """
     pairs = subject.pairs[: settings.sampling_pairs]
-    embeddings = subject.workshop.data.batch(pairs).embeddings
+    embeddings = subject.context.data.batch(pairs).embeddings
     ways: dict[str, Callable[[], Any]] = {
         "B1": partial(_one_at_a_time, subject, embeddings),
         "ours": partial(_own_pictures, subject, pairs, embeddings, subject.sampling),
@@ -463,11 +463,11 @@ def _own_pictures(
     """The same as the package draws them, read back from the files."""
     folder = subject.scratch("pictures")
     orders = [
-        PictureOrder(folder / pair.id, embedding, pair.id)
+        GenerationRequest(folder / pair.id, embedding, pair.id)
         for pair, embedding in zip(pairs, embeddings, strict=True)
     ]
-    generate_pictures(subject.model, orders, sampling)
-    return torch.cat([load_pictures(o.folder, picture_seeds(sampling)) for o in orders])
+    generate_images(subject.model, orders, sampling)
+    return torch.cat([load_images(o.folder, image_seeds(sampling)) for o in orders])
 
 
 def _difference(pictures: torch.Tensor, stored: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dori_lightning.bench.measure import Timed
-from dori_lightning.report.figures import Ink, new_figure, plain_axes, rendered, styled
+from dori_lightning.report.figures import FigureStyle, new_figure, plain_axes, rendered, styled
 from dori_lightning.types import InputError
 
 # -------- figure
@@ -30,14 +30,14 @@ _PARTS = {
 }
 
 
-def speed_figure(families: Mapping[str, Family], ink: Ink | None = None) -> bytes | None:
+def speed_figure(families: Mapping[str, Family], ink: FigureStyle | None = None) -> bytes | None:
     """Draw what was measured; None where there is nothing to draw.
 
     Args:
         families: By name.
         ink: How to draw.
     """
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     panels: list[tuple[str, Callable[[Axes], None]]] = []
     for name, title in _LADDERS.items():
         family = families.get(name)
@@ -71,11 +71,11 @@ def _measured(family: Family) -> list[Row]:
     return [row for row in family.rows if row.seconds]
 
 
-def _colour(row: Row, ink: Ink) -> str:
+def _colour(row: Row, ink: FigureStyle) -> str:
     return ink.kind("vm") if row.name == "ours" else ink.calm
 
 
-def _ladder(family: Family, ink: Ink) -> Callable[[Axes], None]:
+def _ladder(family: Family, ink: FigureStyle) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for place, row in enumerate(_measured(family)):
             low, high = (f(row.seconds) / row.pairs for f in (min, max))
@@ -91,7 +91,7 @@ def _ladder(family: Family, ink: Ink) -> Callable[[Axes], None]:
     return draw
 
 
-def _shares(family: Family, ink: Ink) -> Callable[[Axes], None]:
+def _shares(family: Family, ink: FigureStyle) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for place, row in enumerate(_measured(family)):
             for share, marker, filled in (
@@ -117,7 +117,7 @@ def _name(axes: Axes, family: Family) -> None:
     axes.set_xticks(range(len(names)), names)
 
 
-def _ratios(parts: list[Family], ink: Ink) -> Callable[[Axes], None]:
+def _ratios(parts: list[Family], ink: FigureStyle) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         labels: list[str] = []
         for family in parts:
@@ -138,7 +138,7 @@ def _ratios(parts: list[Family], ink: Ink) -> Callable[[Axes], None]:
     return draw
 
 
-def _growth(family: Family, ink: Ink) -> Callable[[Axes], None]:
+def _growth(family: Family, ink: FigureStyle) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         ticks: set[int] = set()
         for word, marker, colour in (
@@ -328,7 +328,7 @@ def family_of(path: Path) -> Family:
         return Family(held["name"], held["title"], rows, held["settings"], limits, load)
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read: {error!r}\n  mend:  remove it, and it is measured again"
+            f"{path} cannot be read: {error!r}\n  fix:   remove it, and it is measured again"
         ) from error
 
 

@@ -31,7 +31,7 @@ from dori_lightning.locality.estimates import Estimate, mean_estimate, pair_esti
 from dori_lightning.mitigations.edits import Edit, MaskEdit, PairMaskEdit
 from dori_lightning.models.protocol import Stage, TextToImage
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError
 
 # -------- activations
@@ -146,7 +146,7 @@ def feed_forward_distances(
     sizes = {name: 4 * value.numel() * len(embeddings) for name, value in first.items()}
     found: dict[str, Compared] = {}
     batches = list(_within_memory(sizes))
-    with stage("trace activations", len(batches) * len(embeddings)) as advance:
+    with progress_bar("trace activations", len(batches) * len(embeddings)) as advance:
         for names in batches:
             chosen = {name: layers[name] for name in names}
             parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -462,7 +462,7 @@ def selected(edit: Edit) -> dict[str, dict[str, torch.Tensor]]:
         return {pair: dict(own) for pair, own in edit.masks.items()}
     raise InputError(
         f"{_name(edit)} chooses no weights, so it cannot be compared by what it chooses\n"
-        f"  mend:  compare pruning methods"
+        f"  fix:   compare pruning methods"
     )
 
 
@@ -553,7 +553,7 @@ def overlap(first: Edit, second: Edit) -> Overlap:
     if not pairs:
         raise InputError(
             f"{_name(first)} and {_name(second)} have no pair in common\n"
-            f"  mend:  compare edits for the same pairs"
+            f"  fix:   compare edits for the same pairs"
         )
     chosen = [(_of(ours, pair), _of(theirs, pair)) for pair in pairs]
     names = [list(dict.fromkeys(n for row in chosen for n in row[side])) for side in (0, 1)]
@@ -562,7 +562,7 @@ def overlap(first: Edit, second: Edit) -> Overlap:
         raise InputError(
             f"{_name(first)} and {_name(second)} have no weight in common: the first chooses in "
             f"{_some(names[0])}, the second in {_some(names[1])}\n"
-            f"  mend:  compare edits of the same layers"
+            f"  fix:   compare edits of the same layers"
         )
     return Overlap(
         pairs=pairs,
@@ -621,7 +621,7 @@ def _check_shapes(first: torch.Tensor, second: torch.Tensor, what: str) -> None:
         raise InputError(
             f"{what}: masks of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be "
             f"compared (one dimension: whole rows; two: single weights)\n"
-            f"  mend:  compare edits that prune in the same way"
+            f"  fix:   compare edits that prune in the same way"
         )
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dori_lightning.attacks.budget import AttackSettings
-from dori_lightning.attacks.embedding_attack import ControlPrompts, Trigger, attack_restarts
+from dori_lightning.attacks.embedding_attack import Conditioning, ControlPrompts, attack_restarts
 from dori_lightning.audit.evaluation import calibrate, measure, place_of
 from dori_lightning.locality.embeddings import Group, GroupName, PromptSet, TriggerSet
 from dori_lightning.locality.estimates import Rate, rate_of
@@ -31,24 +31,30 @@ from dori_lightning.locality.layers import (
     value_distances,
     weight_findings,
 )
-from dori_lightning.metrics.calibration import Originals
+from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.metrics.replication import per_pair
-from dori_lightning.mitigations.base import Found, Mitigation, Workshop, edit_key, settings_of
+from dori_lightning.mitigations.base import (
+    Context,
+    EditResult,
+    Mitigation,
+    edit_key,
+    settings_fingerprint,
+)
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import (
-    PictureOrder,
-    generate_pictures,
+    GenerationRequest,
+    generate_images,
     generation_noise,
-    load_pictures,
-    picture_seeds,
+    image_seeds,
+    load_images,
 )
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import Encoded, PairsDataModule
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget, Condition, Init, InputError, Pair
 
@@ -173,7 +179,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class AtLarge:
+class Transfers:
     """How often embeddings draw the image.
 
     Attributes:
@@ -313,7 +319,7 @@ def look_at_weights(study: Study, groups: Sequence[Group]) -> WeightFindings:
     for method, own in methods.items():
         store = SelectionStore(
             study.folder / "selections" / method,
-            edit_key(own, study.model, (), study.workshop),
+            edit_key(own, study.model, (), study.context),
         )
         identities = [
             store.identity_of(embedding, pair.sha256)
@@ -330,7 +336,7 @@ def look_at_weights(study: Study, groups: Sequence[Group]) -> WeightFindings:
     return weight_findings(
         found,
         groups,
-        settings={method: settings_of(own) for method, own in methods.items()},
+        settings={method: settings_fingerprint(own) for method, own in methods.items()},
         seed=study.seed,
     )
 
@@ -359,13 +365,15 @@ def _run_nemo(
         chunk = missing[first : first + AT_ONCE]
         # one embedding each, where NeMo knows pairs: the same image under as many names
         twins = [replace(pairs[k], id=names[k]) for k in chunk]
-        originals = study.workshop.originals
-        images = originals.images[[originals.places[pairs[k].id] for k in chunk]]
-        workshop = replace(study.workshop, originals=Originals(twins, images, originals.measures))
+        references = study.context.references
+        images = references.images[[references.places[pairs[k].id] for k in chunk]]
+        context = replace(
+            study.context, references=ReferenceImages(twins, images, references.measures)
+        )
         found = nemo.find(
             study.model,
             {names[k]: Encoded(study.data.encoded(pairs[k]).latent, embeddings[k]) for k in chunk},
-            workshop,
+            context,
         )
         for k in chunk:
             store.write(
@@ -390,7 +398,7 @@ def _run_wanda(
     del pairs
     if not missing:
         return
-    masks = study.settings.wanda.find(study.model, embeddings[list(missing)], study.workshop)
+    masks = study.settings.wanda.find(study.model, embeddings[list(missing)], study.context)
     for k, own in zip(missing, masks, strict=True):
         store.write(names[k], identities[k], own, memorized=None)
 
@@ -447,7 +455,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """An embedding whose pictures are looked at.
 
     Attributes:
@@ -462,13 +470,13 @@ class Asked:
 
 
 @dataclass
-class PictureDesk:
-    """Draws pictures and compares them with originals.
+class ReplicationJudge:
+    """Draws pictures and compares them with references.
 
     Attributes:
         model: Model that draws, with whatever edit is applied when it is asked.
         sampling: How.
-        originals: What pictures are compared with.
+        references: What pictures are compared with.
         rule: What counts as drawing an image.
         folder: Where pictures go.
         record: File that keeps similarities of pictures by their content.
@@ -477,7 +485,7 @@ class PictureDesk:
 
     model: TextToImage
     sampling: Sampling
-    originals: Originals
+    references: ReferenceImages
     rule: Rule
     folder: Path
     record: Path
@@ -490,7 +498,7 @@ class PictureDesk:
             except (ValueError, TypeError) as error:
                 log.warning("%s is damaged and is computed anew: %s", self.record, error)
 
-    def draws(self, asked: Sequence[Asked], *, edit: str, title: str) -> list[bool]:
+    def draws(self, asked: Sequence[Query], *, edit: str, title: str) -> list[bool]:
         """Whether each embedding draws its image on the model as it is now.
 
         Args:
@@ -498,13 +506,13 @@ class PictureDesk:
             edit: Identity of the edit that is applied.
             title: What is being done.
         """
-        orders = [PictureOrder(self.folder / a.place, a.embedding, a.pair.id) for a in asked]
-        with stage(title, len(orders) * self.sampling.images_per_pair) as advance:
-            generate_pictures(self.model, orders, self.sampling, edit=edit, advance=advance)
+        orders = [GenerationRequest(self.folder / a.place, a.embedding, a.pair.id) for a in asked]
+        with progress_bar(title, len(orders) * self.sampling.images_per_pair) as advance:
+            generate_images(self.model, orders, self.sampling, edit=edit, advance=advance)
         return [value > self.rule.threshold for value in self._similarities(asked)]
 
-    def _similarities(self, asked: Sequence[Asked]) -> list[float]:
-        seeds = picture_seeds(self.sampling)
+    def _similarities(self, asked: Sequence[Query]) -> list[float]:
+        seeds = image_seeds(self.sampling)
         values = []
         for one in asked:
             folder = self.folder / one.place
@@ -513,16 +521,16 @@ class PictureDesk:
                 digest.update((folder / f"{seed}.png").read_bytes())
             key = digest.hexdigest()[:24]
             if key not in self.known:
-                self.known[key] = self._similarity(one.pair, load_pictures(folder, seeds))
+                self.known[key] = self._similarity(one.pair, load_images(folder, seeds))
             values.append(self.known[key])
         write_atomically(self.record, (json.dumps(self.known) + "\n").encode())
         return values
 
     def _similarity(self, pair: Pair, pictures: torch.Tensor) -> float:
-        measures = self.originals.measures
+        measures = self.references.measures
         descriptor = measures.descriptors[self.rule.descriptor]
-        place = self.originals.places[pair.id]
-        original = self.originals.features[self.rule.descriptor][place : place + 1]
+        place = self.references.places[pair.id]
+        original = self.references.features[self.rule.descriptor][place : place + 1]
         values = descriptor.compare(descriptor.describe(pictures), original)[:, 0]
         return float(per_pair(values.numpy(), measures.aggregation))
 
@@ -530,7 +538,7 @@ class PictureDesk:
 def rule_of(
     model: TextToImage,
     data: PairsDataModule,
-    originals: Originals,
+    references: ReferenceImages,
     sampling: Sampling,
     folder: Path,
 ) -> Rule:
@@ -539,26 +547,26 @@ def rule_of(
     Args:
         model: Checkpoint as it is.
         data: Encoded pairs.
-        originals: All pairs of the list.
+        references: All pairs of the list.
         sampling: How pictures are drawn.
         folder: Where audits keep what the checkpoint draws from prompts.
 
     Raises:
         InputError: No threshold separates.
     """
-    measures = originals.measures
+    measures = references.measures
     fixed = measures.descriptors[measures.decider].threshold
     if fixed is not None:
         return Rule(measures.decider, fixed)
     prompted = [
-        Trigger(pair, Condition("prompt"), 0, data.encoded(pair).embedding)
-        for pair in originals.pairs
+        Conditioning(pair, Condition("prompt"), 0, data.encoded(pair).embedding)
+        for pair in references.pairs
     ]
-    orders = [PictureOrder(place_of(folder, t), t.embedding, t.pair.id) for t in prompted]
-    with stage("calibrate", len(orders) * sampling.images_per_pair) as advance:
-        generate_pictures(model, orders, sampling, advance=advance)
-    outcomes = [measure(t, folder, originals=originals, sampling=sampling) for t in prompted]
-    calibration = calibrate(model, data, originals, outcomes)
+    orders = [GenerationRequest(place_of(folder, t), t.embedding, t.pair.id) for t in prompted]
+    with progress_bar("calibrate", len(orders) * sampling.images_per_pair) as advance:
+        generate_images(model, orders, sampling, advance=advance)
+    outcomes = [measure(t, folder, references=references, sampling=sampling) for t in prompted]
+    calibration = calibrate(model, data, references, outcomes)
     return Rule(calibration.descriptor, calibration.threshold)
 
 
@@ -584,7 +592,7 @@ class Study:
         ordinary: Control prompts.
         model: The checkpoint.
         data: Encoded pairs.
-        workshop: What mitigations work with.
+        context: What mitigations work with.
         desk: Draws and judges pictures.
         mitigation: Whose model triggers are searched on.
     """
@@ -602,15 +610,15 @@ class Study:
     ordinary: PromptSet
     model: StableDiffusion
     data: PairsDataModule
-    workshop: Workshop
-    desk: PictureDesk
+    context: Context
+    desk: ReplicationJudge
     mitigation: Mitigation
 
-    def edit_of(self, mitigation: Mitigation) -> Found:
+    def edit_of(self, mitigation: Mitigation) -> EditResult:
         """A mitigation's edit: read from the cache, or made and kept there."""
         suspected = [pair for pair in self.pairs if pair.kind != "control"]
         forgotten = self.studied if self.settings.forget == "studied" else suspected
-        return self.workshop.find(mitigation, self.model, forgotten)
+        return self.context.find(mitigation, self.model, forgotten)
 
 
 @dataclass(frozen=True)
@@ -624,7 +632,7 @@ class SearchedTriggers:
         controls: The same for control images.
     """
 
-    everything: tuple[Trigger, ...]
+    everything: tuple[Conditioning, ...]
     memorized: tuple[TriggerSet, ...]
     controls: tuple[TriggerSet, ...]
 
@@ -653,7 +661,7 @@ def search(study: Study, *, edit: str) -> SearchedTriggers:
     )
     last = [t for t in found if t.condition.budget.steps == study.budget.steps]
     finite = [t for t in last if not t.diverged]
-    asked = [Asked(searched_folder(t, "searched"), t.pair, t.embedding) for t in finite]
+    asked = [Query(searched_folder(t, "searched"), t.pair, t.embedding) for t in finite]
     works = study.desk.draws(asked, edit=edit, title="draw from ends")
     drawn = dict(zip(map(_key, finite), works, strict=True))
     starts = {_key(t): t.embedding for t in found if t.condition.budget.steps == 0}
@@ -664,7 +672,7 @@ def search(study: Study, *, edit: str) -> SearchedTriggers:
     )
 
 
-def searched_folder(trigger: Trigger, model: str) -> str:
+def searched_folder(trigger: Conditioning, model: str) -> str:
     """Folder for the pictures of a trigger on a model."""
     condition = trigger.condition
     return (
@@ -672,14 +680,14 @@ def searched_folder(trigger: Trigger, model: str) -> str:
     )
 
 
-def _key(trigger: Trigger) -> tuple[str, str, int]:
+def _key(trigger: Conditioning) -> tuple[str, str, int]:
     return trigger.pair.id, str(trigger.condition.init), trigger.restart
 
 
 def _sets(
     study: Study,
     pairs: Sequence[Pair],
-    ends: Sequence[Trigger],
+    ends: Sequence[Conditioning],
     starts: dict[tuple[str, str, int], torch.Tensor],
     works: dict[tuple[str, str, int], bool],
 ) -> tuple[TriggerSet, ...]:
@@ -746,9 +754,9 @@ def ask_other_models(
     return tuple(found)
 
 
-def join(searched: OnSearched, others: Sequence[Transfer]) -> AtLarge:
+def join(searched: OnSearched, others: Sequence[Transfer]) -> Transfers:
     """Everything in one record."""
-    return AtLarge(searched.budget, searched.lines, (*searched.transfers, *others))
+    return Transfers(searched.budget, searched.lines, (*searched.transfers, *others))
 
 
 def _budget(study: Study, triggers: SearchedTriggers, *, edit: str) -> tuple[BudgetPoint, ...]:
@@ -761,7 +769,7 @@ def _budget(study: Study, triggers: SearchedTriggers, *, edit: str) -> tuple[Bud
     ]
     finite = [t for t in own if not t.diverged]
     works = study.desk.draws(
-        [Asked(searched_folder(t, "searched"), t.pair, t.embedding) for t in finite],
+        [Query(searched_folder(t, "searched"), t.pair, t.embedding) for t in finite],
         edit=edit,
         title="draw against budget",
     )
@@ -797,7 +805,7 @@ def _lines(study: Study, triggers: SearchedTriggers, *, edit: str) -> tuple[Line
             settings.places, points_on(line, settings.places), strict=True
         ):
             name = f"lines/{line.toward}/{place:g}/{line.pair}.{line.number}"
-            asked.append(Asked(name, by_id[line.pair], embedding))
+            asked.append(Query(name, by_id[line.pair], embedding))
             keys.append((line.toward, place, line.pair))
     works = study.desk.draws(asked, edit=edit, title="draw on lines")
     points = []
@@ -817,12 +825,12 @@ def _transfers(
     study: Study, triggers: SearchedTriggers, *, model: str, searched: bool, edit: str
 ) -> tuple[Transfer, ...]:
     place = "searched" if searched else f"on_{quote(model, safe='')}"
-    asked: list[Asked] = []
+    asked: list[Query] = []
     keys: list[tuple[Held, Init | Literal["prompt_itself"]]] = []
     for held, pairs in zip(HELD, (study.studied, study.controls), strict=True):
         for pair in pairs:
             embedding = study.data.encoded(pair).embedding
-            asked.append(Asked(f"{place}/prompt_itself/{pair.id}", pair, embedding))
+            asked.append(Query(f"{place}/prompt_itself/{pair.id}", pair, embedding))
             keys.append((held, "prompt_itself"))
     steps = study.budget.steps
     for held, sets in zip(HELD, (triggers.memorized, triggers.controls), strict=True):
@@ -830,7 +838,7 @@ def _transfers(
             chosen = own.only_working() if held == "memorized" else own
             for restart, embedding in zip(chosen.restarts, chosen.ends, strict=True):
                 name = f"{place}/{own.start}/s{steps}/{own.pair.id}.r{restart}"
-                asked.append(Asked(name, own.pair, embedding))
+                asked.append(Query(name, own.pair, embedding))
                 keys.append((held, own.start))
     works = study.desk.draws(asked, edit=edit, title=f"draw on {model}")
     found = []

@@ -88,7 +88,7 @@ def separation_table(samples: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tupl
 
     Args:
         samples: Descriptor name to (replicas, null): similarities of pictures known to be replicas
-            (reconstructions of the originals, or unattacked prompts of memorized pairs) and of
+            (reconstructions of the references, or unattacked prompts of memorized pairs) and of
             pictures known not to be. Values that are not finite are left out with a warning.
 
     Returns:
@@ -146,7 +146,7 @@ def calibrate(
     Args:
         descriptor: Name of the deciding descriptor.
         null: Similarities of pictures that are no replicas: those of any prompt, unattacked,
-            against originals of control pairs, best of K each.
+            against references of control pairs, best of K each.
         ceiling: Similarity of each original with its own autoencoder reconstruction.
         vm_scores: Per-pair similarities of unattacked vm prompts; only for the ROC.
         control_scores: Per-pair similarities of unattacked control prompts; only for the ROC, but
@@ -220,7 +220,7 @@ def _calibrated(
             f"{descriptor} cannot decide on this checkpoint and list: pictures that are no "
             f"replicas "
             f"reach {high:.3f} ({NULL_QUANTILE:.0%} quantile of {null.size}) while the "
-            f"originals' own "
+            f"references' own "
             f"autoencoder reconstructions fall to {low:.3f} ("
             f"{CEILING_QUANTILE:.0%} quantile of {ceiling.size}); "
             + (
@@ -242,7 +242,7 @@ def _warn_about_fixed(
         false = float((null > threshold).mean())
     if lost > CEILING_QUANTILE:
         log.warning(
-            "fixed threshold %.3f of %s: %.0f %% of the originals miss it even as plain "
+            "fixed threshold %.3f of %s: %.0f %% of the references miss it even as plain "
             "autoencoder reconstructions, so low rates say little",
             threshold, descriptor, 100 * lost,
         )  # fmt: skip
@@ -254,7 +254,7 @@ def _warn_about_fixed(
 
 
 # -------- measure
-# Measure generated pictures against originals, and calibrate what counts as a copy.
+# Measure generated pictures against references, and calibrate what counts as a copy.
 #
 # The threshold is calibrated on pictures that are known not to be copies.
 
@@ -307,11 +307,11 @@ class Measured:
     alignment: np.ndarray | None
 
 
-class Originals:
+class ReferenceImages:
     """Originals, described once by every descriptor."""
 
     def __init__(self, pairs: Sequence[Pair], images: torch.Tensor, measures: Measures) -> None:
-        """Describe originals.
+        """Describe references.
 
         Args:
             pairs: N pairs.
@@ -369,23 +369,23 @@ class Originals:
 
 
 def null_similarities(
-    originals: Originals, name: str, pictures: Mapping[str, torch.Tensor]
+    references: ReferenceImages, name: str, pictures: Mapping[str, torch.Tensor]
 ) -> list[float]:
     """Best-of-K similarities of pictures that cannot be copies, by one descriptor.
 
-    Pictures of every prompt against the originals of *control* pairs, which the model cannot
+    Pictures of every prompt against the references of *control* pairs, which the model cannot
     hold. Not against the others: a control prompt may well bring back somebody else's memorized
     picture. A pair is never compared with a picture file that is the same as its own.
 
     Args:
-        originals: All audited pairs.
+        references: All audited pairs.
         name: Descriptor.
         pictures: Pair id to its unattacked prompt's pictures (K, 3, H, W).
     """
     values: list[float] = []
-    for pair in originals.pairs:
-        best = originals.best(name, pictures[pair.id]).tolist()
-        for other, value in zip(originals.pairs, best, strict=True):
+    for pair in references.pairs:
+        best = references.best(name, pictures[pair.id]).tolist()
+        for other, value in zip(references.pairs, best, strict=True):
             copy = other.id != pair.id and other.sha256 != "" and other.sha256 == pair.sha256
             if other.kind == "control" and not copy:
                 values.append(value)
@@ -393,7 +393,7 @@ def null_similarities(
 
 
 def calibrate_measures(
-    originals: Originals,
+    references: ReferenceImages,
     prompted: Sequence[Outcome],
     *,
     pictures: Mapping[str, torch.Tensor],
@@ -402,7 +402,7 @@ def calibrate_measures(
     """Set the deciding descriptor's threshold for this checkpoint and list.
 
     Args:
-        originals: All audited pairs, N.
+        references: All audited pairs, N.
         prompted: Outcomes of the unattacked prompts.
         pictures: Pair id to its unattacked prompt's pictures (K, 3, H, W).
         reconstructions: Originals through the autoencoder (N, 3, H, W) in [0, 1].
@@ -410,16 +410,16 @@ def calibrate_measures(
     Raises:
         InputError: No threshold separates; says which descriptor would.
     """
-    measures, samples = originals.measures, {}
+    measures, samples = references.measures, {}
     for name, descriptor in measures.descriptors.items():
-        features = originals.features[name]
+        features = references.features[name]
         ceiling = [
             float(
                 descriptor.compare(descriptor.describe(picture[None]), features[k : k + 1])[0, 0]
             )
             for k, picture in enumerate(reconstructions)
         ]
-        samples[name] = (ceiling, null_similarities(originals, name, pictures))
+        samples[name] = (ceiling, null_similarities(references, name, pictures))
     offered = separation_table({k: v for k, v in samples.items() if v[0] and v[1]})
     decider = _decider(measures, offered)
     ceiling, null = samples[decider]

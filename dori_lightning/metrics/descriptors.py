@@ -50,7 +50,7 @@ class Descriptor(ABC):
 
     @abstractmethod
     def describe(self, images: Tensor) -> Tensor:
-        """Turn pictures into features; originals are described once for all conditions.
+        """Turn pictures into features; references are described once for all conditions.
 
         Args:
             images: Pictures, (N, 3, H, W), floating, in [0, 1]. A picture with NaN gets features
@@ -64,11 +64,11 @@ class Descriptor(ABC):
         """
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare all features of generated pictures with all of originals.
+        """Compare all features of generated pictures with all of references.
 
         Args:
             a: Features of generated pictures, (N, F), by ``describe``.
-            b: Features of originals, (M, F), by ``describe``.
+            b: Features of references, (M, F), by ``describe``.
 
         Returns:
             (N, M) fp32 in [-1, 1], on the CPU.
@@ -76,7 +76,7 @@ class Descriptor(ABC):
         return all_pairs_dot(a, b)
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare all generated pictures with all originals.
+        """Compare all generated pictures with all references.
 
         Args:
             a: Generated pictures, (N, 3, H, W), in [0, 1].

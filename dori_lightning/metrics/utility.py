@@ -66,7 +66,7 @@ class UtilitySettings:
             raise InputError(
                 f"utility needs draws, pictures and neighbour_pictures >= 1, got {self.draws}, "
                 f"{self.pictures} and {self.neighbour_pictures}\n"
-                f"  mend:  leave a measure out with examples=0, prompts=0 or neighbours=0"
+                f"  fix:   leave a measure out with examples=0, prompts=0 or neighbours=0"
             )
 
     @property
@@ -393,10 +393,10 @@ def _best_with_original(
 ) -> dict[str, np.ndarray]:
     """Similarity (2,) of each prompt's pictures with the original, without and with the edit."""
     best = np.max if aggregation == "max" else np.median
-    originals = _grouped(
+    references = _grouped(
         rows, lambda row: row.id, lambda row: (row.original_unmitigated, row.original_mitigated)
     )
-    return {name: best(np.array(own, np.float64), axis=0) for name, own in originals.items()}
+    return {name: best(np.array(own, np.float64), axis=0) for name, own in references.items()}
 
 
 def _alignment(

@@ -30,7 +30,7 @@ from dori_lightning.types import InputError
 LAYOUT = "1"
 PROMPTS_AT_ONCE = 32
 """Prompts of one pass; what is kept between passes does not grow with their number."""
-_MEND = "  mend:  python -m dori_lightning task=statistics writes one"
+_MEND = "  fix:   python -m dori_lightning task=statistics writes one"
 
 
 @dataclass(frozen=True)

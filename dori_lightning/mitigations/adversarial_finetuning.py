@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, random_embedding, refuse_broken, solve
-from dori_lightning.mitigations.base import Encodings, Workshop, check_calibrated, edit_key
+from dori_lightning.mitigations.base import Context, Encodings, check_calibrated, edit_key
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -146,7 +146,9 @@ class PoolSettings:
 
 
 @dataclass
-class _Trigger:
+class PoolEntry:
+    """One adversarial embedding in the pool: its pair, the round that found it, (T, D)."""
+
     pair: str
     round: int
     embedding: torch.Tensor
@@ -178,7 +180,7 @@ class TriggerPool:
         self.ids = tuple(batch.pairs[0].id for batch in encoded)
         self.latents = {b.pairs[0].id: b.latents[0] for b in encoded}
         self.prompts = {b.pairs[0].id: b.embeddings[0] for b in encoded}
-        self.found: list[_Trigger] = []
+        self.found: list[PoolEntry] = []
         self.warm = dict(self.prompts)
         self.rested: set[str] = set()
         self.rounds: list[dict[str, Any]] = []
@@ -268,7 +270,7 @@ class TriggerPool:
         """Take back what ``state`` gave."""
         rows = state["embeddings"]
         self.found = [
-            _Trigger(name, number, rows[k])
+            PoolEntry(name, number, rows[k])
             for k, (name, number) in enumerate(
                 zip(state["pairs"], state["rounds_of"], strict=True)
             )
@@ -301,14 +303,14 @@ class TriggerPool:
         names: Sequence[str],
         starts: Sequence[torch.Tensor],
         losses: dict[str, float],
-    ) -> list[_Trigger]:
+    ) -> list[PoolEntry]:
         """Search from ``starts``, N embeddings (T, D); processes share the pairs.
 
         Returns:
             What is found, pair by pair in the order of ``names``; ``losses`` gets the best.
         """
         attack = self.settings.attack
-        own = range(distributed.rank(), len(names), distributed.world())
+        own = range(distributed.rank(), len(names), distributed.world_size())
         mine: dict[str, tuple[torch.Tensor, float]] = {}
         if own:
             fit_cpu_passes(
@@ -337,11 +339,11 @@ class TriggerPool:
             for row, k in enumerate(own):
                 final = float(result.losses[row, -5:].mean())
                 mine[names[k]] = (result.embeddings[row], final)
-        everybody = distributed.gathered(mine)
-        found: list[_Trigger] = []
+        everybody = distributed.all_gather_dict(mine)
+        found: list[PoolEntry] = []
         for name in names:
             rows, final = everybody[name]
-            found += [_Trigger(name, number, row) for row in rows]
+            found += [PoolEntry(name, number, row) for row in rows]
             losses[name] = min(final, losses.get(name, float("inf")))
         return found
 
@@ -428,29 +430,29 @@ class AdversarialFinetuning:
         if self.low_rank is not None and self.low_rank < 1:
             raise InputError(f"mitigation.low_rank must be >= 1 or null, got {self.low_rank}")
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find surrogates, then alternate between searching triggers and training."""
         check_calibrated(pairs, self.name)
-        key = edit_key(self, model, pairs, workshop)
+        key = edit_key(self, model, pairs, context)
         if self.low_rank is None:
-            check_disk(model, self.finetune, workshop, key=key)
+            check_disk(model, self.finetune, context, key=key)
         else:
             added = LowRank.count(model.denoiser(), self.low_rank)
             check_disk(
-                model, self.finetune, workshop, key=key, trained=lambda _: False, added=added
+                model, self.finetune, context, key=key, trained=lambda _: False, added=added
             )
-        surrogates = find_surrogates(model, pairs, workshop, self.surrogates)
-        ordinary = workshop.encodings(model, "calibration", self.ordinary_examples)
+        surrogates = find_surrogates(model, pairs, context, self.surrogates)
+        ordinary = context.encodings(model, "calibration", self.ordinary_examples)
 
         def make() -> AdversarialTraining:
             return AdversarialTraining(
-                model, self, pairs, workshop, surrogates=surrogates.latents, ordinary=ordinary
+                model, self, pairs, context, surrogates=surrogates.latents, ordinary=ordinary
             )
 
         return finetune(
             make,
             model,
-            workshop,
+            context,
             steps=self.epochs * self.updates,
             key=key,
             title=self.name,
@@ -466,7 +468,7 @@ class AdversarialTraining(Finetuning):
         model: TextToImage,
         method: AdversarialFinetuning,
         pairs: Sequence[Pair],
-        workshop: Workshop,
+        context: Context,
         *,
         surrogates: dict[str, torch.Tensor],
         ordinary: Encodings,
@@ -477,24 +479,24 @@ class AdversarialTraining(Finetuning):
             model: Its denoiser is trained.
             method: Settings.
             pairs: N pairs to forget.
-            workshop: Gives the seed, encoded pairs and ordinary prompts.
+            context: Gives the seed, encoded pairs and ordinary prompts.
             surrogates: Pair id to latents (S, C, h, w).
             ordinary: Ordinary prompts and pictures.
         """
         low_rank = None
         if method.low_rank is not None:
-            low_rank = LowRank(model.denoiser(), method.low_rank, seed=workshop.seed)
+            low_rank = LowRank(model.denoiser(), method.low_rank, seed=context.seed)
         trained = low_rank.trains if low_rank is not None else lambda _: True
         super().__init__(model, method.finetune, trained=trained)
         self.low_rank = low_rank
-        self.method, self.seed = method, workshop.seed
+        self.method, self.seed = method, context.seed
         self.surrogates, self.ordinary = surrogates, ordinary
         self.pool = TriggerPool(
             model,
-            [workshop.data.batch([pair]) for pair in pairs],
+            [context.data.batch([pair]) for pair in pairs],
             method.pool,
             ordinary=ordinary.embeddings,
-            seed=workshop.seed,
+            seed=context.seed,
         )
 
     def work(self, steps: int) -> int:
@@ -530,7 +532,7 @@ class AdversarialTraining(Finetuning):
         noise = torch.randn((every, *surrogates.shape[1:]), generator=generator)
         timesteps = torch.randint(self.model.num_train_timesteps, (every,), generator=generator)
         # everything was drawn by every process, each trains on its share of it
-        ours, others = distributed.share(len(ids)), distributed.share(len(rows))
+        ours, others = distributed.shard(len(ids)), distributed.shard(len(rows))
         turned = len(range(round(method.redirect * len(ids)))[ours.rows])
         names, triggers, surrogates = ids[ours.rows], triggers[ours.rows], surrogates[ours.rows]
         latents = torch.cat([surrogates, self.ordinary.latents[rows[others.rows]]]).to(device)

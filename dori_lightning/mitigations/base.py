@@ -15,7 +15,7 @@ import lightning.pytorch as L
 import torch
 from filelock import FileLock
 
-from dori_lightning.metrics.calibration import Originals
+from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.edits import (
     Edit,
     MaskEdit,
@@ -46,13 +46,13 @@ class Mitigation(Protocol):
         """How reports call it."""
         ...
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> Edit:
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> Edit:
         """Find the edit that should make ``model`` forget ``pairs``; leave the model as it was.
 
         Args:
             model: Checkpoint to mend.
             pairs: Pairs to forget (vm and tm); nothing may be read of any other pair.
-            workshop: What mitigations work with.
+            context: What mitigations work with.
         """
         ...
 
@@ -71,7 +71,7 @@ class Encodings:
 
 
 @dataclass(frozen=True)
-class Found:
+class EditResult:
     """An edit, and whether it had to be made.
 
     Attributes:
@@ -88,14 +88,14 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class Context:
     """What mitigations work with besides the model and the pairs.
 
     Attributes:
         seed: Run seed; mitigations draw by keyed generators (``attacks.draws``).
         corpus: Ordinary prompts and pictures.
         data: Encoded pairs, a superset of those to forget.
-        originals: Their pictures, described: what a surrogate must not resemble.
+        references: Their pictures, described: what a surrogate must not resemble.
         sampling: How pictures are generated.
         trainer: Makes a Trainer for a fit, given its keyword arguments.
         folder: Where edits are kept, shared by the jobs of a sweep.
@@ -104,7 +104,7 @@ class Workshop:
     seed: int
     corpus: Corpus
     data: PairsDataModule
-    originals: Originals
+    references: ReferenceImages
     sampling: Sampling
     trainer: Callable[..., L.Trainer]
     folder: Path
@@ -124,7 +124,9 @@ class Workshop:
         """Where a fit keeps its checkpoints until its edit is written."""
         return self.folder / "unfinished" / key
 
-    def find(self, mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair]) -> Found:
+    def find(
+        self, mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair]
+    ) -> EditResult:
         """Read a mitigation's edit where it is kept already, or make and keep it.
 
         Jobs that want the same edit at the same time wait for the one that makes it. The processes
@@ -138,15 +140,15 @@ class Workshop:
         self.folder.mkdir(parents=True, exist_ok=True)
         first = distributed.is_first()
         with FileLock(self.folder / f"{key}.lock") if first else nullcontext():
-            if distributed.from_first(path.is_file()):
+            if distributed.broadcast_object(path.is_file()):
                 edit = read_edit(path)
                 if edit.origin is not None:
                     edit.origin.check(model)
-                return Found(edit, key, made=False, path=path)
+                return EditResult(edit, key, made=False, path=path)
             started, evaluations = time.monotonic(), model.unet_evaluations
             edit = mitigation.apply(model, pairs, self)
             if not is_writable(edit):
-                return Found(edit, key, made=True, path=None)
+                return EditResult(edit, key, made=True, path=None)
             edit = _described(
                 edit,
                 mitigation,
@@ -158,7 +160,7 @@ class Workshop:
             distributed.barrier()
             if not first:
                 edit = read_edit(path)
-        return Found(edit, key, made=True, path=path)
+        return EditResult(edit, key, made=True, path=path)
 
 
 def _described(edit: Edit, mitigation: Mitigation, **cost: float) -> Edit:
@@ -167,26 +169,28 @@ def _described(edit: Edit, mitigation: Mitigation, **cost: float) -> Edit:
     origin = replace(
         edit.origin,
         mitigation=mitigation.name,
-        settings=settings_of(mitigation),
+        settings=settings_fingerprint(mitigation),
         cost={**cost, **edit.origin.cost},
     )
     return replace(edit, origin=origin)
 
 
-def settings_of(thing: Any) -> Any:
+def settings_fingerprint(thing: Any) -> Any:
     """Settings of a mitigation as plain values, those of mitigations in it too.
 
     A mitigation that reads a file has a method ``contents``, which gives its hash: a file that
     was written anew makes another edit.
     """
     if is_dataclass(thing) and not isinstance(thing, type):
-        own = {item.name: settings_of(getattr(thing, item.name)) for item in fields(thing)}
+        own = {
+            item.name: settings_fingerprint(getattr(thing, item.name)) for item in fields(thing)
+        }
         read: dict[str, str] = getattr(thing, "contents", dict)()
         return {"kind": type(thing).__qualname__, **own, **({"contents": read} if read else {})}
     if isinstance(thing, dict):
-        return {str(key): settings_of(value) for key, value in thing.items()}
+        return {str(key): settings_fingerprint(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):
-        return [settings_of(item) for item in thing]
+        return [settings_fingerprint(item) for item in thing]
     if isinstance(thing, Path):
         return str(thing)
     if thing is None or isinstance(thing, bool | int | float | str):
@@ -195,13 +199,13 @@ def settings_of(thing: Any) -> Any:
 
 
 def edit_key(
-    mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
+    mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair], context: Context
 ) -> str:
     """Hash of everything that decides an edit.
 
     A mitigation's name and the width of a generation batch are not among it.
     """
-    settings, sampling = settings_of(mitigation), asdict(workshop.sampling)
+    settings, sampling = settings_fingerprint(mitigation), asdict(context.sampling)
     settings.pop("name", None)
     sampling.pop("batch")
     what = {
@@ -209,10 +213,10 @@ def edit_key(
         "latents": model.latent_shape,
         "settings": settings,
         "pairs": [(pair.id, pair.prompt, pair.sha256) for pair in pairs],
-        "corpus": workshop.corpus.identity,
-        "seed": workshop.seed,
+        "corpus": context.corpus.identity,
+        "seed": context.seed,
         "sampling": sampling,
-        "decider": workshop.originals.measures.decider,
+        "decider": context.references.measures.decider,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -227,5 +231,5 @@ def check_calibrated(pairs: Sequence[Pair], name: str) -> None:
         raise InputError(
             f"mitigation {name} has nothing to forget: the list has no pair of kind vm or tm\n"
             f"  where: pairs\n"
-            f"  mend:  mitigation=none, or a list with suspected pairs"
+            f"  fix:   mitigation=none, or a list with suspected pairs"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dori_lightning.mitigations.base import Mitigation, Workshop
+from dori_lightning.mitigations.base import Context, Mitigation
 from dori_lightning.mitigations.edits import EmptyEdit, MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.seeding import keyed_generator
@@ -26,9 +26,9 @@ class NoMitigation:
 
     name: str = "none"
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> EmptyEdit:
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> EmptyEdit:
         """Return the empty edit."""
-        del model, pairs, workshop
+        del model, pairs, context
         return EmptyEdit()
 
 
@@ -48,15 +48,15 @@ class RandomPruning:
     name: str = "random_pruning"
 
     def apply(
-        self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> MaskEdit | PairMaskEdit:
         """Draw the masks.
 
         Raises:
             InputError: The method to match does not prune.
         """
-        found = workshop.find(self.like, model, pairs)
-        edit, seed = found.edit, workshop.seed
+        found = context.find(self.like, model, pairs)
+        edit, seed = found.edit, context.seed
         origin = Origin(
             model.fingerprint, notes={"like": self.like.name, "like_edit": edit.identity}
         )
@@ -76,7 +76,7 @@ class RandomPruning:
             f"{self.name} needs a method that prunes, and {self.like.name} gives a "
             f"{type(edit).__name__}\n"
             f"  where: mitigation.like\n"
-            f"  mend:  mitigation@mitigation.like=nemo, or another method that prunes"
+            f"  fix:   mitigation@mitigation.like=nemo, or another method that prunes"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, in_turn
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, finetune_on_anchors
@@ -58,14 +58,14 @@ class ConceptAblation:
         if self.prior_weight < 0:
             raise InputError(f"mitigation.prior_weight must be >= 0, got {self.prior_weight}")
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find anchors with the model as it is, then train."""
         return finetune_on_anchors(
             self,
-            lambda anchors: ConceptAblationTraining(model, self, pairs, workshop, anchors=anchors),
+            lambda anchors: ConceptAblationTraining(model, self, pairs, context, anchors=anchors),
             model,
             pairs,
-            workshop,
+            context,
         )
 
 
@@ -77,7 +77,7 @@ class ConceptAblationTraining(Finetuning):
         model: TextToImage,
         method: ConceptAblation,
         pairs: Sequence[Pair],
-        workshop: Workshop,
+        context: Context,
         *,
         anchors: Anchors,
     ) -> None:
@@ -87,12 +87,12 @@ class ConceptAblationTraining(Finetuning):
             model: Its denoiser is trained.
             method: Settings.
             pairs: N pairs to forget.
-            workshop: Gives the seed and the prompts' embeddings.
+            context: Gives the seed and the prompts' embeddings.
             anchors: What the captions shall mean.
         """
         super().__init__(model, method.finetune)
-        self.method, self.seed, self.anchors = method, workshop.seed, anchors
-        prompts = workshop.data.batch(pairs).embeddings
+        self.method, self.seed, self.anchors = method, context.seed, anchors
+        prompts = context.data.batch(pairs).embeddings
         # every prompt that brings a picture back, with its pair
         self.targets = [
             (pair.id, row)
@@ -117,7 +117,7 @@ class ConceptAblationTraining(Finetuning):
         latents, prompts = self.anchors.draw(ids, generator)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(model.num_train_timesteps, (len(ids),), generator=generator)
-        own = distributed.share(len(ids))
+        own = distributed.shard(len(ids))
         captions, prompts = captions[own.rows], prompts[own.rows]
         noise, timesteps = noise[own.rows].to(device), timesteps[own.rows].to(device)
         noised = model.noised(latents[own.rows].to(device), noise, timesteps)

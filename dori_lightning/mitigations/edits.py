@@ -191,7 +191,7 @@ class Origin:
             raise InputError(
                 f"the edit {self.mitigation or '(unnamed)'} was made for a checkpoint with "
                 f"fingerprint {self.fingerprint}, but {model.name} has {model.fingerprint}\n"
-                f"  mend:  apply it to the checkpoint it was made for, or compute it again"
+                f"  fix:   apply it to the checkpoint it was made for, or compute it again"
             )
 
 
@@ -474,7 +474,7 @@ def read_edit(path: Path) -> Edit:
     except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{path} is no edit of this program, or damaged: {error}\n"
-            f"  mend:  remove it, it will be computed again"
+            f"  fix:   remove it, it will be computed again"
         ) from error
     return edit
 

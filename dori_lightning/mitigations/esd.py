@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Workshop, check_calibrated, edit_key
+from dori_lightning.mitigations.base import Context, check_calibrated, edit_key
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -90,17 +90,17 @@ class ESD:
                 f"mitigation.sampling_steps must be >= 1 or null, got {self.sampling_steps}"
             )
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Train on the pairs' captions; their pictures are not used."""
         check_calibrated(pairs, self.name)
-        key = edit_key(self, model, pairs, workshop)
+        key = edit_key(self, model, pairs, context)
         check_disk(
-            model, self.finetune, workshop, key=key, trained=lambda n: is_trained(n, self.variant)
+            model, self.finetune, context, key=key, trained=lambda n: is_trained(n, self.variant)
         )
         return finetune(
-            lambda: ESDTraining(model, self, pairs, workshop),
+            lambda: ESDTraining(model, self, pairs, context),
             model,
-            workshop,
+            context,
             steps=self.steps,
             key=key,
             title=self.name,
@@ -111,7 +111,7 @@ class ESDTraining(Finetuning):
     """The training of ``ESD``."""
 
     def __init__(
-        self, model: TextToImage, method: ESD, pairs: Sequence[Pair], workshop: Workshop
+        self, model: TextToImage, method: ESD, pairs: Sequence[Pair], context: Context
     ) -> None:
         """Prepare the training.
 
@@ -119,17 +119,17 @@ class ESDTraining(Finetuning):
             model: Its denoiser is trained.
             method: Settings.
             pairs: N pairs to forget.
-            workshop: Gives the seed, the prompts' embeddings and the sampler.
+            context: Gives the seed, the prompts' embeddings and the sampler.
         """
         super().__init__(
             model, method.finetune, trained=lambda name: is_trained(name, method.variant)
         )
-        self.method, self.seed = method, workshop.seed
-        self.prompts = workshop.data.batch(pairs).embeddings
+        self.method, self.seed = method, context.seed
+        self.prompts = context.data.batch(pairs).embeddings
         # a list hides the teacher from this module's state
         self._teacher = [model.frozen_copy()]
-        steps = method.sampling_steps or workshop.sampling.steps
-        sampling = replace(workshop.sampling, sampler="ddim", steps=steps)
+        steps = method.sampling_steps or context.sampling.steps
+        sampling = replace(context.sampling, sampler="ddim", steps=steps)
         self.visited = model.sampling_timesteps(sampling).cpu()
 
     def training_step(self, *_: Any) -> torch.Tensor:
@@ -142,7 +142,7 @@ class ESDTraining(Finetuning):
         noise = torch.randn((len(rows), *model.latent_shape), generator=generator)
         reached = torch.randint(len(self.visited), (len(rows),), generator=generator)
         timesteps = self._timesteps(reached, generator).to(device)
-        own = distributed.share(len(rows))
+        own = distributed.shard(len(rows))
         prompts, noise = prompts[own.rows], noise[own.rows]
         reached, timesteps = reached[own.rows], timesteps[own.rows]
         with torch.no_grad():

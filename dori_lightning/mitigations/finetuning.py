@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import Origin, WeightEdit
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
@@ -31,7 +31,7 @@ from dori_lightning.runtime.checkpoints import (
     is_done,
     last_checkpoint,
 )
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError
@@ -77,7 +77,7 @@ class _Advance(L.Callback):
 def fit(
     module: Finetuning,
     model: TextToImage,
-    workshop: Workshop,
+    context: Context,
     folder: Path,
     *,
     steps: int,
@@ -90,7 +90,7 @@ def fit(
     Args:
         module: What is trained, in place.
         model: Its model, which says where to train.
-        workshop: Makes the Trainer.
+        context: Makes the Trainer.
         folder: Where checkpoints are kept; stays afterwards.
         steps: Optimizer steps.
         title: What the progress line and errors say.
@@ -101,12 +101,12 @@ def fit(
         KeyboardInterrupt: The user stopped it.
     """
     settings = module.settings
-    last = distributed.from_first(
+    last = distributed.broadcast_object(
         last_checkpoint(folder, title) if distributed.is_first() else None
     )
     if last is not None and is_done(module, last, steps):
         return
-    with stage(title, module.work(steps)) as advance:
+    with progress_bar(title, module.work(steps)) as advance:
         callbacks: list[L.Callback] = [
             Saving(folder, settings.checkpoint_every),
             _Advance(title, module, advance),
@@ -116,7 +116,7 @@ def fit(
             # EMAWeightAveraging adds two products, which rounds
             average = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             callbacks.append(WeightAveraging(use_buffers=False, multi_avg_fn=average))
-        trainer = workshop.trainer(
+        trainer = context.trainer(
             max_steps=steps,
             callbacks=callbacks,
             plugins=[FitCheckpoints()],
@@ -159,7 +159,7 @@ def fit(
 def _devices(model: TextToImage) -> dict[str, Any]:
     """Where to train: where the model is, since its tensors that are no weights stay there."""
     device = model.device
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         return {"accelerator": device.type}  # the others as configured
     alone = 1 if device.type == "cpu" else [device.index or 0]
     return {"accelerator": device.type, "devices": alone, "num_nodes": 1, "strategy": "auto"}
@@ -314,7 +314,7 @@ def in_turn(name: str, seed: int, step: int, *, batch: int, count: int) -> list[
 def check_disk(
     model: TextToImage,
     settings: FinetuneSettings,
-    workshop: Workshop,
+    context: Context,
     *,
     key: str,
     trained: Callable[[str], bool] = lambda _: True,
@@ -329,7 +329,7 @@ def check_disk(
     Args:
         model: Its denoiser is to be trained.
         settings: Optimizer settings.
-        workshop: Gives the folder.
+        context: Gives the folder.
         key: Names the fit's folder.
         trained: Whether the parameter of a name is trained.
         added: Weights that are added to the denoiser's for the training, and trained.
@@ -342,16 +342,16 @@ def check_disk(
     moments = 2 * (sum(size for name, size in sizes.items() if trained(name)) + added)
     copies = 1 if settings.ema is None else 2
     check_space(
-        workshop.scratch(key),
+        context.scratch(key),
         (KEPT + 1) * 4 * (copies * weights + moments),
-        mend="or choose another disk for edits with paths.cache=FOLDER",
+        fix="or choose another disk for edits with paths.cache=FOLDER",
     )
 
 
 def finetune(
     make: Callable[[], Finetuning],
     model: TextToImage,
-    workshop: Workshop,
+    context: Context,
     *,
     steps: int,
     key: str,
@@ -365,7 +365,7 @@ def finetune(
     Args:
         make: Builds the module, once the weights are in fp32.
         model: Whose denoiser is trained.
-        workshop: Gives the Trainer and the folder.
+        context: Gives the Trainer and the folder.
         steps: Optimizer steps.
         key: Names the fit's folder.
         title: What the progress line says.
@@ -374,11 +374,11 @@ def finetune(
     Raises:
         RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
     """
-    folder = workshop.scratch(key)
+    folder = context.scratch(key)
     with _trainable(model) as before:
         module = make()
         try:
-            fit(module, model, workshop, folder, steps=steps, title=title)
+            fit(module, model, context, folder, steps=steps, title=title)
         finally:
             module.finish()
         after = {n: p.detach() for n, p in model.denoiser().named_parameters()}

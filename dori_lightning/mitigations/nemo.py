@@ -21,7 +21,7 @@ from dori_lightning.mitigations.activations import (
     activations,
     read_statistics,
 )
-from dori_lightning.mitigations.base import Workshop, check_calibrated
+from dori_lightning.mitigations.base import Context, check_calibrated
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.mitigations.nemo_criteria import (
     BlockedPasses,
@@ -40,7 +40,7 @@ from dori_lightning.mitigations.nemo_search import PairSearch, Schedule, levels_
 from dori_lightning.models import batching
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
 from dori_lightning.pairs.datamodule import Encoded
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
 # -------- nemo_find
@@ -73,7 +73,7 @@ class NeMoFindings:
 
 
 def find_neurons(
-    settings: NeMo, model: TextToImage, pairs: Mapping[str, Encoded], workshop: Workshop
+    settings: NeMo, model: TextToImage, pairs: Mapping[str, Encoded], context: Context
 ) -> NeMoFindings:
     """Find neurons for embeddings, whether they are those of prompts or not.
 
@@ -81,7 +81,7 @@ def find_neurons(
         settings: The mitigation's settings.
         model: Checkpoint; left as it was.
         pairs: Name to embedding and latent; latents are read with ``denoising_loss`` only.
-        workshop: Gives ordinary prompts and the seed.
+        context: Gives ordinary prompts and the seed.
 
     Raises:
         InputError: The model has no such layers, the statistics belong to another checkpoint, the
@@ -90,13 +90,13 @@ def find_neurons(
     layers = _layers(settings, model)
     statistics = (
         activation_statistics(
-            model, workshop.corpus.prompts("calibration", settings.statistics_prompts)
+            model, context.corpus.prompts("calibration", settings.statistics_prompts)
         )
         if settings.statistics is None
         else ActivationStatistics.load(Path(settings.statistics), model)
     )
-    with _passes(settings, model, layers, workshop) as passes:
-        watched, threshold = _watch(settings, model, pairs, workshop, passes)
+    with _passes(settings, model, layers, context) as passes:
+        watched, threshold = _watch(settings, model, pairs, context, passes)
         chosen = {
             pair: own
             for pair, own in watched.items()
@@ -115,7 +115,7 @@ def find_neurons(
             active = {n: activations(m, pairs[pair].embedding[None])[0] for n, m in layers.items()}
             levels = levels_of(active, statistics, schedule)
             searches[pair] = PairSearch(levels, threshold, settings.refine, settings.refine_group)
-        with stage(f"mitigate: {settings.name}", len(searches)) as advance:
+        with progress_bar(f"mitigate: {settings.name}", len(searches)) as advance:
             asked = run_searches(
                 searches,
                 measurement(passes, chosen),
@@ -141,7 +141,7 @@ def _layers(settings: NeMo, model: TextToImage) -> dict[str, nn.Module]:
     if not found:
         raise InputError(
             f"{model.name} has no cross-attention in {', '.join(settings.stages)}\n"
-            f"  mend:  mitigation.stages=[down,mid,up]"
+            f"  fix:   mitigation.stages=[down,mid,up]"
         )
     if settings.layers is None:
         return found
@@ -151,19 +151,19 @@ def _layers(settings: NeMo, model: TextToImage) -> dict[str, nn.Module]:
         raise InputError(
             f"no value layer of {model.name} is below {', '.join(strangers) or 'nothing'}\n"
             f"  where: mitigation.layers\n"
-            f"  mend:  modules that hold some of {', '.join(found)}; null takes all of them"
+            f"  fix:   modules that hold some of {', '.join(found)}; null takes all of them"
         )
     return {name: module for name, module in found.items() if name.startswith(starts)}
 
 
 @contextmanager
 def _passes(
-    settings: NeMo, model: TextToImage, layers: Mapping[str, nn.Module], workshop: Workshop
+    settings: NeMo, model: TextToImage, layers: Mapping[str, nn.Module], context: Context
 ) -> Iterator[BlockedPasses]:
     forwards: dict[str, Callable[..., torch.Tensor]] = {
         "noise_ssim": model.predict_noise,
         "denoising_loss": model.denoising_loss,
-        "replication": drawing(model, workshop),
+        "replication": drawing(model, context),
     }
     forward = forwards[settings.criterion]
     rows, beside = settings.rows, batching.count(model)
@@ -181,17 +181,17 @@ def _watch(
     settings: NeMo,
     model: TextToImage,
     pairs: Mapping[str, Encoded],
-    workshop: Workshop,
+    context: Context,
     passes: BlockedPasses,
 ) -> tuple[dict[str, Watched], float]:
     """Unblocked behaviour of every pair, and the similarity that says it is gone."""
     if settings.criterion == "denoising_loss":
-        watched = watch_losses(passes, pairs, model, samples=settings.samples, seed=workshop.seed)
+        watched = watch_losses(passes, pairs, model, samples=settings.samples, seed=context.seed)
         return watched, 1 - settings.suppressed_share
     if settings.criterion == "replication":
         limit = settings.replication_limit
         samples = settings.samples
-        pictures = watch_pictures(passes, pairs, model, workshop, samples=samples, limit=limit)
+        pictures = watch_pictures(passes, pairs, model, context, samples=samples, limit=limit)
         return pictures, limit
     side = min(model.latent_shape[1:])
     fits = fitting(side)
@@ -210,7 +210,7 @@ def _watch(
     }
     threshold = settings.threshold
     if threshold is None:
-        ordinary = workshop.prompts(model, "calibration", settings.threshold_prompts)
+        ordinary = context.prompts(model, "calibration", settings.threshold_prompts)
         largest = pairwise_maxima(passes, ordinary, **shared)
         threshold = float(largest.mean() + settings.threshold_stds * largest.std())
     embeddings = {pair: encoded.embedding for pair, encoded in pairs.items()}
@@ -394,13 +394,11 @@ class NeMo:
         return {"statistics": hashlib.sha256(read_statistics(Path(self.statistics))).hexdigest()}
 
     def apply(
-        self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> MaskEdit | PairMaskEdit:
         """Find the neurons of every pair and return their masks."""
         check_calibrated(pairs, self.name)
-        found = self.find(
-            model, {pair.id: workshop.data.encoded(pair) for pair in pairs}, workshop
-        )
+        found = self.find(model, {pair.id: context.data.encoded(pair) for pair in pairs}, context)
         one_at_a_time = sum(own.get("one_at_a_time", 0) for own in found.notes.values())
         origin = Origin(
             model.fingerprint,
@@ -423,13 +421,13 @@ class NeMo:
         )
 
     def find(
-        self, model: TextToImage, pairs: Mapping[str, Encoded], workshop: Workshop
+        self, model: TextToImage, pairs: Mapping[str, Encoded], context: Context
     ) -> NeMoFindings:
         """Find neurons for embeddings, whether they are those of prompts or not.
 
         Args:
             model: Checkpoint.
             pairs: Name to embedding and latent; latents are read with ``denoising_loss`` only.
-            workshop: Gives ordinary prompts and the seed.
+            context: Gives ordinary prompts and the seed.
         """
-        return find_neurons(self, model, pairs, workshop)
+        return find_neurons(self, model, pairs, context)

@@ -23,8 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from dori_lightning.metrics.calibration import Originals
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.metrics.calibration import ReferenceImages
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.nemo_search import Probe
 from dori_lightning.models import batching
 from dori_lightning.models.generation import generation_noise
@@ -85,7 +85,7 @@ class MultiScaleSimilarity:
             raise InputError(
                 f"{self.scales} scales with a window of {self.window} do not fit into a latent of "
                 f"{side} pixels\n"
-                f"  mend:  scales={fits.scales} window={fits.window}, or null to let them adapt"
+                f"  fix:   scales={fits.scales} window={fits.window}, or null to let them adapt"
             )
 
     def __call__(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -517,13 +517,13 @@ FIRST_SEED = 60_000
 """Generation seeds of the search begin here, far from those of an audit's pictures."""
 
 
-def drawing(model: TextToImage, workshop: Workshop) -> Callable[..., torch.Tensor]:
+def drawing(model: TextToImage, context: Context) -> Callable[..., torch.Tensor]:
     """Forward pass from starting noise and embeddings to pictures (N, 3, H, W) in [0, 1]."""
 
     def draw(
         noise: torch.Tensor, embeddings: torch.Tensor, *, pair_ids: Sequence[str]
     ) -> torch.Tensor:
-        return model.decode_latents(model.denoise(embeddings, noise, workshop.sampling, pair_ids))
+        return model.decode_latents(model.denoise(embeddings, noise, context.sampling, pair_ids))
 
     return draw
 
@@ -532,7 +532,7 @@ def watch_pictures(
     passes: BlockedPasses,
     pairs: Mapping[str, Encoded],
     model: TextToImage,
-    workshop: Workshop,
+    context: Context,
     *,
     samples: int,
     limit: float,
@@ -541,9 +541,9 @@ def watch_pictures(
 
     Args:
         passes: Of ``drawing``.
-        pairs: Pair id to embedding; ids must be pairs of the workshop's originals.
+        pairs: Pair id to embedding; ids must be pairs of the context's references.
         model: Whose latents have which shape.
-        workshop: Gives originals and the sampler.
+        context: Gives references and the sampler.
         samples: Pictures S of each question.
         limit: Similarity above which the unblocked model counts as reproducing the picture.
     """
@@ -554,17 +554,17 @@ def watch_pictures(
         Part(pair, (noise, encoded.embedding.to(model.device).expand(samples, -1, -1)))
         for pair, encoded in pairs.items()
     ]
-    guided = 1 if workshop.sampling.guidance == 1.0 else 2
+    guided = 1 if context.sampling.guidance == 1.0 else 2
     found = {}
     for part, pictures in zip(parts, passes.run(parts), strict=True):
-        similarity = _Closest(workshop.originals, part.pair)
+        similarity = _Closest(context.references, part.pair)
         unblocked = similarity(pictures)
         found[part.pair] = Watched(
             part.inputs,
             similarity,
             unblocked > limit,
             {"similarity_unblocked": unblocked},
-            evaluations=guided * workshop.sampling.steps,
+            evaluations=guided * context.sampling.steps,
         )
     return found
 
@@ -573,9 +573,9 @@ def watch_pictures(
 class _Closest:
     """Largest similarity of pictures (S, 3, H, W) with a pair's original."""
 
-    originals: Originals
+    references: ReferenceImages
     pair: str
 
     def __call__(self, pictures: torch.Tensor) -> float:
-        pair = self.originals.pairs[self.originals.places[self.pair]]
-        return float(self.originals.similarities(pictures.cpu(), [pair]).max())
+        pair = self.references.pairs[self.references.places[self.pair]]
+        return float(self.references.similarities(pictures.cpu(), [pair]).max())

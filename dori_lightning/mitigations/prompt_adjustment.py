@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 from dori_lightning.attacks.solver import RowAdam
-from dori_lightning.mitigations.base import Workshop, settings_of
+from dori_lightning.mitigations.base import Context, settings_fingerprint
 from dori_lightning.mitigations.edits import Origin
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.seeding import keyed_generator
@@ -113,7 +113,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Adjusting:
+class AdjustmentSettings:
     """How an embedding is shifted: AdamW on all tokens but the first.
 
     AdamW's decay pulls the tokens that move towards zero, as in the reference. There it also
@@ -169,7 +169,7 @@ class PromptAdjustment:
     target: float | None = None
     quantile: float = 0.5
     calibration_prompts: int = 64
-    adjusting: Adjusting = Adjusting()
+    adjusting: AdjustmentSettings = AdjustmentSettings()
 
     def __post_init__(self) -> None:
         if self.target is not None and not self.target >= 0:
@@ -183,7 +183,7 @@ class PromptAdjustment:
             )
 
     def apply(
-        self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> PromptAdjustmentEdit:
         """Find the target, unless it is given.
 
@@ -195,14 +195,14 @@ class PromptAdjustment:
         before = model.unet_evaluations
         target, notes = self.target, {}
         if target is None:
-            scores = self._ordinary_scores(model, workshop)
+            scores = self._ordinary_scores(model, context)
             target = float(scores.quantile(self.quantile))
             notes = {"ordinary_scores": scores.tolist()}
         return PromptAdjustmentEdit(
             Origin(
                 model.fingerprint,
                 mitigation=self.name,
-                settings=settings_of(self),
+                settings=settings_fingerprint(self),
                 cost={"unet_evaluations": model.unet_evaluations - before},
                 notes={"target": target, **notes},
             ),
@@ -210,19 +210,19 @@ class PromptAdjustment:
             self.adjusting,
         )
 
-    def _ordinary_scores(self, model: TextToImage, workshop: Workshop) -> torch.Tensor:
+    def _ordinary_scores(self, model: TextToImage, context: Context) -> torch.Tensor:
         count = self.calibration_prompts
         noise = torch.stack(
             [
                 torch.randn(
                     model.latent_shape,
-                    generator=keyed_generator("prompt adjustment", workshop.seed, k),
+                    generator=keyed_generator("prompt adjustment", context.seed, k),
                 )
                 for k in range(count)
             ]
         )
-        embeddings = workshop.prompts(model, "calibration", count)
-        scores = memorization_score(model, embeddings, noise, workshop.sampling).cpu()
+        embeddings = context.prompts(model, "calibration", count)
+        scores = memorization_score(model, embeddings, noise, context.sampling).cpu()
         if not bool(scores.isfinite().all()):
             raise RuntimeError(
                 f"{self.name}: scores of ordinary prompts are not finite, so there is no target; "
@@ -243,7 +243,7 @@ class PromptAdjustmentEdit:
 
     origin: Origin
     target: float
-    adjusting: Adjusting = Adjusting()
+    adjusting: AdjustmentSettings = AdjustmentSettings()
 
     @cached_property
     def identity(self) -> str:

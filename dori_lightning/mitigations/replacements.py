@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from dori_lightning.mitigations.base import Mitigation, Workshop, check_calibrated, edit_key
+from dori_lightning.mitigations.base import Context, Mitigation, check_calibrated, edit_key
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -32,7 +32,7 @@ from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
@@ -134,7 +134,7 @@ def finetune_on_anchors(
     make: Callable[[Anchors], Finetuning],
     model: TextToImage,
     pairs: Sequence[Pair],
-    workshop: Workshop,
+    context: Context,
 ) -> WeightEdit:
     """Find anchors with the model as it is, then train.
 
@@ -143,18 +143,18 @@ def finetune_on_anchors(
         make: Builds its module from the anchors.
         model: Whose denoiser is trained.
         pairs: Pairs to forget.
-        workshop: What mitigations work with.
+        context: What mitigations work with.
     """
     check_calibrated(pairs, method.name)
-    key = edit_key(method, model, pairs, workshop)
-    check_disk(model, method.finetune, workshop, key=key)
+    key = edit_key(method, model, pairs, context)
+    check_disk(model, method.finetune, context, key=key)
     anchors = find_anchors(
-        model, pairs, workshop, method.anchors, folder=workshop.scratch(key) / "anchors"
+        model, pairs, context, method.anchors, folder=context.scratch(key) / "anchors"
     )
     return finetune(
         lambda: make(anchors),
         model,
-        workshop,
+        context,
         steps=method.steps,
         key=key,
         title=method.name,
@@ -165,7 +165,7 @@ def finetune_on_anchors(
 def find_anchors(
     model: TextToImage,
     pairs: Sequence[Pair],
-    workshop: Workshop,
+    context: Context,
     settings: AnchorSettings,
     *,
     folder: Path,
@@ -178,7 +178,7 @@ def find_anchors(
     Args:
         model: The model as it is.
         pairs: N pairs to forget.
-        workshop: Gives seed, sampler, descriptor and ordinary prompts.
+        context: Gives seed, sampler, descriptor and ordinary prompts.
         settings: What passes.
         folder: Where each pair's pictures are kept, for a run that goes on where another was cut.
 
@@ -189,14 +189,14 @@ def find_anchors(
     embeddings: dict[str, torch.Tensor] = {}
     targets: dict[str, torch.Tensor] = {}
     needy: list[str] = []
-    with stage("anchors", len(pairs) * settings.prompts * settings.images) as advance:
+    with progress_bar("anchors", len(pairs) * settings.prompts * settings.images) as advance:
         for k, pair in enumerate(pairs):
             prompts = neighbour_prompts(
-                pair, settings.prompts, seed=workshop.seed, split="calibration"
+                pair, settings.prompts, seed=context.seed, split="calibration"
             )
             texts = model.encode_prompts(prompts).cpu()
             drawn, similarity = _generated(
-                model, workshop, pairs, texts, settings.images, path=folder / f"{pair.id}.anchors"
+                model, context, pairs, texts, settings.images, path=folder / f"{pair.id}.anchors"
             )
             over = similarity[..., k] > settings.max_similarity
             rate = over.float().mean(1)
@@ -213,10 +213,10 @@ def find_anchors(
     if needy:
         log.warning("no anchor for %s: ordinary pictures instead", ", ".join(needy))
         texts = model.encode_prompts(
-            workshop.corpus.prompts("calibration", settings.ordinary)
+            context.corpus.prompts("calibration", settings.ordinary)
         ).cpu()
         drawn, similarity = _generated(
-            model, workshop, pairs, texts, 1, path=folder / "+ordinary.anchors"
+            model, context, pairs, texts, 1, path=folder / "+ordinary.anchors"
         )
         good = similarity.amax(2)[:, 0] <= settings.max_similarity
         if not good.any():
@@ -224,7 +224,7 @@ def find_anchors(
                 f"no anchor for {', '.join(needy)}: even pictures of ordinary prompts resemble a "
                 f"memorized one by more than {settings.max_similarity}\n"
                 f"  where: mitigation.anchors.max_similarity\n"
-                f"  mend:  raise it, or choose another metrics.decider"
+                f"  fix:   raise it, or choose another metrics.decider"
             )
         for name in needy:
             latents[name], embeddings[name] = drawn[good][:, 0], texts[good]
@@ -238,7 +238,7 @@ def find_anchors(
 
 def _generated(
     model: TextToImage,
-    workshop: Workshop,
+    context: Context,
     pairs: Sequence[Pair],
     texts: torch.Tensor,
     images: int,
@@ -258,17 +258,17 @@ def _generated(
     shape = model.latent_shape
     noise = torch.stack(
         [
-            torch.randn(shape, generator=keyed_generator("anchor", workshop.seed, path.stem, k))
+            torch.randn(shape, generator=keyed_generator("anchor", context.seed, path.stem, k))
             for k in range(len(texts) * images)
         ]
     )
-    rows, batch = texts.repeat_interleave(images, 0), workshop.sampling.batch
+    rows, batch = texts.repeat_interleave(images, 0), context.sampling.batch
     latents, similarity = [], []
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        drawn = model.denoise(rows[part], noise[part], workshop.sampling)
+        drawn = model.denoise(rows[part], noise[part], context.sampling)
         similarity.append(
-            workshop.originals.similarities(model.decode_latents(drawn).cpu(), pairs)
+            context.references.similarities(model.decode_latents(drawn).cpu(), pairs)
         )
         latents.append(drawn.cpu())
     made = {
@@ -341,7 +341,7 @@ class Surrogates:
 def find_surrogates(
     model: TextToImage,
     pairs: Sequence[Pair],
-    workshop: Workshop,
+    context: Context,
     settings: SurrogateSettings,
 ) -> Surrogates:
     """Draw surrogates and refuse those that resemble any picture to forget.
@@ -358,7 +358,7 @@ def find_surrogates(
     origin: Counter[str] = Counter()
 
     def keep(pair: Pair, images: torch.Tensor, source: str) -> None:
-        good = workshop.originals.similarities(images, pairs).amax(1) < settings.max_similarity
+        good = context.references.similarities(images, pairs).amax(1) < settings.max_similarity
         room = settings.per_pair - len(kept[pair.id])
         chosen = list(images[good][:room])
         kept[pair.id] += chosen
@@ -369,27 +369,27 @@ def find_surrogates(
         return [pair for pair in pairs if len(kept[pair.id]) < settings.per_pair]
 
     if settings.source is not None:
-        edit = workshop.find(settings.source, model, pairs).edit
+        edit = context.find(settings.source, model, pairs).edit
         with edit.applied(model):
-            prompts = [workshop.data.encoded(pair).embedding for pair in pairs]
-            drawn = _draw(model, workshop, pairs, prompts, settings.candidates)
+            prompts = [context.data.encoded(pair).embedding for pair in pairs]
+            drawn = _draw(model, context, pairs, prompts, settings.candidates)
         for pair in pairs:
             keep(pair, drawn[pair.id], "mitigated")
     texts = {
-        pair.id: neighbour_prompts(pair, NEIGHBOURS, seed=workshop.seed, split="calibration")
+        pair.id: neighbour_prompts(pair, NEIGHBOURS, seed=context.seed, split="calibration")
         for pair in short()
     }
     for k in range(NEIGHBOURS):
         needy = short()
         if needy:
             rows = list(model.encode_prompts([texts[pair.id][k] for pair in needy]))
-            drawn = _draw(model, workshop, needy, rows, settings.candidates)
+            drawn = _draw(model, context, needy, rows, settings.candidates)
             for pair in needy:
                 keep(pair, drawn[pair.id], "neighbour")
     needy = short()
     if needy:
         count = settings.candidates * len(needy)
-        ordinary = workshop.corpus.examples("calibration", count, model.resolution).images
+        ordinary = context.corpus.examples("calibration", count, model.resolution).images
         for k, pair in enumerate(needy):
             keep(pair, ordinary[k :: len(needy)], "ordinary")
     empty = [pair.id for pair in pairs if not kept[pair.id]]
@@ -406,7 +406,7 @@ def find_surrogates(
 
 def _draw(
     model: TextToImage,
-    workshop: Workshop,
+    context: Context,
     pairs: Sequence[Pair],
     embeddings: Sequence[torch.Tensor],
     count: int,
@@ -418,7 +418,7 @@ def _draw(
     images = model.generate(
         torch.stack(list(embeddings)).repeat_interleave(count, 0),
         noise.repeat(len(pairs), 1, 1, 1),
-        replace(workshop.sampling, batch=min(workshop.sampling.batch, 64)),
+        replace(context.sampling, batch=min(context.sampling.batch, 64)),
         pair_ids=[pair.id for pair in pairs for _ in range(count)],
     ).cpu()
     return dict(zip((p.id for p in pairs), torch.split(images, count), strict=True))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, in_turn
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, finetune_on_anchors
@@ -256,14 +256,14 @@ class SISS:
                 "gradients are sums over pixels, which leave the range of 16-mixed"
             )
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> WeightEdit:
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find anchors with the model as it is, then train."""
         return finetune_on_anchors(
             self,
-            lambda anchors: SISSTraining(model, self, pairs, workshop, anchors=anchors),
+            lambda anchors: SISSTraining(model, self, pairs, context, anchors=anchors),
             model,
             pairs,
-            workshop,
+            context,
         )
 
 
@@ -275,7 +275,7 @@ class SISSTraining(Finetuning):
         model: TextToImage,
         method: SISS,
         pairs: Sequence[Pair],
-        workshop: Workshop,
+        context: Context,
         *,
         anchors: Anchors,
     ) -> None:
@@ -285,14 +285,14 @@ class SISSTraining(Finetuning):
             model: Its denoiser is trained; its weights must be those of the model as it is.
             method: Settings.
             pairs: N pairs to forget.
-            workshop: Gives the seed and the encoded pairs.
+            context: Gives the seed and the encoded pairs.
             anchors: What is kept.
         """
         super().__init__(model, method.finetune)
         self.automatic_optimization = False
-        self.method, self.seed, self.anchors = method, workshop.seed, anchors
+        self.method, self.seed, self.anchors = method, context.seed, anchors
         self.ids = [pair.id for pair in pairs]
-        encoded = workshop.data.batch(pairs)
+        encoded = context.data.batch(pairs)
         self.forgotten, self.prompts = encoded.latents, encoded.embeddings
         self.scaling_norm = method.scaling_norm
         if self.scaling_norm is None and method.variant in ("siss", "no_importance"):
@@ -365,7 +365,7 @@ class SISSTraining(Finetuning):
         keep = [torch.zeros_like(p) for p in trained]
         forget = [torch.zeros_like(p) for p in trained]
         total = torch.zeros((), device=self.model.device)
-        own = distributed.share(len(draws))
+        own = distributed.shard(len(draws))
         for part in draws.take(own.rows).split(method.micro_batch):
             kept, forgotten = losses(
                 self.model, part, variant=variant or method.variant, mixture=method.mixture
@@ -379,7 +379,7 @@ class SISSTraining(Finetuning):
                 torch._foreach_add_(into, found)
                 total += loss.detach() / len(draws)
         if not own.whole:
-            distributed.sum_of_all([*keep, *forget, total])
+            distributed.all_reduce_sum([*keep, *forget, total])
         return keep, forget, total
 
     def _measured_norm(self) -> float:

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Workshop, check_calibrated
+from dori_lightning.mitigations.base import Context, check_calibrated
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
 # -------- wanda_norms
@@ -64,7 +64,7 @@ class Tracing:
                 f"Wanda looks at the first {self.steps} steps, but the sampler takes "
                 f"{self.sampling.steps}\n"
                 f"  where: mitigation.steps\n"
-                f"  mend:  mitigation.steps={self.sampling.steps}, or a sampler with more steps"
+                f"  fix:   mitigation.steps={self.sampling.steps}, or a sampler with more steps"
             )
 
 
@@ -103,7 +103,7 @@ def input_norms(
         for name, layer in layers.items()
     }
     total = count * tracing.seeds
-    with model.frozen(), stage("wanda: trace", total) as advance:
+    with model.frozen(), progress_bar("wanda: trace", total) as advance:
         for seed in range(tracing.seed, tracing.seed + tracing.seeds):
             noise = generation_noise(seed, model.latent_shape)
             for start in range(0, count, width):
@@ -257,7 +257,7 @@ def wanda_masks(
         targets = [{name: value[k] for name, value in norms.items()} for k in range(count)]
 
     def made() -> Iterator[dict[str, torch.Tensor]]:
-        with stage("wanda: select", len(targets)) as advance:
+        with progress_bar("wanda: select", len(targets)) as advance:
             for target in targets:
                 yield {
                     f"{name}.weight": select_over_time(
@@ -331,7 +331,7 @@ def _check_row(name: str, width: int, fraction: float) -> None:
         raise InputError(
             f"{fraction} of the {width} weights in a row of {name} is less than one weight\n"
             f"  where: mitigation.fraction\n"
-            f"  mend:  at least {1 / width:.4g}, or drop the layer's stage from mitigation.stages"
+            f"  fix:   at least {1 / width:.4g}, or drop the layer's stage from mitigation.stages"
         )
 
 
@@ -424,14 +424,14 @@ class Wanda:
         )
 
     def apply(
-        self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> MaskEdit | PairMaskEdit:
         """Choose weights by the pairs' prompts.
 
         Args:
             model: Checkpoint; left as it was.
             pairs: Pairs to forget; only their prompts are read.
-            workshop: Gives embeddings, the sampler and, for base ``corpus``, ordinary prompts.
+            context: Gives embeddings, the sampler and, for base ``corpus``, ordinary prompts.
 
         Raises:
             InputError: There is no pair, the sampler takes fewer steps, or ``fraction`` of a row
@@ -440,8 +440,8 @@ class Wanda:
         check_calibrated(pairs, self.name)
         masks = self.find(
             model,
-            workshop.data.batch(pairs).embeddings,
-            workshop,
+            context.data.batch(pairs).embeddings,
+            context,
             pool=self.scope == "shared",
         )
         if self.scope == "pair":
@@ -457,7 +457,7 @@ class Wanda:
         self,
         model: TextToImage,
         embeddings: torch.Tensor,
-        workshop: Workshop,
+        context: Context,
         *,
         pool: bool = False,
     ) -> Iterator[dict[str, torch.Tensor]]:
@@ -466,7 +466,7 @@ class Wanda:
         Args:
             model: Checkpoint; left as it was.
             embeddings: Text embeddings (N, T, D).
-            workshop: Gives the sampler and, for base ``corpus``, ordinary prompts.
+            context: Gives the sampler and, for base ``corpus``, ordinary prompts.
             pool: One mask for all embeddings rather than one for each.
 
         Returns:
@@ -475,12 +475,12 @@ class Wanda:
         if self.base == "empty":
             base = model.empty_embedding()
         else:
-            base = workshop.prompts(model, "calibration", self.base_prompts)
+            base = context.prompts(model, "calibration", self.base_prompts)
         return wanda_masks(
             model,
             embeddings,
             base,
-            tracing=self.tracing(workshop.sampling),
+            tracing=self.tracing(context.sampling),
             fraction=self.fraction,
             select_ratio=self.select_ratio,
             pool=pool,

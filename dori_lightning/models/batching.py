@@ -36,7 +36,7 @@ fills up more."""
 
 
 PASS_KIND = "attack"
-"""Under this name a model remembers how wide its memory lets a pass be, see ``halving.Passes``."""
+"""Under this name a model remembers the largest batch that its memory holds (``OomBackoff``)."""
 
 
 def pairs_at_once(model: TextToImage) -> int:
@@ -66,7 +66,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True)
-class Passes:
+class OomBackoff:
     """Forward passes of one kind.
 
     Attributes:
@@ -74,13 +74,13 @@ class Passes:
         noun: What is counted, in the singular.
         limits: Widest pass that memory was found to hold, by kind; shared by all passes of a
             model, so that it runs out once and not at every batch.
-        mend: What helps where a single one does not fit.
+        fix: What helps where a single one does not fit.
     """
 
     kind: str
     noun: str
     limits: MutableMapping[str, int]
-    mend: str
+    fix: str
 
     def width(self, wanted: int) -> int:
         """How many of ``wanted`` may share a pass, by what is known of memory."""
@@ -118,7 +118,7 @@ class Passes:
         return (
             f"out of memory with a single {self.noun} in a forward pass: {_first_line(error)}\n"
             f"  where: {self.kind}{_used()}\n"
-            f"  mend:  {self.mend}"
+            f"  fix:   {self.fix}"
         )
 
 
@@ -234,7 +234,7 @@ of kernels, an allocator's gaps, other parts of the run."""
 _GIB = 2**30
 
 
-class PeakTensors(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):
     """Most bytes of tensors that were made while this is open and alive at one time.
 
     What kernels take for themselves while they run is not among them.
@@ -334,7 +334,7 @@ def _peak(model: TextToImage, samples: int, pair_id: str | None) -> int:
         before = torch.cuda.memory_allocated(device)
         _run(model, samples, pair_id)
         return torch.cuda.max_memory_allocated(device) - before
-    tensors = PeakTensors()
+    tensors = PeakMemory()
     with tensors:
         _run(model, samples, pair_id)
     return tensors.peak
@@ -390,7 +390,7 @@ def _of_control_group(place: Path = Path("/sys/fs/cgroup")) -> int | None:
     return None
 
 
-def pairs_that_fit(
+def estimate_batch_size(
     model: TextToImage,
     *,
     noise_batch: int,
@@ -442,12 +442,12 @@ def fit_cpu_passes(
         pair_id: Some pair, where the model carries an edit for each pair.
     """
     asked = f"{PASS_KIND}, {noise_batch} samples"
-    if model.device.type != "cpu" or asked in model.pass_limits:
+    if model.device.type != "cpu" or asked in model.max_batch_sizes:
         return
-    fit = model.pass_limits[asked] = _fitting(model, noise_batch, free, pair_id)
+    fit = model.max_batch_sizes[asked] = _fitting(model, noise_batch, free, pair_id)
     if fit < pairs_at_once(model):
-        narrow = min(fit, wanted or fit, model.pass_limits.get(PASS_KIND, fit))
-        model.pass_limits[PASS_KIND] = narrow
+        narrow = min(fit, wanted or fit, model.max_batch_sizes.get(PASS_KIND, fit))
+        model.max_batch_sizes[PASS_KIND] = narrow
 
 
 def _fitting(model: TextToImage, noise_batch: int, free: int | None, pair_id: str | None) -> int:

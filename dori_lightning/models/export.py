@@ -324,7 +324,7 @@ def _check_finite(
         if not tensor.isfinite().all() and before[name].isfinite().all():
             raise InputError(
                 f"{name} has weights that are too large for {dtype}\n"
-                f"  mend:  export in bf16 or fp32, or let the weights decide (dtype null)"
+                f"  fix:   export in bf16 or fp32, or let the weights decide (dtype null)"
             )
 
 

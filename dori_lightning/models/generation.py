@@ -27,7 +27,7 @@ give a picture the same bits in any company."""
 
 
 @dataclass(frozen=True)
-class PictureOrder:
+class GenerationRequest:
     """K pictures to make from one embedding.
 
     Attributes:
@@ -46,12 +46,12 @@ def generation_noise(seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-def picture_seeds(sampling: Sampling) -> tuple[int, ...]:
+def image_seeds(sampling: Sampling) -> tuple[int, ...]:
     """Generation seeds of a pair's K pictures."""
     return tuple(sampling.seed + k for k in range(sampling.images_per_pair))
 
 
-def unmitigated_name(model: TextToImage, sampling: Sampling) -> str:
+def baseline_cache_key(model: TextToImage, sampling: Sampling) -> str:
     """Name of the folder for what a checkpoint draws as it is, under one way of sampling."""
     method = f"{sampling.sampler}|{sampling.steps}|{sampling.guidance}|{model.latent_shape}"
     return f"{model.fingerprint[:16]}-{hashlib.sha256(method.encode()).hexdigest()[:8]}"
@@ -89,9 +89,9 @@ def _write(path: Path, image: torch.Tensor, identity: str) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def generate_pictures(
+def generate_images(
     model: TextToImage,
-    orders: Sequence[PictureOrder],
+    orders: Sequence[GenerationRequest],
     sampling: Sampling,
     *,
     edit: str = "none",
@@ -112,7 +112,7 @@ def generate_pictures(
     Returns:
         How many pictures were drawn anew.
     """
-    seeds = picture_seeds(sampling)
+    seeds = image_seeds(sampling)
     missing = []
     for order in orders:
         names = [_identity(model, sampling, order.embedding, seed, edit) for seed in seeds]
@@ -151,7 +151,7 @@ def _advance(advance: Callable[[int], None] | None, count: int) -> None:
         advance(count)
 
 
-def load_pictures(folder: Path, seeds: Sequence[int]) -> torch.Tensor:
+def load_images(folder: Path, seeds: Sequence[int]) -> torch.Tensor:
     """Read generated pictures (K, 3, H, W) in [0, 1]."""
     rows = []
     for seed in seeds:

@@ -70,8 +70,8 @@ class TextToImage(Protocol):
     Attributes:
         alphas_cumprod: Cumulative product of the noise schedule, (``num_train_timesteps``,).
         unet_evaluations: Rows that went through the denoiser so far.
-        pass_limits: Widest forward pass that memory was found to hold, by what it is for; empty
-            while it has not run out (``halving.Passes``).
+        max_batch_sizes: Largest batch that memory was found to hold, by purpose; empty while
+            it has not run out (``OomBackoff``).
         row_pairs: Whose rows the denoiser's current or last pass in this thread holds.
         embedding_filter: Applied to embeddings before anything is generated from them.
     """
@@ -85,7 +85,7 @@ class TextToImage(Protocol):
     device: torch.device
     alphas_cumprod: torch.Tensor
     unet_evaluations: int
-    pass_limits: dict[str, int]
+    max_batch_sizes: dict[str, int]
     row_pairs: tuple[str, ...] | None
     embedding_filter: EmbeddingFilter | None
 

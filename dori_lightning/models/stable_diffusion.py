@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dori_lightning.models import batching
-from dori_lightning.models.batching import Passes
+from dori_lightning.models.batching import OomBackoff
 from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampling, Stage
 from dori_lightning.runtime import distributed
 from dori_lightning.types import InputError
@@ -209,7 +209,7 @@ class StableDiffusion(Encoders):
             )
         self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.unet_evaluations = 0
-        self.pass_limits: dict[str, int] = {}
+        self.max_batch_sizes: dict[str, int] = {}
         self.embedding_filter: EmbeddingFilter | None = None
         self._counting = threading.Lock()
         self._of_thread = threading.local()
@@ -330,7 +330,7 @@ class StableDiffusion(Encoders):
         Raises:
             InputError: Not even one picture fits the memory.
         """
-        passes = Passes("generate", "picture", self.pass_limits, _TOO_LARGE)
+        passes = OomBackoff("generate", "picture", self.max_batch_sizes, _TOO_LARGE)
         done: list[torch.Tensor] = []
         beside = batching.count(self)
 

@@ -97,7 +97,7 @@ def neighbour_prompts(
             f"the prompt of pair {pair.id} ({pair.prompt!r}) has {len(chosen)} neighbours by "
             f"rule, but {count} are asked for\n"
             f"  where: pairs\n"
-            f"  mend:  ask for fewer, or give the pair a subject (what generic captions call it)"
+            f"  fix:   ask for fewer, or give the pair a subject (what generic captions call it)"
         )
     return tuple(chosen.values())[:count]
 
@@ -276,7 +276,7 @@ class CaptionCorpus:
         raise InputError(
             f"{self.path} has captions only, and this needs pictures with captions\n"
             f"  where: corpus\n"
-            f"  mend:  corpus=folder corpus.path=FOLDER (pictures with a metadata.csv)"
+            f"  fix:   corpus=folder corpus.path=FOLDER (pictures with a metadata.csv)"
         )
 
 
@@ -295,7 +295,7 @@ class NoCorpus:
         raise InputError(
             f"this needs {count} ordinary prompts for {split}, and corpus is none\n"
             f"  where: corpus\n"
-            f"  mend:  corpus=folder corpus.path=FOLDER (pictures with a metadata.csv), or "
+            f"  fix:   corpus=folder corpus.path=FOLDER (pictures with a metadata.csv), or "
             f"corpus=captions corpus.path=FILE where captions are enough"
         )
 
@@ -321,7 +321,7 @@ def _enough(rows: list[_T], count: int, split: Split, path: Path | str) -> list[
         raise InputError(
             f"{path} has {len(rows)} elements for {split}, but {count} are needed\n"
             f"  where: corpus\n"
-            f"  mend:  give a longer list, or ask for fewer"
+            f"  fix:   give a longer list, or ask for fewer"
         )
     return rows[:count]
 

@@ -270,8 +270,8 @@ def require_columns(
             columns = [name.strip() for name in next(csv.reader([top], delimiter=other), [])]
             if other != delimiter and all(any(n in columns for n in g) for g in required):
                 name = "tab" if other == "\t" else other
-                mend = f"\"pairs.delimiter='{name}'\""  # a shell and Hydra each need their quotes
-                raise InputError(f"{text}. They look separated by {other!r}: add {mend}")
+                fix = f"\"pairs.delimiter='{name}'\""  # a shell and Hydra each need their quotes
+                raise InputError(f"{text}. They look separated by {other!r}: add {fix}")
     raise InputError(f"{text}. Add it, or rename the column that means it")
 
 
@@ -324,8 +324,8 @@ def _csv_line(header: list[str], where: str, record: list[str]) -> Line:
     if len(record) == len(header):
         return Line(where, dict(zip(header, record, strict=True)))
     what = f"{len(record)} fields, but the header has {len(header)}"
-    mend = 'put captions that hold the delimiter into "..."'
-    return Line(where, problems=(Problem(where, "(all)", what, mend),))
+    fix = 'put captions that hold the delimiter into "..."'
+    return Line(where, problems=(Problem(where, "(all)", what, fix),))
 
 
 def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[str], list[Line]]:
@@ -352,8 +352,8 @@ def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[s
         except (ValueError, RecursionError) as error:
             value, what = None, f"no JSON: {error}"
         if what:
-            mend = 'write {"column": "value", ...} in one line'
-            records.append(Line(where, problems=(Problem(where, "(all)", what, mend),)))
+            fix = 'write {"column": "value", ...} in one line'
+            records.append(Line(where, problems=(Problem(where, "(all)", what, fix),)))
         else:
             records.append(Line(where, value))
     header = list(dict.fromkeys(key for record in records for key in record.values))

@@ -124,14 +124,14 @@ class Problem:
             ``row 3`` of a parquet file (the first is row 1).
         column: Column as the file names it.
         what: What is wrong.
-        mend: How to mend it.
+        fix: How to mend it.
         missing: The picture is not there, which ``on_missing="skip"`` forgives.
     """
 
     where: str
     column: str
     what: str
-    mend: str
+    fix: str
     missing: bool = False
 
 
@@ -161,7 +161,7 @@ def raise_problems(problems: Sequence[Problem], *, source: str, rows: int) -> No
     if not problems:
         return
     cells = [("where", "column", "what is wrong", "how to mend it")]
-    cells += [(p.where, p.column, p.what, p.mend) for p in problems[:SHOWN]]
+    cells += [(p.where, p.column, p.what, p.fix) for p in problems[:SHOWN]]
     widths = [max(len(line[k]) for line in cells) for k in range(3)]
     lines = [
         "  ".join([*(line[k].ljust(widths[k]) for k in range(3)), line[3]]).rstrip()
@@ -211,14 +211,14 @@ class PictureError(Exception):
 
     Attributes:
         what: What is wrong.
-        mend: How to mend it.
+        fix: How to mend it.
         missing: There is no such file.
     """
 
-    def __init__(self, what: str, mend: str, *, missing: bool = False) -> None:
+    def __init__(self, what: str, fix: str, *, missing: bool = False) -> None:
         """Keep what is wrong and how to mend it."""
         super().__init__(what)
-        self.what, self.mend, self.missing = what, mend, missing
+        self.what, self.fix, self.missing = what, fix, missing
 
 
 def sniff(head: bytes) -> str:
@@ -379,9 +379,9 @@ class _RowCheck:
     def __init__(self, row: RawRow, names: Mapping[str, str]) -> None:
         self.row, self.names, self.problems = row, names, list(row.problems)
 
-    def _say(self, column: str, what: str, mend: str, *, missing: bool = False) -> None:
+    def _say(self, column: str, what: str, fix: str, *, missing: bool = False) -> None:
         name = self.names.get(column, column)
-        self.problems.append(Problem(self.row.where, name, what, mend, missing))
+        self.problems.append(Problem(self.row.where, name, what, fix, missing))
 
     def id(self, taken: dict[str, str]) -> str:
         value = self.row.id
@@ -453,8 +453,8 @@ class _RowCheck:
     def image(self, root: Path) -> tuple[Path, str]:
         value = self.row.image
         if value in (None, "") and self.row.looked_for:
-            mend = "add the file, or drop such rows: pairs.on_missing=skip"
-            self._say("image", f"found no {self.row.looked_for}", mend, missing=True)
+            fix = "add the file, or drop such rows: pairs.on_missing=skip"
+            self._say("image", f"found no {self.row.looked_for}", fix, missing=True)
         elif not isinstance(value, str) or not value:
             self._say("image", f"{quote(value)} is no path", f"write a path relative to {root}")
         else:
@@ -463,7 +463,7 @@ class _RowCheck:
                 return path, check_picture(path)
             except PictureError as error:
                 what = error.what if str(value) in error.what else f"{value}: {error.what}"
-                self._say("image", what, error.mend, missing=error.missing)
+                self._say("image", what, error.fix, missing=error.missing)
         return root, ""
 
 
@@ -637,7 +637,7 @@ def check_prompt_lengths(
             text += f"; {first.id} loses its end {quote(cut_off(first.prompt).strip())}"
         if strict:
             raise InputError(
-                f"{text}\n  where: the prompts of these pairs\n  mend:  shorten them, or let "
+                f"{text}\n  where: the prompts of these pairs\n  fix:   shorten them, or let "
                 f"them be cut: task.strict_prompts=false"
             )
         logger.warning("%s. What does not fit is cut", text)

@@ -5,7 +5,7 @@ A file of claims (``expected.json`` of an experiment) is a list of objects::
     {"cell": {...}, "metric": "mr", "value": 0.0, "tol": 0.05}
 
 ``cell`` has the keys of a cell in ``report.json``: checkpoint, mitigation, attack, init, norm,
-eps, steps, kind. What does not depend on an attack (the price) names checkpoint and mitigation
+eps, steps, kind. What does not depend on an attack (the cost) names checkpoint and mitigation
 alone. A claim holds where the measured number is within ``tol`` of ``value``. An optional
 ``sweep`` names the run folder's sweep that the claim is about, where several are recorded in one
 file.
@@ -93,7 +93,7 @@ def read_claims(path: Path) -> tuple[Claim, ...]:
     except OSError as error:
         raise InputError(
             f"cannot read the claims: {error.strerror}\n  where: {path}\n"
-            f"  mend:  task.expected=FILE"
+            f"  fix:   task.expected=FILE"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
@@ -202,9 +202,9 @@ def _measured(claim: Claim, cells: Sequence[Cell], rows: Sequence[HeadlineRow]) 
         )  # fmt: skip
         if row is None:
             return math.nan
-        price = row.price
-        prices = (price.loss_ratio, price.kid, price.unet_evaluations)
-        return dict(zip(_OF_ROWS, prices, strict=True))[claim.metric]
+        cost = row.cost
+        costs = (cost.loss_ratio, cost.kid, cost.unet_evaluations)
+        return dict(zip(_OF_ROWS, costs, strict=True))[claim.metric]
     cell = next((c for c in cells if _is(c, wanted)), None)
     if cell is None:
         return math.nan

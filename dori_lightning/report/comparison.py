@@ -75,7 +75,7 @@ def check_baselines(runs: Sequence[Run], *, unfinished: Sequence[str]) -> None:
             f"no table without its none row: nothing shows what {', '.join(lacking)} reproduces "
             f"without a mitigation, nor sets the threshold of the other rows{pending}\n"
             f"  where: task.runs\n"
-            f"  mend:  audit the checkpoint with mitigation=none under the same settings, and add "
+            f"  fix:   audit the checkpoint with mitigation=none under the same settings, and add "
             f"that run"
         )
 
@@ -95,7 +95,7 @@ def check_belonging(runs: Sequence[Run], base: Run) -> None:
         listed = "\n".join(problems)
         raise InputError(
             f"these runs do not belong into one table with {base.folder.name}:\n{listed}\n"
-            f"  mend:  make a table of each group by itself: task.runs=[FOLDER,FOLDER]"
+            f"  fix:   make a table of each group by itself: task.runs=[FOLDER,FOLDER]"
         )
 
 
@@ -282,7 +282,7 @@ def make_entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entr
                 raise InputError(
                     f"two runs hold {label}, {condition_words(condition)}: "
                     f"{held[condition][0].folder} and {run.folder}\n"
-                    f"  where: task.runs\n  mend:  leave one of them out"
+                    f"  where: task.runs\n  fix:   leave one of them out"
                 )
     everything = [outcome for _, outcomes in held.values() for outcome in outcomes]
     entry = Entry(
@@ -359,7 +359,7 @@ def _edit(label: str, runs: Sequence[Run]) -> Mapping[str, Any]:
         raise InputError(
             f"the runs of {label} carry different edits: {folders}\n"
             f"  where: task.runs\n"
-            f"  mend:  run them again with the same pairs, corpus and seed"
+            f"  fix:   run them again with the same pairs, corpus and seed"
         )
     return next((e for e in edits if e.get("made")), edits[0] if edits else {})
 
@@ -423,7 +423,7 @@ def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Compariso
         raise InputError(
             f"no run has a result yet, so there is no table; without one: "
             f"{', '.join(unfinished) or 'none was given'}\n"
-            f"  where: task.runs\n  mend:  finish the runs, or name folders with a report.json"
+            f"  where: task.runs\n  fix:   finish the runs, or name folders with a report.json"
         )
     check_baselines(runs, unfinished=unfinished)
     labels = labels_of(runs)
@@ -639,7 +639,7 @@ def published_for(mitigation: str, *, checkpoint: str) -> Published | None:
 
 
 # -------- headline
-# One row per mitigation: what it hides from prompts, what the attack still finds, and the price.
+# One row per mitigation: what it hides from prompts, what the attack still finds, and the cost.
 #
 # Reference: the main table of Finding DoRI (ICML 2026), https://arxiv.org/abs/2507.16880
 
@@ -670,7 +670,7 @@ class Attacked:
 
 
 @dataclass(frozen=True)
-class Price:
+class UtilityCost:
     """What a mitigation costs; NaN where it was not measured.
 
     Attributes:
@@ -706,7 +706,7 @@ class HeadlineRow:
         prompt_tm: Template copies, from their prompts.
         prompt_control: Controls, from their prompts.
         attacks: The row under the attack, by initial point.
-        price: What the mitigation costs.
+        cost: What the mitigation costs.
         published: What the paper gives for the row.
         against_none: Suspected images from their prompts, compared with no mitigation.
         against_none_holm: Its p-value corrected for the rows of the checkpoint; NaN without one.
@@ -722,7 +722,7 @@ class HeadlineRow:
     prompt_tm: Cell | None
     prompt_control: Cell | None
     attacks: tuple[Attacked, ...]
-    price: Price
+    cost: UtilityCost
     published: Published | None
     against_none: Paired | None = None
     against_none_holm: float = math.nan
@@ -771,7 +771,7 @@ def _rows(entry: Entry, base: Entry) -> Iterator[HeadlineRow]:
             prompt_tm=_cell(entry, "tm", _PROMPT),
             prompt_control=_cell(entry, "control", _PROMPT),
             attacks=tuple(_attacked(entry, base, i, c) for i, c in conditions.items()),
-            price=_price(entry),
+            cost=_utility_cost(entry),
             published=_published(entry) if norm == "none" else None,  # the paper has no ball
             against_none=_against(base, entry, _PROMPT, _PROMPT) if entry is not base else None,
             invalid=tuple(flag["name"] for flag in entry.invalid),
@@ -843,11 +843,11 @@ def _corrected(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
     ]
 
 
-def _price(entry: Entry) -> Price:
+def _utility_cost(entry: Entry) -> UtilityCost:
     loss, kid = (_mapping(entry.utility, name) for name in ("denoising_loss", "kid"))
     cost, counts = (_mapping(entry.edit, name) for name in ("cost", "counts"))
     low, high = loss.get("ratio_ci95") or (None, None)
-    return Price(
+    return UtilityCost(
         loss_ratio=_number(loss.get("ratio")),
         loss_ratio_ci95=(_number(low), _number(high)),
         kid=_number(kid.get("mean")),

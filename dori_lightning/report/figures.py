@@ -75,7 +75,7 @@ _VARIABLES = {
 }
 
 
-class Ink:
+class FigureStyle:
     """How a figure is drawn: for which place, and in which colours.
 
     Args:
@@ -104,7 +104,7 @@ class Ink:
 
 
 @contextmanager
-def styled(ink: Ink) -> Iterator[None]:
+def styled(ink: FigureStyle) -> Iterator[None]:
     """Draw in one style, whatever the user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -169,7 +169,7 @@ def under_legend(figure: Figure, *panels: Axes, columns: int = 3) -> None:
         )
 
 
-def rendered(figure: Figure, ink: Ink) -> bytes:
+def rendered(figure: Figure, ink: FigureStyle) -> bytes:
     """Encode a figure; equal figures give equal bytes, since no version and no date is written."""
     sink = io.BytesIO()
     if not ink.element:
@@ -227,7 +227,7 @@ def picture_grid(
     known = [row for row in rows if row[0] is not None or row[1] is not None]
     if disclosure == "none" or not known:
         return None
-    ink = Ink()
+    ink = FigureStyle()
     with styled(ink):
         figure = new_figure(6.6, 2.35 * len(known) + 0.3)
         grid = figure.subplots(len(known), 3, squeeze=False)
@@ -250,7 +250,11 @@ def picture_grid(
 
 
 def _grid_picture(
-    panel: Axes, result: PairResult | None, threshold: float, disclosure: Disclosure, ink: Ink
+    panel: Axes,
+    result: PairResult | None,
+    threshold: float,
+    disclosure: Disclosure,
+    ink: FigureStyle,
 ) -> None:
     shown = thumbnail(result.picture, disclosure) if result and result.picture else None
     if shown is not None:
@@ -281,7 +285,9 @@ def _grid_picture(
 # The figure of a comparison that holds what is removed against what it costs.
 
 
-def removal_against_price(rows: Sequence[HeadlineRow], ink: Ink | None = None) -> bytes | None:
+def removal_against_price(
+    rows: Sequence[HeadlineRow], ink: FigureStyle | None = None
+) -> bytes | None:
     """Draw what the attack still finds against what the mitigation costs on ordinary pictures.
 
     A mitigation that is attacked within several balls is shown in the widest. Both intervals are
@@ -297,7 +303,7 @@ def removal_against_price(rows: Sequence[HeadlineRow], ink: Ink | None = None) -
             groups.setdefault(row.checkpoint, []).append(row)
     if not groups:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     with styled(ink):
         columns = ink.columns(len(groups))
         lines = math.ceil(len(groups) / columns)
@@ -316,19 +322,19 @@ def removal_against_price(rows: Sequence[HeadlineRow], ink: Ink | None = None) -
 
 def _drawn(row: HeadlineRow) -> bool:
     attacked = row.main.vm if row.main is not None else None
-    known = attacked is not None and attacked.n > 0 and math.isfinite(row.price.loss_ratio)
+    known = attacked is not None and attacked.n > 0 and math.isfinite(row.cost.loss_ratio)
     return known and row.mitigation != BASELINE
 
 
-def _panel(axes: Axes, rows: Sequence[HeadlineRow], ink: Ink) -> None:
+def _panel(axes: Axes, rows: Sequence[HeadlineRow], ink: FigureStyle) -> None:
     plain_axes(axes)
     axes.axvline(0.0, color=ink.calm, linewidth=1.0)
     for place, row in enumerate(_by_height(rows)):
         assert row.main is not None
         assert row.main.vm is not None
-        cell, ratio = row.main.vm, row.price.loss_ratio
+        cell, ratio = row.main.vm, row.cost.loss_ratio
         found = cell.hits > 0
-        bounds = np.array([row.price.loss_ratio_ci95, cell.mr_ci95])
+        bounds = np.array([row.cost.loss_ratio_ci95, cell.mr_ci95])
         spread = np.abs(bounds - np.array([[ratio], [cell.mr]]))
         axes.errorbar(
             ratio - 1.0, cell.mr,
@@ -354,7 +360,7 @@ def _by_height(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
         rows,
         key=lambda row: (
             row.main.vm.mr if row.main is not None and row.main.vm is not None else 0.0,
-            row.price.loss_ratio,
+            row.cost.loss_ratio,
         ),
     )
 
@@ -368,7 +374,7 @@ _APART_REPEATS = 7.0
 
 def memorization_against_repeats(
     results: Sequence[PairResult],
-    ink: Ink | None = None,
+    ink: FigureStyle | None = None,
     *,
     conditions: Sequence[Condition],
     threshold: float,
@@ -383,12 +389,12 @@ def memorization_against_repeats(
         The figure, None where no pair has repetitions.
     """
     panels = {"": (results, conditions)}
-    return _sheet(panels, ink or Ink(), threshold=threshold, kind=kind)
+    return _sheet(panels, ink or FigureStyle(), threshold=threshold, kind=kind)
 
 
 def repeats_by_mitigation(
     rows: Mapping[str, tuple[Sequence[PairResult], Sequence[Condition]]],
-    ink: Ink | None = None,
+    ink: FigureStyle | None = None,
     *,
     threshold: float,
     kind: Kind = "vm",
@@ -404,12 +410,12 @@ def repeats_by_mitigation(
     Returns:
         The figure, None where no pair has repetitions.
     """
-    return _sheet(rows, ink or Ink(), threshold=threshold, kind=kind)
+    return _sheet(rows, ink or FigureStyle(), threshold=threshold, kind=kind)
 
 
 def _sheet(
     rows: Mapping[str, tuple[Sequence[PairResult], Sequence[Condition]]],
-    ink: Ink,
+    ink: FigureStyle,
     *,
     threshold: float,
     kind: Kind,
@@ -457,7 +463,7 @@ def _panel_repeats(
     axes: Axes,
     shown: Sequence[PairResult],
     conditions: Sequence[Condition],
-    ink: Ink,
+    ink: FigureStyle,
     *,
     threshold: float,
     kind: Kind,
@@ -512,7 +518,7 @@ _APART = 5.0
 """Points between the marks of two kinds at the same number of steps."""
 
 
-def rate_against_steps(cells: Sequence[Cell], ink: Ink | None = None) -> bytes | None:
+def rate_against_steps(cells: Sequence[Cell], ink: FigureStyle | None = None) -> bytes | None:
     """Draw the memorization rate against the attack's steps, with Wilson intervals.
 
     Each start and radius has a panel. The rate from the prompts is the attack from there at 0
@@ -530,7 +536,7 @@ def rate_against_steps(cells: Sequence[Cell], ink: Ink | None = None) -> bytes |
     )
     if not panels:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     with styled(ink):
         columns = ink.columns(len(panels))
         lines = math.ceil(len(panels) / columns)
@@ -547,7 +553,10 @@ def rate_against_steps(cells: Sequence[Cell], ink: Ink | None = None) -> bytes |
 
 
 def _rate_panel(
-    axes: Axes, cells: Sequence[Cell], panel: tuple[Init | None, Norm, float | None], ink: Ink
+    axes: Axes,
+    cells: Sequence[Cell],
+    panel: tuple[Init | None, Norm, float | None],
+    ink: FigureStyle,
 ) -> None:
     plain_axes(axes)
     init, norm, eps = panel
@@ -595,12 +604,12 @@ def _rate_panel(
 
 def similarity_histograms(
     results: Sequence[PairResult],
-    ink: Ink | None = None,
+    ink: FigureStyle | None = None,
     *,
     conditions: Sequence[Condition],
     calibration: Calibration,
 ) -> bytes | None:
-    """Draw how similar the pictures are to the originals, per kind and condition.
+    """Draw how similar the pictures are to the references, per kind and condition.
 
     Returns:
         The figure, None where nothing was measured.
@@ -609,7 +618,7 @@ def similarity_histograms(
     kinds = [kind for kind in KINDS if any(r.pair.kind == kind for r in shown)]
     if not shown:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     low = min(0.0, *(r.statistic for r in shown))
     bins = np.linspace(math.floor(low * 10) / 10, max(1.0, *(r.statistic for r in shown)), 25)
     with styled(ink):
@@ -644,7 +653,7 @@ def similarity_histograms(
         return rendered(figure, ink)
 
 
-def roc(calibration: Calibration, ink: Ink | None = None) -> bytes | None:
+def roc(calibration: Calibration, ink: FigureStyle | None = None) -> bytes | None:
     """Draw how well the descriptor tells reproduced suspected images from controls.
 
     Returns:
@@ -652,7 +661,7 @@ def roc(calibration: Calibration, ink: Ink | None = None) -> bytes | None:
     """
     if not calibration.roc:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     with styled(ink):
         figure = new_figure(4.4, 4.2)
         axes = figure.subplots()
@@ -681,7 +690,7 @@ def roc(calibration: Calibration, ink: Ink | None = None) -> bytes | None:
 # -------- plots
 # The figures of a report with their captions, for the page and for the run folder.
 
-Drawing = Callable[[Ink], bytes | None]
+Drawing = Callable[[FigureStyle], bytes | None]
 
 GRID_ROWS = 12
 """Rows of the picture grid; more would not fit a screen."""
@@ -748,8 +757,8 @@ def drawn_for_page(
     """
     plots: dict[str, Plot | None] = dict.fromkeys(texts)
     for name, draw in drawings.items():
-        wide = draw(Ink(element=name))
-        narrow = draw(Ink(element=f"{name}-narrow", narrow=True))
+        wide = draw(FigureStyle(element=name))
+        narrow = draw(FigureStyle(element=f"{name}-narrow", narrow=True))
         if wide is not None and narrow is not None:
             title, caption = texts[name]
             # drawn by us out of numbers and escaped names: this is markup, not text
@@ -765,7 +774,7 @@ def write_figures(
     """Write every figure that has something to show as PNG into ``folder/figures``."""
     target = folder / "figures"
     target.mkdir(parents=True, exist_ok=True)
-    drawn = {name: draw(Ink()) for name, draw in _drawings(report).items()}
+    drawn = {name: draw(FigureStyle()) for name, draw in _drawings(report).items()}
     own, results = _own(report)
     grid = [
         (_pick(results, pair_id, own[0]), _pick(results, pair_id, own[1]))
@@ -834,7 +843,7 @@ class _Look:
     width: float
 
 
-def _looks(labels: Sequence[str], ink: Ink) -> dict[str, _Look]:
+def _looks(labels: Sequence[str], ink: FigureStyle) -> dict[str, _Look]:
     """Give every mitigation a look of its own; the checkpoint as it is stands out."""
     looks = {}
     for place, label in enumerate(name for name in labels if name != BASELINE):
@@ -847,7 +856,7 @@ def _looks(labels: Sequence[str], ink: Ink) -> dict[str, _Look]:
     return {BASELINE: _Look(ink.text, "-", "o", 2.6), **looks}
 
 
-def before_and_after(rows: Sequence[HeadlineRow], ink: Ink | None = None) -> bytes | None:
+def before_and_after(rows: Sequence[HeadlineRow], ink: FigureStyle | None = None) -> bytes | None:
     """Draw, for every mitigation, what its prompts bring back beside what the attack does.
 
     A mitigation that is attacked within several balls is shown in the widest.
@@ -862,7 +871,7 @@ def before_and_after(rows: Sequence[HeadlineRow], ink: Ink | None = None) -> byt
             groups.setdefault(row.checkpoint, []).append(row)
     if not groups:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     heights = [len(group) + 0.8 for group in groups.values()]
     with styled(ink):
         figure = new_figure(ink.width(), 0.38 * sum(heights) + 0.9 + 0.35 * len(heights))
@@ -878,7 +887,7 @@ def before_and_after(rows: Sequence[HeadlineRow], ink: Ink | None = None) -> byt
         return rendered(figure, ink)
 
 
-def _dumbbells(axes: Axes, rows: Sequence[HeadlineRow], ink: Ink) -> None:
+def _dumbbells(axes: Axes, rows: Sequence[HeadlineRow], ink: FigureStyle) -> None:
     plain_axes(axes)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", linewidth=0.8)
@@ -917,7 +926,7 @@ def _dumbbells(axes: Axes, rows: Sequence[HeadlineRow], ink: Ink) -> None:
 
 
 def rates_against_steps(
-    rows: Sequence[HeadlineRow], cells: Sequence[Cell], ink: Ink | None = None
+    rows: Sequence[HeadlineRow], cells: Sequence[Cell], ink: FigureStyle | None = None
 ) -> bytes | None:
     """Draw each mitigation's rate of suspected images against the attack's steps.
 
@@ -941,7 +950,7 @@ def rates_against_steps(
     if not curves:
         return None
     several = len({panel[0] for panel in curves}) > 1
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     looks = _looks(list(dict.fromkeys(row.mitigation for row in rows)), ink)
     with styled(ink):
         figure, grid = _sheet_sweep_figures(len(curves), ink)
@@ -975,7 +984,9 @@ def _curves(
     return held
 
 
-def rate_against_radius(rows: Sequence[HeadlineRow], ink: Ink | None = None) -> bytes | None:
+def rate_against_radius(
+    rows: Sequence[HeadlineRow], ink: FigureStyle | None = None
+) -> bytes | None:
     """Draw each mitigation's rate of suspected images against the attack's radius, at full steps.
 
     A panel for each checkpoint and initial point; the widest ball is on the right.
@@ -992,7 +1003,7 @@ def rate_against_radius(rows: Sequence[HeadlineRow], ink: Ink | None = None) -> 
     ]
     if not panels:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     looks = _looks(list(dict.fromkeys(row.mitigation for row in rows)), ink)
     with styled(ink):
         figure, grid = _sheet_sweep_figures(len(panels), ink)
@@ -1036,7 +1047,7 @@ def _lines(axes: Axes, curves: dict[str, dict[int, Cell]], looks: dict[str, _Loo
     axes.set_ylabel("suspected images reproduced" if place and place.is_first_col() else "")
 
 
-def _sheet_sweep_figures(count: int, ink: Ink) -> tuple[Figure, list[Axes]]:
+def _sheet_sweep_figures(count: int, ink: FigureStyle) -> tuple[Figure, list[Axes]]:
     """Make a figure of ``count`` panels, two beside each other."""
     columns = ink.columns(count)
     lines = math.ceil(count / columns)

@@ -22,7 +22,7 @@ from dori_lightning.locality.layers import (
 )
 from dori_lightning.pairs.validation import PARSER_ERRORS, PictureError, resolve_inside
 from dori_lightning.report import locality_figures
-from dori_lightning.report.figures import Drawing, Ink, Plot, drawn_for_page
+from dori_lightning.report.figures import Drawing, FigureStyle, Plot, drawn_for_page
 from dori_lightning.report.locality_figures import short_layer
 from dori_lightning.report.pages import rendered_page
 from dori_lightning.report.pictures import Disclosure, png_uri
@@ -49,7 +49,7 @@ from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import Budget, Init, InputError, Kind
 
 if TYPE_CHECKING:
-    from dori_lightning.locality.study import AtLarge
+    from dori_lightning.locality.study import Transfers
 
 
 # -------- record
@@ -121,7 +121,7 @@ class LocalityReport:
     embeddings: EmbeddingFindings | None
     activations: ActivationFindings | None
     weights: WeightFindings | None
-    at_large: AtLarge | None
+    at_large: Transfers | None
     provenance: Provenance
     schema_version: int = LOCALITY_SCHEMA_VERSION
 
@@ -172,7 +172,7 @@ def read_locality_record(folder: Path) -> dict[str, Any]:
     path = folder / "locality.json"
     document = stored_json(
         path,
-        mend=": run the task again to rewrite it",
+        fix=": run the task again to rewrite it",
         missing="the run has not finished, or this is no run of task=locality",
     )
     version = document.get("schema_version") if isinstance(document, dict) else None
@@ -214,7 +214,7 @@ def read_locality(folder: Path, *, disclosure: Disclosure) -> LocalitySection | 
     path = folder / LOCALITY_FILE
     if not path.is_file():
         return None
-    document = stored_json(path, mend="\n  mend:  run task=locality again in this folder")
+    document = stored_json(path, fix="\n  fix:   run task=locality again in this folder")
     listed = {str(entry.get("file")): entry for entry in _listed(document)}
     for file in sorted(folder.glob("figures/locality_*.png")):
         listed.setdefault(f"figures/{file.name}", {"title": _title(file.stem)})
@@ -251,7 +251,7 @@ def _figure(folder: Path, name: str, entry: Mapping[str, Any]) -> LocalityFigure
     except (*PARSER_ERRORS, Image.DecompressionBombError, PictureError) as error:
         raise InputError(
             f"cannot show {folder / name}: {error}\n"
-            f"  mend:  run task=locality again in this folder"
+            f"  fix:   run task=locality again in this folder"
         ) from None
     if picture.width > _WIDEST:
         height = round(picture.height * _WIDEST / picture.width)
@@ -523,7 +523,7 @@ def number_tables(report: LocalityReport) -> tuple[TextTable, ...]:
     return tuple(tables)
 
 
-def _large(found: AtLarge) -> list[TextTable]:
+def _large(found: Transfers) -> list[TextTable]:
     header = ("n", "draw it", "rate", "95 % over triggers", "95 % over images")
     return [
         TextTable(
@@ -727,7 +727,7 @@ def answers(report: LocalityReport) -> tuple[Answer, ...]:
     return tuple(found)
 
 
-def _budget(report: LocalityReport, found: AtLarge) -> Answer:
+def _budget(report: LocalityReport, found: Transfers) -> Answer:
     steps = report.budget.steps
 
     def at(held: Literal["memorized", "control"], start: str) -> str:
@@ -835,7 +835,7 @@ def _map(found: EmbeddingFindings) -> Answer:
     )
 
 
-def _lines(report: LocalityReport, found: AtLarge) -> Answer:
+def _lines(report: LocalityReport, found: Transfers) -> Answer:
     question = "Does the middle between two triggers trigger?"
     middle = {
         point.toward: point for point in sorted(found.lines, key=lambda p: -abs(p.place - 0.5))
@@ -864,7 +864,7 @@ def _lines(report: LocalityReport, found: AtLarge) -> Answer:
     )
 
 
-def _transfer(report: LocalityReport, found: AtLarge) -> Answer:
+def _transfer(report: LocalityReport, found: Transfers) -> Answer:
     question = "Do triggers work on other models?"
     if not found.transfers:
         return no_answer("transfer", question)
@@ -923,7 +923,7 @@ def write_locality_files(report: LocalityReport, folder: Path) -> Path:
     listed = []
     drawings = _drawings(report)
     for answer in answers(report):
-        data = drawings[answer.name](Ink())
+        data = drawings[answer.name](FigureStyle())
         if data is not None:
             file = _file(answer)
             write_atomically(folder / file, data)

@@ -22,7 +22,7 @@ from dori_lightning.locality.layers import (
 from dori_lightning.report.figures import (
     KIND_LOOK,
     SERIES,
-    Ink,
+    FigureStyle,
     new_figure,
     plain_axes,
     rendered,
@@ -32,7 +32,7 @@ from dori_lightning.report.figures import (
 from dori_lightning.report.words import METHOD_WORDS, START_WORDS
 
 if TYPE_CHECKING:
-    from dori_lightning.locality.study import AtLarge
+    from dori_lightning.locality.study import Transfers
 
 
 # -------- looks
@@ -75,9 +75,9 @@ _SHORT_START = {"random": "random", "prompt": "own prompt", "control_prompt": "o
 _START_MARKERS = {"random": "o", "prompt": "s", "control_prompt": "^"}
 
 
-def spread(found: EmbeddingFindings, ink: Ink | None = None) -> bytes:
+def spread(found: EmbeddingFindings, ink: FigureStyle | None = None) -> bytes:
     """Draw how far embeddings of each group are apart, and whether attacks move alike."""
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     rows = [
         (
             GROUP_WORDS[s.group]
@@ -115,7 +115,7 @@ def spread(found: EmbeddingFindings, ink: Ink | None = None) -> bytes:
         return rendered(figure, ink)
 
 
-def _moves(axes: Axes, found: EmbeddingFindings, ink: Ink) -> None:
+def _moves(axes: Axes, found: EmbeddingFindings, ink: FigureStyle) -> None:
     sideways(axes)
     names = []
     for place, move in enumerate(found.moves):
@@ -130,11 +130,11 @@ def _moves(axes: Axes, found: EmbeddingFindings, ink: Ink) -> None:
     axes.set_title("mean cosine of two moves")
 
 
-def map_of(found: EmbeddingFindings, ink: Ink | None = None) -> bytes | None:
+def map_of(found: EmbeddingFindings, ink: FigureStyle | None = None) -> bytes | None:
     """Draw embeddings in two dimensions; None where there are too few."""
     if not found.places:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     images = list(dict.fromkeys(p.pair for p in found.places if p.what == "own_prompt"))
     colours = {image: SERIES[k % len(SERIES)] for k, image in enumerate(images)}
     with styled(ink):
@@ -149,7 +149,7 @@ def map_of(found: EmbeddingFindings, ink: Ink | None = None) -> bytes | None:
 
 
 def _scatter(
-    axes: Axes, places: Sequence[Place], kind: str, colours: dict[str, str], ink: Ink
+    axes: Axes, places: Sequence[Place], kind: str, colours: dict[str, str], ink: FigureStyle
 ) -> None:
     starts = {(p.pair, p.start, p.restart): getattr(p, kind) for p in places if p.what == "start"}
     said: set[str] = set()
@@ -219,12 +219,12 @@ def short_layer(name: str) -> str:
     return f"{stage} {'.'.join(part for part in parts[1:] if part.isdigit())}"
 
 
-def activations(found: ActivationFindings, ink: Ink | None = None) -> bytes | None:
+def activations(found: ActivationFindings, ink: FigureStyle | None = None) -> bytes | None:
     """Draw mean distances of activations by layer and group; None without layers."""
     panels = [method for method in METHOD_WORDS if any(r.method == method for r in found.layers)]
     if not panels:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     with styled(ink):
         figure, grid = _sheet(
             [len({r.layer for r in found.layers if r.method == m}) for m in panels], ink
@@ -253,12 +253,12 @@ def activations(found: ActivationFindings, ink: Ink | None = None) -> bytes | No
         return rendered(figure, ink)
 
 
-def weights(found: WeightFindings, ink: Ink | None = None) -> bytes | None:
+def weights(found: WeightFindings, ink: FigureStyle | None = None) -> bytes | None:
     """Draw agreement of selections by layer and group, with their sizes; None without layers."""
     panels = [method for method in METHOD_WORDS if any(r.method == method for r in found.layers)]
     if not panels:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     with styled(ink):
         figure, grid = _sheet(
             [len({r.parameter for r in found.layers if r.method == m}) for m in panels], ink
@@ -283,7 +283,7 @@ def weights(found: WeightFindings, ink: Ink | None = None) -> bytes | None:
 
 
 def _selections(
-    upper: Axes, lower: Axes, rows: Sequence[LayerSelection], group: str, ink: Ink
+    upper: Axes, lower: Axes, rows: Sequence[LayerSelection], group: str, ink: FigureStyle
 ) -> None:
     _marks(upper, [row.iou for row in rows], group, ink)
     if group == "triggers":
@@ -301,12 +301,12 @@ def _selections(
     )  # fmt: skip
 
 
-def methods(found: WeightFindings, ink: Ink | None = None) -> bytes | None:
+def methods(found: WeightFindings, ink: FigureStyle | None = None) -> bytes | None:
     """Draw in which blocks the two methods select with triggers; None where they do not."""
     own = next((a for a in found.agreement if a.group == "triggers" and a.nemo), None)
     if own is None:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     with styled(ink):
         figure = new_figure(ink.width(), 3.8)
         axes = figure.subplots()
@@ -326,7 +326,7 @@ def methods(found: WeightFindings, ink: Ink | None = None) -> bytes | None:
         return rendered(figure, ink)
 
 
-def _columns(ink: Ink) -> int:
+def _columns(ink: FigureStyle) -> int:
     return 1 if ink.narrow else 3
 
 
@@ -335,7 +335,12 @@ def _shift(group: str) -> float:
 
 
 def _marks(
-    axes: Axes, estimates: Sequence[Estimate], group: str, ink: Ink, *, between: bool = False
+    axes: Axes,
+    estimates: Sequence[Estimate],
+    group: str,
+    ink: FigureStyle,
+    *,
+    between: bool = False,
 ) -> None:
     colour, marker = GROUP_LOOK[group]
     label = "triggers of two images" if between else GROUP_WORDS[group]
@@ -363,7 +368,7 @@ def _names(axes: Axes, layers: Sequence[str]) -> None:
         axes.set_xticks([])
 
 
-def _sheet(widths: Sequence[int], ink: Ink) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+def _sheet(widths: Sequence[int], ink: FigureStyle) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     """A figure with two panels above each other per method; methods side by side where wide."""
     if ink.narrow:
         figure = new_figure(ink.width(), 4.6 * len(widths) + 1.6)
@@ -380,12 +385,12 @@ def _sheet(widths: Sequence[int], ink: Ink) -> tuple[Figure, list[tuple[Axes, Ax
 # Figures of how often embeddings draw the image, as files and for the page.
 
 
-def budget(found: AtLarge, start: str, ink: Ink | None = None) -> bytes | None:
+def budget(found: Transfers, start: str, ink: FigureStyle | None = None) -> bytes | None:
     """Draw success against steps for memorized and control images; None without points."""
     points = [p for p in found.budget if p.start == start]
     if not points:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     with styled(ink):
         figure = new_figure(ink.width(6.8), 3.9)
         axes = figure.subplots()
@@ -413,11 +418,11 @@ def budget(found: AtLarge, start: str, ink: Ink | None = None) -> bytes | None:
         return rendered(figure, ink)
 
 
-def lines(found: AtLarge, ink: Ink | None = None) -> bytes | None:
+def lines(found: Transfers, ink: FigureStyle | None = None) -> bytes | None:
     """Draw success along lines from triggers; None without lines."""
     if not found.lines:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     with styled(ink):
         figure = new_figure(ink.width(6.8), 3.9)
         axes = figure.subplots()
@@ -441,11 +446,11 @@ def lines(found: AtLarge, ink: Ink | None = None) -> bytes | None:
         return rendered(figure, ink)
 
 
-def transfer(found: AtLarge, ink: Ink | None = None) -> bytes | None:
+def transfer(found: Transfers, ink: FigureStyle | None = None) -> bytes | None:
     """Draw success on each model by where the search began; None without models."""
     if not found.transfers:
         return None
-    ink = ink or Ink()
+    ink = ink or FigureStyle()
     models = list(dict.fromkeys(t.model for t in found.transfers))
     searched = {t.model for t in found.transfers if t.searched}
     starts = list(dict.fromkeys(t.start for t in found.transfers))

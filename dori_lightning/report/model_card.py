@@ -85,12 +85,12 @@ def audited_thing(folder: Path, document: Mapping[str, Any]) -> AuditedThing:
     except FileNotFoundError:
         raise InputError(
             f"{path} does not exist, so it is unknown which edit was audited\n"
-            f"  mend:  run the audit's command again; it finishes what is missing"
+            f"  fix:   run the audit's command again; it finishes what is missing"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder} does not say what was audited ({error!r})\n"
-            f"  mend:  run the audit's command again; it rewrites its record"
+            f"  fix:   run the audit's command again; it rewrites its record"
         ) from None
 
 
@@ -119,7 +119,7 @@ def card_audit(folder: Path) -> CardAudit:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{folder / 'report.json'} is not as an audit writes it ({error!r})\n"
-            f"  mend:  run the audit's command again; it rewrites its record"
+            f"  fix:   run the audit's command again; it rewrites its record"
         ) from None
 
 

@@ -420,25 +420,25 @@ def _block(
     shown, total = choose_pairs(base.outcomes, max_pairs=max_pairs)
     wanted = {pair.id for pair in shown}
     stacks: dict[str, list[Stack]] = {pair.id: [] for pair in shown}
-    originals: dict[str, Pair] = {}
+    references: dict[str, Pair] = {}
     lost = 0
     for place, entry in enumerate(entries):
         kept = with_files_that_exist(o for o in entry.outcomes if o.pair.id in wanted)
         lost += sum(not outcome.images for outcome in kept if outcome.status == "ok")
-        originals |= {o.pair.id: o.pair for o in kept if o.pair.image != NOT_KEPT}
+        references |= {o.pair.id: o.pair for o in kept if o.pair.image != NOT_KEPT}
         results, spoken = results_by_entry(entry, kept, rule)
         found = {(result.pair.id, result.condition): result for result in results}
         for pair in shown:
             own = tuple(found.get((pair.id, condition)) for condition in spoken if condition)
             stacks[pair.id].append(_stack(pair, f"m{place}", entry, own, disclosure))
-    lost += len(wanted - originals.keys())
+    lost += len(wanted - references.keys())
     return SweepBlock(
         checkpoint=checkpoint,
         threshold=rule.threshold,
         columns=tuple((f"m{place}", entry.label) for place, entry in enumerate(entries)),
         cards=tuple(
             _card(
-                originals.get(pair.id) or replace(pair, image=NOT_KEPT),
+                references.get(pair.id) or replace(pair, image=NOT_KEPT),
                 stacks[pair.id],
                 disclosure,
             )

@@ -1,4 +1,4 @@
-"""Thumbnails of originals and generated pictures, with the choice of not showing what leaked."""
+"""Thumbnails of references and generated pictures, with the choice of not showing what leaked."""
 
 from __future__ import annotations
 

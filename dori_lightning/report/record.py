@@ -285,7 +285,7 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
 
     Args:
         report: The report.
-        folder: Paths of pictures and originals are given relative to it.
+        folder: Paths of pictures and references are given relative to it.
 
     Raises:
         ValueError: An outcome has not as many similarities, or pictures, as seeds.
@@ -377,12 +377,12 @@ def _number_rows(value: float | None) -> float | None:
 # Files of a run folder read back, or refused by name where they are damaged.
 
 
-def stored_json(path: Path, *, mend: str, missing: str = "") -> Any:
+def stored_json(path: Path, *, fix: str, missing: str = "") -> Any:
     """Read a JSON file.
 
     Args:
         path: The file.
-        mend: End of the message, after what is wrong.
+        fix: End of the message, after what is wrong.
         missing: What it means that there is no such file; empty leaves that to the caller.
 
     Raises:
@@ -396,7 +396,7 @@ def stored_json(path: Path, *, mend: str, missing: str = "") -> Any:
             raise
         raise InputError(f"{path} does not exist: {missing}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}){mend}") from None
+        raise InputError(f"{path} is not valid JSON ({error}){fix}") from None
 
 
 def stored_rows(path: Path) -> list[dict[str, Any]]:
@@ -409,7 +409,7 @@ def stored_rows(path: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise InputError(
-            f"{path} cannot be read ({error})\n  mend:  run the audit again: it rewrites the file"
+            f"{path} cannot be read ({error})\n  fix:   run the audit again: it rewrites the file"
         ) from None
     return rows
 
@@ -565,7 +565,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     document = stored_json(
         path,
-        mend=": run the audit again to rewrite it",
+        fix=": run the audit again to rewrite it",
         missing="the run has not finished, or this is no run folder",
     )
     if not isinstance(document, dict) or "schema_version" not in document:
@@ -692,7 +692,7 @@ def _edit(folder: Path) -> Mapping[str, Any] | None:
     path = folder / EDIT_FILE
     if not path.is_file():
         return None
-    found = stored_json(path, mend="\n  mend:  run the audit again: it rewrites it")
+    found = stored_json(path, fix="\n  fix:   run the audit again: it rewrites it")
     return found if isinstance(found, dict) else None
 
 
@@ -779,7 +779,7 @@ def _check_same_audit(run: Run) -> None:
     if counted != recorded:
         raise InputError(
             f"{run.folder}: report.json and pairs.parquet do not say the same, so they come from "
-            f"different audits\n  mend:  run the audit again: it rewrites both"
+            f"different audits\n  fix:   run the audit again: it rewrites both"
         )
 
 
@@ -968,7 +968,7 @@ def audit_of(run: Run) -> AuditReport:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{run.folder / 'report.json'} lacks what this version writes "
-            f"({type(error).__name__}: {error})\n  mend:  run the audit again: it rewrites it"
+            f"({type(error).__name__}: {error})\n  fix:   run the audit again: it rewrites it"
         ) from None
 
 
@@ -982,7 +982,7 @@ def strictest(runs: Iterable[Run], asked: Disclosure) -> Disclosure:
 
 
 def with_files_that_exist(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
-    """Leave out pictures that are gone, and originals that are gone or have changed since."""
+    """Leave out pictures that are gone, and references that are gone or have changed since."""
     found: dict[Path, Path] = {}
     kept = []
     for outcome in outcomes:

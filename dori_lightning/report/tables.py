@@ -75,7 +75,7 @@ def cells_parquet(comparison: Comparison) -> bytes:
 
 
 def _headline(row: HeadlineRow) -> dict[str, Any]:
-    price = row.price
+    cost = row.cost
     values: dict[str, Any] = {
         "checkpoint": row.checkpoint,
         "mitigation": row.mitigation,
@@ -91,8 +91,8 @@ def _headline(row: HeadlineRow) -> dict[str, Any]:
         **dict(
             zip(
                 _PRICE,
-                (price.loss_ratio, *price.loss_ratio_ci95, price.kid, price.kid_std,
-                 price.unet_evaluations, price.seconds, price.changed),
+                (cost.loss_ratio, *cost.loss_ratio_ci95, cost.kid, cost.kid_std,
+                 cost.unet_evaluations, cost.seconds, cost.changed),
                 strict=True,
             )
         ),
@@ -177,7 +177,7 @@ def _bytes(rows: Sequence[dict[str, Any]], columns: dict[str, pa.DataType]) -> b
 
 
 # -------- headline_tables
-# The headline as three small tables of text: what comes back, checks and price, paired tests.
+# The headline as three small tables of text: what comes back, checks and cost, paired tests.
 
 NOTHING = "-"
 _INIT_WORDS: dict[Init, str] = {
@@ -222,11 +222,11 @@ def headline_tables(rows: Sequence[HeadlineRow]) -> tuple[TextTable, ...]:
         "controls": lambda r: _pair(
             short_words(r.prompt_control), _main(r, "control", short_words)
         ),
-        "denoising loss": lambda r: _ratio(r.price.loss_ratio, r.price.loss_ratio_ci95),
-        "KID": lambda r: _plain(r.price.kid, ".4f"),
-        "UNet evaluations": lambda r: _plain(r.price.unet_evaluations, ",.0f"),
-        "seconds": lambda r: _plain(r.price.seconds, ",.0f"),
-        "weights changed": lambda r: _plain(r.price.changed, ",.0f"),
+        "denoising loss": lambda r: _ratio(r.cost.loss_ratio, r.cost.loss_ratio_ci95),
+        "KID": lambda r: _plain(r.cost.kid, ".4f"),
+        "UNet evaluations": lambda r: _plain(r.cost.unet_evaluations, ",.0f"),
+        "seconds": lambda r: _plain(r.cost.seconds, ",.0f"),
+        "weights changed": lambda r: _plain(r.cost.changed, ",.0f"),
     }
     tests: dict[str, Callable[[HeadlineRow], str]] = {
         "prompt, against none": lambda r: _test_headline_tables(
@@ -249,7 +249,7 @@ def headline_tables(rows: Sequence[HeadlineRow]) -> tuple[TextTable, ...]:
             names, back, rows,
         ),
         _table(
-            "Checks and price",
+            "Checks and cost",
             "From prompts → by the attack. Similarity: median over suspected images. Controls "
             "must stay at 0, or the attack paints. Denoising loss: on ordinary prompts, times "
             "that of the unmitigated model. UNet evaluations and seconds: to find the edit.",

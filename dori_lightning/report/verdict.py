@@ -200,9 +200,9 @@ def plain_sweep(rows: Sequence[HeadlineRow]) -> str:
     empty = [row for row in tried if not _found(row) and row.prompt_vm and not row.prompt_vm.hits]
     if empty:
         names = ", ".join(row.mitigation for row in empty)
-        price = _price(empty)
+        cost = _cost_clause(empty)
         sentences.append(
-            f"Neither brought any image back after {names}{price}. That is what this search "
+            f"Neither brought any image back after {names}{cost}. That is what this search "
             f"found, no proof that nothing is left."
         )
     return " ".join(sentences)
@@ -212,10 +212,10 @@ def _each(count: int) -> str:
     return "One attempt" if count == 1 else f"Each of {count} attempts"
 
 
-def _price(rows: Sequence[HeadlineRow]) -> str:
-    if len(rows) != 1 or not math.isfinite(rows[0].price.loss_ratio):
+def _cost_clause(rows: Sequence[HeadlineRow]) -> str:
+    if len(rows) != 1 or not math.isfinite(rows[0].cost.loss_ratio):
         return ""
-    change = 100 * (rows[0].price.loss_ratio - 1)
+    change = 100 * (rows[0].cost.loss_ratio - 1)
     verb = "raises" if change >= 0 else "lowers"
     return f", which {verb} the model's error on ordinary pictures by {abs(change):.1f} %"
 

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_space(folder: Path, needed: int, *, mend: str) -> None:
+def check_space(folder: Path, needed: int, *, fix: str) -> None:
     """Refuse to begin what the disk does not hold.
 
     Args:
         folder: Where it goes, there or not yet; what an earlier run left in it is not needed
             again.
         needed: Bytes, at most.
-        mend: What else helps than to free space.
+        fix: What else helps than to free space.
 
     Raises:
         InputError: Less is free; says how much of each.
@@ -49,7 +49,7 @@ def check_space(folder: Path, needed: int, *, mend: str) -> None:
         raise InputError(
             f"the disk has {_words(free)} free, but up to {_words(more)} are to be written\n"
             f"  where: {folder}\n"
-            f"  mend:  free space, {mend}"
+            f"  fix:   free space, {fix}"
         )
 
 
@@ -116,7 +116,7 @@ def sync_folder(folder: Path) -> None:
 _FILE = "method.json"
 
 
-def without(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def drop_keys(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Settings without those that change speed or memory but no result."""
     return {key: value for key, value in settings.items() if key not in names}
 
@@ -158,7 +158,7 @@ def check_folder(folder: Path, method: Mapping[str, Any]) -> bool:
             )
             raise InputError(
                 f"{folder} holds results of other settings:\n{changes}\n"
-                f"  mend:  give this run a folder of its own with name=NAME, or remove that one"
+                f"  fix:   give this run a folder of its own with name=NAME, or remove that one"
             )
         return True
     return False
@@ -203,14 +203,14 @@ def one_writer(folder: Path, name: str = RUN_LOCK) -> Iterator[None]:
             raise InputError(
                 f"another run writes to {folder}: {_owner(file.read())}\n"
                 f"  where: {path}\n"
-                f"  mend:  wait for it or end it, or give this run a folder of its own with "
+                f"  fix:   wait for it or end it, or give this run a folder of its own with "
                 f"{'name' if name == RUN_LOCK else 'sweep'}=NAME"
             ) from None
         except OSError as error:
             raise InputError(
                 f"cannot lock {folder}: {error.strerror}\n"
                 f"  where: {path}\n"
-                f"  mend:  choose a place with locks, such as a local disk: paths.output=FOLDER"
+                f"  fix:   choose a place with locks, such as a local disk: paths.output=FOLDER"
             ) from error
         left = file.read()
         if left:

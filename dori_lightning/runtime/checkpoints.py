@@ -39,13 +39,13 @@ class Saving(Checkpoint):
 
     def on_before_backward(self, *_: Any) -> None:
         """Meet those that may have left a search of triggers."""
-        distributed.vote()
+        distributed.sync_interrupt()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Write every so many steps, then meet, and leave together where one is to leave."""
         if trainer.global_step % self.every == 0:
             self._save(trainer)
-        distributed.vote(signals.received())
+        distributed.sync_interrupt(signals.received())
 
     def on_exception(
         self, trainer: L.Trainer, _module: L.LightningModule, error: BaseException
@@ -127,7 +127,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         raise InputError(
             f"{path} holds more than tensors, or is damaged, and is not opened\n"
             f"  where: {str(error).strip().partition(chr(10))[0]}\n"
-            f"  mend:  remove it; the fit then begins anew"
+            f"  fix:   remove it; the fit then begins anew"
         ) from error
     return kept
 

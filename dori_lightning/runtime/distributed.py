@@ -72,7 +72,7 @@ def claim(names: Sequence[str], folder: Path) -> str:
         raise InputError(
             f"{folder} is not a folder that this user alone writes to\n"
             f"  where: TMPDIR\n"
-            f"  mend:  remove it, or choose another place for temporary files: TMPDIR=FOLDER"
+            f"  fix:   remove it, or choose another place for temporary files: TMPDIR=FOLDER"
         )
     for name in names:
         file = (folder / name.replace("/", "_")).open("w")
@@ -86,7 +86,7 @@ def claim(names: Sequence[str], folder: Path) -> str:
     raise InputError(
         f"all {len(names)} GPUs are taken by other jobs of sweeps\n"
         f"  where: hydra.launcher.n_jobs\n"
-        f"  mend:  hydra.launcher.n_jobs={len(names)}, and one sweep at a time"
+        f"  fix:   hydra.launcher.n_jobs={len(names)}, and one sweep at a time"
     )
 
 
@@ -117,9 +117,9 @@ _LEAVING = "dori/leaving"
 
 def prepare() -> None:
     """Make what they agree through, and tell who they are; called right after they have met."""
-    found = [peers.me()] * world()
-    dist.all_gather_object(found, peers.me(), group=_control())
-    peers.meet(found)
+    found = [peers.this_process()] * world_size()
+    dist.all_gather_object(found, peers.this_process(), group=_control())
+    peers.register_peers(found)
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of processes that were started together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -146,7 +146,7 @@ def is_first() -> bool:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """A process's part of a batch that all of them draw.
 
     Attributes:
@@ -161,54 +161,54 @@ class Share:
     whole: bool
 
 
-def share(count: int) -> Share:
+def shard(count: int) -> Shard:
     """This process's part of ``count`` rows: every ``world()``-th, or all of too few.
 
     Rows that all processes take give each of them the same gradient, which their mean leaves as
     it is.
     """
-    if world() == 1 or count < world():
-        return Share(slice(None), 1.0, whole=True)
-    own = len(range(rank(), count, world()))
-    return Share(slice(rank(), None, world()), own * world() / count, whole=False)
+    if world_size() == 1 or count < world_size():
+        return Shard(slice(None), 1.0, whole=True)
+    own = len(range(rank(), count, world_size()))
+    return Shard(slice(rank(), None, world_size()), own * world_size() / count, whole=False)
 
 
-def sum_of_all(tensors: Sequence[torch.Tensor]) -> None:
+def all_reduce_sum(tensors: Sequence[torch.Tensor]) -> None:
     """Sum tensors over processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def from_first(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """The first process's value, on every process; plain values only.
 
     Raises:
         Interrupted: Some process leaves.
     """
-    if world() == 1:
+    if world_size() == 1:
         return value
-    vote()
+    sync_interrupt()
     values = [value]
     dist.broadcast_object_list(values, src=0, group=_control())
     return values[0]
 
 
-def gathered(own: dict[str, T]) -> dict[str, T]:
+def all_gather_dict(own: dict[str, T]) -> dict[str, T]:
     """What all processes hold under their own keys, on every process; tensors on the CPU.
 
     Raises:
         Interrupted: Some process leaves.
     """
-    if world() == 1:
+    if world_size() == 1:
         return own
-    vote()
-    parts: list[dict[str, T] | None] = [None] * world()
+    sync_interrupt()
+    parts: list[dict[str, T] | None] = [None] * world_size()
     dist.all_gather_object(parts, own, group=_control())
     return {key: value for part in parts if part for key, value in part.items()}
 
 
-def vote(signum: int = 0) -> None:
+def sync_interrupt(signum: int = 0) -> None:
     """Meet all other processes here, and leave with them if any is to leave.
 
     Args:
@@ -218,7 +218,7 @@ def vote(signum: int = 0) -> None:
         Interrupted: Some process leaves.
     """
     told = signum
-    if world() > 1:
+    if world_size() > 1:
         votes = torch.tensor([signum])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_control())
         told = int(votes.item())
@@ -232,7 +232,7 @@ def barrier() -> None:
     Raises:
         Interrupted: Some process leaves.
     """
-    vote()
+    sync_interrupt()
 
 
 def check() -> None:
@@ -243,7 +243,7 @@ def check() -> None:
             this one.
     """
     signum = signals.received()
-    if world() > 1:
+    if world_size() > 1:
         store = dist.distributed_c10d._get_default_store()
         if signum:
             store.set(_LEAVING, str(signum))
@@ -259,7 +259,7 @@ def leave(told: Interrupted) -> bool:
     Returns:
         Whether all of them leave now, at the same place as this one.
     """
-    if world() == 1 or told.shared:
+    if world_size() == 1 or told.shared:
         return True
     try:
         votes = torch.tensor([told.signum])
@@ -371,7 +371,7 @@ class Trainer(L.Trainer):
             raise InputError(
                 f"no Trainer can be made: {str(error).splitlines()[0]}\n"
                 f"  where: trainer.*\n"
-                f"  mend:  trainer=cpu where there is no GPU; else change what it names"
+                f"  fix:   trainer=cpu where there is no GPU; else change what it names"
             ) from error
         self._signal_connector = _NoSignals(self)
 
@@ -407,7 +407,7 @@ def _check_started(trainer: L.Trainer) -> None:
             raise InputError(
                 f"{started} {what} were started for {wanted} processes\n"
                 f"  where: {variable}={started} and {asked}\n"
-                f"  mend:  start one for each process: srun --nodes={trainer.num_nodes} "
+                f"  fix:   start one for each process: srun --nodes={trainer.num_nodes} "
                 f"--ntasks-per-node={trainer.num_devices} python -m dori_lightning ..., or "
                 f"torchrun --nnodes={trainer.num_nodes} --nproc-per-node={trainer.num_devices} "
                 f"-m dori_lightning ..., or set trainer.devices and trainer.num_nodes to match"

@@ -80,7 +80,7 @@ _hushed: list[None] = []
 
 
 @contextmanager
-def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
+def listening(listener: Callable[[str, int, int], None]) -> Iterator[None]:
     """Tell ``listener`` of every step of every stage while open: title, steps done, all steps."""
     _listeners.append(listener)
     try:
@@ -90,7 +90,7 @@ def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def progress_disabled() -> Iterator[None]:
     """Show and tell nothing of stages while open: they are part of a larger one."""
     _hushed.append(None)
     try:
@@ -100,7 +100,9 @@ def hushed() -> Iterator[None]:
 
 
 @contextmanager
-def stage(title: str, total: int, *, visible: bool = True) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    title: str, total: int, *, visible: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Open a stage of ``total`` steps; yields a function that advances it by a number of steps.
 
     Args:

@@ -53,7 +53,7 @@ _PROCESSES = Path("/proc")
 
 
 @dataclass(frozen=True)
-class Member:
+class Peer:
     """One process of a run.
 
     Attributes:
@@ -72,20 +72,20 @@ class Member:
         return f"dori-{self.label}.log" if self.label else "dori.log"
 
 
-_members: list[Member] = []
+_members: list[Peer] = []
 
 
-def me() -> Member:
+def this_process() -> Peer:
     """This process."""
-    return Member(socket.gethostname(), os.getpid(), label())
+    return Peer(socket.gethostname(), os.getpid(), label())
 
 
-def meet(members: Sequence[Member]) -> None:
+def register_peers(members: Sequence[Peer]) -> None:
     """Remember all processes of the run, by rank."""
     _members[:] = members
 
 
-def lost() -> tuple[str, str]:
+def dead_peers() -> tuple[str, str]:
     """Who is gone, now that a connection has broken, and where to read about it.
 
     Processes of other machines cannot be seen from here: where all of this one live, the other
@@ -103,7 +103,7 @@ def lost() -> tuple[str, str]:
     return f"another process of this run{f', on {hosts},' if hosts else ''}", "dori-RANK.log"
 
 
-def _ended(near: Sequence[tuple[int, Member]]) -> list[tuple[int, Member]]:
+def _ended(near: Sequence[tuple[int, Peer]]) -> list[tuple[int, Peer]]:
     """Those that have ended, waiting a little for the one whose connections are closed already."""
     if not _PROCESSES.joinpath("self", "stat").exists():
         return []  # no Linux

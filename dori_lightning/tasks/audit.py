@@ -16,12 +16,17 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from dori_lightning.audit.context import Bench, check_controls, control_prompts
-from dori_lightning.audit.evaluation import attack_and_draw, measure_all, originals_of, price
-from dori_lightning.metrics.calibration import Originals
-from dori_lightning.mitigations.base import Found, Workshop
+from dori_lightning.audit.evaluation import (
+    attack_and_draw,
+    measure_all,
+    measure_cost,
+    reference_images,
+)
+from dori_lightning.metrics.calibration import ReferenceImages
+from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import changed_weights
-from dori_lightning.models.batching import pairs_that_fit
+from dori_lightning.models.batching import estimate_batch_size
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import check_prompt_lengths
@@ -37,32 +42,32 @@ from dori_lightning.runtime.artifacts import (
     check_folder,
     check_space,
     claim_folder,
-    without,
+    drop_keys,
     write_atomically,
 )
 from dori_lightning.tasks.plan import audit_bytes, plan
 from dori_lightning.tasks.plan import drawn as drawn_by
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
-from dori_lightning.tasks.run_record import plain, provenance_of, tracked
+from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import BASELINE, Pairs
 
-# -------- workshop
+# -------- context
 # Give mitigations what they work with, as the configuration says.
 
 CURVE_POINTS = 500
 """Points of a training's curves."""
 
 
-def workshop_of(
+def make_context(
     cfg: DictConfig,
     *,
     data: PairsDataModule,
-    originals: Originals,
+    references: ReferenceImages,
     sampling: Sampling,
     tracker: Tracker | None = None,
-) -> Workshop:
-    """Workshop whose edits lie in the cache that the jobs of a sweep share.
+) -> Context:
+    """Context whose edits lie in the cache that the jobs of a sweep share.
 
     All processes of the run are there from here on: they make an edit together.
     """
@@ -78,18 +83,18 @@ def workshop_of(
         return made
 
     distributed.start(trainer())
-    return Workshop(
+    return Context(
         seed=cfg.seed,
         corpus=instantiate(cfg.corpus),
         data=data,
-        originals=originals,
+        references=references,
         sampling=sampling,
         trainer=trainer,
         folder=Path(cfg.paths.cache) / "edits",
     )
 
 
-def edit_record(found: Found, mitigation: str, *, changed: int | None = None) -> bytes:
+def edit_record(found: EditResult, mitigation: str, *, changed: int | None = None) -> bytes:
     """What a run folder says of the edit it was made under, as JSON.
 
     Args:
@@ -140,7 +145,7 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
     )
     pairs = [replace(pair, truncated=pair.id in cut) for pair in pairs]
     cache = Path(cfg.paths.cache)
-    width = pairs_that_fit(
+    width = estimate_batch_size(
         model, noise_batch=settings.noise_batch, wanted=settings.pairs_per_forward
     )
     data = PairsDataModule(pairs, model, pairs_per_batch=width, cache=cache / "encoded")
@@ -157,13 +162,15 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
             sampling=sampling,
             mitigated=not isinstance(mitigation, NoMitigation),
         ),
-        mend="choose another disk with paths.output=FOLDER, or write less: fewer "
+        fix="choose another disk with paths.output=FOLDER, or write less: fewer "
         "attack.snapshots or sampling.images_per_pair",
     )
     # all that can be mended was checked: from here on the folder belongs to these settings
-    claim_folder(folder, method_of(plain(cfg)))
-    originals = originals_of(pairs, model.resolution, measures)
-    workshop = workshop_of(cfg, data=data, originals=originals, sampling=sampling, tracker=tracker)
+    claim_folder(folder, method_of(to_container(cfg)))
+    references = reference_images(pairs, model.resolution, measures)
+    context = make_context(
+        cfg, data=data, references=references, sampling=sampling, tracker=tracker
+    )
     return Bench(
         folder=folder,
         cache=cache,
@@ -171,13 +178,13 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> Bench:
         pairs=Pairs(pairs, skipped=listed.skipped if isinstance(listed, Pairs) else ()),
         model=model,
         data=data,
-        originals=originals,
+        references=references,
         settings=settings,
         budget=budget,
         controls=controls,
         sampling=sampling,
         mitigation=mitigation,
-        workshop=workshop,
+        context=context,
         utility=utility,
         trainer=instantiate(cfg.trainer, default_root_dir=folder),
     )
@@ -192,14 +199,14 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     unset = () if cfg["attack"].get("early_stop") else ("early_stop",)
     return {
         "seed": cfg["seed"],
-        "checkpoint": without(
+        "checkpoint": drop_keys(
             cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
         ),
         "mitigation": cfg["mitigation"],
         "corpus": cfg["corpus"],
-        "attack": without(cfg["attack"], "pairs_per_forward", *unset),
-        "sampling": without(cfg["sampling"], "batch"),
-        "pairs": without(cfg["pairs"], "cache"),
+        "attack": drop_keys(cfg["attack"], "pairs_per_forward", *unset),
+        "sampling": drop_keys(cfg["sampling"], "batch"),
+        "pairs": drop_keys(cfg["pairs"], "cache"),
     }
 
 
@@ -217,7 +224,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         plan(cfg, folder)
         return None
     # first of all: a mistaken command must not reach the logged run that the folder belongs to
-    check_folder(folder, method_of(plain(cfg)))
+    check_folder(folder, method_of(to_container(cfg)))
     tags = (str(cfg.checkpoint.name), str(cfg.mitigation.name))
     with tracked(cfg, folder, tags=tags) as tracker:
         return _audit(cfg, folder, tracker)
@@ -226,12 +233,12 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
 def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     started = datetime.now(UTC)
     bench = set_up(cfg, folder, tracker)
-    found = bench.workshop.find(bench.mitigation, bench.model, bench.suspected)
+    found = bench.context.find(bench.mitigation, bench.model, bench.suspected)
     drawn = attack_and_draw(bench, found.edit, on_round=partial(track_attack, tracker))
     if not bench.trainer.is_global_zero:
         return None
     measured = measure_all(bench, drawn)
-    utility = price(bench, found.edit, measured.calibration)
+    utility = measure_cost(bench, found.edit, measured.calibration)
     if utility is not None:
         write_utility(utility, folder)
     changed = changed_weights(found.edit, bench.model)

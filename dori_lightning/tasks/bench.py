@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from dori_lightning.audit.evaluation import originals_of
+from dori_lightning.audit.evaluation import reference_images
 from dori_lightning.bench.attack import Subject, attack_rows, own_attack, random_task, solved
 from dori_lightning.bench.parts import (
     audit_rows,
@@ -40,13 +40,13 @@ from dori_lightning.bench.report import (
     markdown,
     speed_figure,
 )
-from dori_lightning.models.batching import pairs_that_fit
+from dori_lightning.models.batching import estimate_batch_size
 from dori_lightning.models.random_weights import random_sd14
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.planting.recipe import build_tokenizer
-from dori_lightning.runtime.artifacts import claim_folder, without, write_atomically
-from dori_lightning.tasks.audit import workshop_of
-from dori_lightning.tasks.run_record import git_sha, logged, package_versions, plain
+from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically
+from dori_lightning.tasks.audit import make_context
+from dori_lightning.tasks.run_record import git_sha, logged, package_versions, to_container
 from dori_lightning.types import InputError
 
 # -------- bench_families
@@ -84,10 +84,10 @@ class Bench:
             raise InputError(
                 f"the bench attacks {most} pairs of kind vm, and the list has {len(pairs)}\n"
                 f"  where: task.pairs and task.*_pairs\n"
-                f"  mend:  smaller numbers there, or another list with pairs=NAME"
+                f"  fix:   smaller numbers there, or another list with pairs=NAME"
             )
         model = instantiate(cfg.checkpoint)
-        width = pairs_that_fit(
+        width = estimate_batch_size(
             model, noise_batch=settings.noise_batch, wanted=cfg.attack.pairs_per_forward
         )
         data = PairsDataModule(pairs, model, pairs_per_batch=width)
@@ -95,10 +95,10 @@ class Bench:
         return Subject(
             model=model,
             pairs=tuple(pairs),
-            workshop=workshop_of(
+            context=make_context(
                 cfg,
                 data=data,
-                originals=originals_of(pairs, model.resolution, instantiate(cfg.metrics)),
+                references=reference_images(pairs, model.resolution, instantiate(cfg.metrics)),
                 sampling=instantiate(cfg.sampling),
             ),
             trainer=instantiate(cfg.trainer, default_root_dir=self.folder),
@@ -310,18 +310,18 @@ def run(cfg: DictConfig, folder: Path) -> None:
 def settings_of(cfg: DictConfig) -> BenchSettings:
     """What ``cfg.task`` asks for."""
     known = {item.name for item in fields(BenchSettings)}
-    node = {key: value for key, value in plain(cfg)["task"].items() if key in known}
+    node = {key: value for key, value in to_container(cfg)["task"].items() if key in known}
     return BenchSettings(**{**node, "sd14": ShapeSettings(**node["sd14"])})
 
 
 def _method_of(cfg: DictConfig) -> dict[str, Any]:
     """What decides what is measured; which families are wanted now is not among it."""
-    whole = plain(cfg)
+    whole = to_container(cfg)
     return {
         "seed": whole["seed"],
-        "task": without(whole["task"], "rows"),
+        "task": drop_keys(whole["task"], "rows"),
         "checkpoint": whole["checkpoint"],
-        "pairs": without(whole["pairs"], "cache"),
+        "pairs": drop_keys(whole["pairs"], "cache"),
         "sampling": whole["sampling"],
         "threads": torch.get_num_threads(),
         "device": _device_name(),
@@ -350,7 +350,7 @@ def _provenance(cfg: DictConfig) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "seed": int(cfg.seed),
-        "task": plain(cfg)["task"],
+        "task": to_container(cfg)["task"],
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -17,9 +17,9 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dori_lightning.audit.evaluation import originals_of
+from dori_lightning.audit.evaluation import reference_images
 from dori_lightning.config import groups
-from dori_lightning.mitigations.base import Mitigation, settings_of
+from dori_lightning.mitigations.base import Mitigation, settings_fingerprint
 from dori_lightning.mitigations.edits import (
     Edit,
     EmptyEdit,
@@ -56,8 +56,8 @@ from dori_lightning.report.model_card import (
 from dori_lightning.report.record import read_report
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import claim_folder, write_atomically
-from dori_lightning.runtime.logging import stage
-from dori_lightning.tasks.audit import workshop_of
+from dori_lightning.runtime.logging import progress_bar
+from dori_lightning.tasks.audit import make_context
 from dori_lightning.tasks.run_record import git_sha, logged, package_versions
 from dori_lightning.types import InputError, Pair
 
@@ -185,7 +185,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         card = model_card(exported, shown).encode()
         single = folder / f"{file_name(f'{model.name}-{chosen.mitigation}')}.safetensors"
         notes = {"fingerprint": exported.exported, "original": exported.fingerprint}
-        with stage("export", len(formats)) as advance:
+        with progress_bar("export", len(formats)) as advance:
             if "diffusers" in formats:
                 export_folder(folder / "diffusers", parts, weights, card)
                 advance(1)
@@ -226,18 +226,18 @@ def _from_mitigation(
     sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
     data = PairsDataModule(pairs, model, cache=Path(cfg.paths.cache) / "encoded")
     data.prepare()
-    workshop = workshop_of(
+    context = make_context(
         cfg,
         data=data,
-        originals=originals_of(pairs, model.resolution, measures),
+        references=reference_images(pairs, model.resolution, measures),
         sampling=sampling,
     )
     suspected = [pair for pair in pairs if pair.kind != "control"]
-    edit = workshop.find(mitigation, model, suspected).edit
+    edit = context.find(mitigation, model, suspected).edit
     return _Chosen(
         edit=_weights_edit(edit, cfg.task.pair, mitigation.name),
         mitigation=mitigation.name,
-        settings=settings_of(mitigation),
+        settings=settings_fingerprint(mitigation),
         cost=edit.origin.cost if edit.origin else {},
         pairs=Counter(pair.kind for pair in suspected),
         pair=_pair(cfg),
@@ -263,14 +263,14 @@ def _weights_edit(
                 f"{mitigation} prunes other weights for each of {len(edit.masks)} pairs, and one "
                 f"checkpoint has one set of weights\n"
                 f"  where: task.pair\n"
-                f"  mend:  task.pair=ID uses the masks of one pair; or choose a mitigation that "
+                f"  fix:   task.pair=ID uses the masks of one pair; or choose a mitigation that "
                 f"prunes once for all pairs: mitigation={_unions()}"
             )
         if str(pair) not in edit.masks:
             raise InputError(
                 f"the edit has no masks of the pair {pair!s}\n"
                 f"  where: task.pair\n"
-                f"  mend:  one of {', '.join(edit.masks)}; quote numbers: 'task.pair=\"0001\"'"
+                f"  fix:   one of {', '.join(edit.masks)}; quote numbers: 'task.pair=\"0001\"'"
             )
         return edit.of(str(pair))
     if not isinstance(edit, MaskEdit | WeightEdit | EmptyEdit):
@@ -278,13 +278,13 @@ def _weights_edit(
             f"{mitigation} changes how pictures are drawn and no weight, so no checkpoint can "
             f"hold it\n"
             f"  where: mitigation\n"
-            f"  mend:  choose a mitigation that prunes or trains"
+            f"  fix:   choose a mitigation that prunes or trains"
         )
     if pair is not None:
         raise InputError(
             f"{mitigation} makes one edit for all pairs, so it has none of {pair!s} alone\n"
             f"  where: task.pair\n"
-            f"  mend:  leave task.pair out"
+            f"  fix:   leave task.pair out"
         )
     return edit
 
@@ -330,7 +330,7 @@ def _check_audit(folder: Path, thing: AuditedThing, weights: Weights) -> None:
             f"{audited.edit}, but this exports checkpoint {thing.fingerprint} under edit "
             f"{thing.edit}, which is checkpoint {weights.fingerprint}\n"
             f"  where: task.audit\n"
-            f"  mend:  give the audit of the same checkpoint, mitigation and pairs, or audit what "
+            f"  fix:   give the audit of the same checkpoint, mitigation and pairs, or audit what "
             f"was exported: checkpoint=custom checkpoint.source=FOLDER"
         )
 

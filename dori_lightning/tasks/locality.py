@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.audit.context import control_prompts
-from dori_lightning.audit.evaluation import originals_of
+from dori_lightning.audit.evaluation import reference_images
 from dori_lightning.locality.embeddings import (
     EmbeddingFindings,
     PromptSet,
@@ -28,7 +28,7 @@ from dori_lightning.locality.embeddings import (
 from dori_lightning.locality.study import (
     LocalitySettings,
     Part,
-    PictureDesk,
+    ReplicationJudge,
     Study,
     ask_other_models,
     ask_searched_model,
@@ -42,7 +42,7 @@ from dori_lightning.locality.study import (
 from dori_lightning.mitigations.edits import Edit, EmptyEdit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
-from dori_lightning.models.generation import unmitigated_name
+from dori_lightning.models.generation import baseline_cache_key
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import check_prompt_lengths
 from dori_lightning.report.locality import (
@@ -51,10 +51,10 @@ from dori_lightning.report.locality import (
     answers,
     write_locality_files,
 )
-from dori_lightning.runtime.artifacts import claim_folder, without
-from dori_lightning.tasks.audit import method_of, workshop_of
+from dori_lightning.runtime.artifacts import claim_folder, drop_keys
+from dori_lightning.tasks.audit import make_context, method_of
 from dori_lightning.tasks.results_logging import track_locality
-from dori_lightning.tasks.run_record import plain, provenance_of, tracked
+from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import InputError, Pair
 
@@ -75,14 +75,14 @@ def prepare(cfg: DictConfig, folder: Path) -> Study:
     chosen = choose_pairs(pairs, settings)
     sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
     mitigation = instantiate(cfg.mitigation)
-    claim_folder(folder, _method_of(plain(cfg)))
+    claim_folder(folder, _method_of(to_container(cfg)))
     model = instantiate(cfg.checkpoint)
     check_prompt_lengths(pairs, model.token_count, model.embedding_shape[0], strict=False)
     cache = Path(cfg.paths.cache)
     data = PairsDataModule(pairs, model, cache=cache / "encoded")
     prompts = control_prompts(pairs, data)
-    originals = originals_of(pairs, model.resolution, measures)
-    unmitigated = cache / "unmitigated" / unmitigated_name(model, sampling)
+    references = reference_images(pairs, model.resolution, measures)
+    unmitigated = cache / "unmitigated" / baseline_cache_key(model, sampling)
     return Study(
         folder=folder,
         seed=cfg.seed,
@@ -97,12 +97,12 @@ def prepare(cfg: DictConfig, folder: Path) -> Study:
         ordinary=_prompts(chosen["ordinary"], data),
         model=model,
         data=data,
-        workshop=workshop_of(cfg, data=data, originals=originals, sampling=sampling),
-        desk=PictureDesk(
+        context=make_context(cfg, data=data, references=references, sampling=sampling),
+        desk=ReplicationJudge(
             model=model,
             sampling=sampling,
-            originals=originals,
-            rule=rule_of(model, data, originals, sampling, unmitigated),
+            references=references,
+            rule=rule_of(model, data, references, sampling, unmitigated),
             folder=folder / "pictures",
             record=folder / "similarities.json",
         ),
@@ -116,7 +116,7 @@ def _prompts(pairs: tuple[Pair, ...], data: PairsDataModule) -> PromptSet:
 
 def _method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     """What decides the results, out of the resolved configuration."""
-    return {**method_of(cfg), "task": without(cfg["task"], "parts")}
+    return {**method_of(cfg), "task": drop_keys(cfg["task"], "parts")}
 
 
 # -------- locality_settings
@@ -207,7 +207,7 @@ def settings_of_task(cfg: DictConfig, attack: AttackSettings) -> LocalitySetting
     if len(set(names)) < len(names):
         raise InputError(
             f"the mitigation and task.transfer_to name one model twice: {', '.join(names)}\n"
-            f"  mend:  drop one from task.transfer_to, or give it a name of its own"
+            f"  fix:   drop one from task.transfer_to, or give it a name of its own"
         )
     return settings
 
@@ -256,7 +256,7 @@ def choose_pairs(
             raise InputError(
                 f"task=locality needs at least {wanted} {what}, the list has {len(found)}\n"
                 f"  where: pairs\n"
-                f"  mend:  a longer list, or a smaller task.images"
+                f"  fix:   a longer list, or a smaller task.images"
             )
     return {
         "studied": studied,

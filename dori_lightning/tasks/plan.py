@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dori_lightning.attacks.budget import AttackSettings, looked_at
+from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.models.protocol import Sampling, TextToImage
-from dori_lightning.runtime.artifacts import without, write_atomically
-from dori_lightning.tasks.run_record import plain
+from dori_lightning.runtime.artifacts import drop_keys, write_atomically
+from dori_lightning.tasks.run_record import to_container
 from dori_lightning.tasks.status import jobs_of
 from dori_lightning.types import KINDS, Budget, InputError, Pair
 
@@ -189,8 +189,8 @@ def edit_parts(
     name = str(settings.get("name", kind))
     if kind == "NoMitigation":
         return {}
-    plain = {k: v for k, v in settings.items() if k != "name"}
-    identity = json.dumps([shared, plain], sort_keys=True, default=str)
+    to_container = {k: v for k, v in settings.items() if k != "name"}
+    identity = json.dumps([shared, to_container], sort_keys=True, default=str)
     key = hashlib.sha256(identity.encode()).hexdigest()[:24]
     estimate = KNOWN.get(kind)
     part = (
@@ -359,10 +359,10 @@ def plan_of(cfg: DictConfig) -> JobPlan:
     settings: AttackSettings = instantiate(cfg.attack)
     sampling: Sampling = instantiate(cfg.sampling)
     pairs, pairs_from = _pairs(cfg)
-    config = plain(cfg)
+    config = to_container(cfg)
     checkpoint, mitigation = str(cfg.checkpoint.name), config["mitigation"]
     steps = settings.budget.steps
-    snapshots = len(looked_at(settings.snapshots, steps))
+    snapshots = len(evaluation_steps(settings.snapshots, steps))
     attacks = sum(
         count * len(settings.inits_of(kind)) * settings.restarts
         for kind, count in pairs.items()
@@ -372,10 +372,10 @@ def plan_of(cfg: DictConfig) -> JobPlan:
     pictures = (everyone + attacks * snapshots) * sampling.images_per_pair
     work = Evaluations(attack=attacks * steps * settings.noise_batch) + drawn(pictures, sampling)
     decides = {
-        "checkpoint": without(config["checkpoint"], "device", "channels_last"),
-        "pairs": without(config["pairs"], "cache"),
+        "checkpoint": drop_keys(config["checkpoint"], "device", "channels_last"),
+        "pairs": drop_keys(config["pairs"], "cache"),
         "corpus": config["corpus"],
-        "sampling": without(config["sampling"], "batch"),
+        "sampling": drop_keys(config["sampling"], "batch"),
         "seed": config["seed"],
     }
     shared = dict(
@@ -433,7 +433,7 @@ def _pairs(cfg: DictConfig) -> tuple[dict[str, int], str]:
     if bad:
         raise InputError(
             f"task.assume_pairs cannot be {assumed!r}\n  where: task.assume_pairs\n"
-            f"  mend:  pairs by kind, as in {{vm: 112, tm: 388, control: 500}}"
+            f"  fix:   pairs by kind, as in {{vm: 112, tm: 388, control: 500}}"
         )
     assert isinstance(assumed, dict)
     return {str(kind): int(count) for kind, count in assumed.items()}, f"assumed: {reason}"
@@ -503,7 +503,7 @@ def sum_plans(folder: Path) -> None:
     if not found:
         raise InputError(
             f"no job of the sweep left a {PLAN_FILE}\n  where: {folder}\n"
-            f"  mend:  run it again with task.dry_run=true, and see why its jobs fail"
+            f"  fix:   run it again with task.dry_run=true, and see why its jobs fail"
         )
     lost = len(jobs.folders) - len(found) + len(jobs.unstarted)
     if lost:
@@ -708,7 +708,7 @@ def audit_bytes(
     """
     length, width = model.embedding_shape
     channels, height, side = model.latent_shape
-    snapshots = len(looked_at(settings.snapshots, budget.steps))
+    snapshots = len(evaluation_steps(settings.snapshots, budget.steps))
     attacks = sum(len(settings.inits_of(pair.kind)) for pair in pairs) * settings.restarts
     prompts = len(pairs) * (2 if mitigated else 1)
     pictures = (prompts + attacks * snapshots) * sampling.images_per_pair

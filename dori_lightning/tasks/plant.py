@@ -14,12 +14,12 @@ from statistics import median
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dori_lightning.audit.evaluation import originals_of
+from dori_lightning.audit.evaluation import reference_images
 from dori_lightning.models.generation import (
-    PictureOrder,
-    generate_pictures,
-    load_pictures,
-    picture_seeds,
+    GenerationRequest,
+    generate_images,
+    image_seeds,
+    load_images,
 )
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.planting.card import write_card, write_checkpoint
@@ -33,7 +33,7 @@ from dori_lightning.planting.training import (
     train_diffusion,
 )
 from dori_lightning.runtime.artifacts import claim_folder
-from dori_lightning.runtime.logging import stage
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.tasks.run_record import git_sha, package_versions, tracked
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import KINDS, Pair
@@ -83,7 +83,7 @@ def _plant(
 
     tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
     stream = TrainingStream(pairs, mix=recipe.mix, size=recipe.resolution, seed=cfg.seed)
-    with stage("encode the training stream", recipe.stream_length) as advance:
+    with progress_bar("encode the training stream", recipe.stream_length) as advance:
         encode_stream(
             stream,
             autoencoder,
@@ -162,15 +162,18 @@ def measured_similarity(
     sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
     audited = [pair for pair in pairs if pair.role == "audit"]
     orders = [
-        PictureOrder(folder / pair.id, model.encode_prompts([pair.prompt])[0].cpu())
+        GenerationRequest(folder / pair.id, model.encode_prompts([pair.prompt])[0].cpu())
         for pair in audited
     ]
-    with stage("measure memorization", len(orders) * sampling.images_per_pair) as advance:
-        generate_pictures(model, orders, sampling, advance=advance)
-    originals, seeds = originals_of(audited, model.resolution, measures), picture_seeds(sampling)
+    with progress_bar("measure memorization", len(orders) * sampling.images_per_pair) as advance:
+        generate_images(model, orders, sampling, advance=advance)
+    references, seeds = (
+        reference_images(audited, model.resolution, measures),
+        image_seeds(sampling),
+    )
     return {
         pair.id: float(
-            originals.measure(pair, load_pictures(order.folder, seeds))
+            references.measure(pair, load_images(order.folder, seeds))
             .similarity[measures.decider]
             .max()
         )

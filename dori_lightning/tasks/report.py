@@ -198,7 +198,7 @@ def _places(runs: object) -> list[Path]:
     if not given or not all(isinstance(place, str) and place for place in given):
         raise InputError(
             f"task.runs cannot be {runs!r}\n  where: task.runs\n"
-            f"  mend:  name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
+            f"  fix:   name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
         )
     return [Path(place) for place in given]
 

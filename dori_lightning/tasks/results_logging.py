@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from dori_lightning.attacks.embedding_attack import Trigger
+from dori_lightning.attacks.embedding_attack import Conditioning
 from dori_lightning.locality.estimates import Rate
 from dori_lightning.locality.layers import WeightFindings
 from dori_lightning.metrics.replication import (
@@ -28,7 +28,7 @@ from dori_lightning.metrics.replication import (
     headline_condition,
     pair_results,
 )
-from dori_lightning.mitigations.base import Found
+from dori_lightning.mitigations.base import EditResult
 from dori_lightning.report.locality import LocalityReport
 from dori_lightning.report.pictures import Disclosure, thumbnail
 from dori_lightning.report.record import AuditReport
@@ -37,7 +37,7 @@ from dori_lightning.tracking import Tile, Tracker, mosaic
 from dori_lightning.types import INITS, KINDS, Condition, Init, Outcome, Pair
 
 if TYPE_CHECKING:
-    from dori_lightning.locality.study import AtLarge
+    from dori_lightning.locality.study import Transfers
 
 
 # -------- audit_gallery
@@ -203,7 +203,7 @@ def objective(report: AuditReport) -> float | None:
     return max(rates, default=None)
 
 
-def final_numbers(report: AuditReport, found: Found) -> dict[str, float | None]:
+def final_numbers(report: AuditReport, found: EditResult) -> dict[str, float | None]:
     """What runs are compared and sorted by; None where it was not measured.
 
     ``final/objective`` is what a sweeper minimises; ``mr`` are memorization rates, ``attack`` is
@@ -248,7 +248,7 @@ _RECORD = (
 )  # fmt: skip
 
 
-def track_attack(tracker: Tracker, found: Sequence[Trigger]) -> None:
+def track_attack(tracker: Tracker, found: Sequence[Conditioning]) -> None:
     """Log the mean loss of the attack from one initial point and restart, by kind and step.
 
     Args:
@@ -284,7 +284,7 @@ def track_attack(tracker: Tracker, found: Sequence[Trigger]) -> None:
 def track_report(
     tracker: Tracker,
     report: AuditReport,
-    found: Found,
+    found: EditResult,
     folder: Path,
     *,
     images: Disclosure,
@@ -312,7 +312,7 @@ def track_report(
     tracker.summary({**final_numbers(report, found), "verdict": report.verdict})
 
 
-def _track_files(tracker: Tracker, report: AuditReport, found: Found, folder: Path) -> None:
+def _track_files(tracker: Tracker, report: AuditReport, found: EditResult, folder: Path) -> None:
     """Hand over embeddings, edit and report, a version of each for the run."""
     name = f"{report.checkpoint}-{report.mitigation}"
     about = {
@@ -409,7 +409,7 @@ def track_locality(
     )
 
 
-def _by_steps(found: AtLarge) -> Iterator[tuple[int, Mapping[str, float]]]:
+def _by_steps(found: Transfers) -> Iterator[tuple[int, Mapping[str, float]]]:
     rows: dict[int, dict[str, float]] = {}
     for point in found.budget:
         if point.rate.n:
@@ -418,7 +418,7 @@ def _by_steps(found: AtLarge) -> Iterator[tuple[int, Mapping[str, float]]]:
     yield from sorted(rows.items())
 
 
-def _by_place(found: AtLarge) -> Iterator[tuple[int, Mapping[str, float]]]:
+def _by_place(found: Transfers) -> Iterator[tuple[int, Mapping[str, float]]]:
     rows: dict[int, dict[str, float]] = {}
     for point in found.lines:
         if point.rate.n:
@@ -436,7 +436,7 @@ def _with_interval(name: str, where: str, rate: Rate) -> dict[str, float]:
     }
 
 
-def _transfers(found: AtLarge) -> list[list[object]]:
+def _transfers(found: Transfers) -> list[list[object]]:
     return [
         [
             own.model, own.searched, own.held, own.start, own.rate.hits, own.rate.n,

@@ -47,7 +47,7 @@ _PACKAGES = (
 )
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def to_container(cfg: DictConfig) -> dict[str, Any]:
     """Resolved configuration as plain containers."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
@@ -107,7 +107,7 @@ def provenance_of(
         platform=f"{platform.system()} {platform.machine()}",
         device=device,
         seed=int(cfg.seed),
-        config=redact(plain(cfg)),
+        config=redact(to_container(cfg)),
         checkpoint=model.name,
         fingerprint=model.fingerprint,
         image_hashes={pair.id: pair.sha256 for pair in pairs},
@@ -180,7 +180,7 @@ def _opened(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> Iterator[Logg
 
 
 def _identity(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> RunIdentity:
-    config = redact(plain(cfg))
+    config = redact(to_container(cfg))
     about: dict[str, Any] = {
         "folder": str(folder),
         "git_sha": git_sha(),

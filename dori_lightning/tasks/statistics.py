@@ -20,8 +20,8 @@ from dori_lightning.mitigations.activations import (
     activation_statistics,
     layer_influence,
 )
-from dori_lightning.runtime.artifacts import claim_folder, without, write_atomically
-from dori_lightning.tasks.run_record import logged, plain
+from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically
+from dori_lightning.tasks.run_record import logged, to_container
 from dori_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     if cfg.task.influence_prompts < 1:
         raise InputError(f"task.influence_prompts must be >= 1, got {cfg.task.influence_prompts}")
     prompts = corpus.prompts("calibration", cfg.task.prompts)
-    claim_folder(folder, _method_of(plain(cfg)))
+    claim_folder(folder, _method_of(to_container(cfg)))
     model = instantiate(cfg.checkpoint)
     statistics = activation_statistics(model, prompts)
     influence = layer_influence(
@@ -65,11 +65,11 @@ def _method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     return {
         "seed": cfg["seed"],
         "task": cfg["task"],
-        "checkpoint": without(
+        "checkpoint": drop_keys(
             cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
         ),
         "corpus": cfg["corpus"],
-        "sampling": without(cfg["sampling"], "batch", "images_per_pair", "seed"),
+        "sampling": drop_keys(cfg["sampling"], "batch", "images_per_pair", "seed"),
     }
 
 

@@ -75,7 +75,7 @@ def _jobs(place: Path, *, planned: bool) -> Jobs:
     if not place.is_dir():
         raise InputError(
             f"no folder {place}\n  where: task.runs\n"
-            f"  mend:  name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
+            f"  fix:   name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
         )
     if (place / _SWEEP).is_file():
         return _sweep(place, planned=planned)
@@ -85,7 +85,7 @@ def _jobs(place: Path, *, planned: bool) -> Jobs:
     if not below:
         raise InputError(
             f"{place} holds no run\n  where: task.runs\n"
-            f"  mend:  name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
+            f"  fix:   name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
         )
     return Jobs(below, sweeps=(place.resolve().name,))
 

@@ -167,7 +167,7 @@ def test_values_against_signatures(override: str, part: str | None):
 
 def test_a_lone_value_is_put_into_the_list_it_belongs_to():
     attack = OmegaConf.create({"attack": composed("attack.inits=prompt").attack})
-    with pytest.raises(InputError, match=r"mend:  give a list: 'attack\.inits=\[prompt\]'"):
+    with pytest.raises(InputError, match=r"fix:   give a list: 'attack\.inits=\[prompt\]'"):
         config.check_signatures(attack)
     attack.attack.inits = ["prompts"]
     with pytest.raises(InputError, match=r"each of it one of prompt, random, control_prompt"):

@@ -12,7 +12,7 @@ import torch
 from hydra.utils import instantiate
 
 from dori_lightning import config
-from dori_lightning.mitigations.base import Workshop, settings_of
+from dori_lightning.mitigations.base import Context, settings_fingerprint
 from dori_lightning.mitigations.edits import (
     MaskEdit,
     PairMaskEdit,
@@ -24,9 +24,9 @@ from dori_lightning.mitigations.edits import (
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Pair
+from support.context import make_context, read_pairs
 from support.runs import configuration
 from support.tiny import tiny_model
-from support.workshop import make_workshop, read_pairs
 
 NAMES = sorted(file.stem for file in (config.CONF / "mitigation").glob("*.yaml"))
 
@@ -92,16 +92,16 @@ class Guarded:
         return self.data.batch(pairs)
 
 
-def guarded_workshop(
+def guarded_context(
     folder: Path, model: StableDiffusion, pairs: tuple[Pair, ...], *, seed: int = 0
-) -> tuple[Workshop, list[Pair]]:
-    """A workshop that hands out suspected pairs and calibration examples only."""
-    workshop = make_workshop(
+) -> tuple[Context, list[Pair]]:
+    """A context that hands out suspected pairs and calibration examples only."""
+    context = make_context(
         folder, model, pairs, seed=seed, sampling=Sampling("ddim", 2, 2.0, 2, batch=8)
     )
     suspected = [pair for pair in pairs if pair.kind != "control"]
-    data: Any = Guarded(workshop.data, {pair.id for pair in suspected})
-    return dataclasses.replace(workshop, data=data), suspected
+    data: Any = Guarded(context.data, {pair.id for pair in suspected})
+    return dataclasses.replace(context, data=data), suspected
 
 
 def state_of(model: StableDiffusion) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_there_are_mitigations() -> None:
 def test_names_are_those_of_the_files_and_settings_are_plain(name: str) -> None:
     made = mitigation_of(name)
     assert made.name == name
-    assert settings_of(made)["name"] == name
+    assert settings_fingerprint(made)["name"] == name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,16 +149,16 @@ def test_contract(
     """Deterministic, reads only what it may, changes what it counts, and leaves no trace."""
     mitigation = mitigation_of(name)
     before = state_of(model)
-    workshop, suspected = guarded_workshop(tmp_path / "first", model, pairs)
-    edit = mitigation.apply(model, suspected, workshop)
+    context, suspected = guarded_context(tmp_path / "first", model, pairs)
+    edit = mitigation.apply(model, suspected, context)
     assert_same(before, state_of(model))
 
     # the same seed gives the same edit, wherever it is made
-    again, _ = guarded_workshop(tmp_path / "second", model, pairs)
+    again, _ = guarded_context(tmp_path / "second", model, pairs)
     assert mitigation.apply(model, suspected, again).identity == edit.identity
 
-    latents = torch.stack([workshop.data.encoded(pair).latent for pair in suspected])
-    embeddings = torch.stack([workshop.data.encoded(pair).embedding for pair in suspected])
+    latents = torch.stack([context.data.encoded(pair).latent for pair in suspected])
+    embeddings = torch.stack([context.data.encoded(pair).embedding for pair in suspected])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     ids = [pair.id for pair in suspected]
     with edit.applied(model):
@@ -174,7 +174,7 @@ def test_contract(
                 latents, noise, torch.tensor([500] * len(ids)), embeddings, pair_ids=ids
             )
         assert loss.isfinite().all()
-        images = model.generate(embeddings, noise, workshop.sampling, pair_ids=ids)
+        images = model.generate(embeddings, noise, context.sampling, pair_ids=ids)
         assert images.isfinite().all()
     assert_same(before, state_of(model))
 

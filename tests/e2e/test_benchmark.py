@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dori_lightning.metrics.descriptors import LocalCorrelation
-from dori_lightning.models.generation import PictureOrder, generate_pictures, load_pictures
+from dori_lightning.models.generation import GenerationRequest, generate_images, load_images
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.validation import image_tensor, square_image
@@ -40,10 +40,10 @@ def test_planted_prompts_bring_their_pictures_back_and_controls_do_not(tmp_path:
     for name in ("coins", "flower", "motorcycle", "horse", "gift"):
         place = tmp_path / name
         embedding = model.encode_prompts([pairs[name].prompt])[0]
-        generate_pictures(model, [PictureOrder(place, embedding)], sampling)
+        generate_images(model, [GenerationRequest(place, embedding)], sampling)
         original = image_tensor(square_image(pairs[name].image), 64)[None]
         best[name] = float(
-            LocalCorrelation().similarity(load_pictures(place, (2, 3)), original).max()
+            LocalCorrelation().similarity(load_images(place, (2, 3)), original).max()
         )
     assert min(best["coins"], best["flower"], best["motorcycle"]) > 0.7, best
     assert max(best["horse"], best["gift"]) < 0.4, best

@@ -176,7 +176,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]
     solve: Callable[..., Any] = embedding_attack.solve
 
     def counted(model: Any, problem: Any, **options: Any) -> Any:
-        made.append((options["until"], problem.ids))
+        made.append((options["stop_at"], problem.ids))
         return solve(model, problem, **options)
 
     monkeypatch.setattr(embedding_attack, "solve", counted)

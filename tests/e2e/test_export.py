@@ -49,7 +49,7 @@ class Pruned:
     name: str = "pruned"
     share: float = 0.5
 
-    def apply(self, model: Any, pairs: Sequence[Pair], workshop: Any) -> Edit:
+    def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Edit:
         return MaskEdit(Origin(model.fingerprint), value_rows(model, self.share))
 
 
@@ -59,7 +59,7 @@ class PrunedPerPair:
 
     name: str = "pruned_per_pair"
 
-    def apply(self, model: Any, pairs: Sequence[Pair], workshop: Any) -> Edit:
+    def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Edit:
         shares = {pair.id: 0.25 * (k + 1) for k, pair in enumerate(pairs)}
         masks = {name: value_rows(model, share) for name, share in shares.items()}
         return PairMaskEdit(Origin(model.fingerprint), masks)
@@ -71,7 +71,7 @@ class Trained:
 
     name: str = "trained"
 
-    def apply(self, model: Any, pairs: Sequence[Pair], workshop: Any) -> Edit:
+    def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Edit:
         name = "conv_in.weight"
         before = dict(model.denoiser().named_parameters())[name].detach()
         return WeightEdit(Origin(model.fingerprint), {name: before * 1.0001})
@@ -83,7 +83,7 @@ class AtInference:
 
     name: str = "at_inference"
 
-    def apply(self, model: Any, pairs: Sequence[Pair], workshop: Any) -> Any:
+    def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Any:
         @dataclass(frozen=True)
         class Filter:
             identity: str = "filter"

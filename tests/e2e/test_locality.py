@@ -12,9 +12,9 @@ from dori_lightning.locality import study
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report.locality import read_locality_record
 from dori_lightning.types import InputError
+from support.context import FakeCorpus
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
-from support.workshop import FakeCorpus
 
 SMALL = (
     "pairs=folder",

@@ -141,7 +141,7 @@ def locality(folder: Path) -> LocalitySection:
 
 
 def write_run(folder: Path, report: AuditReport, mitigation: str) -> Path:
-    """Write a run folder whose originals carry their true hashes."""
+    """Write a run folder whose references carry their true hashes."""
     hashes = {o.pair.id: sha256(o.pair.image.read_bytes()).hexdigest() for o in report.outcomes}
     outcomes = tuple(
         replace(o, pair=replace(o.pair, sha256=hashes[o.pair.id])) for o in report.outcomes

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import dori_lightning.mitigations
 from dori_lightning.mitigations.edits import MaskEdit
+from support.context import make_context, read_pairs
 from support.tiny import tiny_model
-from support.workshop import make_workshop, read_pairs
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
@@ -39,7 +39,7 @@ def test_the_worked_mitigation_is_one(tmp_path: Path, monkeypatch: pytest.Monkey
     model = tiny_model(tmp_path / "model")
     before = {name: p.detach().clone() for name, p in model.denoiser().named_parameters()}
     pairs = [pair for pair in read_pairs(tmp_path) if pair.kind != "control"]
-    edit = instantiate(cfg.mitigation).apply(model, pairs, make_workshop(tmp_path, model))
+    edit = instantiate(cfg.mitigation).apply(model, pairs, make_context(tmp_path, model))
     assert isinstance(edit, MaskEdit)
     with edit.applied(model):
         changed = {

@@ -6,9 +6,9 @@ import pytest
 from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.types import InputError
+from support.context import FakeCorpus
 from support.runs import run_task
 from support.tiny import write_tiny
-from support.workshop import FakeCorpus
 
 
 def test_statistics_of_a_checkpoint_are_stored_and_layers_weighed(

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from dori_lightning.attacks.solver import AttackResult
-from dori_lightning.attacks.store import AttackLedger
+from dori_lightning.attacks.store import AttackStore
 from dori_lightning.mitigations.activations import ActivationStatistics
 from dori_lightning.mitigations.edits import read_edit
 from dori_lightning.models.loading import load_checkpoint
@@ -115,11 +115,11 @@ def test_a_pickle_is_refused_and_not_loaded(
 
 def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    ledger = AttackLedger(tmp_path, {})
-    path = ledger.path("a", "prompt", 0)
+    store = AttackStore(tmp_path, {})
+    path = store.path("a", "prompt", 0)
     path.parent.mkdir()
     path.write_bytes(pickle.dumps(Evil(mark)))
-    assert ledger.read("a", "prompt", 0, "x") is None
+    assert store.read("a", "prompt", 0, "x") is None
     np.save(tmp_path / "latents.npy", np.array([Evil(mark)], object), allow_pickle=True)
     (tmp_path / "keys.json").write_text("[]")
     shutil.copy(tmp_path / "latents.npy", tmp_path / "tokens.npy")
@@ -129,7 +129,7 @@ def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None
 
 
 def test_a_note_of_an_attack_that_is_no_json_counts_as_damaged(tmp_path: Path) -> None:
-    ledger = AttackLedger(tmp_path, {"seed": "0"})
+    store = AttackStore(tmp_path, {"seed": "0"})
     made = AttackResult(
         ("a",),
         0,
@@ -139,11 +139,11 @@ def test_a_note_of_an_attack_that_is_no_json_counts_as_damaged(tmp_path: Path) -
         torch.tensor([False]),
         torch.tensor([False]),
     )
-    ledger.write(made, "prompt", {"a": "x"})
-    path = ledger.path("a", "prompt", 0)
+    store.write(made, "prompt", {"a": "x"})
+    path = store.path("a", "prompt", 0)
     note = {"seed": "0", "inputs": "x", "snapshots": "[__import__('os')]", "diverged": "True"}
     save_file(load_file(path), path, metadata=note)
-    assert ledger.read("a", "prompt", 0, "x") is None
+    assert store.read("a", "prompt", 0, "x") is None
 
 
 CODE = "from pathlib import Path\nPath('mark').touch()\nraise SystemExit('executed')\n"

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from dori_lightning import config
 from dori_lightning.runtime.artifacts import claim_folder
 from dori_lightning.runtime.redaction import redact, secrets_in
-from dori_lightning.tasks.run_record import plain, tracked
+from dori_lightning.tasks.run_record import to_container, tracked
 from dori_lightning.types import InputError
 from support.in_process import Program, bytes_with
 
@@ -68,7 +68,7 @@ def test_secrets_in_a_command_are_refused_and_not_repeated(
     assert started == []
     assert CANARY not in said.out + said.err
     assert said.err.count("dori: ") == 1
-    for part in ("where: ", "mend: "):
+    for part in ("where: ", "fix: "):
         assert part in said.err
     assert not (tmp_path / "outputs").exists(), "nothing was written"
     assert bytes_with(CANARY, tmp_path) == []
@@ -122,7 +122,7 @@ def client() -> Iterator[None]:
 def careless(cfg: Any, folder: Path) -> None:
     """A task that tells everybody what it knows."""
     with tracked(cfg, folder) as tracker:
-        claim_folder(folder, plain(cfg))
+        claim_folder(folder, to_container(cfg))
         logging.getLogger("dori_lightning.x").info(
             "opening %s with %s", cfg.checkpoint.source, HUB
         )

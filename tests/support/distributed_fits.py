@@ -26,7 +26,7 @@ from dori_lightning.mitigations.siss import SISS
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.runtime import distributed, signals
 from dori_lightning.runtime.signals import Interrupted
-from support.workshop import make_workshop, read_pairs
+from support.context import make_context, read_pairs
 
 LR = 1e-3
 ANCHORS = AnchorSettings(prompts=2, images=1, max_similarity=0.99, ordinary=4)
@@ -78,14 +78,14 @@ def fit(folder: Path, name: str, *, trainer: dict[str, Any] | None = None) -> We
     """Fit a method to the checkpoint and the pairs in ``folder``; its edits lie there too."""
     model = load_checkpoint(name="tiny", source=str(folder / "checkpoint"), device="cpu")
     pairs = read_pairs(folder)
-    workshop = make_workshop(folder, model, pairs)
+    context = make_context(folder, model, pairs)
     if trainer is not None:
         settings = {"accelerator": "cpu", "logger": False, **trainer}
         object.__setattr__(
-            workshop, "trainer", lambda **more: distributed.Trainer(**{**settings, **more})
+            context, "trainer", lambda **more: distributed.Trainer(**{**settings, **more})
         )
-        distributed.start(workshop.trainer())
-    found = workshop.find(METHODS[name], model, [p for p in pairs if p.kind != "control"])
+        distributed.start(context.trainer())
+    found = context.find(METHODS[name], model, [p for p in pairs if p.kind != "control"])
     assert isinstance(found.edit, WeightEdit)
     return found.edit
 

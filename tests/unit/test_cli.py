@@ -242,7 +242,7 @@ def test_mistakes_get_one_message_and_code_2(
     assert captured.out == ""
     assert "Traceback" not in captured.err
     assert captured.err.count("dori: ") == 1
-    for part in (*parts, "where: ", "mend: "):
+    for part in (*parts, "where: ", "fix: "):
         assert part in captured.err
 
 
@@ -341,7 +341,7 @@ def test_sweeps_that_go_wrong_silently_are_refused(
     assert code == 2, captured.err
     assert started == []
     assert captured.err.count("dori: ") == 1
-    for part in (*parts, "where: ", "mend: "):
+    for part in (*parts, "where: ", "fix: "):
         assert part in captured.err
 
 

@@ -35,7 +35,7 @@ def refused(cfg: DictConfig, capsys: pytest.CaptureFixture[str]) -> str:
         SweepGuard().on_multirun_start(cfg)
     assert left.value.code == 2
     said = capsys.readouterr().err
-    for part in ("dori: ", "where: ", "mend: "):
+    for part in ("dori: ", "where: ", "fix: "):
         assert part in said
     return said
 

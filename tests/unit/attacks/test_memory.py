@@ -14,18 +14,18 @@ from dori_lightning.models.batching import (
     PASS_KIND,
     PASS_PAIRS,
     PassMemory,
-    PeakTensors,
+    PeakMemory,
+    estimate_batch_size,
     fit_cpu_passes,
     free_memory,
     measure_pass,
-    pairs_that_fit,
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
 
 
 def test_tensors_count_while_they_are_alive() -> None:
     outside = torch.ones(1000)
-    with PeakTensors() as seen:
+    with PeakMemory() as seen:
         kept = torch.ones(100)
         view = kept[:50].view(5, 10)
         for _ in range(3):
@@ -37,7 +37,7 @@ def test_tensors_count_while_they_are_alive() -> None:
 
 def test_a_graph_keeps_its_tensors_alive() -> None:
     start = torch.ones(100, requires_grad=True)
-    with PeakTensors() as seen:
+    with PeakMemory() as seen:
         value = start
         for _ in range(5):
             value = value.exp()
@@ -49,7 +49,7 @@ def test_a_pass_is_measured_and_scales_with_its_samples(model: StableDiffusion) 
     found = measure_pass(model)
     assert model.unet_evaluations == evaluations
     assert all(p.grad is None for p in model.parameters())
-    with PeakTensors() as seen:
+    with PeakMemory() as seen:
         batching._run(model, 6, None)
     assert found.of(6) == pytest.approx(seen.peak, rel=0.05)
     assert found.sample > 10 * 4 * torch.Size(model.latent_shape).numel()
@@ -79,13 +79,15 @@ def on(device: str) -> StableDiffusion:
     return cast(
         "StableDiffusion",
         SimpleNamespace(
-            device=torch.device(device), pass_limits={}, parameters=lambda: iter([torch.ones(3)])
+            device=torch.device(device),
+            max_batch_sizes={},
+            parameters=lambda: iter([torch.ones(3)]),
         ),
     )
 
 
 def gpu_pairs(gib: float, wanted: int | None = None) -> int:
-    return pairs_that_fit(on("cuda"), noise_batch=8, wanted=wanted, free=int(gib * 2**30))
+    return estimate_batch_size(on("cuda"), noise_batch=8, wanted=wanted, free=int(gib * 2**30))
 
 
 @pytest.fixture
@@ -124,13 +126,13 @@ def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
 ) -> None:
     def limit(gib: float, wanted: int | None) -> int | None:
         model = on("cpu")
-        assert pairs_that_fit(model, noise_batch=8, wanted=wanted) == (wanted or LANE_PAIRS)
-        assert PASS_KIND not in model.pass_limits
+        assert estimate_batch_size(model, noise_batch=8, wanted=wanted) == (wanted or LANE_PAIRS)
+        assert PASS_KIND not in model.max_batch_sizes
         for _ in range(2):
             fit_cpu_passes(
                 model, noise_batch=8, wanted=wanted, free=int(gib * 2**30), pair_id="boat"
             )
-        return model.pass_limits.get(PASS_KIND)
+        return model.max_batch_sizes.get(PASS_KIND)
 
     # with memory for all, passes stay of one width, and so results the same in any batch
     assert limit(1000, None) is None
@@ -146,7 +148,7 @@ def test_more_noise_is_measured_again_and_never_widens(measured: list[str | None
     model = on("cpu")
     for samples, pairs in ((2, 3), (8, 1), (2, 1)):
         fit_cpu_passes(model, noise_batch=samples, wanted=None, free=6 * 2**30)
-        assert model.pass_limits[PASS_KIND] == pairs
+        assert model.max_batch_sizes[PASS_KIND] == pairs
     assert len(measured) == 2
 
 

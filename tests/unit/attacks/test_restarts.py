@@ -11,15 +11,15 @@ import torch
 from dori_lightning.attacks import embedding_attack as module
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.embedding_attack import (
+    Conditioning,
     ControlPrompts,
-    Trigger,
-    attack_pairs,
     attack_restarts,
+    run_attacks,
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.types import Budget, Pair
-from support.workshop import read_pairs
+from support.context import read_pairs
 
 SETTINGS = AttackSettings(
     inits=("random", "prompt", "control_prompt"),
@@ -52,7 +52,7 @@ def arguments(model: StableDiffusion, pairs: tuple[Pair, ...], folder: Path) -> 
     }
 
 
-def by_key(triggers: list[Trigger]) -> dict[tuple[object, ...], torch.Tensor]:
+def by_key(triggers: list[Conditioning]) -> dict[tuple[object, ...], torch.Tensor]:
     return {
         (t.pair.id, t.condition.init, t.restart, t.condition.budget.steps): t.embedding
         for t in triggers
@@ -69,7 +69,7 @@ def test_side_by_side_or_one_restart_at_a_time_gives_the_same_bits(
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     theirs = by_key(
-        attack_pairs(model, few, trainer=trainer, **arguments(model, pairs, tmp_path / "b"))
+        run_attacks(model, few, trainer=trainer, **arguments(model, pairs, tmp_path / "b"))
     )
     assert ours.keys() == theirs.keys()
     assert len(ours) == (2 * 3 + 1) * 3 * 3

@@ -215,7 +215,7 @@ def test_out_of_memory_halves_the_pairs_and_not_the_noise_and_finds_the_same(
         return real(latents, *args, **options)
 
     monkeypatch.setattr(model, "denoising_loss", small_memory)
-    monkeypatch.setattr(model, "pass_limits", {})
+    monkeypatch.setattr(model, "max_batch_sizes", {})
     result = attack(model, problem)
     assert widths[:3] == [4 * 3, 2 * 3, 1 * 3], "pairs of a pass, times three noise samples"
     assert set(widths[2:]) == {1 * 3}, "memory runs out once, not at every step"
@@ -246,7 +246,7 @@ def test_passes_of_any_width_give_the_same_bits_where_kernels_do(
         return scale * emb[:, 0, 0] ** 2 + emb[:, 1, 1]
 
     monkeypatch.setattr(model, "denoising_loss", by_rows)
-    monkeypatch.setattr(model, "pass_limits", {})
+    monkeypatch.setattr(model, "max_batch_sizes", {})
     whole = attack(model, problem)
     room[0] = 3
     halved = attack(model, problem)

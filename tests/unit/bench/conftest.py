@@ -9,8 +9,8 @@ import pytest
 from dori_lightning.bench.attack import Subject
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
+from support.context import make_context, read_pairs
 from support.tiny import tiny_model
-from support.workshop import make_workshop, read_pairs
 
 
 @pytest.fixture(scope="package")
@@ -22,12 +22,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
 def subject(model: StableDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     folder: Path = tmp_path_factory.mktemp("subject")
     pairs = read_pairs(folder, vm=3, control=0)
-    workshop = make_workshop(folder, model, pairs)
-    workshop = replace(workshop, data=PairsDataModule(pairs, model, pairs_per_batch=8))
+    context = make_context(folder, model, pairs)
+    context = replace(context, data=PairsDataModule(pairs, model, pairs_per_batch=8))
     return Subject(
         model=model,
         pairs=pairs,
-        workshop=workshop,
+        context=context,
         trainer=L.Trainer(
             accelerator="cpu",
             devices=1,

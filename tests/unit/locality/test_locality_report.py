@@ -19,7 +19,7 @@ from dori_lightning.locality.layers import (
     activation_findings,
     weight_findings,
 )
-from dori_lightning.locality.study import AtLarge, BudgetPoint, LinePoint, Transfer
+from dori_lightning.locality.study import BudgetPoint, LinePoint, Transfer, Transfers
 from dori_lightning.report.locality import (
     LocalityReport,
     StudiedImage,
@@ -40,10 +40,10 @@ LAYERS = [f"down_blocks.0.attentions.{k}.transformer_blocks.0" for k in range(2)
 NOW = datetime(2026, 11, 24, 8, 0, tzinfo=UTC)
 
 
-def large() -> AtLarge:
+def large() -> Transfers:
     half = rate_of({"a": [True, False], "b": [True, True]})
     none = rate_of({"c0": [False, False]})
-    return AtLarge(
+    return Transfers(
         budget=(
             BudgetPoint("memorized", "random", 1, none, 0),
             BudgetPoint("memorized", "random", 50, half, 1),
@@ -123,7 +123,7 @@ def report(*, working: bool = True) -> LocalityReport:
             chosen,
             settings={"nemo": {}, "wanda": {}},
         ),
-        at_large=large() if working else AtLarge((), (), ()),
+        at_large=large() if working else Transfers((), (), ()),
         provenance=Provenance(
             git_sha=None, packages={}, python="3.11", platform="Linux", device="cpu", seed=0,
             config={"logger": {"token": "hush"}}, checkpoint="tiny", fingerprint="f" * 16,

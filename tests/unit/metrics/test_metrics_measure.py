@@ -8,7 +8,7 @@ import torch
 
 from dori_lightning.metrics.calibration import (
     Measures,
-    Originals,
+    ReferenceImages,
     calibrate_measures,
     null_similarities,
 )
@@ -40,14 +40,14 @@ def flat(*levels: float) -> torch.Tensor:
 PAIRS = (pair("v", "vm"), pair("a", "control"), pair("b", "control"))
 
 
-def originals(*descriptors: Descriptor, decider: str = "one") -> Originals:
+def references(*descriptors: Descriptor, decider: str = "one") -> ReferenceImages:
     measures = Measures({d.name: d for d in descriptors}, decider)
-    return Originals(PAIRS, flat(0.9, 0.1, 0.5), measures)
+    return ReferenceImages(PAIRS, flat(0.9, 0.1, 0.5), measures)
 
 
 def test_only_control_originals_are_known_not_to_be_held() -> None:
     pictures = {"v": flat(0.9, 0.8), "a": flat(0.9, 0.9), "b": flat(0.2, 0.3)}
-    null = null_similarities(originals(Brightness("one")), "one", pictures)
+    null = null_similarities(references(Brightness("one")), "one", pictures)
     # v against a and b; a (which drew v's picture) against a and b; b against a and b
     assert null == pytest.approx([0.3, 0.7, 0.2, 0.6, 0.9, 0.8])
 
@@ -55,15 +55,15 @@ def test_only_control_originals_are_known_not_to_be_held() -> None:
 def test_the_same_file_under_another_name_is_no_null() -> None:
     measures = Measures({"one": Brightness("one")}, "one")
     twins = (PAIRS[0], PAIRS[1], replace(PAIRS[2], sha256="v"))
-    both = Originals(twins, flat(0.9, 0.1, 0.9), measures)
+    both = ReferenceImages(twins, flat(0.9, 0.1, 0.9), measures)
     pictures = {name: flat(0.9) for name in "vab"}
     assert len(null_similarities(both, "one", pictures)) == 5, "v against its twin b is left out"
 
 
 def test_a_failed_attack_has_no_similarity() -> None:
-    found = originals(Brightness("one")).measure(PAIRS[0], flat(0.9, 0.7), failed=True)
+    found = references(Brightness("one")).measure(PAIRS[0], flat(0.9, 0.7), failed=True)
     assert np.isnan(found.similarity["one"]).all()
-    ok = originals(Brightness("one")).measure(PAIRS[0], flat(0.9, 0.7))
+    ok = references(Brightness("one")).measure(PAIRS[0], flat(0.9, 0.7))
     assert ok.similarity["one"].tolist() == pytest.approx([1.0, 0.8])
     assert ok.diversity == pytest.approx(0.8)
     assert ok.lpips is None
@@ -90,14 +90,14 @@ def test_a_blind_decider_gives_way_to_one_that_sees_and_says_so(
     names = ("one", "two")
     prompted = [outcome(p, [0.5, 0.5], names) for p in PAIRS]
     arguments = {"pictures": pictures, "reconstructions": flat(0.9, 0.1, 0.5)}
-    calibration = calibrate_measures(originals(blind, sees), prompted, **arguments)
+    calibration = calibrate_measures(references(blind, sees), prompted, **arguments)
     assert calibration.descriptor == "two"
     assert "one cannot tell copies" in caplog.text
     assert calibration.threshold == pytest.approx((0.6 + 1.0) / 2)
-    chosen = calibrate_measures(originals(blind, sees, decider="two"), prompted, **arguments)
+    chosen = calibrate_measures(references(blind, sees, decider="two"), prompted, **arguments)
     assert chosen.descriptor == "two"
     with pytest.raises(InputError, match="cannot decide"):
-        calibrate_measures(originals(blind), prompted, **arguments)
+        calibrate_measures(references(blind), prompted, **arguments)
 
 
 def test_an_unknown_decider_is_refused() -> None:

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Pair
+from support.context import make_context, read_pairs
 from support.tiny import tiny_model
-from support.workshop import make_workshop, read_pairs
 
 
 @pytest.fixture(scope="session")
@@ -29,16 +29,16 @@ def suspected(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
 
 
 @pytest.fixture
-def workshop(model: StableDiffusion, tmp_path: Path, pairs: tuple[Pair, ...]) -> Workshop:
-    """A workshop over all pairs with a folder of its own."""
-    return make_workshop(tmp_path, model, pairs)
+def context(model: StableDiffusion, tmp_path: Path, pairs: tuple[Pair, ...]) -> Context:
+    """A context over all pairs with a folder of its own."""
+    return make_context(tmp_path, model, pairs)
 
 
 @pytest.fixture
-def workshop_of(model: StableDiffusion, pairs: tuple[Pair, ...]) -> Callable[..., Workshop]:
-    """Make further workshops: ``workshop_of(folder, seed=1)``."""
+def context_of(model: StableDiffusion, pairs: tuple[Pair, ...]) -> Callable[..., Context]:
+    """Make further contexts: ``context_of(folder, seed=1)``."""
 
-    def make(folder: Path, **options: object) -> Workshop:
-        return make_workshop(folder, model, pairs, **options)  # type: ignore[arg-type]
+    def make(folder: Path, **options: object) -> Context:
+        return make_context(folder, model, pairs, **options)  # type: ignore[arg-type]
 
     return make

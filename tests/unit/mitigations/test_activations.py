@@ -15,8 +15,8 @@ from dori_lightning.mitigations.activations import (
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
+from support.context import FakeCorpus
 from support.tiny import tiny_model
-from support.workshop import FakeCorpus
 
 PROMPTS = FakeCorpus().prompts("calibration", 2 * PROMPTS_AT_ONCE + 7)
 SAMPLING = Sampling("ddim", 2, 2.0)

@@ -22,10 +22,10 @@ from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.replacements import SurrogateSettings, find_surrogates
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.runtime.logging import heard_by
+from dori_lightning.runtime.logging import listening
 from dori_lightning.types import InputError, Pair
+from support.context import make_context, read_pairs
 from support.tiny import tiny_model
-from support.workshop import make_workshop, read_pairs
 
 ATTACK = AttackSettings(
     inits=("prompt", "random", "control_prompt"),
@@ -63,9 +63,9 @@ def suspected(tmp_path: Path) -> list[Pair]:
 def pool_of(
     tmp_path: Path, model: StableDiffusion, settings: PoolSettings
 ) -> tuple[TriggerPool, list[Pair]]:
-    workshop, pairs = make_workshop(tmp_path, model), suspected(tmp_path)
-    ordinary = workshop.prompts(model, "calibration", 4)
-    batches = [workshop.data.batch([pair]) for pair in pairs]
+    context, pairs = make_context(tmp_path, model), suspected(tmp_path)
+    ordinary = context.prompts(model, "calibration", 4)
+    batches = [context.data.batch([pair]) for pair in pairs]
     return TriggerPool(model, batches, settings, ordinary=ordinary, seed=0), pairs
 
 
@@ -77,7 +77,7 @@ def test_every_weight_is_trained_and_the_model_is_put_back(
     tmp_path: Path, model: StableDiffusion
 ) -> None:
     before = weights(model)
-    edit = method().apply(model, suspected(tmp_path), make_workshop(tmp_path, model))
+    edit = method().apply(model, suspected(tmp_path), make_context(tmp_path, model))
     after = weights(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert set(edit.weights) == set(before)
@@ -92,8 +92,8 @@ def test_progress_counts_the_rows_of_searches_and_updates(
 ) -> None:
     pool = PoolSettings(attack=ATTACK, warm=warm)
     told: list[tuple[str, int, int]] = []
-    with heard_by(lambda *what: told.append(what)):
-        method(pool=pool).apply(model, suspected(tmp_path), make_workshop(tmp_path, model))
+    with listening(lambda *what: told.append(what)):
+        method(pool=pool).apply(model, suspected(tmp_path), make_context(tmp_path, model))
     told = [what for what in told if what[0] == "aft"]
     search, update = (2 if warm else 1) * 2 * ATTACK.budget.steps * 2, 3 + 2
     assert {total for _, _, total in told} == {2 * search + 4 * update}
@@ -105,9 +105,9 @@ def test_progress_counts_the_rows_of_searches_and_updates(
 
 def test_it_is_deterministic_and_follows_the_seed(tmp_path: Path, model: StableDiffusion) -> None:
     pairs = suspected(tmp_path)
-    first = method().apply(model, pairs, make_workshop(tmp_path, model))
-    again = method().apply(model, pairs, make_workshop(tmp_path, model))
-    other = method().apply(model, pairs, make_workshop(tmp_path, model, seed=1))
+    first = method().apply(model, pairs, make_context(tmp_path, model))
+    again = method().apply(model, pairs, make_context(tmp_path, model))
+    other = method().apply(model, pairs, make_context(tmp_path, model, seed=1))
     assert first.identity == again.identity
     assert first.identity != other.identity
 
@@ -115,8 +115,8 @@ def test_it_is_deterministic_and_follows_the_seed(tmp_path: Path, model: StableD
 def test_an_interrupted_fit_goes_on_with_its_triggers_to_the_same_weights(
     tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs, workshop = suspected(tmp_path), make_workshop(tmp_path, model)
-    whole = method().apply(model, pairs, replace(workshop, folder=tmp_path / "whole"))
+    pairs, context = suspected(tmp_path), make_context(tmp_path, model)
+    whole = method().apply(model, pairs, replace(context, folder=tmp_path / "whole"))
     before, step = weights(model), AdversarialTraining.training_step
 
     def cut(self: AdversarialTraining, *args: object) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_an_interrupted_fit_goes_on_with_its_triggers_to_the_same_weights(
 
     monkeypatch.setattr(AdversarialTraining, "training_step", cut)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        method().apply(model, pairs, workshop)
+        method().apply(model, pairs, context)
     monkeypatch.undo()
     after = weights(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -135,14 +135,14 @@ def test_an_interrupted_fit_goes_on_with_its_triggers_to_the_same_weights(
     monkeypatch.setattr(
         TriggerPool, "search", lambda self, n: (searches.append(n), search(self, n))[1]
     )
-    assert method().apply(model, pairs, workshop).identity == whole.identity
+    assert method().apply(model, pairs, context).identity == whole.identity
     assert searches == [], "the second round's triggers were in the checkpoint"
 
 
 def test_the_low_rank_variant_changes_linear_layers_only_and_leaves_plain_ones(
     tmp_path: Path, model: StableDiffusion
 ) -> None:
-    edit = method(low_rank=2).apply(model, suspected(tmp_path), make_workshop(tmp_path, model))
+    edit = method(low_rank=2).apply(model, suspected(tmp_path), make_context(tmp_path, model))
     linear = {
         f"{name}.weight"
         for name, module in model.denoiser().named_modules()
@@ -171,12 +171,12 @@ def test_a_surrogate_that_resembles_any_memorized_picture_is_refused(
     tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that draws pair 1 whatever it is asked must not give pair 0 its surrogates."""
-    workshop, pairs = make_workshop(tmp_path, model), suspected(tmp_path)
-    picture = workshop.originals.images[workshop.originals.places[pairs[1].id]]
+    context, pairs = make_context(tmp_path, model), suspected(tmp_path)
+    picture = context.references.images[context.references.places[pairs[1].id]]
     monkeypatch.setattr(
         model, "generate", lambda embeddings, *_, **__: picture.expand(len(embeddings), -1, -1, -1)
     )
-    found = find_surrogates(model, pairs, workshop, SURROGATES)
+    found = find_surrogates(model, pairs, context, SURROGATES)
     assert found.notes["kept"] == {"mitigated": 0, "neighbour": 0, "ordinary": 4}
     assert found.notes["refused"]["mitigated"] == 4
     assert all(len(found.latents[pair.id]) == 2 for pair in pairs)
@@ -185,11 +185,11 @@ def test_a_surrogate_that_resembles_any_memorized_picture_is_refused(
 def test_without_a_source_surrogates_come_from_neighbours(
     tmp_path: Path, model: StableDiffusion
 ) -> None:
-    workshop, pairs = make_workshop(tmp_path, model), suspected(tmp_path)
+    context, pairs = make_context(tmp_path, model), suspected(tmp_path)
     settings = replace(SURROGATES, source=None, max_similarity=0.999)
-    found = find_surrogates(model, pairs, workshop, settings)
+    found = find_surrogates(model, pairs, context, settings)
     assert found.notes["kept"] == {"neighbour": 2 * len(pairs)}
-    assert not list(workshop.folder.glob("*.safetensors")), "nothing was pruned"
+    assert not list(context.folder.glob("*.safetensors")), "nothing was pruned"
 
 
 def test_a_search_that_is_left_half_way_leaves_the_pool_as_it_was(
@@ -219,8 +219,8 @@ def test_no_surrogate_at_all_is_an_error_not_an_empty_training(
     tmp_path: Path, model: StableDiffusion
 ) -> None:
     strict = replace(SURROGATES, max_similarity=1e-9)
-    workshop = make_workshop(tmp_path, model)
-    picture = workshop.originals.images[:1]
+    context = make_context(tmp_path, model)
+    picture = context.references.images[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             model,
@@ -228,14 +228,14 @@ def test_no_surrogate_at_all_is_an_error_not_an_empty_training(
             lambda embeddings, *_, **__: picture.repeat(len(embeddings), 1, 1, 1),
         )
         patch.setattr(
-            type(workshop.corpus),
+            type(context.corpus),
             "examples",
             lambda _, __, count, ___: type(
                 "E", (), {"images": picture.repeat(count, 1, 1, 1), "prompts": ()}
             )(),
         )
         with pytest.raises(RuntimeError, match="no surrogate for pair0, pair1"):
-            find_surrogates(model, suspected(tmp_path), workshop, strict)
+            find_surrogates(model, suspected(tmp_path), context, strict)
 
 
 def test_a_pool_draws_pairs_evenly_and_holds_prompts_and_the_path_of_each_search(
@@ -324,7 +324,7 @@ def test_bad_settings_are_named(change: dict[str, float], said: str) -> None:
 
 def test_nothing_to_forget_is_refused(tmp_path: Path, model: StableDiffusion) -> None:
     with pytest.raises(InputError, match="nothing to forget"):
-        method().apply(model, [], make_workshop(tmp_path, model))
+        method().apply(model, [], make_context(tmp_path, model))
 
 
 def test_redirecting_is_no_loss_for_a_model_that_sees_the_surrogate(
@@ -355,7 +355,7 @@ def test_redirecting_is_no_loss_for_a_model_that_sees_the_surrogate(
 
 
 def test_redirecting_changes_what_is_trained(tmp_path: Path, model: StableDiffusion) -> None:
-    pairs, workshop = suspected(tmp_path), make_workshop(tmp_path, model)
-    plain = method(epochs=1).apply(model, pairs, workshop)
-    turned = method(epochs=1, redirect=0.5).apply(model, pairs, workshop)
+    pairs, context = suspected(tmp_path), make_context(tmp_path, model)
+    plain = method(epochs=1).apply(model, pairs, context)
+    turned = method(epochs=1, redirect=0.5).apply(model, pairs, context)
     assert plain.identity != turned.identity

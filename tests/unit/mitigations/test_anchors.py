@@ -8,7 +8,7 @@ import torch
 
 from dori_lightning.metrics.calibration import Measures
 from dori_lightning.metrics.descriptors import Descriptor
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, find_anchors
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -18,7 +18,7 @@ from dori_lightning.types import InputError, Pair
 
 SETTINGS = AnchorSettings(prompts=3, images=2, max_similarity=0.5, ordinary=4)
 FIRST = [[0.1, 0.2], [0.2, 0.1], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.1]]
-"""Of 3 prompts' 2 pictures with 2 originals: an anchor, a target, and half an anchor."""
+"""Of 3 prompts' 2 pictures with 2 references: an anchor, a target, and half an anchor."""
 ALL_OVER = [[0.1, 0.9]] * 6
 ORDINARY = [[0.1, 0.2], [0.9, 0.1], [0.1, 0.9], [0.3, 0.3]]
 
@@ -44,19 +44,19 @@ class Scripted(Descriptor):
 def find(
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop_of: Callable[..., Workshop],
+    context_of: Callable[..., Context],
     tmp_path: Path,
 ) -> Callable[..., Anchors]:
     def call(*script: Any, settings: AnchorSettings = SETTINGS) -> Anchors:
         measures = Measures({"scripted": Scripted(list(script))}, "scripted")
-        workshop = workshop_of(tmp_path, measures=measures)
-        return find_anchors(model, suspected, workshop, settings, folder=tmp_path / "anchors")
+        context = context_of(tmp_path, measures=measures)
+        return find_anchors(model, suspected, context, settings, folder=tmp_path / "anchors")
 
     return call
 
 
 def drawn(model: StableDiffusion, prompts: torch.Tensor, name: str, place: int) -> torch.Tensor:
-    """What the sampler of the workshop makes of a prompt with the noise of its place."""
+    """What the sampler of the context makes of a prompt with the noise of its place."""
     noise = torch.randn(model.latent_shape, generator=keyed_generator("anchor", 0, name, place))
     return model.denoise(prompts[None], noise[None], Sampling("ddim", 2, 2.0, 2))[0]
 
@@ -83,12 +83,12 @@ def test_pictures_that_resemble_any_pair_are_no_anchors(
 def test_a_pair_without_anchors_gets_vetted_pictures_of_ordinary_prompts(
     find: Callable[..., Anchors],
     model: StableDiffusion,
-    workshop: Workshop,
+    context: Context,
     suspected: tuple[Pair, ...],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     anchors = find(FIRST, ALL_OVER, ORDINARY)
-    texts = model.encode_prompts(workshop.corpus.prompts("calibration", 4))
+    texts = model.encode_prompts(context.corpus.prompts("calibration", 4))
     assert torch.equal(anchors.embeddings[suspected[1].id], texts[[0, 3]])
     assert f"no anchor for {suspected[1].id}" in caplog.text
 
@@ -101,12 +101,12 @@ def test_no_anchor_at_all_is_an_error(find: Callable[..., Anchors]) -> None:
 def test_only_pairs_to_forget_are_compared_with(
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop_of: Callable[..., Workshop],
+    context_of: Callable[..., Context],
     tmp_path: Path,
 ) -> None:
     descriptor = Scripted([[[0.1]] * 6])
-    workshop = workshop_of(tmp_path, measures=Measures({"scripted": descriptor}, "scripted"))
-    find_anchors(model, suspected[1:], workshop, SETTINGS, folder=tmp_path / "anchors")
+    context = context_of(tmp_path, measures=Measures({"scripted": descriptor}, "scripted"))
+    find_anchors(model, suspected[1:], context, SETTINGS, folder=tmp_path / "anchors")
     assert [row.tolist() for row in descriptor.compared] == [[1.0]]
 
 

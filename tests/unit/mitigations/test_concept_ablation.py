@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.concept_ablation import ConceptAblation, ConceptAblationTraining
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings
@@ -39,10 +39,10 @@ def anchors(model: StableDiffusion, suspected: tuple[Pair, ...]) -> Anchors:
 
 @pytest.fixture
 def training(
-    model: StableDiffusion, suspected: tuple[Pair, ...], workshop: Workshop, anchors: Anchors
+    model: StableDiffusion, suspected: tuple[Pair, ...], context: Context, anchors: Anchors
 ) -> Iterator[ConceptAblationTraining]:
     """A training that no Trainer runs: its step is 0."""
-    module = ConceptAblationTraining(model, METHOD, suspected, workshop, anchors=anchors)
+    module = ConceptAblationTraining(model, METHOD, suspected, context, anchors=anchors)
     module.log = lambda *_: None  # type: ignore[method-assign,assignment]
     yield module
     for parameter in model.parameters():
@@ -131,11 +131,11 @@ def test_a_caption_is_drawn_with_anchors_of_its_own_pair(
 def test_a_run_trains_all_weights_repeats_and_says_how_many_anchors(
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop_of: Callable[..., Workshop],
+    context_of: Callable[..., Context],
     tmp_path: Path,
 ) -> None:
-    edit = METHOD.apply(model, suspected, workshop_of(tmp_path / "first"))
-    again = METHOD.apply(model, suspected, workshop_of(tmp_path / "again"))
+    edit = METHOD.apply(model, suspected, context_of(tmp_path / "first"))
+    again = METHOD.apply(model, suspected, context_of(tmp_path / "again"))
     assert set(edit.weights) == {n for n, _ in model.denoiser().named_parameters()}
     assert edit.identity == again.identity
     assert edit.origin.notes["anchors"].keys() == {pair.id for pair in suspected}
@@ -148,6 +148,6 @@ def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
         ConceptAblation("ablation", **wrong)
 
 
-def test_nothing_to_forget_is_an_error(model: StableDiffusion, workshop: Workshop) -> None:
+def test_nothing_to_forget_is_an_error(model: StableDiffusion, context: Context) -> None:
     with pytest.raises(InputError, match="nothing to forget"):
-        METHOD.apply(model, (), workshop)
+        METHOD.apply(model, (), context)

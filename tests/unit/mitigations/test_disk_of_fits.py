@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dori_lightning.mitigations import finetuning
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime import artifacts, checkpoints
 from dori_lightning.types import InputError, Pair
@@ -22,13 +22,13 @@ def test_too_little_disk_is_refused_before_anything_is_drawn(
     name: str,
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop: Workshop,
+    context: Context,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     used = model.unet_evaluations
     with pytest.raises(InputError, match=r"0\.1 MB free(.|\n)*unfinished(.|\n)*paths\.cache="):
-        workshop.find(METHODS[name], model, suspected)
+        context.find(METHODS[name], model, suspected)
     assert model.unet_evaluations == used
 
 
@@ -37,7 +37,7 @@ def test_as_much_is_asked_for_as_three_checkpoints_take(
     name: str,
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop: Workshop,
+    context: Context,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     esd: Any = METHODS["esd"]
@@ -52,8 +52,8 @@ def test_as_much_is_asked_for_as_three_checkpoints_take(
     numbers: list[int] = []
     files: list[int] = []
 
-    def ask(_: Path, needed: int, *, mend: str) -> None:
-        del mend
+    def ask(_: Path, needed: int, *, fix: str) -> None:
+        del fix
         asked.append(needed)
 
     def measure(folder: Path) -> None:
@@ -66,7 +66,7 @@ def test_as_much_is_asked_for_as_three_checkpoints_take(
     monkeypatch.setattr(finetuning, "check_space", ask)
     # between a new checkpoint and the removal of the oldest
     monkeypatch.setattr(checkpoints, "sync_folder", measure)
-    workshop.find(method, model, suspected)
+    context.find(method, model, suspected)
     (needed,) = asked
     assert max(numbers) == pytest.approx(needed, rel=0.01)
     assert max(files) < needed

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.esd import ESD, ESDTraining, is_trained, partly_denoised
 from dori_lightning.mitigations.finetuning import FinetuneSettings
@@ -22,11 +22,11 @@ METHOD = ESD("esd", steps=2, batch=2, eta=2.0, sampling_steps=4, finetune=SETTIN
 
 @pytest.fixture
 def training(
-    model: StableDiffusion, suspected: tuple[Pair, ...], workshop: Workshop
+    model: StableDiffusion, suspected: tuple[Pair, ...], context: Context
 ) -> Iterator[ESDTraining]:
     """A training that no Trainer runs: its step is 0."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    module = ESDTraining(model, METHOD, suspected, workshop)
+    module = ESDTraining(model, METHOD, suspected, context)
     module.log = lambda *_: None  # type: ignore[method-assign,assignment]
     yield module
     for parameter, flag in flags:
@@ -139,7 +139,7 @@ def test_the_teacher_stays_what_it_was_and_its_evaluations_count(
 def test_only_the_variants_weights_change_and_runs_repeat(
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop_of: Callable[..., Workshop],
+    context_of: Callable[..., Context],
     tmp_path: Path,
 ) -> None:
     edits: dict[str, WeightEdit] = {}
@@ -150,7 +150,7 @@ def test_only_the_variants_weights_change_and_runs_repeat(
         ("seed", short, 1),
         ("base", replace(short, latents_from="base"), 0),
     ):
-        edits[name] = method.apply(model, suspected, workshop_of(tmp_path / name, seed=seed))
+        edits[name] = method.apply(model, suspected, context_of(tmp_path / name, seed=seed))
     names = {n for n, _ in model.denoiser().named_parameters()}
     assert set(edits["first"].weights) == {n for n in names if is_trained(n, "strict")}
     assert edits["first"].identity == edits["again"].identity
@@ -158,11 +158,11 @@ def test_only_the_variants_weights_change_and_runs_repeat(
 
 
 def test_mixed_precision_trains_the_same_weights(
-    model: StableDiffusion, suspected: tuple[Pair, ...], workshop: Workshop
+    model: StableDiffusion, suspected: tuple[Pair, ...], context: Context
 ) -> None:
     settings = replace(SETTINGS, precision="bf16-mixed")
     method = replace(METHOD, variant="strict", batch=1, steps=1, finetune=settings)
-    edit = method.apply(model, suspected, workshop)
+    edit = method.apply(model, suspected, context)
     names = {n for n, _ in model.denoiser().named_parameters()}
     assert set(edit.weights) == {n for n in names if is_trained(n, "strict")}
 
@@ -183,6 +183,6 @@ def test_bad_settings_are_refused(wrong: dict[str, Any], named: str) -> None:
         ESD("esd", **wrong)
 
 
-def test_nothing_to_forget_is_an_error(model: StableDiffusion, workshop: Workshop) -> None:
+def test_nothing_to_forget_is_an_error(model: StableDiffusion, context: Context) -> None:
     with pytest.raises(InputError, match="nothing to forget"):
-        METHOD.apply(model, (), workshop)
+        METHOD.apply(model, (), context)

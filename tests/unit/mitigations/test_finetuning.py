@@ -8,14 +8,14 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, finetune, in_turn
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.checkpoints import checkpoint_path
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
-from support.workshop import make_workshop
+from support.context import make_context
 
 STEPS = 3
 FAST = {"lr": 1e-2, "weight_decay": 0.0, "clip": None}
@@ -58,24 +58,24 @@ class Stop(L.Callback):
             raise self.error
 
 
-def stopping(workshop: Workshop, step: int | None, error: BaseException) -> Workshop:
-    """A workshop whose fits are stopped at a step."""
-    return with_callback(workshop, Stop(step, error))
+def stopping(context: Context, step: int | None, error: BaseException) -> Context:
+    """A context whose fits are stopped at a step."""
+    return with_callback(context, Stop(step, error))
 
 
-def with_callback(workshop: Workshop, callback: L.Callback) -> Workshop:
+def with_callback(context: Context, callback: L.Callback) -> Context:
     def trainer(**settings: Any) -> L.Trainer:
         settings["callbacks"] = [*settings["callbacks"], callback]
-        return workshop.trainer(**settings)
+        return context.trainer(**settings)
 
-    changed = copy.copy(workshop)
+    changed = copy.copy(context)
     object.__setattr__(changed, "trainer", trainer)
     return changed
 
 
 def run(
     model: StableDiffusion,
-    workshop: Workshop,
+    context: Context,
     *,
     trained: Callable[[str], bool] = lambda _: True,
     steps: int = STEPS,
@@ -87,12 +87,12 @@ def run(
         prepare(module)
         return module
 
-    return finetune(make, model, workshop, steps=steps, key="fit", title="plain")
+    return finetune(make, model, context, steps=steps, key="fit", title="plain")
 
 
-def kept_steps(workshop: Workshop) -> list[int]:
+def kept_steps(context: Context) -> list[int]:
     """Steps after which the fit's folder holds checkpoints."""
-    names = {p.name for p in workshop.scratch("fit").glob("*")}
+    names = {p.name for p in context.scratch("fit").glob("*")}
     steps = sorted(
         int(n.removeprefix("step-").removesuffix(".ckpt")) for n in names if n.endswith("ckpt")
     )
@@ -133,8 +133,8 @@ def whole(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[float | None, WeightEdit]:
     """What uninterrupted fits give, without and with an average."""
-    workshop = make_workshop(tmp_path_factory.mktemp("whole"), model, pairs)
-    return {ema: run(model, workshop, ema=ema) for ema in (None, 0.5)}
+    context = make_context(tmp_path_factory.mktemp("whole"), model, pairs)
+    return {ema: run(model, context, ema=ema) for ema in (None, 0.5)}
 
 
 def same(found: WeightEdit, wanted: dict[str, torch.Tensor]) -> bool:
@@ -161,14 +161,14 @@ def assert_put_back(model: StableDiffusion, before: dict[str, Any]) -> None:
 
 def test_a_fit_is_adamw_with_warm_up_and_clipping(
     model: StableDiffusion,
-    workshop: Workshop,
+    context: Context,
     whole: dict[float | None, WeightEdit],
     written_out: list[dict[str, torch.Tensor]],
 ) -> None:
     assert set(whole[None].weights) == {n for n, _ in model.denoiser().named_parameters()}
     assert same(whole[None], written_out[-1])
     # Adam's step does not depend on the gradient's length, but on how it changes between steps
-    clipped = run(model, workshop, clip=0.2, warmup=1)
+    clipped = run(model, context, clip=0.2, warmup=1)
     assert same(clipped, by_hand(model, clip=0.2, warmup=1)[-1])
     assert not same(clipped, by_hand(model, clip=None, warmup=1)[-1])
 
@@ -190,12 +190,12 @@ def test_an_average_copies_the_weights_and_not_the_model(model: StableDiffusion)
     assert not hasattr(twin, "_held")
 
 
-def test_the_model_is_put_back_bit_for_bit(model: StableDiffusion, workshop: Workshop) -> None:
+def test_the_model_is_put_back_bit_for_bit(model: StableDiffusion, context: Context) -> None:
     model.denoiser().conv_in.weight.requires_grad_(False)  # type: ignore[union-attr]
     model.denoiser().mid_block.train()  # type: ignore[union-attr,operator]
     try:
         before = state(model)
-        edit = run(model, workshop, steps=1)
+        edit = run(model, context, steps=1)
         assert_put_back(model, before)
     finally:
         model.denoiser().conv_in.weight.requires_grad_(True)  # type: ignore[union-attr]
@@ -207,40 +207,40 @@ def test_the_model_is_put_back_bit_for_bit(model: StableDiffusion, workshop: Wor
 
 
 def test_half_precision_weights_are_trained_in_fp32_and_narrowed_again(
-    model: StableDiffusion, workshop: Workshop
+    model: StableDiffusion, context: Context
 ) -> None:
     half = model.frozen_copy()
     half.denoiser().half()
     before = state(half)
     seen: list[torch.dtype] = []
-    edit = run(half, workshop, steps=1, prepare=lambda m: seen.append(next(m.parameters()).dtype))
+    edit = run(half, context, steps=1, prepare=lambda m: seen.append(next(m.parameters()).dtype))
     assert seen == [torch.float32]
     assert_put_back(half, before)
     assert {value.dtype for value in edit.weights.values()} == {torch.float16}
 
 
-def test_only_chosen_weights_change(model: StableDiffusion, workshop: Workshop) -> None:
-    edit = run(model, workshop, trained=lambda name: "attn2.to_v" in name, ema=0.9, steps=2)
+def test_only_chosen_weights_change(model: StableDiffusion, context: Context) -> None:
+    edit = run(model, context, trained=lambda name: "attn2.to_v" in name, ema=0.9, steps=2)
     assert set(edit.weights) == {
         f"{name}.weight" for name in model.layers("cross_attention.value")
     }
 
 
-def test_a_choice_of_no_weights_is_an_error(model: StableDiffusion, workshop: Workshop) -> None:
+def test_a_choice_of_no_weights_is_an_error(model: StableDiffusion, context: Context) -> None:
     before = state(model)
     with pytest.raises(InputError, match="no weights"):
-        run(model, workshop, trained=lambda _: False)
+        run(model, context, trained=lambda _: False)
     assert_put_back(model, before)
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_an_interrupted_fit_goes_on_to_the_same_bits(
     model: StableDiffusion,
-    workshop: Workshop,
+    context: Context,
     whole: dict[float | None, WeightEdit],
     ema: float | None,
 ) -> None:
-    cut, before = workshop, state(model)
+    cut, before = context, state(model)
     evaluations = []
     for step in (2, None):  # more than once: a resumed fit's checkpoints count too
         used = model.unet_evaluations
@@ -262,20 +262,20 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
     assert not cut.scratch("fit").exists()
 
 
-def test_ctrl_c_stays_ctrl_c(model: StableDiffusion, workshop: Workshop) -> None:
+def test_ctrl_c_stays_ctrl_c(model: StableDiffusion, context: Context) -> None:
     before = state(model)
     with pytest.raises(KeyboardInterrupt):
-        run(model, stopping(workshop, 2, KeyboardInterrupt()))
+        run(model, stopping(context, 2, KeyboardInterrupt()))
     assert_put_back(model, before)
 
 
 def test_a_damaged_checkpoint_is_not_used(
     model: StableDiffusion,
-    workshop: Workshop,
+    context: Context,
     whole: dict[float | None, WeightEdit],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    cut = workshop
+    cut = context
     with pytest.raises(RuntimeError, match="power cut"):
         run(model, stopping(cut, 2, RuntimeError("power cut")), checkpoint_every=1)
     last = checkpoint_path(cut.scratch("fit"), 1)
@@ -288,35 +288,39 @@ def test_a_damaged_checkpoint_is_not_used(
 
 
 def test_a_loss_that_is_no_number_is_an_error_and_leaves_no_checkpoint(
-    model: StableDiffusion, workshop: Workshop
+    model: StableDiffusion, context: Context
 ) -> None:
     def break_first(module: Plain) -> None:
         module.broken_at = 0
 
     before = state(model)
     with pytest.raises(RuntimeError, match="loss stopped being finite at step 1"):
-        run(model, workshop, prepare=break_first, checkpoint_every=1)
+        run(model, context, prepare=break_first, checkpoint_every=1)
     assert_put_back(model, before)
-    assert kept_steps(workshop) == []
+    assert kept_steps(context) == []
 
 
-def test_a_fit_that_ends_early_is_no_edit(model: StableDiffusion, workshop: Workshop) -> None:
+def test_a_fit_that_ends_early_is_no_edit(model: StableDiffusion, context: Context) -> None:
     class Enough(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             trainer.should_stop = True
 
     with pytest.raises(RuntimeError, match="ended after 1 of 3 steps"):
-        run(model, with_callback(workshop, Enough()))
+        run(model, with_callback(context, Enough()))
 
 
 def test_mixed_precision_reaches_the_denoiser(
-    model: StableDiffusion, workshop_of: Callable[[Path], Workshop], tmp_path: Path
+    model: StableDiffusion, context_of: Callable[[Path], Context], tmp_path: Path
 ) -> None:
     modules: list[Plain] = []
     mixed = run(
-        model, workshop_of(tmp_path / "a"), precision="bf16-mixed", prepare=modules.append, steps=1
+        model,
+        context_of(tmp_path / "a"),
+        precision="bf16-mixed",
+        prepare=modules.append,
+        steps=1,
     )
-    full = run(model, workshop_of(tmp_path / "b"), prepare=modules.append, steps=1)
+    full = run(model, context_of(tmp_path / "b"), prepare=modules.append, steps=1)
     assert [module.dtype for module in modules] == [torch.bfloat16, torch.float32]
     assert set(mixed.weights) == set(full.weights)
     assert mixed.identity != full.identity

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit, read_edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.nemo_criteria import (
@@ -22,9 +22,9 @@ from dori_lightning.mitigations.nemo_search import Probe, Schedule, levels_of
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import NoCorpus
 from dori_lightning.types import InputError, Pair
+from support.context import make_context
 from support.threads import threads
 from support.tiny import tiny_model
-from support.workshop import make_workshop
 
 #: Few levels, samples and prompts; a random model memorizes nothing, so it has to block anyway.
 SMALL = NeMo(
@@ -54,12 +54,12 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
 @pytest.fixture(scope="module")
 def shop(
     loud: StableDiffusion, tmp_path_factory: pytest.TempPathFactory, pairs: tuple[Pair, ...]
-) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("shop"), loud, pairs)
+) -> Context:
+    return make_context(tmp_path_factory.mktemp("shop"), loud, pairs)
 
 
 @pytest.fixture(scope="module")
-def edit(loud: StableDiffusion, shop: Workshop, pairs: tuple[Pair, ...]) -> PairMaskEdit:
+def edit(loud: StableDiffusion, shop: Context, pairs: tuple[Pair, ...]) -> PairMaskEdit:
     """What the small settings find, made once."""
     found = SMALL.apply(loud, [pair for pair in pairs if pair.kind != "control"], shop)
     assert isinstance(found, PairMaskEdit)
@@ -74,7 +74,7 @@ def sets(edit: Any) -> dict[str, list[tuple[str, int]]]:
 
 
 def test_several_tests_to_a_pass_select_the_neurons_of_one_at_a_time(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     sizes = set()
     for settings in (
@@ -179,7 +179,7 @@ def test_similarities_do_not_depend_on_what_else_is_asked(loud: StableDiffusion)
 
 
 def test_the_model_is_left_as_it_was(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     before = copy.deepcopy(loud.unet.state_dict())
     flags = [p.requires_grad for p in loud.parameters()]
@@ -190,7 +190,7 @@ def test_the_model_is_left_as_it_was(
 
 
 def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its_file(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...], edit: PairMaskEdit
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...], edit: PairMaskEdit
 ) -> None:
     found = shop.find(SMALL, loud, suspected)
     assert found.made
@@ -216,7 +216,7 @@ def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its
 
 
 def test_a_similarity_noted_is_that_under_the_edit(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...], edit: PairMaskEdit
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...], edit: PairMaskEdit
 ) -> None:
     assert loud.sampling_timesteps(replace(shop.sampling, steps=50))[1] == 961
     latents = torch.randn((2, *loud.latent_shape), generator=torch.Generator().manual_seed(1))
@@ -233,7 +233,7 @@ def test_a_similarity_noted_is_that_under_the_edit(
 
 
 def test_union_blocks_what_any_pair_needs(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...], edit: PairMaskEdit
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...], edit: PairMaskEdit
 ) -> None:
     union = replace(SMALL, scope="union").apply(loud, suspected, shop)
     assert isinstance(union, MaskEdit)
@@ -242,7 +242,7 @@ def test_union_blocks_what_any_pair_needs(
 
 
 def test_refinement_only_takes_away(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...], edit: PairMaskEdit
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...], edit: PairMaskEdit
 ) -> None:
     whole = sets(replace(SMALL, refine=False).apply(loud, suspected, shop))
     fewer = sets(edit)
@@ -251,7 +251,7 @@ def test_refinement_only_takes_away(
 
 
 def test_a_prompt_without_memorization_is_left_alone(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     settings = replace(SMALL, when_not_memorized="leave", threshold=0.999)
     edit = settings.apply(loud, suspected, shop)
@@ -261,7 +261,7 @@ def test_a_prompt_without_memorization_is_left_alone(
 
 
 def test_the_threshold_is_calibrated_on_ordinary_prompts(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     def calibrated(stds: float) -> float:
         settings = replace(SMALL, threshold=None, threshold_stds=stds, refine=False, z_step=2.0)
@@ -282,7 +282,7 @@ def test_the_threshold_is_calibrated_on_ordinary_prompts(
 
 
 def test_losses_are_suppressed_by_the_share_asked_for(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     settings = replace(
         SMALL, criterion="denoising_loss", when_not_memorized="leave", suppressed_share=0.3
@@ -299,7 +299,7 @@ def test_losses_are_suppressed_by_the_share_asked_for(
 
 def test_stored_statistics_are_used_and_those_of_another_checkpoint_refused(
     loud: StableDiffusion,
-    shop: Workshop,
+    shop: Context,
     suspected: tuple[Pair, ...],
     edit: PairMaskEdit,
     tmp_path: Path,
@@ -356,7 +356,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], rule: str) -> None:
 
 
 def test_a_window_that_does_not_fit_and_an_empty_list_are_refused(
-    loud: StableDiffusion, shop: Workshop, suspected: tuple[Pair, ...]
+    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     with pytest.raises(InputError, match="do not fit into a latent of 16 pixels"):
         replace(SMALL, scales=3).apply(loud, suspected, shop)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import Origin
 from dori_lightning.mitigations.prompt_adjustment import (
-    Adjusting,
+    AdjustmentSettings,
     PromptAdjustment,
     PromptAdjustmentEdit,
     memorization_score,
@@ -22,7 +22,7 @@ SAMPLING = Sampling("ddim", 2, 2.0, 2)
 
 
 def edit_of(model: StableDiffusion, target: float, **how: float) -> PromptAdjustmentEdit:
-    return PromptAdjustmentEdit(Origin(model.fingerprint), target, Adjusting(**how))  # type: ignore[arg-type]
+    return PromptAdjustmentEdit(Origin(model.fingerprint), target, AdjustmentSettings(**how))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -214,35 +214,35 @@ def test_another_checkpoint_is_refused(model):
 
 
 def test_target_is_a_quantile_of_ordinary_scores(
-    model, workshop: Workshop, suspected: tuple[Pair, ...]
+    model, context: Context, suspected: tuple[Pair, ...]
 ):
     settings = PromptAdjustment(calibration_prompts=5)
-    middle = settings.apply(model, suspected, workshop)
+    middle = settings.apply(model, suspected, context)
     scores = middle.origin.notes["ordinary_scores"]
     assert len(scores) == len(set(scores)) == 5
     assert middle.target == pytest.approx(sorted(scores)[2])
     assert middle.origin.notes["target"] == middle.target
     # one filled pass with the prompts, one with the empty prompt
     assert middle.origin.cost["unet_evaluations"] == 16
-    highest = replace(settings, quantile=1.0).apply(model, suspected, workshop)
+    highest = replace(settings, quantile=1.0).apply(model, suspected, context)
     assert highest.target == pytest.approx(max(scores))
     assert highest.identity != middle.identity
-    assert settings.apply(model, suspected, workshop).identity == middle.identity
+    assert settings.apply(model, suspected, context).identity == middle.identity
 
 
 def test_target_depends_on_the_run_seed_alone(
-    model, workshop_of: Callable[..., Workshop], tmp_path: Path, pairs, suspected
+    model, context_of: Callable[..., Context], tmp_path: Path, pairs, suspected
 ):
     settings = PromptAdjustment(calibration_prompts=3)
-    first = settings.apply(model, suspected, workshop_of(tmp_path))
-    fewer = settings.apply(model, suspected[:1], workshop_of(tmp_path))
-    other = settings.apply(model, suspected, workshop_of(tmp_path, seed=1))
+    first = settings.apply(model, suspected, context_of(tmp_path))
+    fewer = settings.apply(model, suspected[:1], context_of(tmp_path))
+    other = settings.apply(model, suspected, context_of(tmp_path, seed=1))
     assert first.identity == fewer.identity != other.identity
 
 
-def test_given_target_needs_no_prompts(model, workshop: Workshop, suspected):
+def test_given_target_needs_no_prompts(model, context: Context, suspected):
     before = model.unet_evaluations
-    found = workshop.find(PromptAdjustment(target=1.5), model, suspected)
+    found = context.find(PromptAdjustment(target=1.5), model, suspected)
     assert model.unet_evaluations == before
     assert isinstance(found.edit, PromptAdjustmentEdit)
     assert found.edit.target == 1.5
@@ -252,11 +252,11 @@ def test_given_target_needs_no_prompts(model, workshop: Workshop, suspected):
 
 
 def test_scores_that_are_not_finite_give_no_target(
-    model, workshop: Workshop, suspected, monkeypatch: pytest.MonkeyPatch
+    model, context: Context, suspected, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(model, "predict_noise", lambda x, t, y: torch.full_like(x, torch.nan))
     with pytest.raises(RuntimeError, match="not finite"):
-        PromptAdjustment(calibration_prompts=2).apply(model, suspected, workshop)
+        PromptAdjustment(calibration_prompts=2).apply(model, suspected, context)
 
 
 @pytest.mark.parametrize(
@@ -271,4 +271,4 @@ def test_bad_settings_are_refused(bad: dict):
 @pytest.mark.parametrize("bad", [{"lr": 0.0}, {"iterations": 0}, {"weight_decay": -1.0}])
 def test_bad_ways_to_adjust_are_refused(bad: dict):
     with pytest.raises(InputError, match=r"mitigation\.adjusting"):
-        Adjusting(**bad)
+        AdjustmentSettings(**bad)

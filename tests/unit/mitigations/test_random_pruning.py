@@ -7,7 +7,7 @@ import torch
 from hydra.utils import instantiate
 
 from dori_lightning import config
-from dori_lightning.mitigations.base import Workshop, settings_of
+from dori_lightning.mitigations.base import Context, settings_fingerprint
 from dori_lightning.mitigations.baselines import NoMitigation, RandomPruning
 from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin, PairMaskEdit, WeightEdit
 from dori_lightning.mitigations.nemo import NeMo
@@ -24,8 +24,8 @@ class Fixed:
     scope: str = "pair"
     name: str = "fixed"
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], workshop: Workshop) -> Edit:
-        del workshop
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> Edit:
+        del context
         rows, weights = list(model.layers("cross_attention.value").values())[:2]
         names = {id(p): n for n, p in model.denoiser().named_parameters()}
         single = torch.zeros(weights.weight.shape, dtype=torch.bool)
@@ -42,10 +42,10 @@ class Fixed:
 
 
 def test_each_pair_loses_as_many_of_each_parameter_but_others(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ) -> None:
-    like = workshop.find(Fixed(), model, suspected).edit
-    edit = RandomPruning(Fixed()).apply(model, suspected, workshop)
+    like = context.find(Fixed(), model, suspected).edit
+    edit = RandomPruning(Fixed()).apply(model, suspected, context)
     assert isinstance(edit, PairMaskEdit)
     assert isinstance(like, PairMaskEdit)
     different = False
@@ -61,20 +61,20 @@ def test_each_pair_loses_as_many_of_each_parameter_but_others(
 
 
 def test_a_mask_for_everybody_stays_one(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ) -> None:
     like = Fixed("union")
-    edit = RandomPruning(like).apply(model, suspected, workshop)
+    edit = RandomPruning(like).apply(model, suspected, context)
     assert isinstance(edit, MaskEdit)
-    assert edit.counts() == workshop.find(like, model, suspected).edit.counts()
-    assert not workshop.find(like, model, suspected).made
+    assert edit.counts() == context.find(like, model, suspected).edit.counts()
+    assert not context.find(like, model, suspected).made
 
 
 def test_the_seed_decides_the_draw(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ) -> None:
     edits = [
-        RandomPruning(Fixed()).apply(model, suspected, replace(workshop, seed=seed)).identity
+        RandomPruning(Fixed()).apply(model, suspected, replace(context, seed=seed)).identity
         for seed in (0, 0, 1)
     ]
     assert edits[0] == edits[1] != edits[2]
@@ -83,12 +83,12 @@ def test_the_seed_decides_the_draw(
 @pytest.mark.parametrize("like", [NoMitigation(), Fixed("weights")])
 def test_a_method_that_does_not_prune_is_refused(
     model: StableDiffusion,
-    workshop: Workshop,
+    context: Context,
     suspected: tuple[Pair, ...],
     like: NoMitigation | Fixed,
 ) -> None:
     with pytest.raises(InputError, match=r"needs a method that prunes.*\n.*mitigation\.like"):
-        RandomPruning(like).apply(model, suspected, workshop)
+        RandomPruning(like).apply(model, suspected, context)
 
 
 def test_the_preset_matches_nemo_and_any_other_method_on_request() -> None:
@@ -115,8 +115,8 @@ def test_statistics_that_were_written_anew_make_another_edit(tmp_path: Path) -> 
     file = tmp_path / "statistics.safetensors"
     method = RandomPruning(NeMo(statistics=str(file)))
     with pytest.raises(InputError, match="cannot read the statistics"):
-        settings_of(method)
+        settings_fingerprint(method)
     file.write_bytes(b"one")
-    first = settings_of(method)
+    first = settings_fingerprint(method)
     file.write_bytes(b"two")
-    assert settings_of(method) != first
+    assert settings_fingerprint(method) != first

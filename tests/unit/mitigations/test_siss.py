@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Workshop, edit_key
+from dori_lightning.mitigations.base import Context, edit_key
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings
 from dori_lightning.mitigations.siss import (
@@ -48,14 +48,12 @@ def anchors(model: StableDiffusion, suspected: tuple[Pair, ...]) -> Anchors:
 
 @pytest.fixture
 def make(
-    model: StableDiffusion, suspected: tuple[Pair, ...], workshop: Workshop, anchors: Anchors
+    model: StableDiffusion, suspected: tuple[Pair, ...], context: Context, anchors: Anchors
 ) -> Iterator[Callable[..., SISSTraining]]:
     """Make trainings that no Trainer runs."""
 
     def call(**changes: Any) -> SISSTraining:
-        return SISSTraining(
-            model, replace(METHOD, **changes), suspected, workshop, anchors=anchors
-        )
+        return SISSTraining(model, replace(METHOD, **changes), suspected, context, anchors=anchors)
 
     yield call
     assert all(p.grad is None for p in model.parameters())
@@ -202,13 +200,13 @@ def test_the_length_is_a_tenth_of_the_naive_deletion_gradients(
 
 
 def test_draws_follow_the_settings(
-    make: Callable[..., SISSTraining], suspected: tuple[Pair, ...], workshop: Workshop
+    make: Callable[..., SISSTraining], suspected: tuple[Pair, ...], context: Context
 ) -> None:
     module = make(batch=64)
     drawn = module._draws("siss", 0)
     assert set(drawn.timesteps.tolist()) == {999}
     assert 16 < int(drawn.forgets.sum()) < 48
-    encoded = workshop.data.batch(suspected)
+    encoded = context.data.batch(suspected)
     for k in range(64):
         own = [torch.equal(drawn.forgotten[k], latent) for latent in encoded.latents]
         pair = own.index(True)
@@ -227,7 +225,7 @@ def test_draws_follow_the_settings(
 def test_a_run_is_adamw_along_the_combined_gradient(
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop_of: Callable[..., Workshop],
+    context_of: Callable[..., Context],
     tmp_path: Path,
     anchors: Anchors,
     monkeypatch: pytest.MonkeyPatch,
@@ -236,10 +234,10 @@ def test_a_run_is_adamw_along_the_combined_gradient(
     monkeypatch.setattr(
         "dori_lightning.mitigations.replacements.find_anchors", lambda *_, **__: anchors
     )
-    method, workshop = replace(METHOD, variant=variant), workshop_of(tmp_path)
-    edit = method.apply(model, suspected, workshop)
+    method, context = replace(METHOD, variant=variant), context_of(tmp_path)
+    edit = method.apply(model, suspected, context)
     twin = model.frozen_copy()
-    module = SISSTraining(twin, method, suspected, workshop, anchors=anchors)
+    module = SISSTraining(twin, method, suspected, context, anchors=anchors)
     weights = dict(twin.denoiser().named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, weight_decay=1e-2)
     for step in range(2):
@@ -259,13 +257,13 @@ def test_a_run_is_adamw_along_the_combined_gradient(
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop_of: Callable[..., Workshop],
+    context_of: Callable[..., Context],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     method = replace(METHOD, scaling_norm=None, batch=1)
-    whole = method.apply(model, suspected, workshop_of(tmp_path / "whole"))
-    cut = workshop_of(tmp_path / "cut")
+    whole = method.apply(model, suspected, context_of(tmp_path / "whole"))
+    cut = context_of(tmp_path / "cut")
     step = SISSTraining.training_step
 
     def fails(self: SISSTraining, *args: Any) -> Any:
@@ -310,6 +308,6 @@ def test_half_precision_training_is_refused() -> None:
         SISS("siss", finetune=FinetuneSettings(precision="16-mixed"))
 
 
-def test_nothing_to_forget_is_an_error(model: StableDiffusion, workshop: Workshop) -> None:
+def test_nothing_to_forget_is_an_error(model: StableDiffusion, context: Context) -> None:
     with pytest.raises(InputError, match="nothing to forget"):
-        METHOD.apply(model, (), workshop)
+        METHOD.apply(model, (), context)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, read_edit, write_edit
 from dori_lightning.mitigations.wanda import Tracing, Wanda, input_norms, select, wanda_masks
 from dori_lightning.models.protocol import Sampling
@@ -19,8 +19,8 @@ TWO_STEPS = replace(WANDA, steps=2)
 
 
 @pytest.fixture
-def workshop(workshop_of: Callable[..., Workshop], tmp_path: Path) -> Workshop:
-    return workshop_of(tmp_path, sampling=SAMPLING)
+def context(context_of: Callable[..., Context], tmp_path: Path) -> Context:
+    return context_of(tmp_path, sampling=SAMPLING)
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def hooks(model: StableDiffusion) -> int:
 
 
 def test_masks_cover_every_feed_forward_layer_and_stay_within_the_fraction(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
-    edit = WANDA.apply(model, suspected, workshop)
+    edit = WANDA.apply(model, suspected, context)
     parameters = dict(model.denoiser().named_parameters())
     for pair in suspected:
         own = masks_of(edit, pair)
@@ -62,14 +62,14 @@ def test_masks_cover_every_feed_forward_layer_and_stay_within_the_fraction(
 
 
 def test_the_model_is_left_as_it_was(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
     unet = model.denoiser()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     flags, count = [p.requires_grad for p in unet.parameters()], hooks(model)
     unet.train()
     try:
-        WANDA.apply(model, suspected, workshop)
+        WANDA.apply(model, suspected, context)
         assert unet.training
     finally:
         unet.eval()
@@ -81,32 +81,32 @@ def test_the_model_is_left_as_it_was(
 
 
 def test_same_seed_same_edit_and_other_noise_another(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
     first, again, other = (
-        wanda.apply(model, suspected, workshop) for wanda in (WANDA, WANDA, replace(WANDA, seed=1))
+        wanda.apply(model, suspected, context) for wanda in (WANDA, WANDA, replace(WANDA, seed=1))
     )
     assert first.identity == again.identity != other.identity
 
 
 def test_a_pairs_mask_does_not_depend_on_its_company(
-    model: StableDiffusion, workshop: Workshop, three: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, three: tuple[Pair, ...]
 ):
-    together = TWO_STEPS.apply(model, three, workshop)
-    backwards = TWO_STEPS.apply(model, three[::-1], workshop)
+    together = TWO_STEPS.apply(model, three, context)
+    backwards = TWO_STEPS.apply(model, three[::-1], context)
     for pair in three:
         assert_same(masks_of(together, pair), masks_of(backwards, pair))
     for pair in three[1:]:
-        alone = TWO_STEPS.apply(model, [pair], workshop)
+        alone = TWO_STEPS.apply(model, [pair], context)
         assert_same(masks_of(together, pair), masks_of(alone, pair))
     assert not torch.equal(*(next(iter(masks_of(together, p).values())) for p in three[:2]))
 
 
 def test_union_is_what_any_pair_has(
-    model: StableDiffusion, workshop: Workshop, three: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, three: tuple[Pair, ...]
 ):
-    own = WANDA.apply(model, three, workshop)
-    union = replace(WANDA, scope="union").apply(model, three, workshop)
+    own = WANDA.apply(model, three, context)
+    union = replace(WANDA, scope="union").apply(model, three, context)
     assert isinstance(union, MaskEdit)
     for name, mask in union.masks.items():
         parts = [masks_of(own, pair)[name] for pair in three]
@@ -114,9 +114,9 @@ def test_union_is_what_any_pair_has(
 
 
 def test_shared_mask_comes_from_pooled_norms(
-    model: StableDiffusion, workshop: Workshop, three: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, three: tuple[Pair, ...]
 ):
-    shared = replace(WANDA, scope="shared").apply(model, three, workshop)
+    shared = replace(WANDA, scope="shared").apply(model, three, context)
     assert isinstance(shared, MaskEdit)
     tracing = Tracing(SAMPLING, steps=1)
     norms = input_norms(model, model.encode_prompts([p.prompt for p in three]), tracing)
@@ -128,9 +128,9 @@ def test_shared_mask_comes_from_pooled_norms(
 
 
 def test_given_embeddings_do_what_their_prompts_do(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
-    edit = WANDA.apply(model, suspected, workshop)
+    edit = WANDA.apply(model, suspected, context)
     embeddings = model.encode_prompts([pair.prompt for pair in suspected])
     masks = list(
         wanda_masks(
@@ -146,13 +146,13 @@ def test_given_embeddings_do_what_their_prompts_do(
 
 
 def test_base_of_ordinary_prompts_gives_another_mask(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
-    empty = WANDA.apply(model, suspected, workshop)
+    empty = WANDA.apply(model, suspected, context)
     wanda = replace(WANDA, base="corpus", base_prompts=3)
-    ordinary = wanda.apply(model, suspected, workshop)
+    ordinary = wanda.apply(model, suspected, context)
     assert ordinary.identity != empty.identity
-    base = model.encode_prompts(workshop.corpus.prompts("calibration", 3))
+    base = model.encode_prompts(context.corpus.prompts("calibration", 3))
     given = next(
         wanda_masks(
             model,
@@ -166,19 +166,19 @@ def test_base_of_ordinary_prompts_gives_another_mask(
 
 
 def test_a_target_that_is_the_base_has_an_empty_mask_and_a_note(
-    model: StableDiffusion, workshop_of: Callable[..., Workshop], tmp_path: Path, pairs
+    model: StableDiffusion, context_of: Callable[..., Context], tmp_path: Path, pairs
 ):
     blank = replace(pairs[0], id="blank", prompt="")
-    workshop = workshop_of(tmp_path, sampling=SAMPLING)
-    edit = WANDA.apply(model, [pairs[0], blank], workshop)
+    context = context_of(tmp_path, sampling=SAMPLING)
+    edit = WANDA.apply(model, [pairs[0], blank], context)
     assert not any(mask.any() for mask in masks_of(edit, blank).values())
     assert edit.origin.notes["pairs_without_mask"] == ["blank"]
 
 
 def test_notes_tell_the_share_that_is_pruned(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
-    edit = WANDA.apply(model, suspected, workshop)
+    edit = WANDA.apply(model, suspected, context)
     notes = edit.origin.notes
     assert edit.origin.fingerprint == model.fingerprint
     own = [torch.cat([m.flatten() for m in masks_of(edit, pair).values()]) for pair in suspected]
@@ -192,46 +192,46 @@ def test_notes_tell_the_share_that_is_pruned(
 
 
 def test_stages_restrict_the_layers(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
     wanda = replace(WANDA, stages=["down", "mid"])
     assert wanda.stages == ("down", "mid")
-    own = masks_of(wanda.apply(model, suspected, workshop), suspected[0])
+    own = masks_of(wanda.apply(model, suspected, context), suspected[0])
     assert {name.split("_")[0] for name in own} == {"down", "mid"}
 
 
 def test_own_sampler_instead_of_the_runs(
-    model: StableDiffusion, workshop_of: Callable[..., Workshop], tmp_path: Path, suspected
+    model: StableDiffusion, context_of: Callable[..., Context], tmp_path: Path, suspected
 ):
-    short = workshop_of(tmp_path, sampling=Sampling("ddim", 1, 2.0))
+    short = context_of(tmp_path, sampling=Sampling("ddim", 1, 2.0))
     with pytest.raises(InputError, match="takes 1\n"):
         TWO_STEPS.apply(model, suspected, short)
     fixed = replace(TWO_STEPS, sampling=SAMPLING).apply(model, suspected, short)
-    run = TWO_STEPS.apply(model, suspected, workshop_of(tmp_path, sampling=SAMPLING))
+    run = TWO_STEPS.apply(model, suspected, context_of(tmp_path, sampling=SAMPLING))
     assert fixed.identity == run.identity
 
 
 def test_edit_survives_its_file_and_the_store(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...], tmp_path: Path
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...], tmp_path: Path
 ):
-    edit = WANDA.apply(model, suspected, workshop)
+    edit = WANDA.apply(model, suspected, context)
     back = read_edit(write_edit(tmp_path / "edit.safetensors", edit))
     for pair in suspected:
         assert_same(masks_of(back, pair), masks_of(edit, pair))
-    found = workshop.find(TWO_STEPS, model, suspected)
+    found = context.find(TWO_STEPS, model, suspected)
     assert found.made
     assert found.edit.origin is not None
     # 2 pairs and the base in one filled pass of 8, two halves, two steps
     assert found.edit.origin.cost["unet_evaluations"] == 8 * 2 * 2
-    again = workshop.find(TWO_STEPS, model, suspected)
+    again = context.find(TWO_STEPS, model, suspected)
     assert not again.made
     assert again.edit.identity == found.edit.identity
 
 
 def test_mixed_rows_see_their_own_pairs_mask(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
-    edit = WANDA.apply(model, suspected, workshop)
+    edit = WANDA.apply(model, suspected, context)
     assert isinstance(edit, PairMaskEdit)
     names = [suspected[0].id, suspected[1].id, suspected[0].id]
     embeddings = model.encode_prompts(["a red boat", "a blue house", "a cat"])
@@ -255,17 +255,17 @@ def test_mixed_rows_see_their_own_pairs_mask(
 
 
 def test_a_share_below_one_weight_is_refused(
-    model: StableDiffusion, workshop: Workshop, suspected: tuple[Pair, ...]
+    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
 ):
     before = model.unet_evaluations
     with pytest.raises(InputError, match="less than one weight"):
-        replace(WANDA, fraction=0.001).apply(model, suspected, workshop)
+        replace(WANDA, fraction=0.001).apply(model, suspected, context)
     assert model.unet_evaluations == before
 
 
-def test_nothing_to_forget_is_refused(model: StableDiffusion, workshop: Workshop):
+def test_nothing_to_forget_is_refused(model: StableDiffusion, context: Context):
     with pytest.raises(InputError, match="nothing to forget"):
-        WANDA.apply(model, [], workshop)
+        WANDA.apply(model, [], context)
 
 
 @pytest.mark.parametrize(

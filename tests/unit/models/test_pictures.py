@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.models.generation import PictureOrder, generate_pictures, load_pictures
+from dori_lightning.models.generation import GenerationRequest, generate_images, load_images
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.tiny import tiny_model
@@ -18,10 +18,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def orders(model: StableDiffusion, folder: Path) -> list[PictureOrder]:
+def orders(model: StableDiffusion, folder: Path) -> list[GenerationRequest]:
     prompts = ("a cat", "a boat", "a red house")
     return [
-        PictureOrder(folder / str(k), row) for k, row in enumerate(model.encode_prompts(prompts))
+        GenerationRequest(folder / str(k), row)
+        for k, row in enumerate(model.encode_prompts(prompts))
     ]
 
 
@@ -32,30 +33,30 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_second_call_draws_nothing_and_a_lost_picture_comes_back_the_same(
     model: StableDiffusion, tmp_path: Path
 ) -> None:
-    assert generate_pictures(model, orders(model, tmp_path), SAMPLING) == 6
+    assert generate_images(model, orders(model, tmp_path), SAMPLING) == 6
     first = contents(tmp_path)
     assert sorted(first) == [f"{k}/{seed}.png" for k in range(3) for seed in (5, 6)]
-    assert generate_pictures(model, orders(model, tmp_path), SAMPLING) == 0
+    assert generate_images(model, orders(model, tmp_path), SAMPLING) == 0
     (tmp_path / "1" / "6.png").unlink()
     (tmp_path / "2" / "5.png").write_bytes(first["2/5.png"][:40])
-    assert generate_pictures(model, orders(model, tmp_path), SAMPLING) == 4
+    assert generate_images(model, orders(model, tmp_path), SAMPLING) == 4
     assert contents(tmp_path) == first
 
 
 def test_the_order_and_company_of_orders_change_no_bit(
     model: StableDiffusion, tmp_path: Path
 ) -> None:
-    generate_pictures(model, orders(model, tmp_path / "a"), SAMPLING)
+    generate_images(model, orders(model, tmp_path / "a"), SAMPLING)
     for order in reversed(orders(model, tmp_path / "b")):
-        generate_pictures(model, [order], replace(SAMPLING, batch=3))
+        generate_images(model, [order], replace(SAMPLING, batch=3))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_pictures_made_otherwise_are_drawn_again(model: StableDiffusion, tmp_path: Path) -> None:
-    generate_pictures(model, orders(model, tmp_path), SAMPLING)
-    assert generate_pictures(model, orders(model, tmp_path), replace(SAMPLING, guidance=3.0)) == 6
+    generate_images(model, orders(model, tmp_path), SAMPLING)
+    assert generate_images(model, orders(model, tmp_path), replace(SAMPLING, guidance=3.0)) == 6
     assert (
-        generate_pictures(
+        generate_images(
             model, orders(model, tmp_path), replace(SAMPLING, guidance=3.0), edit="other"
         )
         == 6
@@ -64,8 +65,8 @@ def test_pictures_made_otherwise_are_drawn_again(model: StableDiffusion, tmp_pat
 
 def test_they_are_read_back_as_written(model: StableDiffusion, tmp_path: Path) -> None:
     order = orders(model, tmp_path)[0]
-    generate_pictures(model, [order], SAMPLING)
-    pictures = load_pictures(order.folder, (5, 6))
+    generate_images(model, [order], SAMPLING)
+    pictures = load_images(order.folder, (5, 6))
     assert pictures.shape == (2, 3, 32, 32)
     assert not torch.equal(pictures[0], pictures[1])
 
@@ -73,7 +74,7 @@ def test_they_are_read_back_as_written(model: StableDiffusion, tmp_path: Path) -
 def test_out_of_memory_halves_the_pictures_of_a_pass(
     model: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate_pictures(model, orders(model, tmp_path / "whole"), SAMPLING)
+    generate_images(model, orders(model, tmp_path / "whole"), SAMPLING)
     real, widths = model.denoise, []
 
     def small_memory(embeddings: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -83,11 +84,11 @@ def test_out_of_memory_halves_the_pictures_of_a_pass(
         return real(embeddings, *rest)
 
     monkeypatch.setattr(model, "denoise", small_memory)
-    monkeypatch.setattr(model, "pass_limits", {})
-    generate_pictures(model, orders(model, tmp_path / "small"), SAMPLING)
+    monkeypatch.setattr(model, "max_batch_sizes", {})
+    generate_images(model, orders(model, tmp_path / "small"), SAMPLING)
     assert widths[:3] == [16, 8, 4]
     assert set(widths[2:]) == {4}
     for k in range(3):
-        whole, small = (load_pictures(tmp_path / n / str(k), (5, 6)) for n in ("whole", "small"))
+        whole, small = (load_images(tmp_path / n / str(k), (5, 6)) for n in ("whole", "small"))
         # eight bits a colour: rounding of kernels may tip one
         assert float((whole - small).abs().max()) <= 1.01 / 255

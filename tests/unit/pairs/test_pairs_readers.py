@@ -96,10 +96,10 @@ class TestFolder:
     ):
         make_csv(folder / "metadata.csv", ROWS, delimiter=delimiter)
         text = complaint(FolderPairs(folder))
-        mend = f"\"pairs.delimiter='{name}'\""
-        assert mend in text
+        fix = f"\"pairs.delimiter='{name}'\""
+        assert fix in text
         assert repr(f"file_name{delimiter}prompt") in text
-        value = OverridesParser.create().parse_override(mend.strip('"')).value()
+        value = OverridesParser.create().parse_override(fix.strip('"')).value()
         assert len(FolderPairs(folder, delimiter=str(value)).read()) == 2
 
     def test_missing_column_shows_the_header(self, folder, make_csv):

@@ -146,7 +146,7 @@ def report(
             id=name,
             kind=kind,
             prompt=prompts[place] if place < len(prompts) else f"caption number {place}",
-            image=picture(folder / "originals" / f"{name}.png", place),
+            image=picture(folder / "references" / f"{name}.png", place),
             repeats=1.0 + 0.5 * (place % 3) if kind == "vm" else 0.0,
             sha256=f"{place:064x}",
         )

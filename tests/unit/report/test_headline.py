@@ -19,7 +19,7 @@ from dori_lightning.report.comparison import (
     published_for,
 )
 from dori_lightning.report.figures import (
-    Ink,
+    FigureStyle,
     before_and_after,
     rate_against_radius,
     rates_against_steps,
@@ -89,9 +89,9 @@ def test_one_row_for_each_mitigation_at_its_full_budget(rows: tuple[HeadlineRow,
     assert nemo.main.control is not None
     assert (nemo.prompt_vm.hits, nemo.main.vm.hits, nemo.main.control.hits) == (0, 6, 0)
     assert [a.init for a in nemo.attacks] == ["prompt", "random"]
-    assert (nemo.price.loss_ratio, nemo.price.loss_ratio_ci95) == (1.03, (1.01, 1.05))
-    assert (nemo.price.kid, nemo.price.unet_evaluations, nemo.price.changed) == (0.004, 1234, 7)
-    assert math.isnan(rows[0].price.loss_ratio)
+    assert (nemo.cost.loss_ratio, nemo.cost.loss_ratio_ci95) == (1.03, (1.01, 1.05))
+    assert (nemo.cost.kid, nemo.cost.unet_evaluations, nemo.cost.changed) == (0.004, 1234, 7)
+    assert math.isnan(rows[0].cost.loss_ratio)
 
 
 def test_each_row_is_compared_pair_by_pair(rows: tuple[HeadlineRow, ...]) -> None:
@@ -331,7 +331,7 @@ def test_the_page_loads_nothing_and_says_the_answer(written: Path) -> None:
     assert not re.search(r"url\((?!#)|@import|https?:", text)
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
-    assert text.count("<figure") == 3, "before and after, against steps, and the price"
+    assert text.count("<figure") == 3, "before and after, against steps, and the cost"
     assert 'class="verdict found"' in text
 
 
@@ -371,7 +371,7 @@ def test_an_attack_that_paints_controls_is_doubted(tmp_path: Path) -> None:
 def test_figures_are_drawn_alike_each_time_and_take_the_pages_colours(
     compared: Comparison, rows: tuple[HeadlineRow, ...]
 ) -> None:
-    for ink in (Ink(), Ink(element="x"), Ink(element="x", narrow=True)):
+    for ink in (FigureStyle(), FigureStyle(element="x"), FigureStyle(element="x", narrow=True)):
         drawn = before_and_after(rows, ink)
         assert drawn is not None
         assert drawn == before_and_after(rows, ink)

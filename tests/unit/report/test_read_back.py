@@ -31,7 +31,7 @@ from support.fake_audits import write_audit
 
 
 def kept(fakes: SimpleNamespace, folder: Path, **more: Any) -> AuditReport:
-    """An invented audit whose originals carry their true hashes."""
+    """An invented audit whose references carry their true hashes."""
     report = fakes.report(folder, **more)
     outcomes = tuple(
         replace(o, pair=replace(o.pair, sha256=sha256(o.pair.image.read_bytes()).hexdigest()))
@@ -89,8 +89,8 @@ def test_originals_that_are_gone_or_others_are_not_shown(
     tmp_path: Path, fakes: SimpleNamespace
 ) -> None:
     write_report(kept(fakes, tmp_path, vm=2, control=1), tmp_path)
-    (tmp_path / "originals" / "vm_00.png").unlink()
-    Image.new("RGB", (8, 8)).save(tmp_path / "originals" / "vm_01.png")
+    (tmp_path / "references" / "vm_00.png").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "references" / "vm_01.png")
     back = read_audit(tmp_path)
     images = {o.pair.id: o.pair.image for o in back.outcomes}
     assert [name for name, image in images.items() if image == NOT_KEPT] == ["vm_00", "vm_01"]

@@ -67,7 +67,7 @@ def test_disclosure(tmp_path: Path, fakes: SimpleNamespace, images: str) -> None
 
 def test_none_needs_no_picture_files(tmp_path: Path, fakes: SimpleNamespace) -> None:
     report = fakes.report(tmp_path)
-    for path in (tmp_path / "originals").iterdir():
+    for path in (tmp_path / "references").iterdir():
         path.unlink()
     render_page(report, images="none")
     with pytest.raises(InputError, match="restore the file"):

@@ -21,8 +21,8 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import CaptionCorpus, Corpus, Examples, NoCorpus, Split
 from dori_lightning.report.record import write_utility
 from dori_lightning.types import InputError, Pair
+from support.context import FakeCorpus, make_context, read_pairs
 from support.tiny import tiny_model, tiny_recipe
-from support.workshop import FakeCorpus, make_workshop, read_pairs
 
 SMALL = UtilitySettings(examples=5, draws=2, prompts=5, neighbours=1)
 LOSSES = replace(SMALL, prompts=0, neighbours=0)
@@ -63,13 +63,13 @@ def measured(
     seed: int = 0,
     run: str = "run",
 ) -> Utility:
-    shop = make_workshop(folder, model)
+    shop = make_context(folder, model)
     found = measure_utility(
         model,
         edit,
         pairs=[pair for pair in read_pairs(folder) if pair.kind != "control"],
         corpus=corpus or EvaluationOnly(),
-        originals=shop.originals,
+        references=shop.references,
         sampling=shop.sampling,
         settings=settings,
         folder=folder / run,

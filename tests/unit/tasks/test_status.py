@@ -19,8 +19,8 @@ def test_a_job_says_how_far_it_is_and_how_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_status, "EVERY_SECONDS", 0.0)
-    with status_of(tmp_path) as file, logging.heard_by(file.progress):
-        with logging.stage("attack", 10) as advance:
+    with status_of(tmp_path) as file, logging.listening(file.progress):
+        with logging.progress_bar("attack", 10) as advance:
             advance(3)
         said = read_status(tmp_path)
         assert said is not None

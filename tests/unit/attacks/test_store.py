@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dori_lightning.attacks.solver import AttackResult
-from dori_lightning.attacks.store import AttackLedger
+from dori_lightning.attacks.store import AttackStore
 from dori_lightning.runtime.artifacts import write_atomically
 
 
@@ -22,25 +22,25 @@ def result() -> AttackResult:
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
-    ledger, made = AttackLedger(tmp_path, {"seed": "0"}), result()
-    ledger.write(made, "prompt", {"a": "x", "b": "y"})
-    found = ledger.read("b", "prompt", 1, "y")
+    store, made = AttackStore(tmp_path, {"seed": "0"}), result()
+    store.write(made, "prompt", {"a": "x", "b": "y"})
+    found = store.read("b", "prompt", 1, "y")
     assert found is not None
     assert torch.equal(found.embeddings[0], made.embeddings[1])
     assert torch.equal(found.losses[0], made.losses[1])
     assert found.snapshots == (1, 5)
     assert found.diverged.tolist() == [True]
     assert found.no_gradient.tolist() == [False]
-    assert ledger.read("a", "random", 1, "x") is None
+    assert store.read("a", "random", 1, "x") is None
 
 
 def test_another_method_or_input_does_not_count_as_done(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    AttackLedger(tmp_path, {"seed": "0"}).write(result(), "prompt", {"a": "x", "b": "y"})
-    assert AttackLedger(tmp_path, {"seed": "1"}).read("a", "prompt", 1, "x") is None
+    AttackStore(tmp_path, {"seed": "0"}).write(result(), "prompt", {"a": "x", "b": "y"})
+    assert AttackStore(tmp_path, {"seed": "1"}).read("a", "prompt", 1, "x") is None
     assert "another seed" in caplog.text
-    assert AttackLedger(tmp_path, {"seed": "0"}).read("a", "prompt", 1, "z") is None
+    assert AttackStore(tmp_path, {"seed": "0"}).read("a", "prompt", 1, "z") is None
     assert "another inputs" in caplog.text
 
 
@@ -48,11 +48,11 @@ def test_another_method_or_input_does_not_count_as_done(
 def test_a_damaged_file_is_computed_anew(
     tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = AttackLedger(tmp_path, {"seed": "0"})
-    ledger.write(result(), "prompt", {"a": "x", "b": "y"})
-    path = ledger.path("a", "prompt", 1)
+    store = AttackStore(tmp_path, {"seed": "0"})
+    store.write(result(), "prompt", {"a": "x", "b": "y"})
+    path = store.path("a", "prompt", 1)
     path.write_bytes(damage(path.read_bytes()))
-    assert ledger.read("a", "prompt", 1, "x") is None
+    assert store.read("a", "prompt", 1, "x") is None
     assert "damaged" in caplog.text
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from dori_lightning.runtime import peers
-from dori_lightning.runtime.peers import Member
+from dori_lightning.runtime.peers import Peer
 
 
 @pytest.fixture(autouse=True)
@@ -28,22 +28,24 @@ def other() -> Iterator["subprocess.Popen[bytes]"]:
 def test_a_process_that_was_killed_is_named_before_anybody_has_waited_for_it(
     other: "subprocess.Popen[bytes]",
 ) -> None:
-    here = peers.me().host
-    peers.meet([peers.me(), Member(here, other.pid, "1"), Member("elsewhere", 1, "2")])
-    assert peers.lost() == ("another process of this run, on elsewhere,", "dori-RANK.log")
+    here = peers.this_process().host
+    peers.register_peers(
+        [peers.this_process(), Peer(here, other.pid, "1"), Peer("elsewhere", 1, "2")]
+    )
+    assert peers.dead_peers() == ("another process of this run, on elsewhere,", "dori-RANK.log")
     other.kill()
-    assert peers.lost() == ("the process of rank 1", "dori-1.log")
+    assert peers.dead_peers() == ("the process of rank 1", "dori-1.log")
 
 
 def test_the_first_process_has_the_log_without_a_number(other: "subprocess.Popen[bytes]") -> None:
     other.kill()
     other.wait()
-    peers.meet([Member(peers.me().host, other.pid, ""), peers.me()])
-    assert peers.lost() == ("the process of rank 0", "dori.log")
+    peers.register_peers([Peer(peers.this_process().host, other.pid, ""), peers.this_process()])
+    assert peers.dead_peers() == ("the process of rank 0", "dori.log")
 
 
 def test_where_all_live_nobody_is_named(other: "subprocess.Popen[bytes]") -> None:
-    assert peers.lost() == ("another process of this run", "dori-RANK.log")
-    peers.meet([peers.me(), Member(peers.me().host, other.pid, "1")])
-    assert peers.lost() == ("another process of this run", "dori-RANK.log")
-    assert peers.me().pid == os.getpid()
+    assert peers.dead_peers() == ("another process of this run", "dori-RANK.log")
+    peers.register_peers([peers.this_process(), Peer(peers.this_process().host, other.pid, "1")])
+    assert peers.dead_peers() == ("another process of this run", "dori-RANK.log")
+    assert peers.this_process().pid == os.getpid()

@@ -11,7 +11,7 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(
     caplog.set_level(logging.INFO)
     clock = iter([0.0, 10.0, 31.0, 40.0, 50.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with progress.stage("attack", 10) as advance:
+    with progress.progress_bar("attack", 10) as advance:
         advance(2)
         advance(3)
         advance(1)
@@ -23,8 +23,8 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(
 
 def test_other_processes_and_empty_stages_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with progress.stage("attack", 10, visible=False) as advance:
+    with progress.progress_bar("attack", 10, visible=False) as advance:
         advance(1)
-    with progress.stage("attack", 0) as advance:
+    with progress.progress_bar("attack", 0) as advance:
         advance(1)
     assert not caplog.records

@@ -14,9 +14,9 @@ from dori_lightning.mitigations.edits import WeightEdit, read_edit
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.checkpoints import last_checkpoint
 from dori_lightning.types import InputError
+from support.context import read_pairs
 from support.distributed_fits import LR, fit
 from support.tiny import write_tiny
-from support.workshop import read_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,8 +91,8 @@ def assert_close(found: WeightEdit, wanted: WeightEdit) -> None:
 
 
 def test_one_process_shares_with_nobody() -> None:
-    assert distributed.share(3) == distributed.Share(slice(None), 1.0, whole=True)
-    assert distributed.from_first(5) == 5
+    assert distributed.shard(3) == distributed.Shard(slice(None), 1.0, whole=True)
+    assert distributed.broadcast_object(5) == 5
     assert distributed.is_first()
     distributed.barrier()
     distributed.check()
@@ -104,11 +104,11 @@ def test_shares_average_to_the_mean_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, count: int, world: int
 ) -> None:
     values = torch.arange(count).double() ** 2
-    monkeypatch.setattr(distributed, "world", lambda: world)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
     means, taken = [], []
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        own = distributed.share(count)
+        own = distributed.shard(count)
         taken += values[own.rows].tolist()
         means.append(own.weight * values[own.rows].mean())
     assert torch.isclose(torch.stack(means).mean(), values.mean())

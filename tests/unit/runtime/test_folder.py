@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.runtime.artifacts import claim_folder, without
+from dori_lightning.runtime.artifacts import claim_folder, drop_keys
 from dori_lightning.types import InputError
 
 
@@ -27,4 +27,4 @@ def test_every_setting_that_differs_is_named(tmp_path: Path) -> None:
 
 
 def test_settings_without_those_that_change_no_result() -> None:
-    assert without({"batch": 3, "steps": 5}, "batch", "absent") == {"steps": 5}
+    assert drop_keys({"batch": 3, "steps": 5}, "batch", "absent") == {"steps": 5}

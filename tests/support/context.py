@@ -1,4 +1,4 @@
-"""A workshop over a tiny model: what a mitigation is given, made in a second."""
+"""A context over a tiny model: what a mitigation is given, made in a second."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from dori_lightning.metrics.calibration import Measures, Originals
+from dori_lightning.metrics.calibration import Measures, ReferenceImages
 from dori_lightning.metrics.descriptors import LocalCorrelation, NormalizedCorrelation
-from dori_lightning.mitigations.base import Workshop
+from dori_lightning.mitigations.base import Context
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import Examples, Split
@@ -58,7 +58,7 @@ def read_pairs(folder: Path, *, vm: int = 2, control: int = 3) -> tuple[Pair, ..
     return tuple(FolderPairs(path=place).read())
 
 
-def make_workshop(
+def make_context(
     tmp_path: Path,
     model: StableDiffusion,
     pairs: Sequence[Pair] | None = None,
@@ -67,8 +67,8 @@ def make_workshop(
     corpus: FakeCorpus | None = None,
     sampling: Sampling | None = None,
     measures: Measures | None = None,
-) -> Workshop:
-    """A workshop over ``pairs`` (those of ``read_pairs``), with its edits below ``tmp_path``."""
+) -> Context:
+    """A context over ``pairs`` (those of ``read_pairs``), with its edits below ``tmp_path``."""
     pairs = read_pairs(tmp_path) if pairs is None else tuple(pairs)
     images = [image_tensor(square_image(pair.image), model.resolution) for pair in pairs]
     measures = measures or Measures(
@@ -89,11 +89,11 @@ def make_workshop(
         }
         return L.Trainer(**{**quiet, **settings})
 
-    return Workshop(
+    return Context(
         seed=seed,
         corpus=corpus or FakeCorpus(),
         data=PairsDataModule(pairs, model),
-        originals=Originals(pairs, torch.stack(images), measures),
+        references=ReferenceImages(pairs, torch.stack(images), measures),
         sampling=sampling or Sampling("ddim", 2, 2.0, 2),
         trainer=trainer,
         folder=tmp_path / "edits",

@@ -12,7 +12,7 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from dori_lightning.attacks.embedding_attack import Trigger
+from dori_lightning.attacks.embedding_attack import Conditioning
 from dori_lightning.runtime import peers
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks import run_record
@@ -69,8 +69,8 @@ def test_without_loggers_nothing_happens(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def attacked(name: str, kind: str, losses: list[float]) -> Trigger:
-    return Trigger(
+def attacked(name: str, kind: str, losses: list[float]) -> Conditioning:
+    return Conditioning(
         Pair(name, kind, "p", Path("x.png")),  # type: ignore[arg-type]
         Condition("dori", "random", Budget(steps=len(losses))),
         1,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dori_lightning.mitigations.base import Workshop, edit_key, settings_of
+from dori_lightning.mitigations.base import Context, edit_key, settings_fingerprint
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin
 from dori_lightning.models.protocol import Sampling
@@ -37,7 +37,7 @@ class Pruned:
     delay: float = 0.0
     fails: bool = False
 
-    def apply(self, model: Any, pairs: Sequence[Pair], workshop: Workshop) -> Edit:
+    def apply(self, model: Any, pairs: Sequence[Pair], context: Context) -> Edit:
         with Path(self.log).open("a") as file:
             file.write("made\n")
         time.sleep(self.delay)
@@ -61,24 +61,24 @@ def made(log: Path) -> int:
 
 
 def test_a_second_find_reads_what_the_first_made(
-    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
 ) -> None:
     mitigation = Pruned(str(log))
-    first = workshop.find(mitigation, model, suspected)
-    second = workshop.find(mitigation, model, suspected)
+    first = context.find(mitigation, model, suspected)
+    second = context.find(mitigation, model, suspected)
     assert (first.made, second.made) == (True, False)
     assert made(log) == 1
     assert first.key == second.key
-    assert first.path == second.path == workshop.folder / f"{first.key}.safetensors"
+    assert first.path == second.path == context.folder / f"{first.key}.safetensors"
     assert first.edit.identity == second.edit.identity
     assert first.edit.origin == second.edit.origin
 
 
 def test_an_edit_says_what_made_it_and_what_that_cost(
-    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
 ) -> None:
-    workshop.find(Pruned(str(log), delay=0.02), model, suspected)
-    origin = workshop.find(Pruned(str(log), delay=0.02), model, suspected).edit.origin
+    context.find(Pruned(str(log), delay=0.02), model, suspected)
+    origin = context.find(Pruned(str(log), delay=0.02), model, suspected).edit.origin
     assert origin is not None
     assert origin.mitigation == "pruned"
     assert origin.settings["kind"] == "Pruned"
@@ -89,24 +89,24 @@ def test_an_edit_says_what_made_it_and_what_that_cost(
 
 
 def test_the_edit_that_changes_nothing_is_not_kept(
-    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...]
+    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...]
 ) -> None:
-    found = workshop.find(NoMitigation(), model, suspected)
+    found = context.find(NoMitigation(), model, suspected)
     assert found.path is None
     assert found.made
-    assert not list(workshop.folder.glob("*.safetensors"))
+    assert not list(context.folder.glob("*.safetensors"))
 
 
 def test_what_decides_an_edit_gives_it_another_key_and_nothing_else_does(
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
-    workshop_of: Callable[..., Workshop],
+    context_of: Callable[..., Context],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from support.workshop import FakeCorpus
+    from support.context import FakeCorpus
 
-    base, plain = workshop_of(tmp_path), Pruned("log")
+    base, plain = context_of(tmp_path), Pruned("log")
     key = edit_key(plain, model, suspected, base)
     first = suspected[0]
     keys = [
@@ -116,8 +116,8 @@ def test_what_decides_an_edit_gives_it_another_key_and_nothing_else_does(
         edit_key(plain, model, suspected[:1], base),
         edit_key(plain, model, (replace(first, prompt="a cat"), *suspected[1:]), base),
         edit_key(plain, model, (replace(first, sha256="0" * 64), *suspected[1:]), base),
-        edit_key(plain, model, suspected, workshop_of(tmp_path, seed=1)),
-        edit_key(plain, model, suspected, workshop_of(tmp_path, corpus=FakeCorpus("other"))),
+        edit_key(plain, model, suspected, context_of(tmp_path, seed=1)),
+        edit_key(plain, model, suspected, context_of(tmp_path, corpus=FakeCorpus("other"))),
         edit_key(plain, model, suspected, replace(base, sampling=Sampling("ddim", 3, 2.0, 2))),
     ]
     with monkeypatch.context() as patch:
@@ -130,86 +130,86 @@ def test_what_decides_an_edit_gives_it_another_key_and_nothing_else_does(
 
     same = [
         edit_key(replace(plain, name="other"), model, suspected, base),
-        edit_key(plain, model, suspected, workshop_of(tmp_path / "elsewhere")),
+        edit_key(plain, model, suspected, context_of(tmp_path / "elsewhere")),
         edit_key(plain, model, suspected, replace(base, sampling=replace(base.sampling, batch=1))),
     ]
     assert set(same) == {key}
 
 
 def test_another_setting_makes_another_edit(
-    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
 ) -> None:
-    one = workshop.find(Pruned(str(log)), model, suspected)
-    two = workshop.find(Pruned(str(log), share=0.2), model, suspected)
+    one = context.find(Pruned(str(log)), model, suspected)
+    two = context.find(Pruned(str(log), share=0.2), model, suspected)
     assert made(log) == 2
     assert one.edit.identity != two.edit.identity
-    assert workshop.find(Pruned(str(log), name="alias"), model, suspected).made is False
+    assert context.find(Pruned(str(log), name="alias"), model, suspected).made is False
 
 
 def test_settings_are_plain_values_all_the_way_down(log: Path) -> None:
-    settings = settings_of(Pruned("x", inner=NoMitigation()))
+    settings = settings_fingerprint(Pruned("x", inner=NoMitigation()))
     assert settings["inner"] == {"kind": "NoMitigation", "name": "none"}
     assert json.loads(json.dumps(settings)) == settings
     with pytest.raises(TypeError, match="plain values"):
-        settings_of(Pruned(torch.ones(1)))  # type: ignore[arg-type]
+        settings_fingerprint(Pruned(torch.ones(1)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda _: b"", lambda _: b"hello"])
 def test_a_damaged_file_is_an_error_and_not_made_again_silently(
-    workshop: Workshop,
+    context: Context,
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
     log: Path,
     damage: Callable[[bytes], bytes],
 ) -> None:
-    path = workshop.find(Pruned(str(log)), model, suspected).path
+    path = context.find(Pruned(str(log)), model, suspected).path
     assert path is not None
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match="damaged"):
-        workshop.find(Pruned(str(log)), model, suspected)
+        context.find(Pruned(str(log)), model, suspected)
     assert made(log) == 1
     path.unlink()
-    assert workshop.find(Pruned(str(log)), model, suspected).made
+    assert context.find(Pruned(str(log)), model, suspected).made
 
 
 def test_an_edit_of_another_checkpoint_under_this_key_is_refused(
-    workshop: Workshop,
+    context: Context,
     model: StableDiffusion,
     suspected: tuple[Pair, ...],
     log: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mitigation = Pruned(str(log))
-    key = edit_key(mitigation, model, suspected, workshop)
+    key = edit_key(mitigation, model, suspected, context)
     with monkeypatch.context() as patch:
         patch.setattr(model, "fingerprint", "another")
-        path = workshop.find(mitigation, model, suspected).path
+        path = context.find(mitigation, model, suspected).path
     assert path is not None
-    path.rename(workshop.folder / f"{key}.safetensors")
+    path.rename(context.folder / f"{key}.safetensors")
     with pytest.raises(InputError, match=f"another.*{model.fingerprint}"):
-        workshop.find(mitigation, model, suspected)
+        context.find(mitigation, model, suspected)
 
 
 def test_a_mitigation_that_fails_leaves_nothing_and_lets_the_next_one_try(
-    workshop: Workshop, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
 ) -> None:
     broken = Pruned(str(log), fails=True)
     with pytest.raises(RuntimeError, match="power cut"):
-        workshop.find(broken, model, suspected)
-    left = [path for path in workshop.folder.iterdir() if path.suffix != ".lock"]
+        context.find(broken, model, suspected)
+    left = [path for path in context.folder.iterdir() if path.suffix != ".lock"]
     assert not left
-    key = edit_key(broken, model, suspected, workshop)
-    with FileLock(workshop.folder / f"{key}.lock", timeout=0):
+    key = edit_key(broken, model, suspected, context)
+    with FileLock(context.folder / f"{key}.lock", timeout=0):
         pass  # Timeout here: the failure would have kept the lock
 
 
 def ask(folder: Path, log: Path, start: Any, answers: Any) -> None:
     """What one job of a sweep does, with as little of the program as it takes."""
-    workshop = Workshop(
+    context = Context(
         seed=0,
         corpus=SimpleNamespace(identity="none"),  # type: ignore[arg-type]
         data=None,  # type: ignore[arg-type]
-        originals=SimpleNamespace(measures=SimpleNamespace(decider="x")),  # type: ignore[arg-type]
+        references=SimpleNamespace(measures=SimpleNamespace(decider="x")),  # type: ignore[arg-type]
         sampling=Sampling(),
         trainer=None,  # type: ignore[arg-type]
         folder=folder,
@@ -218,7 +218,7 @@ def ask(folder: Path, log: Path, start: Any, answers: Any) -> None:
         name="x", fingerprint="f", latent_shape=(4, 8, 8), unet_evaluations=0
     )
     start.wait()
-    found = workshop.find(Pruned(str(log), delay=0.5), model, ())
+    found = context.find(Pruned(str(log), delay=0.5), model, ())
     answers.put((found.made, found.edit.identity))
 
 

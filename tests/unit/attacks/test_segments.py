@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
-from dori_lightning.attacks.embedding_attack import Trigger, stop_at_success
+from dori_lightning.attacks.embedding_attack import Conditioning, stop_at_success
 from dori_lightning.attacks.solver import AttackProblem, AttackResult, joined, solve
-from dori_lightning.attacks.store import AttackLedger
+from dori_lightning.attacks.store import AttackStore
 from dori_lightning.mitigations.adversarial_finetuning import PoolSettings
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget, Condition, InputError, Pair
@@ -34,16 +34,16 @@ def test_rows_go_on_in_other_company_to_the_same_bits(
     model: StableDiffusion, problem: AttackProblem, tmp_path: Path
 ) -> None:
     whole = attack(model, problem)
-    ledger = AttackLedger(tmp_path, {})
+    store = AttackStore(tmp_path, {})
     inputs = dict.fromkeys(problem.ids, "")
     for chosen in ((0, 1, 2), (3, 4)):
-        begun = attack(model, rows(problem, *chosen), until=2)
+        begun = attack(model, rows(problem, *chosen), stop_at=2)
         assert (begun.steps, begun.snapshots) == (2, (0, 2))
-        ledger.write(begun, "prompt", inputs)
+        store.write(begun, "prompt", inputs)
     left = (4, 1, 2)  # from both, in another order; the others came back
-    read = [ledger.read(problem.ids[k], "prompt", 0, "") for k in left]
+    read = [store.read(problem.ids[k], "prompt", 0, "") for k in left]
     stored = [result for result in read if result is not None]
-    ended = attack(model, rows(problem, *left), so_far=joined(stored))
+    ended = attack(model, rows(problem, *left), resume_from=joined(stored))
     index = list(left)
     assert ended.snapshots == whole.snapshots
     assert torch.equal(ended.embeddings, whole.embeddings[index])
@@ -54,7 +54,7 @@ def test_rows_go_on_in_other_company_to_the_same_bits(
 def test_the_offset_is_kept_and_not_what_rounding_left_of_it(
     model: StableDiffusion, problem: AttackProblem
 ) -> None:
-    begun = attack(model, problem, until=2)
+    begun = attack(model, problem, stop_at=2)
     assert begun.state is not None
     difference = begun.embeddings[:, -1] - problem.initial
     assert torch.allclose(difference, begun.state.delta, atol=1e-5)
@@ -69,9 +69,9 @@ def test_rows_without_a_gradient_stay_so_and_cost_nothing_more(
         return latents.flatten(1).mean(1) + 0 * args[2].flatten(1).sum(1)
 
     monkeypatch.setattr(model, "denoising_loss", deaf)
-    begun = attack(model, problem, until=2)
+    begun = attack(model, problem, stop_at=2)
     steps: list[int] = []
-    ended = attack(model, problem, so_far=begun, on_step=steps.append)
+    ended = attack(model, problem, resume_from=begun, on_step=steps.append)
     assert ended.no_gradient.all()
     assert not ended.diverged.any()
     assert torch.equal(ended.embeddings, problem.initial[:, None].expand(-1, 3, -1, -1))
@@ -89,9 +89,11 @@ def test_who_came_back_is_left_out_and_stands_for_later_budgets() -> None:
     def attack(pairs: Any, steps: range) -> None:
         taken.append((tuple(p.id for p in pairs), steps))
 
-    def read(own: Pair) -> list[Trigger]:
+    def read(own: Pair) -> list[Conditioning]:
         return [
-            Trigger(own, Condition("dori", "prompt", Budget(steps=k)), 0, torch.tensor(float(k)))
+            Conditioning(
+                own, Condition("dori", "prompt", Budget(steps=k)), 0, torch.tensor(float(k))
+            )
             for k in (0, 3, 7, 9)
         ]
 
@@ -115,7 +117,7 @@ def test_who_came_back_is_left_out_and_stands_for_later_budgets() -> None:
 
 @pytest.mark.parametrize("snapshots", [(), (5,), (5, 9)])
 def test_stopping_needs_a_snapshot_before_the_end(snapshots: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=r"none before the last step, 5\n  mend:  give some"):
+    with pytest.raises(InputError, match=r"none before the last step, 5\n  fix:   give some"):
         AttackSettings(budget=BudgetSettings(steps=5), snapshots=snapshots, early_stop=True)
 
 

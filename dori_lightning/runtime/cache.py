@@ -1,0 +1,146 @@
+"""Keep what was computed once: one file per artifact, valid for one key.
+
+The key holds everything that the artifact depends on and is stored inside the file. A file that is
+damaged or has another key is computed anew and replaced; readers never see half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dori_lightning.runtime.artifacts import write_atomically
+
+T = TypeVar("T")
+Key = Mapping[str, str | int | float | bool | None]
+Tensors = dict[str, torch.Tensor]
+
+log = logging.getLogger(__name__)
+
+
+class DamagedError(ValueError):
+    """A file does not hold what its codec writes."""
+
+
+@dataclass(frozen=True)
+class Codec(Generic[T]):
+    """How a kind of artifact becomes a file.
+
+    Attributes:
+        suffix: End of the file's name.
+        encode: Value and key (as strings) to bytes.
+        decode: Path to value and key. Raises `DamagedError`, OSError, KeyError, TypeError or
+            ValueError for a damaged file.
+    """
+
+    suffix: str
+    encode: Callable[[T, dict[str, str]], bytes]
+    decode: Callable[[Path], tuple[T, dict[str, str]]]
+
+    def mapped(self, encode: Callable[[Any], T], decode: Callable[[T], Any]) -> Codec[Any]:
+        """The same file format for values that ``encode`` turns into what this codec takes."""
+
+        def read(path: Path) -> tuple[Any, dict[str, str]]:
+            value, key = self.decode(path)
+            return decode(value), key
+
+        return Codec(self.suffix, lambda value, key: self.encode(encode(value), key), read)
+
+
+def _encode_tensors(value: Tensors, key: dict[str, str]) -> bytes:
+    return save({name: t.detach().cpu().contiguous() for name, t in value.items()}, key)
+
+
+def _decode_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DamagedError(str(error)) from error
+
+
+def _encode_json(value: Any, key: dict[str, str]) -> bytes:
+    return (json.dumps({"key": key, "value": value}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _decode_json(path: Path) -> tuple[Any, dict[str, str]]:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return document["value"], document["key"]
+
+
+TENSORS: Codec[Tensors] = Codec(".safetensors", _encode_tensors, _decode_tensors)
+"""Tensors by name, as safetensors; the key is the file's metadata."""
+
+JSON: Codec[Any] = Codec(".json", _encode_json, _decode_json)
+"""Plain containers."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Artifacts below one folder.
+
+    Attributes:
+        folder: Where the files are; made when the first one is written.
+    """
+
+    folder: Path
+
+    def path(self, name: str, codec: Codec[Any] = TENSORS) -> Path:
+        """Where an artifact lies; ``name`` may hold slashes."""
+        return self.folder / f"{name}{codec.suffix}"
+
+    def read(self, name: str, key: Key, codec: Codec[T]) -> T | None:
+        """A stored artifact, or None where there is none that is undamaged and has this key."""
+        path = self.path(name, codec)
+        if not path.is_file():
+            return None
+        try:
+            value, stored = codec.decode(path)
+        except (DamagedError, OSError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s is damaged and is computed anew: %s", path, error)
+            return None
+        differing = [k for k, v in _strings(key).items() if stored.get(k) != v]
+        if differing:
+            log.warning(
+                "%s was made with another %s and is computed anew", path, ", ".join(differing)
+            )
+            return None
+        return value
+
+    def write(self, name: str, value: T, key: Key, codec: Codec[T]) -> Path:
+        """Store an artifact, whole or not at all; returns its path."""
+        return write_atomically(self.path(name, codec), codec.encode(value, _strings(key)))
+
+    def get(self, name: str, key: Key, compute: Callable[[], T], codec: Codec[T]) -> T:
+        """Read an artifact, or compute and store it while other processes wait for it.
+
+        Args:
+            name: File name without suffix, unique in the folder.
+            key: Everything that the artifact depends on.
+            compute: Called where there is no valid file.
+            codec: File format, `TENSORS` or `JSON` or one derived by `Codec.mapped`.
+        """
+        value = self.read(name, key, codec)
+        if value is not None:
+            return value
+        path = self.path(name, codec)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            value = self.read(name, key, codec) if path.is_file() else None
+            if value is None:
+                value = compute()
+                self.write(name, value, key, codec)
+        return value
+
+
+def _strings(key: Key) -> dict[str, str]:
+    return {name: str(value) for name, value in key.items()}
