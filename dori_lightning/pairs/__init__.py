@@ -1,1 +1,1 @@
-"""Read, check and serve pairs: a prompt and the picture it may reproduce."""
+"""Read, check and serve pairs: a prompt and the image it may reproduce."""

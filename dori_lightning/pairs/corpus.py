@@ -1,7 +1,12 @@
-"""Ordinary prompts with pictures, which a checkpoint is not suspected of having memorized.
+"""Ordinary prompts with images, which a checkpoint is not suspected of having memorized.
 
 Mitigations calibrate on them (activation statistics, the loss that keeps a model's abilities) and
 the cost of a mitigation is measured on them; never on the same ones.
+
+Neighbour prompts are made from a caption by fixed rules. Concept Ablation (Kumari et al., 2023,
+section on memorized images) asks a language model for paraphrases instead; that would make results
+depend on a download that changes, rules give the same prompts everywhere. The DoRI paper calls
+what happens to the images of such prompts concept damage.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
@@ -22,23 +27,12 @@ from dori_lightning.pairs.readers import FolderPairs, read_csv, read_jsonl
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.types import InputError, Pair
 
-if TYPE_CHECKING:
-    pass
-
-
-# -------- captions
-# Make prompts that lie near a caption by fixed rules, without a language model.
-#
-# Concept Ablation asks a language model for paraphrases of a memorized caption, and the cost of
-# a mitigation is measured on prompts near what was removed. A language model would make both
-# depend on a download that changes; rules give the same prompts everywhere.
-#
-# Reference: Ablating Concepts in Text-to-Image Diffusion Models (Kumari et al., 2023), section
-# on memorized images. The DoRI paper calls what happens to the pictures of such prompts concept
-# damage.
+Split = Literal["calibration", "evaluation"]
+EVALUATION_SHARE = 0.25
+_T = TypeVar("_T")
 
 STYLES = ("", "dark", "bright", "close", "wide", "mirrored", "grey", "vivid", "plain")
-"""How a generic caption describes its picture; the words that the embedded benchmark knows."""
+"""How a generic caption describes its image; the words that the embedded benchmark knows."""
 
 SMALL_WORDS = frozenset(
     (
@@ -46,10 +40,190 @@ SMALL_WORDS = frozenset(
         "on", "or", "over", "that", "the", "to", "under", "with",
     )
 )  # fmt: skip
-"""Words that name nothing; a generic caption of two such words would be near no picture."""
+"""Words that name nothing; a generic caption of two such words would be near no image."""
 
 LONGEST = 40
 """Words of a caption that are recombined; more do not fit a text encoder."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompts with their images.
+
+    Attributes:
+        prompts: N captions.
+        images: Their images (N, 3, H, W) in [0, 1].
+    """
+
+    prompts: tuple[str, ...]
+    images: torch.Tensor
+
+
+class Corpus(Protocol):
+    """Where ordinary prompts and images come from; the two splits share nothing."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of what the corpus holds."""
+        ...
+
+    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
+        """First ``count`` captions of a split.
+
+        Raises:
+            InputError: It has fewer.
+        """
+        ...
+
+    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+        """First ``count`` captions of a split with their images, square.
+
+        Raises:
+            InputError: It has fewer, or no images.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FolderCorpus:
+    """A folder of images with a ``metadata.csv`` or ``metadata.jsonl``, as for pairs.
+
+    A quarter of it, chosen by a hash of each id, is kept for evaluation.
+
+    Attributes:
+        path: The folder.
+        delimiter: What separates a CSV's columns.
+    """
+
+    path: Path | str
+    delimiter: str = ","
+
+    @property
+    def identity(self) -> str:
+        """Hash of ids, captions and images."""
+        rows = sorted((p.id, p.prompt, p.sha256) for p in self._pairs)
+        return _hash(["folder", rows])
+
+    @cached_property
+    def _pairs(self) -> Sequence[Pair]:
+        return FolderPairs(path=self.path, kind="control", delimiter=self.delimiter).read()
+
+    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
+        """First ``count`` captions of a split."""
+        rows = [p.prompt for p in self._pairs if _in_split(p.id, split)]
+        return tuple(_enough(rows, count, split, self.path))
+
+    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+        """First ``count`` captions of a split with their images."""
+        rows = [p for p in self._pairs if _in_split(p.id, split)]
+        rows = _enough(rows, count, split, self.path)
+        images = [image_tensor(square_image(p.image), resolution) for p in rows]
+        return Examples(tuple(p.prompt for p in rows), torch.stack(images))
+
+
+@dataclass(frozen=True)
+class CaptionCorpus:
+    """Captions without images: enough for activation statistics and for utility by images.
+
+    Attributes:
+        path: A ``.csv`` or ``.jsonl`` with a column of captions, or a ``.txt`` with one a line.
+        column: The column.
+        delimiter: What separates a CSV's columns.
+    """
+
+    path: Path | str
+    column: str = "caption"
+    delimiter: str = ","
+
+    @property
+    def identity(self) -> str:
+        """Hash of the captions."""
+        return _hash(["captions", self._rows()])
+
+    def _rows(self) -> list[str]:
+        path = Path(self.path)
+        if not path.is_file():
+            raise InputError(f"no such file: {path}\n  where: corpus.path")
+        if path.suffix == ".txt":
+            text = path.read_text("utf-8").splitlines()
+            return [line.strip() for line in text if line.strip()]
+        needed = [[self.column]]
+        if path.suffix == ".jsonl":
+            _, lines = read_jsonl(path, required=needed)
+        else:
+            _, lines = read_csv(path, delimiter=self.delimiter, required=needed)
+        broken = [problem for line in lines for problem in line.problems]
+        if broken:
+            raise InputError(f"{path}: {len(broken)} broken lines, the first: {broken[0]}")
+        return [str(line.values.get(self.column, "")).strip() for line in lines]
+
+    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
+        """First ``count`` captions of a split."""
+        rows = [text for text in self._rows() if text and _in_split(text, split)]
+        return tuple(_enough(rows, count, split, self.path))
+
+    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+        """Refuse: there are no images.
+
+        Raises:
+            InputError: Always.
+        """
+        del split, count, resolution
+        raise InputError(
+            f"{self.path} has captions only, and this needs images with captions\n"
+            f"  where: corpus\n"
+            f"  fix:   corpus=folder corpus.path=FOLDER (images with a metadata.csv)"
+        )
+
+
+@dataclass(frozen=True)
+class NoCorpus:
+    """Nothing, for audits that need no ordinary prompts."""
+
+    identity: str = "none"
+
+    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
+        """Refuse.
+
+        Raises:
+            InputError: Says how to give a corpus.
+        """
+        raise InputError(
+            f"this needs {count} ordinary prompts for {split}, and corpus is none\n"
+            f"  where: corpus\n"
+            f"  fix:   corpus=folder corpus.path=FOLDER (images with a metadata.csv), or "
+            f"corpus=captions corpus.path=FILE where captions are enough"
+        )
+
+    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+        """Refuse.
+
+        Raises:
+            InputError: Says how to give a corpus.
+        """
+        del resolution
+        self.prompts(split, count)
+        raise AssertionError("unreachable")
+
+
+def _in_split(name: str, split: Split) -> bool:
+    """Whether an element belongs to a split; depends on its name alone, so lists may grow."""
+    value = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") / 2**32
+    return (value < EVALUATION_SHARE) == (split == "evaluation")
+
+
+def _enough(rows: list[_T], count: int, split: Split, path: Path | str) -> list[_T]:
+    if len(rows) < count:
+        raise InputError(
+            f"{path} has {len(rows)} elements for {split}, but {count} are needed\n"
+            f"  where: corpus\n"
+            f"  fix:   give a longer list, or ask for fewer"
+        )
+    return rows[:count]
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def neighbour_prompts(
@@ -62,7 +236,7 @@ def neighbour_prompts(
     a generic caption of two of the prompt's words.
 
     Args:
-        pair: Its prompt and subject are used, its picture is not.
+        pair: Its prompt and subject are used, its image is not.
         count: How many; fewer are the first of more.
         seed: Decides the order.
         split: Only those of a split: mitigations train on ``calibration`` neighbours, their cost
@@ -141,190 +315,3 @@ def _two_words(words: list[str]) -> list[str]:
 def _naming(words: list[str]) -> list[str]:
     """Words that name something."""
     return [word for word in words if word.lower().strip(".,;:!?\"'()") not in SMALL_WORDS]
-
-
-# -------- corpus
-
-Split = Literal["calibration", "evaluation"]
-EVALUATION_SHARE = 0.25
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Prompts with their pictures.
-
-    Attributes:
-        prompts: N captions.
-        images: Their pictures (N, 3, H, W) in [0, 1].
-    """
-
-    prompts: tuple[str, ...]
-    images: torch.Tensor
-
-
-class Corpus(Protocol):
-    """Where ordinary prompts and pictures come from; the two splits share nothing."""
-
-    @property
-    def identity(self) -> str:
-        """Hash of what the corpus holds."""
-        ...
-
-    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
-        """First ``count`` captions of a split.
-
-        Raises:
-            InputError: It has fewer.
-        """
-        ...
-
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
-        """First ``count`` captions of a split with their pictures, square.
-
-        Raises:
-            InputError: It has fewer, or no pictures.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class FolderCorpus:
-    """A folder of pictures with a ``metadata.csv`` or ``metadata.jsonl``, as for pairs.
-
-    A quarter of it, chosen by a hash of each id, is kept for evaluation.
-
-    Attributes:
-        path: The folder.
-        delimiter: What separates a CSV's columns.
-    """
-
-    path: Path | str
-    delimiter: str = ","
-
-    @property
-    def identity(self) -> str:
-        """Hash of ids, captions and pictures."""
-        rows = sorted((p.id, p.prompt, p.sha256) for p in self._pairs)
-        return _hash(["folder", rows])
-
-    @cached_property
-    def _pairs(self) -> Sequence[Pair]:
-        return FolderPairs(path=self.path, kind="control", delimiter=self.delimiter).read()
-
-    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
-        """First ``count`` captions of a split."""
-        rows = [p.prompt for p in self._pairs if _in_split(p.id, split)]
-        return tuple(_enough(rows, count, split, self.path))
-
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
-        """First ``count`` captions of a split with their pictures."""
-        rows = [p for p in self._pairs if _in_split(p.id, split)]
-        rows = _enough(rows, count, split, self.path)
-        images = [image_tensor(square_image(p.image), resolution) for p in rows]
-        return Examples(tuple(p.prompt for p in rows), torch.stack(images))
-
-
-@dataclass(frozen=True)
-class CaptionCorpus:
-    """Captions without pictures: enough for activation statistics and for utility by pictures.
-
-    Attributes:
-        path: A ``.csv`` or ``.jsonl`` with a column of captions, or a ``.txt`` with one a line.
-        column: The column.
-        delimiter: What separates a CSV's columns.
-    """
-
-    path: Path | str
-    column: str = "caption"
-    delimiter: str = ","
-
-    @property
-    def identity(self) -> str:
-        """Hash of the captions."""
-        return _hash(["captions", self._rows()])
-
-    def _rows(self) -> list[str]:
-        path = Path(self.path)
-        if not path.is_file():
-            raise InputError(f"no such file: {path}\n  where: corpus.path")
-        if path.suffix == ".txt":
-            text = path.read_text("utf-8").splitlines()
-            return [line.strip() for line in text if line.strip()]
-        needed = [[self.column]]
-        if path.suffix == ".jsonl":
-            _, lines = read_jsonl(path, required=needed)
-        else:
-            _, lines = read_csv(path, delimiter=self.delimiter, required=needed)
-        broken = [problem for line in lines for problem in line.problems]
-        if broken:
-            raise InputError(f"{path}: {len(broken)} broken lines, the first: {broken[0]}")
-        return [str(line.values.get(self.column, "")).strip() for line in lines]
-
-    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
-        """First ``count`` captions of a split."""
-        rows = [text for text in self._rows() if text and _in_split(text, split)]
-        return tuple(_enough(rows, count, split, self.path))
-
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
-        """Refuse: there are no pictures.
-
-        Raises:
-            InputError: Always.
-        """
-        del split, count, resolution
-        raise InputError(
-            f"{self.path} has captions only, and this needs pictures with captions\n"
-            f"  where: corpus\n"
-            f"  fix:   corpus=folder corpus.path=FOLDER (pictures with a metadata.csv)"
-        )
-
-
-@dataclass(frozen=True)
-class NoCorpus:
-    """Nothing, for audits that need no ordinary prompts."""
-
-    identity: str = "none"
-
-    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
-        """Refuse.
-
-        Raises:
-            InputError: Says how to give a corpus.
-        """
-        raise InputError(
-            f"this needs {count} ordinary prompts for {split}, and corpus is none\n"
-            f"  where: corpus\n"
-            f"  fix:   corpus=folder corpus.path=FOLDER (pictures with a metadata.csv), or "
-            f"corpus=captions corpus.path=FILE where captions are enough"
-        )
-
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
-        """Refuse.
-
-        Raises:
-            InputError: Says how to give a corpus.
-        """
-        del resolution
-        self.prompts(split, count)
-        raise AssertionError("unreachable")
-
-
-def _in_split(name: str, split: Split) -> bool:
-    """Whether an element belongs to a split; depends on its name alone, so lists may grow."""
-    value = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") / 2**32
-    return (value < EVALUATION_SHARE) == (split == "evaluation")
-
-
-def _enough(rows: list[_T], count: int, split: Split, path: Path | str) -> list[_T]:
-    if len(rows) < count:
-        raise InputError(
-            f"{path} has {len(rows)} elements for {split}, but {count} are needed\n"
-            f"  where: corpus\n"
-            f"  fix:   give a longer list, or ask for fewer"
-        )
-    return rows[:count]
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -30,9 +30,6 @@ from dori_lightning.pairs.validation import (
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.types import KINDS, InputError, Kind, Pair
 
-# -------- reading
-# What every reader of pairs shares: the options, and columns that have several names.
-
 logger = logging.getLogger(__name__)
 
 PROMPT_NAMES = ("prompt", "text", "caption")
@@ -48,7 +45,7 @@ class PairsReader(Protocol):
         """Return validated pairs, audit and training, with unique ids.
 
         Raises:
-            InputError: The list or a picture is unusable.
+            InputError: The list or an image is unusable.
         """
         ...
 
@@ -85,8 +82,8 @@ class ReaderOptions(Selection):
     """Options of every reader of a file.
 
     Attributes:
-        on_missing: ``error`` refuses a list with missing pictures; ``skip`` drops those rows and
-            logs their ids. Damaged pictures are always refused.
+        on_missing: ``error`` refuses a list with missing images; ``skip`` drops those rows and
+            logs their ids. Damaged images are always refused.
     """
 
     on_missing: OnMissing = "error"
@@ -129,7 +126,7 @@ def known_kind(kind: str) -> Kind:
     raise InputError(f"pairs.kind must be one of {list(KINDS)}, got {kind!r}")
 
 
-def picture_folder(path: Path | str, option: str) -> Path:
+def image_folder(path: Path | str, option: str) -> Path:
     """Require a folder.
 
     Raises:
@@ -188,9 +185,6 @@ def metadata_row(
         problems=problems,
     )
 
-
-# -------- tables
-# Read text tables strictly: what is not certain is refused, and the mend is said.
 
 TAB_NAMES = ("tab", "\\t")
 DELIMITERS = (",", ";", "\t", "|")
@@ -362,274 +356,9 @@ def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[s
     return header, records
 
 
-# -------- parquet
-# Read pairs out of a parquet file, with pictures beside it or inside it.
-
-ROWS_AT_ONCE = 64
-"""Rows held in memory together; each may hold a full picture."""
-
-
-@dataclass(frozen=True)
-class ParquetPairs(ReaderOptions):
-    """A parquet file with the columns of ``FolderPairs``.
-
-    Pictures are either files that ``file_name`` names, or the bytes of an ``image`` column of
-    ``{bytes, path}`` structs as Hugging Face data sets have; those are written to ``cache``, named
-    by their hash. Pictures in an ``image`` column whose id is not given are called after ``path``,
-    or ``row_000001``.
-
-    Attributes:
-        path: The parquet file.
-        root: Folder that ``file_name`` is relative to; None for the file's own.
-        cache: Folder for pictures that the file holds; must be given for an ``image`` column.
-        kind: Kind of rows that name none.
-    """
-
-    path: Path | str
-    root: Path | str | None = None
-    cache: Path | str | None = None
-    kind: Kind = "vm"
-
-    def read(self) -> tuple[Pair, ...]:
-        """Read and validate the list.
-
-        Raises:
-            InputError: No parquet file, missing columns, an unusable type, or unusable rows.
-        """
-        import pyarrow as pa  # slow to import, and only this format needs it
-        import pyarrow.parquet as pq
-
-        self.check_options()
-        kind, source = known_kind(self.kind), Path(self.path)
-        if not source.is_file():
-            raise InputError(f"pairs.path must be a parquet file, but there is no file {source}")
-        try:
-            with pq.ParquetFile(source) as file:
-                schema = file.schema_arrow
-                embedded = "image" in schema.names
-                picture = ("image",) if embedded else ("file_name", "image")
-                require_columns(schema.names, [picture, PROMPT_NAMES], path=source)
-                prompt = prompt_name(schema.names, str(source))
-                if embedded:
-                    self._check_image_type(schema.field("image").type)
-                root = self._root(source, embedded=embedded)
-                wanted = ["image", "file_name", prompt, "id", "kind", "subject", "repeats", "role"]
-                columns = [name for name in wanted if name in schema.names]
-                batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
-                records = (record for batch in batches for record in batch.to_pylist())
-                rows = list(self._rows(records, kind=kind, prompt=prompt, root=root))
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{source} cannot be read as parquet: {error}") from error
-        names = {"prompt": prompt, "image": "image" if embedded else "file_name"}
-        return self.validate(rows, root=root, source=str(source), names=names)
-
-    def _root(self, source: Path, *, embedded: bool) -> Path:
-        if not embedded:
-            return picture_folder(source.parent if self.root is None else self.root, "pairs.root")
-        if self.cache is None:
-            raise InputError(
-                f"{source} holds its pictures; say where to write them: pairs.cache=..."
-            )
-        folder = Path(self.cache)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _check_image_type(self, kind: Any) -> None:
-        import pyarrow.types as pt
-
-        if not pt.is_struct(kind) or "bytes" not in [field.name for field in kind]:
-            raise InputError(
-                f"{self.path}: column image must be a struct of bytes and path, but is {kind}; "
-                "if it holds paths, rename it file_name"
-            )
-
-    def _rows(
-        self, records: Iterator[dict[str, Any]], *, kind: Kind, prompt: str, root: Path
-    ) -> Iterator[RawRow]:
-        for number, record in enumerate(records, start=1):
-            where = f"row {number}"
-            if "image" not in record:
-                yield metadata_row(record, where=where, kind=kind, prompt=prompt)
-                continue
-            image = record.pop("image") or {}
-            if record.get("file_name") in (None, ""):
-                record["file_name"] = image.get("path") or f"row_{number:06d}"
-            row = metadata_row(record, where=where, kind=kind, prompt=prompt)
-            data = image.get("bytes")
-            yield replace(
-                row,
-                id=row.id or default_id(str(record["file_name"])),
-                image=_store(data, root) if data else None,
-                looked_for="picture bytes in this row",
-            )
-
-
-def _store(data: bytes, folder: Path) -> str:
-    """Write a picture under its hash, all at once; return its name."""
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"{digest}.{(sniff(data[:64]) or 'unknown').split()[0].lower()}"
-    path = folder / name
-    if not path.is_file():
-        write_atomically(path, data)
-    return name
-
-
-# -------- published
-# Read the prompt lists that the literature shares: NeMo's CSV and Wen et al.'s JSONL.
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-def _pictures(folder: Path) -> list[Path]:
-    """Picture files of a folder by name; downloaders put captions and records beside them."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-
-
-def _number(line: Line, column: str) -> tuple[str, tuple[Problem, ...]]:
-    """Take a number that names a file: digits only, since it becomes part of a path."""
-    value = line.values.get(column)
-    text = str(value)
-    if isinstance(value, str | int) and re.fullmatch(r"[0-9]{1,20}", text):
-        return text, ()
-    name = column or "(first)"
-    return "", (Problem(line.where, name, f"{quote(value)} is no row number", "write digits"),)
-
-
-@dataclass(frozen=True)
-class NemoCsvPairs(ReaderOptions):
-    """NeMo's lists of LAION prompts: header ``;Caption;URL;type;mean_sscd;max_sscd;Index``.
-
-    A row's picture is ``0001_*`` (row number of the first, unnamed column, four digits, from 0) or
-    else ``{Index}.*``. Where several files have the prefix the first by name is used. Its id is
-    ``vm_0001``, after kind and row number.
-
-    Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.02366
-
-    Attributes:
-        path: The CSV.
-        images: Folder of its pictures.
-        delimiter: What separates columns: one character, or ``tab``.
-        kind_column: Column that says VM or TM; None where there is none.
-        kind: Kind of all rows where the header lacks the default ``kind_column``, as in the
-            list of prompts that are not memorized.
-        id_prefix: Put before each id; tells lists apart that are read together.
-    """
-
-    path: Path | str
-    images: Path | str
-    delimiter: str = ";"
-    kind_column: str | None = "type"
-    kind: Kind = "control"
-    id_prefix: str = ""
-
-    def read(self) -> tuple[Pair, ...]:
-        """Read and validate the list.
-
-        Raises:
-            InputError: An unreadable list, or unusable rows.
-        """
-        self.check_options()
-        kind = known_kind(self.kind)
-        source, folder = Path(self.path), picture_folder(self.images, "pairs.images")
-        required = [("Caption",), ("",)]
-        if self.kind_column not in (None, "type"):  # named on purpose: its absence is a mistake
-            required.append((str(self.kind_column),))
-        header, lines = read_csv(source, delimiter=self.delimiter, required=required)
-        typed = self.kind_column is not None and self.kind_column in header
-        by_row: dict[str, list[str]] = defaultdict(list)
-        by_index: dict[str, list[str]] = defaultdict(list)
-        for picture in _pictures(folder):
-            by_row[picture.name.partition("_")[0]].append(picture.name)
-            by_index[picture.stem].append(picture.name)
-
-        def row(line: Line) -> RawRow:
-            number, problems = _number(line, "")
-            if line.problems or problems:
-                return RawRow(line.where, problems=line.problems or problems)
-            four, index = f"{int(number):04d}", str(line.values.get("Index", ""))
-            said = str(line.values[str(self.kind_column)]).lower() if typed else kind
-            found = by_row.get(four) or by_index.get(index)
-            searched = f"{four}_*" + (f" nor {index}.*" if index else "")
-            return RawRow(
-                where=line.where,
-                id=f"{self.id_prefix}{said}_{four}",
-                kind=said,
-                prompt=line.values["Caption"],
-                image=found[0] if found else None,
-                looked_for=f"{searched} in {folder}",
-            )
-
-        names = {"prompt": "Caption", "kind": str(self.kind_column), "image": "picture"}
-        rows = [row(line) for line in lines]
-        return self.validate(rows, root=folder, source=str(source), names=names)
-
-
-@dataclass(frozen=True)
-class WenJsonlPairs(ReaderOptions):
-    """Wen et al.'s lists: one ``{"caption": ..., "index": ..., "url": ...}`` in each line.
-
-    A row's picture is in ``gt_images/{index}/`` or ``{index}/``, or is ``{index}.*``. A folder
-    often holds several references; the first by name is the pair's picture and the others are not
-    used. Its id is the index.
-
-    Reference: Detecting, Explaining, and Mitigating Memorization in Diffusion Models (Wen et al.,
-    2024), https://arxiv.org/abs/2407.21720
-
-    Attributes:
-        path: The JSONL.
-        images: Folder of its pictures.
-        kind: Kind of all rows; the list does not say.
-        id_prefix: Put before each id; tells lists apart that are read together.
-    """
-
-    path: Path | str
-    images: Path | str
-    kind: Kind
-    id_prefix: str = ""
-
-    def read(self) -> tuple[Pair, ...]:
-        """Read and validate the list.
-
-        Raises:
-            InputError: An unreadable list, or unusable rows.
-        """
-        self.check_options()
-        kind = known_kind(self.kind)
-        source, folder = Path(self.path), picture_folder(self.images, "pairs.images")
-        _, lines = read_jsonl(source, required=[("caption",), ("index",)])
-        files = {picture.stem: picture for picture in reversed(_pictures(folder))}
-
-        def first(index: str) -> str | None:
-            for inside in (folder / "gt_images" / index, folder / index):
-                pictures = _pictures(inside) if inside.is_dir() else []
-                if pictures:
-                    return str(pictures[0].relative_to(folder))
-            return files[index].name if index in files else None
-
-        def row(line: Line) -> RawRow:
-            index, problems = _number(line, "index")
-            if line.problems or problems:
-                return RawRow(line.where, problems=line.problems or problems)
-            return RawRow(
-                where=line.where,
-                id=f"{self.id_prefix}{index}",
-                kind=kind,
-                prompt=line.values.get("caption"),
-                image=first(index),
-                looked_for=f"gt_images/{index}/*, {index}/* or {index}.* in {folder}",
-            )
-
-        rows = [row(line) for line in lines]
-        names = {"prompt": "caption", "id": "index", "image": "picture"}
-        return self.validate(rows, root=folder, source=str(source), names=names)
-
-
-# -------- readers
-
-
 @dataclass(frozen=True)
 class FolderPairs(ReaderOptions):
-    """A folder of pictures with a ``metadata.csv`` or ``metadata.jsonl``.
+    """A folder of images with a ``metadata.csv`` or ``metadata.jsonl``.
 
     Columns: ``file_name`` (relative to the folder) and ``prompt`` (or ``text``, or ``caption``);
     optional ``id`` (default: the file's stem, with ``_`` for what ids cannot hold), ``kind``
@@ -653,7 +382,7 @@ class FolderPairs(ReaderOptions):
         """
         self.check_options()
         kind = known_kind(self.kind)
-        folder = picture_folder(self.path, "pairs.path")
+        folder = image_folder(self.path, "pairs.path")
         found = [p for p in (folder / "metadata.csv", folder / "metadata.jsonl") if p.is_file()]
         if len(found) != 1:
             state = "both a" if found else "neither a"
@@ -713,3 +442,259 @@ class ConcatPairs(Selection):
         if not chosen:
             raise InputError(f"pairs.parts hold no pairs of kinds {list(self.kinds)}")
         return mark_duplicates(chosen)
+
+
+ROWS_AT_ONCE = 64
+"""Rows held in memory together; each may hold a full image."""
+
+
+@dataclass(frozen=True)
+class ParquetPairs(ReaderOptions):
+    """A parquet file with the columns of ``FolderPairs``.
+
+    Images are either files that ``file_name`` names, or the bytes of an ``image`` column of
+    ``{bytes, path}`` structs as Hugging Face data sets have; those are written to ``cache``, named
+    by their hash. Images in an ``image`` column whose id is not given are called after ``path``,
+    or ``row_000001``.
+
+    Attributes:
+        path: The parquet file.
+        root: Folder that ``file_name`` is relative to; None for the file's own.
+        cache: Folder for images that the file holds; must be given for an ``image`` column.
+        kind: Kind of rows that name none.
+    """
+
+    path: Path | str
+    root: Path | str | None = None
+    cache: Path | str | None = None
+    kind: Kind = "vm"
+
+    def read(self) -> tuple[Pair, ...]:
+        """Read and validate the list.
+
+        Raises:
+            InputError: No parquet file, missing columns, an unusable type, or unusable rows.
+        """
+        import pyarrow as pa  # slow to import, and only this format needs it
+        import pyarrow.parquet as pq
+
+        self.check_options()
+        kind, source = known_kind(self.kind), Path(self.path)
+        if not source.is_file():
+            raise InputError(f"pairs.path must be a parquet file, but there is no file {source}")
+        try:
+            with pq.ParquetFile(source) as file:
+                schema = file.schema_arrow
+                embedded = "image" in schema.names
+                image = ("image",) if embedded else ("file_name", "image")
+                require_columns(schema.names, [image, PROMPT_NAMES], path=source)
+                prompt = prompt_name(schema.names, str(source))
+                if embedded:
+                    self._check_image_type(schema.field("image").type)
+                root = self._root(source, embedded=embedded)
+                wanted = ["image", "file_name", prompt, "id", "kind", "subject", "repeats", "role"]
+                columns = [name for name in wanted if name in schema.names]
+                batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
+                records = (record for batch in batches for record in batch.to_pylist())
+                rows = list(self._rows(records, kind=kind, prompt=prompt, root=root))
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{source} cannot be read as parquet: {error}") from error
+        names = {"prompt": prompt, "image": "image" if embedded else "file_name"}
+        return self.validate(rows, root=root, source=str(source), names=names)
+
+    def _root(self, source: Path, *, embedded: bool) -> Path:
+        if not embedded:
+            return image_folder(source.parent if self.root is None else self.root, "pairs.root")
+        if self.cache is None:
+            raise InputError(
+                f"{source} holds its images; say where to write them: pairs.cache=..."
+            )
+        folder = Path(self.cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _check_image_type(self, kind: Any) -> None:
+        import pyarrow.types as pt
+
+        if not pt.is_struct(kind) or "bytes" not in [field.name for field in kind]:
+            raise InputError(
+                f"{self.path}: column image must be a struct of bytes and path, but is {kind}; "
+                "if it holds paths, rename it file_name"
+            )
+
+    def _rows(
+        self, records: Iterator[dict[str, Any]], *, kind: Kind, prompt: str, root: Path
+    ) -> Iterator[RawRow]:
+        for number, record in enumerate(records, start=1):
+            where = f"row {number}"
+            if "image" not in record:
+                yield metadata_row(record, where=where, kind=kind, prompt=prompt)
+                continue
+            image = record.pop("image") or {}
+            if record.get("file_name") in (None, ""):
+                record["file_name"] = image.get("path") or f"row_{number:06d}"
+            row = metadata_row(record, where=where, kind=kind, prompt=prompt)
+            data = image.get("bytes")
+            yield replace(
+                row,
+                id=row.id or default_id(str(record["file_name"])),
+                image=_store(data, root) if data else None,
+                looked_for="image bytes in this row",
+            )
+
+
+def _store(data: bytes, folder: Path) -> str:
+    """Write an image under its hash, all at once; return its name."""
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{digest}.{(sniff(data[:64]) or 'unknown').split()[0].lower()}"
+    path = folder / name
+    if not path.is_file():
+        write_atomically(path, data)
+    return name
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Image files of a folder by name; downloaders put captions and records beside them."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _number(line: Line, column: str) -> tuple[str, tuple[Problem, ...]]:
+    """Take a number that names a file: digits only, since it becomes part of a path."""
+    value = line.values.get(column)
+    text = str(value)
+    if isinstance(value, str | int) and re.fullmatch(r"[0-9]{1,20}", text):
+        return text, ()
+    name = column or "(first)"
+    return "", (Problem(line.where, name, f"{quote(value)} is no row number", "write digits"),)
+
+
+@dataclass(frozen=True)
+class NemoCsvPairs(ReaderOptions):
+    """NeMo's lists of LAION prompts: header ``;Caption;URL;type;mean_sscd;max_sscd;Index``.
+
+    A row's image is ``0001_*`` (row number of the first, unnamed column, four digits, from 0) or
+    else ``{Index}.*``. Where several files have the prefix the first by name is used. Its id is
+    ``vm_0001``, after kind and row number.
+
+    Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.02366
+
+    Attributes:
+        path: The CSV.
+        images: Folder of its images.
+        delimiter: What separates columns: one character, or ``tab``.
+        kind_column: Column that says VM or TM; None where there is none.
+        kind: Kind of all rows where the header lacks the default ``kind_column``, as in the
+            list of prompts that are not memorized.
+        id_prefix: Put before each id; tells lists apart that are read together.
+    """
+
+    path: Path | str
+    images: Path | str
+    delimiter: str = ";"
+    kind_column: str | None = "type"
+    kind: Kind = "control"
+    id_prefix: str = ""
+
+    def read(self) -> tuple[Pair, ...]:
+        """Read and validate the list.
+
+        Raises:
+            InputError: An unreadable list, or unusable rows.
+        """
+        self.check_options()
+        kind = known_kind(self.kind)
+        source, folder = Path(self.path), image_folder(self.images, "pairs.images")
+        required = [("Caption",), ("",)]
+        if self.kind_column not in (None, "type"):  # named on purpose: its absence is a mistake
+            required.append((str(self.kind_column),))
+        header, lines = read_csv(source, delimiter=self.delimiter, required=required)
+        typed = self.kind_column is not None and self.kind_column in header
+        by_row: dict[str, list[str]] = defaultdict(list)
+        by_index: dict[str, list[str]] = defaultdict(list)
+        for image in _image_files(folder):
+            by_row[image.name.partition("_")[0]].append(image.name)
+            by_index[image.stem].append(image.name)
+
+        def row(line: Line) -> RawRow:
+            number, problems = _number(line, "")
+            if line.problems or problems:
+                return RawRow(line.where, problems=line.problems or problems)
+            four, index = f"{int(number):04d}", str(line.values.get("Index", ""))
+            said = str(line.values[str(self.kind_column)]).lower() if typed else kind
+            found = by_row.get(four) or by_index.get(index)
+            searched = f"{four}_*" + (f" nor {index}.*" if index else "")
+            return RawRow(
+                where=line.where,
+                id=f"{self.id_prefix}{said}_{four}",
+                kind=said,
+                prompt=line.values["Caption"],
+                image=found[0] if found else None,
+                looked_for=f"{searched} in {folder}",
+            )
+
+        names = {"prompt": "Caption", "kind": str(self.kind_column), "image": "image"}
+        rows = [row(line) for line in lines]
+        return self.validate(rows, root=folder, source=str(source), names=names)
+
+
+@dataclass(frozen=True)
+class WenJsonlPairs(ReaderOptions):
+    """Wen et al.'s lists: one ``{"caption": ..., "index": ..., "url": ...}`` in each line.
+
+    A row's image is in ``gt_images/{index}/`` or ``{index}/``, or is ``{index}.*``. A folder
+    often holds several references; the first by name is the pair's image and the others are not
+    used. Its id is the index.
+
+    Reference: Detecting, Explaining, and Mitigating Memorization in Diffusion Models (Wen et al.,
+    2024), https://arxiv.org/abs/2407.21720
+
+    Attributes:
+        path: The JSONL.
+        images: Folder of its images.
+        kind: Kind of all rows; the list does not say.
+        id_prefix: Put before each id; tells lists apart that are read together.
+    """
+
+    path: Path | str
+    images: Path | str
+    kind: Kind
+    id_prefix: str = ""
+
+    def read(self) -> tuple[Pair, ...]:
+        """Read and validate the list.
+
+        Raises:
+            InputError: An unreadable list, or unusable rows.
+        """
+        self.check_options()
+        kind = known_kind(self.kind)
+        source, folder = Path(self.path), image_folder(self.images, "pairs.images")
+        _, lines = read_jsonl(source, required=[("caption",), ("index",)])
+        files = {image.stem: image for image in reversed(_image_files(folder))}
+
+        def first(index: str) -> str | None:
+            for inside in (folder / "gt_images" / index, folder / index):
+                images = _image_files(inside) if inside.is_dir() else []
+                if images:
+                    return str(images[0].relative_to(folder))
+            return files[index].name if index in files else None
+
+        def row(line: Line) -> RawRow:
+            index, problems = _number(line, "index")
+            if line.problems or problems:
+                return RawRow(line.where, problems=line.problems or problems)
+            return RawRow(
+                where=line.where,
+                id=f"{self.id_prefix}{index}",
+                kind=kind,
+                prompt=line.values.get("caption"),
+                image=first(index),
+                looked_for=f"gt_images/{index}/*, {index}/* or {index}.* in {folder}",
+            )
+
+        rows = [row(line) for line in lines]
+        names = {"prompt": "caption", "id": "index", "image": "image"}
+        return self.validate(rows, root=folder, source=str(source), names=names)

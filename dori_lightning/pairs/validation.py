@@ -25,9 +25,6 @@ from PIL import Image, ImageOps
 
 from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs
 
-# -------- images
-# Read pictures the one way that attack targets and copy-detection references share.
-
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats whose parsers may run; the file's content decides, not its name."""
 
@@ -45,7 +42,7 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def conversions(path: Path) -> tuple[str, ...]:
-    """Name what happens to a picture before it is attacked and compared; reads its header only.
+    """Name what happens to an image before it is attacked and compared; reads its header only.
 
     Raises:
         OSError: Unreadable, or none of ``FORMATS``.
@@ -63,7 +60,7 @@ def conversions(path: Path) -> tuple[str, ...]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decode a picture completely: EXIF orientation applied, transparency over white, RGB.
+    """Decode an image completely: EXIF orientation applied, transparency over white, RGB.
 
     Pixels are all that is kept of the file.
 
@@ -83,7 +80,7 @@ def open_image(path: Path) -> Image.Image:
             background.alpha_composite(image)
             image = background
         image = image.convert("RGB")
-        # comments and profiles would go into every file that is made of the picture
+        # comments and profiles would go into every file that is made of the image
         image.info = {}
         return image
 
@@ -97,19 +94,16 @@ def square_image(path: Path) -> Image.Image:
 
 
 def image_tensor(image: Image.Image, size: int | None = None) -> torch.Tensor:
-    """Turn a picture into a (3, H, W) float tensor in [0, 1].
+    """Turn an image into a (3, H, W) float tensor in [0, 1].
 
     Args:
-        image: RGB picture.
-        size: Side in pixels to scale to with Lanczos; None keeps the picture's own size.
+        image: RGB image.
+        size: Side in pixels to scale to with Lanczos; None keeps the image's own size.
     """
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1).float().div_(255)
 
-
-# -------- problems
-# Collect what is wrong with a list of pairs and say all of it at once.
 
 SHOWN = 20
 """Problems, or names, that one message lists before it only counts."""
@@ -125,7 +119,7 @@ class Problem:
         column: Column as the file names it.
         what: What is wrong.
         fix: How to mend it.
-        missing: The picture is not there, which ``on_missing="skip"`` forgives.
+        missing: The image is not there, which ``on_missing="skip"`` forgives.
     """
 
     where: str
@@ -173,11 +167,8 @@ def raise_problems(problems: Sequence[Problem], *, source: str, rows: int) -> No
     raise InputError("\n  ".join([f"{source}: {count} in {rows} rows", *lines]))
 
 
-# -------- pictures
-# Refuse picture files that are missing, out of bounds, damaged, dangerous or useless.
-
 SMALLEST_SIDE = 16
-"""Pixels below which a picture is a thumbnail or a tracking pixel, not a memorized image."""
+"""Pixels below which an image is a thumbnail or a tracking pixel, not a memorized image."""
 
 SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -206,8 +197,8 @@ PARSER_ERRORS = (
 """Everything Pillow's parsers are known to raise on crafted files."""
 
 
-class PictureError(Exception):
-    """One picture cannot be used.
+class ImageError(Exception):
+    """One image cannot be used.
 
     Attributes:
         what: What is wrong.
@@ -236,33 +227,33 @@ def resolve_inside(root: Path, name: str) -> Path:
     """Follow a row's relative path and require that it ends at a regular file inside ``root``.
 
     Args:
-        root: Folder that the list may use pictures of.
+        root: Folder that the list may use images of.
         name: Path as the row has it.
 
     Raises:
-        PictureError: Absolute, leads outside (``..`` or a symbolic link), or not a file.
+        ImageError: Absolute, leads outside (``..`` or a symbolic link), or not a file.
     """
     base = root.resolve()
     if Path(name).is_absolute() or name.startswith("~"):
-        raise PictureError(f"absolute path {quote(name)} refused", f"write it relative to {base}")
+        raise ImageError(f"absolute path {quote(name)} refused", f"write it relative to {base}")
     try:
         path = (base / name).resolve()
         inside = path.is_relative_to(base)
         found = inside and path.is_file()
         special = inside and path.exists() and not found
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a NUL
-        raise PictureError(
+        raise ImageError(
             f"{quote(name)} is no usable path ({error})", "correct the path"
         ) from error
     if not inside:
-        raise PictureError(
+        raise ImageError(
             f"{quote(name)} leads outside {base}, to {path}: refused",
-            "copy the picture (not a link to it) into the folder",
+            "copy the image (not a link to it) into the folder",
         )
     if special:
-        raise PictureError(f"{path} is not a regular file", "name a picture file")
+        raise ImageError(f"{path} is not a regular file", "name an image file")
     if not found:
-        raise PictureError(
+        raise ImageError(
             f"no such file: {path}",
             "correct the path, add the file, or drop such rows: pairs.on_missing=skip",
             missing=True,
@@ -270,28 +261,28 @@ def resolve_inside(root: Path, name: str) -> Path:
     return path
 
 
-def _explain(error: Exception, head: bytes) -> PictureError:
+def _explain(error: Exception, head: bytes) -> ImageError:
     """Say what a file that did not decode really is."""
     name, start = sniff(head), f"starts with {head[:16]!r}"
     if not head:
-        return PictureError("the file is empty", "download or copy it again")
+        return ImageError("the file is empty", "download or copy it again")
     if name == "HTML":
-        return PictureError(
-            f"a web page saved as a picture ({start})",
-            "download the picture again; the link may be dead or ask for a login",
+        return ImageError(
+            f"a web page saved as an image ({start})",
+            "download the image again; the link may be dead or ask for a login",
         )
     if name in FORMATS:
-        return PictureError(
+        return ImageError(
             f"damaged or truncated {name} ({error}; {start})", "download or copy it again"
         )
-    return PictureError(
-        f"not a picture of a known format: {name or 'unknown content'} ({start})",
+    return ImageError(
+        f"not an image of a known format: {name or 'unknown content'} ({start})",
         f"convert it to {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
     )
 
 
-def check_picture(path: Path) -> str:
-    """Decode a picture completely and hash its file.
+def check_image(path: Path) -> str:
+    """Decode an image completely and hash its file.
 
     Args:
         path: A regular file.
@@ -300,7 +291,7 @@ def check_picture(path: Path) -> str:
         SHA-256 of the file, in hexadecimal.
 
     Raises:
-        PictureError: Unreadable, not a known format, damaged, too many pixels, or too small.
+        ImageError: Unreadable, not a known format, damaged, too many pixels, or too small.
     """
     try:
         with path.open("rb") as file:
@@ -308,7 +299,7 @@ def check_picture(path: Path) -> str:
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise PictureError(f"unreadable: {error}", "make the file readable") from error
+        raise ImageError(f"unreadable: {error}", "make the file readable") from error
     try:
         with warnings.catch_warnings():
             # Pillow refuses from twice its limit on, but only warns before.
@@ -316,22 +307,19 @@ def check_picture(path: Path) -> str:
             size = open_image(path).size
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         limit = Image.MAX_IMAGE_PIXELS or 0
-        raise PictureError(
+        raise ImageError(
             f"more than {limit:,} pixels, perhaps a decompression bomb ({error})",
-            f"scale the picture down to at most {limit:,} pixels",
+            f"scale the image down to at most {limit:,} pixels",
         ) from error
     except PARSER_ERRORS as error:
         raise _explain(error, head) from error
     if min(size) < SMALLEST_SIDE:
-        raise PictureError(
+        raise ImageError(
             f"{size[0]} x {size[1]} pixels, but both sides need {SMALLEST_SIDE}",
-            "use the full picture, not a thumbnail",
+            "use the full image, not a thumbnail",
         )
     return digest
 
-
-# -------- rows
-# Raw rows of a list of pairs, and the checks of one row.
 
 Role = Literal["audit", "training"]
 ROLES: tuple[Role, ...] = ("audit", "training")
@@ -344,14 +332,14 @@ class RawRow:
 
     Attributes:
         where: Row as its file counts it, such as ``line 3``.
-        id: Name; by default made of the picture's file name.
+        id: Name; by default made of the image's file name.
         kind: One of ``KINDS``.
         prompt: Caption.
-        image: Picture, relative to the list's folder.
+        image: Image, relative to the list's folder.
         subject: What generic captions call it.
         repeats: Multiplicity in a planted stream; by default 1, and 0 for controls.
         role: ``audit`` or ``training``; by default ``audit``.
-        looked_for: What a reader searched in vain, where it looks for pictures itself.
+        looked_for: What a reader searched in vain, where it looks for images itself.
         problems: What kept the reader from taking the row apart; it is not checked further then.
     """
 
@@ -387,7 +375,7 @@ class _RowCheck:
         value = self.row.id
         if value in (None, ""):
             if not self.row.image:
-                return ""  # the picture is what the row lacks, and image() says so
+                return ""  # the image is what the row lacks, and image() says so
             value = default_id(str(self.row.image))
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
@@ -417,7 +405,7 @@ class _RowCheck:
         if value is not None and not isinstance(value, str):
             self._say("prompt", f"{quote(value)} is not text", "write the caption as text")
         elif not (value or "").strip():
-            self._say("prompt", "empty", "write the caption that leads to the picture")
+            self._say("prompt", "empty", "write the caption that leads to the image")
         return str(value)
 
     def subject(self) -> str | None:
@@ -460,8 +448,8 @@ class _RowCheck:
         else:
             try:
                 path = resolve_inside(root, value)
-                return path, check_picture(path)
-            except PictureError as error:
+                return path, check_image(path)
+            except ImageError as error:
                 what = error.what if str(value) in error.what else f"{value}: {error.what}"
                 self._say("image", what, error.fix, missing=error.missing)
         return root, ""
@@ -486,8 +474,6 @@ def check_row(
     return replace(pair, image=path, sha256=sha256), check.problems
 
 
-# -------- manifest
-
 logger = logging.getLogger(__name__)
 
 OnMissing = Literal["error", "skip"]
@@ -508,7 +494,7 @@ def select_pairs(
 
 
 def mark_duplicates(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
-    """Mark pairs whose picture file is an earlier pair's.
+    """Mark pairs whose image file is an earlier pair's.
 
     Audited ones are warned of, since they are no independent observations.
     """
@@ -520,7 +506,7 @@ def mark_duplicates(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
     names = [f"{p.id} = {p.duplicate_of}" for p in marked if p.duplicate_of and p.role == "audit"]
     if names:
         logger.warning(
-            "%d pairs share their picture file with an earlier pair, so they do not count as "
+            "%d pairs share their image file with an earlier pair, so they do not count as "
             "independent observations: %s",
             len(names),
             some_of(names),
@@ -538,16 +524,16 @@ def validate_rows(
     limit: int | None = None,
     on_missing: OnMissing = "error",
 ) -> Pairs:
-    """Check every row, decode every picture, and return the pairs in the order of the file.
+    """Check every row, decode every image, and return the pairs in the order of the file.
 
     Args:
         rows: The list.
-        root: Folder that pictures are relative to and may not leave.
+        root: Folder that images are relative to and may not leave.
         source: The list's file, as the user knows it.
         names: Field of ``RawRow`` to the column's name in the file, where they differ.
         kinds: Rows of other kinds are left out unchecked.
         limit: Most audit pairs of each kind, the first ones; training pairs are never cut.
-        on_missing: ``skip`` leaves rows without a picture out, logs and returns their ids.
+        on_missing: ``skip`` leaves rows without an image out, logs and returns their ids.
 
     Raises:
         InputError: Anything is wrong; its text is a table of all problems. Or no pair is left.
@@ -579,25 +565,25 @@ def validate_rows(
     raise_problems(problems, source=source, rows=len(chosen))
     if skipped:
         logger.warning(
-            "%s: skipped %d of %d rows without a picture: %s",
+            "%s: skipped %d of %d rows without an image: %s",
             source,
             len(skipped),
             len(chosen),
             some_of([f"{name} ({where})" for name, where in skipped.items()]),
         )
     if not pairs:
-        raise InputError(f"{source}: all {len(skipped)} rows were skipped for want of a picture")
+        raise InputError(f"{source}: all {len(skipped)} rows were skipped for want of an image")
     chosen_pairs = mark_duplicates(select_pairs(pairs, kinds=kinds, limit=limit))
     _tell_conversions(chosen_pairs)
     return Pairs(chosen_pairs, skipped=skipped)
 
 
 def _tell_conversions(pairs: Sequence[Pair]) -> None:
-    """Say once for each kind how many pictures are not looked at as they are."""
+    """Say once for each kind how many images are not looked at as they are."""
     counts = Counter(words for pair in pairs for words in conversions(pair.image))
     if counts:
         logger.warning(
-            "pictures are converted, for the attack and the comparison alike: %s",
+            "images are converted, for the attack and the comparison alike: %s",
             ", ".join(f"{count} {words}" for words, count in counts.items()),
         )
 

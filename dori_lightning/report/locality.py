@@ -20,7 +20,7 @@ from dori_lightning.locality.layers import (
     LayerSelection,
     WeightFindings,
 )
-from dori_lightning.pairs.validation import PARSER_ERRORS, PictureError, resolve_inside
+from dori_lightning.pairs.validation import PARSER_ERRORS, ImageError, resolve_inside
 from dori_lightning.report import locality_figures
 from dori_lightning.report.figures import Drawing, FigureStyle, Plot, drawn_for_page
 from dori_lightning.report.locality_figures import short_layer
@@ -248,7 +248,7 @@ def _figure(folder: Path, name: str, entry: Mapping[str, Any]) -> LocalityFigure
         path = resolve_inside(folder, name)
         with Image.open(path, formats=("PNG",)) as opened:
             picture = opened.convert("RGB")
-    except (*PARSER_ERRORS, Image.DecompressionBombError, PictureError) as error:
+    except (*PARSER_ERRORS, Image.DecompressionBombError, ImageError) as error:
         raise InputError(
             f"cannot show {folder / name}: {error}\n"
             f"  fix:   run task=locality again in this folder"

@@ -4,14 +4,14 @@ Every case runs the real command, in the folder of an audit that is finished. Th
 inputs, and where the rest of each is tested:
 
 == ============================== ============================================================
- 1 picture missing                here; test_pairs_manifest (skipped rows)
- 2 damaged picture, web page      here; test_pairs_manifest
- 3 decompression bomb             here; test_pairs_manifest
+ 1 picture missing                here; test_pairs_validation (skipped rows)
+ 2 damaged picture, web page      here; test_pairs_validation
+ 3 decompression bomb             here; test_pairs_validation
  4 alpha, CMYK, 16 bit, EXIF      test_pairs_images (converted, not refused)
- 5 prompt too long                here (refused when strict, else a column); test_pairs_manifest
+ 5 prompt too long                here (refused when strict, else a column); test_pairs_validation
  6 empty, wrong delimiter, ...    here; test_pairs_readers
- 7 duplicates                     here (ids refused, pictures flagged); test_pairs_manifest
- 8 path leads outside             here; test_pairs_manifest
+ 7 duplicates                     here (ids refused, pictures flagged); test_pairs_validation
+ 8 path leads outside             here; test_pairs_validation
  9 width of the text encoder      test_loading, test_activations (statistics of another model)
 10 edit of another checkpoint     test_edits, test_edit_files, test_export; changes nothing: here
 11 NaN in the attack              here (invalid audit); test_solver
@@ -186,7 +186,7 @@ LISTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "missing": (lambda pairs: (pairs / "1.png").unlink(), ("no such file", "bad/1.png", "line 3")),
     "web page": (
         lambda pairs: (pairs / "1.png").write_bytes(b"<!doctype html><html>gone"),
-        ("a web page saved as a picture", "<!doctype html>"),
+        ("a web page saved as an image", "<!doctype html>"),
     ),
     "truncated": (halved, ("damaged or truncated JPEG", "line 3")),
     "no rows": (
@@ -232,7 +232,7 @@ def test_a_decompression_bomb(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 48 - 1)
     more = [listed(tmp_path, lambda _: None), *elsewhere(tmp_path)]
-    refused(program, finished, "more than 2,303 pixels", "scale the picture down", more=more)
+    refused(program, finished, "more than 2,303 pixels", "scale the image down", more=more)
 
 
 def test_long_prompts_and_repeated_pictures_are_columns_and_flags(finished: Path) -> None:

@@ -364,8 +364,8 @@ class TestParquet:
         ]
         text = complaint(ParquetPairs(self.embedded(folder, images), cache=tmp_path / "cache"))
         assert "3 problems in 3 rows" in text
-        assert text.count("found no picture bytes in this row") == 2
-        assert "web page saved as a picture" in text
+        assert text.count("found no image bytes in this row") == 2
+        assert "web page saved as an image" in text
 
     def test_bytes_need_a_cache(self, folder):
         path = self.embedded(folder, [{"bytes": b"x", "path": None}])

@@ -190,8 +190,8 @@ def test_truncated_png_is_refused(folder):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"<!DOCTYPE html>\n<html><body>404</body></html>", "web page saved as a picture"),
-        (b"\n <HTML><head></head></HTML>", "web page saved as a picture"),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>", "web page saved as an image"),
+        (b"\n <HTML><head></head></HTML>", "web page saved as an image"),
         (b"", "the file is empty"),
         (b"%PDF-1.7 ...", "known format: PDF (starts with b'%PDF-1.7 ...')"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
