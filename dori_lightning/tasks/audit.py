@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from dori_lightning.audit.context import Bench, check_controls, control_prompts
+from dori_lightning.audit.disk import audit_bytes
 from dori_lightning.audit.evaluation import (
     attack_and_draw,
     measure_all,
@@ -45,8 +46,8 @@ from dori_lightning.runtime.artifacts import (
     drop_keys,
     write_atomically,
 )
-from dori_lightning.tasks.plan import audit_bytes, plan
 from dori_lightning.tasks.plan import drawn as drawn_by
+from dori_lightning.tasks.plan import plan
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
 from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
 from dori_lightning.tracking import Tracker

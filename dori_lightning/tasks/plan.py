@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
-from dori_lightning.models.protocol import Sampling, TextToImage
+from dori_lightning.models.protocol import Sampling
 from dori_lightning.runtime.artifacts import drop_keys, write_atomically
 from dori_lightning.tasks.run_record import to_container
 from dori_lightning.tasks.status import jobs_of
-from dori_lightning.types import KINDS, Budget, InputError, Pair
+from dori_lightning.types import KINDS, InputError
 
 # -------- plan_costs
 # What an evaluation of a checkpoint's denoiser costs, counted on its architecture.
@@ -670,54 +670,3 @@ def _remarks(plans: Sequence[JobPlan]) -> Iterator[str]:
         yield "attack.early_stop: counted as if no image came back before the last step"
     for text in _not_counted(plans):
         yield f"not counted: {text}"
-
-
-# -------- space
-# What an audit will write, estimated before hours are spent on it.
-
-_BYTES_PER_PIXEL = 3.0
-"""Of a PNG, at most: noise does not compress."""
-
-_FILE = 4096
-"""What a file takes besides its content: a block that is not filled, its header."""
-
-_REPORT = 5_000_000
-"""Record, figures and page, which holds thumbnails of a limited number of pairs."""
-
-
-def audit_bytes(
-    model: TextToImage,
-    pairs: Sequence[Pair],
-    *,
-    settings: AttackSettings,
-    budget: Budget,
-    sampling: Sampling,
-    mitigated: bool,
-) -> int:
-    """Bytes that an audit writes, at most: pictures, embeddings, encodings and the report.
-
-    Edits are not among it: mitigations ask for what they write themselves.
-
-    Args:
-        model: The checkpoint.
-        pairs: Pairs under audit.
-        settings: Attack settings.
-        budget: Resolved budget.
-        sampling: How pictures are generated.
-        mitigated: Whether prompts are also drawn without the mitigation.
-    """
-    length, width = model.embedding_shape
-    channels, height, side = model.latent_shape
-    snapshots = len(evaluation_steps(settings.snapshots, budget.steps))
-    attacks = sum(len(settings.inits_of(pair.kind)) for pair in pairs) * settings.restarts
-    prompts = len(pairs) * (2 if mitigated else 1)
-    pictures = (prompts + attacks * snapshots) * sampling.images_per_pair
-    # a search that can go on also keeps its offset and two means
-    kept = snapshots + (3 if settings.early_stop else 0)
-    embedding, latent = 4 * length * width, 4 * channels * height * side
-    return round(
-        pictures * (model.resolution**2 * _BYTES_PER_PIXEL + _FILE)
-        + attacks * (kept * embedding + _FILE)
-        + len(pairs) * (embedding + latent + _FILE)
-        + _REPORT
-    )

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.audit.disk import audit_bytes
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.tasks.plan import audit_bytes
 from dori_lightning.types import Budget, Pair
 
 MODEL: Any = SimpleNamespace(embedding_shape=(77, 768), latent_shape=(4, 64, 64), resolution=512)
