@@ -139,7 +139,7 @@ def calibrate(
     latents = [data.encoded(pair).latent[None].to(model.device) for pair in references.pairs]
     reconstructions = torch.cat([model.decode_latents(latent).cpu() for latent in latents])
     return calibrate_measures(
-        references, prompted, pictures=pictures, reconstructions=reconstructions
+        references, prompted, images=pictures, reconstructions=reconstructions
     )
 
 

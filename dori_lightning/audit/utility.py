@@ -22,7 +22,7 @@ from dori_lightning.metrics.image_distances import (
     FEWEST_GROUPS,
     Features,
     LatentFeatures,
-    frechet_pictures,
+    frechet_images,
 )
 from dori_lightning.metrics.utility import (
     Comparison,
@@ -617,7 +617,7 @@ def _gaps(name: str, found: Comparison, features: Features) -> dict[str, str]:
         gaps[f"{prefix}kid"] = f"needs {FEWEST_GROUPS} independent prompts or pairs"
     if found.fid is None:
         gaps[f"{prefix}fid"] = (
-            f"needs {frechet_pictures(features.dimension)} pictures by each model for "
+            f"needs {frechet_images(features.dimension)} pictures by each model for "
             f"{features.dimension} features, there are {found.prompts * found.pictures_each}"
         )
     if found.alignment is None:

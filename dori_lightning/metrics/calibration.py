@@ -2,7 +2,7 @@
 
 A threshold tuned on one benchmark means nothing on another checkpoint: a blurry autoencoder lowers
 every similarity, a list of look-alikes raises them. So it is placed between two things that can be
-measured anywhere: what pictures that are no replicas reach (``null``), and what a perfect replica
+measured anywhere: what images that are no replicas reach (``null``), and what a perfect replica
 reaches after the checkpoint's own autoencoder (``ceiling``).
 """
 
@@ -23,8 +23,6 @@ from dori_lightning.metrics.replication import Aggregation, diversity, pair_scor
 from dori_lightning.metrics.statistics import roc_curve
 from dori_lightning.types import Calibration, InputError, Outcome, Pair
 
-# -------- calibration
-
 log = logging.getLogger(__name__)
 
 NULL_QUANTILE = 0.99
@@ -33,7 +31,7 @@ CEILING_QUANTILE = 0.05
 
 @dataclass(frozen=True)
 class Separation:
-    """How well one descriptor tells replicas from other pictures on one checkpoint and list.
+    """How well one descriptor tells replicas from other images on one checkpoint and list.
 
     Attributes:
         descriptor: Its name.
@@ -43,7 +41,7 @@ class Separation:
         positive_low: 5 % quantile of the replicas.
         null_high: 99 % quantile of the null.
         n_positive: Replicas.
-        n_null: Pictures that are no replicas.
+        n_null: Images that are no replicas.
     """
 
     descriptor: str
@@ -84,12 +82,12 @@ def _low(positives: np.ndarray) -> float:
 
 
 def separation_table(samples: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Separation, ...]:
-    """Measure every descriptor on the same pictures, so that the deciding one is chosen by result.
+    """Measure every descriptor on the same images, so that the deciding one is chosen by result.
 
     Args:
-        samples: Descriptor name to (replicas, null): similarities of pictures known to be replicas
+        samples: Descriptor name to (replicas, null): similarities of images known to be replicas
             (reconstructions of the references, or unattacked prompts of memorized pairs) and of
-            pictures known not to be. Values that are not finite are left out with a warning.
+            images known not to be. Values that are not finite are left out with a warning.
 
     Returns:
         One row per descriptor, the widest margin first.
@@ -145,7 +143,7 @@ def calibrate(
 
     Args:
         descriptor: Name of the deciding descriptor.
-        null: Similarities of pictures that are no replicas: those of any prompt, unattacked,
+        null: Similarities of images that are no replicas: those of any prompt, unattacked,
             against references of control pairs, best of K each.
         ceiling: Similarity of each original with its own autoencoder reconstruction.
         vm_scores: Per-pair similarities of unattacked vm prompts; only for the ROC.
@@ -199,36 +197,26 @@ def _calibrated(
     )
     if controls.size == 0:
         raise InputError(
-            f"cannot calibrate the threshold of {descriptor}: no control pair was generated "
-            f"for; add "
-            f"pairs of kind control (prompts and pictures that the checkpoint has not "
-            f"memorized) to "
-            f"the list, {fix}"
+            f"cannot calibrate the threshold of {descriptor}: there are no images of control "
+            f"pairs; add pairs of kind control (prompts and images that the checkpoint has not "
+            f"memorized) to the list, {fix}"
         )
     if null.size == 0 or ceiling.size == 0:
         raise InputError(
             f"cannot calibrate the threshold of {descriptor}: {null.size} similarities of "
-            f"non-replicas "
-            f"and {ceiling.size} of autoencoder reconstructions are finite; if pictures "
-            f"come out as "
-            f"NaN, run the checkpoint in float32 or bfloat16, {fix}"
+            f"non-replicas and {ceiling.size} of autoencoder reconstructions are finite; if "
+            f"images come out as NaN, run the checkpoint in float32 or bfloat16, {fix}"
         )
     high, low = _high(null), _low(ceiling)
     if low <= high:
         able = ", ".join(s.descriptor for s in offered if s.decides and s.descriptor != descriptor)
+        others = f"descriptors that could: {able} (metrics.decider=...)"
         raise InputError(
-            f"{descriptor} cannot decide on this checkpoint and list: pictures that are no "
-            f"replicas "
+            f"{descriptor} cannot decide on this checkpoint and list: images that are no replicas "
             f"reach {high:.3f} ({NULL_QUANTILE:.0%} quantile of {null.size}) while the "
-            f"references' own "
-            f"autoencoder reconstructions fall to {low:.3f} ("
-            f"{CEILING_QUANTILE:.0%} quantile of {ceiling.size}); "
-            + (
-                f"descriptors that could: {able} (metrics.decider=...)"
-                if able
-                else "no other descriptor measured here can"
-            )
-            + f", {fix}"
+            f"references' own autoencoder reconstructions fall to {low:.3f} "
+            f"({CEILING_QUANTILE:.0%} quantile of {ceiling.size}); "
+            f"{others if able else 'no other descriptor measured here can'}, {fix}"
         )
     return max((high + low) / 2, high)
 
@@ -248,15 +236,9 @@ def _warn_about_fixed(
         )  # fmt: skip
     if false > 1 - NULL_QUANTILE:
         log.warning(
-            "fixed threshold %.3f of %s: %.0f %% of the pictures that are no replicas pass it",
+            "fixed threshold %.3f of %s: %.0f %% of the images that are no replicas pass it",
             threshold, descriptor, 100 * false,
         )  # fmt: skip
-
-
-# -------- measure
-# Measure generated pictures against references, and calibrate what counts as a copy.
-#
-# The threshold is calibrated on pictures that are known not to be copies.
 
 
 @dataclass(frozen=True)
@@ -266,7 +248,7 @@ class Measures:
     Attributes:
         descriptors: Descriptors by name; all are recorded.
         decider: Name of the one that decides what a copy is.
-        aggregation: How the K pictures of a pair become one number.
+        aggregation: How the K images of a pair become one number.
         lpips: LPIPS distance, where backbone weights are given.
         alignment: CLIP score, where a CLIP folder is given.
     """
@@ -291,12 +273,12 @@ class Measures:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one set of K pictures measures.
+    """What one set of K images measures.
 
     Attributes:
         similarity: Descriptor name to (K,) similarities with the original; NaN where the attack
             failed.
-        diversity: Mean pairwise similarity of the K pictures by the deciding descriptor.
+        diversity: Mean pairwise similarity of the K images by the deciding descriptor.
         lpips: (K,) LPIPS distances, or None.
         alignment: (K,) CLIP scores with the prompt, or None.
     """
@@ -315,76 +297,76 @@ class ReferenceImages:
 
         Args:
             pairs: N pairs.
-            images: Their pictures (N, 3, H, W) in [0, 1], at the model's resolution.
+            images: Their images (N, 3, H, W) in [0, 1], at the model's resolution.
             measures: What describes and compares.
         """
         self.pairs, self.images, self.measures = tuple(pairs), images, measures
         self.places = {pair.id: k for k, pair in enumerate(pairs)}
         self.features = {name: d.describe(images) for name, d in measures.descriptors.items()}
 
-    def measure(self, pair: Pair, pictures: torch.Tensor, *, failed: bool = False) -> Measured:
-        """Compare pictures with a pair's original.
+    def measure(self, pair: Pair, images: torch.Tensor, *, failed: bool = False) -> Measured:
+        """Compare images with a pair's original.
 
         Args:
             pair: The pair.
-            pictures: Generated pictures (K, 3, H, W) in [0, 1].
+            images: Generated images (K, 3, H, W) in [0, 1].
             failed: Whether the attack failed; similarities are NaN then.
         """
         k, measures = self.places[pair.id], self.measures
         similarity, spread = {}, float("nan")
         for name, descriptor in measures.descriptors.items():
-            features = descriptor.describe(pictures)
+            features = descriptor.describe(images)
             values = descriptor.compare(features, self.features[name][k : k + 1])[:, 0].numpy()
             similarity[name] = np.full_like(values, np.nan) if failed else values
             if name == measures.decider:
                 spread = diversity(descriptor.compare(features, features).numpy())
         distances = (
-            measures.lpips.distance(pictures, self.images[k : k + 1]).numpy()
+            measures.lpips.distance(images, self.images[k : k + 1]).numpy()
             if measures.lpips
             else None
         )
         scores = (
-            measures.alignment.alignment(pictures, [pair.prompt] * len(pictures)).numpy()
+            measures.alignment.alignment(images, [pair.prompt] * len(images)).numpy()
             if measures.alignment
             else None
         )
         return Measured(similarity, spread, distances, scores)
 
-    def best(self, name: str, pictures: torch.Tensor) -> torch.Tensor:
-        """Best similarity (N,) that any of the pictures has with each original.
+    def best(self, name: str, images: torch.Tensor) -> torch.Tensor:
+        """Best similarity (N,) that any of the images has with each original.
 
         Args:
             name: Descriptor.
-            pictures: Pictures (K, 3, H, W) in [0, 1].
+            images: Images (K, 3, H, W) in [0, 1].
         """
         descriptor = self.measures.descriptors[name]
-        return descriptor.compare(descriptor.describe(pictures), self.features[name]).amax(0)
+        return descriptor.compare(descriptor.describe(images), self.features[name]).amax(0)
 
-    def similarities(self, pictures: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
-        """Similarities (K, N) of pictures (K, 3, H, W) with N pairs by the deciding descriptor."""
+    def similarities(self, images: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Similarities (K, N) of images (K, 3, H, W) with N pairs by the deciding descriptor."""
         name = self.measures.decider
         descriptor = self.measures.descriptors[name]
         own = self.features[name][[self.places[pair.id] for pair in pairs]]
-        return descriptor.compare(descriptor.describe(pictures), own)
+        return descriptor.compare(descriptor.describe(images), own)
 
 
 def null_similarities(
-    references: ReferenceImages, name: str, pictures: Mapping[str, torch.Tensor]
+    references: ReferenceImages, name: str, images: Mapping[str, torch.Tensor]
 ) -> list[float]:
-    """Best-of-K similarities of pictures that cannot be copies, by one descriptor.
+    """Best-of-K similarities of images that cannot be copies, by one descriptor.
 
-    Pictures of every prompt against the references of *control* pairs, which the model cannot
+    Images of every prompt against the references of *control* pairs, which the model cannot
     hold. Not against the others: a control prompt may well bring back somebody else's memorized
-    picture. A pair is never compared with a picture file that is the same as its own.
+    image. A pair is never compared with an image file that is the same as its own.
 
     Args:
         references: All audited pairs.
         name: Descriptor.
-        pictures: Pair id to its unattacked prompt's pictures (K, 3, H, W).
+        images: Pair id to its unattacked prompt's images (K, 3, H, W).
     """
     values: list[float] = []
     for pair in references.pairs:
-        best = references.best(name, pictures[pair.id]).tolist()
+        best = references.best(name, images[pair.id]).tolist()
         for other, value in zip(references.pairs, best, strict=True):
             copy = other.id != pair.id and other.sha256 != "" and other.sha256 == pair.sha256
             if other.kind == "control" and not copy:
@@ -396,7 +378,7 @@ def calibrate_measures(
     references: ReferenceImages,
     prompted: Sequence[Outcome],
     *,
-    pictures: Mapping[str, torch.Tensor],
+    images: Mapping[str, torch.Tensor],
     reconstructions: torch.Tensor,
 ) -> Calibration:
     """Set the deciding descriptor's threshold for this checkpoint and list.
@@ -404,7 +386,7 @@ def calibrate_measures(
     Args:
         references: All audited pairs, N.
         prompted: Outcomes of the unattacked prompts.
-        pictures: Pair id to its unattacked prompt's pictures (K, 3, H, W).
+        images: Pair id to its unattacked prompt's images (K, 3, H, W).
         reconstructions: Originals through the autoencoder (N, 3, H, W) in [0, 1].
 
     Raises:
@@ -414,12 +396,10 @@ def calibrate_measures(
     for name, descriptor in measures.descriptors.items():
         features = references.features[name]
         ceiling = [
-            float(
-                descriptor.compare(descriptor.describe(picture[None]), features[k : k + 1])[0, 0]
-            )
-            for k, picture in enumerate(reconstructions)
+            float(descriptor.compare(descriptor.describe(image[None]), features[k : k + 1])[0, 0])
+            for k, image in enumerate(reconstructions)
         ]
-        samples[name] = (ceiling, null_similarities(references, name, pictures))
+        samples[name] = (ceiling, null_similarities(references, name, images))
     offered = separation_table({k: v for k, v in samples.items() if v[0] and v[1]})
     decider = _decider(measures, offered)
     ceiling, null = samples[decider]
@@ -457,7 +437,7 @@ def _decider(measures: Measures, offered: Sequence[Separation]) -> str:
     if not able or name in able:
         return name
     log.warning(
-        "%s cannot tell copies from other pictures on this checkpoint and list; %s decides "
+        "%s cannot tell copies from other images on this checkpoint and list; %s decides "
         "instead (metrics.decider=%s makes that the choice)",
         name,
         able[0],

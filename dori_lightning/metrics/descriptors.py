@@ -1,28 +1,34 @@
-"""What every image descriptor offers, and the picture arithmetic the structural ones share.
+"""Image descriptors: turn images into features and compare them.
 
-A descriptor turns pictures into features and compares them. All of them answer in [-1, 1], higher
+All of them answer in [-1, 1], higher
 is closer, so that thresholds, tables and calibration need not know which one is at work. Features
-live on the CPU: there the order of a sum never depends on how many pictures came along, so a
+live on the CPU: there the order of a sum never depends on how many images came along, so a
 pair's similarity is the same in any batch, on any rank.
+
+The structural descriptors of this file compare pixels: nothing to download, nothing learned. They
+see a copy at the same place and scale, which is what a memorizing diffusion model draws; they do
+not see crops, flips or rotations. Which of them decides is a matter of measurement on the
+checkpoint and list at hand, see ``calibration.separation_table``.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import product
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-# -------- descriptors
+from dori_lightning.runtime.batching import fixed_batches
 
 Channels = Literal["luminance", "rgb"]
 
 CHUNK_IMAGES = 8
-"""Pictures that are scaled down at once."""
+"""Images that are scaled down at once."""
 
 CHUNK_VALUES = 4_000_000
 """Products that exist at once while all pairs are compared: 32 MB of float64."""
@@ -30,15 +36,21 @@ CHUNK_VALUES = 4_000_000
 FLAT = 1e-3
 """Standard deviation, a quarter of a grey level, under which nothing is left to correlate."""
 
+FAINT = 0.2
+"""Detail, in units of its noise floor, that a whole image needs to resemble anything fully."""
+
+CHUNK_PAIRS = 16
+"""Pairs whose SSIM maps exist at once; more fall out of the processor's cache."""
+
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Descriptor(ABC):
-    """Says how much two pictures resemble each other, whoever else is in the batch.
+    """Says how much two images resemble each other, whoever else is in the batch.
 
     Attributes:
         name: Key of its similarities in an ``Outcome``.
-        threshold: Similarity above which a picture counts as a replica: published, or fixed by the
+        threshold: Similarity above which an image counts as a replica: published, or fixed by the
             user; None where it must be calibrated on the list of pairs (see
             ``calibration.calibrate``).
         higher_is_better: Higher similarity is closer, for every descriptor.
@@ -50,10 +62,10 @@ class Descriptor(ABC):
 
     @abstractmethod
     def describe(self, images: Tensor) -> Tensor:
-        """Turn pictures into features; references are described once for all conditions.
+        """Turn images into features; references are described once for all conditions.
 
         Args:
-            images: Pictures, (N, 3, H, W), floating, in [0, 1]. A picture with NaN gets features
+            images: Images, (N, 3, H, W), floating, in [0, 1]. An image with NaN gets features
                 of NaN.
 
         Returns:
@@ -64,10 +76,10 @@ class Descriptor(ABC):
         """
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare all features of generated pictures with all of references.
+        """Compare all features of generated images with all of references.
 
         Args:
-            a: Features of generated pictures, (N, F), by ``describe``.
+            a: Features of generated images, (N, F), by ``describe``.
             b: Features of references, (M, F), by ``describe``.
 
         Returns:
@@ -76,10 +88,10 @@ class Descriptor(ABC):
         return all_pairs_dot(a, b)
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare all generated pictures with all references.
+        """Compare all generated images with all references.
 
         Args:
-            a: Generated pictures, (N, 3, H, W), in [0, 1].
+            a: Generated images, (N, 3, H, W), in [0, 1].
             b: Originals, (M, 3, H, W), in [0, 1].
 
         Returns:
@@ -92,7 +104,7 @@ class Descriptor(ABC):
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse what is not a batch of pictures; NaN passes and spoils its own row only.
+    """Refuse what is not a batch of images; NaN passes and spoils its own row only.
 
     Raises:
         ValueError: Not (N, 3, H, W), not floating, or values outside [0, 1]; says what was found.
@@ -109,7 +121,7 @@ def check_images(images: Tensor) -> None:
 def _box_average(images: Tensor, size: int, axis: int) -> Tensor:
     """Average along an axis over ``size`` equal boxes, pixels that two boxes share being split.
 
-    Whole-pixel boxes would sample a ramp unevenly, in the same way for all pictures: a likeness.
+    Whole-pixel boxes would sample a ramp unevenly, in the same way for all images: a likeness.
     """
     length = images.shape[axis]
     edges = torch.arange(size + 1, dtype=images.dtype) * length / size
@@ -124,10 +136,10 @@ def _box_average(images: Tensor, size: int, axis: int) -> Tensor:
 
 @torch.no_grad()
 def thumbnails(images: Tensor, size: int, channels: Channels) -> Tensor:
-    """Average pictures down to squares.
+    """Average images down to squares.
 
     Args:
-        images: Pictures, (N, 3, H, W), in [0, 1], on any device.
+        images: Images, (N, 3, H, W), in [0, 1], on any device.
         size: Side of the squares in pixels; aspect ratios are not kept.
         channels: ``luminance`` (BT.601 weights) or ``rgb``.
 
@@ -160,14 +172,14 @@ def gaussian_taps(window: int, sigma: float) -> Tensor:
 def blur(
     images: Tensor, taps: Tensor, *, border: Literal["mirror", "continue"] = "mirror"
 ) -> Tensor:
-    """Smooth pictures with separable taps.
+    """Smooth images with separable taps.
 
     Written as shifted sums: a convolution may pick another algorithm for another batch size.
 
     Args:
         images: (N, C, H, W).
         taps: Weights, an odd number of them, less than twice H and W.
-        border: What lies outside: ``mirror`` stays in the picture's range; ``continue`` mirrors
+        border: What lies outside: ``mirror`` stays in the image's range; ``continue`` mirrors
             around the border pixel's value too, so that a ramp goes on as a ramp.
 
     Returns:
@@ -193,7 +205,7 @@ def unit_rows(fields: Tensor, *, centred: bool, floor: float = FLAT) -> Tensor:
     """Flatten to rows of length 1, so that a dot product is a correlation (centred) or a cosine.
 
     Rows whose root mean square is below ``floor`` shrink towards 0 instead of blowing up their
-    noise: a flat picture resembles nothing, itself included.
+    noise: a flat image resembles nothing, itself included.
 
     Args:
         fields: (N, ...), float64.
@@ -211,6 +223,31 @@ def unit_rows(fields: Tensor, *, centred: bool, floor: float = FLAT) -> Tensor:
 
 
 @torch.no_grad()
+def in_fixed_batches(network: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """Rows of a network's output, each the same in any company.
+
+    On an accelerator kernels (hence rounding) are chosen by shape, so all batches have one shape.
+    On some CPUs the position in a batch counts too (convolutions of large strides), so images go
+    one by one there; a batch would gain little.
+
+    Args:
+        network: Takes (B, ...) inputs, returns one row for each.
+        images: N inputs (N, ...), N >= 1.
+        size: Images in a batch on an accelerator.
+
+    Returns:
+        (N, ...) on the CPU.
+    """
+    size = 1 if images.device.type == "cpu" else size
+    return torch.cat(
+        [
+            network(torch.stack(batch))[:valid].cpu()
+            for batch, valid in fixed_batches(list(images), size)
+        ]
+    )
+
+
+@torch.no_grad()
 def all_pairs_dot(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of all rows of (N, F) with all rows of (M, F): (N, M) fp32, clamped to [-1, 1].
 
@@ -222,24 +259,10 @@ def all_pairs_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(rows).float().clamp(-1, 1)
 
 
-# -------- structural
-# Descriptors that compare pixels: nothing to download, nothing learned.
-#
-# They see a copy at the same place and scale, which is what a memorizing diffusion model draws;
-# they do not see crops, flips or rotations. Which of them decides is a matter of measurement on
-# the checkpoint and list at hand: see ``calibration.separation_table``.
-
-FAINT = 0.2
-"""Detail, in units of its noise floor, that a whole picture needs to resemble anything fully."""
-
-CHUNK_PAIRS = 16
-"""Pairs whose SSIM maps exist at once; more fall out of the processor's cache."""
-
-
 class NormalizedCorrelation(Descriptor):
     """Correlate whole thumbnails: blind to brightness, contrast and blur.
 
-    Two pictures of low frequency (a sky over a ground) also correlate, copies or not.
+    Two images of low frequency (a sky over a ground) also correlate, copies or not.
 
     Reference: zero-normalised cross-correlation, e.g. Lewis, "Fast normalized cross-correlation",
         1995.
@@ -391,7 +414,7 @@ class TiledCorrelation(Descriptor):
             reached = weight.gather(-1, order).cumsum(-1) >= self.quantile * total.unsqueeze(-1)
             picked = order.gather(-1, reached.int().argmax(-1, keepdim=True))
             value = torch.where(total > 1e-9, per_tile.gather(-1, picked).squeeze(-1), 0.0)
-        # A NaN picture is NaN in every tile, also where the weights would hide it.
+        # A NaN image is NaN in every tile, also where the weights would hide it.
         return torch.where(per_tile.isnan().any(-1), torch.nan, value).float().clamp(-1, 1)
 
 
@@ -427,24 +450,18 @@ class StructuralSimilarity(Descriptor):
 
     @torch.no_grad()
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """SSIM of every generated picture with every original, (N, M) fp32 in [-1, 1]."""
+        """SSIM of every generated image with every original, (N, M) fp32 in [-1, 1]."""
         shape = (-1, 3 if self.channels == "rgb" else 1, self.size, self.size)
         first, second = a.cpu().reshape(shape), b.cpu().reshape(shape)
-        rows = torch.arange(len(a)).repeat_interleave(len(b))
-        columns = torch.arange(len(b)).repeat(len(a))
-        # A convolution may choose its kernel, hence its rounding, by batch size: always
-        # CHUNK_PAIRS at once.
-        spare = -len(rows) % CHUNK_PAIRS
-        rows, columns = F.pad(rows, (0, spare)), F.pad(columns, (0, spare))
+        places = list(product(range(len(a)), range(len(b))))
         values = []
-        for i, j in zip(
-            torch.split(rows, CHUNK_PAIRS), torch.split(columns, CHUNK_PAIRS), strict=True
-        ):
+        for batch, valid in fixed_batches(places, CHUNK_PAIRS):
+            i, j = torch.tensor(batch).unbind(1)
             value = structural_similarity_index_measure(
                 first[i], second[j], data_range=1.0, reduction="none"
             )
-            values.append(torch.as_tensor(value))
-        return torch.cat(values)[: len(a) * len(b)].reshape(len(a), len(b)).clamp(-1, 1)
+            values.append(torch.as_tensor(value)[:valid])
+        return torch.cat(values).reshape(len(a), len(b)).clamp(-1, 1)
 
 
 class GradientOrientation(Descriptor):

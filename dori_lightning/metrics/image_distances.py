@@ -1,4 +1,4 @@
-"""Distance between two models' pictures as sets: KID and FID over features of their pictures.
+"""Distance between two models' images as sets: KID and FID over features of their images.
 
 The two models draw the same prompts from the same seeds, so the sets are paired; what is used
 here takes that into account.
@@ -6,27 +6,23 @@ here takes that into account.
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_kernel
 from torchvision.models.inception import Inception3
 
-from dori_lightning.metrics.descriptors import check_images
-from dori_lightning.metrics.sscd import read_weights
+from dori_lightning.metrics.descriptors import check_images, in_fixed_batches
+from dori_lightning.metrics.sscd import parse_weights, read_weights
 from dori_lightning.types import InputError
-
-# -------- feature_distance
 
 SUBSETS = 100
 """Random halves that a kernel distance is averaged over, as many as torchmetrics takes."""
@@ -34,13 +30,18 @@ SUBSETS = 100
 FEWEST_GROUPS = 4
 """Groups under which a half has no two to compare."""
 
+SIDE = 299
+CLASSES = 1008
+_PADDED = ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b")
+"""Blocks of torchvision's network whose pooling branch averages over padding too."""
+
 
 class Features(Protocol):
-    """What turns pictures into the numbers that are compared.
+    """What turns images into the numbers that are compared.
 
     Attributes:
         name: How reports call it.
-        dimension: Features of a picture.
+        dimension: Features of an image.
     """
 
     @property
@@ -50,18 +51,18 @@ class Features(Protocol):
 
     @property
     def dimension(self) -> int:
-        """Features of a picture, F."""
+        """Features of an image, F."""
         ...
 
     def describe(self, images: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) in [0, 1] to features (N, F), float64 on the CPU."""
+        """Images (N, 3, H, W) in [0, 1] to features (N, F), float64 on the CPU."""
         ...
 
 
 class LatentFeatures:
-    """What the checkpoint's own image autoencoder says of a picture: nothing to download.
+    """What the checkpoint's own image autoencoder says of an image: nothing to download.
 
-    Mean and standard deviation of every latent channel over the whole picture and over its four
+    Mean and standard deviation of every latent channel over the whole image and over its four
     quarters: 10 features per channel (40 for Stable Diffusion). They see colours, contrast, rough
     layout and the amount of detail. They do not see what is shown: a cat that became a dog in the
     same place and colours is the same to them. Numbers by these features compare mitigations of
@@ -75,13 +76,13 @@ class LatentFeatures:
         """Take an encoder.
 
         Args:
-            encode: Pictures (N, 3, H, W) in [0, 1] to latents (N, C, h, w) of about unit scale.
+            encode: Images (N, 3, H, W) in [0, 1] to latents (N, C, h, w) of about unit scale.
             channels: C.
         """
         self.encode, self.dimension = encode, 10 * channels
 
     def describe(self, images: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) in [0, 1] to features (N, 10 C), float64 on the CPU."""
+        """Images (N, 3, H, W) in [0, 1] to features (N, 10 C), float64 on the CPU."""
         latents = self.encode(images).detach().cpu().double()
         halves = torch.tensor_split(latents, 2, dim=2)
         quarters = [part for half in halves for part in torch.tensor_split(half, 2, dim=3)]
@@ -100,8 +101,8 @@ class KernelDistance:
             same distribution in expectation, so small values may be negative.
         std: Standard deviation over them: about the standard error of the mean, since a half
             drawn without replacement scatters around the whole as the whole around the truth.
-        pictures: Pictures in each set.
-        groups: Groups of pictures that do not depend on each other.
+        pictures: Images in each set.
+        groups: Groups of images that do not depend on each other.
         subset: Groups in a half.
     """
 
@@ -116,20 +117,20 @@ class KernelDistance:
 def kernel_distance(
     unmitigated: Tensor, mitigated: Tensor, groups: Sequence[str], *, seed: int = 0
 ) -> KernelDistance | None:
-    """Squared maximum mean discrepancy with KID's cubic kernel, for paired and grouped pictures.
+    """Squared maximum mean discrepancy with KID's cubic kernel, for paired and grouped images.
 
     torchmetrics' ``KernelInceptionDistance`` takes the two sets as independent: its cross term
-    counts picture i of one set against picture i of the other. Same prompt, same seed: these are
-    close to each other by design, and for the few pictures of an audit they would pull the value
-    below zero, the more so the milder the mitigation. So only pictures of different groups are
+    counts image i of one set against image i of the other. Same prompt, same seed: these are
+    close to each other by design, and for the few images of an audit they would pull the value
+    below zero, the more so the milder the mitigation. So only images of different groups are
     compared here, within sets and across, which keeps the estimate unbiased for dependent sets
     (a U-statistic over groups) and gives exactly 0 for equal ones. On independent sets it
     estimates what torchmetrics does.
 
     Args:
-        unmitigated: Features (N, F) of the unmitigated model's pictures.
+        unmitigated: Features (N, F) of the unmitigated model's images.
         mitigated: Features (N, F) of the mitigated model's, in the same order.
-        groups: Which pictures belong together (N): those of one prompt, or of one pair.
+        groups: Which images belong together (N): those of one prompt, or of one pair.
         seed: Of the random halves.
 
     Returns:
@@ -165,8 +166,8 @@ def kernel_distance(
     )
 
 
-def frechet_pictures(dimension: int) -> int:
-    """Pictures that a Fréchet distance over so many features needs here: twice as many.
+def frechet_images(dimension: int) -> int:
+    """Images that a Fréchet distance over so many features needs here: twice as many.
 
     With fewer, the covariances are barely of full rank and the distance is mostly the bias of too
     small a sample.
@@ -178,20 +179,20 @@ def frechet_pictures(dimension: int) -> int:
 def frechet_distance(unmitigated: Tensor, mitigated: Tensor) -> float | None:
     """Fréchet distance (FID) of two sets of features, by torchmetrics, in float64.
 
-    It grows as sets get smaller, so compare only numbers from equally many pictures.
+    It grows as sets get smaller, so compare only numbers from equally many images.
 
     Args:
         unmitigated: Features (N, F).
         mitigated: Features (N, F).
 
     Returns:
-        The distance, or None for fewer than ``frechet_pictures`` pictures.
+        The distance, or None for fewer than ``frechet_images`` images.
 
     Reference: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017,
         https://arxiv.org/abs/1706.08500.
     """
     dimension = unmitigated.shape[1]
-    if min(len(unmitigated), len(mitigated)) < frechet_pictures(dimension):
+    if min(len(unmitigated), len(mitigated)) < frechet_images(dimension):
         return None
     as_they_are = nn.Identity()
     as_they_are.num_features = dimension  # type: ignore[assignment]
@@ -203,22 +204,8 @@ def frechet_distance(unmitigated: Tensor, mitigated: Tensor) -> float | None:
     return float(metric.compute())
 
 
-# -------- inception
-# Inception features for KID and FID, from a local weight file.
-#
-# The network is the one that FID was defined with (Inception V3 as TensorFlow released it on
-# 2015-12-05). Its weights for torch are known as ``pt_inception-2015-12-05-6726825d.pth`` or
-# ``weights-inception-2015-12-05-6726825d.pth``. torchvision's ImageNet weights are others and are
-# refused.
-
-SIDE = 299
-CLASSES = 1008
-_PADDED = ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b")
-"""Blocks of torchvision's network whose pooling branch averages over padding too."""
-
-
 def _skip_padding(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-    """Turn a 3 x 3 average that counted zeros outside the picture into one that did not."""
+    """Turn a 3 x 3 average that counted zeros outside the image into one that did not."""
     (x,) = args
     inside = x.new_ones(1, 1, *x.shape[-2:])
     return (x / F.avg_pool2d(inside, kernel_size=3, stride=1, padding=1),)
@@ -244,7 +231,11 @@ class _MaximumBranch:
 
 
 def fid_inception() -> Inception3:
-    """FID's Inception V3 without weights: pictures (N, 3, 299, 299) in [-1, 1] to (N, 1008).
+    """FID's Inception V3 without weights: images (N, 3, 299, 299) in [-1, 1] to (N, 1008).
+
+    It is the network that FID was defined with (as TensorFlow released it on 2015-12-05), whose
+    weights for torch are known as ``pt_inception-2015-12-05-6726825d.pth``. torchvision's ImageNet
+    weights are others and are refused.
 
     It differs from torchvision's in the pooling branches of nine blocks: eight averages leave the
     padding out, and the last block takes a maximum.
@@ -260,11 +251,11 @@ def fid_inception() -> Inception3:
 class InceptionFeatures:
     """The 2048 pooled features of FID's Inception, prepared as clean-fid prepares them.
 
-    Pictures are scaled to 299 pixels by an antialiased bicubic filter on floating-point channels
+    Images are scaled to 299 pixels by an antialiased bicubic filter on floating-point channels
     and clipped, which is clean-fid's protocol and that of the paper's group (Finding NeMo). FID
     scripts that keep TensorFlow's old bilinear scaling give other numbers. Even so numbers from
     here are no published FID: those compare with photographs (COCO), these with the unmitigated
-    model's pictures.
+    model's images.
 
     Reference: Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation",
         CVPR 2022, https://arxiv.org/abs/2104.11222.
@@ -279,7 +270,7 @@ class InceptionFeatures:
         Args:
             weights: Local ``.pth`` (read without running anything in it) or ``.safetensors``.
             sha256: Expected hash of the file.
-            batch: Pictures per forward pass.
+            batch: Images per forward pass.
 
         Raises:
             InputError: Missing or wrong file, or ``batch`` below 1.
@@ -288,19 +279,11 @@ class InceptionFeatures:
             raise InputError(f"Inception: batch must be >= 1, got {batch}")
         path = Path(weights)
         data = read_weights(path, sha256, what="Inception")
-        try:
-            if path.suffix == ".safetensors":
-                state: dict[str, Any] = load_safetensors(data)
-            else:
-                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(
-                f"Inception: {path} is no safetensors or torch weight file"
-            ) from error
+        state = parse_weights(data, path, what="Inception")
         self.network, self.batch = fid_inception(), batch
         try:
             self.network.load_state_dict(state)
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, AttributeError) as error:
             raise InputError(
                 f"Inception: {path} does not hold the weights of FID's Inception "
                 f"({CLASSES} classes, no auxiliary branch); give "
@@ -310,23 +293,20 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def describe(self, images: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) in [0, 1] to features (N, 2048), float64 on the CPU.
+        """Images (N, 3, H, W) in [0, 1] to features (N, 2048), float64 on the CPU.
 
         Raises:
             ValueError: Wrong shape, type or range.
         """
         check_images(images)
         self.network.to(images.device)
-        rows = []
-        for chunk in torch.split(images, self.batch):
-            # Filled up, because kernels (hence rounding) may be chosen by batch size.
-            filled = F.pad(chunk, (0, 0) * 3 + (0, self.batch - len(chunk)))
-            rows.append(self.network(_prepare(filled))[: len(chunk)].double().cpu())
-        return torch.cat(rows)
+        return in_fixed_batches(
+            lambda batch: self.network(_prepare(batch)).double(), images, self.batch
+        )
 
 
 def _prepare(images: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] to (N, 3, 299, 299) as the network wants them."""
+    """Images (N, 3, H, W) in [0, 1] to (N, 3, 299, 299) as the network wants them."""
     values = F.interpolate(
         images.float() * 255, (SIDE, SIDE), mode="bicubic", antialias=True
     ).clamp(0, 255)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 from collections.abc import Sequence
@@ -11,20 +10,20 @@ from typing import Any, Literal
 
 import lpips
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from dori_lightning.metrics.descriptors import check_images
-from dori_lightning.metrics.sscd import read_weights
+from dori_lightning.metrics.descriptors import check_images, in_fixed_batches
+from dori_lightning.metrics.sscd import parse_weights, read_weights
+from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.types import InputError
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class LPIPSDistance:
-    """LPIPS distance of each generated picture to its original, lower is closer.
+    """LPIPS distance of each generated image to its original, lower is closer.
 
     The linear heads come with the ``lpips`` package; the ImageNet backbone has to be a local file.
     Without one, do not build this: distances of a random backbone mean nothing, so none are
@@ -50,7 +49,7 @@ class LPIPSDistance:
                 ``.safetensors``.
             net: Which of them.
             sha256: Expected hash of the file.
-            batch: Pictures per forward pass.
+            batch: Images per forward pass.
 
         Raises:
             InputError: Missing or wrong file, or unknown net.
@@ -60,19 +59,10 @@ class LPIPSDistance:
                 f"LPIPS: net must be alex, vgg or squeeze and batch >= 1, got {net!r} and {batch}"
             )
         path = Path(backbone)
-        data = read_weights(path, sha256, what="LPIPS")
-        try:
-            if path.suffix == ".safetensors":
-                state = load_safetensors(data)
-            else:
-                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            layers = {
-                k.removeprefix("features."): v
-                for k, v in state.items()
-                if k.startswith("features.")
-            }
-        except Exception as error:
-            raise InputError(f"LPIPS: {path} is no safetensors or torch weight file") from error
+        state = parse_weights(read_weights(path, sha256, what="LPIPS"), path, what="LPIPS")
+        layers = {
+            k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")
+        }
         with warnings.catch_warnings():
             # lpips still says pretrained=False to torchvision, which warns.
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
@@ -86,19 +76,18 @@ class LPIPSDistance:
         wrong = [k for k, v in renamed.items() if v is None or v.shape != target[k].shape]
         if wrong:
             raise InputError(
-                f"LPIPS: {path} does not hold a {net} backbone: {len(wrong)} of "
-                f"{len(target)} tensors "
-                f"are missing or differ in shape; give torchvision's ImageNet weights"
+                f"LPIPS: {path} does not hold a {net} backbone: {len(wrong)} of {len(target)} "
+                f"tensors are missing or differ in shape; give torchvision's ImageNet weights"
             )
         self.network.net.load_state_dict(renamed)
         self.name, self.batch = f"lpips_{net}", batch
 
     @torch.no_grad()
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare pictures one to one.
+        """Compare images one to one.
 
         Args:
-            a: Generated pictures, (N, 3, H, W), in [0, 1].
+            a: Generated images, (N, 3, H, W), in [0, 1].
             b: Originals, (N, 3, H, W) or (1, 3, H, W), in [0, 1].
 
         Returns:
@@ -110,14 +99,12 @@ class LPIPSDistance:
         check_images(a)
         check_images(b)
         self.network.to(a.device)
-        rows = []
-        for x, y in zip(
-            torch.split(a, self.batch), torch.split(b.expand_as(a), self.batch), strict=True
-        ):
-            spare = (0, 0) * 3 + (0, self.batch - len(x))
-            value = self.network(F.pad(x.float(), spare), F.pad(y.float(), spare), normalize=True)
-            rows.append(value.flatten()[: len(x)].cpu())
-        return torch.cat(rows)
+        couples = torch.stack([a.float(), b.float().expand_as(a)], 1)
+        return in_fixed_batches(
+            lambda batch: self.network(*batch.unbind(1), normalize=True).flatten(),
+            couples,
+            self.batch,
+        )
 
 
 def _tensor(output: Any) -> Tensor:
@@ -128,7 +115,7 @@ def _tensor(output: Any) -> Tensor:
 
 
 class ClipAlignment:
-    """Cosine of CLIP's picture and text embeddings: does a picture still show what was asked for?
+    """Cosine of CLIP's image and text embeddings: does an image still show what was asked for?
 
     Reference: Radford et al., "Learning Transferable Visual Models From Natural Language
         Supervision", 2021,
@@ -141,7 +128,7 @@ class ClipAlignment:
         Args:
             model_path: Local transformers folder of a CLIP model with safetensors weights and a
                 tokenizer.
-            batch: Pictures per forward pass.
+            batch: Images per forward pass.
 
         Raises:
             InputError: Not such a folder.
@@ -169,11 +156,11 @@ class ClipAlignment:
 
     @torch.no_grad()
     def alignment(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score pictures against their prompts, one to one.
+        """Score images against their prompts, one to one.
 
         Args:
             images: (N, 3, H, W), in [0, 1]; scaled to the model's size without keeping the aspect
-                ratio, as generated pictures are square.
+                ratio, as generated images are square.
             prompts: N captions, cut at the model's length.
 
         Returns:
@@ -189,27 +176,28 @@ class ClipAlignment:
         mean, std = (
             torch.tensor(x, device=images.device).view(3, 1, 1) for x in (_CLIP_MEAN, _CLIP_STD)
         )
+        couples = list(zip(images.float(), prompts, strict=True))
         rows = []
-        for start in range(0, len(images), self.batch):
-            chunk = images[start : start + self.batch].float()
-            count = len(chunk)
-            texts = [*prompts[start : start + count], *[""] * (self.batch - count)]
-            pixels = F.pad(chunk, (0, 0) * 3 + (0, self.batch - count))
+        # one by one on a CPU, see ``in_fixed_batches``
+        for batch, valid in fixed_batches(
+            couples, 1 if images.device.type == "cpu" else self.batch
+        ):
+            chunk, texts = zip(*batch, strict=True)
             pixels = F.interpolate(
-                pixels, (self.side, self.side), mode="bicubic", antialias=True
+                torch.stack(chunk), (self.side, self.side), mode="bicubic", antialias=True
             ).clamp(0, 1)
             tokens = self.tokenizer(
-                texts,
+                list(texts),
                 padding="max_length",
                 truncation=True,
                 max_length=self.length,
                 return_tensors="pt",
             ).to(images.device)
             shown = _tensor(self.model.get_image_features(pixel_values=(pixels - mean) / std))
-            asked = _tensor(
+            described = _tensor(
                 self.model.get_text_features(
                     input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
                 )
             )
-            rows.append(F.cosine_similarity(shown, asked)[:count].float().cpu())
+            rows.append(F.cosine_similarity(shown, described)[:valid].float().cpu())
         return torch.cat(rows).clamp(-1, 1)

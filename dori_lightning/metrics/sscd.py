@@ -10,7 +10,7 @@ import hashlib
 import io
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet50
 
-from dori_lightning.metrics.descriptors import Descriptor, check_images
+from dori_lightning.metrics.descriptors import Descriptor, check_images, in_fixed_batches
 from dori_lightning.types import InputError
 
 Preprocessing = Literal["nemo_320", "wen_224", "membench_288"]
@@ -56,7 +56,7 @@ class SSCDNet(nn.Module):
         self.backbone.avgpool = GeneralizedMean()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Describe preprocessed pictures (N, 3, H, W): (N, 512) unit rows."""
+        """Describe preprocessed images (N, 3, H, W): (N, 512) unit rows."""
         return F.normalize(self.backbone(images), dim=1)
 
 
@@ -70,18 +70,35 @@ def read_weights(path: Path, sha256: str | None, *, what: str) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{what}: cannot read the weights {path} ({error.strerror}); give the path of a "
-            f"local file, "
-            f"nothing is downloaded"
+            f"{what}: cannot read the weights {path} ({error.strerror}); give the path of a local "
+            f"file, nothing is downloaded"
         ) from error
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256.lower():
+    actual = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and actual != sha256.lower():
         raise InputError(
-            f"{what}: {path} has sha256 {found}, expected {sha256}; get the right file, or "
-            f"correct the "
-            f"hash if you trust this one"
+            f"{what}: {path} has sha256 {actual}, expected {sha256}; get the right file, or "
+            f"correct the hash if you trust this one"
         )
     return data
+
+
+def parse_weights(
+    data: bytes, path: Path, *, what: str, kinds: str = "safetensors or torch weight file"
+) -> dict[str, Any]:
+    """Tensors by name from a weight file's bytes, running nothing in it.
+
+    Raises:
+        InputError: Neither safetensors nor tensors saved by torch.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_safetensors(data)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"holds a {type(state).__name__}")
+    except Exception as error:
+        raise InputError(f"{what}: {path} is no {kinds}") from error
+    return state
 
 
 def _is_torchscript(data: bytes) -> bool:
@@ -108,71 +125,25 @@ def _network(path: Path, sha256: str | None) -> nn.Module:
             raise InputError(
                 f"SSCD: {path} is no TorchScript program that this torch can load"
             ) from error
-    try:
-        if path.suffix == ".safetensors":
-            state = load_safetensors(data)
-        else:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"SSCD: {path} is no safetensors file, torch weight file or TorchScript program"
-        ) from error
-    return _load(state, origin=str(path))
-
-
-def _load(state: dict[str, Tensor], *, origin: str) -> SSCDNet:
-    """Fill a network, every key and shape matching."""
+    state = parse_weights(
+        data, path, what="SSCD", kinds="safetensors file, torch weight file or TorchScript program"
+    )
     network = SSCDNet()
     try:
         network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        expected, found = (
-            set(network.state_dict()),
-            set(state) if isinstance(state, dict) else set(),
-        )
+    except (RuntimeError, AttributeError) as error:
+        expected = set(network.state_dict())
         raise InputError(
-            f"SSCD: {origin} does not hold a ResNet-50 SSCD in torchvision layout "
-            f"({len(expected - found)} keys missing, {len(found - expected)} unknown, or shapes "
-            f"differ); use sscd_disc_mixup.torchvision.pt, or the .torchscript.pt of other "
-            f"models with "
-            f"its sha256"
+            f"SSCD: {path} does not hold a ResNet-50 SSCD in torchvision layout "
+            f"({len(expected - set(state))} keys missing, {len(set(state) - expected)} unknown, "
+            f"or shapes differ); use sscd_disc_mixup.torchvision.pt, or the .torchscript.pt of "
+            f"other models with its sha256"
         ) from error
     return network.eval()
 
 
-@torch.no_grad()
-def convert_sscd(network: nn.Module) -> dict[str, Tensor]:
-    """Take the weights out of a loaded SSCD program, to be saved and used without running it.
-
-    The copy is compared with the program on a picture of noise before it is handed out.
-
-    Args:
-        network: A TorchScript (or plain) ResNet-50 SSCD with torchvision's names, on the CPU.
-
-    Returns:
-        State dict of ``SSCDNet``, contiguous fp32 (counters int64).
-
-    Raises:
-        InputError: Other layout (frozen programs keep no named weights), or the copy answers
-            differently.
-    """
-    state = {
-        key: value.detach().clone().contiguous() for key, value in network.state_dict().items()
-    }
-    copy = _load(state, origin="the program")
-    probe = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    difference = (copy(probe) - network.eval()(probe)).abs().max().item()
-    if not difference < 1e-4:
-        raise InputError(
-            f"SSCD: the converted weights answer differently from the program (by "
-            f"{difference:.2g}); "
-            f"it is not the published architecture, use the program itself with its sha256"
-        )
-    return state
-
-
 def _prepare(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Scale and normalise (N, 3, H, W) pictures in [0, 1] the way a paper's code does."""
+    """Scale and normalise (N, 3, H, W) images in [0, 1] the way a paper's code does."""
     height, width = images.shape[-2:]
     if preprocessing == "wen_224":
         scale = 256 / min(height, width)
@@ -191,10 +162,10 @@ def _prepare(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 class SSCD(Descriptor):
     """Cosine of SSCD embeddings, above 0.7 a replica as in the paper.
 
-    The threshold belongs to photographs of several hundred pixels: on small pictures, or behind a
+    The threshold belongs to photographs of several hundred pixels: on small images, or behind a
     blurry autoencoder, scores are lower (``calibrate`` warns where the ceiling misses it).
 
-    Three ways of preparing pictures are in use and give different scores: ``nemo_320`` squares to
+    Three ways of preparing images are in use and give different scores: ``nemo_320`` squares to
     320 pixels with ImageNet statistics (Finding NeMo, most likely this paper's too), ``wen_224``
     takes the centre 224 of 256 with mean and standard deviation 0.5 (Wen et al.), ``membench_288``
     squares to 288 with ImageNet statistics.
@@ -217,7 +188,7 @@ class SSCD(Descriptor):
             sha256: Expected hash of the file.
             preprocessing: ``nemo_320``, ``wen_224`` or ``membench_288``.
             threshold: Fixed threshold in [-1, 1]; None calibrates it.
-            batch: Pictures per forward pass.
+            batch: Images per forward pass.
 
         Raises:
             InputError: Missing or wrong file, TorchScript without hash, unknown preprocessing.
@@ -238,11 +209,9 @@ class SSCD(Descriptor):
         """Unit embeddings, (N, 512) or the program's width; see ``Descriptor.describe``."""
         check_images(images)
         self.network.to(images.device)
-        rows = []
-        for chunk in torch.split(images, self.batch):
-            # Filled up, because kernels (hence rounding) may be chosen by batch size.
-            filled = F.pad(chunk, (0, 0) * 3 + (0, self.batch - len(chunk)))
-            rows.append(
-                self.network(_prepare(filled, self.preprocessing))[: len(chunk)].float().cpu()
-            )
-        return F.normalize(torch.cat(rows), dim=1)
+        rows = in_fixed_batches(
+            lambda batch: self.network(_prepare(batch, self.preprocessing)).float(),
+            images,
+            self.batch,
+        )
+        return F.normalize(rows, dim=1)

@@ -1,7 +1,7 @@
 """Small-sample statistics of an audit: intervals, robust spread, ROC and paired comparison.
 
-The unit is the pair, never the single generated picture: the K pictures of a pair are no
-independent evidence.
+The unit is the pair, never the single generated image: the K images of a pair are not
+independent.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import binomtest, median_abs_deviation
+from sklearn.metrics import auc as area_under
+from sklearn.metrics import roc_curve as sklearn_roc
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float,
         )
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate = hits / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    # At the ends the formula is exact up to rounding; say so.
-    return (0.0 if hits == 0 else centre - half), (1.0 if hits == n else centre + half)
+    interval = binomtest(hits, n).proportion_ci(confidence, method="wilson")
+    # at the ends the formula is exact up to rounding; say so
+    return (
+        0.0 if hits == 0 else float(interval.low),
+        1.0 if hits == n else float(interval.high),
+    )
 
 
 def median_mad(values: ArrayLike) -> Spread:
@@ -79,8 +81,7 @@ def median_mad(values: ArrayLike) -> Spread:
     finite = array[np.isfinite(array)]
     if finite.size == 0:
         return Spread(math.nan, math.nan, 0)
-    median = float(np.median(finite))
-    return Spread(median, float(np.median(np.abs(finite - median))), int(finite.size))
+    return Spread(float(np.median(finite)), float(median_abs_deviation(finite)), int(finite.size))
 
 
 def roc_curve(positives: ArrayLike, negatives: ArrayLike) -> Roc:
@@ -99,17 +100,12 @@ def roc_curve(positives: ArrayLike, negatives: ArrayLike) -> Roc:
         raise ValueError("scores of an ROC must be finite: leave failed pairs out and count them")
     if high.size == 0 or low.size == 0:
         return Roc((), math.nan)
-    distinct = np.unique(np.concatenate([high, low]))[::-1]
-    thresholds = np.append(distinct, np.nextafter(distinct[-1], -np.inf))
-    high.sort()
-    low.sort()
-    tpr = 1 - np.searchsorted(high, thresholds, side="right") / high.size
-    fpr = 1 - np.searchsorted(low, thresholds, side="right") / low.size
-    auc = float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
-    points = tuple(
-        (float(f), float(t), float(s)) for f, t, s in zip(fpr, tpr, thresholds, strict=True)
-    )
-    return Roc(points, auc)
+    labels = np.concatenate([np.ones(high.size), np.zeros(low.size)])
+    # scikit-learn calls a score positive *from* its threshold on, and puts infinity in front
+    fpr, tpr, from_ = sklearn_roc(labels, np.concatenate([high, low]), drop_intermediate=False)
+    above = [*from_[1:], np.nextafter(from_[-1], -np.inf)]
+    points = tuple((float(f), float(t), float(s)) for f, t, s in zip(fpr, tpr, above, strict=True))
+    return Roc(points, float(area_under(fpr, tpr)))
 
 
 def mcnemar_exact(b: int, c: int) -> float:
@@ -129,9 +125,7 @@ def mcnemar_exact(b: int, c: int) -> float:
     """
     if min(b, c) < 0:
         raise ValueError(f"counts must be >= 0, got {b} and {c}")
-    n = b + c
-    tail = sum(math.comb(n, k) for k in range(min(b, c) + 1))
-    return float(min(1.0, 2 * tail / 2**n))
+    return float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
 
 def _mean(values: np.ndarray) -> float:
@@ -146,7 +140,7 @@ def cluster_bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic, resampling whole pairs with all their pictures.
+    """Percentile interval of a statistic, resampling whole pairs with all their images.
 
     For a paired comparison of two conditions pass each pair's differences.
 

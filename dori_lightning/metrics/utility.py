@@ -1,7 +1,9 @@
 """What a mitigation costs: the record of comparing the mitigated model with the unmitigated one.
 
-Everything is paired: both models see the same pictures under the same noise, and draw the same
+Everything is paired: both models see the same images under the same noise, and draw the same
 prompts from the same seeds. Differences are therefore small where the mitigation is harmless.
+Intervals come from resampling whole prompts, or all that belongs to one pair, never single images:
+those of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -25,11 +27,6 @@ from dori_lightning.metrics.replication import Aggregation
 from dori_lightning.metrics.statistics import cluster_bootstrap, median_mad, wilson_interval
 from dori_lightning.types import InputError
 
-# -------- utility
-
-# not only for type checkers: configurations are checked against the settings' types
-
-
 PromptKind = Literal["ordinary", "neighbour"]
 Interval = tuple[float, float]
 
@@ -39,12 +36,12 @@ class UtilitySettings:
     """How much is spent on measuring what a mitigation costs; 0 leaves a measure out.
 
     Attributes:
-        examples: Ordinary pictures whose denoising loss is measured.
+        examples: Ordinary images whose denoising loss is measured.
         draws: Draws of noise and timestep for each of them.
         prompts: Ordinary prompts that both models draw.
-        pictures: Pictures of each of them by each model.
+        pictures: Images of each of them by each model.
         neighbours: Prompts near each suspected pair's that both models draw.
-        neighbour_pictures: Pictures of each of them by each model.
+        neighbour_pictures: Images of each of them by each model.
         inception: Features for KID and FID, None for those of the checkpoint's own autoencoder.
     """
 
@@ -64,7 +61,7 @@ class UtilitySettings:
             )
         if min(self.draws, self.pictures, self.neighbour_pictures) < 1:
             raise InputError(
-                f"utility needs draws, pictures and neighbour_pictures >= 1, got {self.draws}, "
+                f"utility needs draws, images and neighbour_pictures >= 1, got {self.draws}, "
                 f"{self.pictures} and {self.neighbour_pictures}\n"
                 f"  fix:   leave a measure out with examples=0, prompts=0 or neighbours=0"
             )
@@ -77,7 +74,7 @@ class UtilitySettings:
 
 @dataclass(frozen=True)
 class LossRow:
-    """Denoising loss of one ordinary picture under one draw of noise, by both models.
+    """Denoising loss of one ordinary image under one draw of noise, by both models.
 
     Attributes:
         id: Name of the example, ``corpus_0007``; decides whose mask it sees under a per-pair edit.
@@ -106,14 +103,14 @@ class PictureRow:
         group: Rows of one group depend on each other: the prompt, or the pair it lies near.
         prompt: The prompt.
         seed: Generation seed.
-        similarity: Of the two pictures, by the deciding descriptor.
-        original_unmitigated: Similarity of the unmitigated model's picture with the original of
+        similarity: Of the two images, by the deciding descriptor.
+        original_unmitigated: Similarity of the unmitigated model's image with the original of
             the pair that the prompt lies near; None for ordinary prompts.
         original_mitigated: The mitigated model's.
-        alignment_unmitigated: CLIP score of the unmitigated model's picture with the prompt, None
+        alignment_unmitigated: CLIP score of the unmitigated model's image with the prompt, None
             where no CLIP is given.
         alignment_mitigated: The mitigated model's.
-        unmitigated: The unmitigated model's picture.
+        unmitigated: The unmitigated model's image.
         mitigated: The mitigated model's.
     """
 
@@ -133,7 +130,7 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    """Mean denoising loss of both models on ordinary pictures.
+    """Mean denoising loss of both models on ordinary images.
 
     Attributes:
         unmitigated: Mean over examples and draws.
@@ -154,10 +151,10 @@ class DenoisingLoss:
 
 @dataclass(frozen=True)
 class Alignment:
-    """CLIP score of pictures with their prompts, median over prompts of the median over seeds.
+    """CLIP score of images with their prompts, median over prompts of the median over seeds.
 
     Attributes:
-        unmitigated: Of the unmitigated model's pictures.
+        unmitigated: Of the unmitigated model's images.
         mitigated: Of the mitigated model's.
         change: Mean over prompts of the difference; negative where the mitigation costs.
         change_ci95: Bootstrap over groups of prompts.
@@ -171,17 +168,17 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models' pictures of the same prompts from the same seeds.
+    """Two models' images of the same prompts from the same seeds.
 
     Attributes:
         prompts: Prompts.
-        pictures_each: Pictures of each prompt by each model.
+        pictures_each: Images of each prompt by each model.
         kid: Kernel distance of the two sets, None where there are too few groups.
-        fid: Fréchet distance, None where there are too few pictures.
+        fid: Fréchet distance, None where there are too few images.
         features: What KID and FID rest on, in words.
-        similarity: Median over prompts of the median similarity of the two models' pictures of
+        similarity: Median over prompts of the median similarity of the two models' images of
             one seed (SSCD_Gen of Finding NeMo, by the deciding descriptor). Mitigations that
-            merely lead to another picture lower it too.
+            merely lead to another image lower it too.
         similarity_mad: Its median absolute deviation over prompts.
         similarity_ci95: Bootstrap over groups of prompts.
         alignment: Prompt alignment, None where no CLIP is given.
@@ -200,7 +197,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Replicas:
-    """Neighbour prompts whose pictures replicate the original of the pair they lie near.
+    """Neighbour prompts whose images replicate the original of the pair they lie near.
 
     Attributes:
         prompts: Neighbour prompts.
@@ -223,9 +220,9 @@ class Utility:
 
     Attributes:
         descriptor: Name of the descriptor of similarities.
-        denoising_loss: On ordinary pictures; None where left out.
-        ordinary: Pictures of ordinary prompts; None where left out.
-        neighbours: Pictures of prompts near the suspected ones, but for those that brought the
+        denoising_loss: On ordinary images; None where left out.
+        ordinary: Images of ordinary prompts; None where left out.
+        neighbours: Images of prompts near the suspected ones, but for those that brought the
             original back without the mitigation, since these have to change; None where left out.
         replicas: Which of all prompts near the suspected ones bring the original back; None where
             left out.
@@ -273,13 +270,6 @@ def _plain(sets: Comparison | None) -> dict[str, Any]:
     }
 
 
-# -------- utility_comparison
-# Compare two models' losses and pictures, paired, with the prompt or the pair as the unit.
-#
-# Intervals come from resampling whole prompts, or all that belongs to one pair, never single
-# pictures: those of one prompt are no independent evidence.
-
-
 def _ratio(values: np.ndarray) -> float:
     """Ratio of the sums of (unmitigated, mitigated) couples that lie one after another."""
     unmitigated, mitigated = values.reshape(-1, 2).sum(0)
@@ -320,11 +310,11 @@ def compare_pictures(
     features: str,
     seed: int = 0,
 ) -> Comparison:
-    """Compare two models' pictures, paired by prompt and seed.
+    """Compare two models' images, paired by prompt and seed.
 
     Args:
         rows: N, at least one, all of one kind.
-        unmitigated: Features (N, F) of the unmitigated model's pictures, in the order of rows.
+        unmitigated: Features (N, F) of the unmitigated model's images, in the order of rows.
         mitigated: Features (N, F) of the mitigated model's.
         features: What they are, in words.
         seed: Of the bootstrap and of KID's subsets.
@@ -357,8 +347,8 @@ def count_replicas(
 
     Args:
         rows: Of neighbour prompts, at least one.
-        threshold: Similarity above which a picture counts as a replica.
-        aggregation: How a prompt's pictures become one number.
+        threshold: Similarity above which an image counts as a replica.
+        aggregation: How a prompt's images become one number.
     """
     scores = _best_with_original(rows, aggregation)
     over = np.array(list(scores.values())) > threshold
@@ -377,12 +367,12 @@ def replicated_before(
 ) -> set[str]:
     """Name the neighbour prompts that brought their pair's original back without the mitigation.
 
-    Their pictures have to change, so a change of them is no cost.
+    Their images have to change, so a change of them is no cost.
 
     Args:
         rows: Of neighbour prompts.
-        threshold: Similarity above which a picture counts as a replica.
-        aggregation: How a prompt's pictures become one number.
+        threshold: Similarity above which an image counts as a replica.
+        aggregation: How a prompt's images become one number.
     """
     scores = _best_with_original(rows, aggregation)
     return {name for name, (before, _) in scores.items() if before > threshold}
@@ -391,7 +381,7 @@ def replicated_before(
 def _best_with_original(
     rows: Sequence[PictureRow], aggregation: Aggregation
 ) -> dict[str, np.ndarray]:
-    """Similarity (2,) of each prompt's pictures with the original, without and with the edit."""
+    """Similarity (2,) of each prompt's images with the original, without and with the edit."""
     best = np.max if aggregation == "max" else np.median
     references = _grouped(
         rows, lambda row: row.id, lambda row: (row.original_unmitigated, row.original_mitigated)

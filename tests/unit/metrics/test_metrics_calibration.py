@@ -67,7 +67,7 @@ def test_overlap_is_refused_and_names_who_could_decide():
 
 
 def test_no_controls_is_refused():
-    with pytest.raises(InputError, match="no control pair"):
+    with pytest.raises(InputError, match="images of control pairs"):
         calibrate("local", null=NULL, ceiling=CEILING, vm_scores=[0.9], control_scores=[])
 
 

@@ -9,7 +9,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from dori_lightning.metrics.image_distances import (
     LatentFeatures,
     frechet_distance,
-    frechet_pictures,
+    frechet_images,
     kernel_distance,
 )
 
@@ -119,7 +119,7 @@ def test_frechet_distance_by_hand() -> None:
 
 
 def test_frechet_distance_needs_twice_as_many_pictures_as_features() -> None:
-    assert frechet_pictures(4) == 8
+    assert frechet_images(4) == 8
     assert frechet_distance(normal(7, 0, width=4), normal(7, 1, width=4)) is None
     assert frechet_distance(normal(8, 0, width=4), normal(8, 1, width=4)) is not None
 

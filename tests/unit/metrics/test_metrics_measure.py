@@ -46,8 +46,8 @@ def references(*descriptors: Descriptor, decider: str = "one") -> ReferenceImage
 
 
 def test_only_control_originals_are_known_not_to_be_held() -> None:
-    pictures = {"v": flat(0.9, 0.8), "a": flat(0.9, 0.9), "b": flat(0.2, 0.3)}
-    null = null_similarities(references(Brightness("one")), "one", pictures)
+    images = {"v": flat(0.9, 0.8), "a": flat(0.9, 0.9), "b": flat(0.2, 0.3)}
+    null = null_similarities(references(Brightness("one")), "one", images)
     # v against a and b; a (which drew v's picture) against a and b; b against a and b
     assert null == pytest.approx([0.3, 0.7, 0.2, 0.6, 0.9, 0.8])
 
@@ -56,8 +56,8 @@ def test_the_same_file_under_another_name_is_no_null() -> None:
     measures = Measures({"one": Brightness("one")}, "one")
     twins = (PAIRS[0], PAIRS[1], replace(PAIRS[2], sha256="v"))
     both = ReferenceImages(twins, flat(0.9, 0.1, 0.9), measures)
-    pictures = {name: flat(0.9) for name in "vab"}
-    assert len(null_similarities(both, "one", pictures)) == 5, "v against its twin b is left out"
+    images = {name: flat(0.9) for name in "vab"}
+    assert len(null_similarities(both, "one", images)) == 5, "v against its twin b is left out"
 
 
 def test_a_failed_attack_has_no_similarity() -> None:
@@ -86,10 +86,10 @@ def test_a_blind_decider_gives_way_to_one_that_sees_and_says_so(
 ) -> None:
     blind = Brightness("one", gain=0.0)
     sees = Brightness("two", gain=1.0)
-    pictures = {"v": flat(0.9, 0.9), "a": flat(0.9, 0.9), "b": flat(0.9, 0.9)}
+    images = {"v": flat(0.9, 0.9), "a": flat(0.9, 0.9), "b": flat(0.9, 0.9)}
     names = ("one", "two")
     prompted = [outcome(p, [0.5, 0.5], names) for p in PAIRS]
-    arguments = {"pictures": pictures, "reconstructions": flat(0.9, 0.1, 0.5)}
+    arguments = {"images": images, "reconstructions": flat(0.9, 0.1, 0.5)}
     calibration = calibrate_measures(references(blind, sees), prompted, **arguments)
     assert calibration.descriptor == "two"
     assert "one cannot tell copies" in caplog.text

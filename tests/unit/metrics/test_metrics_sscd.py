@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dori_lightning.metrics.sscd import SSCD, GeneralizedMean, SSCDNet, _prepare, convert_sscd
+from dori_lightning.metrics.sscd import SSCD, GeneralizedMean, SSCDNet, _prepare
 from dori_lightning.types import InputError
 
 
@@ -103,26 +103,6 @@ def test_weights_describe_alike_from_either_file(tmp_path, network, photographs)
     assert first.shape == (2, 512)
     assert torch.equal(first, second)
     assert torch.allclose(first, direct, atol=1e-5)
-
-
-def test_conversion_is_checked_against_the_program(network):
-    program = torch.jit.trace(network, torch.rand(1, 3, 64, 64))
-    state = convert_sscd(program)
-    assert set(state) == set(network.state_dict())
-    assert all(torch.equal(state[k], v) for k, v in network.state_dict().items())
-
-
-def test_conversion_notices_another_architecture(network):
-    class Other(SSCDNet):
-        def forward(self, images):
-            return super().forward(images.flip(1))
-
-    other = Other().eval()
-    other.load_state_dict(network.state_dict())
-    with pytest.raises(InputError, match="answer differently"):
-        convert_sscd(other)
-    with pytest.raises(InputError, match="layout"):
-        convert_sscd(_Tiny())
 
 
 def test_generalized_mean_lies_between_average_and_maximum():
