@@ -15,7 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from dori_lightning.bench.measure import Timed
-from dori_lightning.report.figures import FigureStyle, new_figure, plain_axes, rendered, styled
+from dori_lightning.report.figures import (
+    CALM,
+    GROUND,
+    KIND_LOOK,
+    TEXT,
+    new_figure,
+    plain_axes,
+    png_bytes,
+    styled,
+)
 from dori_lightning.types import InputError
 
 # -------- figure
@@ -30,33 +39,31 @@ _PARTS = {
 }
 
 
-def speed_figure(families: Mapping[str, Family], ink: FigureStyle | None = None) -> bytes | None:
+def speed_figure(families: Mapping[str, Family]) -> bytes | None:
     """Draw what was measured; None where there is nothing to draw.
 
     Args:
         families: By name.
-        ink: How to draw.
     """
-    ink = ink or FigureStyle()
     panels: list[tuple[str, Callable[[Axes], None]]] = []
     for name, title in _LADDERS.items():
         family = families.get(name)
         if family is not None and any(row.seconds for row in family.rows):
-            panels.append((f"{title}: seconds per pair", _ladder(family, ink)))
+            panels.append((f"{title}: seconds per pair", _ladder(family)))
             if family.limits is not None:
-                panels.append((f"{title}: share of the limits", _shares(family, ink)))
+                panels.append((f"{title}: share of the limits", _shares(family)))
     parts = [families[name] for name in _PARTS if name in families]
     if any(row.seconds for family in parts for row in family.rows):
-        panels.append(("other parts: times as fast as the first way", _ratios(parts, ink)))
+        panels.append(("other parts: times as fast as the first way", _ratios(parts)))
     growth = families.get("scaling")
     if growth is not None:
-        panels.append(("growth: cost per pair", _growth(growth, ink)))
+        panels.append(("growth: cost per pair", _growth(growth)))
     if not panels:
         return None
-    with styled(ink):
-        columns = ink.columns(len(panels))
+    with styled():
+        columns = min(len(panels), 2)
         lines = -(-len(panels) // columns)
-        figure = new_figure(ink.width(10.4), 2.9 * lines)
+        figure = new_figure(10.4, 2.9 * lines)
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
@@ -64,23 +71,23 @@ def speed_figure(families: Mapping[str, Family], ink: FigureStyle | None = None)
             plain_axes(axes)
             draw(axes)
             axes.set_title(title)
-        return rendered(figure, ink)
+        return png_bytes(figure)
 
 
 def _measured(family: Family) -> list[Row]:
     return [row for row in family.rows if row.seconds]
 
 
-def _colour(row: Row, ink: FigureStyle) -> str:
-    return ink.kind("vm") if row.name == "ours" else ink.calm
+def _colour(row: Row) -> str:
+    return KIND_LOOK["vm"][0] if row.name == "ours" else CALM
 
 
-def _ladder(family: Family, ink: FigureStyle) -> Callable[[Axes], None]:
+def _ladder(family: Family) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for place, row in enumerate(_measured(family)):
             low, high = (f(row.seconds) / row.pairs for f in (min, max))
-            axes.bar(place, row.per_pair, width=0.62, color=_colour(row, ink))
-            axes.plot([place, place], [low, high], color=ink.text, linewidth=1.4)
+            axes.bar(place, row.per_pair, width=0.62, color=_colour(row))
+            axes.plot([place, place], [low, high], color=TEXT, linewidth=1.4)
             axes.annotate(
                 f"{row.per_pair:.3g}", (place, high), xytext=(0, 3), ha="center",
                 textcoords="offset points", fontsize=9,
@@ -91,7 +98,7 @@ def _ladder(family: Family, ink: FigureStyle) -> Callable[[Axes], None]:
     return draw
 
 
-def _shares(family: Family, ink: FigureStyle) -> Callable[[Axes], None]:
+def _shares(family: Family) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for place, row in enumerate(_measured(family)):
             for share, marker, filled in (
@@ -100,10 +107,10 @@ def _shares(family: Family, ink: FigureStyle) -> Callable[[Axes], None]:
                 if share is not None:
                     axes.plot(
                         place, share, marker=marker, linestyle="none", markersize=7,
-                        color=_colour(row, ink), clip_on=False,
-                        markerfacecolor=_colour(row, ink) if filled else ink.ground,
+                        color=_colour(row), clip_on=False,
+                        markerfacecolor=_colour(row) if filled else GROUND,
                     )  # fmt: skip
-        axes.axhline(1.0, color=ink.calm, linewidth=0.8, linestyle=":")
+        axes.axhline(1.0, color=CALM, linewidth=0.8, linestyle=":")
         axes.set_ylim(0, None)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("filled: one large product; open: its own layers alone", fontsize=9)
@@ -117,7 +124,7 @@ def _name(axes: Axes, family: Family) -> None:
     axes.set_xticks(range(len(names)), names)
 
 
-def _ratios(parts: list[Family], ink: FigureStyle) -> Callable[[Axes], None]:
+def _ratios(parts: list[Family]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         labels: list[str] = []
         for family in parts:
@@ -125,25 +132,25 @@ def _ratios(parts: list[Family], ink: FigureStyle) -> Callable[[Axes], None]:
             for row in rows[1:]:
                 place = len(labels)
                 ratio = rows[0].per_pair / row.per_pair
-                axes.bar(place, ratio, width=0.62, color=ink.kind("vm"))
+                axes.bar(place, ratio, width=0.62, color=KIND_LOOK["vm"][0])
                 axes.annotate(
                     f"{ratio:.3g}", (place, ratio), xytext=(0, 3), ha="center",
                     textcoords="offset points", fontsize=9,
                 )  # fmt: skip
                 labels.append(f"{_PARTS[family.name]}\n{row.name}")
-        axes.axhline(1.0, color=ink.calm, linewidth=0.8, linestyle=":")
+        axes.axhline(1.0, color=CALM, linewidth=0.8, linestyle=":")
         axes.set_xticks(range(len(labels)), labels, fontsize=9)
         axes.margins(y=0.18)
 
     return draw
 
 
-def _growth(family: Family, ink: FigureStyle) -> Callable[[Axes], None]:
+def _growth(family: Family) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         ticks: set[int] = set()
         for word, marker, colour in (
-            ("pairs", "o", ink.kind("vm")),
-            ("budget", "s", ink.kind("tm")),
+            ("pairs", "o", KIND_LOOK["vm"][0]),
+            ("budget", "s", KIND_LOOK["tm"][0]),
         ):
             points = [
                 (int(row.name.split()[0]), row.per_pair)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dori_lightning.locality.embeddings import EmbeddingFindings, Spread
@@ -22,12 +23,13 @@ from dori_lightning.locality.layers import (
 )
 from dori_lightning.pairs.validation import PARSER_ERRORS, ImageError, resolve_inside
 from dori_lightning.report import locality_figures
-from dori_lightning.report.figures import Drawing, FigureStyle, Plot, drawn_for_page
+from dori_lightning.report.figures import png_bytes, svg_element
+from dori_lightning.report.images import png_uri
 from dori_lightning.report.locality_figures import short_layer
 from dori_lightning.report.pages import rendered_page
-from dori_lightning.report.pictures import Disclosure, png_uri
 from dori_lightning.report.record import (
     LOCALITY_FILE,
+    Disclosure,
     LocalityFigure,
     LocalitySection,
     Provenance,
@@ -920,37 +922,32 @@ def write_locality_files(report: LocalityReport, folder: Path) -> Path:
     Returns:
         Path of the page, which is written last.
     """
+    figures = draw_locality(report)
     listed = []
-    drawings = _drawings(report)
     for answer in answers(report):
-        data = drawings[answer.name](FigureStyle())
-        if data is not None:
+        if answer.name in figures:
             file = _file(answer)
-            write_atomically(folder / file, data)
+            write_atomically(folder / file, png_bytes(figures[answer.name]))
             listed.append({"file": file, "title": answer.question, "caption": answer.caption})
     write_locality(report, folder, figures=listed, verdict=verdict(report))
     write_atomically(folder / "locality.md", locality_markdown(report).encode())
-    return write_atomically(folder / "locality.html", render_locality_page(report).encode())
-
-
-def locality_plots(report: LocalityReport) -> dict[str, Plot | None]:
-    """Figures by the name of the question they answer; None where one has nothing to show."""
-    texts = {answer.name: (answer.label, answer.caption) for answer in answers(report)}
-    return drawn_for_page(_drawings(report), texts)
+    return write_atomically(
+        folder / "locality.html", render_locality_page(report, figures).encode()
+    )
 
 
 def _file(answer: Answer) -> str:
     return f"figures/locality_{answer.name}.png"
 
 
-def render_locality_page(report: LocalityReport) -> str:
+def render_locality_page(report: LocalityReport, figures: Mapping[str, Figure]) -> str:
     """Render the page; it loads nothing from anywhere and shows no picture of a pair."""
     config = redact(report.provenance.config)
     return rendered_page(
         "locality.html.j2",
         report=report,
         answers=answers(report),
-        plots=locality_plots(report),
+        figures={name: svg_element(figure, name) for name, figure in figures.items()},
         budget=budget_words(report.budget),
         images=image_table(report),
         tables=number_tables(report),
@@ -980,21 +977,21 @@ def locality_markdown(report: LocalityReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _drawings(report: LocalityReport) -> dict[str, Drawing]:
-    """One drawing per question, of those that were asked."""
-    found: dict[str, Drawing] = {}
+def draw_locality(report: LocalityReport) -> dict[str, Figure]:
+    """Draw one figure per question that has something to show, by the question's name."""
+    figures: dict[str, Figure | None] = {}
     large, places = report.at_large, report.embeddings
     active, selected = report.activations, report.weights
     if large is not None:
-        found["budget"] = lambda ink: locality_figures.budget(large, report.start, ink)
-        found["lines"] = lambda ink: locality_figures.lines(large, ink)
-        found["transfer"] = lambda ink: locality_figures.transfer(large, ink)
+        figures["budget"] = locality_figures.budget(large, report.start)
+        figures["lines"] = locality_figures.lines(large)
+        figures["transfer"] = locality_figures.transfer(large)
     if places is not None:
-        found["spread"] = lambda ink: locality_figures.spread(places, ink)
-        found["map"] = lambda ink: locality_figures.map_of(places, ink)
+        figures["spread"] = locality_figures.spread(places)
+        figures["map"] = locality_figures.map_of(places)
     if active is not None:
-        found["activations"] = lambda ink: locality_figures.activations(active, ink)
+        figures["activations"] = locality_figures.activations(active)
     if selected is not None:
-        found["weights"] = lambda ink: locality_figures.weights(selected, ink)
-        found["methods"] = lambda ink: locality_figures.methods(selected, ink)
-    return found
+        figures["weights"] = locality_figures.weights(selected)
+        figures["methods"] = locality_figures.methods(selected)
+    return {name: figure for name, figure in figures.items() if figure is not None}

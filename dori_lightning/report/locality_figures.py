@@ -20,12 +20,14 @@ from dori_lightning.locality.layers import (
     block_of,
 )
 from dori_lightning.report.figures import (
+    ALARM,
+    CALM,
+    GROUND,
     KIND_LOOK,
     SERIES,
-    FigureStyle,
+    TEXT,
     new_figure,
     plain_axes,
-    rendered,
     styled,
     under_legend,
 )
@@ -75,9 +77,8 @@ _SHORT_START = {"random": "random", "prompt": "own prompt", "control_prompt": "o
 _START_MARKERS = {"random": "o", "prompt": "s", "control_prompt": "^"}
 
 
-def spread(found: EmbeddingFindings, ink: FigureStyle | None = None) -> bytes:
+def spread(found: EmbeddingFindings) -> Figure:
     """Draw how far embeddings of each group are apart, and whether attacks move alike."""
-    ink = ink or FigureStyle()
     rows = [
         (
             GROUP_WORDS[s.group]
@@ -86,10 +87,10 @@ def spread(found: EmbeddingFindings, ink: FigureStyle | None = None) -> bytes:
         )
         for s in found.spreads
     ]
-    with styled(ink):
+    with styled():
         high = 0.42 * max(len(rows), 6) + 1.3
-        figure = new_figure(ink.width(11.4), (3 if ink.narrow else 1) * high)
-        left, middle, right = figure.subplots(*((3, 1) if ink.narrow else (1, 3)))
+        figure = new_figure(11.4, high)
+        left, middle, right = figure.subplots(1, 3)
         for axes, name, title in (
             (left, "distance", "distance"),
             (middle, "cosine", "cosine"),
@@ -100,57 +101,53 @@ def spread(found: EmbeddingFindings, ink: FigureStyle | None = None) -> bytes:
                 _bar(axes, place - 0.12, getattr(row, name), colour, GROUP_LOOK[row.group][1])
                 _bar(
                     axes, place + 0.2, getattr(row, f"{name}_between"), colour,
-                    GROUP_LOOK[row.group][1], ground=ink.ground,
+                    GROUP_LOOK[row.group][1], ground=GROUND,
                 )  # fmt: skip
             axes.set_title(f"mean {title} of two")
             axes.set_ylim(len(rows) - 0.5, -0.6)
-        left.axvline(found.random_distance, color=ink.alarm, linestyle="--", linewidth=1.2)
+        left.axvline(found.random_distance, color=ALARM, linestyle="--", linewidth=1.2)
         left.set_xlim(left=0)
         left.set_xlabel("dashed: random embeddings")
         middle.set_xlabel("filled: one image; open: two images")
         left.set_yticks(range(len(rows)), [words for words, _ in rows], fontsize=9)
-        names = [words if ink.narrow else "" for words, _ in rows]
-        middle.set_yticks(range(len(rows)), names, fontsize=9)
-        _moves(right, found, ink)
-        return rendered(figure, ink)
+        middle.set_yticks(range(len(rows)), [""] * len(rows))
+        _moves(right, found)
+        return figure
 
 
-def _moves(axes: Axes, found: EmbeddingFindings, ink: FigureStyle) -> None:
+def _moves(axes: Axes, found: EmbeddingFindings) -> None:
     sideways(axes)
     names = []
     for place, move in enumerate(found.moves):
         group = "triggers" if move.held == "memorized" else "control_ends"
         colour, marker = colour_of(group), GROUP_LOOK[group][1]
         _bar(axes, place - 0.12, move.cosine, colour, marker)
-        _bar(axes, place + 0.2, move.cosine_between, colour, marker, ground=ink.ground)
+        _bar(axes, place + 0.2, move.cosine_between, colour, marker, ground=GROUND)
         names.append(f"{GROUP_WORDS[group].split(' of')[0]}\n(from {_SHORT_START[move.start]})")
-    axes.axvline(0, color=ink.calm, linewidth=0.8)
+    axes.axvline(0, color=CALM, linewidth=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(max(len(names), 1) - 0.5, -0.6)
     axes.set_title("mean cosine of two moves")
 
 
-def map_of(found: EmbeddingFindings, ink: FigureStyle | None = None) -> bytes | None:
+def map_of(found: EmbeddingFindings) -> Figure | None:
     """Draw embeddings in two dimensions; None where there are too few."""
     if not found.places:
         return None
-    ink = ink or FigureStyle()
     images = list(dict.fromkeys(p.pair for p in found.places if p.what == "own_prompt"))
     colours = {image: SERIES[k % len(SERIES)] for k, image in enumerate(images)}
-    with styled(ink):
-        figure = new_figure(ink.width(11.0), 9.0 if ink.narrow else 5.4)
-        grid = figure.subplots(*((2, 1) if ink.narrow else (1, 2)))
+    with styled():
+        figure = new_figure(11.0, 5.4)
+        grid = figure.subplots(1, 2)
         for axes, kind in zip(grid, ("pca", "tsne"), strict=True):
-            _scatter(axes, found.places, kind, colours, ink)
+            _scatter(axes, found.places, kind, colours)
             axes.set_title({"pca": "principal components", "tsne": "t-SNE"}[kind])
             axes.set(xticks=[], yticks=[])
-        under_legend(figure, grid[0], columns=1 if ink.narrow else 3)
-        return rendered(figure, ink)
+        under_legend(figure, grid[0], columns=3)
+        return figure
 
 
-def _scatter(
-    axes: Axes, places: Sequence[Place], kind: str, colours: dict[str, str], ink: FigureStyle
-) -> None:
+def _scatter(axes: Axes, places: Sequence[Place], kind: str, colours: dict[str, str]) -> None:
     starts = {(p.pair, p.start, p.restart): getattr(p, kind) for p in places if p.what == "start"}
     said: set[str] = set()
 
@@ -161,8 +158,8 @@ def _scatter(
         axes.plot(*at, linestyle="none", label=label if fresh else None, **style)
 
     for what, label, marker, colour in (
-        ("control_prompt", "control prompts", "x", ink.calm),
-        ("memorized_prompt", "other memorized prompts", "+", ink.text),
+        ("control_prompt", "control prompts", "x", CALM),
+        ("memorized_prompt", "other memorized prompts", "+", TEXT),
     ):
         for place in places:
             if place.what == what:
@@ -173,22 +170,22 @@ def _scatter(
     for place in places:
         if place.what not in ("end", "own_prompt"):
             continue
-        colour = colours.get(place.pair, ink.calm)
+        colour = colours.get(place.pair, CALM)
         here = getattr(place, kind)
         if place.what == "own_prompt":
             point(
                 here, f"{place.pair}: its prompt", marker="*", color=colour, markersize=15,
-                markeredgecolor=ink.ground, zorder=5,
+                markeredgecolor=GROUND, zorder=5,
             )  # fmt: skip
             continue
         there = starts[place.pair, place.start, place.restart]
         axes.plot(*zip(there, here, strict=True), color=colour, linewidth=0.8, alpha=0.5)
         marker = _START_MARKERS[str(place.start)]
-        point(there, None, marker=marker, color=colour, markerfacecolor=ink.ground, markersize=4.5)
+        point(there, None, marker=marker, color=colour, markerfacecolor=GROUND, markersize=4.5)
         point(here, None, marker=marker, color=colour, markersize=6.5, zorder=4)
     for start in dict.fromkeys(start for _, start, _ in starts):
         axes.plot(
-            [], [], linestyle="none", marker=_START_MARKERS[str(start)], color=ink.text,
+            [], [], linestyle="none", marker=_START_MARKERS[str(start)], color=TEXT,
             label=f"trigger found from {START_WORDS[str(start)]}",
         )  # fmt: skip
 
@@ -219,15 +216,14 @@ def short_layer(name: str) -> str:
     return f"{stage} {'.'.join(part for part in parts[1:] if part.isdigit())}"
 
 
-def activations(found: ActivationFindings, ink: FigureStyle | None = None) -> bytes | None:
+def activations(found: ActivationFindings) -> Figure | None:
     """Draw mean distances of activations by layer and group; None without layers."""
     panels = [method for method in METHOD_WORDS if any(r.method == method for r in found.layers)]
     if not panels:
         return None
-    ink = ink or FigureStyle()
-    with styled(ink):
+    with styled():
         figure, grid = _sheet(
-            [len({r.layer for r in found.layers if r.method == m}) for m in panels], ink
+            [len({r.layer for r in found.layers if r.method == m}) for m in panels]
         )
         for method, both in zip(panels, grid, strict=True):
             rows = [row for row in found.layers if row.method == method]
@@ -237,31 +233,30 @@ def activations(found: ActivationFindings, ink: FigureStyle | None = None) -> by
                     own = {row.layer: row for row in rows if row.group == group}
                     if not own:
                         continue
-                    _marks(axes, [getattr(own[k], name) for k in layers], group, ink)
+                    _marks(axes, [getattr(own[k], name) for k in layers], group)
                     if group == "triggers":
                         _marks(
                             axes, [getattr(own[k], f"{name}_between") for k in layers], group,
-                            ink, between=True,
+                            between=True,
                         )  # fmt: skip
                 axes.set_ylim(bottom=0)
                 _names(axes, layers if axes is both[1] else [])
             both[0].set_title(f"{METHOD_WORDS[method]}'s layers")
-            if ink.narrow or both is grid[0]:
+            if both is grid[0]:
                 both[0].set_ylabel("mean distance")
                 both[1].set_ylabel("relative to size")
-        under_legend(figure, *(axes for both in grid for axes in both), columns=_columns(ink))
-        return rendered(figure, ink)
+        under_legend(figure, *(axes for both in grid for axes in both), columns=3)
+        return figure
 
 
-def weights(found: WeightFindings, ink: FigureStyle | None = None) -> bytes | None:
+def weights(found: WeightFindings) -> Figure | None:
     """Draw agreement of selections by layer and group, with their sizes; None without layers."""
     panels = [method for method in METHOD_WORDS if any(r.method == method for r in found.layers)]
     if not panels:
         return None
-    ink = ink or FigureStyle()
-    with styled(ink):
+    with styled():
         figure, grid = _sheet(
-            [len({r.parameter for r in found.layers if r.method == m}) for m in panels], ink
+            [len({r.parameter for r in found.layers if r.method == m}) for m in panels]
         )
         for method, (upper, lower) in zip(panels, grid, strict=True):
             rows = [row for row in found.layers if row.method == method]
@@ -269,30 +264,28 @@ def weights(found: WeightFindings, ink: FigureStyle | None = None) -> bytes | No
             for group in GROUPS:
                 own = {row.parameter: row for row in rows if row.group == group}
                 if own:
-                    _selections(upper, lower, [own[k] for k in layers], group, ink)
+                    _selections(upper, lower, [own[k] for k in layers], group)
             upper.set_ylim(-0.03, 1.05)
             lower.set_ylim(bottom=0)
             _names(upper, [])
             _names(lower, layers)
             upper.set_title(METHOD_WORDS[method])
-            if ink.narrow or upper is grid[0][0]:
+            if upper is grid[0][0]:
                 upper.set_ylabel("intersection over union")
                 lower.set_ylabel("selected, % of layer")
-        under_legend(figure, *(axes for both in grid for axes in both), columns=_columns(ink))
-        return rendered(figure, ink)
+        under_legend(figure, *(axes for both in grid for axes in both), columns=3)
+        return figure
 
 
-def _selections(
-    upper: Axes, lower: Axes, rows: Sequence[LayerSelection], group: str, ink: FigureStyle
-) -> None:
-    _marks(upper, [row.iou for row in rows], group, ink)
+def _selections(upper: Axes, lower: Axes, rows: Sequence[LayerSelection], group: str) -> None:
+    _marks(upper, [row.iou for row in rows], group)
     if group == "triggers":
-        _marks(upper, [row.iou_between for row in rows], group, ink, between=True)
+        _marks(upper, [row.iou_between for row in rows], group, between=True)
     shift, colour = _shift(group), GROUP_LOOK[group][0]
     for place, row in enumerate(rows):
         if not math.isnan(row.chance):
             upper.plot(
-                place + shift, row.chance, marker="_", color=ink.text, markersize=9,
+                place + shift, row.chance, marker="_", color=TEXT, markersize=9,
                 linestyle="none", label="random selections" if place == 0 else None,
             )  # fmt: skip
     lower.bar(
@@ -301,14 +294,13 @@ def _selections(
     )  # fmt: skip
 
 
-def methods(found: WeightFindings, ink: FigureStyle | None = None) -> bytes | None:
+def methods(found: WeightFindings) -> Figure | None:
     """Draw in which blocks the two methods select with triggers; None where they do not."""
     own = next((a for a in found.agreement if a.group == "triggers" and a.nemo), None)
     if own is None:
         return None
-    ink = ink or FigureStyle()
-    with styled(ink):
-        figure = new_figure(ink.width(), 3.8)
+    with styled():
+        figure = new_figure(8.0, 3.8)
         axes = figure.subplots()
         plain_axes(axes)
         places = np.arange(len(own.blocks))
@@ -322,12 +314,8 @@ def methods(found: WeightFindings, ink: FigureStyle | None = None) -> bytes | No
             )  # fmt: skip
         _names(axes, own.blocks)
         axes.set_ylabel("% of the selection")
-        under_legend(figure, axes, columns=1 if ink.narrow else 2)
-        return rendered(figure, ink)
-
-
-def _columns(ink: FigureStyle) -> int:
-    return 1 if ink.narrow else 3
+        under_legend(figure, axes, columns=2)
+        return figure
 
 
 def _shift(group: str) -> float:
@@ -338,7 +326,6 @@ def _marks(
     axes: Axes,
     estimates: Sequence[Estimate],
     group: str,
-    ink: FigureStyle,
     *,
     between: bool = False,
 ) -> None:
@@ -352,7 +339,7 @@ def _marks(
             axes.plot([at] * 2, [estimate.low, estimate.high], color=colour, linewidth=1.6)
         axes.plot(
             at, estimate.value, marker=marker, color=colour, markersize=5.5, linestyle="none",
-            markerfacecolor=ink.ground if between else colour,
+            markerfacecolor=GROUND if between else colour,
             label=label if place == 0 else None,
         )  # fmt: skip
 
@@ -368,12 +355,8 @@ def _names(axes: Axes, layers: Sequence[str]) -> None:
         axes.set_xticks([])
 
 
-def _sheet(widths: Sequence[int], ink: FigureStyle) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+def _sheet(widths: Sequence[int]) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     """A figure with two panels above each other per method; methods side by side where wide."""
-    if ink.narrow:
-        figure = new_figure(ink.width(), 4.6 * len(widths) + 1.6)
-        column = list(figure.subplots(2 * len(widths), 1))
-        return figure, [(column[k], column[k + 1]) for k in range(0, len(column), 2)]
     figure = new_figure(2.0 + 0.48 * sum(widths), 6.4)
     upper, lower = figure.subplots(
         2, len(widths), squeeze=False, gridspec_kw={"width_ratios": list(widths)}
@@ -385,14 +368,13 @@ def _sheet(widths: Sequence[int], ink: FigureStyle) -> tuple[Figure, list[tuple[
 # Figures of how often embeddings draw the image, as files and for the page.
 
 
-def budget(found: Transfers, start: str, ink: FigureStyle | None = None) -> bytes | None:
+def budget(found: Transfers, start: str) -> Figure | None:
     """Draw success against steps for memorized and control images; None without points."""
     points = [p for p in found.budget if p.start == start]
     if not points:
         return None
-    ink = ink or FigureStyle()
-    with styled(ink):
-        figure = new_figure(ink.width(6.8), 3.9)
+    with styled():
+        figure = new_figure(6.8, 3.9)
         axes = figure.subplots()
         plain_axes(axes)
         for held, label, kind in (
@@ -403,7 +385,7 @@ def budget(found: Transfers, start: str, ink: FigureStyle | None = None) -> byte
             if own:
                 _curve(
                     axes, [p.steps for p in own], [p.rate for p in own],
-                    ink.kind("vm" if kind == "vm" else "control"),
+                    KIND_LOOK["vm" if kind == "vm" else "control"][0],
                     f"{label} (n = {max(p.rate.n for p in own)})",
                     "o" if kind == "vm" else "^",
                 )  # fmt: skip
@@ -414,17 +396,16 @@ def budget(found: Transfers, start: str, ink: FigureStyle | None = None) -> byte
         axes.set_xticks(steps, [str(s) for s in steps])
         axes.set_xlabel(f"attack steps from {START_WORDS[start]}")
         _share(axes)
-        under_legend(figure, axes, columns=1 if ink.narrow else 2)
-        return rendered(figure, ink)
+        under_legend(figure, axes, columns=2)
+        return figure
 
 
-def lines(found: Transfers, ink: FigureStyle | None = None) -> bytes | None:
+def lines(found: Transfers) -> Figure | None:
     """Draw success along lines from triggers; None without lines."""
     if not found.lines:
         return None
-    ink = ink or FigureStyle()
-    with styled(ink):
-        figure = new_figure(ink.width(6.8), 3.9)
+    with styled():
+        figure = new_figure(6.8, 3.9)
         axes = figure.subplots()
         plain_axes(axes)
         for toward, label, group in (
@@ -443,19 +424,18 @@ def lines(found: Transfers, ink: FigureStyle | None = None) -> bytes | None:
         axes.set_xlabel("share of the way; the trigger is at 0")
         _share(axes)
         under_legend(figure, axes, columns=1)
-        return rendered(figure, ink)
+        return figure
 
 
-def transfer(found: Transfers, ink: FigureStyle | None = None) -> bytes | None:
+def transfer(found: Transfers) -> Figure | None:
     """Draw success on each model by where the search began; None without models."""
     if not found.transfers:
         return None
-    ink = ink or FigureStyle()
     models = list(dict.fromkeys(t.model for t in found.transfers))
     searched = {t.model for t in found.transfers if t.searched}
     starts = list(dict.fromkeys(t.start for t in found.transfers))
-    with styled(ink):
-        figure = new_figure(ink.width(), 0.85 * len(models) + (2.4 if ink.narrow else 1.7))
+    with styled():
+        figure = new_figure(8.0, 0.85 * len(models) + 1.7)
         axes = figure.subplots()
         sideways(axes)
         width = 0.76 / len(starts)
@@ -479,7 +459,7 @@ def transfer(found: Transfers, ink: FigureStyle | None = None) -> bytes | None:
                     axes.plot(
                         rate.rate, place, linestyle="none", color=colour, clip_on=False,
                         marker="o" if filled else "^", markersize=8 if filled else 6,
-                        markerfacecolor=colour if filled else ink.ground,
+                        markerfacecolor=colour if filled else GROUND,
                         label=_way(start) if filled and row == 0 else None,
                     )  # fmt: skip
         names = {"none": "checkpoint\nas it is"}
@@ -491,8 +471,8 @@ def transfer(found: Transfers, ink: FigureStyle | None = None) -> bytes | None:
         axes.set_xlim(-0.02, 1.02)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("embeddings that draw their image; open triangles: control images")
-        under_legend(figure, axes, columns=1 if ink.narrow else 2)
-        return rendered(figure, ink)
+        under_legend(figure, axes, columns=2)
+        return figure
 
 
 def _way(start: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
 from dori_lightning.metrics.replication import (
     Aggregation,
@@ -31,18 +32,16 @@ from dori_lightning.metrics.utility import Comparison as UtilityComparison
 from dori_lightning.metrics.utility import DenoisingLoss, PictureRow, Replicas, Utility
 from dori_lightning.report.comparison import Comparison, Entry, HeadlineRow
 from dori_lightning.report.figures import (
-    Plot,
-    before_and_after,
-    drawn_for_page,
-    page_plots,
-    rate_against_radius,
-    rates_against_steps,
-    removal_against_price,
-    repeats_by_mitigation,
+    audit_figures,
+    svg_element,
+    sweep_figures,
+    write_figures,
 )
-from dori_lightning.report.pictures import NOT_KEPT, THUMBNAIL, Disclosure, jpeg_uri, thumbnail
+from dori_lightning.report.images import THUMBNAIL, attack_grid, jpeg_uri, png_file, thumbnail
 from dori_lightning.report.record import (
+    NOT_KEPT,
     AuditReport,
+    Disclosure,
     LocalitySection,
     strictest,
     with_files_that_exist,
@@ -510,9 +509,9 @@ def rendered_page(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values).lstrip()
 
 
-def _firm(text: str) -> str:
+def _firm(text: str) -> Markup:
     """Keep "95 %" and "4 of 8" on one line: broken they are hard to read."""
-    return _LOOSE.sub("\u00a0", text)
+    return Markup(_LOOSE.sub("\u00a0", escape(text)))
 
 
 def _breakable(name: str) -> Markup:
@@ -522,35 +521,6 @@ def _breakable(name: str) -> Markup:
 
 # -------- sweep_page
 # The table of a sweep as files: parquet, Markdown, and one self-contained page for people.
-
-_TEXTS = {
-    "before_and_after": (
-        "From the prompts, and by the attack",
-        "Share of suspected images that come back from their prompts (open) and by the attack "
-        "(filled), with 95 % intervals. A long bar is a mitigation that hides images and leaves "
-        "them in the weights. Small marks below a row: the paper's numbers, on Stable Diffusion.",
-    ),
-    "rates_against_steps": (
-        "What the attack may spend: steps",
-        "Share of suspected images that come back, against the attack's steps.",
-    ),
-    "rate_against_radius": (
-        "What the attack may spend: distance from where it begins",
-        "Share of suspected images that come back, against the radius that the attack is kept "
-        "within, at its full number of steps.",
-    ),
-    "repeats_by_mitigation": (
-        "Repetition and memorization under each mitigation",
-        "Similarity of the pictures against how often each image was repeated in training; known "
-        "here because the images were planted. Filled: from the prompts; open: by the attack; a "
-        "dash is the median.",
-    ),
-    "removal_against_price": (
-        "What removal costs",
-        "Suspected images that the attack still finds, against the change of the denoising loss "
-        "on ordinary pictures, both with 95 % intervals. Good is the lower left.",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -629,7 +599,7 @@ def render_sweep_page(
         remarks=remarks(comparison, rows),
         incomplete=incomplete,
         tone="doubt" if incomplete else sweep_tone(rows),
-        plots=_plots(comparison, rows),
+        figures=_figures(comparison, rows),
         images=shown,
         side=SIDE,
         blocks=sweep_blocks(comparison, disclosure=shown, max_pairs=max_pairs),
@@ -658,26 +628,19 @@ def _sources(entry: Entry, folder: Path) -> list[_Source]:
     return found
 
 
-def _plots(comparison: Comparison, rows: Sequence[HeadlineRow]) -> dict[str, Plot | None]:
+def _figures(comparison: Comparison, rows: Sequence[HeadlineRow]) -> dict[str, Markup]:
     # one checkpoint's threshold would be a lie in another one's panels
     single = len(comparison.calibrations) == 1
     rule = next(iter(comparison.calibrations.values()))
-    held = {}
+    repeats = {}
     for entry in comparison.entries if single else ():
         results, spoken = results_by_entry(entry, entry.outcomes, rule)
-        held[entry.label] = (results, [condition for condition in spoken if condition])
-    return drawn_for_page(
-        {
-            "before_and_after": lambda ink: before_and_after(rows, ink),
-            "rates_against_steps": lambda ink: rates_against_steps(rows, comparison.cells, ink),
-            "rate_against_radius": lambda ink: rate_against_radius(rows, ink),
-            "repeats_by_mitigation": lambda ink: repeats_by_mitigation(
-                held, ink, threshold=rule.threshold
-            ),
-            "removal_against_price": lambda ink: removal_against_price(rows, ink),
-        },
-        _TEXTS,
-    )
+        repeats[entry.label] = (results, [condition for condition in spoken if condition])
+    return _elements(sweep_figures(rows, comparison.cells, repeats, threshold=rule.threshold))
+
+
+def _elements(figures: Mapping[str, Figure]) -> dict[str, Markup]:
+    return {name: svg_element(figure, name) for name, figure in figures.items()}
 
 
 # -------- utility_section
@@ -948,6 +911,7 @@ def render_page(
     images: Disclosure = "full",
     max_pairs: int = 40,
     locality: Sequence[LocalitySection] = (),
+    figures: Mapping[str, Figure] | None = None,
 ) -> str:
     """Render the page; it loads nothing from anywhere.
 
@@ -957,6 +921,7 @@ def render_page(
             pictures are the leaked data; ``none`` embeds no picture.
         max_pairs: Most pairs to show; they are the first of each kind, never chosen by result.
         locality: What locality runs found on the same checkpoint.
+        figures: Figures of the report where they are drawn already.
 
     Returns:
         HTML.
@@ -989,7 +954,7 @@ def render_page(
         numbers=number_groups(report),
         cost=utility_section(report.utility, disclosure=images) if report.utility else None,
         locality=locality,
-        plots=page_plots(report),
+        figures=_elements(audit_figures(report) if figures is None else figures),
         conditions=list(dict.fromkeys(condition_words(c.condition) for c in report.cells)),
         pictures_each=max((len(o.seeds) for o in report.outcomes), default=0),
         restarts=max((o.restart + 1 for o in report.outcomes), default=0),
@@ -1004,11 +969,27 @@ def write_page(
     images: Disclosure = "full",
     max_pairs: int = 40,
     locality: Sequence[LocalitySection] = (),
+    figures: Mapping[str, Figure] | None = None,
 ) -> Path:
     """Write ``report.html`` into the run folder in one step and return its path."""
-    page = render_page(report, images=images, max_pairs=max_pairs, locality=locality)
+    page = render_page(
+        report, images=images, max_pairs=max_pairs, locality=locality, figures=figures
+    )
     folder.mkdir(parents=True, exist_ok=True)
     return write_atomically(folder / "report.html", page.encode())
+
+
+def write_audit_page(
+    report: AuditReport, folder: Path, *, images: Disclosure = "full", max_pairs: int = 40
+) -> Path:
+    """Write an audit's page, its figures and the grid of its images as files; return the page."""
+    figures = audit_figures(report)
+    write_figures(figures, folder)
+    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
+    grid = attack_grid(report, headline_condition(own), images=images)
+    if grid is not None:
+        write_atomically(folder / "figures" / "picture_grid.png", png_file(grid))
+    return write_page(report, folder, images=images, max_pairs=max_pairs, figures=figures)
 
 
 def _tone(own: Sequence[Cell], attack: Condition | None) -> str:

@@ -38,7 +38,6 @@ from dori_lightning.metrics.utility import (
     Replicas,
     Utility,
 )
-from dori_lightning.report.pictures import NOT_KEPT, Disclosure
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import (
@@ -51,6 +50,12 @@ from dori_lightning.types import (
     Outcome,
     Pair,
 )
+
+Disclosure = Literal["full", "blurred", "none"]
+"""How images may be shown; what blurring throws away is gone."""
+
+NOT_KEPT = Path()
+"""Stands for an image whose file is not where a run left it."""
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,9 @@ from dori_lightning.models.batching import estimate_batch_size
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import check_prompt_lengths
-from dori_lightning.report.figures import write_figures
 from dori_lightning.report.findings import attack_effort
-from dori_lightning.report.pages import write_page
-from dori_lightning.report.pictures import Disclosure
-from dori_lightning.report.record import AuditReport, write_report, write_utility
+from dori_lightning.report.pages import write_audit_page
+from dori_lightning.report.record import AuditReport, Disclosure, write_report, write_utility
 from dori_lightning.report.tables import cells_table
 from dori_lightning.report.verdict import INVALID, make_report
 from dori_lightning.runtime import distributed
@@ -271,8 +269,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
 def _write(report: AuditReport, folder: Path, *, images: Disclosure, max_pairs: int) -> None:
     """Write record, figures and page, and say the answer on the console."""
     write_report(report, folder)
-    write_figures(report, folder, images=images)
-    page = write_page(report, folder, images=images, max_pairs=max_pairs)
+    page = write_audit_page(report, folder, images=images, max_pairs=max_pairs)
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
     title = f"{INVALID}: {', '.join(report.invalid)}" if report.invalid else None
     console.print(cells_table(report.cells, title=title))

@@ -25,8 +25,8 @@ from dori_lightning.report.claims import (
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
 from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import write_page, write_table
-from dori_lightning.report.pictures import Disclosure
 from dori_lightning.report.record import (
+    Disclosure,
     LocalitySection,
     Run,
     audit_of,

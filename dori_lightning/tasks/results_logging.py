@@ -10,7 +10,7 @@ Curves: ``attack/loss/{init}/{kind}`` against ``attack/step``, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +22,17 @@ from dori_lightning.attacks.embedding_attack import Conditioning
 from dori_lightning.locality.estimates import Rate
 from dori_lightning.locality.layers import WeightFindings
 from dori_lightning.metrics.replication import (
-    PairResult,
     aggregate,
     find_cell,
     headline_condition,
-    pair_results,
 )
 from dori_lightning.mitigations.base import EditResult
+from dori_lightning.report.images import attack_grid, thumbnail
 from dori_lightning.report.locality import LocalityReport
-from dori_lightning.report.pictures import Disclosure, thumbnail
-from dori_lightning.report.record import AuditReport
+from dori_lightning.report.record import AuditReport, Disclosure
 from dori_lightning.report.words import condition_words
-from dori_lightning.tracking import Tile, Tracker, mosaic
-from dori_lightning.types import INITS, KINDS, Condition, Init, Outcome, Pair
+from dori_lightning.tracking import Tracker
+from dori_lightning.types import INITS, KINDS, Condition, Outcome
 
 if TYPE_CHECKING:
     from dori_lightning.locality.study import Transfers
@@ -49,79 +47,8 @@ COLUMNS = (
     "loss_last", "displacement", "embedding", "picture",
 )  # fmt: skip
 
-_SUSPECTED, _CONTROLS = 8, 4
-"""Rows of a grid: more would not fit a screen."""
 _SIDE = 128
 _PROMPT = Condition("prompt")
-
-
-def grid(report: AuditReport, init: Init, *, images: Disclosure) -> tuple[Image.Image | None, str]:
-    """Originals beside what prompts and the attack from one start bring back, by pair.
-
-    Args:
-        report: What was found.
-        init: Where the attack began.
-        images: Whether pictures are shown, blurred or left out.
-
-    Returns:
-        The grid, None where there is nothing to show, and how to read it.
-    """
-    attack = max(
-        (c.condition for c in report.cells if c.condition.init == init),
-        key=lambda condition: condition.budget.steps,
-        default=None,
-    )
-    if attack is None or images == "none":
-        return None, ""
-    now, before = _results(report, report.outcomes), _results(report, report.baseline)
-    columns = [("from its prompt", now, _PROMPT), (f"attack from {init}", now, attack)]
-    if before:
-        columns.insert(0, ("before", before, _PROMPT))
-    rows = [
-        [
-            Tile(thumbnail(pair.image, images, side=_SIDE), f"{pair.kind} {pair.id}"),
-            *(_tile(held.get((pair.id, condition)), images) for _, held, condition in columns),
-        ]
-        for pair in _shown(report, attack)
-    ]
-    sheet = mosaic(rows, headings=["original", *(title for title, _, _ in columns)], side=_SIDE)
-    return sheet, (
-        f"{report.checkpoint}, mitigation {report.mitigation}; {condition_words(attack)}. Below a "
-        f"picture: its similarity to the original; framed: above the threshold "
-        f"{report.calibration.threshold:.2f}"
-    )
-
-
-def _results(
-    report: AuditReport, outcomes: Iterable[Outcome]
-) -> dict[tuple[str, Condition], PairResult]:
-    found = pair_results(
-        outcomes,
-        descriptor=report.calibration.descriptor,
-        threshold=report.calibration.threshold,
-        aggregation=report.aggregation,
-    )
-    return {(result.pair.id, result.condition): result for result in found}
-
-
-def _shown(report: AuditReport, attack: Condition) -> list[Pair]:
-    """Pairs that were attacked, suspected ones first."""
-    pairs = {o.pair.id: o.pair for o in report.outcomes if o.condition == attack}
-    suspected = [pair for pair in pairs.values() if pair.kind != "control"]
-    controls = [pair for pair in pairs.values() if pair.kind == "control"]
-    return [*suspected[:_SUSPECTED], *controls[:_CONTROLS]]
-
-
-def _tile(result: PairResult | None, images: Disclosure) -> Tile:
-    if result is None:
-        return Tile(None, "not run")
-    if result.picture is None:
-        return Tile(None, result.status)
-    return Tile(
-        thumbnail(result.picture, images, side=_SIDE),
-        f"{result.best:.2f}",
-        marked=bool(result.reproduced),
-    )
 
 
 def table_rows(
@@ -304,8 +231,16 @@ def track_report(
         return
     tracker.scalars(_rates(report), step_metric="audit/steps")
     for init in INITS:
-        sheet, caption = grid(report, init, images=images)
-        tracker.pictures(f"pictures/{init}", sheet, caption=caption)
+        attacks = [c.condition for c in report.cells if c.condition.init == init]
+        if attacks:
+            attack = max(attacks, key=lambda condition: condition.budget.steps)
+            tracker.pictures(
+                f"pictures/{init}",
+                attack_grid(report, attack, images=images),
+                caption=f"{report.checkpoint}, mitigation {report.mitigation}; "
+                f"{condition_words(attack)}. Below an image: its similarity to the original; "
+                f"framed: above the threshold {report.calibration.threshold:.2f}",
+            )
     rows = table_rows(report, folder, images=images, max_pairs=max_pairs)
     tracker.table("audit/pairs", COLUMNS, rows)
     _track_files(tracker, report, found, folder)

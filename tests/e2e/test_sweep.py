@@ -68,7 +68,7 @@ def grid(place: Path) -> Path:
     """The finished grid's folder."""
     with pytest.MonkeyPatch.context() as patch:
         # most of so small an audit's time, and tested elsewhere
-        patch.setattr("dori_lightning.report.figures._drawings", lambda _: {})
+        patch.setattr("dori_lightning.report.pages.audit_figures", lambda _: {})
         code = swept(place)
     assert code == 0
     return place / "outputs" / "sweeps" / "pruning_grid"

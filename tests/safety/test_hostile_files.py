@@ -24,8 +24,8 @@ from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import open_image
 from dori_lightning.planting.training import EncodedStream
+from dori_lightning.report.images import jpeg_uri, thumbnail
 from dori_lightning.report.locality import read_locality
-from dori_lightning.report.pictures import jpeg_uri, thumbnail
 from dori_lightning.runtime.checkpoints import (
     FitCheckpoints,
     checkpoint_path,

@@ -17,7 +17,7 @@ from dori_lightning.runtime import peers
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks import run_record
 from dori_lightning.tasks.results_logging import track_attack
-from dori_lightning.tracking import Tile, Tracker, WeightsAndBiases, kept_id, mosaic
+from dori_lightning.tracking import Tracker, WeightsAndBiases, kept_id
 from dori_lightning.types import Budget, Condition, InputError, Pair
 from support.fake_audits import PROMPT, dori, write_sweep
 from support.offline_runs import files_of, inspected, offline_runs
@@ -218,20 +218,6 @@ def test_online_without_a_key_is_explained(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=600, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert "logger.wandb.offline=true" in ended.stdout, ended.stderr
-
-
-def test_a_mosaic_has_a_place_for_every_tile() -> None:
-    red = Image.new("RGB", (10, 10), "#ff0000")
-    sheet = mosaic(
-        [[Tile(red, "vm a"), Tile(None, "not run")], [Tile(red), Tile(red, "0.91", marked=True)]],
-        headings=("original", "a heading that is much too long for its column"),
-        side=64,
-    )
-    assert sheet is not None
-    assert sheet.width > 2 * 64
-    assert sheet.height > 2 * 64
-    assert sheet.getpixel((40, 50)) == (255, 0, 0)
-    assert mosaic([[Tile(None)]], headings=("original",)) is None
 
 
 @pytest.mark.usefixtures("fresh_client")

@@ -19,10 +19,9 @@ from dori_lightning.report.comparison import (
     published_for,
 )
 from dori_lightning.report.figures import (
-    FigureStyle,
-    before_and_after,
     rate_against_radius,
     rates_against_steps,
+    sweep_figures,
 )
 from dori_lightning.report.findings import holm, paired
 from dori_lightning.report.pages import render_sweep_page, write_table
@@ -341,7 +340,7 @@ def test_an_incomplete_table_says_so_on_the_page(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(pages, "_plots", lambda *_: dict.fromkeys(pages._TEXTS))
+    monkeypatch.setattr(pages, "sweep_figures", lambda *_, **__: {})
     incomplete = replace(compared, unfinished=("mitigation=<siss>",))
     text = render_sweep_page(incomplete, rows, tmp_path)
     assert "Not complete" in text
@@ -368,15 +367,12 @@ def test_an_attack_that_paints_controls_is_doubted(tmp_path: Path) -> None:
     assert sweep_tone(found) == "doubt"
 
 
-def test_figures_are_drawn_alike_each_time_and_take_the_pages_colours(
+def test_figures_with_nothing_to_show_are_left_out(
     compared: Comparison, rows: tuple[HeadlineRow, ...]
 ) -> None:
-    for ink in (FigureStyle(), FigureStyle(element="x"), FigureStyle(element="x", narrow=True)):
-        drawn = before_and_after(rows, ink)
-        assert drawn is not None
-        assert drawn == before_and_after(rows, ink)
-    assert b"var(--found)" in drawn
-    assert not re.search(rb"#[0-9a-f]{6}\b", drawn), "a colour that knows no dark page"
+    drawn = sweep_figures(rows, compared.cells, {}, threshold=0.5)
+    assert set(drawn) == {"before_and_after", "rates_against_steps", "removal_against_cost"}, (
+        "all attacks had one radius"
+    )
     one_count = [c for c in compared.cells if c.condition.budget.steps in (0, 50)]
     assert rates_against_steps(rows, one_count) is None, "two points are no curve"
-    assert rate_against_radius(rows) is None, "all attacks had one ball"

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,8 @@ from rich.console import Console
 
 from dori_lightning.metrics.replication import pair_results
 from dori_lightning.report import figures
-from dori_lightning.report.figures import write_figures
-from dori_lightning.report.pictures import thumbnail
+from dori_lightning.report.images import attack_grid, thumbnail
+from dori_lightning.report.pages import write_audit_page
 from dori_lightning.report.tables import cells_markdown, cells_table
 from dori_lightning.types import InputError
 
@@ -60,40 +61,37 @@ def test_restarts_reduce_to_the_best_and_divergence_is_kept(
     assert none.reproduced is None
 
 
-def test_figures_are_png_and_repeat_bit_for_bit(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_figures_repeat_bit_for_bit_and_take_the_pages_colours(
+    tmp_path: Path, fakes: SimpleNamespace
+) -> None:
     report = fakes.report(tmp_path)
-    results = results_of(report)
-    conditions = [fakes.PROMPT, fakes.dori(50)]
 
-    def draw() -> list[bytes | None]:
-        return [
-            figures.rate_against_steps(report.cells),
-            figures.similarity_histograms(
-                results, conditions=conditions, calibration=report.calibration
-            ),
-            figures.roc(report.calibration),
-            figures.memorization_against_repeats(results, conditions=conditions, threshold=0.7),
-            figures.picture_grid([(results[0], results[2])], threshold=0.7),
-        ]
+    def draw() -> dict[str, tuple[bytes, str]]:
+        return {
+            name: (figures.png_bytes(figure), figures.svg_element(figure, name))
+            for name, figure in figures.audit_figures(report).items()
+        }
 
     first = draw()
-    assert all(data is not None and data.startswith(PNG) for data in first)
+    assert set(first) == {
+        "rate_against_steps", "similarity_histograms", "roc", "memorization_against_repeats",
+    }  # fmt: skip
+    for png, svg in first.values():
+        assert png.startswith(PNG)
+        assert "var(--" in svg
+        assert not re.search(r"#[0-9a-f]{6}\b", svg), "a colour that knows no dark page"
     assert first == draw()
 
 
 def test_figures_without_data_are_left_out(tmp_path: Path, fakes: SimpleNamespace) -> None:
     report = fakes.report(tmp_path, vm=0)
-    results = results_of(report)
-    conditions = [fakes.PROMPT]
+    rule = report.calibration
+    prompts = [fakes.PROMPT]
     assert figures.rate_against_steps([fakes.cell("vm", fakes.PROMPT, 1, 2)]) is None
-    assert figures.roc(replace(report.calibration, roc=())) is None
-    assert (
-        figures.memorization_against_repeats(results, conditions=conditions, threshold=0.7) is None
-    )
-    assert figures.similarity_histograms(
-        [], conditions=conditions, calibration=report.calibration
-    ) is None  # fmt: skip
-    assert figures.picture_grid([(None, None)], threshold=0.7) is None
+    assert figures.roc(replace(rule, roc=())) is None
+    groups = {"": (results_of(report), prompts)}
+    assert figures.memorization_against_repeats(groups, threshold=0.7) is None
+    assert figures.similarity_histograms([], conditions=prompts, calibration=rule) is None
 
 
 def test_bounded_and_random_attacks_get_their_own_panels(fakes: SimpleNamespace) -> None:
@@ -103,16 +101,38 @@ def test_bounded_and_random_attacks_get_their_own_panels(fakes: SimpleNamespace)
         fakes.cell("vm", fakes.dori(50, norm="linf", eps=0.1), 2, 4),
         fakes.cell("vm", fakes.dori(50), 0, 0, failed=4),
     ]
-    data = figures.rate_against_steps(cells)
-    assert data is not None
-    assert data.startswith(PNG)
+    figure = figures.rate_against_steps(cells)
+    assert figure is not None
+    assert len([axes for axes in figure.axes if axes.get_visible()]) == 3
 
 
 def test_figure_files_follow_the_disclosure(tmp_path: Path, fakes: SimpleNamespace) -> None:
     report = fakes.report(tmp_path)
-    shown = {path.name for path in write_figures(report, tmp_path / "a")}
-    hidden = {path.name for path in write_figures(report, tmp_path / "b", images="none")}
+    for images in ("full", "none"):
+        write_audit_page(report, tmp_path / images, images=images)
+    shown, hidden = (
+        {path.name for path in (tmp_path / images / "figures").iterdir()}
+        for images in ("full", "none")
+    )
     assert shown - hidden == {"picture_grid.png"}
+    assert len(hidden) == 4
+
+
+def test_a_grid_has_a_row_for_each_pair_and_frames_replicas(
+    tmp_path: Path, fakes: SimpleNamespace
+) -> None:
+    report = fakes.report(tmp_path)
+    grid = attack_grid(report, fakes.dori(50), images="full")
+    prompts = attack_grid(report, None, images="full")
+    assert grid is not None
+    assert prompts is not None
+    assert grid.height == prompts.height > 8 * 128
+    assert grid.width - prompts.width > 128
+    red = (192, 32, 47)
+    count = sum(grid.getpixel((x, 60)) == red for x in range(grid.width))
+    assert count == 2 * 2 * 3, "prompt and attack of a replica: two sides of three pixels each"
+    assert attack_grid(report, fakes.dori(50), images="none") is None
+    assert attack_grid(replace(report, outcomes=()), None, images="full") is None
 
 
 def test_blurring_throws_the_detail_away(tmp_path: Path) -> None:
