@@ -129,7 +129,7 @@ def test_the_strictest_run_decides_what_is_shown(
 def test_a_sweeps_page_shows_pictures_and_links_its_runs(
     tmp_path: Path, fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "drawn_for_page", lambda _, texts: dict.fromkeys(texts))
+    monkeypatch.setattr(pages, "sweep_figures", lambda *_, **__: {})
     for name in ("none", "wanda"):
         report = kept(fakes, tmp_path / name, vm=3, control=2)
         own = tuple(replace(cell, mitigation=name) for cell in report.cells)
