@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import dori_lightning.mitigations
+from dori_lightning import config
 from dori_lightning.mitigations.edits import MaskEdit
 from support.context import make_context, read_pairs
 from support.tiny import tiny_model
@@ -24,7 +25,7 @@ def blocks(section: str, language: str) -> list[str]:
 
 
 def test_the_worked_mitigation_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,), (config,) = blocks("Add a mitigation", "python"), blocks("Add a mitigation", "yaml")
+    (code,), (recipe,) = blocks("Add a mitigation", "python"), blocks("Add a mitigation", "yaml")
     assert len([line for line in code.splitlines() if line.strip()]) <= 22
     (tmp_path / "loudest_values.py").write_text(code, "utf-8")
     monkeypatch.setattr(
@@ -32,7 +33,7 @@ def test_the_worked_mitigation_is_one(tmp_path: Path, monkeypatch: pytest.Monkey
         "__path__",
         [*dori_lightning.mitigations.__path__, str(tmp_path)],
     )
-    cfg = OmegaConf.create({"mitigation": OmegaConf.create(config)})
+    cfg = OmegaConf.create({"mitigation": OmegaConf.create(recipe)})
     assert isinstance(cfg, DictConfig)
     config.check_targets(cfg)
     config.check_signatures(cfg)
