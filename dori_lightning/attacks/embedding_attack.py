@@ -23,7 +23,7 @@ from dori_lightning.attacks.solver import (
     solve,
 )
 from dori_lightning.attacks.store import AttackStore
-from dori_lightning.models.batching import estimate_batch_size, fit_cpu_passes
+from dori_lightning.models.memory import estimate_batch_size, limit_cpu_batch
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import Encoded, PairBatch, PairsDataModule
 from dori_lightning.runtime import distributed
@@ -197,7 +197,7 @@ class EmbeddingAttack(L.LightningModule):
         on_step: Callable[[int], None] | None = None,
     ) -> AttackResult:
         """Solve a problem with this attack's settings, from where it stands; nothing is kept."""
-        fit_cpu_passes(
+        limit_cpu_batch(
             self.model,
             noise_batch=self.settings.noise_batch,
             wanted=self.settings.pairs_per_forward,

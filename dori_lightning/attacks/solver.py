@@ -7,17 +7,16 @@ Reference: Finding DoRI (2507.16880), section "adversarial text embeddings": Ada
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 
 from dori_lightning.attacks.budget import evaluation_steps, project
-from dori_lightning.models import batching
-from dori_lightning.models.batching import PASS_KIND, OomBackoff, pairs_at_once
+from dori_lightning.models.memory import ATTACK, pairs_at_once
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.batching import OomBackoff, map_batches
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget
 
@@ -222,9 +221,11 @@ class RowAdam:
 
 log = logging.getLogger(__name__)
 
-_TOO_LARGE = (
+_MEMORY = OomBackoff(
+    ATTACK,
+    "pair",
     "checkpoint.precision=bf16, or a device with more memory; a pair's noise samples "
-    "(attack.noise_batch) are part of the method and are never cut"
+    "(attack.noise_batch) are part of the method and are never cut",
 )
 
 _DEAF = (
@@ -310,10 +311,8 @@ def solve(
     if keep_first_token:
         token_mask[0] = 0.0
     shape = (batch, *latents.shape[1:])
-    share = pairs_at_once(model) if model.device.type == "cpu" else rows
     restarts = problem.restarts or (problem.restart,) * rows
     repeated = latents.repeat_interleave(batch, 0)
-    passes = OomBackoff(PASS_KIND, "pair", model.max_batch_sizes, _TOO_LARGE)
     with model.frozen(), torch.enable_grad():
         for step in steps:
             distributed.check()
@@ -331,9 +330,8 @@ def solve(
             noise = torch.cat([d[0] for d in draws]).to(model.device)
             timesteps = torch.cat([d[1] for d in draws]).to(model.device)
             point = initial + delta
-            loss, gradient = passes.run(
-                partial(_loss_and_gradient, model, problem.ids, point, repeated, noise, timesteps),
-                share,
+            loss, gradient = _loss_and_gradient(
+                model, problem.ids, point, repeated, noise, timesteps
             )
             gradient = gradient * token_mask
             with torch.no_grad():
@@ -376,39 +374,37 @@ def _loss_and_gradient(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    at_once: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss (N,) and gradient (N, T, D) at ``point``, of ``at_once`` pairs at the same time.
+    """Loss (N,) and gradient (N, T, D) at ``point``.
 
-    These are several passes where a small model's go side by side. The last pass is filled up to
-    the pairs of the others with a copy of its first, and what the copies give is dropped. Kernels
-    are chosen by shape and work row by row, so with every pass of one shape a pair gets the same
-    bits on the CPU wherever and with whomever it stands.
+    On the CPU every batch has the same shape, so a pair gets the same bits wherever and with
+    whomever it stands.
     """
     batch = len(noise) // len(point)
-    beside = min(batching.count(model), at_once)
-    share = at_once // beside
 
-    def one_pass(start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        count = min(share, len(point) - start)
-        index = torch.tensor([start + k if k < count else start for k in range(share)])
+    def loss_and_gradient(rows: list[int]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        index = torch.tensor(rows)
         samples = (index[:, None] * batch + torch.arange(batch)).flatten()
-        rows = point[index].detach().requires_grad_(True)
-        context = rows[:, None].expand(-1, batch, -1, -1).flatten(0, 1)
+        embeddings = point[index].detach().requires_grad_(True)
         loss = model.denoising_loss(
             latents[samples],
             noise[samples],
             timesteps[samples],
-            context,
-            pair_ids=[ids[k] for k in index.repeat_interleave(batch).tolist()],
+            embeddings[:, None].expand(-1, batch, -1, -1).flatten(0, 1),
+            pair_ids=[ids[row] for row in rows for _ in range(batch)],
         )
-        loss = loss.view(share, batch).mean(1)
-        (gradient,) = torch.autograd.grad(loss.sum(), rows)
-        return loss.detach()[:count], gradient[:count]
+        loss = loss.view(len(rows), batch).mean(1)
+        (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
+        return zip(loss.detach(), gradient, strict=True)
 
-    starts = range(0, len(point), share)
-    found = batching.side_by_side([partial(one_pass, start) for start in starts], beside)
-    return torch.cat([loss for loss, _ in found]), torch.cat([grad for _, grad in found])
+    found = map_batches(
+        loss_and_gradient,
+        range(len(point)),
+        at_once=pairs_at_once(model) if model.device.type == "cpu" else len(point),
+        model=model,
+        backoff=_MEMORY,
+    )
+    return torch.stack([loss for loss, _ in found]), torch.stack([grad for _, grad in found])
 
 
 def refuse_broken(result: AttackResult) -> None:

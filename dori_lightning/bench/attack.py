@@ -35,10 +35,10 @@ from dori_lightning.bench.report import Limits, Row, row_of
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.metrics.statistics import wilson_interval
 from dori_lightning.mitigations.base import Context
-from dori_lightning.models import batching
-from dori_lightning.models.batching import PeakMemory, pairs_at_once
+from dori_lightning.models.memory import PeakMemory, pairs_at_once
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.runtime import batching
 from dori_lightning.runtime.logging import progress_disabled
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget, Pair
@@ -437,7 +437,7 @@ def attack_rows(
     one = replace(task, steps=1)
     costs = {name: _cost(model, partial(run, one), len(task.ids)) for name, run in eager.items()}
     # counted one pass after the other
-    costs["ours"]["bytes"] *= batching.count(model)
+    costs["ours"]["bytes"] *= batching.parallel_batches(model)
     limits = _limits(model, one, share)
     timed = timed_in_turn(
         {name: partial(run, task) for name, run in ways.items()},
@@ -498,7 +498,7 @@ def _why_not_compiled(model: StableDiffusion, compiled: bool) -> str:
 def _cost(model: StableDiffusion, run: Callable[[], Any], pairs: int) -> dict[str, Any]:
     """Operations per pair, rows through the model and memory of one step."""
     memory = PeakMemory()
-    with batching.in_one(), counted(model) as counts, memory:
+    with batching.disable_parallel(), counted(model) as counts, memory:
         operations = counted_operations(run)
     return {
         "gflop": operations.flop / 1e9 / pairs,

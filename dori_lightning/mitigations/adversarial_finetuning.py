@@ -26,7 +26,7 @@ from dori_lightning.mitigations.finetuning import (
     finetune,
 )
 from dori_lightning.mitigations.replacements import SurrogateSettings, find_surrogates
-from dori_lightning.models.batching import fit_cpu_passes
+from dori_lightning.models.memory import limit_cpu_batch
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import PairBatch
 from dori_lightning.runtime import distributed
@@ -313,7 +313,7 @@ class TriggerPool:
         own = range(distributed.rank(), len(names), distributed.world_size())
         mine: dict[str, tuple[torch.Tensor, float]] = {}
         if own:
-            fit_cpu_passes(
+            limit_cpu_batch(
                 self.model,
                 noise_batch=attack.noise_batch,
                 wanted=attack.pairs_per_forward,

@@ -37,9 +37,9 @@ from dori_lightning.mitigations.nemo_criteria import (
     watch_pictures,
 )
 from dori_lightning.mitigations.nemo_search import PairSearch, Schedule, levels_of, run_searches
-from dori_lightning.models import batching
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
 from dori_lightning.pairs.datamodule import Encoded
+from dori_lightning.runtime import batching
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
@@ -166,8 +166,8 @@ def _passes(
         "replication": drawing(model, context),
     }
     forward = forwards[settings.criterion]
-    rows, beside = settings.rows, batching.count(model)
-    if batching.small(model):
+    rows, beside = settings.rows, batching.parallel_batches(model)
+    if batching.is_small(model):
         rows = max(settings.samples, min(rows, LANE_ROWS))
     with (
         model.frozen(),

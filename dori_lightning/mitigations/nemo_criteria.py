@@ -26,10 +26,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.nemo_search import Probe
-from dori_lightning.models import batching
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import Encoded
+from dori_lightning.runtime import batching
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
 
@@ -228,7 +228,7 @@ class BlockedPasses:
                 taken = 0
             full[-1].append(part)
             taken += size
-        found = batching.side_by_side([partial(self._pass, own) for own in full], self.beside)
+        found = batching.run_parallel([partial(self._pass, own) for own in full], self.beside)
         return [rows for own in found for rows in own]
 
     # autograd's mode is each thread's own

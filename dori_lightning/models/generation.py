@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from dori_lightning.models import batching
 from dori_lightning.models.protocol import Sampling, TextToImage
+from dori_lightning.runtime import batching
 from dori_lightning.runtime.artifacts import write_atomically
 
 _IDENTITY = "dori_lightning identity"
@@ -127,7 +127,7 @@ def generate_images(
     cpu = model.device.type == "cpu"
     share = max(1, (CPU_PICTURES if cpu else sampling.batch) // len(seeds))
     # an order of more than one pass has its passes side by side, and its own call
-    width = share * (batching.count(model) if share * len(seeds) <= CPU_PICTURES else 1)
+    width = share * (batching.parallel_batches(model) if share * len(seeds) <= CPU_PICTURES else 1)
     for start in range(0, len(missing), width):
         part = missing[start : start + width]
         full = [*part, *[part[0]] * (-len(part) % share)] if cpu else part

@@ -11,7 +11,6 @@ import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models import batching
-from dori_lightning.models.batching import OomBackoff
 from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampling, Stage
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.types import InputError
 
 # -------- encoders
@@ -140,8 +138,10 @@ class Encoders:
 # type checkers see placeholders without methods where diffusers is imported at its top level
 
 
-_TOO_LARGE = (
-    "checkpoint.precision=bf16, a smaller checkpoint.resolution, or a device with more memory"
+_MEMORY = OomBackoff(
+    "generate",
+    "image",
+    "checkpoint.precision=bf16, a smaller checkpoint.resolution, or a device with more memory",
 )
 
 _SUFFIXES: dict[str, str] = {
@@ -328,27 +328,27 @@ class StableDiffusion(Encoders):
             pair_ids: Whose pictures these are (N), for edits that differ by pair.
 
         Raises:
-            InputError: Not even one picture fits the memory.
+            InputError: Not even one image fits into memory.
         """
-        passes = OomBackoff("generate", "picture", self.max_batch_sizes, _TOO_LARGE)
-        done: list[torch.Tensor] = []
-        beside = batching.count(self)
 
-        def draw(part: slice) -> torch.Tensor:
-            ids = None if pair_ids is None else list(pair_ids[part])
-            rows = embeddings[part].to(self.device)
+        # autograd's mode belongs to a thread
+        @torch.no_grad()
+        def draw(rows: list[int]) -> torch.Tensor:
+            own, starts = embeddings[rows].to(self.device), noise[rows]
             if self.embedding_filter is not None:
-                rows = self.embedding_filter(rows, noise[part].to(self.device), sampling)
-            return self.decode_latents(self.denoise(rows, noise[part], sampling, ids))
+                own = self.embedding_filter(own, starts.to(self.device), sampling)
+            ids = None if pair_ids is None else [pair_ids[row] for row in rows]
+            return self.decode_latents(self.denoise(own, starts, sampling, ids))
 
-        def draw_beside(start: int, width: int) -> list[torch.Tensor]:
-            starts = range(start, min(start + beside * width, len(embeddings)), width)
-            parts = [partial(draw, slice(own, own + width)) for own in starts]
-            return batching.side_by_side(parts, beside)
-
-        while (start := sum(map(len, done))) < len(embeddings):
-            done += passes.run(partial(draw_beside, start), sampling.batch)
-        return torch.cat(done)
+        images = map_batches(
+            draw,
+            range(len(embeddings)),
+            at_once=sampling.batch * parallel_batches(self),
+            model=self,
+            backoff=_MEMORY,
+            pad=False,
+        )
+        return torch.stack(images)
 
     @torch.no_grad()
     def denoise(

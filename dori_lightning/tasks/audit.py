@@ -27,7 +27,7 @@ from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import changed_weights
-from dori_lightning.models.batching import estimate_batch_size
+from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import check_prompt_lengths

@@ -40,7 +40,7 @@ from dori_lightning.bench.report import (
     markdown,
     speed_figure,
 )
-from dori_lightning.models.batching import estimate_batch_size
+from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.random_weights import random_sd14
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.planting.recipe import build_tokenizer

@@ -10,8 +10,8 @@ import torch
 
 from dori_lightning.attacks import embedding_attack
 from dori_lightning.mitigations.wanda import Wanda
-from dori_lightning.models.batching import LANE_PAIRS
 from dori_lightning.models.generation import CPU_PICTURES
+from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
@@ -87,7 +87,7 @@ def audit(place: Path, name: str, *overrides: str, seed: int = 0) -> None:
 
 
 def test_budgets_of_an_audit_are_read_off_one_attack(place: Path, asked: Counter[str]) -> None:
-    pairs, one_attack = 5, STEPS * PASSES * LANE_PAIRS * NOISES + MEASURED
+    pairs, one_attack = 5, STEPS * PASSES * PARALLEL_PAIRS * NOISES + MEASURED
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
     # ten pictures, from prompts and from the attack, fill one pass of sixteen; guided
@@ -120,5 +120,5 @@ def test_a_sweep_prunes_and_attacks_once_for_each_method_and_checkpoint(
             )  # fmt: skip
     jobs = len(methods) * len(checkpoints)
     assert asked["prunings"] == asked["attacks"] == jobs
-    assert asked["with gradient"] == jobs * (STEPS * PASSES * LANE_PAIRS * NOISES + MEASURED)
+    assert asked["with gradient"] == jobs * (STEPS * PASSES * PARALLEL_PAIRS * NOISES + MEASURED)
     assert asked["encode_images"] == len(checkpoints) * 5, "each checkpoint sees a pair once"

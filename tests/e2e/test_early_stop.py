@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dori_lightning.attacks import embedding_attack, solver
-from dori_lightning.models import generation
+from dori_lightning.attacks import embedding_attack
+from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report.record import read_report
 from dori_lightning.runtime.signals import Interrupted
@@ -198,7 +198,7 @@ def test_evaluations_are_counted_and_passes_stay_full(
 
     monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
     # no rows that only fill up a pass
-    monkeypatch.setattr(solver, "LANE_PAIRS", 1)
+    monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)
     monkeypatch.setattr(generation, "CPU_PICTURES", PICTURES)
     folder = run(material, tmp_path / "run", STOP)
     effort, steps = read_report(folder)["effort"], firsts(folder)

@@ -10,7 +10,7 @@ from torch import nn
 
 from dori_lightning.attacks.solver import AttackProblem, solve
 from dori_lightning.bench.measure import counted
-from dori_lightning.models.batching import LANE_PAIRS
+from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget
@@ -113,7 +113,7 @@ def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(
 ) -> None:
     with counted(model) as counts:
         solve(model, problem, budget=Budget(steps=3), noise_batch=2, snapshots=(1, 2))
-    assert (counts.unet_passes, counts.unet) == (3 * 2, 3 * 2 * LANE_PAIRS * 2)
+    assert (counts.unet_passes, counts.unet) == (3 * 2, 3 * 2 * PARALLEL_PAIRS * 2)
     assert (counts.encoded, counts.decoded, counts.prompts) == (0, 0, 0)
 
 

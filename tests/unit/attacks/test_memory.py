@@ -8,17 +8,17 @@ from typing import cast
 import pytest
 import torch
 
-from dori_lightning.models import batching
-from dori_lightning.models.batching import (
-    LANE_PAIRS,
-    PASS_KIND,
-    PASS_PAIRS,
-    PassMemory,
+from dori_lightning.models import memory
+from dori_lightning.models.memory import (
+    ATTACK,
+    MAX_PAIRS,
+    PARALLEL_PAIRS,
+    BatchMemory,
     PeakMemory,
     estimate_batch_size,
-    fit_cpu_passes,
     free_memory,
-    measure_pass,
+    limit_cpu_batch,
+    measure_batch,
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
 
@@ -46,12 +46,12 @@ def test_a_graph_keeps_its_tensors_alive() -> None:
 
 def test_a_pass_is_measured_and_scales_with_its_samples(model: StableDiffusion) -> None:
     evaluations = model.unet_evaluations
-    found = measure_pass(model)
+    found = measure_batch(model)
     assert model.unet_evaluations == evaluations
     assert all(p.grad is None for p in model.parameters())
     with PeakMemory() as seen:
-        batching._run(model, 6, None)
-    assert found.of(6) == pytest.approx(seen.peak, rel=0.05)
+        memory._run(model, 6, None)
+    assert found.total(6) == pytest.approx(seen.peak, rel=0.05)
     assert found.sample > 10 * 4 * torch.Size(model.latent_shape).numel()
 
 
@@ -64,10 +64,10 @@ def test_checkpointing_takes_less_and_gives_the_same_gradient(model: StableDiffu
             loss = model.denoising_loss(latents, latents, torch.tensor([3, 900]), rows)
             return torch.autograd.grad(loss.sum(), rows)[0]
 
-    whole, plain = measure_pass(model), gradient()
+    whole, plain = measure_batch(model), gradient()
     model.unet.enable_gradient_checkpointing()
     try:
-        less, again = measure_pass(model), gradient()
+        less, again = measure_batch(model), gradient()
     finally:
         model.unet.disable_gradient_checkpointing()
     assert less.sample < 0.6 * whole.sample
@@ -95,11 +95,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """Passes take 1 GiB whatever the number and 0.5 GiB a sample; by whom it was measured."""
     whose: list[str | None] = []
 
-    def measure(_: StableDiffusion, *, pair_id: str | None) -> PassMemory:
+    def measure(_: StableDiffusion, *, pair_id: str | None) -> BatchMemory:
         whose.append(pair_id)
-        return PassMemory(2**30, 2**29)
+        return BatchMemory(2**30, 2**29)
 
-    monkeypatch.setattr(batching, "measure_pass", measure)
+    monkeypatch.setattr(memory, "measure_batch", measure)
     return whose
 
 
@@ -108,9 +108,9 @@ def test_pairs_are_chosen_by_what_is_free(
 ) -> None:
     with caplog.at_level(logging.INFO):
         # a fifth is left alone
-        assert [gpu_pairs(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, PASS_PAIRS]
+        assert [gpu_pairs(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, MAX_PAIRS]
         assert (
-            "a sample takes 512 MiB and every pass 1.00 GiB besides, 11.30 GiB are free: 2 pairs"
+            "a sample takes 512 MiB and every batch 1.00 GiB besides, 11.30 GiB are free: 2 pairs"
             in (caplog.text)
         )
         assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
@@ -126,13 +126,15 @@ def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
 ) -> None:
     def limit(gib: float, wanted: int | None) -> int | None:
         model = on("cpu")
-        assert estimate_batch_size(model, noise_batch=8, wanted=wanted) == (wanted or LANE_PAIRS)
-        assert PASS_KIND not in model.max_batch_sizes
+        assert estimate_batch_size(model, noise_batch=8, wanted=wanted) == (
+            wanted or PARALLEL_PAIRS
+        )
+        assert ATTACK not in model.max_batch_sizes
         for _ in range(2):
-            fit_cpu_passes(
+            limit_cpu_batch(
                 model, noise_batch=8, wanted=wanted, free=int(gib * 2**30), pair_id="boat"
             )
-        return model.max_batch_sizes.get(PASS_KIND)
+        return model.max_batch_sizes.get(ATTACK)
 
     # with memory for all, passes stay of one width, and so results the same in any batch
     assert limit(1000, None) is None
@@ -147,8 +149,8 @@ def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
 def test_more_noise_is_measured_again_and_never_widens(measured: list[str | None]) -> None:
     model = on("cpu")
     for samples, pairs in ((2, 3), (8, 1), (2, 1)):
-        fit_cpu_passes(model, noise_batch=samples, wanted=None, free=6 * 2**30)
-        assert model.max_batch_sizes[PASS_KIND] == pairs
+        limit_cpu_batch(model, noise_batch=samples, wanted=None, free=6 * 2**30)
+        assert model.max_batch_sizes[ATTACK] == pairs
     assert len(measured) == 2
 
 
@@ -156,9 +158,9 @@ def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
     free = free_memory(torch.device("cpu"))
     assert free is not None
     assert free > 2**20
-    assert batching._of_control_group(tmp_path) is None
+    assert memory._of_control_group(tmp_path) is None
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert batching._of_control_group(tmp_path) is None
+    assert memory._of_control_group(tmp_path) is None
     (tmp_path / "memory.max").write_text("5000\n")
-    assert batching._of_control_group(tmp_path) == 4000
+    assert memory._of_control_group(tmp_path) == 4000

@@ -14,7 +14,7 @@ from dori_lightning.attacks.solver import (
     solve,
 )
 from dori_lightning.mitigations.edits import Origin, PairMaskEdit
-from dori_lightning.models.batching import LANE_PAIRS, pairs_at_once
+from dori_lightning.models.memory import PARALLEL_PAIRS, pairs_at_once
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget, InputError, Norm
 from support.threads import threads
@@ -61,7 +61,7 @@ def test_passes_side_by_side_give_the_same_bits_and_keep_pairs_apart(
         one_by_one = attack(model, problem)
         middle = model.unet_evaluations
         with threads(2):
-            assert pairs_at_once(model) == 2 * LANE_PAIRS
+            assert pairs_at_once(model) == 2 * PARALLEL_PAIRS
             beside = attack(model, problem)
     assert torch.equal(beside.embeddings, one_by_one.embeddings)
     assert torch.equal(beside.losses, one_by_one.losses)

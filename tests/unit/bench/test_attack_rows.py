@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dori_lightning.bench.attack import Subject, attack_rows, fair, hand_written, naive, own_attack
 from dori_lightning.bench.measure import counted, counted_operations, matmul_peak, seconds_alone
-from dori_lightning.models.batching import LANE_PAIRS
+from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
 
 
@@ -28,7 +28,7 @@ def test_every_loop_solves_the_same_problem_and_asks_what_it_should(subject: Sub
     assert all(p.grad is None for p in model.parameters())
     assert asked == {
         # and three passes of one, one and two rows, which measure memory once for a model
-        "ours": (LANE_PAIRS * 2 * 3 + 4, 3 + 3, 0, 0),
+        "ours": (PARALLEL_PAIRS * 2 * 3 + 4, 3 + 3, 0, 0),
         "naive": (3 * 2 * 3, 9, 9, 0),
         "fair": (3 * 2 * 3, 9, 0, 0),
         "by hand": (4 * 2 * 3, 6, 0, 0),
@@ -90,10 +90,10 @@ def test_rows_say_cost_quality_and_why_one_is_missing(subject: Subject) -> None:
     assert gflop["B0"] > 1.3 * gflop["B1"]
     # three pairs fill a pass of four
     assert gflop["ours"] == pytest.approx(gflop["by hand"], rel=1e-6)
-    assert gflop["ours"] == pytest.approx(gflop["B1"] * LANE_PAIRS / 3, rel=1e-6)
+    assert gflop["ours"] == pytest.approx(gflop["B1"] * PARALLEL_PAIRS / 3, rel=1e-6)
     memory = {name: row.peak_bytes for name, row in by_name.items() if row.seconds}
     assert memory["B0"] > memory["B1"] > 0
     # filled up to four pairs, one pair at a time
     assert 2 < memory["by hand"] / memory["B1"] < 5
-    assert by_name["ours"].samples == LANE_PAIRS * 2 * 2
+    assert by_name["ours"].samples == PARALLEL_PAIRS * 2 * 2
     assert by_name["B0"].values["encoded_each_step"] == 3

@@ -15,7 +15,7 @@ from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.replacements import SurrogateSettings
 from dori_lightning.mitigations.wanda import Wanda
-from dori_lightning.models.batching import LANE_PAIRS
+from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.protocol import Sampling
 
 SMALL = BenchSettings(
@@ -75,9 +75,9 @@ def test_an_epoch_is_its_search_and_its_updates(subject: Subject) -> None:
     (row,) = finetuning_rows(subject, SMALL, {"paper": method})
     assert all((a == b).all() for a, b in zip(before, subject.model.parameters(), strict=True))
     # two pairs fill a pass
-    assert row.values["search_evaluations"] == 2 * LANE_PAIRS
+    assert row.values["search_evaluations"] == 2 * PARALLEL_PAIRS
     assert row.values["update_evaluations"] == 7 * 5
-    assert row.samples == 2 * LANE_PAIRS + 7 * 5
+    assert row.samples == 2 * PARALLEL_PAIRS + 7 * 5
     assert row.values["updates_timed"] == 2
     assert row.seconds[0] > row.values["search_seconds"] > 0
     assert row.seconds[0] == row.values["search_seconds"] + 7 * row.values["seconds_per_update"]
@@ -87,8 +87,8 @@ def test_budgets_are_read_off_one_attack_and_pairs_add_up(subject: Subject) -> N
     rows = {row.name: row for row in scaling_rows(subject, SMALL)}
     assert list(rows) == ["1 budget", "4 budgets", "1 pairs", "10 pairs"]
     assert rows["1 budget"].samples == rows["4 budgets"].samples == 8 * 4
-    assert rows["1 pairs"].samples == LANE_PAIRS * 1
-    assert rows["10 pairs"].samples == 3 * LANE_PAIRS * 1
+    assert rows["1 pairs"].samples == PARALLEL_PAIRS * 1
+    assert rows["10 pairs"].samples == 3 * PARALLEL_PAIRS * 1
     assert rows["10 pairs"].pairs == 10
 
 

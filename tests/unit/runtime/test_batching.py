@@ -7,8 +7,8 @@ from typing import cast
 import pytest
 import torch
 
-from dori_lightning.models import batching
 from dori_lightning.models.protocol import TextToImage
+from dori_lightning.runtime import batching
 from support.threads import threads
 
 
@@ -32,14 +32,14 @@ def of_size(weights: int, device: str = "cpu") -> TextToImage:
 
 def test_a_small_model_has_as_many_lanes_as_threads_others_have_one(two_threads: None) -> None:
     tiny = of_size(10)
-    assert batching.count(tiny) == 2
-    assert batching.count(of_size(batching.SMALL)) == 2
-    assert batching.count(of_size(batching.SMALL + 2)) == 1
-    assert batching.count(of_size(10, "cuda")) == 1
-    with batching.in_one():
-        assert batching.count(tiny) == 1
-    torch.set_num_threads(batching.MOST + 3)
-    assert batching.count(tiny) == batching.MOST
+    assert batching.parallel_batches(tiny) == 2
+    assert batching.parallel_batches(of_size(batching.SMALL_WEIGHTS)) == 2
+    assert batching.parallel_batches(of_size(batching.SMALL_WEIGHTS + 2)) == 1
+    assert batching.parallel_batches(of_size(10, "cuda")) == 1
+    with batching.disable_parallel():
+        assert batching.parallel_batches(tiny) == 1
+    torch.set_num_threads(batching.MAX_PARALLEL + 3)
+    assert batching.parallel_batches(tiny) == batching.MAX_PARALLEL
 
 
 def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads: None) -> None:
@@ -50,7 +50,7 @@ def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads: No
             both.wait()  # breaks where the other one has not begun
         return number, torch.get_num_threads(), threading.current_thread().name
 
-    found = batching.side_by_side([partial(work, k) for k in range(5)], 2)
+    found = batching.run_parallel([partial(work, k) for k in range(5)], 2)
     assert [number for number, _, _ in found] == [0, 1, 2, 3, 4]
     assert {own for _, own, _ in found} == {1}
     assert len({name for _, _, name in found}) == 2
@@ -58,7 +58,7 @@ def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads: No
 
 
 def test_one_lane_is_the_callers_own_thread_with_all_its_threads(two_threads: None) -> None:
-    found = batching.side_by_side([threading.get_ident, torch.get_num_threads], 1)
+    found = batching.run_parallel([threading.get_ident, torch.get_num_threads], 1)
     assert found == [threading.get_ident(), 2]
 
 
@@ -74,6 +74,6 @@ def test_what_fails_is_raised_when_nothing_runs_any_more(two_threads: None) -> N
         raise MemoryError("no more")
 
     with pytest.raises(MemoryError, match="no more"):
-        batching.side_by_side([slow, fails], 2)
+        batching.run_parallel([slow, fails], 2)
     assert done == [False]
     assert torch.get_num_threads() == 2
