@@ -16,7 +16,7 @@ from dori_lightning.metrics.calibration import Measures, ReferenceImages, calibr
 from dori_lightning.metrics.replication import cells as cells_of
 from dori_lightning.metrics.replication import is_copy
 from dori_lightning.metrics.utility import Utility
-from dori_lightning.mitigations.edits import Edit, EmptyEdit
+from dori_lightning.mitigations.edits import Edit
 from dori_lightning.models.generation import (
     GenerationRequest,
     generate_images,
@@ -194,7 +194,7 @@ def attack_and_draw(
         Conditioning(pair, Condition("prompt"), 0, bench.data.encoded(pair).embedding)
         for pair in bench.pairs
     )
-    before = () if isinstance(edit, EmptyEdit) else prompted
+    before = () if edit.is_empty else prompted
     if before:
         draw(bench, before, bench.unmitigated, title="before")
     calibration = None
@@ -261,7 +261,7 @@ def measure_all(bench: Bench, drawn: Drawn) -> Measured:
 
 def measure_cost(bench: Bench, edit: Edit, calibration: Calibration) -> Utility | None:
     """What the mitigation costs on prompts that nobody wanted to forget; None if not asked for."""
-    if isinstance(edit, EmptyEdit) or not bench.utility.asked:
+    if edit.is_empty or not bench.utility.asked:
         return None
     return measure_utility(
         bench.model,

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from dori_lightning.locality.embeddings import Group, GroupName, distances, relative_distances
 from dori_lightning.locality.estimates import Estimate, mean_estimate, pair_estimates
-from dori_lightning.mitigations.edits import Edit, MaskEdit, PairMaskEdit
+from dori_lightning.mitigations.edits import EVERYBODY, Edit
 from dori_lightning.models.protocol import Stage, TextToImage
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.logging import progress_bar
@@ -380,9 +380,6 @@ class SelectionStore:
 # Reference: Finding DoRI (2507.16880), section on locality: the mean over pairs of embeddings of
 # |A and B| / |A or B|, 1 where both are empty.
 
-EVERYBODY = "*"
-"""Stands for all pairs in what an edit chooses for everybody; no pair id may hold it."""
-
 COLUMNS = 1 << 18
 """Weights that are compared at once: 100 masks of them are 100 MB as floats."""
 
@@ -456,14 +453,13 @@ def selected(edit: Edit) -> dict[str, dict[str, torch.Tensor]]:
     Raises:
         InputError: It is no mask: trained weights choose nothing.
     """
-    if isinstance(edit, MaskEdit):
-        return {EVERYBODY: dict(edit.masks)}
-    if isinstance(edit, PairMaskEdit):
-        return {pair: dict(own) for pair, own in edit.masks.items()}
-    raise InputError(
-        f"{_name(edit)} chooses no weights, so it cannot be compared by what it chooses\n"
-        f"  fix:   compare pruning methods"
-    )
+    masks = edit.masks_by_pair()
+    if not masks:
+        raise InputError(
+            f"{_name(edit)} chooses no weights, so it cannot be compared by what it chooses\n"
+            f"  fix:   compare pruning methods"
+        )
+    return masks
 
 
 def iou(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, random_embedding, refuse_broken, solve
-from dori_lightning.mitigations.base import Context, Encodings, check_calibrated, edit_key
+from dori_lightning.mitigations.base import Context, Encodings, edit_key, require_pairs
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -432,7 +432,7 @@ class AdversarialFinetuning:
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find surrogates, then alternate between searching triggers and training."""
-        check_calibrated(pairs, self.name)
+        require_pairs(pairs, self.name)
         key = edit_key(self, model, pairs, context)
         if self.low_rank is None:
             check_disk(model, self.finetune, context, key=key)

@@ -16,15 +16,7 @@ import torch
 from filelock import FileLock
 
 from dori_lightning.metrics.calibration import ReferenceImages
-from dori_lightning.mitigations.edits import (
-    Edit,
-    MaskEdit,
-    PairMaskEdit,
-    WeightEdit,
-    is_writable,
-    read_edit,
-    write_edit,
-)
+from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.corpus import Corpus, Split
 from dori_lightning.pairs.datamodule import PairsDataModule
@@ -33,7 +25,7 @@ from dori_lightning.types import InputError, Pair
 
 
 class Mitigation(Protocol):
-    """A way to make a model forget pictures.
+    """A way to make a model forget images.
 
     Implementations are frozen dataclasses: their fields are the settings that decide the edit.
 
@@ -50,7 +42,7 @@ class Mitigation(Protocol):
         """Find the edit that should make ``model`` forget ``pairs``; leave the model as it was.
 
         Args:
-            model: Checkpoint to mend.
+            model: Checkpoint to mitigate.
             pairs: Pairs to forget (vm and tm); nothing may be read of any other pair.
             context: What mitigations work with.
         """
@@ -59,7 +51,7 @@ class Mitigation(Protocol):
 
 @dataclass(frozen=True)
 class Encodings:
-    """Ordinary prompts and pictures as the model sees them.
+    """Ordinary prompts and images as the model sees them.
 
     Attributes:
         embeddings: Text embeddings (N, T, D).
@@ -78,7 +70,7 @@ class EditResult:
         edit: The edit.
         key: Hash of everything that decides it.
         made: Whether it was made now rather than read.
-        path: Where it is kept; None where there is nothing to keep.
+        path: Its file; None where it is not kept in one.
     """
 
     edit: Edit
@@ -92,11 +84,11 @@ class Context:
     """What mitigations work with besides the model and the pairs.
 
     Attributes:
-        seed: Run seed; mitigations draw by keyed generators (``attacks.draws``).
-        corpus: Ordinary prompts and pictures.
+        seed: Run seed; mitigations draw by keyed generators (``runtime.seeding``).
+        corpus: Ordinary prompts and images.
         data: Encoded pairs, a superset of those to forget.
-        references: Their pictures, described: what a surrogate must not resemble.
-        sampling: How pictures are generated.
+        references: Their images, described: what a surrogate must not resemble.
+        sampling: How images are generated.
         trainer: Makes a Trainer for a fit, given its keyword arguments.
         folder: Where edits are kept, shared by the jobs of a sweep.
     """
@@ -114,7 +106,7 @@ class Context:
         return model.encode_prompts(self.corpus.prompts(split, count))
 
     def encodings(self, model: TextToImage, split: Split, count: int) -> Encodings:
-        """Embeddings and latents of ordinary prompts and pictures."""
+        """Embeddings and latents of ordinary prompts and images."""
         examples = self.corpus.examples(split, count, model.resolution)
         return Encodings(
             model.encode_prompts(examples.prompts), model.encode_images(examples.images)
@@ -147,14 +139,21 @@ class Context:
                 return EditResult(edit, key, made=False, path=path)
             started, evaluations = time.monotonic(), model.unet_evaluations
             edit = mitigation.apply(model, pairs, self)
-            if not is_writable(edit):
+            if edit.origin is not None:
+                cost = {
+                    "unet_evaluations": model.unet_evaluations - evaluations,
+                    "seconds": round(time.monotonic() - started, 2),
+                    **edit.origin.cost,
+                }
+                origin = replace(
+                    edit.origin,
+                    mitigation=mitigation.name,
+                    settings=settings_fingerprint(mitigation),
+                    cost=cost,
+                )
+                edit = replace(edit, origin=origin)
+            if not edit.kind:
                 return EditResult(edit, key, made=True, path=None)
-            edit = _described(
-                edit,
-                mitigation,
-                unet_evaluations=model.unet_evaluations - evaluations,
-                seconds=round(time.monotonic() - started, 2),
-            )
             if first:
                 write_edit(path, edit)
             distributed.barrier()
@@ -163,30 +162,20 @@ class Context:
         return EditResult(edit, key, made=True, path=path)
 
 
-def _described(edit: Edit, mitigation: Mitigation, **cost: float) -> Edit:
-    """Add name, settings and cost to an edit's origin; what it says itself stays."""
-    assert isinstance(edit, MaskEdit | PairMaskEdit | WeightEdit)
-    origin = replace(
-        edit.origin,
-        mitigation=mitigation.name,
-        settings=settings_fingerprint(mitigation),
-        cost={**cost, **edit.origin.cost},
-    )
-    return replace(edit, origin=origin)
-
-
 def settings_fingerprint(thing: Any) -> Any:
     """Settings of a mitigation as plain values, those of mitigations in it too.
 
-    A mitigation that reads a file has a method ``contents``, which gives its hash: a file that
-    was written anew makes another edit.
+    A mitigation that reads files has a method ``file_hashes``, which gives the hash of each: a
+    file that was written anew makes another edit.
     """
     if is_dataclass(thing) and not isinstance(thing, type):
-        own = {
+        settings = {
             item.name: settings_fingerprint(getattr(thing, item.name)) for item in fields(thing)
         }
-        read: dict[str, str] = getattr(thing, "contents", dict)()
-        return {"kind": type(thing).__qualname__, **own, **({"contents": read} if read else {})}
+        hashes: dict[str, str] = getattr(thing, "file_hashes", dict)()
+        return {"kind": type(thing).__qualname__, **settings} | (
+            {"file_hashes": hashes} if hashes else {}
+        )
     if isinstance(thing, dict):
         return {str(key): settings_fingerprint(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):
@@ -221,7 +210,7 @@ def edit_key(
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def check_calibrated(pairs: Sequence[Pair], name: str) -> None:
+def require_pairs(pairs: Sequence[Pair], name: str) -> None:
     """Refuse to mitigate nothing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Prune as much as another method does, but anything: the control that it must beat.
+"""What every mitigation is compared with: nothing, and as much pruning at random.
 
 Reference: Finding NeMo (Hintersdorf et al., 2024), table 1, "random neurons".
 """
@@ -11,18 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from dori_lightning.mitigations.base import Context, Mitigation
-from dori_lightning.mitigations.edits import EmptyEdit, MaskEdit, Origin, PairMaskEdit
+from dori_lightning.mitigations.edits import EVERYBODY, EmptyEdit, MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
-# -------- none
-# Leave the checkpoint as it is: the row that every mitigation is compared with.
-
 
 @dataclass(frozen=True)
 class NoMitigation:
-    """Change nothing."""
+    """Leave the checkpoint as it is."""
 
     name: str = "none"
 
@@ -30,9 +27,6 @@ class NoMitigation:
         """Return the empty edit."""
         del model, pairs, context
         return EmptyEdit()
-
-
-# -------- random_pruning
 
 
 @dataclass(frozen=True)
@@ -55,29 +49,25 @@ class RandomPruning:
         Raises:
             InputError: The method to match does not prune.
         """
-        found = context.find(self.like, model, pairs)
-        edit, seed = found.edit, context.seed
+        edit = context.find(self.like, model, pairs).edit
+        masks = {
+            pair: {
+                name: _shuffled(mask, context.seed, name, *([] if pair == EVERYBODY else [pair]))
+                for name, mask in by_name.items()
+            }
+            for pair, by_name in edit.masks_by_pair().items()
+        }
+        if not masks:
+            raise InputError(
+                f"{self.name} needs a method that prunes, and {self.like.name} gives a "
+                f"{type(edit).__name__}\n"
+                f"  where: mitigation.like\n"
+                f"  fix:   mitigation@mitigation.like=nemo, or another method that prunes"
+            )
         origin = Origin(
             model.fingerprint, notes={"like": self.like.name, "like_edit": edit.identity}
         )
-        if isinstance(edit, MaskEdit):
-            return MaskEdit(
-                origin, {name: _shuffled(mask, seed, name) for name, mask in edit.masks.items()}
-            )
-        if isinstance(edit, PairMaskEdit):
-            return PairMaskEdit(
-                origin,
-                {
-                    pair: {name: _shuffled(mask, seed, name, pair) for name, mask in own.items()}
-                    for pair, own in edit.masks.items()
-                },
-            )
-        raise InputError(
-            f"{self.name} needs a method that prunes, and {self.like.name} gives a "
-            f"{type(edit).__name__}\n"
-            f"  where: mitigation.like\n"
-            f"  fix:   mitigation@mitigation.like=nemo, or another method that prunes"
-        )
+        return PairMaskEdit(origin, masks) if edit.pairs else MaskEdit(origin, masks[EVERYBODY])
 
 
 def _shuffled(mask: torch.Tensor, *key: int | str) -> torch.Tensor:

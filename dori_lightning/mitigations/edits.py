@@ -1,7 +1,7 @@
-"""What a mitigation changes: applied and undone bit for bit, named by its content.
+"""What a mitigation changes: applied and undone bit for bit, named by its content, kept in a file.
 
 Pruning gives masks (which weights are zero), for all pairs at once or for each pair its own;
-fine-tuning gives the weights it changed.
+fine-tuning gives the weights it changed. A defence at inference is an edit that changes no weight.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,59 +28,408 @@ from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.types import InputError
 
-# -------- edit_tensors
-# The tensors of an edit: named by their content, and checked against what they change.
+log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, torch.Tensor]
+
+EVERYBODY = "*"
+"""Stands for all pairs where masks are the same for everybody; no pair id may hold it."""
 
 
-def content_hash(
-    kind: str,
-    fingerprint: str,
-    tensors: Mapping[str, torch.Tensor],
-    names: Sequence[str] = (),
-) -> str:
-    """Hash of an edit's content.
+@dataclass(frozen=True)
+class Origin:
+    """Where an edit comes from.
+
+    Attributes:
+        fingerprint: Of the checkpoint it was made for.
+        mitigation: Name of the mitigation.
+        settings: Its settings, plain values.
+        cost: What it took to find it, such as ``unet_evaluations`` and ``seconds``.
+        notes: What the mitigation has to say, by pair or in all; plain values.
+    """
+
+    fingerprint: str
+    mitigation: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, model: TextToImage) -> None:
+        """Refuse another checkpoint.
+
+        Raises:
+            InputError: Names both fingerprints.
+        """
+        if model.fingerprint != self.fingerprint:
+            raise InputError(
+                f"the edit {self.mitigation or '(unnamed)'} was made for a checkpoint with "
+                f"fingerprint {self.fingerprint}, but {model.name} has {model.fingerprint}\n"
+                f"  fix:   apply it to the checkpoint it was made for, or compute it again"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Edit(ABC):
+    """What a mitigation changes in a model; applied in a context, undone exactly afterwards.
+
+    A new kind of edit needs ``origin`` and ``applied``. The other methods say what holds for a
+    defence at inference, which changes no weight; it names its settings in ``identity``.
+
+    Attributes:
+        origin: Where it comes from; None for the edit that changes nothing.
+        kind: Name of its kind in files; empty where it is cheap to make again and not kept.
+        is_empty: Whether nothing at all is different under the edit.
+    """
+
+    kind: ClassVar[str] = ""
+    is_empty: ClassVar[bool] = False
+    origin: Origin | None
+
+    @cached_property
+    def identity(self) -> str:
+        """Content hash, part of the identity of every result made under the edit."""
+        fingerprint = self.origin.fingerprint if self.origin else ""
+        # pairs by name too: one without a mask is left alone, and is a possible owner of controls
+        digest = hashlib.sha256("|".join([self.kind, fingerprint, *sorted(self.pairs)]).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            value = tensor.detach().cpu().contiguous()
+            digest.update(f"|{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+            # flat, because a single number cannot be viewed as bytes
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:24]
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """Ids of the pairs that have weights of their own; empty where all see the same."""
+        return ()
+
+    @abstractmethod
+    def applied(self, model: TextToImage) -> AbstractContextManager[None]:
+        """Context in which the model carries the edit.
+
+        Raises:
+            InputError: The edit was made for another checkpoint.
+        """
+
+    def counts(self) -> dict[str, int]:
+        """Rows or weights that it names, by parameter; for per-pair edits, on average."""
+        return {}
+
+    def changed(self, model: TextToImage) -> dict[str, int] | None:
+        """How many weights have another value under the edit, by parameter that it names.
+
+        A mask over weights that are zero already changes none. Under per-pair edits a weight
+        counts that is different for any pair.
+
+        Args:
+            model: The checkpoint, without the edit.
+
+        Returns:
+            None where the edit works without changing weights, as a defence at inference does.
+
+        Raises:
+            InputError: The edit was made for another checkpoint.
+        """
+        del model
+        return None
+
+    def for_pair(self, pair_id: str) -> Edit:
+        """The edit as one pair sees it, with the same weights for all."""
+        del pair_id
+        return self
+
+    def masks_by_pair(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Pair id, or `EVERYBODY`, to parameter to mask; empty unless the edit prunes."""
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that it consists of, by name."""
+        return {}
+
+    @classmethod
+    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> Edit:
+        """The edit with these ``tensors`` and ``pairs``, for kinds that are kept in files."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class EmptyEdit(Edit):
+    """The edit that changes nothing."""
+
+    is_empty: ClassVar[bool] = True
+    origin: Origin | None = None
+
+    @property
+    def identity(self) -> str:
+        """A name that no content hash has."""
+        return "none"
+
+    @contextmanager
+    def applied(self, model: TextToImage) -> Iterator[None]:
+        """Leave the model as it is."""
+        del model
+        yield
+
+    def changed(self, model: TextToImage) -> dict[str, int]:
+        """Nothing."""
+        del model
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class MaskEdit(Edit):
+    """Weights that are zero for everybody.
+
+    Attributes:
+        origin: Where it comes from.
+        masks: Parameter name to what is pruned (True): whole output rows, shape (C_out,), or
+            single weights, in the parameter's shape.
+    """
+
+    kind: ClassVar[str] = "mask"
+    origin: Origin
+    masks: Tensors
+
+    def __post_init__(self) -> None:
+        _check_boolean(self.masks)
+
+    @contextmanager
+    def applied(self, model: TextToImage) -> Iterator[None]:
+        """Zero the weights while open."""
+        parameters = self._parameters(model)
+        saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        try:
+            for name, mask in self.masks.items():
+                parameter = parameters[name].data
+                mask = mask.to(parameter.device)
+                saved.append((parameter, mask, parameter[mask].clone()))
+                parameter[mask] = 0
+            yield
+        finally:
+            for parameter, mask, values in saved:
+                parameter[mask] = values
+
+    def _parameters(self, model: TextToImage) -> dict[str, nn.Parameter]:
+        return _parameters_of(model, self.origin, self.masks, rows=True)
+
+    def counts(self) -> dict[str, int]:
+        """Pruned rows or weights by parameter."""
+        return {name: int(mask.sum()) for name, mask in self.masks.items()}
+
+    def changed(self, model: TextToImage) -> dict[str, int]:
+        """Pruned weights that are not zero."""
+        return {
+            name: int(parameter.detach()[self.masks[name].to(parameter.device)].count_nonzero())
+            for name, parameter in self._parameters(model).items()
+        }
+
+    def masks_by_pair(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The masks, for everybody."""
+        return {EVERYBODY: dict(self.masks)}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The masks by parameter."""
+        return dict(self.masks)
+
+    @classmethod
+    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> MaskEdit:
+        """The edit with these masks."""
+        del pairs
+        return cls(origin, tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class PairMaskEdit(Edit):
+    """Weights that are zero for one pair, for each pair its own.
+
+    A forward pass may hold rows of many pairs: each row sees its own pair's weights. Rows of a
+    pair that has no mask of its own (a control) see those of ``owner_of``.
+
+    Attributes:
+        origin: Where it comes from.
+        masks: Pair id to parameter name (of a linear layer's weight) to what is pruned, as in
+            ``MaskEdit``.
+    """
+
+    kind: ClassVar[str] = "pair_mask"
+    origin: Origin
+    masks: Mapping[str, Tensors]
+
+    def __post_init__(self) -> None:
+        if not self.masks:
+            raise ValueError("a per-pair edit needs a pair")
+        for masks in self.masks.values():
+            _check_boolean(masks)
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """Ids of the pairs that have masks."""
+        return tuple(self.masks)
+
+    def for_pair(self, pair_id: str) -> MaskEdit:
+        """One pair's edit, as an edit for everybody."""
+        return MaskEdit(self.origin, self.masks[owner_of(pair_id, self.pairs)])
+
+    @contextmanager
+    def applied(self, model: TextToImage) -> Iterator[None]:
+        """Give every linear layer with masks a forward that looks whose rows it has."""
+        for masks in self.masks.values():
+            _parameters_of(model, self.origin, masks, rows=True)
+        modules = dict(model.denoiser().named_modules())
+        patched: list[nn.Module] = []
+        try:
+            for name in sorted({name for masks in self.masks.values() for name in masks}):
+                module = modules[name.rpartition(".")[0]]
+                if not isinstance(module, nn.Linear) or not name.endswith(".weight"):
+                    raise TypeError(f"per-pair masks need weights of linear layers, got {name}")
+                if "forward" in vars(module):
+                    raise RuntimeError(f"{name} has a forward of its own, such as a second edit's")
+                module.forward = self._forward(model, module, name)  # type: ignore[assignment,method-assign]
+                patched.append(module)
+            yield
+        finally:
+            for module in patched:
+                del module.forward
+
+    def _forward(
+        self, model: TextToImage, module: nn.Linear, name: str
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        pruned = {
+            pair: masks[name].to(module.weight.device)
+            for pair, masks in self.masks.items()
+            if name in masks
+        }
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            rows = model.row_pairs
+            if rows is None or len(rows) != len(x):
+                raise RuntimeError(
+                    "a per-pair edit is applied, but the model was not told whose rows these are"
+                )
+            owner = {pair: owner_of(pair, self.pairs) for pair in dict.fromkeys(rows)}
+            owners = [owner[pair] for pair in rows]
+            return masked_linear(x, module.weight, module.bias, owners, pruned)
+
+        return forward
+
+    def counts(self) -> dict[str, int]:
+        """Pruned rows or weights by parameter, on average over pairs."""
+        total: dict[str, int] = {}
+        for masks in self.masks.values():
+            for name, mask in masks.items():
+                total[name] = total.get(name, 0) + int(mask.sum())
+        return {name: round(count / len(self.masks)) for name, count in total.items()}
+
+    def changed(self, model: TextToImage) -> dict[str, int]:
+        """Weights that are not zero and that any pair's masks prune."""
+        union: dict[str, torch.Tensor] = {}
+        for masks in self.masks.values():
+            for name, mask in masks.items():
+                union[name] = union[name] | mask if name in union else mask
+        return MaskEdit(self.origin, union).changed(model)
+
+    def masks_by_pair(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The masks of each pair."""
+        return {pair: dict(masks) for pair, masks in self.masks.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The masks by ``pair|parameter``."""
+        return {f"{pair}|{n}": mask for pair, own in self.masks.items() for n, mask in own.items()}
+
+    @classmethod
+    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> PairMaskEdit:
+        """The edit with these masks."""
+        masks: dict[str, dict[str, torch.Tensor]] = {pair: {} for pair in pairs}
+        for name, mask in tensors.items():
+            pair, _, parameter = name.partition("|")
+            masks[pair][parameter] = mask
+        return cls(origin, masks)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightEdit(Edit):
+    """Weights that have other values for everybody.
+
+    Attributes:
+        origin: Where it comes from.
+        weights: Parameter name to its new value, in the parameter's shape.
+    """
+
+    kind: ClassVar[str] = "weights"
+    origin: Origin
+    weights: Tensors
+
+    @contextmanager
+    def applied(self, model: TextToImage) -> Iterator[None]:
+        """Put the new weights in place while open."""
+        parameters = _parameters_of(model, self.origin, self.weights)
+        saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for name, value in self.weights.items():
+                parameter = parameters[name].data
+                saved.append((parameter, parameter.clone()))
+                parameter.copy_(value)
+            yield
+        finally:
+            for parameter, before in saved:
+                parameter.copy_(before)
+
+    def counts(self) -> dict[str, int]:
+        """Weights of the parameters that were trained."""
+        return {name: value.numel() for name, value in self.weights.items()}
+
+    def changed(self, model: TextToImage) -> dict[str, int]:
+        """Weights that differ once they have the model's dtype."""
+        return {
+            name: int((parameter.detach() != self.weights[name].to(parameter)).sum())
+            for name, parameter in _parameters_of(model, self.origin, self.weights).items()
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by parameter."""
+        return dict(self.weights)
+
+    @classmethod
+    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> WeightEdit:
+        """The edit with these weights."""
+        del pairs
+        return cls(origin, tensors)
+
+
+def changed_weights(edit: Edit, model: TextToImage) -> int | None:
+    """Count the weights that differ under an edit (see `Edit.changed`), and log the share.
 
     Args:
-        kind: Kind of edit.
-        fingerprint: Of the checkpoint it is for.
-        tensors: What it consists of, by name.
-        names: What else decides what the edit does.
+        edit: The edit.
+        model: The checkpoint, without the edit.
     """
-    digest = hashlib.sha256("|".join([kind, fingerprint, *names]).encode())
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"|{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        # flat, because a single number cannot be viewed as bytes
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:24]
+    by_parameter = edit.changed(model)
+    if by_parameter is None or edit.is_empty:
+        return None if by_parameter is None else 0
+    changed = sum(by_parameter.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    say = log.info if changed else log.warning
+    say("the edit changes %d of %d weights (%.3g %%)", changed, total, 100 * changed / total)
+    return changed
 
 
-def check_masks(masks: Mapping[str, torch.Tensor]) -> None:
-    """Refuse masks that are not boolean: written and read again they would be another edit.
-
-    Raises:
-        TypeError: Names the first.
-    """
-    for name, mask in masks.items():
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"masks are boolean, that of {name} is {mask.dtype}")
-
-
-def parameters_of(
-    model: TextToImage, tensors: Mapping[str, torch.Tensor], *, rows: bool = False
+def _parameters_of(
+    model: TextToImage, origin: Origin, tensors: Tensors, *, rows: bool = False
 ) -> dict[str, nn.Parameter]:
     """Parameters of the denoiser that an edit's tensors belong to.
 
     Args:
         model: Whose denoiser.
+        origin: Says which checkpoint the edit is for.
         tensors: Parameter name to a tensor of the parameter's shape.
         rows: Whether a tensor may also have one element per output row, (C_out,).
 
     Raises:
-        InputError: The denoiser has no parameter of a name, or one of another shape.
+        InputError: It is another checkpoint, or its denoiser has no parameter of a name, or one
+            of another shape.
     """
+    origin.check(model)
     known = dict(model.denoiser().named_parameters())
-    found = {}
     for name, tensor in tensors.items():
         if name not in known:
             raise InputError(f"the edit changes {name}, which {model.name} does not have")
@@ -89,12 +439,14 @@ def parameters_of(
                 f"the edit has shape {tuple(tensor.shape)} for {name}, but {model.name} has "
                 f"{tuple(shape)} there"
             )
-        found[name] = known[name]
-    return found
+    return {name: known[name] for name in tensors}
 
 
-# -------- row_masks
-# A linear layer in which every row of the batch has its own pruned weights.
+def _check_boolean(masks: Tensors) -> None:
+    """Refuse masks that are not boolean: written and read again they would be another edit."""
+    for name, mask in masks.items():
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"masks are boolean, that of {name} is {mask.dtype}")
 
 
 def owner_of(pair_id: str, pairs: tuple[str, ...]) -> str:
@@ -114,7 +466,7 @@ def masked_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     owners: Sequence[str],
-    pruned: Mapping[str, torch.Tensor],
+    pruned: Tensors,
 ) -> torch.Tensor:
     """Apply a linear layer to a batch whose rows differ in which weights are zero.
 
@@ -160,265 +512,15 @@ def _runs(owners: Sequence[str], *, single: bool) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-# -------- edits
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where an edit comes from.
-
-    Attributes:
-        fingerprint: Of the checkpoint it was made for.
-        mitigation: Name of the mitigation.
-        settings: Its settings, plain values.
-        cost: What it took to find it, such as ``unet_evaluations`` and ``seconds``.
-        notes: What the mitigation has to say, by pair or in all; plain values.
-    """
-
-    fingerprint: str
-    mitigation: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    cost: Mapping[str, float] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-    def check(self, model: TextToImage) -> None:
-        """Refuse another checkpoint.
-
-        Raises:
-            InputError: Names both fingerprints.
-        """
-        if model.fingerprint != self.fingerprint:
-            raise InputError(
-                f"the edit {self.mitigation or '(unnamed)'} was made for a checkpoint with "
-                f"fingerprint {self.fingerprint}, but {model.name} has {model.fingerprint}\n"
-                f"  fix:   apply it to the checkpoint it was made for, or compute it again"
-            )
-
-
-class Edit(Protocol):
-    """What a mitigation changes in a model; applied in a context, undone exactly afterwards."""
-
-    @property
-    def origin(self) -> Origin | None:
-        """Where it comes from; None for the edit that changes nothing."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Content hash, part of the identity of every result made under the edit."""
-        ...
-
-    def applied(self, model: TextToImage) -> AbstractContextManager[None]:
-        """Context in which the model carries the edit.
-
-        Raises:
-            InputError: The edit was made for another checkpoint.
-        """
-        ...
-
-    def counts(self) -> dict[str, int]:
-        """How many weights of each parameter the edit changes; for per-pair edits, on average."""
-        ...
-
-
-@dataclass(frozen=True)
-class EmptyEdit:
-    """The edit that changes nothing."""
-
-    identity: str = "none"
-    origin: Origin | None = None
-
-    @contextmanager
-    def applied(self, model: TextToImage) -> Iterator[None]:
-        """Leave the model as it is."""
-        del model
-        yield
-
-    def counts(self) -> dict[str, int]:
-        """Nothing."""
-        return {}
-
-
-@dataclass(frozen=True, eq=False)
-class MaskEdit:
-    """Weights that are zero for everybody.
-
-    Attributes:
-        origin: Where it comes from.
-        masks: Parameter name to what is pruned (True): whole output rows, shape (C_out,), or
-            single weights, in the parameter's shape.
-    """
-
-    origin: Origin
-    masks: Mapping[str, torch.Tensor]
-
-    def __post_init__(self) -> None:
-        check_masks(self.masks)
-
-    @cached_property
-    def identity(self) -> str:
-        """Content hash."""
-        return content_hash("mask", self.origin.fingerprint, self.masks)
-
-    @contextmanager
-    def applied(self, model: TextToImage) -> Iterator[None]:
-        """Zero the weights while open."""
-        self.origin.check(model)
-        parameters = parameters_of(model, self.masks, rows=True)
-        saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        try:
-            for name, mask in self.masks.items():
-                parameter = parameters[name].data
-                mask = mask.to(parameter.device)
-                saved.append((parameter, mask, parameter[mask].clone()))
-                parameter[mask] = 0
-            yield
-        finally:
-            for parameter, mask, values in saved:
-                parameter[mask] = values
-
-    def counts(self) -> dict[str, int]:
-        """Pruned rows or weights by parameter."""
-        return {name: int(mask.sum()) for name, mask in self.masks.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class PairMaskEdit:
-    """Weights that are zero for one pair, for each pair its own.
-
-    A pass may hold rows of many pairs: each row sees its own pair's weights. Rows of a pair that
-    has no mask of its own (a control) see those of ``owner_of``.
-
-    Attributes:
-        origin: Where it comes from.
-        masks: Pair id to parameter name (of a linear layer's weight) to what is pruned, as in
-            ``MaskEdit``.
-    """
-
-    origin: Origin
-    masks: Mapping[str, Mapping[str, torch.Tensor]]
-
-    def __post_init__(self) -> None:
-        if not self.masks:
-            raise ValueError("a per-pair edit needs a pair")
-        for own in self.masks.values():
-            check_masks(own)
-
-    @cached_property
-    def identity(self) -> str:
-        """Content hash."""
-        flat = {f"{pair}|{name}": m for pair, own in self.masks.items() for name, m in own.items()}
-        # the pairs too: one without a mask is left alone, and is a possible owner of controls
-        return content_hash("pair_mask", self.origin.fingerprint, flat, sorted(self.masks))
-
-    def of(self, pair_id: str) -> MaskEdit:
-        """One pair's edit, as an edit for everybody."""
-        return MaskEdit(self.origin, self.masks[owner_of(pair_id, tuple(self.masks))])
-
-    @contextmanager
-    def applied(self, model: TextToImage) -> Iterator[None]:
-        """Give every linear layer with masks a forward that looks whose rows it has."""
-        self.origin.check(model)
-        for own in self.masks.values():
-            parameters_of(model, own, rows=True)
-        modules = dict(model.denoiser().named_modules())
-        patched: list[nn.Module] = []
-        try:
-            for name in sorted({name for own in self.masks.values() for name in own}):
-                module = modules[name.rpartition(".")[0]]
-                if not isinstance(module, nn.Linear) or not name.endswith(".weight"):
-                    raise TypeError(f"per-pair masks need weights of linear layers, got {name}")
-                if "forward" in vars(module):
-                    raise RuntimeError(f"{name} has a forward of its own, such as a second edit's")
-                module.forward = self._forward(model, module, name)  # type: ignore[assignment,method-assign]
-                patched.append(module)
-            yield
-        finally:
-            for module in patched:
-                del module.forward
-
-    def _forward(
-        self, model: TextToImage, module: nn.Linear, name: str
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        pairs = tuple(self.masks)
-        pruned = {
-            pair: own[name].to(module.weight.device)
-            for pair, own in self.masks.items()
-            if name in own
-        }
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            rows = model.row_pairs
-            if rows is None or len(rows) != len(x):
-                raise RuntimeError(
-                    "a per-pair edit is applied, but the model was not told whose rows these are"
-                )
-            owner = {pair: owner_of(pair, pairs) for pair in dict.fromkeys(rows)}
-            owners = [owner[pair] for pair in rows]
-            return masked_linear(x, module.weight, module.bias, owners, pruned)
-
-        return forward
-
-    def counts(self) -> dict[str, int]:
-        """Pruned rows or weights by parameter, on average over pairs."""
-        total: dict[str, int] = {}
-        for own in self.masks.values():
-            for name, mask in own.items():
-                total[name] = total.get(name, 0) + int(mask.sum())
-        return {name: round(count / len(self.masks)) for name, count in total.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class WeightEdit:
-    """Weights that were trained.
-
-    The new values rather than differences are kept: adding a difference would round.
-
-    Attributes:
-        origin: Where it comes from.
-        weights: Parameter name to new value.
-    """
-
-    origin: Origin
-    weights: Mapping[str, torch.Tensor]
-
-    @cached_property
-    def identity(self) -> str:
-        """Content hash."""
-        return content_hash("weights", self.origin.fingerprint, self.weights)
-
-    @contextmanager
-    def applied(self, model: TextToImage) -> Iterator[None]:
-        """Put the new weights in place while open."""
-        self.origin.check(model)
-        parameters = parameters_of(model, self.weights)
-        saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        try:
-            for name, value in self.weights.items():
-                parameter = parameters[name].data
-                saved.append((parameter, parameter.clone()))
-                parameter.copy_(value)
-            yield
-        finally:
-            for parameter, before in saved:
-                parameter.copy_(before)
-
-    def counts(self) -> dict[str, int]:
-        """Weights of the changed parameters."""
-        return {name: value.numel() for name, value in self.weights.items()}
-
-
-# -------- edit_files
-# Edits as safetensors files: nothing in them is executed, and damaged ones are noticed.
-
 LAYOUT = "1"
+"""Version of the files of edits."""
 
 _LARGEST = 2**31
 """Elements of a mask, at most: a damaged shape must not ask for all memory."""
 
 
 def write_edit(path: Path, edit: Edit) -> Path:
-    """Write an edit; masks are kept as the flat places of what is pruned.
+    """Write an edit as safetensors; of masks, the flat places of what is pruned.
 
     Args:
         path: Where to, ``.safetensors``.
@@ -427,31 +529,27 @@ def write_edit(path: Path, edit: Edit) -> Path:
     Raises:
         TypeError: It is of another kind, which has nothing to write.
     """
-    shapes: dict[str, list[int]] = {}
-    if isinstance(edit, MaskEdit):
-        kind, tensors = "mask", _places(edit.masks, shapes, "")
-    elif isinstance(edit, PairMaskEdit):
-        kind, tensors = "pair_mask", {}
-        for pair, own in edit.masks.items():
-            tensors.update(_places(own, shapes, f"{pair}|"))
-    elif isinstance(edit, WeightEdit):
-        kind = "weights"
-        tensors = {name: w.detach().cpu().contiguous() for name, w in edit.weights.items()}
-    else:
+    if not edit.kind or edit.origin is None:
         raise TypeError(f"{type(edit).__name__} has nothing to write")
+    tensors, shapes = {}, {}
+    for name, tensor in edit.tensors().items():
+        if tensor.dtype is torch.bool:
+            shapes[name] = list(tensor.shape)
+            tensor = tensor.flatten().nonzero()[:, 0].to(torch.int32)
+        tensors[name] = tensor.detach().cpu().contiguous()
     note = {
         "layout": LAYOUT,
-        "kind": kind,
+        "kind": edit.kind,
         "identity": edit.identity,
         "origin": json.dumps(asdict(edit.origin)),
         "shapes": json.dumps(shapes),
-        "pairs": json.dumps(list(edit.masks) if isinstance(edit, PairMaskEdit) else []),
+        "pairs": json.dumps(edit.pairs),
     }
     return write_atomically(path, save(tensors, metadata=note))
 
 
 def read_edit(path: Path) -> Edit:
-    """Read an edit that ``write_edit`` wrote.
+    """Read an edit that ``write_edit`` wrote; nothing in the file is executed.
 
     Raises:
         InputError: There is no such file, or it is damaged or of another layout.
@@ -468,10 +566,20 @@ def read_edit(path: Path) -> Edit:
             raise ValueError("it holds tensors, but does not say of which edit")
         if note["layout"] != LAYOUT:
             raise ValueError(f"its layout is {note['layout']}, not {LAYOUT}")
-        edit = _edit(note, tensors)
+        kind = {known.kind: known for known in (MaskEdit, PairMaskEdit, WeightEdit)}[note["kind"]]
+        masks = {
+            name: _mask(shape, tensors.pop(name))
+            for name, shape in json.loads(note["shapes"]).items()
+        }
+        # cloned: tensors from a file share its memory
+        values = {name: tensor.clone() for name, tensor in tensors.items()}
+        origin, pairs = Origin(**json.loads(note["origin"])), json.loads(note["pairs"])
+        edit = kind.from_tensors(origin, masks | values, pairs)
         if edit.identity != note["identity"]:
             raise ValueError("its content does not fit the hash in it")
-    except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (
+        AttributeError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError,
+    ) as error:  # fmt: skip
         raise InputError(
             f"{path} is no edit of this program, or damaged: {error}\n"
             f"  fix:   remove it, it will be computed again"
@@ -479,92 +587,9 @@ def read_edit(path: Path) -> Edit:
     return edit
 
 
-def _edit(note: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Edit:
-    origin = Origin(**json.loads(note["origin"]))
-    shapes: dict[str, list[int]] = json.loads(note["shapes"])
-    if note["kind"] == "weights":
-        return WeightEdit(origin, {name: value.clone() for name, value in tensors.items()})
-    masks = {}
-    for name, places in tensors.items():
-        if math.prod(shapes[name]) > _LARGEST:
-            raise ValueError(f"a mask of shape {tuple(shapes[name])} is no model's")
-        mask = torch.zeros(shapes[name], dtype=torch.bool)
-        mask.view(-1)[places.long()] = True
-        masks[name] = mask
-    if note["kind"] == "mask":
-        return MaskEdit(origin, masks)
-    if note["kind"] != "pair_mask":
-        raise ValueError(f"unknown kind {note['kind']!r}")
-    own: dict[str, dict[str, Any]] = {pair: {} for pair in json.loads(note["pairs"])}
-    for name, mask in masks.items():
-        pair, _, parameter = name.partition("|")
-        own[pair][parameter] = mask
-    return PairMaskEdit(origin, own)
-
-
-def _places(
-    masks: Mapping[str, torch.Tensor], shapes: dict[str, list[int]], prefix: str
-) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, mask in masks.items():
-        shapes[prefix + name] = list(mask.shape)
-        found[prefix + name] = mask.flatten().nonzero()[:, 0].to(torch.int32).cpu()
-    return found
-
-
-def is_writable(edit: Edit) -> bool:
-    """Whether an edit has something to write; others are cheap to make again."""
-    return isinstance(edit, MaskEdit | PairMaskEdit | WeightEdit)
-
-
-# -------- effect
-# Whether an edit does anything: a mask over zero weights leaves a model as it is.
-
-log = logging.getLogger(__name__)
-
-
-def changed_weights(edit: Edit, model: TextToImage) -> int | None:
-    """Count the weights that differ under an edit, and say so in the log.
-
-    Args:
-        edit: The edit.
-        model: The checkpoint, without the edit.
-
-    Returns:
-        Weights that have another value under it, for per-pair edits under any pair's; None where
-        it works without changing weights, as a defence at inference does.
-
-    Raises:
-        InputError: The edit was made for another checkpoint.
-    """
-    if isinstance(edit, EmptyEdit):
-        return 0
-    if isinstance(edit, MaskEdit):
-        changed = _pruned(model, [edit.masks])
-    elif isinstance(edit, PairMaskEdit):
-        changed = _pruned(model, edit.masks.values())
-    elif isinstance(edit, WeightEdit):
-        parameters = parameters_of(model, edit.weights)
-        changed = sum(
-            int((parameters[name].detach() != value.to(parameters[name])).sum())
-            for name, value in edit.weights.items()
-        )
-    else:
-        return None
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    say = log.info if changed else log.warning
-    say("the edit changes %d of %d weights (%.3g %%)", changed, whole, 100 * changed / whole)
-    return changed
-
-
-def _pruned(model: TextToImage, each: Iterable[Mapping[str, torch.Tensor]]) -> int:
-    """Weights that are not zero and that any of several sets of masks prunes."""
-    union: dict[str, torch.Tensor] = {}
-    for masks in each:
-        for name, mask in masks.items():
-            union[name] = union[name] | mask if name in union else mask
-    parameters = parameters_of(model, union, rows=True)
-    return sum(
-        int(parameters[name].detach()[mask.to(parameters[name].device)].count_nonzero())
-        for name, mask in union.items()
-    )
+def _mask(shape: Sequence[int], places: torch.Tensor) -> torch.Tensor:
+    if math.prod(shape) > _LARGEST:
+        raise ValueError(f"a mask of shape {tuple(shape)} is no model's")
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.view(-1)[places.long()] = True
+    return mask

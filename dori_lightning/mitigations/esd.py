@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Context, check_calibrated, edit_key
+from dori_lightning.mitigations.base import Context, edit_key, require_pairs
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -92,7 +92,7 @@ class ESD:
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Train on the pairs' captions; their pictures are not used."""
-        check_calibrated(pairs, self.name)
+        require_pairs(pairs, self.name)
         key = edit_key(self, model, pairs, context)
         check_disk(
             model, self.finetune, context, key=key, trained=lambda n: is_trained(n, self.variant)

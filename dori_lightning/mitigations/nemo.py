@@ -21,7 +21,7 @@ from dori_lightning.mitigations.activations import (
     activations,
     read_statistics,
 )
-from dori_lightning.mitigations.base import Context, check_calibrated
+from dori_lightning.mitigations.base import Context, require_pairs
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.mitigations.nemo_criteria import (
     BlockedPasses,
@@ -387,8 +387,8 @@ class NeMo:
             if not good:
                 raise InputError(f"mitigation {self.name}: {rule}\n  got:   {self}")
 
-    def contents(self) -> dict[str, str]:
-        """Hash of the statistics file, where there is one; see ``base.settings_of``."""
+    def file_hashes(self) -> dict[str, str]:
+        """Hash of the statistics file, where there is one; see ``base.settings_fingerprint``."""
         if self.statistics is None:
             return {}
         return {"statistics": hashlib.sha256(read_statistics(Path(self.statistics))).hexdigest()}
@@ -397,7 +397,7 @@ class NeMo:
         self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> MaskEdit | PairMaskEdit:
         """Find the neurons of every pair and return their masks."""
-        check_calibrated(pairs, self.name)
+        require_pairs(pairs, self.name)
         found = self.find(model, {pair.id: context.data.encoded(pair) for pair in pairs}, context)
         one_at_a_time = sum(own.get("one_at_a_time", 0) for own in found.notes.values())
         origin = Origin(

@@ -16,8 +16,8 @@ from functools import cached_property
 import torch
 
 from dori_lightning.attacks.solver import RowAdam
-from dori_lightning.mitigations.base import Context, settings_fingerprint
-from dori_lightning.mitigations.edits import Origin
+from dori_lightning.mitigations.base import Context
+from dori_lightning.mitigations.edits import Edit, Origin
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
@@ -192,20 +192,13 @@ class PromptAdjustment:
             RuntimeError: Scores of ordinary prompts are not finite.
         """
         del pairs
-        before = model.unet_evaluations
         target, notes = self.target, {}
         if target is None:
             scores = self._ordinary_scores(model, context)
             target = float(scores.quantile(self.quantile))
             notes = {"ordinary_scores": scores.tolist()}
         return PromptAdjustmentEdit(
-            Origin(
-                model.fingerprint,
-                mitigation=self.name,
-                settings=settings_fingerprint(self),
-                cost={"unet_evaluations": model.unet_evaluations - before},
-                notes={"target": target, **notes},
-            ),
+            Origin(model.fingerprint, notes={"target": target, **notes}),
             target,
             self.adjusting,
         )
@@ -232,7 +225,7 @@ class PromptAdjustment:
 
 
 @dataclass(frozen=True, eq=False)
-class PromptAdjustmentEdit:
+class PromptAdjustmentEdit(Edit):
     """What is put before the generator; there is nothing to write, it is cheap to make again.
 
     Attributes:
@@ -273,10 +266,6 @@ class PromptAdjustmentEdit:
             yield
         finally:
             model.embedding_filter = previous
-
-    def counts(self) -> dict[str, int]:
-        """Nothing: no weight changes."""
-        return {}
 
     def adjusted(
         self, model: TextToImage, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from dori_lightning.mitigations.base import Context, Mitigation, check_calibrated, edit_key
+from dori_lightning.mitigations.base import Context, Mitigation, edit_key, require_pairs
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -145,7 +145,7 @@ def finetune_on_anchors(
         pairs: Pairs to forget.
         context: What mitigations work with.
     """
-    check_calibrated(pairs, method.name)
+    require_pairs(pairs, method.name)
     key = edit_key(method, model, pairs, context)
     check_disk(model, method.finetune, context, key=key)
     anchors = find_anchors(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Context, check_calibrated
+from dori_lightning.mitigations.base import Context, require_pairs
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
@@ -437,7 +437,7 @@ class Wanda:
             InputError: There is no pair, the sampler takes fewer steps, or ``fraction`` of a row
                 is less than one weight.
         """
-        check_calibrated(pairs, self.name)
+        require_pairs(pairs, self.name)
         masks = self.find(
             model,
             context.data.batch(pairs).embeddings,

@@ -22,12 +22,6 @@ from dori_lightning.config import groups
 from dori_lightning.mitigations.base import Mitigation, settings_fingerprint
 from dori_lightning.mitigations.edits import (
     Edit,
-    EmptyEdit,
-    MaskEdit,
-    PairMaskEdit,
-    WeightEdit,
-    is_writable,
-    parameters_of,
     read_edit,
     write_edit,
 )
@@ -138,7 +132,7 @@ FORMATS = ("diffusers", "single_file")
 class _Chosen:
     """The edit that goes into the weights, and what the card says of it."""
 
-    edit: MaskEdit | WeightEdit | EmptyEdit
+    edit: Edit
     mitigation: str
     settings: Mapping[str, Any]
     cost: Mapping[str, float]
@@ -171,7 +165,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         chosen = _from_mitigation(cfg, model, mitigation, pairs)
     if not distributed.is_first():  # all processes make the edit, one of them writes
         return
-    changed = _changed(model, chosen.edit)
+    changed = _changed(model, chosen.edit, chosen.mitigation)
     folder.mkdir(parents=True, exist_ok=True)
     with chosen.edit.applied(model), FileLock(folder / ".export.lock"):
         parts = parts_of(model)
@@ -179,7 +173,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         if audit is not None:
             _check_audit(audit, AuditedThing(model.fingerprint, chosen.edit.identity), weights)
         claim_folder(folder, _method(cfg, model, chosen, weights))
-        if is_writable(chosen.edit):
+        if chosen.edit.kind:
             write_edit(folder / "edit.safetensors", chosen.edit)
         exported = _describe(cfg, model, chosen, weights, changed)
         card = model_card(exported, shown).encode()
@@ -213,7 +207,7 @@ def _from_file(cfg: DictConfig, edit: Edit) -> _Chosen:
     """Take the edit that the user names; what it was calibrated on is not known."""
     origin = edit.origin
     assert origin is not None, "files hold no empty edits"
-    own = _weights_edit(edit, cfg.task.pair, origin.mitigation)
+    own = _for_one_checkpoint(edit, _pair(cfg), origin.mitigation)
     name = origin.mitigation or "unnamed"
     return _Chosen(own, name, origin.settings, origin.cost, None, _pair(cfg), None)
 
@@ -235,7 +229,7 @@ def _from_mitigation(
     suspected = [pair for pair in pairs if pair.kind != "control"]
     edit = context.find(mitigation, model, suspected).edit
     return _Chosen(
-        edit=_weights_edit(edit, cfg.task.pair, mitigation.name),
+        edit=_for_one_checkpoint(edit, _pair(cfg), mitigation.name),
         mitigation=mitigation.name,
         settings=settings_fingerprint(mitigation),
         cost=edit.origin.cost if edit.origin else {},
@@ -249,44 +243,33 @@ def _pair(cfg: DictConfig) -> str | None:
     return None if cfg.task.pair is None else str(cfg.task.pair)
 
 
-def _weights_edit(
-    edit: Edit, pair: str | None, mitigation: str
-) -> MaskEdit | WeightEdit | EmptyEdit:
+def _for_one_checkpoint(edit: Edit, pair: str | None, mitigation: str) -> Edit:
     """An edit as one set of weights.
 
     Raises:
-        InputError: It is none.
+        InputError: It has one for each pair and none is named, or the other way round.
     """
-    if isinstance(edit, PairMaskEdit):
-        if pair is None:
-            raise InputError(
-                f"{mitigation} prunes other weights for each of {len(edit.masks)} pairs, and one "
-                f"checkpoint has one set of weights\n"
-                f"  where: task.pair\n"
-                f"  fix:   task.pair=ID uses the masks of one pair; or choose a mitigation that "
-                f"prunes once for all pairs: mitigation={_unions()}"
-            )
-        if str(pair) not in edit.masks:
-            raise InputError(
-                f"the edit has no masks of the pair {pair!s}\n"
-                f"  where: task.pair\n"
-                f"  fix:   one of {', '.join(edit.masks)}; quote numbers: 'task.pair=\"0001\"'"
-            )
-        return edit.of(str(pair))
-    if not isinstance(edit, MaskEdit | WeightEdit | EmptyEdit):
+    if edit.pairs and pair is None:
         raise InputError(
-            f"{mitigation} changes how pictures are drawn and no weight, so no checkpoint can "
-            f"hold it\n"
-            f"  where: mitigation\n"
-            f"  fix:   choose a mitigation that prunes or trains"
+            f"{mitigation} prunes other weights for each of {len(edit.pairs)} pairs, and one "
+            f"checkpoint has one set of weights\n"
+            f"  where: task.pair\n"
+            f"  fix:   task.pair=ID uses the masks of one pair; or choose a mitigation that "
+            f"prunes once for all pairs: mitigation={_unions()}"
         )
-    if pair is not None:
+    if edit.pairs and pair not in edit.pairs:
         raise InputError(
-            f"{mitigation} makes one edit for all pairs, so it has none of {pair!s} alone\n"
+            f"the edit has no masks of the pair {pair}\n"
+            f"  where: task.pair\n"
+            f"  fix:   one of {', '.join(edit.pairs)}; quote numbers: 'task.pair=\"0001\"'"
+        )
+    if pair is not None and not edit.pairs:
+        raise InputError(
+            f"{mitigation} makes one edit for all pairs, so it has none of {pair} alone\n"
             f"  where: task.pair\n"
             f"  fix:   leave task.pair out"
         )
-    return edit
+    return edit if pair is None else edit.for_pair(pair)
 
 
 def _unions() -> str:
@@ -294,25 +277,27 @@ def _unions() -> str:
     return " or ".join(n for n in groups().get("mitigation", {}) if "union" in n) or "NAME"
 
 
-def _changed(
-    model: StableDiffusion, edit: MaskEdit | WeightEdit | EmptyEdit
-) -> dict[str, Changed]:
-    """Count what an edit changes, by block of the UNet; the model carries no edit yet."""
-    if isinstance(edit, EmptyEdit):
-        return {}
-    edit.origin.check(model)
-    tensors = edit.masks if isinstance(edit, MaskEdit) else edit.weights
+def _changed(model: StableDiffusion, edit: Edit, mitigation: str) -> dict[str, Changed]:
+    """Count what an edit changes, by block of the UNet; the model carries no edit yet.
+
+    Raises:
+        InputError: It changes no weights, but how images are generated.
+    """
+    changed = edit.changed(model)
+    if changed is None:
+        raise InputError(
+            f"{mitigation} changes how images are generated and no weight, so no checkpoint can "
+            f"hold it\n"
+            f"  where: mitigation\n"
+            f"  fix:   choose a mitigation that prunes or trains"
+        )
+    parameters = dict(model.denoiser().named_parameters())
     found: dict[str, Changed] = {}
-    for name, parameter in parameters_of(model, tensors, rows=True).items():
-        before, own = parameter.detach(), tensors[name].to(parameter.device)
-        if isinstance(edit, MaskEdit):
-            count = int((before[own] != 0).sum())
-        else:
-            count = int((before != own.to(before.dtype)).sum())
+    for name, count in changed.items():
         block = name.partition(".")[0]
         old = found.get(block, Changed(0, 0, 0))
         found[block] = Changed(
-            old.tensors + (count > 0), old.weights + count, old.total + before.numel()
+            old.tensors + (count > 0), old.weights + count, old.total + parameters[name].numel()
         )
     return {block: part for block, part in found.items() if part.weights}
 

@@ -328,9 +328,7 @@ def _study(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
 
 def _other_models(study: Study, searched: Edit) -> list[tuple[str, Edit]]:
     """The checkpoint as it is, and the mitigated models that triggers are tried on."""
-    original: list[tuple[str, Edit]] = (
-        [] if isinstance(searched, EmptyEdit) else [("none", EmptyEdit())]
-    )
+    original: list[tuple[str, Edit]] = [] if searched.is_empty else [("none", EmptyEdit())]
     return [
         *original,
         *((own.name, study.edit_of(own).edit) for own in study.settings.transfer_to),

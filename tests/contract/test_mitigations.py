@@ -17,7 +17,6 @@ from dori_lightning.mitigations.edits import (
     MaskEdit,
     PairMaskEdit,
     WeightEdit,
-    is_writable,
     read_edit,
     write_edit,
 )
@@ -194,6 +193,6 @@ def test_contract(
         assert counts
         assert {key for key, count in changed.items() if count} == set(counts)
 
-    if is_writable(edit):
+    if edit.kind:
         path = write_edit(tmp_path / "edit.safetensors", edit)
         assert read_edit(path).identity == edit.identity

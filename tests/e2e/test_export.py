@@ -85,16 +85,12 @@ class AtInference:
 
     def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Any:
         @dataclass(frozen=True)
-        class Filter:
-            identity: str = "filter"
+        class Filter(Edit):
             origin: Origin | None = None
 
             @contextmanager
             def applied(self, model: Any) -> Iterator[None]:
                 yield
-
-            def counts(self) -> dict[str, int]:
-                return {}
 
         return Filter()
 
@@ -294,7 +290,7 @@ def test_an_edit_per_pair_needs_a_pair_or_a_union(
 
 
 def test_what_changes_no_weight_cannot_be_exported(material: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at_inference changes how pictures are drawn"):
+    with pytest.raises(InputError, match="at_inference changes how images"):
         export(material, tmp_path / "run", mitigation=AtInference)
     assert not (tmp_path / "run").exists()
 

@@ -5,14 +5,20 @@ import torch
 
 from dori_lightning.locality import layers as module
 from dori_lightning.locality.layers import (
-    EVERYBODY,
     agreement,
     agreement_of,
     iou,
     overlap,
     selected,
 )
-from dori_lightning.mitigations.edits import EmptyEdit, MaskEdit, Origin, PairMaskEdit, WeightEdit
+from dori_lightning.mitigations.edits import (
+    EVERYBODY,
+    EmptyEdit,
+    MaskEdit,
+    Origin,
+    PairMaskEdit,
+    WeightEdit,
+)
 from dori_lightning.types import InputError
 
 NEMO, WANDA = Origin("f" * 8, mitigation="nemo"), Origin("f" * 8, mitigation="wanda")

@@ -167,7 +167,7 @@ def test_each_row_of_a_mixed_batch_is_as_under_its_own_pairs_mask(
     mixed, gradient = run(edit)
     assert gradient.flatten(1).abs().amax(1).min() > 0
     for pair in PAIRS:
-        own, own_gradient = run(edit.of(pair))
+        own, own_gradient = run(edit.for_pair(pair))
         for k, owner in enumerate(owners):
             if owner == pair:
                 assert same(mixed[k], own[k])
@@ -189,7 +189,7 @@ def test_guided_pictures_under_a_per_pair_edit_are_those_of_each_pairs_own(
     with edit.applied(model):
         mixed = model.generate(batch["embeddings"], batch["noised"], sampling, pair_ids=PAIRS)
     for k, pair in enumerate(PAIRS):
-        with edit.of(pair).applied(model):
+        with edit.for_pair(pair).applied(model):
             own = model.generate(batch["embeddings"], batch["noised"], sampling)
         assert close(mixed[k], own[k])
         assert not close(mixed[k], own[k - 1])
@@ -220,7 +220,7 @@ def test_a_pruned_row_with_a_bias_gives_the_bias(model: StableDiffusion) -> None
     model.row_pairs = ("boat",)
     with torch.no_grad(), edit.applied(model):
         y = layer(x)
-    with torch.no_grad(), edit.of("boat").applied(model):
+    with torch.no_grad(), edit.for_pair("boat").applied(model):
         assert torch.equal(layer(x), y)
     assert torch.equal(y[0, :, :3], layer.bias.detach()[:3].expand(5, -1))
 
@@ -231,10 +231,10 @@ def test_a_control_sees_the_mask_of_its_owner(model: StableDiffusion) -> None:
     with torch.no_grad():
         with edit.applied(model):
             seen = model.predict_noise(**batch, pair_ids=["some control", PAIRS[0]])
-        with edit.of(owner).applied(model):
+        with edit.for_pair(owner).applied(model):
             expected = model.predict_noise(**batch)
     assert torch.equal(seen[0], expected[0])
-    assert edit.of("some control").identity == edit.of(owner).identity
+    assert edit.for_pair("some control").identity == edit.for_pair(owner).identity
 
 
 def test_owners_follow_from_names_alone_and_are_spread_over_the_pairs() -> None:
@@ -379,6 +379,6 @@ def test_an_attack_under_a_per_pair_edit_is_the_attack_under_the_pairs_own(
     edit = per_pair(model, rows)
     together = attack(model, edit, "house", "boat")
     for k, name in enumerate(("house", "boat")):
-        own = attack(model, edit.of(name), name)
+        own = attack(model, edit.for_pair(name), name)
         assert torch.equal(own.embeddings[0], together.embeddings[k])
         assert torch.equal(own.losses[0], together.losses[k])

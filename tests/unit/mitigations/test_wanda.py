@@ -248,7 +248,7 @@ def test_mixed_rows_see_their_own_pairs_mask(
     with edit.applied(model):
         mixed = predicted()
     for row, name in enumerate(names):
-        with edit.of(name).applied(model):
+        with edit.for_pair(name).applied(model):
             assert torch.allclose(mixed[row], predicted(row)[row], rtol=1e-5, atol=1e-6)
         assert not torch.allclose(mixed[row], plain[row], rtol=1e-5, atol=1e-6)
     assert torch.equal(predicted(0), plain)
