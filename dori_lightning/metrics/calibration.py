@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.metrics.perceptual import ClipAlignment, LPIPSDistance
-from dori_lightning.metrics.replication import Aggregation, diversity, pair_scores
+from dori_lightning.metrics.replication import Aggregation, diversity, pair_results
 from dori_lightning.metrics.statistics import roc_curve
 from dori_lightning.types import Calibration, InputError, Outcome, Pair
 
@@ -403,14 +403,11 @@ def calibrate_measures(
     offered = separation_table({k: v for k, v in samples.items() if v[0] and v[1]})
     decider = _decider(measures, offered)
     ceiling, null = samples[decider]
+    results = pair_results(
+        prompted, descriptor=decider, threshold=math.inf, aggregation=measures.aggregation
+    )
     scores = {
-        kind: list(
-            pair_scores(
-                [o for o in prompted if o.pair.kind == kind],
-                decider,
-                aggregation=measures.aggregation,
-            ).values()
-        )
+        kind: [result.statistic for result in results if result.pair.kind == kind]
         for kind in ("vm", "control")
     }
     return calibrate(

@@ -15,15 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dori_lightning.metrics.replication import (
+    PairResult,
+    find_cell,
+    headline_condition,
+    pair_results,
+    prompt_condition,
+)
 from dori_lightning.metrics.replication import cells as cells_of
-from dori_lightning.metrics.replication import find_cell, pair_scores
 from dori_lightning.report.findings import Paired, holm, paired
 from dori_lightning.report.record import Run
 from dori_lightning.report.words import condition_words
 from dori_lightning.types import (
     BASELINE,
     INITS,
-    KINDS,
     Calibration,
     Cell,
     Condition,
@@ -214,8 +219,11 @@ class Entry:
         runs: Audits behind it.
         outcomes: What they measured, each condition once.
         cells: Its cells under the checkpoint's one threshold; their mitigation is ``label``.
+        pair_results: One result per pair and condition under that threshold.
+        prompt_condition: The prompts as they are; None where no image was generated from them.
+        headline_condition: The attack to show; None where no attack was run.
         reproduced: Condition and kind to pair id to whether the pair was reproduced; None where
-            every restart diverged.
+            there is no result.
         utility: What the mitigation costs in pictures; empty where it was not measured.
         edit: What is known of its edit; empty where nothing is.
     """
@@ -226,6 +234,9 @@ class Entry:
     runs: tuple[Run, ...]
     outcomes: tuple[Outcome, ...]
     cells: tuple[Cell, ...]
+    pair_results: tuple[PairResult, ...]
+    prompt_condition: Condition | None
+    headline_condition: Condition | None
     reproduced: Mapping[tuple[Condition, Kind], Mapping[str, bool | None]]
     utility: Mapping[str, Any]
     edit: Mapping[str, Any]
@@ -285,21 +296,23 @@ def make_entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entr
                     f"  where: task.runs\n  fix:   leave one of them out"
                 )
     everything = [outcome for _, outcomes in held.values() for outcome in outcomes]
+    cells = run_cells(everything, first, rule, label)
+    results = _results(everything, first, rule)
+    reproduced: dict[tuple[Condition, Kind], dict[str, bool | None]] = {}
+    for result in results:
+        of_kind = reproduced.setdefault((result.condition, result.pair.kind), {})
+        of_kind[result.pair.id] = result.reproduced
     entry = Entry(
         checkpoint=first.checkpoint,
         label=label,
         mitigation=first.mitigation,
         runs=tuple(runs),
         outcomes=tuple(everything),
-        cells=run_cells(everything, first, rule, label),
-        reproduced={
-            (condition, kind): _reproduced(
-                [o for o in outcomes if o.pair.kind == kind], first, rule
-            )
-            for condition, (_, outcomes) in held.items()
-            for kind in KINDS
-            if any(o.pair.kind == kind for o in outcomes)
-        },
+        cells=cells,
+        pair_results=results,
+        prompt_condition=prompt_condition(cells),
+        headline_condition=headline_condition(cells),
+        reproduced=reproduced,
         utility=next((u for run in runs if (u := run.document.get("utility"))), {}),
         edit=_edit(label, runs),
     )
@@ -313,17 +326,13 @@ def _by_condition(run: Run) -> dict[Condition, list[Outcome]]:
     return found
 
 
-def _scores(outcomes: Sequence[Outcome], run: Run, rule: Calibration) -> dict[str, float]:
-    return pair_scores(outcomes, rule.descriptor, aggregation=run.aggregation)
-
-
-def _reproduced(
-    outcomes: Sequence[Outcome], run: Run, rule: Calibration
-) -> dict[str, bool | None]:
-    return {
-        name: None if math.isnan(score) else score > rule.threshold
-        for name, score in _scores(outcomes, run, rule).items()
-    }
+def _results(outcomes: Sequence[Outcome], run: Run, rule: Calibration) -> tuple[PairResult, ...]:
+    return pair_results(
+        outcomes,
+        descriptor=rule.descriptor,
+        threshold=rule.threshold,
+        aggregation=run.aggregation,
+    )
 
 
 def _repeated(
@@ -333,7 +342,10 @@ def _repeated(
     rule: Calibration,
 ) -> Iterator[str]:
     """Compare two measurements of the same prompts: jobs of a grid repeat them."""
-    first, second = (_scores(outcomes, run, rule) for run, outcomes in (kept, other))
+    first, second = (
+        {result.pair.id: result.statistic for result in _results(outcomes, run, rule)}
+        for run, outcomes in (kept, other)
+    )
     gaps = [abs(a - second[name]) for name, a in first.items() if not _same(a, second[name])]
     if gaps:
         gap = "not finite" if any(math.isnan(g) for g in gaps) else f"up to {max(gaps):.3g} apart"

@@ -29,9 +29,6 @@ from matplotlib.transforms import ScaledTranslation
 
 from dori_lightning.metrics.replication import (
     PairResult,
-    headline_condition,
-    pair_results,
-    prompt_condition,
 )
 from dori_lightning.report.comparison import HeadlineRow
 from dori_lightning.report.record import AuditReport
@@ -206,18 +203,12 @@ def svg_element(figure: Figure, name: str) -> Markup:
 
 def audit_figures(report: AuditReport) -> dict[str, Figure]:
     """Draw the figures of an audit, by name; those with nothing to show are left out."""
-    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
-    spoken = (prompt_condition(own), headline_condition(own))
+    spoken = (report.prompt_condition, report.headline_condition)
     conditions = [condition for condition in spoken if condition is not None]
     rule = report.calibration
-    results = pair_results(
-        report.outcomes,
-        descriptor=rule.descriptor,
-        threshold=rule.threshold,
-        aggregation=report.aggregation,
-    )
+    results = report.pair_results
     return _drawn(
-        rate_against_steps=rate_against_steps(own),
+        rate_against_steps=rate_against_steps(report.own_cells),
         similarity_histograms=similarity_histograms(
             results, conditions=conditions, calibration=rule
         ),

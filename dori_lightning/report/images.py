@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dori_lightning.metrics.replication import PairResult, pair_results
+from dori_lightning.metrics.replication import PairResult
 from dori_lightning.pairs.validation import square_image
 from dori_lightning.report.record import NOT_KEPT, AuditReport, Disclosure
-from dori_lightning.types import Condition, InputError, Outcome, Pair
+from dori_lightning.types import Condition, InputError, Pair
 
 THUMBNAIL = 192
 """Longest side of an embedded image in pixels."""
@@ -95,9 +95,9 @@ def attack_grid(
         nothing to show.
     """
     prompt = Condition("prompt")
-    columns = [("from its prompt", _results(report, report.outcomes), prompt)]
+    columns = [("from its prompt", _by_condition(report.pair_results), prompt)]
     if report.baseline:
-        columns.insert(0, ("before mitigation", _results(report, report.baseline), prompt))
+        columns.insert(0, ("before mitigation", _by_condition(report.baseline_results), prompt))
     if attack is not None:
         columns.append((f"attack from {attack.init}", columns[-1][1], attack))
     shown = _first_pairs(o.pair for o in report.outcomes if attack in (None, o.condition))
@@ -141,16 +141,7 @@ def attack_grid(
     return sheet
 
 
-def _results(
-    report: AuditReport, outcomes: Iterable[Outcome]
-) -> dict[tuple[str, Condition], PairResult]:
-    rule = report.calibration
-    results = pair_results(
-        outcomes,
-        descriptor=rule.descriptor,
-        threshold=rule.threshold,
-        aggregation=report.aggregation,
-    )
+def _by_condition(results: Iterable[PairResult]) -> dict[tuple[str, Condition], PairResult]:
     return {(result.pair.id, result.condition): result for result in results}
 
 

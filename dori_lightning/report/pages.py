@@ -20,12 +20,8 @@ from matplotlib.figure import Figure
 from dori_lightning.metrics.replication import (
     Aggregation,
     PairResult,
-    attack_trust,
     find_cell,
-    first_successes,
-    headline_condition,
     pair_results,
-    prompt_condition,
     steps_by_pair,
 )
 from dori_lightning.metrics.utility import Comparison as UtilityComparison
@@ -72,7 +68,7 @@ from dori_lightning.report.words import (
 )
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
-from dori_lightning.types import BASELINE, KINDS, Calibration, Cell, Condition, Kind, Outcome, Pair
+from dori_lightning.types import BASELINE, KINDS, Calibration, Condition, Kind, Outcome, Pair
 
 # -------- cards
 # The rows of the page's table of pairs: the original beside what came back.
@@ -156,18 +152,17 @@ def pair_cards(
     Raises:
         InputError: A picture to be shown is gone or unreadable.
     """
-    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
-    wanted = {pair.id for pair in pairs}
-    after = _results(report, report.outcomes, wanted)
-    before = _results(report, report.baseline, wanted)
-    prompts, attack = prompt_condition(own), headline_condition(own)
+    after: dict[tuple[str, Condition | None], PairResult] = {
+        (r.pair.id, r.condition): r for r in report.pair_results
+    }
+    before = {r.pair.id: r for r in report.baseline_results}
     cards = []
-    first = _first_steps(report, attack)
+    first = _first_steps(report, report.headline_condition)
     for pair in pairs:
         found: dict[str, PairResult | None] = {
-            "before": next((r for r in before if r.pair.id == pair.id), None),
-            "prompt": _pick(after, pair, prompts),
-            "attack": _pick(after, pair, attack),
+            "before": before.get(pair.id),
+            "prompt": after.get((pair.id, report.prompt_condition)),
+            "attack": after.get((pair.id, report.headline_condition)),
         }
         shown = thumbnail(pair.image, disclosure)
         panels = tuple(
@@ -198,24 +193,7 @@ def _first_steps(report: AuditReport, attack: Condition | None) -> dict[str, int
     }
     if len(looked_at) < 2:
         return {}
-    firsts = first_successes(report.outcomes, report.calibration, report.aggregation)
-    return steps_by_pair(attack, firsts)
-
-
-def _results(
-    report: AuditReport, outcomes: Iterable[Outcome], wanted: set[str]
-) -> list[PairResult]:
-    rule = report.calibration
-    return pair_results(
-        (outcome for outcome in outcomes if outcome.pair.id in wanted),
-        descriptor=rule.descriptor,
-        threshold=rule.threshold,
-        aggregation=report.aggregation,
-    )
-
-
-def _pick(results: Iterable[PairResult], pair: Pair, condition: object) -> PairResult | None:
-    return next((r for r in results if r.pair.id == pair.id and r.condition == condition), None)
+    return steps_by_pair(attack, report.first_successes)
 
 
 def _outcome(found: dict[str, PairResult | None]) -> str:
@@ -386,23 +364,6 @@ def sweep_blocks(
     )
 
 
-def results_by_entry(
-    entry: Entry, outcomes: Sequence[Outcome], rule: Calibration
-) -> tuple[list[PairResult], tuple[Condition | None, Condition | None]]:
-    """Reduce outcomes of a row to one result per pair and condition.
-
-    Returns:
-        The results, and the conditions that are spoken of: prompts and attack.
-    """
-    results = pair_results(
-        outcomes,
-        descriptor=rule.descriptor,
-        threshold=rule.threshold,
-        aggregation=_aggregation(entry),
-    )
-    return results, (prompt_condition(entry.cells), headline_condition(entry.cells))
-
-
 def _aggregation(entry: Entry) -> Aggregation:
     return entry.cells[0].aggregation if entry.cells else "max"
 
@@ -425,7 +386,13 @@ def _block(
         kept = with_files_that_exist(o for o in entry.outcomes if o.pair.id in wanted)
         lost += sum(not outcome.images for outcome in kept if outcome.status == "ok")
         references |= {o.pair.id: o.pair for o in kept if o.pair.image != NOT_KEPT}
-        results, spoken = results_by_entry(entry, kept, rule)
+        results = pair_results(
+            kept,
+            descriptor=rule.descriptor,
+            threshold=rule.threshold,
+            aggregation=_aggregation(entry),
+        )
+        spoken = (entry.prompt_condition, entry.headline_condition)
         found = {(result.pair.id, result.condition): result for result in results}
         for pair in shown:
             own = tuple(found.get((pair.id, condition)) for condition in spoken if condition)
@@ -634,8 +601,8 @@ def _figures(comparison: Comparison, rows: Sequence[HeadlineRow]) -> dict[str, M
     rule = next(iter(comparison.calibrations.values()))
     repeats = {}
     for entry in comparison.entries if single else ():
-        results, spoken = results_by_entry(entry, entry.outcomes, rule)
-        repeats[entry.label] = (results, [condition for condition in spoken if condition])
+        spoken = (entry.prompt_condition, entry.headline_condition)
+        repeats[entry.label] = (entry.pair_results, [c for c in spoken if c])
     return _elements(sweep_figures(rows, comparison.cells, repeats, threshold=rule.threshold))
 
 
@@ -929,8 +896,6 @@ def render_page(
     Raises:
         InputError: A picture to be shown is gone or unreadable.
     """
-    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
-    prompts, attack = prompt_condition(own), headline_condition(own)
     shown, total = choose_pairs(report.outcomes, max_pairs=max_pairs)
     config = json.dumps(redact(report.provenance.config), indent=2, sort_keys=True, default=str)
     return rendered_page(
@@ -944,8 +909,8 @@ def render_page(
         plain=plain_verdict(
             report.cells, mitigation=report.mitigation, invalid=bool(report.invalid)
         ),
-        tone="invalid" if report.invalid else _tone(own, attack),
-        tiles=_tiles(report, own, prompts, attack),
+        tone="invalid" if report.invalid else _tone(report),
+        tiles=_tiles(report),
         pairs=pair_cards(report, shown, disclosure=images),
         panel_names=panel_names(report),
         total=total,
@@ -985,30 +950,26 @@ def write_audit_page(
     """Write an audit's page, its figures and the grid of its images as files; return the page."""
     figures = audit_figures(report)
     write_figures(figures, folder)
-    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
-    grid = attack_grid(report, headline_condition(own), images=images)
+    grid = attack_grid(report, report.headline_condition, images=images)
     if grid is not None:
         write_atomically(folder / "figures" / "picture_grid.png", png_file(grid))
     return write_page(report, folder, images=images, max_pairs=max_pairs, figures=figures)
 
 
-def _tone(own: Sequence[Cell], attack: Condition | None) -> str:
+def _tone(report: AuditReport) -> str:
     """Choose the verdict's colour; ``doubt`` where the controls fail or are missing."""
-    suspected = [cell for cell in own if cell.kind == "vm" and cell.n > 0]
-    if not suspected or attack_trust(own, attack) in ("paints", "unchecked"):
+    suspected = [cell for cell in report.own_cells if cell.kind == "vm" and cell.n > 0]
+    if not suspected or report.trust in ("paints", "unchecked"):
         return "doubt"
-    speaking = (prompt_condition(own), attack)
+    speaking = (report.prompt_condition, report.headline_condition)
     return "found" if any(c.hits for c in suspected if c.condition in speaking) else "clear"
 
 
-def _tiles(
-    report: AuditReport,
-    own: Sequence[Cell],
-    prompts: Condition | None,
-    attack: Condition | None,
-) -> list[_Tile]:
+def _tiles(report: AuditReport) -> list[_Tile]:
+    prompts, attack = report.prompt_condition, report.headline_condition
+
     def tile(label: str, kind: Kind, condition: Condition | None, note: str) -> _Tile:
-        cell = find_cell(own, kind=kind, condition=condition) if condition else None
+        cell = find_cell(report.own_cells, kind=kind, condition=condition) if condition else None
         if cell is None or cell.n == 0:
             return _Tile(label, "not measured", note)
         low, high = cell.mr_ci95

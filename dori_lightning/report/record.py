@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,14 @@ import pyarrow.parquet as pq
 from dori_lightning.metrics.image_distances import KernelDistance
 from dori_lightning.metrics.replication import (
     Aggregation,
+    PairResult,
+    Search,
+    Trust,
+    attack_trust,
     first_successes,
+    headline_condition,
     pair_results,
+    prompt_condition,
     search_of,
 )
 from dori_lightning.metrics.replication import cells as cells_of
@@ -194,14 +201,8 @@ def _calibration(calibration: Calibration) -> dict[str, Any]:
 
 
 def _pairs(report: AuditReport) -> list[dict[str, Any]]:
-    rule = report.calibration
     rows: dict[str, dict[str, Any]] = {}
-    for result in pair_results(
-        report.outcomes,
-        descriptor=rule.descriptor,
-        threshold=rule.threshold,
-        aggregation=report.aggregation,
-    ):
+    for result in report.pair_results:
         pair = result.pair
         row = rows.setdefault(
             pair.id,
@@ -295,10 +296,9 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: An outcome has not as many similarities, or pictures, as seeds.
     """
-    firsts = first_successes(report.outcomes, report.calibration, report.aggregation)
     return [
         *(
-            {**row, "first_success_steps": firsts.get(search) if search else None}
+            {**row, "first_success_steps": report.first_successes.get(search) if search else None}
             for outcome in report.outcomes
             for search in [search_of(outcome)]
             for row in _rows(outcome, report, report.mitigation, folder)
@@ -494,6 +494,9 @@ class Provenance:
 class AuditReport:
     """Everything that an audit found.
 
+    What follows from the stored fields (``own_cells`` to ``first_successes``) is computed once,
+    on first use, and is not written to ``report.json``.
+
     Attributes:
         checkpoint: Name of the checkpoint.
         mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
@@ -535,6 +538,49 @@ class AuditReport:
     def aggregation(self) -> Aggregation:
         """How K pictures become one number, as in the cells; ``max`` without cells."""
         return self.cells[0].aggregation if self.cells else "max"
+
+    @cached_property
+    def own_cells(self) -> tuple[Cell, ...]:
+        """Cells of the mitigation under audit, without those of the baseline."""
+        return tuple(cell for cell in self.cells if cell.mitigation == self.mitigation)
+
+    @cached_property
+    def prompt_condition(self) -> Condition | None:
+        """The prompts as they are; None where no image was generated from them."""
+        return prompt_condition(self.own_cells)
+
+    @cached_property
+    def headline_condition(self) -> Condition | None:
+        """The attack that the verdict speaks of; None where no attack was run."""
+        return headline_condition(self.own_cells)
+
+    @cached_property
+    def trust(self) -> Trust:
+        """What the controls say of that attack."""
+        return attack_trust(self.own_cells, self.headline_condition)
+
+    @cached_property
+    def pair_results(self) -> tuple[PairResult, ...]:
+        """One result per pair and condition under the mitigation."""
+        return self._results(self.outcomes)
+
+    @cached_property
+    def baseline_results(self) -> tuple[PairResult, ...]:
+        """One result per pair from its prompt before the mitigation."""
+        return self._results(self.baseline)
+
+    @cached_property
+    def first_successes(self) -> dict[Search, int]:
+        """Steps after which each attack first reproduced its pair; others are left out."""
+        return first_successes(self.outcomes, self.calibration, self.aggregation)
+
+    def _results(self, outcomes: Iterable[Outcome]) -> tuple[PairResult, ...]:
+        return pair_results(
+            outcomes,
+            descriptor=self.calibration.descriptor,
+            threshold=self.calibration.threshold,
+            aggregation=self.aggregation,
+        )
 
 
 def write_report(report: AuditReport, folder: Path) -> Path:

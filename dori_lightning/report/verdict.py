@@ -17,7 +17,6 @@ from dori_lightning.metrics.replication import (
     attack_trust,
     find_cell,
     headline_condition,
-    kinds_present,
     prompt_condition,
 )
 from dori_lightning.metrics.utility import Utility
@@ -94,8 +93,7 @@ class NumberGroup:
 
 def number_groups(report: AuditReport) -> list[NumberGroup]:
     """Write every cell in words, grouped by mitigation and kind of pair."""
-    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
-    spoken = (prompt_condition(own), headline_condition(own))
+    spoken = (report.prompt_condition, report.headline_condition)
     several = len({cell.mitigation for cell in report.cells}) > 1
     groups: dict[str, list[NumberRow]] = {}
     for cell in ranked_cells(report.cells):
@@ -503,7 +501,7 @@ def verdict_text(cells: Sequence[Cell], *, mitigation: str, flags: Sequence[Flag
         sentences.append(
             _meaning(own, vm_prompt, vm_attack, mitigation=mitigation, invalid=bool(reasons))
         )
-    if "tm" in kinds_present(own):
+    if any(cell.kind == "tm" for cell in own):
         sentences.extend(_template_sentences(own, prompts, attack))
     return " ".join(sentences)
 

@@ -22,9 +22,8 @@ from dori_lightning.attacks.embedding_attack import Conditioning
 from dori_lightning.locality.estimates import Rate
 from dori_lightning.locality.layers import WeightFindings
 from dori_lightning.metrics.replication import (
-    aggregate,
     find_cell,
-    headline_condition,
+    per_pair,
 )
 from dori_lightning.mitigations.base import EditResult
 from dori_lightning.report.images import attack_grid, thumbnail
@@ -62,8 +61,7 @@ def table_rows(
         images: Whether pictures are shown, blurred or left out.
         max_pairs: Pairs with pictures, from their prompts and the attack that the verdict names.
     """
-    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
-    drawn = {_PROMPT, headline_condition(own)}
+    drawn = {_PROMPT, report.headline_condition}
     pictured = {*list(dict.fromkeys(o.pair.id for o in report.outcomes))[:max_pairs]}
     groups: Sequence[tuple[str, Sequence[Outcome]]] = (
         (report.mitigation, report.outcomes), ("none", report.baseline),
@@ -82,7 +80,7 @@ def table_rows(
 
 def _row(report: AuditReport, mitigation: str, outcome: Outcome, folder: Path) -> list[Any]:
     pair, condition, rule = outcome.pair, outcome.condition, report.calibration
-    similarity = aggregate(outcome.similarity[rule.descriptor], report.aggregation)
+    similarity = float(per_pair(outcome.similarity[rule.descriptor], report.aggregation))
     embedding = (
         folder / "attacks" / f"{condition.init}" / f"{pair.id}.r{outcome.restart}.safetensors"
     )
@@ -136,9 +134,8 @@ def final_numbers(report: AuditReport, found: EditResult) -> dict[str, float | N
     ``final/objective`` is what a sweeper minimises; ``mr`` are memorization rates, ``attack`` is
     the condition that the verdict speaks of, ``before`` the checkpoint without the mitigation.
     """
-    own = [cell for cell in report.cells if cell.mitigation == report.mitigation]
+    own, attack = report.own_cells, report.headline_condition
     before = [cell for cell in report.cells if cell.mitigation == "none" and report.baseline]
-    attack = headline_condition(own)
     numbers: dict[str, float | None] = {"final/objective": objective(report)}
     for what, cells, condition in (
         ("prompt", own, _PROMPT), ("attack", own, attack), ("before", before, _PROMPT),

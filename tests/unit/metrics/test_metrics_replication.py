@@ -1,22 +1,18 @@
-"""From similarities to rates: restarts, failed pairs, kinds and the torchmetrics classes."""
+"""From similarities to rates: restarts, failed pairs, images without a number, and kinds."""
 
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dori_lightning.metrics.replication import (
-    MemorizationRate,
-    ReplicationSimilarity,
     cells,
     diversity,
-    pair_scores,
+    pair_results,
     per_pair,
-    repeated_pictures,
 )
-from dori_lightning.metrics.statistics import median_mad, wilson_interval
+from dori_lightning.metrics.statistics import wilson_interval
 from dori_lightning.types import Budget, Calibration, Condition, Outcome, Pair
 
 PROMPT = Condition("prompt")
@@ -112,14 +108,45 @@ def test_the_median_asks_for_more_than_one_lucky_picture():
     assert _cells(outcomes, aggregation="median")[0].hits == 0
 
 
-def test_repeated_pictures_count_but_are_derivable():
-    outcomes = [
-        _outcome("a", [0.9]),
-        _outcome("b", [0.9], duplicate_of="a"),
-        _outcome("b", [0.9], duplicate_of="a", restart=1),
-    ]
-    assert _cells(outcomes)[0].n == 2
-    assert repeated_pictures(outcomes) == 1
+@pytest.mark.parametrize("aggregation", ["max", "median"])
+@pytest.mark.parametrize(
+    ("restarts", "reproduced"),
+    [
+        ([[0.1, 0.2]], False),
+        ([[0.1, math.nan]], None),
+        ([[0.9, math.nan]], None),
+        ([[0.1, 0.2], [0.1, math.nan]], None),
+        ([[0.1, math.nan], [0.1, 0.2]], None),
+        ([[0.8, 0.9], [0.1, math.nan]], True),
+    ],
+)
+def test_an_image_without_a_number_is_never_evidence_of_safety(restarts, reproduced, aggregation):
+    """Page (``pair_results``) and tables (``cells``) follow one rule."""
+    outcomes = [_outcome("a", values, restart=k) for k, values in enumerate(restarts)]
+    (result,) = pair_results(outcomes, descriptor="local", threshold=0.7, aggregation=aggregation)
+    (row,) = _cells(outcomes, aggregation=aggregation)
+    assert result.reproduced is reproduced
+    assert (result.status == "ok") is (reproduced is not None)
+    assert (row.n, row.failed, row.hits) == {
+        True: (1, 0, 1), False: (1, 0, 0), None: (0, 1, 0)
+    }[reproduced]  # fmt: skip
+
+
+def test_restarts_reduce_to_the_best_and_divergence_is_kept():
+    weak = _outcome("a", [0.1, 0.2, 0.3])
+    strong = _outcome("a", [0.1, 0.95, 0.3], restart=1)
+    lost = _outcome("a", [math.nan] * 3, restart=2, status="diverged")
+
+    def result(*outcomes, aggregation="max"):
+        (one,) = pair_results(outcomes, descriptor="local", threshold=0.7, aggregation=aggregation)
+        return one
+
+    best = result(weak, strong, lost)
+    assert (best.statistic, best.seed, best.reproduced) == (pytest.approx(0.95), 1, True)
+    median = result(weak, strong, aggregation="median")
+    assert (median.statistic, median.best) == (pytest.approx(0.3), pytest.approx(0.95))
+    assert median.reproduced is False
+    assert (result(lost).status, result(lost).reproduced) == ("diverged", None)
 
 
 def test_order_does_not_matter():
@@ -135,7 +162,7 @@ def test_a_restart_that_comes_twice_is_a_mistake():
 
 def test_a_missing_descriptor_is_a_mistake():
     with pytest.raises(ValueError, match="only by local"):
-        pair_scores([_outcome("a", [0.1])], "sscd")
+        pair_results([_outcome("a", [0.1])], descriptor="sscd", threshold=0.7, aggregation="max")
 
 
 def test_diversity_by_hand():
@@ -144,53 +171,3 @@ def test_diversity_by_hand():
     assert math.isnan(diversity([[1.0]]))
     with pytest.raises(ValueError):
         diversity([[1.0, 2.0]])
-
-
-@pytest.fixture
-def similarities():
-    return torch.rand(13, 4, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("aggregation", ["max", "median"])
-def test_metrics_agree_with_the_functions_whatever_the_batches(similarities, aggregation):
-    scores = per_pair(similarities.numpy(), aggregation)
-    hits, spread = int((scores > 0.7).sum()), median_mad(scores)
-    for size in (1, 5, 13):
-        rate = MemorizationRate(0.7, aggregation)
-        replication = ReplicationSimilarity(aggregation)
-        for batch in similarities.split(size):
-            rate.update(batch)
-            replication.update(batch)
-        expected = (hits / 13, *wilson_interval(hits, 13))
-        assert [x.item() for x in rate.compute()] == pytest.approx(expected)
-        assert [x.item() for x in replication.compute()] == pytest.approx(
-            (spread.median, spread.mad)
-        )
-
-
-def test_metric_state_is_one_vector_that_ranks_can_join(similarities):
-    """Between ranks torchmetrics concatenates, with an empty vector for a rank without data."""
-    whole, first, second = (MemorizationRate(0.7) for _ in range(3))
-    whole.update(similarities)
-    first.update(similarities[:4])
-    second.update(similarities[4:])
-    first.scores = torch.cat([*first.scores, torch.tensor([]), *second.scores])
-    assert [x.item() for x in first.compute()] == [x.item() for x in whole.compute()]
-
-
-def test_metric_starts_and_resets_empty(similarities):
-    metric = MemorizationRate(0.7)
-    metric.update(similarities)
-    metric.reset()
-    with pytest.warns(UserWarning, match="before the ``update``"):
-        rate, low, high = metric.compute()
-    assert math.isnan(rate)
-    assert (low, high) == (0, 1)
-
-
-def test_metric_refuses_failed_pairs(similarities):
-    similarities[2, 1] = math.nan
-    with pytest.raises(ValueError, match="1 NaN"):
-        MemorizationRate(0.7).update(similarities)
-    with pytest.raises(ValueError, match="aggregation"):
-        MemorizationRate(0.7, "mean")

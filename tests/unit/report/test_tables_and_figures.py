@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dori_lightning.metrics.replication import pair_results
 from dori_lightning.report import figures
 from dori_lightning.report.images import attack_grid, thumbnail
 from dori_lightning.report.pages import write_audit_page
@@ -16,10 +15,6 @@ from dori_lightning.report.tables import cells_markdown, cells_table
 from dori_lightning.types import InputError
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def results_of(report, aggregation="max"):
-    return pair_results(report.outcomes, descriptor="ncc", threshold=0.7, aggregation=aggregation)
 
 
 def test_both_tables_hold_every_number(fakes: SimpleNamespace) -> None:
@@ -42,23 +37,6 @@ def test_both_tables_hold_every_number(fakes: SimpleNamespace) -> None:
     assert "mitigation" not in lines[0]
     both = cells_markdown([*cells, fakes.cell("vm", fakes.PROMPT, 1, 20, mitigation="wanda")])
     assert both.startswith("| mitigation |")
-
-
-def test_restarts_reduce_to_the_best_and_divergence_is_kept(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
-    pair = fakes.report(tmp_path, vm=1, control=0).outcomes[0].pair
-    nan = (np.nan,) * 3
-    weak = fakes.outcome(pair, fakes.dori(), (0.1, 0.2, 0.3))
-    strong = fakes.outcome(pair, fakes.dori(), (0.1, 0.95, 0.3), restart=1)
-    lost = fakes.outcome(pair, fakes.dori(), nan, restart=2, status="diverged")
-    (best,) = results_of(SimpleNamespace(outcomes=[weak, strong, lost]))
-    assert (best.statistic, best.seed, best.reproduced) == (0.95, 12, True)
-    (median,) = results_of(SimpleNamespace(outcomes=[weak, strong]), "median")
-    assert (median.statistic, median.best, median.reproduced) == (0.3, 0.95, False)
-    (none,) = results_of(SimpleNamespace(outcomes=[lost]))
-    assert none.status == "diverged"
-    assert none.reproduced is None
 
 
 def test_figures_repeat_bit_for_bit_and_take_the_pages_colours(
@@ -89,7 +67,7 @@ def test_figures_without_data_are_left_out(tmp_path: Path, fakes: SimpleNamespac
     prompts = [fakes.PROMPT]
     assert figures.rate_against_steps([fakes.cell("vm", fakes.PROMPT, 1, 2)]) is None
     assert figures.roc(replace(rule, roc=())) is None
-    groups = {"": (results_of(report), prompts)}
+    groups = {"": (report.pair_results, prompts)}
     assert figures.memorization_against_repeats(groups, threshold=0.7) is None
     assert figures.similarity_histograms([], conditions=prompts, calibration=rule) is None
 
