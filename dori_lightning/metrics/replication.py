@@ -145,7 +145,8 @@ def _pair_result(
     statistic = max((number for number, _ in known), default=math.nan)
     complete = len(known) == len(searched)
     if not statistic > threshold and not (known and complete):
-        status = next((o.status for o in restarts if o.status != "ok"), "diverged")
+        unknown: Status = "diverged"
+        status = next((o.status for o in restarts if o.status != "ok"), unknown)
         pair, condition = restarts[0].pair, restarts[0].condition
         return PairResult(pair, condition, status, math.nan, math.nan, None, None, None)
     best, outcome, place = max(
