@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import numpy as np
 
+
+class _NullIsNaN:
+    """Lets pydantic read the null of a JSON file, which has no NaN, as NaN."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema  # only what reads records needs it
+
+        return core_schema.no_info_before_validator_function(
+            lambda value: float("nan") if value is None else value, handler(source)
+        )
+
+
+Number = Annotated[float, _NullIsNaN()]
+"""A number that may be NaN; files of records have null for it."""
 
 BASELINE = "none"
 """The mitigation that is none: the row that every other one is compared with."""
@@ -172,9 +186,9 @@ class Calibration:
     descriptor: str
     threshold: float
     rule: Literal["fixed", "calibrated"]
-    null: tuple[float, ...]
-    ceiling: tuple[float, ...]
-    auc: float
+    null: tuple[Number, ...]
+    ceiling: tuple[Number, ...]
+    auc: Number
     roc: tuple[tuple[float, float, float], ...]
 
 
@@ -195,8 +209,8 @@ class FirstSuccess:
 
     pairs: int
     n: int
-    mr: float
-    median_steps: float
+    mr: Number
+    median_steps: Number
 
 
 @dataclass(frozen=True)
@@ -233,10 +247,10 @@ class Cell:
     n: int
     failed: int
     hits: int
-    mr: float
-    mr_ci95: tuple[float, float]
-    similarity_median: float
-    similarity_mad: float
+    mr: Number
+    mr_ci95: tuple[Number, Number]
+    similarity_median: Number
+    similarity_mad: Number
     descriptor: str
     threshold: float
     aggregation: Literal["max", "median"]

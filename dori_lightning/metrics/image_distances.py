@@ -22,7 +22,7 @@ from torchvision.models.inception import Inception3
 
 from dori_lightning.metrics.descriptors import check_images, in_fixed_batches
 from dori_lightning.metrics.sscd import parse_weights, read_weights
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, Number
 
 SUBSETS = 100
 """Random halves that a kernel distance is averaged over, as many as torchmetrics takes."""
@@ -106,8 +106,8 @@ class KernelDistance:
         subset: Groups in a half.
     """
 
-    mean: float
-    std: float
+    mean: Number
+    std: Number
     pictures: int
     groups: int
     subset: int

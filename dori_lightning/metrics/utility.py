@@ -25,10 +25,10 @@ from dori_lightning.metrics.image_distances import (
 )
 from dori_lightning.metrics.replication import Aggregation
 from dori_lightning.metrics.statistics import cluster_bootstrap, median_mad, wilson_interval
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, Number
 
 PromptKind = Literal["ordinary", "neighbour"]
-Interval = tuple[float, float]
+Interval = tuple[Number, Number]
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ class DenoisingLoss:
         draws: Draws of noise and timestep for each.
     """
 
-    unmitigated: float
-    mitigated: float
-    ratio: float
+    unmitigated: Number
+    mitigated: Number
+    ratio: Number
     ratio_ci95: Interval
     examples: int
     draws: int
@@ -160,9 +160,9 @@ class Alignment:
         change_ci95: Bootstrap over groups of prompts.
     """
 
-    unmitigated: float
-    mitigated: float
-    change: float
+    unmitigated: Number
+    mitigated: Number
+    change: Number
     change_ci95: Interval
 
 
@@ -189,8 +189,8 @@ class Comparison:
     kid: KernelDistance | None
     fid: float | None
     features: str
-    similarity: float
-    similarity_mad: float
+    similarity: Number
+    similarity_mad: Number
     similarity_ci95: Interval
     alignment: Alignment | None
 

@@ -23,8 +23,9 @@ from dori_lightning.metrics.replication import (
     prompt_condition,
 )
 from dori_lightning.metrics.replication import cells as cells_of
+from dori_lightning.metrics.utility import Utility
 from dori_lightning.report.findings import Paired, holm, paired
-from dori_lightning.report.record import Run
+from dori_lightning.report.record import EditRecord, Flag, Run
 from dori_lightning.report.words import condition_words
 from dori_lightning.types import (
     BASELINE,
@@ -105,37 +106,38 @@ def check_belonging(runs: Sequence[Run], base: Run) -> None:
 
 
 def _differences(run: Run, base: Run) -> Iterator[str]:
-    if run.fingerprint != base.fingerprint:
-        yield f"weights {run.fingerprint}, there {base.fingerprint}"
+    here, there = run.report.provenance, base.report.provenance
+    if here.fingerprint != there.fingerprint:
+        yield f"weights {here.fingerprint}, there {there.fingerprint}"
     yield from _pair_differences(run, base)
     for key in _SHARED:
-        here, there = _look_up(run.config, key), _look_up(base.config, key)
-        if here != there:
-            yield f"{key} is {here}, there {there}"
-    decider = base.document["calibration"]["descriptor"]
-    if decider not in run.descriptors:
+        if (now := _look_up(run, key)) != (then := _look_up(base, key)):
+            yield f"{key} is {now}, there {then}"
+    decider = base.report.calibration.descriptor
+    if any(decider not in outcome.similarity for outcome in run.report.outcomes):
         yield f"not measured by {decider}, which decides there"
     settings = f"metrics.descriptors.{decider}"
-    here, there = (dict(_flat(_look_up(r.config, settings))) for r in (run, base))
-    for key in sorted((here.keys() | there.keys()) - {"threshold"}):
-        if here.get(key) != there.get(key):
-            yield f"{settings}.{key} is {here.get(key)}, there {there.get(key)}"
+    own, other = (dict(_flat(_look_up(r, settings))) for r in (run, base))
+    for key in sorted((own.keys() | other.keys()) - {"threshold"}):
+        if own.get(key) != other.get(key):
+            yield f"{settings}.{key} is {own.get(key)}, there {other.get(key)}"
     yield from _stopping_differences(run, base)
-    if run.aggregation != base.aggregation:
-        yield f"pictures count by their {run.aggregation}, there by their {base.aggregation}"
+    counts, count = run.report.aggregation, base.report.aggregation
+    if counts != count:
+        yield f"images count by their {counts}, there by their {count}"
 
 
 def _stopping_differences(run: Run, base: Run) -> Iterator[str]:
     """What decides which attacks were stopped: it cannot be decided again under another rule."""
-    here, there = (_look_up(r.config, "attack.early_stop") is True for r in (run, base))
+    here, there = (_look_up(r, "attack.early_stop") is True for r in (run, base))
     if here != there:
         yield f"attack.early_stop is {here}, there {there}"
     if not here or not there:
         return
-    steps, others = (_look_up(r.config, "attack.snapshots") for r in (run, base))
+    steps, others = (_look_up(r, "attack.snapshots") for r in (run, base))
     if steps != others:
         yield f"attacks may stop after {steps} steps, there after {others}"
-    own, rule = run.calibration(), base.calibration()
+    own, rule = run.report.calibration, base.report.calibration
     if own.descriptor != rule.descriptor or not math.isclose(
         own.threshold, rule.threshold, abs_tol=1e-9
     ):
@@ -146,24 +148,26 @@ def _stopping_differences(run: Run, base: Run) -> Iterator[str]:
 
 
 def _pair_differences(run: Run, base: Run) -> Iterator[str]:
-    here, there = _pairs(run), _pairs(base)
+    here, there = (
+        {
+            o.pair.id: (
+                o.pair.kind,
+                o.pair.prompt,
+                report.provenance.image_hashes.get(o.pair.id),
+            )
+            for o in report.outcomes
+        }
+        for report in (run.report, base.report)
+    )
     for what, ids in (
         ("lacks the pairs", [name for name in there if name not in here]),
         ("has the pairs", [name for name in here if name not in there]),
-        ("has other prompts or pictures for",
+        ("has other prompts or images for",
          [name for name in here if name in there and here[name] != there[name]]),
     ):  # fmt: skip
         if ids:
             more = f" and {len(ids) - _SOME} more" if len(ids) > _SOME else ""
             yield f"{what} {', '.join(ids[:_SOME])}{more}"
-
-
-def _pairs(run: Run) -> dict[str, tuple[Any, ...]]:
-    hashes = run.document["provenance"].get("image_hashes", {})
-    return {
-        pair["id"]: (pair["kind"], pair["prompt"], hashes.get(pair["id"]))
-        for pair in run.document["pairs"]
-    }
 
 
 def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
@@ -177,7 +181,7 @@ def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
         named[run.mitigation].append(run)
     labels: dict[Path, str] = {}
     for name, group in named.items():
-        settings = [dict(_flat(_look_up(run.config, "mitigation"))) for run in group]
+        settings = [dict(_flat(_look_up(run, "mitigation"))) for run in group]
         keys = list(dict.fromkeys(key for held in settings for key in held))
         differing = [
             key for key in keys if len({json.dumps(held.get(key)) for held in settings}) > 1
@@ -188,7 +192,9 @@ def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
     return labels
 
 
-def _look_up(config: Any, key: str) -> Any:
+def _look_up(run: Run, key: str) -> Any:
+    """A setting of a run by its dotted name."""
+    config: Any = run.report.provenance.config
     for part in key.split("."):
         config = config.get(part, _ABSENT) if isinstance(config, Mapping) else _ABSENT
     return config
@@ -224,8 +230,8 @@ class Entry:
         headline_condition: The attack to show; None where no attack was run.
         reproduced: Condition and kind to pair id to whether the pair was reproduced; None where
             there is no result.
-        utility: What the mitigation costs in pictures; empty where it was not measured.
-        edit: What is known of its edit; empty where nothing is.
+        utility: What the mitigation costs in images; None where it was not measured.
+        edit: Its edit, of the run that made it where there is one; None where none is recorded.
     """
 
     checkpoint: str
@@ -238,19 +244,14 @@ class Entry:
     prompt_condition: Condition | None
     headline_condition: Condition | None
     reproduced: Mapping[tuple[Condition, Kind], Mapping[str, bool | None]]
-    utility: Mapping[str, Any]
-    edit: Mapping[str, Any]
+    utility: Utility | None
+    edit: EditRecord | None
 
     @property
-    def invalid(self) -> list[Mapping[str, Any]]:
+    def invalid(self) -> list[Flag]:
         """Flags that make its audits invalid, each name once."""
-        named = {
-            flag["name"]: flag
-            for run in self.runs
-            for flag in run.document["flags"]
-            if flag["severity"] == "invalid"
-        }
-        return list(named.values())
+        flags = (flag for run in self.runs for flag in run.report.flags)
+        return list({flag.name: flag for flag in flags if flag.severity == "invalid"}.values())
 
 
 def run_cells(
@@ -262,7 +263,7 @@ def run_cells(
         rule,
         checkpoint=run.checkpoint,
         mitigation=label,
-        aggregation=run.aggregation,
+        aggregation=run.report.aggregation,
     )
 
 
@@ -313,7 +314,7 @@ def make_entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entr
         prompt_condition=prompt_condition(cells),
         headline_condition=headline_condition(cells),
         reproduced=reproduced,
-        utility=next((u for run in runs if (u := run.document.get("utility"))), {}),
+        utility=next((u for run in runs if (u := run.report.utility)), None),
         edit=_edit(label, runs),
     )
     return entry, notes
@@ -321,7 +322,7 @@ def make_entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entr
 
 def _by_condition(run: Run) -> dict[Condition, list[Outcome]]:
     found: dict[Condition, list[Outcome]] = {}
-    for outcome in run.outcomes:
+    for outcome in run.report.outcomes:
         found.setdefault(outcome.condition, []).append(outcome)
     return found
 
@@ -331,7 +332,7 @@ def _results(outcomes: Sequence[Outcome], run: Run, rule: Calibration) -> tuple[
         outcomes,
         descriptor=rule.descriptor,
         threshold=rule.threshold,
-        aggregation=run.aggregation,
+        aggregation=run.report.aggregation,
     )
 
 
@@ -359,21 +360,21 @@ def _same(a: float, b: float) -> bool:
     return math.isclose(a, b, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b))
 
 
-def _edit(label: str, runs: Sequence[Run]) -> Mapping[str, Any]:
-    """What is known of a row's edit, from the run that made it where there is one.
+def _edit(label: str, runs: Sequence[Run]) -> EditRecord | None:
+    """The edit of a row, from the run that made it where there is one.
 
     Raises:
         InputError: The runs of one row carry different edits.
     """
     edits = [run.edit for run in runs if run.edit is not None]
-    if len({edit.get("identity") for edit in edits}) > 1:
+    if len({edit.identity for edit in edits}) > 1:
         folders = ", ".join(str(run.folder) for run in runs)
         raise InputError(
             f"the runs of {label} carry different edits: {folders}\n"
             f"  where: task.runs\n"
             f"  fix:   run them again with the same pairs, corpus and seed"
         )
-    return next((e for e in edits if e.get("made")), edits[0] if edits else {})
+    return next((e for e in edits if e.made), edits[0] if edits else None)
 
 
 # -------- aggregate
@@ -446,7 +447,7 @@ def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Compariso
         own = [run for run in runs if run.checkpoint == checkpoint]
         base = next(run for run in own if run.mitigation == BASELINE)
         check_belonging(own, base)
-        rule = calibrations[checkpoint] = base.calibration()
+        rule = calibrations[checkpoint] = base.report.calibration
         notes.append(_threshold_note(checkpoint, own, rule))
         # the baseline leads; the rest stays in the order given
         for label in sorted(dict.fromkeys(labels[run.folder] for run in own), key=_not_baseline):
@@ -473,7 +474,7 @@ def _threshold_note(checkpoint: str, runs: Sequence[Run], rule: Calibration) -> 
     set_by = (
         "fixed beforehand" if rule.rule == "fixed" else "calibrated on the run without mitigation"
     )
-    own = [run.calibration() for run in runs]
+    own = [run.report.calibration for run in runs]
     text = (
         f"{checkpoint}: all rows are counted under one threshold, {rule.threshold:.3f} by "
         f"{rule.descriptor}, {set_by}"
@@ -488,8 +489,8 @@ def _threshold_note(checkpoint: str, runs: Sequence[Run], rule: Calibration) -> 
             for run in runs
             for before, after in zip(
                 *(
-                    run_cells(run.outcomes, run, c, run.mitigation)
-                    for c in (run.calibration(), rule)
+                    run_cells(run.report.outcomes, run, c, run.mitigation)
+                    for c in (run.report.calibration, rule)
                 ),
                 strict=True,
             )
@@ -522,8 +523,8 @@ def _prunings(runs: Sequence[Run]) -> Prunings | None:
     edits = [r.edit for r in runs if r.edit is not None and r.mitigation != BASELINE]
     if not edits:
         return None
-    made = sum(bool(edit.get("made")) for edit in edits)
-    return Prunings(made, len(edits) - made, len({str(edit.get("key")) for edit in edits}))
+    made = sum(edit.made for edit in edits)
+    return Prunings(made, len(edits) - made, len({edit.key for edit in edits}))
 
 
 # -------- published
@@ -786,7 +787,7 @@ def _rows(entry: Entry, base: Entry) -> Iterator[HeadlineRow]:
             cost=_utility_cost(entry),
             published=_published(entry) if norm == "none" else None,  # the paper has no ball
             against_none=_against(base, entry, _PROMPT, _PROMPT) if entry is not base else None,
-            invalid=tuple(flag["name"] for flag in entry.invalid),
+            invalid=tuple(flag.name for flag in entry.invalid),
         )
 
 
@@ -856,24 +857,17 @@ def _corrected(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
 
 
 def _utility_cost(entry: Entry) -> UtilityCost:
-    loss, kid = (_mapping(entry.utility, name) for name in ("denoising_loss", "kid"))
-    cost, counts = (_mapping(entry.edit, name) for name in ("cost", "counts"))
-    low, high = loss.get("ratio_ci95") or (None, None)
+    loss = entry.utility.denoising_loss if entry.utility else None
+    kid = entry.utility.ordinary.kid if entry.utility and entry.utility.ordinary else None
+    spent = entry.edit.cost if entry.edit else {}
+    counts = entry.edit.counts if entry.edit else {}
+    nothing = UtilityCost()
     return UtilityCost(
-        loss_ratio=_number(loss.get("ratio")),
-        loss_ratio_ci95=(_number(low), _number(high)),
-        kid=_number(kid.get("mean")),
-        kid_std=_number(kid.get("std")),
-        unet_evaluations=_number(cost.get("unet_evaluations")),
-        seconds=_number(cost.get("seconds")),
+        loss_ratio=loss.ratio if loss else math.nan,
+        loss_ratio_ci95=loss.ratio_ci95 if loss else nothing.loss_ratio_ci95,
+        kid=kid.mean if kid else math.nan,
+        kid_std=kid.std if kid else math.nan,
+        unet_evaluations=float(spent.get("unet_evaluations", math.nan)),
+        seconds=float(spent.get("seconds", math.nan)),
         changed=float(sum(counts.values())) if counts else math.nan,
     )
-
-
-def _mapping(held: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = held.get(name)
-    return found if isinstance(found, Mapping) else {}
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan

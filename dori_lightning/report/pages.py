@@ -580,16 +580,16 @@ def _sources(entry: Entry, folder: Path) -> list[_Source]:
     found = []
     for run in entry.runs:
         below = os.path.relpath(run.folder / "report.html", folder).replace(os.sep, "/")
-        origin = run.document["provenance"]
+        origin = run.report.provenance
         found.append(
             _Source(
                 name=run.folder.name,
                 link="" if below.startswith("..") else quote(below),
                 checkpoint=run.checkpoint,
                 mitigation=entry.label,
-                finished=str(origin.get("finished", "")),
-                git_sha=str(origin.get("git_sha") or "not from a checkout"),
-                device=str(origin.get("device", "")),
+                finished=origin.finished.isoformat(timespec="seconds"),
+                git_sha=origin.git_sha or "not from a checkout",
+                device=origin.device,
             )
         )
     return found

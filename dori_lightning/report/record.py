@@ -1,7 +1,8 @@
-"""The record of an audit: what was found, how, on what, and the files that keep it.
+"""The record of an audit, and the files of a run folder that hold it.
 
-``report.json`` is the contract with other tools, ``pairs.parquet`` keeps every picture's numbers,
-so that no mean has to be believed.
+``report.json`` is the contract with other tools; ``pairs.parquet`` has the numbers of every
+generated image, so that no mean has to be believed. Both are written and read here, and so are
+the files that say what a mitigation costs (``utility.json`` and two tables).
 """
 
 from __future__ import annotations
@@ -12,39 +13,31 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from dori_lightning.metrics.image_distances import KernelDistance
 from dori_lightning.metrics.replication import (
     Aggregation,
     PairResult,
     Search,
     Trust,
     attack_trust,
+    cells,
     first_successes,
     headline_condition,
     pair_results,
     prompt_condition,
     search_of,
 )
-from dori_lightning.metrics.replication import cells as cells_of
-from dori_lightning.metrics.utility import (
-    Alignment,
-    Comparison,
-    DenoisingLoss,
-    LossRow,
-    PictureRow,
-    Replicas,
-    Utility,
-)
+from dori_lightning.metrics.utility import LossRow, PictureRow, Utility
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import (
@@ -52,11 +45,15 @@ from dori_lightning.types import (
     Calibration,
     Cell,
     Condition,
-    FirstSuccess,
     InputError,
     Outcome,
     Pair,
 )
+
+SCHEMA_VERSION = 1
+EDIT_FILE = "edit.json"
+LOCALITY_FILE = "locality.json"
+_AGAIN = "\n  fix:   run the audit's command again: it rewrites the file"
 
 Disclosure = Literal["full", "blurred", "none"]
 """How images may be shown; what blurring throws away is gone."""
@@ -64,19 +61,38 @@ Disclosure = Literal["full", "blurred", "none"]
 NOT_KEPT = Path()
 """Stands for an image whose file is not where a run left it."""
 
+Severity = Literal["info", "warning", "critical", "invalid"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One thing that limits what the numbers mean.
+
+    Attributes:
+        name: Stable identifier, such as ``controls_replicate``.
+        severity: ``invalid`` takes from the audit what it was made for: whatever did not come
+            back says nothing. ``critical`` makes the verdict unreliable, ``warning`` weakens it,
+            ``info`` explains.
+        text: One sentence for a reader.
+    """
+
+    name: str
+    severity: Severity
+    text: str
+
 
 @dataclass(frozen=True)
 class AttackEffort:
-    """Evaluations of the UNet, in rows, that the results rest on.
+    """UNet evaluations that the results rest on, one per row of a batch.
 
-    What a resumed run did not do again is counted, and rows that only fill up a pass are not; what
-    went through the UNet in one process is ``provenance.unet_evaluations``.
+    Steps that a resumed run did not repeat are counted, rows that only fill up a batch are not;
+    the evaluations of one process are ``Provenance.unet_evaluations``.
 
     Attributes:
-        attack: Of the search: noise samples of every step taken.
+        attack: Of the attack: noise samples of every step taken.
         attack_saved: Of steps that stopped attacks did not take.
-        pictures: Of drawing from embeddings found by the attack.
-        pictures_saved: Of pictures of later budgets that stopped attacks did not draw.
+        pictures: Of generating images from embeddings that the attack found.
+        pictures_saved: Of images of later budgets that stopped attacks did not generate.
     """
 
     attack: int
@@ -85,62 +101,229 @@ class AttackEffort:
     pictures_saved: int
 
 
-LOCALITY_FILE = "locality.json"
-
-
 @dataclass(frozen=True)
-class LocalityFigure:
-    """One figure.
+class Provenance:
+    """Where the numbers come from.
 
     Attributes:
-        title: Heading.
-        caption: What it shows and how to read it.
-        uri: ``data:`` address.
-        width: Pixels.
-        height: Pixels.
-        pictures: Whether it holds pictures, whose colours a dark page must leave alone.
+        git_sha: Commit of the code, None outside a checkout.
+        packages: Package name to version.
+        python: Version of the interpreter.
+        platform: Operating system and architecture, without the machine's name.
+        device: Device the model ran on, in words.
+        seed: Root seed.
+        config: Resolved configuration, already redacted.
+        checkpoint: Name of the checkpoint.
+        fingerprint: Hash of its weights.
+        image_hashes: Pair id to SHA-256 of the image's file.
+        started: Start, UTC.
+        finished: End, UTC.
+        unet_evaluations: Forward passes of the UNet, in rows.
+        wall_seconds: Seconds from start to end.
     """
 
-    title: str
-    caption: str
-    uri: str
-    width: int
-    height: int
-    pictures: bool = False
+    git_sha: str | None
+    packages: dict[str, str]
+    python: str
+    platform: str
+    device: str
+    seed: int
+    config: dict[str, Any]
+    checkpoint: str
+    fingerprint: str
+    image_hashes: dict[str, str]
+    started: datetime
+    finished: datetime
+    unet_evaluations: int
+    wall_seconds: float
 
 
-@dataclass(frozen=True)
-class LocalitySection:
-    """What one locality run shows.
+def _cell_fields(row: Any) -> Any:
+    """A cell of ``report.json`` as the fields of ``Cell``."""
+    if not isinstance(row, Mapping):
+        return row
+    spread = row.get("similarity")
+    spread = spread if isinstance(spread, Mapping) else {}
+    return {
+        **row,
+        "condition": {name: row.get(name) for name in ("attack", "init", "budget")},
+        **{f"similarity_{name}": spread[name] for name in ("median", "mad") if name in spread},
+    }
+
+
+def _calibration_fields(rule: Any) -> Any:
+    """The calibration of ``report.json`` as the fields of ``Calibration``."""
+    if not isinstance(rule, Mapping):
+        return rule
+    roc = [
+        (
+            point.get("false_positive_rate"),
+            point.get("true_positive_rate"),
+            # the first point lies above every similarity, which JSON has no number for
+            math.inf if point.get("threshold") is None else point["threshold"],
+        )
+        for point in rule.get("roc", ())
+        if isinstance(point, Mapping)
+    ]
+    # records of earlier versions have quantiles only
+    return {"null": (), "ceiling": (), **rule, "roc": roc}
+
+
+def _utility_fields(document: Any) -> Any:
+    """The layout of ``Utility.to_dict`` as the fields of ``Utility``."""
+    if not isinstance(document, Mapping):
+        return document
+    near = document.get("neighbours") or {}
+    return {
+        **document,
+        "ordinary": _comparison_fields(document),
+        "neighbours": _comparison_fields(near),
+        "replicas": near.get("replicating"),
+    }
+
+
+def _comparison_fields(held: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    if held.get("prompts") is None:
+        return None
+    prefix = "similarity_to_unmitigated"
+    similarity = {
+        name.replace(prefix, "similarity"): value
+        for name, value in held.items()
+        if name.startswith(prefix)
+    }
+    return {**held, **similarity}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """The part of an audit that ``report.json`` holds.
+
+    What follows from its fields (from ``invalid`` on) is computed once and not written.
 
     Attributes:
-        name: Its run folder's name.
-        lead: Its answer in words, a paragraph a line; empty where it gives none.
-        figures: Its figures, in its own order.
-        withheld: How many figures hold pictures that may not be shown.
+        checkpoint: Name of the checkpoint.
+        mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
+        verdict: The answer in words, for a reader who is not an engineer.
+        cells: Rows of the answer.
+        calibration: How the threshold was set.
+        recommended_budget: Largest budget that leaves the controls alone, None where there is
+            none.
+        flags: What limits the numbers' meaning, gravest first.
+        provenance: Where the numbers come from.
+        utility: What the mitigation costs; None where it was not measured.
+        effort: What the attack took; None in records of earlier versions.
+        schema_version: Version of the layout of ``report.json``.
     """
 
-    name: str
-    lead: str
-    figures: tuple[LocalityFigure, ...]
-    withheld: int = 0
+    checkpoint: str
+    mitigation: str
+    verdict: str
+    cells: tuple[Annotated[Cell, BeforeValidator(_cell_fields)], ...]
+    calibration: Annotated[Calibration, BeforeValidator(_calibration_fields)]
+    recommended_budget: Budget | None
+    flags: tuple[Flag, ...]
+    provenance: Provenance
+    utility: Annotated[Utility | None, BeforeValidator(_utility_fields)] = None
+    effort: AttackEffort | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def invalid(self) -> tuple[str, ...]:
+        """Names of the flags that make the audit invalid; empty where it is valid."""
+        return tuple(flag.name for flag in self.flags if flag.severity == "invalid")
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """How K images become one number, as in the cells; ``max`` without cells."""
+        return self.cells[0].aggregation if self.cells else "max"
+
+    @cached_property
+    def own_cells(self) -> tuple[Cell, ...]:
+        """Cells of the mitigation under audit, without those of the baseline."""
+        return tuple(cell for cell in self.cells if cell.mitigation == self.mitigation)
+
+    @cached_property
+    def prompt_condition(self) -> Condition | None:
+        """The prompts as they are; None where no image was generated from them."""
+        return prompt_condition(self.own_cells)
+
+    @cached_property
+    def headline_condition(self) -> Condition | None:
+        """The attack that the verdict speaks of; None where no attack was run."""
+        return headline_condition(self.own_cells)
+
+    @cached_property
+    def trust(self) -> Trust:
+        """What the controls say of that attack."""
+        return attack_trust(self.own_cells, self.headline_condition)
 
 
-def is_locality(folder: Path) -> bool:
-    """Whether a run folder holds the result of ``task=locality``."""
-    return (folder / LOCALITY_FILE).is_file()
+@dataclass(frozen=True, kw_only=True)
+class AuditReport(AuditRecord):
+    """Everything that an audit found: its record, and every pair under every condition.
+
+    Attributes:
+        outcomes: Every pair under every condition.
+        baseline: Outcomes of the same prompts before the mitigation; empty where they were not
+            measured.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    baseline: tuple[Outcome, ...] = field(default=())
+
+    @cached_property
+    def pair_results(self) -> tuple[PairResult, ...]:
+        """One result per pair and condition under the mitigation."""
+        return self._results(self.outcomes)
+
+    @cached_property
+    def baseline_results(self) -> tuple[PairResult, ...]:
+        """One result per pair from its prompt before the mitigation."""
+        return self._results(self.baseline)
+
+    @cached_property
+    def first_successes(self) -> dict[Search, int]:
+        """Steps after which each attack first reproduced its pair; others are left out."""
+        return first_successes(self.outcomes, self.calibration, self.aggregation)
+
+    def _results(self, outcomes: Iterable[Outcome]) -> tuple[PairResult, ...]:
+        return pair_results(
+            outcomes,
+            descriptor=self.calibration.descriptor,
+            threshold=self.calibration.threshold,
+            aggregation=self.aggregation,
+        )
 
 
-# -------- document
-# The layout of ``report.json``, the contract with other tools.
+# ---- writing
 
 
-def report_document(report: AuditReport) -> dict[str, Any]:
-    """Build the content of ``report.json`` out of plain values; NaN becomes None.
+def write_report(report: AuditReport, folder: Path) -> Path:
+    """Write ``report.json`` and ``pairs.parquet``.
+
+    Both are serialised before either file is touched, and ``report.json`` comes last: where it is
+    new, the parquet file belongs to it.
+
+    Args:
+        report: What to write.
+        folder: The run folder; made if needed. Paths of images are stored relative to it.
+
+    Returns:
+        Path of ``report.json``.
 
     Raises:
-        TypeError: The report holds something that JSON cannot.
+        TypeError: The configuration holds something that JSON cannot.
     """
+    document = json.dumps(_document(report), sort_keys=True, indent=2, allow_nan=False)
+    table = parquet_bytes(pair_rows(report, folder), _pair_columns(report))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "pairs.parquet", table)
+    return write_atomically(folder / "report.json", (document + "\n").encode())
+
+
+def _document(report: AuditReport) -> dict[str, Any]:
+    """The content of ``report.json`` as plain values."""
+    budget, effort = report.recommended_budget, report.effort
     document = {
         "schema_version": report.schema_version,
         "checkpoint": report.checkpoint,
@@ -148,51 +331,41 @@ def report_document(report: AuditReport) -> dict[str, Any]:
         "verdict": report.verdict,
         "invalid": list(report.invalid),
         "flags": [asdict(flag) for flag in report.flags],
-        "cells": [_cell(cell) for cell in report.cells],
-        "calibration": _calibration(report.calibration),
-        "recommended_budget": asdict(report.recommended_budget)
-        if report.recommended_budget
-        else None,
-        "pairs": _pairs(report),
+        "cells": [_cell_document(cell) for cell in report.cells],
+        "calibration": _calibration_document(report.calibration),
+        "recommended_budget": asdict(budget) if budget else None,
+        "pairs": _pair_documents(report),
         "utility": report.utility.to_dict() if report.utility else None,
-        "effort": asdict(report.effort) if report.effort else None,
+        "effort": asdict(effort) if effort else None,
         "provenance": {**asdict(report.provenance), "config": redact(report.provenance.config)},
     }
     plain: dict[str, Any] = plain_values(document)
     return plain
 
 
-def _condition(condition: Condition) -> dict[str, Any]:
-    return {"attack": condition.attack, "init": condition.init, "budget": asdict(condition.budget)}
+def _cell_document(cell: Cell) -> dict[str, Any]:
+    row = asdict(cell)
+    condition = row.pop("condition")
+    spread = {name: row.pop(f"similarity_{name}") for name in ("median", "mad")}
+    return {**row, **condition, "similarity": spread}
 
 
-def _cell(cell: Cell) -> dict[str, Any]:
-    row = {name: value for name, value in asdict(cell).items() if name != "condition"}
-    spread = {"median": row.pop("similarity_median"), "mad": row.pop("similarity_mad")}
-    return {**row, **_condition(cell.condition), "similarity": spread}
-
-
-def _calibration(calibration: Calibration) -> dict[str, Any]:
+def _calibration_document(calibration: Calibration) -> dict[str, Any]:
     def quantiles(values: tuple[float, ...]) -> dict[str, float | int]:
         finite = np.array([v for v in values if math.isfinite(v)])
         levels = {"min": 0.0, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-        found = {
-            name: float(np.quantile(finite, q)) if finite.size else math.nan
-            for name, q in levels.items()
+        return {
+            "n": finite.size,
+            **{
+                name: float(np.quantile(finite, level)) if finite.size else math.nan
+                for name, level in levels.items()
+            },
         }
-        return {"n": int(finite.size), **found}
 
+    roc = ("false_positive_rate", "true_positive_rate", "threshold")
     return {
-        "descriptor": calibration.descriptor,
-        "threshold": calibration.threshold,
-        "rule": calibration.rule,
-        "auc": calibration.auc,
-        "roc": [
-            {"false_positive_rate": fpr, "true_positive_rate": tpr, "threshold": threshold}
-            for fpr, tpr, threshold in calibration.roc
-        ],
-        "null": list(calibration.null),
-        "ceiling": list(calibration.ceiling),
+        **asdict(calibration),
+        "roc": [dict(zip(roc, point, strict=True)) for point in calibration.roc],
         "quantiles": {
             "null": quantiles(calibration.null),
             "ceiling": quantiles(calibration.ceiling),
@@ -200,25 +373,21 @@ def _calibration(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def _pairs(report: AuditReport) -> list[dict[str, Any]]:
+def _pair_documents(report: AuditReport) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for result in report.pair_results:
         pair = result.pair
-        row = rows.setdefault(
-            pair.id,
+        names = ("id", "kind", "prompt", "repeats", "duplicate_of", "truncated")
+        new = {**{name: getattr(pair, name) for name in names}, "conditions": []}
+        rows.setdefault(pair.id, new)["conditions"].append(
             {
-                "id": pair.id, "kind": pair.kind, "prompt": pair.prompt, "repeats": pair.repeats,
-                "duplicate_of": pair.duplicate_of, "truncated": pair.truncated,
-                "conditions": [],
-            },
-        )  # fmt: skip
-        row["conditions"].append(
-            {
-                **_condition(result.condition), "status": result.status,
-                "best_similarity": result.best, "statistic": result.statistic,
+                **asdict(result.condition),
+                "status": result.status,
+                "best_similarity": result.best,
+                "statistic": result.statistic,
                 "reproduced": result.reproduced,
             }
-        )  # fmt: skip
+        )
     return list(rows.values())
 
 
@@ -245,93 +414,110 @@ def plain_values(value: Any) -> Any:
     raise TypeError(f"report.json cannot hold a {type(value).__name__}: {value!r}")
 
 
-# -------- rows
-# The long table behind the report: one row for every generated picture.
+def parquet_bytes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, pa.DataType]) -> bytes:
+    """Serialise rows; a column keeps its type also where it holds no value.
 
-_COLUMNS: dict[str, pa.DataType] = {
-    "checkpoint": pa.string(),
-    "mitigation": pa.string(),
-    "pair_id": pa.string(),
-    "kind": pa.string(),
-    "prompt": pa.string(),
-    "repeats": pa.float64(),
-    "duplicate_of": pa.string(),
+    NaN becomes null, since NaN would take part in means, and a path becomes text.
+
+    Raises:
+        ValueError: A row has a name that the columns lack.
+    """
+    stray = {name for row in rows for name in row} - columns.keys()
+    if stray:
+        raise ValueError(f"no column for {', '.join(sorted(stray))}")
+    plain = [
+        {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+    sink = io.BytesIO()
+    table = pa.Table.from_pylist(plain, schema=pa.schema(list(columns.items())))
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+_TEXT, _NUMBER, _WHOLE = pa.string(), pa.float64(), pa.int64()
+_PAIR_COLUMNS: dict[str, pa.DataType] = {
+    "checkpoint": _TEXT,
+    "mitigation": _TEXT,
+    "pair_id": _TEXT,
+    "kind": _TEXT,
+    "prompt": _TEXT,
+    "repeats": _NUMBER,
+    "duplicate_of": _TEXT,
     "truncated": pa.bool_(),
-    "image_sha256": pa.string(),
-    "attack": pa.string(),
-    "init": pa.string(),
-    "norm": pa.string(),
-    "eps": pa.float64(),
-    "steps": pa.int64(),
-    "restart": pa.int64(),
-    "status": pa.string(),
-    "seed": pa.int64(),
-    "descriptor": pa.string(),
-    "threshold": pa.float64(),
-    "diversity": pa.float64(),
-    "lpips": pa.float64(),
-    "alignment": pa.float64(),
-    "loss_first": pa.float64(),
-    "loss_last": pa.float64(),
-    "displacement": pa.float64(),
-    "stopped_at": pa.int64(),
-    "first_success_steps": pa.int64(),
-    "image": pa.string(),
-    "original": pa.string(),
+    "image_sha256": _TEXT,
+    "attack": _TEXT,
+    "init": _TEXT,
+    "norm": _TEXT,
+    "eps": _NUMBER,
+    "steps": _WHOLE,
+    "restart": _WHOLE,
+    "status": _TEXT,
+    "seed": _WHOLE,
+    "descriptor": _TEXT,
+    "threshold": _NUMBER,
+    "diversity": _NUMBER,
+    "lpips": _NUMBER,
+    "alignment": _NUMBER,
+    "loss_first": _NUMBER,
+    "loss_last": _NUMBER,
+    "displacement": _NUMBER,
+    "stopped_at": _WHOLE,
+    "first_success_steps": _WHOLE,
+    "image": _TEXT,
+    "original": _TEXT,
 }
+_SIMILARITY = "similarity_"
+
+
+def _pair_columns(report: AuditReport) -> dict[str, pa.DataType]:
+    outcomes = (*report.outcomes, *report.baseline)
+    names = sorted({f"{_SIMILARITY}{name}" for o in outcomes for name in o.similarity})
+    return {**_PAIR_COLUMNS, **dict.fromkeys(names, _NUMBER)}
 
 
 def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
-    """List every generated picture of a report: pair x condition x restart x seed.
+    """List every generated image of a report: pair x condition x restart x seed.
 
     Each descriptor has a column. Outcomes of the baseline carry the mitigation ``none``.
     ``first_success_steps`` is one number for an attack (pair x init x restart), in all of its
-    rows: the fewest steps looked at after which it reproduced the pair, null where it never did.
+    rows: the fewest steps after which it reproduced the pair, null where it never did.
     ``stopped_at`` marks rows whose attack was stopped there, before the steps of the condition.
 
     Args:
         report: The report.
-        folder: Paths of pictures and references are given relative to it.
+        folder: Paths of images and originals are given relative to it.
 
     Raises:
-        ValueError: An outcome has not as many similarities, or pictures, as seeds.
+        ValueError: An outcome has not as many similarities, or images, as seeds.
     """
-    return [
-        *(
-            {**row, "first_success_steps": report.first_successes.get(search) if search else None}
-            for outcome in report.outcomes
-            for search in [search_of(outcome)]
-            for row in _rows(outcome, report, report.mitigation, folder)
-        ),
-        *(r for o in report.baseline for r in _rows(o, report, "none", folder)),
-    ]
+    rows: list[dict[str, Any]] = []
+    for mitigation, outcomes in ((report.mitigation, report.outcomes), ("none", report.baseline)):
+        for outcome in outcomes:
+            search = search_of(outcome)
+            first = report.first_successes.get(search) if search else None
+            rows += [
+                {**row, "mitigation": mitigation, "first_success_steps": first}
+                for row in _image_rows(outcome, report, folder)
+            ]
+    return rows
 
 
-def parquet_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Serialise rows of ``pair_rows``; a column keeps its type also where it holds no value."""
-    names = sorted({name for row in rows for name in row if name.startswith("similarity_")})
-    schema = pa.schema([*_COLUMNS.items(), *((name, pa.float64()) for name in names)])
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _rows(
-    outcome: Outcome, report: AuditReport, mitigation: str, folder: Path
-) -> Iterator[dict[str, Any]]:
-    pair, condition = outcome.pair, outcome.condition
-    count = len(outcome.seeds)
+def _image_rows(outcome: Outcome, report: AuditReport, folder: Path) -> Iterator[dict[str, Any]]:
+    pair, condition, count = outcome.pair, outcome.condition, len(outcome.seeds)
     for name, values in outcome.similarity.items():
         if len(values) != count:
             raise ValueError(
                 f"pair {pair.id} has {count} seeds but {len(values)} similarities of {name}"
             )
     if outcome.images and len(outcome.images) != count:
-        raise ValueError(f"pair {pair.id} has {count} seeds but {len(outcome.images)} pictures")
+        raise ValueError(f"pair {pair.id} has {count} seeds but {len(outcome.images)} images")
     for place, seed in enumerate(outcome.seeds):
         yield {
             "checkpoint": report.checkpoint,
-            "mitigation": mitigation,
             "pair_id": pair.id,
             "kind": pair.kind,
             "prompt": pair.prompt,
@@ -341,27 +527,22 @@ def _rows(
             "image_sha256": pair.sha256,
             "attack": condition.attack,
             "init": condition.init,
-            "norm": condition.budget.norm,
-            "eps": condition.budget.eps,
-            "steps": condition.budget.steps,
+            **asdict(condition.budget),
             "restart": outcome.restart,
             "status": outcome.status,
             "seed": seed,
             "descriptor": report.calibration.descriptor,
             "threshold": report.calibration.threshold,
-            "diversity": _number_rows(outcome.diversity),
-            "lpips": _item(outcome.lpips, place),
-            "alignment": _item(outcome.alignment, place),
-            "loss_first": _number_rows(outcome.loss_first),
-            "loss_last": _number_rows(outcome.loss_last),
-            "displacement": _number_rows(outcome.displacement),
+            "diversity": outcome.diversity,
+            "lpips": None if outcome.lpips is None else float(outcome.lpips[place]),
+            "alignment": None if outcome.alignment is None else float(outcome.alignment[place]),
+            "loss_first": outcome.loss_first,
+            "loss_last": outcome.loss_last,
+            "displacement": outcome.displacement,
             "stopped_at": outcome.stopped_at,
             "image": _relative(outcome.images[place], folder) if outcome.images else None,
             "original": _relative(pair.image, folder),
-            **{
-                f"similarity_{name}": _number_rows(values[place])
-                for name, values in outcome.similarity.items()
-            },
+            **{f"{_SIMILARITY}{name}": float(v[place]) for name, v in outcome.similarity.items()},
         }
 
 
@@ -369,17 +550,7 @@ def _relative(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder).replace(os.sep, "/")
 
 
-def _item(values: np.ndarray | None, place: int) -> float | None:
-    return None if values is None else _number_rows(values[place])
-
-
-def _number_rows(value: float | None) -> float | None:
-    """Parquet has a null of its own; NaN there would take part in means."""
-    return None if value is None or math.isnan(value) else float(value)
-
-
-# -------- stored
-# Files of a run folder read back, or refused by name where they are damaged.
+# ---- reading
 
 
 def stored_json(path: Path, *, fix: str, missing: str = "") -> Any:
@@ -404,353 +575,138 @@ def stored_json(path: Path, *, fix: str, missing: str = "") -> Any:
         raise InputError(f"{path} is not valid JSON ({error}){fix}") from None
 
 
-def stored_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of an audit's parquet file.
+def validated(adapter: TypeAdapter[Any], document: Any, path: Path) -> Any:
+    """Check the content of a file against a type, and build it.
 
     Raises:
-        InputError: It is missing or damaged.
+        InputError: The content does not fit; names the first keys that do not.
     """
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path} cannot be read ({error})\n  fix:   run the audit again: it rewrites the file"
-        ) from None
-    return rows
-
-
-# -------- record
-
-SCHEMA_VERSION = 1
-
-_TOP_KEYS = (
-    "schema_version", "checkpoint", "mitigation", "verdict", "flags", "cells", "calibration",
-    "recommended_budget", "pairs", "provenance",
-)  # fmt: skip
-_CELL_KEYS = (
-    "checkpoint", "mitigation", "attack", "init", "budget", "kind", "n", "mr", "mr_ci95",
-    "similarity", "descriptor", "threshold",
-)  # fmt: skip
-
-
-Severity = Literal["info", "warning", "critical", "invalid"]
-
-
-@dataclass(frozen=True)
-class Flag:
-    """One thing that limits what the numbers mean.
-
-    Attributes:
-        name: Stable identifier, such as ``controls_replicate``.
-        severity: ``invalid`` takes from the audit what it was made for: whatever did not come
-            back says nothing. ``critical`` makes the verdict unreliable, ``warning`` weakens it,
-            ``info`` explains.
-        text: One sentence for a reader.
-    """
-
-    name: str
-    severity: Severity
-    text: str
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where the numbers come from.
-
-    Attributes:
-        git_sha: Commit of the code, None outside a checkout.
-        packages: Package name to version.
-        python: Version of the interpreter.
-        platform: Operating system and architecture, without the machine's name.
-        device: Device the model ran on, in words.
-        seed: Root seed.
-        config: Resolved configuration, already redacted.
-        checkpoint: Name of the checkpoint.
-        fingerprint: Hash of its weights.
-        image_hashes: Pair id to SHA-256 of the picture's file.
-        started: Start, UTC.
-        finished: End, UTC.
-        unet_evaluations: Forward passes of the UNet, in rows.
-        wall_seconds: Seconds from start to end.
-    """
-
-    git_sha: str | None
-    packages: dict[str, str]
-    python: str
-    platform: str
-    device: str
-    seed: int
-    config: dict[str, Any]
-    checkpoint: str
-    fingerprint: str
-    image_hashes: dict[str, str]
-    started: datetime
-    finished: datetime
-    unet_evaluations: int
-    wall_seconds: float
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """Everything that an audit found.
-
-    What follows from the stored fields (``own_cells`` to ``first_successes``) is computed once,
-    on first use, and is not written to ``report.json``.
-
-    Attributes:
-        checkpoint: Name of the checkpoint.
-        mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
-        verdict: One paragraph for a reader who is not an engineer.
-        cells: Rows of the answer.
-        calibration: How the threshold was set.
-        outcomes: Every pair under every condition.
-        recommended_budget: Largest budget that leaves the controls alone, None where there is
-            none.
-        flags: What limits the numbers' meaning.
-        provenance: Where they come from.
-        baseline: Outcomes of the same prompts before the mitigation; empty where they were not
-            measured.
-        utility: What the mitigation costs; None where it was not measured.
-        effort: What the attack took; None in records of earlier versions.
-        schema_version: Version of the layout of ``report.json``.
-    """
-
-    checkpoint: str
-    mitigation: str
-    verdict: str
-    cells: tuple[Cell, ...]
-    calibration: Calibration
-    outcomes: tuple[Outcome, ...]
-    recommended_budget: Budget | None
-    flags: tuple[Flag, ...]
-    provenance: Provenance
-    baseline: tuple[Outcome, ...] = field(default=())
-    utility: Utility | None = None
-    effort: AttackEffort | None = None
-    schema_version: int = SCHEMA_VERSION
-
-    @property
-    def invalid(self) -> tuple[str, ...]:
-        """Names of the flags that make the audit invalid; empty where it is valid."""
-        return tuple(flag.name for flag in self.flags if flag.severity == "invalid")
-
-    @property
-    def aggregation(self) -> Aggregation:
-        """How K pictures become one number, as in the cells; ``max`` without cells."""
-        return self.cells[0].aggregation if self.cells else "max"
-
-    @cached_property
-    def own_cells(self) -> tuple[Cell, ...]:
-        """Cells of the mitigation under audit, without those of the baseline."""
-        return tuple(cell for cell in self.cells if cell.mitigation == self.mitigation)
-
-    @cached_property
-    def prompt_condition(self) -> Condition | None:
-        """The prompts as they are; None where no image was generated from them."""
-        return prompt_condition(self.own_cells)
-
-    @cached_property
-    def headline_condition(self) -> Condition | None:
-        """The attack that the verdict speaks of; None where no attack was run."""
-        return headline_condition(self.own_cells)
-
-    @cached_property
-    def trust(self) -> Trust:
-        """What the controls say of that attack."""
-        return attack_trust(self.own_cells, self.headline_condition)
-
-    @cached_property
-    def pair_results(self) -> tuple[PairResult, ...]:
-        """One result per pair and condition under the mitigation."""
-        return self._results(self.outcomes)
-
-    @cached_property
-    def baseline_results(self) -> tuple[PairResult, ...]:
-        """One result per pair from its prompt before the mitigation."""
-        return self._results(self.baseline)
-
-    @cached_property
-    def first_successes(self) -> dict[Search, int]:
-        """Steps after which each attack first reproduced its pair; others are left out."""
-        return first_successes(self.outcomes, self.calibration, self.aggregation)
-
-    def _results(self, outcomes: Iterable[Outcome]) -> tuple[PairResult, ...]:
-        return pair_results(
-            outcomes,
-            descriptor=self.calibration.descriptor,
-            threshold=self.calibration.threshold,
-            aggregation=self.aggregation,
+        return adapter.validate_python(document)
+    except ValidationError as error:
+        problems = "".join(
+            f"\n  {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            for problem in error.errors(include_url=False)[:5]
         )
+        raise InputError(f"{path} is not as this version writes it:{problems}{_AGAIN}") from None
 
 
-def write_report(report: AuditReport, folder: Path) -> Path:
-    """Write ``report.json`` and ``pairs.parquet``.
+_RECORD = TypeAdapter(AuditRecord)
 
-    Both are serialised before either file is touched, and ``report.json`` comes last: where it is
-    new, the parquet file belongs to it.
 
-    Args:
-        report: What to write.
-        folder: The run folder; made if needed. Picture paths are stored relative to it.
-
-    Returns:
-        Path of ``report.json``.
+def read_record(folder: Path) -> AuditRecord:
+    """Read a run folder's ``report.json``, of this or an earlier version.
 
     Raises:
-        TypeError: The configuration holds something that JSON cannot.
-    """
-    document = json.dumps(report_document(report), sort_keys=True, indent=2, allow_nan=False)
-    table = parquet_bytes(pair_rows(report, folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "pairs.parquet", table)
-    return write_atomically(folder / "report.json", (document + "\n").encode())
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """Read a run folder's ``report.json`` back.
-
-    Raises:
-        InputError: It is missing, is not JSON, is of another schema version, or lacks a promised
-            key.
+        InputError: It is missing, is not JSON, is of another schema version, or does not hold
+            what an audit writes.
     """
     path = folder / "report.json"
-    document = stored_json(
-        path,
-        fix=": run the audit again to rewrite it",
-        missing="the run has not finished, or this is no run folder",
-    )
+    missing = "the run has not finished, or this is no run folder"
+    document = stored_json(path, fix=_AGAIN, missing=missing)
     if not isinstance(document, dict) or "schema_version" not in document:
         raise InputError(f"{path} has no schema_version: it was not written by an audit")
     if document["schema_version"] != SCHEMA_VERSION:
         raise InputError(
             f"{path} has schema_version {document['schema_version']!r}, this version reads "
-            f"{SCHEMA_VERSION}: run the audit again, or install the version that wrote it"
+            f"{SCHEMA_VERSION}\n  fix:   run the audit again, or install the version that wrote it"
         )
-    missing = [key for key in _TOP_KEYS if key not in document]
-    cells = document.get("cells", [])
-    if not isinstance(cells, list):
-        raise InputError(f"{path}: cells must be a list, it is of type {type(cells).__name__}")
-    for place, cell in enumerate(cells):
-        held = cell if isinstance(cell, dict) else {}
-        missing += [f"cells[{place}].{key}" for key in _CELL_KEYS if key not in held]
-    if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}: run the audit again to rewrite it")
-    return document
+    record: AuditRecord = validated(_RECORD, document, path)
+    return record
 
 
-# -------- run_files
-# What an audit left in its run folder, read back: the record, every similarity, the edit.
+@dataclass(frozen=True)
+class EditRecord:
+    """What ``edit.json`` says of the edit that an audit was made under.
 
-EDIT_FILE = "edit.json"
-_PREFIX = "similarity_"
+    Attributes:
+        identity: Hash of the edit's content; ``none`` for the checkpoint as it is.
+        key: Where the cache of edits has it; None where it has not.
+        made: Whether the run made it; otherwise it was read from the cache.
+        cost: What finding it took, such as ``unet_evaluations`` and ``seconds``.
+        counts: Part to the number of weights that it changes.
+    """
+
+    identity: str
+    key: str | None = None
+    made: bool = False
+    cost: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+
+_EDIT = TypeAdapter(EditRecord)
+
+
+def read_edit_record(folder: Path) -> EditRecord | None:
+    """Read a run folder's ``edit.json``; None where there is none.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    path = folder / EDIT_FILE
+    if not path.is_file():
+        return None
+    edit: EditRecord = validated(_EDIT, stored_json(path, fix=_AGAIN), path)
+    return edit
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished audit.
+    """One finished audit in its run folder.
 
     Attributes:
-        folder: Its run folder.
-        document: Content of its ``report.json``.
-        outcomes: Every pair under every condition, as measured.
-        edit: Content of its ``edit.json``; None where there is none.
-        baseline: Its prompts before the mitigation; empty where they were not asked.
+        folder: The run folder.
+        report: What it found; paths of images may name files that are gone.
+        edit: The edit it was made under; None where that was not recorded.
     """
 
     folder: Path
-    document: Mapping[str, Any]
-    outcomes: tuple[Outcome, ...]
-    edit: Mapping[str, Any] | None = None
-    baseline: tuple[Outcome, ...] = ()
+    report: AuditReport
+    edit: EditRecord | None = None
 
     @property
     def checkpoint(self) -> str:
         """Name of the checkpoint."""
-        return str(self.document["checkpoint"])
+        return self.report.checkpoint
 
     @property
     def mitigation(self) -> str:
         """Name of the mitigation."""
-        return str(self.document["mitigation"])
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the checkpoint's weights."""
-        return str(self.document["provenance"]["fingerprint"])
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """Resolved configuration of the run."""
-        held: Mapping[str, Any] = self.document["provenance"]["config"]
-        return held
-
-    @property
-    def aggregation(self) -> Any:
-        """How K pictures become one number."""
-        own = self.own_cells
-        return own[0].get("aggregation", "max") if own else "max"
-
-    @property
-    def own_cells(self) -> list[Mapping[str, Any]]:
-        """Cells of this run's mitigation, under the run's own threshold."""
-        return [c for c in self.document["cells"] if c["mitigation"] == self.mitigation]
-
-    @property
-    def descriptors(self) -> frozenset[str]:
-        """Descriptors that every picture was measured with."""
-        names = [frozenset(outcome.similarity) for outcome in self.outcomes]
-        return frozenset.intersection(*names) if names else frozenset()
-
-    def calibration(self) -> Calibration:
-        """Threshold that the run calibrated for itself; the samples behind it are not kept."""
-        rule = self.document["calibration"]
-        auc = rule.get("auc")
-        return Calibration(
-            descriptor=rule["descriptor"],
-            threshold=float(rule["threshold"]),
-            rule=rule["rule"],
-            null=(),
-            ceiling=(),
-            auc=math.nan if auc is None else float(auc),
-            roc=(),
-        )
+        return self.report.mitigation
 
 
 def read_run(folder: Path) -> Run:
     """Read a finished run folder.
 
     Args:
-        folder: Holds ``report.json`` and ``pairs.parquet``.
+        folder: Holds ``report.json`` and ``pairs.parquet``, perhaps ``edit.json``.
 
     Raises:
         InputError: A file is missing or damaged, or the two do not belong together.
     """
-    document = read_report(folder)
-    rows = stored_rows(folder / "pairs.parquet")
-    mitigation = str(document["mitigation"])
-    run = Run(
-        folder,
-        document,
-        _outcomes(rows, mitigation, folder),
-        _edit(folder),
-        _outcomes(rows, "none", folder) if mitigation != "none" else (),
+    record = read_record(folder)
+    rows = _stored_rows(folder / "pairs.parquet")
+    report = AuditReport(
+        **{item.name: getattr(record, item.name) for item in fields(record)},
+        outcomes=_outcomes(rows, record.mitigation, folder),
+        baseline=_outcomes(rows, "none", folder) if record.mitigation != "none" else (),
     )
-    _check_same_audit(run)
-    return run
+    _check_same_audit(report, folder)
+    return Run(folder, report, read_edit_record(folder))
 
 
-def _edit(folder: Path) -> Mapping[str, Any] | None:
-    path = folder / EDIT_FILE
-    if not path.is_file():
-        return None
-    found = stored_json(path, fix="\n  fix:   run the audit again: it rewrites it")
-    return found if isinstance(found, dict) else None
+def _stored_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read ({error}){_AGAIN}") from None
+    return rows
 
 
 def _outcomes(
     rows: Sequence[Mapping[str, Any]], mitigation: str, folder: Path
 ) -> tuple[Outcome, ...]:
-    """Put the rows of one picture each together again, in the order of the file."""
+    """Join the rows of one image each to outcomes again, in the order of the file."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["mitigation"] == mitigation:
@@ -761,18 +717,28 @@ def _outcomes(
 
 def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
     first = group[0]
+
+    def numbers(name: str) -> np.ndarray:
+        return np.array([_number(row[name]) for row in group], np.float64)
+
+    def place(relative: str) -> Path:
+        return Path(os.path.normpath(folder / relative))
+
     pair = Pair(
         id=first["pair_id"],
         kind=first["kind"],
         prompt=first["prompt"],
-        image=_place(folder, first.get("original")) or Path(),
+        image=place(first["original"]) if first.get("original") else Path(),
         repeats=first["repeats"] or 0.0,
         sha256=first["image_sha256"] or "",
         duplicate_of=first["duplicate_of"],
         truncated=bool(first.get("truncated")),
     )
+    measured = {
+        name: None if all(row[name] is None for row in group) else numbers(name)
+        for name in ("lpips", "alignment")
+    }
     budget = Budget(first["norm"], first["eps"], first["steps"])
-    names = [name for name in first if name.startswith(_PREFIX)]
     return Outcome(
         pair=pair,
         condition=Condition(first["attack"], first["init"], budget),
@@ -780,89 +746,72 @@ def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
         status=first["status"],
         seeds=tuple(row["seed"] for row in group),
         similarity={
-            name.removeprefix(_PREFIX): np.array(
-                [math.nan if row[name] is None else row[name] for row in group], np.float64
-            )
-            for name in names
+            name.removeprefix(_SIMILARITY): numbers(name)
+            for name in first
+            if name.startswith(_SIMILARITY)
         },
-        diversity=math.nan if first["diversity"] is None else first["diversity"],
+        diversity=_number(first["diversity"]),
+        **measured,
         loss_first=first["loss_first"],
         loss_last=first["loss_last"],
-        lpips=_values(group, "lpips"),
-        alignment=_values(group, "alignment"),
         displacement=first["displacement"],
-        images=tuple(filter(None, (_place(folder, row["image"]) for row in group))),
+        images=tuple(place(row["image"]) for row in group if row["image"]),
         stopped_at=first.get("stopped_at"),
     )
 
 
-def _values(group: Sequence[Mapping[str, Any]], name: str) -> np.ndarray | None:
-    """One number for each picture; None where none has one."""
-    values = [row[name] for row in group]
-    if all(value is None for value in values):
-        return None
-    return np.array([math.nan if value is None else value for value in values], np.float64)
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
-def _place(folder: Path, relative: str | None) -> Path | None:
-    return None if relative is None else Path(os.path.normpath(folder / relative))
-
-
-def _check_same_audit(run: Run) -> None:
-    """Count anew under the run's own threshold: the record must say the same.
+def _check_same_audit(report: AuditReport, folder: Path) -> None:
+    """Count the outcomes anew under the run's own threshold: the record must say the same.
 
     Raises:
         InputError: It does not; the two files come from different audits.
     """
-    counted = {
-        (c.condition.attack, c.condition.init, c.condition.budget.norm, c.condition.budget.eps,
-         c.condition.budget.steps, c.kind): (c.hits, c.n)
-        for c in cells_of(
-            run.outcomes, run.calibration(), checkpoint=run.checkpoint,
-            mitigation=run.mitigation, aggregation=run.aggregation,
-        )
-    }  # fmt: skip
-    recorded = {
-        (c["attack"], c["init"], c["budget"]["norm"], c["budget"]["eps"], c["budget"]["steps"],
-         c["kind"]): (c.get("hits"), c["n"])
-        for c in run.own_cells
-    }  # fmt: skip
-    if counted != recorded:
+    counted = cells(
+        report.outcomes,
+        report.calibration,
+        checkpoint=report.checkpoint,
+        mitigation=report.mitigation,
+        aggregation=report.aggregation,
+    )
+    now, then = (
+        {(cell.condition, cell.kind): (cell.hits, cell.n) for cell in rows}
+        for rows in (counted, report.own_cells)
+    )
+    if now != then:
         raise InputError(
-            f"{run.folder}: report.json and pairs.parquet do not say the same, so they come from "
+            f"{folder}: report.json and pairs.parquet do not say the same, so they come from "
             f"different audits\n  fix:   run the audit again: it rewrites both"
         )
 
 
-# -------- utility_files
-# What a mitigation costs, as files: the numbers, and the rows behind them; written and read.
+# ---- what a mitigation costs
 
-_LOSSES = pa.schema(
-    {
-        "id": pa.string(),
-        "prompt": pa.string(),
-        "draw": pa.int64(),
-        "timestep": pa.int64(),
-        "unmitigated": pa.float64(),
-        "mitigated": pa.float64(),
-    }
-)
-_PICTURES = pa.schema(
-    {
-        "kind": pa.string(),
-        "id": pa.string(),
-        "group": pa.string(),
-        "prompt": pa.string(),
-        "seed": pa.int64(),
-        "similarity": pa.float64(),
-        "original_unmitigated": pa.float64(),
-        "original_mitigated": pa.float64(),
-        "alignment_unmitigated": pa.float64(),
-        "alignment_mitigated": pa.float64(),
-        "unmitigated": pa.string(),
-        "mitigated": pa.string(),
-    }
-)
+_LOSS_COLUMNS = {
+    "id": _TEXT,
+    "prompt": _TEXT,
+    "draw": _WHOLE,
+    "timestep": _WHOLE,
+    "unmitigated": _NUMBER,
+    "mitigated": _NUMBER,
+}
+_PICTURE_COLUMNS = {
+    "kind": _TEXT,
+    "id": _TEXT,
+    "group": _TEXT,
+    "prompt": _TEXT,
+    "seed": _WHOLE,
+    "similarity": _NUMBER,
+    "original_unmitigated": _NUMBER,
+    "original_mitigated": _NUMBER,
+    "alignment_unmitigated": _NUMBER,
+    "alignment_mitigated": _NUMBER,
+    "unmitigated": _TEXT,
+    "mitigated": _TEXT,
+}
 
 
 def write_utility(utility: Utility, folder: Path) -> Path:
@@ -872,177 +821,81 @@ def write_utility(utility: Utility, folder: Path) -> Path:
 
     Args:
         utility: What was measured.
-        folder: The run folder. Picture paths are stored relative to it.
+        folder: The run folder. Paths of images are stored relative to it.
 
     Returns:
         Path of ``utility.json``.
     """
+
+    def rows(items: Iterable[LossRow | PictureRow]) -> list[dict[str, Any]]:
+        return [
+            {k: _relative(v, folder) if isinstance(v, Path) else v for k, v in asdict(i).items()}
+            for i in items
+        ]
+
     document = json.dumps(
         plain_values(utility.to_dict()), sort_keys=True, indent=2, allow_nan=False
     )
-    losses = _parquet(utility.loss_rows, _LOSSES, folder)
-    pictures = _parquet(utility.picture_rows, _PICTURES, folder)
+    losses = parquet_bytes(rows(utility.loss_rows), _LOSS_COLUMNS)
+    pictures = parquet_bytes(rows(utility.picture_rows), _PICTURE_COLUMNS)
     write_atomically(folder / "utility_losses.parquet", losses)
     write_atomically(folder / "utility_pictures.parquet", pictures)
     return write_atomically(folder / "utility.json", (document + "\n").encode())
 
 
-def read_utility(folder: Path, held: Mapping[str, Any]) -> Utility:
-    """Read back what a mitigation costs; pictures that are gone are left out.
-
-    Args:
-        folder: The run folder, with ``utility_pictures.parquet``.
-        held: What ``report.json`` keeps of it.
-
-    Raises:
-        InputError: The pictures' table is missing or damaged.
-        KeyError: ``held`` lacks a promised key.
-    """
-    near, loss = held["neighbours"], held["denoising_loss"]
-    replicas = near["replicating"] if near else None
-    return Utility(
-        descriptor=held["descriptor"],
-        denoising_loss=DenoisingLoss(**_numbers(loss)) if loss else None,
-        ordinary=_comparison(held) if held["prompts"] is not None else None,
-        neighbours=_comparison(near) if near and near["prompts"] is not None else None,
-        replicas=Replicas(**_numbers(replicas)) if replicas else None,
-        left_out=held["left_out"],
-        picture_rows=tuple(_picture_rows(folder)),
-    )
-
-
-def _comparison(held: Mapping[str, Any]) -> Comparison:
-    kid, alignment = held["kid"], held["alignment"]
-    known = _numbers(held)
-    return Comparison(
-        prompts=held["prompts"],
-        pictures_each=held["pictures_each"],
-        kid=KernelDistance(**_numbers({k: v for k, v in kid.items() if k != "features"}))
-        if kid
-        else None,
-        fid=held["fid"],
-        features=held["features"],
-        similarity=known["similarity_to_unmitigated"],
-        similarity_mad=known["similarity_to_unmitigated_mad"],
-        similarity_ci95=known["similarity_to_unmitigated_ci95"],
-        alignment=Alignment(**_numbers(alignment)) if alignment else None,
-    )
-
-
-def _numbers(held: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and intervals as they were before JSON, which writes NaN as null."""
-    return {
-        name: tuple(map(_finite, value)) if isinstance(value, list) else _finite(value)
-        for name, value in held.items()
-    }
-
-
-def _finite(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
-def _picture_rows(folder: Path) -> list[PictureRow]:
-    rows = stored_rows(folder / "utility_pictures.parquet")
-    places = ("unmitigated", "mitigated")
-    found = [
-        PictureRow(
-            **{
-                **row,
-                "similarity": _finite(row["similarity"]),
-                **{name: Path(os.path.normpath(folder / row[name])) for name in places},
-            }
-        )
-        for row in rows
-    ]
-    return [row for row in found if row.unmitigated.is_file() and row.mitigated.is_file()]
-
-
-def _parquet(rows: Sequence[LossRow | PictureRow], schema: pa.Schema, folder: Path) -> bytes:
-    plain = [
-        {name: _cell_utility_files(item, folder) for name, item in asdict(row).items()}
-        for row in rows
-    ]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(plain, schema=schema), sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _cell_utility_files(value: Any, folder: Path) -> Any:
-    if isinstance(value, Path):
-        return os.path.relpath(value, folder).replace(os.sep, "/")
-    # parquet has a null of its own; NaN there would take part in means
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-# -------- read_back
-# An audit read back from its run folder, so that its page can be made again or for others.
+# ---- what a page may show
 
 _STRICT: tuple[Disclosure, ...] = ("full", "blurred", "none")
 
 
-def read_audit(folder: Path) -> AuditReport:
-    """Read a finished audit back; pictures that are gone are ``NOT_KEPT`` or left out.
-
-    Args:
-        folder: Its run folder.
+def shown_report(run: Run) -> AuditReport:
+    """A run's report for its page: images that are gone are ``NOT_KEPT`` or left out.
 
     Raises:
-        InputError: A file is missing or damaged, or lacks what this version writes.
+        InputError: The table of a mitigation's images is missing or damaged.
     """
-    return audit_of(read_run(folder))
+    report, utility = run.report, run.report.utility
+    if utility is not None:
+        utility = replace(utility, picture_rows=_picture_rows(run.folder))
+    return replace(
+        report,
+        outcomes=with_files_that_exist(report.outcomes),
+        baseline=with_files_that_exist(report.baseline),
+        utility=utility,
+    )
 
 
-def audit_of(run: Run) -> AuditReport:
-    """Put a run's files together into the report that wrote them.
-
-    Raises:
-        InputError: ``report.json`` lacks what this version writes.
-    """
-    held = run.document
-    try:
-        return AuditReport(
-            checkpoint=run.checkpoint,
-            mitigation=run.mitigation,
-            verdict=held["verdict"],
-            cells=tuple(_cell_read_back(cell) for cell in held["cells"]),
-            calibration=_calibration_read_back(held["calibration"]),
-            outcomes=with_files_that_exist(run.outcomes),
-            recommended_budget=_budget(held["recommended_budget"])
-            if held["recommended_budget"]
-            else None,
-            flags=tuple(Flag(**flag) for flag in held["flags"]),
-            provenance=_provenance(held["provenance"]),
-            baseline=with_files_that_exist(run.baseline),
-            utility=read_utility(run.folder, held["utility"]) if held.get("utility") else None,
-            effort=AttackEffort(**held["effort"]) if held.get("effort") else None,
+def _picture_rows(folder: Path) -> tuple[PictureRow, ...]:
+    """Rows of ``utility_pictures.parquet`` whose images both exist."""
+    rows = [
+        PictureRow(
+            **{
+                **row,
+                "similarity": _number(row["similarity"]),
+                **{
+                    name: Path(os.path.normpath(folder / row[name]))
+                    for name in ("unmitigated", "mitigated")
+                },
+            }
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{run.folder / 'report.json'} lacks what this version writes "
-            f"({type(error).__name__}: {error})\n  fix:   run the audit again: it rewrites it"
-        ) from None
-
-
-def strictest(runs: Iterable[Run], asked: Disclosure) -> Disclosure:
-    """Choose how pictures may be shown: what is asked for, or what a run allowed if that is less.
-
-    A run that was told to keep pictures out of its page must not see them in another one.
-    """
-    allowed = [run.config.get("report", {}).get("images", "full") for run in runs]
-    return max((asked, *allowed), key=_STRICT.index)
+        for row in _stored_rows(folder / "utility_pictures.parquet")
+    ]
+    return tuple(row for row in rows if row.unmitigated.is_file() and row.mitigated.is_file())
 
 
 def with_files_that_exist(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
-    """Leave out pictures that are gone, and references that are gone or have changed since."""
-    found: dict[Path, Path] = {}
+    """Leave out images that are gone, and originals that are gone or have changed since."""
+    originals: dict[Path, Path] = {}
     kept = []
     for outcome in outcomes:
         pair = outcome.pair
-        if pair.image not in found:
+        if pair.image not in originals:
             same = pair.image.is_file() and pair.sha256 in ("", _sha256(pair.image))
-            found[pair.image] = pair.image if same else NOT_KEPT
+            originals[pair.image] = pair.image if same else NOT_KEPT
         images = outcome.images if all(path.is_file() for path in outcome.images) else ()
-        kept.append(replace(outcome, pair=replace(pair, image=found[pair.image]), images=images))
+        kept.append(
+            replace(outcome, pair=replace(pair, image=originals[pair.image]), images=images)
+        )
     return tuple(kept)
 
 
@@ -1050,71 +903,58 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _number(value: float | None) -> float:
-    """JSON has no NaN; the record writes null."""
-    return math.nan if value is None else float(value)
+def strictest(runs: Iterable[Run], chosen: Disclosure) -> Disclosure:
+    """How images may be shown: as chosen, or as a run allows if that is less.
+
+    A run that was told to keep images out of its page must not see them in another one.
+    """
+    allowed = [
+        run.report.provenance.config.get("report", {}).get("images", "full") for run in runs
+    ]
+    return max((chosen, *allowed), key=_STRICT.index)
 
 
-def _interval(values: Sequence[float | None]) -> tuple[float, float]:
-    low, high = values
-    return _number(low), _number(high)
+# ---- locality results on an audit's page
 
 
-def _budget(held: Mapping[str, Any]) -> Budget:
-    return Budget(held["norm"], held["eps"], held["steps"])
+@dataclass(frozen=True)
+class LocalityFigure:
+    """One figure.
+
+    Attributes:
+        title: Heading.
+        caption: What it shows and how to read it.
+        uri: ``data:`` address.
+        width: Pixels.
+        height: Pixels.
+        pictures: Whether it holds images, whose colours a dark page must leave alone.
+    """
+
+    title: str
+    caption: str
+    uri: str
+    width: int
+    height: int
+    pictures: bool = False
 
 
-def _cell_read_back(held: Mapping[str, Any]) -> Cell:
-    return Cell(
-        checkpoint=held["checkpoint"],
-        mitigation=held["mitigation"],
-        condition=Condition(held["attack"], held["init"], _budget(held["budget"])),
-        kind=held["kind"],
-        n=held["n"],
-        failed=held["failed"],
-        hits=held["hits"],
-        mr=_number(held["mr"]),
-        mr_ci95=_interval(held["mr_ci95"]),
-        similarity_median=_number(held["similarity"]["median"]),
-        similarity_mad=_number(held["similarity"]["mad"]),
-        descriptor=held["descriptor"],
-        threshold=float(held["threshold"]),
-        aggregation=held["aggregation"],
-        # records of earlier versions have neither
-        counted=held.get("counted", "at_budget"),
-        first_success=_first_success(held.get("first_success")),
-    )
+@dataclass(frozen=True)
+class LocalitySection:
+    """What one locality run shows.
+
+    Attributes:
+        name: Its run folder's name.
+        lead: Its answer in words, a paragraph a line; empty where it gives none.
+        figures: Its figures, in its own order.
+        withheld: How many figures hold images that may not be shown.
+    """
+
+    name: str
+    lead: str
+    figures: tuple[LocalityFigure, ...]
+    withheld: int = 0
 
 
-def _first_success(held: Mapping[str, Any] | None) -> FirstSuccess | None:
-    if held is None:
-        return None
-    return FirstSuccess(
-        held["pairs"], held["n"], _number(held["mr"]), _number(held["median_steps"])
-    )
-
-
-def _calibration_read_back(held: Mapping[str, Any]) -> Calibration:
-    return Calibration(
-        descriptor=held["descriptor"],
-        threshold=float(held["threshold"]),
-        rule=held["rule"],
-        # records of earlier versions keep their quantiles only
-        null=tuple(map(_number, held.get("null", ()))),
-        ceiling=tuple(map(_number, held.get("ceiling", ()))),
-        auc=_number(held["auc"]),
-        roc=tuple(
-            (
-                point["false_positive_rate"],
-                point["true_positive_rate"],
-                # the first point lies above every similarity
-                math.inf if point["threshold"] is None else point["threshold"],
-            )
-            for point in held["roc"]
-        ),
-    )
-
-
-def _provenance(held: Mapping[str, Any]) -> Provenance:
-    times = {name: datetime.fromisoformat(held[name]) for name in ("started", "finished")}
-    return Provenance(**{**held, **times, "config": json.loads(json.dumps(held["config"]))})
+def is_locality(folder: Path) -> bool:
+    """Whether a run folder holds the result of ``task=locality``."""
+    return (folder / LOCALITY_FILE).is_file()

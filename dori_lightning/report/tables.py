@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.markup import escape as plain_text
 from rich.table import Table
 
 from dori_lightning.report.comparison import SOURCES, Attacked, Comparison, Figure, HeadlineRow
 from dori_lightning.report.findings import Paired
+from dori_lightning.report.record import parquet_bytes
 from dori_lightning.report.words import escape, interval_words, percent_words
 from dori_lightning.types import INITS, KINDS, Cell, Init, Kind
 
@@ -37,7 +36,7 @@ def headline_parquet(rows: Sequence[HeadlineRow]) -> bytes:
     with ``p_holm`` against none. ``invalid`` names what makes a row's audits invalid.
     Null: not measured, or not published.
     """
-    return _bytes([_headline(row) for row in rows], _headline_schema())
+    return parquet_bytes([_headline(row) for row in rows], _headline_schema())
 
 
 def cells_parquet(comparison: Comparison) -> bytes:
@@ -71,7 +70,7 @@ def cells_parquet(comparison: Comparison) -> bytes:
         }
         for cell in comparison.cells
     ]
-    return _bytes(rows, columns)
+    return parquet_bytes(rows, columns)
 
 
 def _headline(row: HeadlineRow) -> dict[str, Any]:
@@ -157,23 +156,6 @@ def _test(prefix: str, test: Paired | None) -> dict[str, Any]:
     if test is None:
         return {}
     return {f"{prefix}lost": test.lost, f"{prefix}gained": test.gained, f"{prefix}p": test.p}
-
-
-def _bytes(rows: Sequence[dict[str, Any]], columns: dict[str, pa.DataType]) -> bytes:
-    """Serialise rows; a name that the columns lack is a mistake, NaN becomes null."""
-    stray = {name for row in rows for name in row} - columns.keys()
-    if stray:
-        raise ValueError(f"no column for {', '.join(sorted(stray))}")
-    plain = [
-        {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in row.items()
-        }
-        for row in rows
-    ]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(plain, schema=pa.schema(list(columns.items()))), sink)
-    return sink.getvalue()
 
 
 # -------- headline_tables
@@ -272,7 +254,7 @@ def remarks(comparison: Comparison, rows: Sequence[HeadlineRow]) -> tuple[str, .
     said += [f"Missing: {text}." for text in comparison.missing]
     said += [
         f"INVALID: the audit of {entry.label} on {entry.checkpoint}, so what did not come back "
-        f"there says nothing. {' '.join(flag['text'] for flag in entry.invalid)}"
+        f"there says nothing. {' '.join(flag.text for flag in entry.invalid)}"
         for entry in comparison.entries
         if entry.invalid
     ]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dori_lightning.types import (
     Budget,
@@ -73,6 +76,24 @@ _INIT_WORDS = {
     "random": "from random embeddings",
     "control_prompt": "from unrelated prompts",
 }
+
+
+def render_text(template: str, **values: Any) -> str:
+    """Render a text template of the package, with the functions of this module at hand.
+
+    Nothing is escaped by itself: other people's text goes through the filter ``md`` where the
+    result is Markdown.
+    """
+    environment = Environment(
+        loader=PackageLoader("dori_lightning.report", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = escape
+    functions = (number_words, percent_words, interval_words, budget_words, condition_words)
+    environment.globals.update({function.__name__: function for function in functions})
+    return environment.get_template(template).render(**values).lstrip()
 
 
 def number_words(count: int, noun: str) -> str:

@@ -40,14 +40,16 @@ from dori_lightning.models.loading import resolve_source
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.report.model_card import (
-    AuditedThing,
     Changed,
     Exported,
-    audited_thing,
-    card_audit,
     model_card,
 )
-from dori_lightning.report.record import read_report
+from dori_lightning.report.record import (
+    EDIT_FILE,
+    AuditRecord,
+    read_edit_record,
+    read_record,
+)
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import claim_folder, write_atomically
 from dori_lightning.runtime.logging import progress_bar
@@ -154,7 +156,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """
     formats = _check_settings(cfg)
     audit = None if cfg.task.audit is None else Path(cfg.task.audit).expanduser()
-    shown = None if audit is None else card_audit(audit)
+    record = None if audit is None else read_record(audit)
     given = None if cfg.task.edit is None else read_edit(Path(cfg.task.edit).expanduser())
     mitigation = instantiate(cfg.mitigation)
     pairs = [] if given is not None else instantiate(cfg.pairs).read()
@@ -170,13 +172,13 @@ def run(cfg: DictConfig, folder: Path) -> None:
     with chosen.edit.applied(model), FileLock(folder / ".export.lock"):
         parts = parts_of(model)
         weights = weights_of(parts, cfg.task.dtype)
-        if audit is not None:
-            _check_audit(audit, AuditedThing(model.fingerprint, chosen.edit.identity), weights)
+        if audit is not None and record is not None:
+            _check_audit(audit, record, model=model, edit=chosen.edit, weights=weights)
         claim_folder(folder, _method(cfg, model, chosen, weights))
         if chosen.edit.kind:
             write_edit(folder / "edit.safetensors", chosen.edit)
         exported = _describe(cfg, model, chosen, weights, changed)
-        card = model_card(exported, shown).encode()
+        card = model_card(exported, record).encode()
         single = folder / f"{file_name(f'{model.name}-{chosen.mitigation}')}.safetensors"
         notes = {"fingerprint": exported.exported, "original": exported.fingerprint}
         with progress_bar("export", len(formats)) as advance:
@@ -302,18 +304,34 @@ def _changed(model: StableDiffusion, edit: Edit, mitigation: str) -> dict[str, C
     return {block: part for block, part in found.items() if part.weights}
 
 
-def _check_audit(folder: Path, thing: AuditedThing, weights: Weights) -> None:
+def _check_audit(
+    folder: Path,
+    record: AuditRecord,
+    *,
+    model: StableDiffusion,
+    edit: Edit,
+    weights: Weights,
+) -> None:
     """Refuse the audit of anything but this edit of this checkpoint, or the exported weights.
 
     Raises:
         InputError: Names what was audited and what is exported.
     """
-    audited = audited_thing(folder, read_report(folder))
-    if audited not in (thing, AuditedThing(weights.fingerprint, "none")):
+    audited = read_edit_record(folder)
+    if audited is None:
         raise InputError(
-            f"{folder} is the audit of checkpoint {audited.fingerprint} under edit "
-            f"{audited.edit}, but this exports checkpoint {thing.fingerprint} under edit "
-            f"{thing.edit}, which is checkpoint {weights.fingerprint}\n"
+            f"{folder / EDIT_FILE} does not exist, so it is unknown which edit was audited\n"
+            f"  fix:   run the audit's command again; it finishes what is missing"
+        )
+    fingerprint = record.provenance.fingerprint
+    if (fingerprint, audited.identity) not in (
+        (model.fingerprint, edit.identity),
+        (weights.fingerprint, "none"),
+    ):
+        raise InputError(
+            f"{folder} is the audit of checkpoint {fingerprint} under edit {audited.identity}, "
+            f"but this exports checkpoint {model.fingerprint} under edit {edit.identity}, which "
+            f"is checkpoint {weights.fingerprint}\n"
             f"  where: task.audit\n"
             f"  fix:   give the audit of the same checkpoint, mitigation and pairs, or audit what "
             f"was exported: checkpoint=custom checkpoint.source=FOLDER"

@@ -29,9 +29,9 @@ from dori_lightning.report.record import (
     Disclosure,
     LocalitySection,
     Run,
-    audit_of,
     is_locality,
     read_run,
+    shown_report,
     strictest,
 )
 from dori_lightning.report.tables import headline_tables, remarks, rich_table
@@ -160,7 +160,7 @@ def _unfinished(jobs: Jobs) -> tuple[str, ...]:
 def _publish_one(found: _Found, folder: Path, *, max_pairs: int) -> None:
     """Write the page of a single audit."""
     page = write_page(
-        audit_of(found.runs[0]),
+        shown_report(found.runs[0]),
         folder,
         images=found.images,
         max_pairs=max_pairs,

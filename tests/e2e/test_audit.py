@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from safetensors import safe_open
 
-from dori_lightning.report.record import read_report
 from dori_lightning.types import InputError
+from support.records import report_json
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
 
@@ -54,7 +54,7 @@ def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def comparable(folder: Path) -> dict[str, object]:
     """What must not depend on interruptions: cells, pictures, embeddings, losses."""
-    report = read_report(folder)
+    report = report_json(folder)
     pictures = {
         str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("pictures/**/*.png")
     }

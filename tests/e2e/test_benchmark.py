@@ -13,7 +13,7 @@ from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.planting.dataset import PlantedPairs
-from dori_lightning.report.record import read_report
+from support.records import report_json
 from support.runs import configuration, run_task
 
 FOLDER = Path(str(resources.files("dori_lightning"))) / "assets" / "dori_tiny"
@@ -52,7 +52,7 @@ def test_planted_prompts_bring_their_pictures_back_and_controls_do_not(tmp_path:
 @pytest.mark.slow
 def test_the_audit_of_the_benchmark_meets_its_bars(tmp_path: Path) -> None:
     run_task(tmp_path / "audit", experiment="audit")
-    report = read_report(tmp_path / "audit")
+    report = report_json(tmp_path / "audit")
     rate = {(c["kind"], c["attack"], c["init"]): c["mr"] for c in report["cells"]}
     assert rate["vm", "prompt", None] >= 0.95
     assert rate["vm", "dori", "prompt"] >= 0.95

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from dori_lightning.attacks import embedding_attack
 from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.report.record import read_report
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError
+from support.records import report_json
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
 
@@ -92,7 +92,7 @@ def attacks(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def result(folder: Path) -> dict[str, Any]:
     """What does not depend on how a run came about."""
-    report = read_report(folder)
+    report = report_json(folder)
     drawn = {p.relative_to(folder): p.read_bytes() for p in folder.glob("pictures/**/*.png")}
     searched = {
         name: {key: value.numpy().tobytes() for key, value in tensors.items()}
@@ -120,7 +120,7 @@ def test_the_cumulative_rate_and_the_first_success_are_the_same(
     whole: Path, stopped: Path
 ) -> None:
     assert firsts(stopped) == firsts(whole)
-    cells = [read_report(folder)["cells"] for folder in (whole, stopped)]
+    cells = [report_json(folder)["cells"] for folder in (whole, stopped)]
     assert [c["first_success"] for c in cells[0]] == [c["first_success"] for c in cells[1]]
     for own, other in zip(*cells, strict=True):
         assert own["counted"] == "at_budget"
@@ -201,7 +201,7 @@ def test_evaluations_are_counted_and_passes_stay_full(
     monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)
     monkeypatch.setattr(generation, "CPU_PICTURES", PICTURES)
     folder = run(material, tmp_path / "run", STOP)
-    effort, steps = read_report(folder)["effort"], firsts(folder)
+    effort, steps = report_json(folder)["effort"], firsts(folder)
     spent = [first or 4 for first in steps.values()]
     each = PICTURES * SAMPLER * 2  # guided
     looks = [LOOKED_AT.index(k) + 1 for k in spent]

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from dori_lightning import cli
-from dori_lightning.report.record import read_report
+from support.records import report_json
 from support.runs import write_pairs
 from support.tiny import write_tiny
 
@@ -86,7 +86,7 @@ def swept(place: Path) -> int:
 def test_every_job_of_the_grid_has_its_run_folder(grid: Path) -> None:
     runs = sorted(path.parent for path in grid.glob("*/report.json"))
     assert len(runs) == (1 + len(METHODS)) * len(BUDGETS)
-    found = {(read_report(r)["mitigation"], _ball(read_report(r))) for r in runs}
+    found = {(report_json(r)["mitigation"], _ball(report_json(r))) for r in runs}
     assert found == {(m, b) for m in ("none", *METHODS) for b in ("l2", "none")}
 
 
@@ -189,7 +189,7 @@ def test_runs_of_one_budget_alone_make_a_table_too(grid: Path, place: Path) -> N
 
 def test_one_run_gets_its_own_page_with_what_is_known_of_locality(grid: Path, place: Path) -> None:
     unbounded = [path.parent for path in grid.glob("*unbounded*/report.json")]
-    (alone,) = [run for run in unbounded if read_report(run)["mitigation"] == "none"]
+    (alone,) = [run for run in unbounded if report_json(run)["mitigation"] == "none"]
     local = place / "outputs" / "local"
     local.mkdir()
     (local / "locality.json").write_text('{"verdict": "It is spread out.", "figures": []}')

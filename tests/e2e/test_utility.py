@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from dori_lightning import config
-from dori_lightning.report.record import read_report
+from support.records import report_json
 from support.runs import run_task, write_pairs
 from support.tiny import write_tiny
 
@@ -58,7 +58,7 @@ def pruned(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_run_folder_says_what_the_mitigation_costs(pruned: Path) -> None:
-    found = read_report(pruned)["utility"]
+    found = report_json(pruned)["utility"]
     assert found == json.loads((pruned / "utility.json").read_text())
     loss = found["denoising_loss"]
     assert loss["examples"] == 3
@@ -83,7 +83,7 @@ def test_an_audit_of_what_was_never_memorized_is_invalid_wherever_it_is_shown(
     material: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Random weights hold no picture: that none comes back under a mitigation is no success."""
-    document = read_report(pruned)
+    document = report_json(pruned)
     assert document["invalid"] == ["baseline_not_memorized"]
     assert document["verdict"].startswith("INVALID AUDIT")
     assert json.loads((pruned / "edit.json").read_text())["changed_weights"] > 0
@@ -98,7 +98,7 @@ def test_more_is_measured_in_the_same_folder(material: Path, pruned: Path) -> No
     attacks = {p: p.stat().st_mtime_ns for p in pruned.glob("attacks/**/*.safetensors")}
     more = (*SIZES[:-1], "utility.examples=4", "utility.neighbours=0")
     run_task(pruned, *overrides(material, *PRUNING, *more))
-    found = read_report(pruned)["utility"]
+    found = report_json(pruned)["utility"]
     assert found["denoising_loss"]["examples"] == 4
     assert found["neighbours"] is None
     assert "utility.neighbours=0" in found["left_out"]["neighbours"]
@@ -112,7 +112,7 @@ def test_nothing_is_measured_without_a_mitigation_or_without_asking(
     run_task(tmp_path / "unmitigated", *overrides(material, *SIZES))
     run_task(tmp_path / "unasked", *overrides(material, *PRUNING, "utility=none"))
     for name in ("unmitigated", "unasked"):
-        assert read_report(tmp_path / name)["utility"] is None
+        assert report_json(tmp_path / name)["utility"] is None
         assert not (tmp_path / name / "utility.json").exists()
         assert 'id="cost"' not in (tmp_path / name / "report.html").read_text()
 

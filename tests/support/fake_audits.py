@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dori_lightning.metrics.replication import cells as cells_of
+from dori_lightning.metrics.utility import DenoisingLoss, Utility
 from dori_lightning.report.record import Provenance, write_report
 from dori_lightning.report.verdict import make_report
 from dori_lightning.types import Budget, Calibration, Condition, Kind, Outcome, Pair
@@ -41,6 +43,12 @@ def pairs(sizes: Mapping[Kind, int] = SIZES) -> list[Pair]:
     ]
 
 
+def loss_cost(ratio: float, low: float, high: float, **more: Any) -> Utility:
+    """A mitigation's cost in denoising loss alone."""
+    loss = DenoisingLoss(0.1, 0.1 * ratio, ratio, (low, high), 4, 1)
+    return Utility("ncc", loss, None, None, None, {}, **more)
+
+
 def write_audit(
     folder: Path,
     mitigation: str = "none",
@@ -52,7 +60,7 @@ def write_audit(
     config: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     fingerprint: str = "f" * 16,
-    utility: Mapping[str, Any] | None = None,
+    utility: Utility | None = None,
     edit: Mapping[str, Any] | None = None,
     prompts: Mapping[str, str] | None = None,
 ) -> Path:
@@ -69,7 +77,7 @@ def write_audit(
         config: Sections that replace those of ``SETTINGS``.
         settings: Settings of the mitigation.
         fingerprint: Of the checkpoint.
-        utility: Added to ``report.json``.
+        utility: What the mitigation costs.
         edit: Content of ``edit.json``.
         prompts: Pair id to another prompt than it has.
     """
@@ -115,10 +123,7 @@ def write_audit(
             wall_seconds=1.0,
         ),
     )
-    path = write_report(record, folder)
-    if utility is not None:
-        document = json.loads(path.read_text())
-        path.write_text(json.dumps({**document, "utility": utility}))
+    write_report(replace(record, utility=utility), folder)
     if edit is not None:
         (folder / "edit.json").write_text(json.dumps(edit))
     return folder

@@ -11,7 +11,7 @@ from dori_lightning.report.claims import METRICS, check_claims, read_claims
 from dori_lightning.report.comparison import compare, headline_rows
 from dori_lightning.report.record import read_run
 from dori_lightning.types import InputError
-from support.fake_audits import PROMPT, dori, write_audit
+from support.fake_audits import PROMPT, dori, loss_cost, write_audit
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 RECORDED = sorted(EXPERIMENTS.glob("*/expected.json"))
@@ -131,7 +131,7 @@ def claims_hold(tmp_path: Path, *claims: dict[str, Any]) -> list[bool]:
     write_audit(tmp_path / "none")
     write_audit(
         tmp_path / "nemo", "nemo", reproduced=found,
-        utility={"denoising_loss": {"ratio": 1.02, "ratio_ci95": [1.0, 1.04]}},
+        utility=loss_cost(1.02, 1.0, 1.04),
     )  # fmt: skip
     comparison = compare([read_run(tmp_path / name) for name in ("none", "nemo")])
     checked = check_claims(

@@ -30,12 +30,11 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     lost = {PROMPT: {"vm": [0.9, 0.2, math.nan, 0.4]}, dori(10, norm="l2", eps=3.25): {"tm": 0.6}}
     run = read_run(write_audit(tmp_path / "x", "nemo", reproduced=lost))
     assert (run.checkpoint, run.mitigation, run.edit) == ("tiny", "nemo", None)
-    assert run.calibration().threshold == 0.5
-    assert run.descriptors == {"ncc", "ssim"}
-    by_id = {o.pair.id: o for o in run.outcomes if o.condition == PROMPT}
+    assert run.report.calibration.threshold == 0.5
+    by_id = {o.pair.id: o for o in run.report.outcomes if o.condition == PROMPT}
     assert by_id["vm0"].similarity["ncc"].tolist() == [0.9, 0.8]
     assert by_id["vm2"].status == "diverged"
-    assert {o.condition for o in run.outcomes} == set(lost)
+    assert {o.condition for o in run.report.outcomes} == set(lost)
 
 
 def test_one_threshold_for_all_rows_of_a_checkpoint(tmp_path: Path) -> None:

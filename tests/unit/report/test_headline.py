@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from dori_lightning.metrics.image_distances import KernelDistance
+from dori_lightning.metrics.utility import Comparison as UtilityComparison
 from dori_lightning.report import pages
 from dori_lightning.report.comparison import (
     SOURCES,
@@ -34,14 +36,17 @@ from dori_lightning.report.tables import (
     tables_markdown,
 )
 from dori_lightning.report.verdict import sweep_answer, sweep_sentences, sweep_tone
-from support.fake_audits import PROMPT, dori, write_audit
+from support.fake_audits import PROMPT, dori, loss_cost, write_audit
 
 SIZES = {"vm": 6, "tm": 2, "control": 4}
-UTILITY = {
-    "denoising_loss": {"ratio": 1.03, "ratio_ci95": [1.01, 1.05]},
-    "kid": {"mean": 0.004, "std": 0.001},
-    "fid": None,
-}
+UTILITY = replace(
+    loss_cost(1.03, 1.01, 1.05),
+    ordinary=UtilityComparison(
+        prompts=3, pictures_each=1, kid=KernelDistance(0.004, 0.001, 3, 3, 1), fid=None,
+        features="autoencoder", similarity=0.8, similarity_mad=0.1, similarity_ci95=(0.7, 0.9),
+        alignment=None,
+    ),
+)  # fmt: skip
 EDIT = {
     "identity": "e", "key": "k", "made": True,
     "cost": {"unet_evaluations": 1234, "seconds": 5.5}, "counts": {"a": 3, "b": 4},

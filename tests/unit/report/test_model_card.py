@@ -1,6 +1,5 @@
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,17 +10,19 @@ import yaml
 from markdown_it import MarkdownIt
 
 from dori_lightning.report.model_card import (
-    AuditedThing,
-    CardAudit,
     Changed,
     Exported,
-    audited_thing,
-    card_audit,
     model_card,
 )
-from dori_lightning.report.record import read_report, write_report
+from dori_lightning.report.record import (
+    AuditRecord,
+    read_edit_record,
+    read_record,
+    write_report,
+)
 from dori_lightning.report.words import escape
-from dori_lightning.types import Budget, InputError
+from dori_lightning.types import InputError
+from support.fake_audits import loss_cost
 
 EXPORT = Exported(
     checkpoint="sd14",
@@ -65,8 +66,8 @@ def record(tmp_path_factory: pytest.TempPathFactory, fakes: SimpleNamespace) -> 
 
 
 @pytest.fixture(scope="module")
-def audit(record: Path) -> CardAudit:
-    return card_audit(record)
+def audit(record: Path) -> AuditRecord:
+    return read_record(record)
 
 
 def test_the_front_matter_is_what_the_hub_reads() -> None:
@@ -128,19 +129,19 @@ def test_places_of_this_machine_are_not_told() -> None:
     assert "checkpoint.source=ORIGINAL" in card
 
 
-def test_rounded_weights_are_told_beside_the_audit(audit: CardAudit) -> None:
+def test_rounded_weights_are_told_beside_the_audit(audit: AuditRecord) -> None:
     rounded = model_card(replace(EXPORT, exact=False), audit)
     assert "weights were rounded to this" in rounded
     assert "before they were rounded" in rounded
     assert "rounded" not in model_card(EXPORT, audit)
 
 
-def test_one_pairs_masks_are_told_to_be_that(audit: CardAudit) -> None:
+def test_one_pairs_masks_are_told_to_be_that(audit: AuditRecord) -> None:
     card = model_card(replace(EXPORT, pair="cat_1"), audit)
     assert "those of cat_1 are in this checkpoint" in card
 
 
-def test_the_card_carries_every_cell_flag_and_rule_of_the_audit(audit: CardAudit) -> None:
+def test_the_card_carries_every_cell_flag_and_rule_of_the_audit(audit: AuditRecord) -> None:
     card = model_card(EXPORT, audit)
     assert "| vm | prompt | - | - | 2/4 | 50 % (15 to 85 %) | 0.50 ± 0.04 | 0.70 |" in card
     assert "| control | dori | prompt | 50 steps | 0/4 |" in card
@@ -156,23 +157,23 @@ def test_the_card_carries_every_cell_flag_and_rule_of_the_audit(audit: CardAudit
     assert "was not measured" in card
 
 
-def test_the_price_in_denoising_loss_is_told_where_it_was_measured(audit: CardAudit) -> None:
-    card = model_card(EXPORT, replace(audit, loss=(1.031, 1.02, 1.05)))
+def test_the_price_in_denoising_loss_is_told_where_it_was_measured(audit: AuditRecord) -> None:
+    card = model_card(EXPORT, replace(audit, utility=loss_cost(1.031, 1.02, 1.05)))
     assert "times that of the original: 1.031 (1.020 to 1.050)" in card
-    broken = model_card(EXPORT, replace(audit, loss=(math.nan, math.nan, math.nan)))
+    broken = model_card(EXPORT, replace(audit, utility=loss_cost(math.nan, math.nan, math.nan)))
     assert "no longer finite" in broken
 
 
-def test_an_attack_that_paints_controls_is_told(audit: CardAudit) -> None:
+def test_an_attack_that_paints_controls_is_told(audit: AuditRecord) -> None:
     assert "No attack of this audit left the controls alone." in model_card(
-        EXPORT, replace(audit, recommended=None)
+        EXPORT, replace(audit, recommended_budget=None)
     )
 
 
 def test_prompts_and_pairs_of_the_audit_stay_out(tmp_path: Path, fakes: SimpleNamespace) -> None:
     secret = [f"canary caption {k}" for k in range(8)]
     write_report(fakes.report(tmp_path, prompts=secret), tmp_path)
-    card = model_card(EXPORT, card_audit(tmp_path))
+    card = model_card(EXPORT, read_record(tmp_path))
     assert "canary" not in card
     assert "vm_00" not in card
     assert "![" not in card
@@ -214,7 +215,7 @@ def test_ordinary_names_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_nothing_that_a_user_names_becomes_markup(audit: CardAudit, text: str) -> None:
+def test_nothing_that_a_user_names_becomes_markup(audit: AuditRecord, text: str) -> None:
     plain = rendered(model_card(EXPORT, audit))
     card = model_card(
         replace(
@@ -227,9 +228,8 @@ def test_nothing_that_a_user_names_becomes_markup(audit: CardAudit, text: str) -
             verdict=text,
             flags=tuple(replace(flag, text=text) for flag in audit.flags),
             cells=tuple(replace(cell, mitigation=text) for cell in audit.cells),
-            descriptor=text,
-            finished=text,
-            git_sha=text,
+            calibration=replace(audit.calibration, descriptor=text),
+            provenance=replace(audit.provenance, git_sha=text),
         ),
     )  # fmt: skip
     assert set(front_matter(card)) <= {"library_name", "pipeline_tag", "tags", "base_model"}
@@ -242,52 +242,24 @@ def test_nothing_that_a_user_names_becomes_markup(audit: CardAudit, text: str) -
     assert html.count("<code") == plain.count("<code")
 
 
-def test_what_was_audited_is_read_from_both_files(tmp_path: Path, record: Path) -> None:
-    document = read_report(record)
-    with pytest.raises(InputError, match="unknown which edit was audited"):
-        audited_thing(tmp_path, document)
-    (tmp_path / "edit.json").write_text(json.dumps({"identity": "none"}))
-    assert audited_thing(tmp_path, document) == AuditedThing("f" * 16, "none")
-    for broken in ("{", "[]", "{}"):
-        (tmp_path / "edit.json").write_text(broken)
-        with pytest.raises(InputError, match="does not say what was audited"):
-            audited_thing(tmp_path, document)
+def test_the_edit_of_an_audit_is_read(tmp_path: Path) -> None:
+    assert read_edit_record(tmp_path) is None
+    (tmp_path / "edit.json").write_text(json.dumps({"identity": "e", "cost": {"seconds": 1.5}}))
+    edit = read_edit_record(tmp_path)
+    assert edit is not None
+    assert (edit.identity, edit.made, edit.cost) == ("e", False, {"seconds": 1.5})
 
 
-def test_an_audit_reads_back_as_it_was_written(audit: CardAudit) -> None:
-    assert audit.recommended == Budget(steps=50)
-    assert [cell.hits for cell in audit.cells] == [2, 4, 4, 0, 0, 0]
-    assert audit.cells[0].mr_ci95 == pytest.approx((0.15, 0.85), abs=0.01)
-    assert audit.loss is None
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda d: d["cells"][0].update(kind="dog"),
-        lambda d: d["cells"][0].update(attack="magic"),
-        lambda d: d["cells"][0].update(n="many"),
-        lambda d: d["cells"][0].update(mr_ci95=[0.1]),
-        lambda d: d["cells"][0].pop("hits"),
-        lambda d: d["calibration"].pop("rule"),
-        lambda d: d.update(flags=[{"name": "x"}]),
-        lambda d: d.update(calibration=None),
-        lambda d: d["provenance"].pop("finished"),
-    ],
-)
-def test_a_record_that_no_audit_writes_is_refused(
-    tmp_path: Path, record: Path, damage: Callable[[dict[str, Any]], object]
-) -> None:
-    document = json.loads((record / "report.json").read_text())
-    damage(document)
-    (tmp_path / "report.json").write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"report\.json"):
-        card_audit(tmp_path)
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"identity": "e", "made": "perhaps"}'])
+def test_a_damaged_record_of_an_edit_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "edit.json").write_text(content)
+    with pytest.raises(InputError, match=r"edit\.json"):
+        read_edit_record(tmp_path)
 
 
 def test_diverged_rates_are_not_available(tmp_path: Path, fakes: SimpleNamespace) -> None:
     report = fakes.report(tmp_path)
     empty = fakes.cell("tm", fakes.PROMPT, 0, 0, failed=2)
     write_report(replace(report, cells=(*report.cells, empty)), tmp_path)
-    card = model_card(EXPORT, card_audit(tmp_path))
+    card = model_card(EXPORT, read_record(tmp_path))
     assert "| tm | prompt | - | - | 0/0 +2 failed | n/a |" in card

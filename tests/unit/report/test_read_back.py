@@ -20,14 +20,16 @@ from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import render_page, write_table
 from dori_lightning.report.record import (
     AuditReport,
-    read_audit,
     read_run,
+    shown_report,
     strictest,
     write_report,
     write_utility,
 )
 from dori_lightning.types import InputError
 from support.fake_audits import write_audit
+
+EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
 
 
 def kept(fakes: SimpleNamespace, folder: Path, **more: Any) -> AuditReport:
@@ -43,7 +45,7 @@ def kept(fakes: SimpleNamespace, folder: Path, **more: Any) -> AuditReport:
 def test_an_audit_comes_back_as_it_was(tmp_path: Path, fakes: SimpleNamespace) -> None:
     report = kept(fakes, tmp_path)
     write_report(report, tmp_path)
-    back = read_audit(tmp_path)
+    back = shown_report(read_run(tmp_path))
     assert back.calibration == report.calibration
     assert back.cells == report.cells
     assert back.flags == report.flags
@@ -59,7 +61,7 @@ def test_a_baseline_comes_back(tmp_path: Path, fakes: SimpleNamespace) -> None:
     before = tuple(o for o in report.outcomes if o.condition.attack == "prompt")
     own = tuple(replace(cell, mitigation="wanda") for cell in report.cells)
     write_report(replace(report, mitigation="wanda", baseline=before, cells=own), tmp_path)
-    back = read_audit(tmp_path)
+    back = shown_report(read_run(tmp_path))
     assert [o.pair.id for o in back.baseline] == [o.pair.id for o in before]
     assert render_page(back).count("data:image/jpeg") == 8 * 4
 
@@ -76,7 +78,7 @@ def test_what_a_mitigation_costs_comes_back(tmp_path: Path, fakes: SimpleNamespa
     )  # fmt: skip
     write_report(replace(kept(fakes, tmp_path), utility=spent), tmp_path)
     write_utility(spent, tmp_path)
-    back = read_audit(tmp_path).utility
+    back = shown_report(read_run(tmp_path)).utility
     assert back is not None
     assert back.denoising_loss is not None
     assert back.denoising_loss.ratio == 2.0
@@ -91,7 +93,7 @@ def test_originals_that_are_gone_or_others_are_not_shown(
     write_report(kept(fakes, tmp_path, vm=2, control=1), tmp_path)
     (tmp_path / "references" / "vm_00.png").unlink()
     Image.new("RGB", (8, 8)).save(tmp_path / "references" / "vm_01.png")
-    back = read_audit(tmp_path)
+    back = shown_report(read_run(tmp_path))
     images = {o.pair.id: o.pair.image for o in back.outcomes}
     assert [name for name, image in images.items() if image == NOT_KEPT] == ["vm_00", "vm_01"]
     text = render_page(back)
@@ -104,7 +106,29 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path, fakes: SimpleNam
     del document["provenance"]["platform"]
     path.write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"platform.*\n.*run the audit again"):
-        read_audit(tmp_path)
+        shown_report(read_run(tmp_path))
+
+
+def test_records_of_earlier_versions_are_read(tmp_path: Path, fakes: SimpleNamespace) -> None:
+    """They have no effort, no first success, no samples behind the calibration."""
+    path = write_report(kept(fakes, tmp_path), tmp_path)
+    document = json.loads(path.read_text())
+    for name in ("invalid", "utility", "effort"):
+        del document[name]
+    for name in ("null", "ceiling"):
+        del document["calibration"][name]
+    for cell in document["cells"]:
+        del cell["counted"], cell["first_success"]
+    path.write_text(json.dumps(document))
+    report = read_run(tmp_path).report
+    assert report.calibration.null == ()
+    assert {cell.counted for cell in report.cells} == {"at_budget"}
+    assert render_page(shown_report(read_run(tmp_path)))
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("report.json")), ids=str)
+def test_records_of_the_experiments_are_read(path: Path) -> None:
+    assert read_run(path.parent).report.cells
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from dori_lightning.metrics.utility import (
     Utility,
 )
 from dori_lightning.report.pages import MOST_SHOWN, render_page, utility_section
-from dori_lightning.report.record import read_report, read_utility, write_report, write_utility
+from dori_lightning.report.record import read_record, write_report, write_utility
 from dori_lightning.types import InputError
+from support.records import report_json
 
 EVIL = '<img src=http://evil.example/a.png> "quoted"'
 
@@ -157,9 +158,9 @@ def test_a_section_in_which_everything_was_left_out(
 def test_the_record_carries_it_under_one_key(tmp_path: Path, fakes: SimpleNamespace) -> None:
     report = fakes.report(tmp_path)
     write_report(report, tmp_path / "none")
-    assert read_report(tmp_path / "none")["utility"] is None
+    assert report_json(tmp_path / "none")["utility"] is None
     write_report(replace(report, utility=utility(tmp_path, fakes)), tmp_path / "some")
-    found = read_report(tmp_path / "some")["utility"]
+    found = report_json(tmp_path / "some")["utility"]
     assert found["denoising_loss"]["ratio_ci95"] == [1.02, 1.08]
     assert found["neighbours"]["replicating"]["mitigated"] == 1
     assert found["kid"]["features"] == "autoencoder, 40 features"
@@ -183,11 +184,11 @@ def test_files_hold_numbers_and_rows(tmp_path: Path, fakes: SimpleNamespace) -> 
     assert pictures["original_mitigated"].isna().sum() == 3
 
 
-def test_replicas_are_kept_where_every_neighbour_replicated_before(
-    tmp_path: Path, fakes: SimpleNamespace
+@pytest.mark.parametrize("missing", ["neighbours", "ordinary", "denoising_loss", "replicas"])
+def test_costs_are_read_back_whatever_was_left_out(
+    tmp_path: Path, fakes: SimpleNamespace, missing: str
 ) -> None:
-    found = replace(utility(tmp_path, fakes), neighbours=None)
-    write_utility(found, tmp_path)
-    back = read_utility(tmp_path, found.to_dict())
-    assert back.neighbours is None
-    assert back.replicas == found.replicas
+    found = replace(utility(tmp_path, fakes), **{missing: None})
+    write_report(replace(fakes.report(tmp_path), utility=found), tmp_path)
+    back = read_record(tmp_path).utility
+    assert back == replace(found, loss_rows=(), picture_rows=())
