@@ -105,7 +105,7 @@ def test_missing_cells_are_named(tmp_path: Path) -> None:
         ({"fingerprint": "0" * 16}, ["weights 0000", "there ffff"]),
         ({"sizes": {"vm": 3, "tm": 1, "control": 3}}, ["lacks the pairs vm3"]),
         ({"sizes": {"vm": 4, "tm": 2, "control": 3}}, ["has the pairs tm1"]),
-        ({"prompts": {"vm1": "another"}}, ["has other prompts or pictures for vm1"]),
+        ({"prompts": {"vm1": "another"}}, ["has other prompts or images for vm1"]),
         ({"config": {"sampling": {**SETTINGS["sampling"], "steps": 50}}},
          ["sampling.steps is 50, there 5"]),
         ({"config": {"attack": {**SETTINGS["attack"], "restarts": 3, "lr": 0.2}}},

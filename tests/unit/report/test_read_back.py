@@ -105,7 +105,7 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path, fakes: SimpleNam
     document = json.loads(path.read_text())
     del document["provenance"]["platform"]
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"platform.*\n.*run the audit again"):
+    with pytest.raises(InputError, match=r"provenance\.platform"):
         shown_report(read_run(tmp_path))
 
 

@@ -150,7 +150,7 @@ def test_reading_names_what_is_wrong(tmp_path: Path, content: str | None, messag
         (lambda d: d["cells"][1].update(kind="dog"), "cells.1.kind"),
         (lambda d: d["cells"][0].update(attack="magic"), "cells.0.condition.attack"),
         (lambda d: d["cells"][0].update(n="many"), "cells.0.n"),
-        (lambda d: d["cells"][0].update(mr_ci95=[0.1]), "cells.0.mr_ci95"),
+        (lambda d: d["cells"][0].update(mr_ci95=[0.1]), "cells.0.mr_ci95.1"),
         (lambda d: d["cells"][0].update(similarity=0.5), "cells.0.similarity_median"),
         (lambda d: d["cells"][0].pop("hits"), "cells.0.hits"),
         (lambda d: d["calibration"].pop("rule"), "calibration.rule"),
