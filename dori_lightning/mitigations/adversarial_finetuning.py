@@ -17,7 +17,14 @@ from torch.nn.utils import parametrize
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, random_embedding, refuse_broken, solve
-from dori_lightning.mitigations.base import Context, Encodings, edit_key, require_pairs
+from dori_lightning.mitigations.base import (
+    Context,
+    CostEstimate,
+    Encodings,
+    Evaluations,
+    edit_key,
+    require_pairs,
+)
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -27,7 +34,7 @@ from dori_lightning.mitigations.finetuning import (
 )
 from dori_lightning.mitigations.replacements import SurrogateSettings, find_surrogates
 from dori_lightning.models.memory import limit_cpu_batch
-from dori_lightning.models.protocol import TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import PairBatch
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
@@ -429,6 +436,24 @@ class AdversarialFinetuning:
             raise InputError(f"mitigation.redirect must be in [0, 1], got {self.redirect}")
         if self.low_rank is not None and self.low_rank < 1:
             raise InputError(f"mitigation.low_rank must be >= 1 or null, got {self.low_rank}")
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate what finding the edit takes for a number of pairs to forget."""
+        attack = self.pool.attack
+        attacks = self.epochs * pairs * (2 if self.pool.warm else 1)
+        rows = self.adversarial_batch + self.ordinary_batch
+        candidates = pairs * self.surrogates.candidates
+        source, skips = self.surrogates.source, self.pool.skip_robust is not None
+        return CostEstimate(
+            Evaluations.of_images(candidates, sampling)
+            + Evaluations(
+                attack=attacks * attack.budget.steps * attack.noise_batch,
+                training=self.epochs * self.updates * rows,
+            ),
+            "pairs that stay robust are skipped, so this is the most it takes" if skips else "",
+            stored_weights=1.0,
+            builds_on=() if source is None else (source,),
+        )
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find surrogates, then alternate between searching triggers and training."""

@@ -50,6 +50,59 @@ class Mitigation(Protocol):
 
 
 @dataclass(frozen=True)
+class Evaluations:
+    """Work, in rows that go through the denoiser or the decoder.
+
+    Attributes:
+        forward: Without gradient.
+        attack: With the gradient of the embedding.
+        training: With the gradient of the weights.
+        decoded: Latents that are decoded to images.
+    """
+
+    forward: int = 0
+    attack: int = 0
+    training: int = 0
+    decoded: int = 0
+
+    @classmethod
+    def of_images(cls, count: int, sampling: Sampling) -> Evaluations:
+        """Work of generating ``count`` images."""
+        return cls(forward=count * sampling.steps * sampling.rows_per_step, decoded=count)
+
+    def __add__(self, other: Evaluations) -> Evaluations:
+        return Evaluations(
+            self.forward + other.forward,
+            self.attack + other.attack,
+            self.training + other.training,
+            self.decoded + other.decoded,
+        )
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What finding an edit takes, as far as a mitigation's settings tell.
+
+    A mitigation may have a method ``estimate_cost(sampling, pairs)`` that returns this for a
+    number of pairs to forget; plans of mitigations without one say that they do not count it.
+
+    Attributes:
+        work: Evaluations that find the edit.
+        not_counted: Why these are not all of them, or may be fewer; empty where they are exact.
+        stored_weights: Share of the denoiser's weights that the edit's file holds.
+        evaluations_per_image: Evaluations with the embedding's gradient that the edit adds to
+            every image generated under it, at most; as many more go without gradient.
+        builds_on: Mitigations whose edits are found first.
+    """
+
+    work: Evaluations = Evaluations()
+    not_counted: str = ""
+    stored_weights: float = 0.0
+    evaluations_per_image: int = 0
+    builds_on: tuple[Mitigation, ...] = ()
+
+
+@dataclass(frozen=True)
 class Encodings:
     """Ordinary prompts and images as the model sees them.
 

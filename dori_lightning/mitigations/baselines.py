@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dori_lightning.mitigations.base import Context, Mitigation
+from dori_lightning.mitigations.base import Context, CostEstimate, Mitigation
 from dori_lightning.mitigations.edits import EVERYBODY, EmptyEdit, MaskEdit, Origin, PairMaskEdit
-from dori_lightning.models.protocol import TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
@@ -40,6 +40,11 @@ class RandomPruning:
 
     like: Mitigation
     name: str = "random_pruning"
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Nothing besides the edit that it is like."""
+        del sampling, pairs
+        return CostEstimate(builds_on=(self.like,))
 
     def apply(
         self, model: TextToImage, pairs: Sequence[Pair], context: Context

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Context
+from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, in_turn
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, finetune_on_anchors
-from dori_lightning.models.protocol import TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
@@ -57,6 +57,13 @@ class ConceptAblation:
             )
         if self.prior_weight < 0:
             raise InputError(f"mitigation.prior_weight must be >= 0, got {self.prior_weight}")
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate what finding the edit takes for a number of pairs to forget."""
+        training = Evaluations(training=2 * self.steps * self.batch)
+        return CostEstimate(
+            self.anchors.estimate_work(sampling, pairs) + training, stored_weights=1.0
+        )
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find anchors with the model as it is, then train."""

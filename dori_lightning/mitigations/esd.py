@@ -13,7 +13,13 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Context, edit_key, require_pairs
+from dori_lightning.mitigations.base import (
+    Context,
+    CostEstimate,
+    Evaluations,
+    edit_key,
+    require_pairs,
+)
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -22,7 +28,7 @@ from dori_lightning.mitigations.finetuning import (
     finetune,
     in_turn,
 )
-from dori_lightning.models.protocol import TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
@@ -89,6 +95,18 @@ class ESD:
             raise InputError(
                 f"mitigation.sampling_steps must be >= 1 or null, got {self.sampling_steps}"
             )
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate what finding the edit takes for a number of pairs to forget."""
+        del pairs
+        rows = self.steps * self.batch
+        visited = self.sampling_steps or sampling.steps
+        # on average the sampler is stopped half way; then the teacher predicts with and without
+        partly = rows * (visited - 1) // 2 * (1 if self.guidance == 1.0 else 2)
+        return CostEstimate(
+            Evaluations(forward=partly + 2 * rows, training=rows),
+            stored_weights={"x": 0.051, "strict": 0.022, "u": 0.946, "full": 1.0}[self.variant],
+        )
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Train on the pairs' captions; their pictures are not used."""

@@ -21,7 +21,7 @@ from dori_lightning.mitigations.activations import (
     activations,
     read_statistics,
 )
-from dori_lightning.mitigations.base import Context, require_pairs
+from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations, require_pairs
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.mitigations.nemo_criteria import (
     BlockedPasses,
@@ -392,6 +392,22 @@ class NeMo:
         if self.statistics is None:
             return {}
         return {"statistics": hashlib.sha256(read_statistics(Path(self.statistics))).hexdigest()}
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate the first pass over a number of pairs to forget, the only known part."""
+        rows = pairs * self.samples
+        if self.criterion == "replication":
+            work = Evaluations.of_images(rows, sampling)
+        elif self.criterion == "denoising_loss":
+            work = Evaluations(forward=2 * rows)  # with the prompt and with the empty one
+        else:
+            ordinary = self.threshold_prompts if self.threshold is None else 0
+            work = Evaluations(forward=rows + ordinary * self.samples)
+        return CostEstimate(
+            work,
+            "only the first look at each prompt is counted; the search depends on what it finds "
+            "(published: 15.7 s a vm prompt and 45.9 s a tm prompt on a V100 or A100)",
+        )
 
     def apply(
         self, model: TextToImage, pairs: Sequence[Pair], context: Context

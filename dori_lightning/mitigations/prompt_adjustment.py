@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 from dori_lightning.attacks.solver import RowAdam
-from dori_lightning.mitigations.base import Context
+from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
 from dori_lightning.mitigations.edits import Edit, Origin
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.seeding import keyed_generator
@@ -181,6 +181,14 @@ class PromptAdjustment:
                 f"mitigation.calibration_prompts must be at least 1, got "
                 f"{self.calibration_prompts}"
             )
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate what finding the target takes, and adjusting an image's embedding."""
+        del sampling, pairs
+        scored = self.calibration_prompts if self.target is None else 0
+        return CostEstimate(
+            Evaluations(forward=2 * scored), evaluations_per_image=self.adjusting.iterations
+        )
 
     def apply(
         self, model: TextToImage, pairs: Sequence[Pair], context: Context

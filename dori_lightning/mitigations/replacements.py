@@ -20,7 +20,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from dori_lightning.mitigations.base import Context, Mitigation, edit_key, require_pairs
+from dori_lightning.mitigations.base import (
+    Context,
+    Evaluations,
+    Mitigation,
+    edit_key,
+    require_pairs,
+)
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -29,7 +35,7 @@ from dori_lightning.mitigations.finetuning import (
     finetune,
 )
 from dori_lightning.models.generation import generation_noise
-from dori_lightning.models.protocol import TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.logging import progress_bar
@@ -78,6 +84,10 @@ class AnchorSettings:
                 f"mitigation.anchors needs 0 <= anchor_rate < target_rate, got "
                 f"{self.anchor_rate} and {self.target_rate}"
             )
+
+    def estimate_work(self, sampling: Sampling, pairs: int) -> Evaluations:
+        """Estimate what finding the anchors of a number of pairs takes."""
+        return Evaluations.of_images(pairs * self.prompts * self.images, sampling)
 
 
 @dataclass(frozen=True)

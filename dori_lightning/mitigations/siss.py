@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from dori_lightning.mitigations.base import Context
+from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, in_turn
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, finetune_on_anchors
-from dori_lightning.models.protocol import TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
@@ -255,6 +255,14 @@ class SISS:
                 "mitigation.finetune.precision must be 32-true or bf16-mixed for SISS: its two "
                 "gradients are sums over pixels, which leave the range of 16-mixed"
             )
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate what finding the edit takes for a number of pairs to forget."""
+        # two gradients of one forward pass
+        training = Evaluations(training=2 * self.steps * self.batch)
+        return CostEstimate(
+            self.anchors.estimate_work(sampling, pairs) + training, stored_weights=1.0
+        )
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find anchors with the model as it is, then train."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Context, require_pairs
+from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations, require_pairs
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
@@ -422,6 +422,12 @@ class Wanda:
             seeds=self.seeds,
             stages=self.stages,
         )
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate what finding the edit takes for a number of pairs to forget."""
+        base = 1 if self.base == "empty" else self.base_prompts
+        rows = (pairs + base) * self.steps * self.seeds * sampling.rows_per_step
+        return CostEstimate(Evaluations(forward=rows))
 
     def apply(
         self, model: TextToImage, pairs: Sequence[Pair], context: Context

@@ -44,7 +44,6 @@ from dori_lightning.runtime.artifacts import (
     drop_keys,
     write_atomically,
 )
-from dori_lightning.tasks.plan import drawn as drawn_by
 from dori_lightning.tasks.plan import plan
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
 from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
@@ -254,7 +253,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         effort=attack_effort(
             measured.outcomes,
             noise_batch=bench.settings.noise_batch,
-            picture_evaluations=drawn_by(1, bench.sampling).forward,
+            picture_evaluations=bench.sampling.steps * bench.sampling.rows_per_step,
         ),
         provenance=provenance_of(cfg, bench.model, bench.pairs, started=started),
         skipped=bench.pairs.skipped,

@@ -1,13 +1,18 @@
-"""What a job would take, said before it starts: a dry run needs no weights, list or pictures."""
+"""What an audit or a sweep would take, estimated from its configuration alone.
 
-from __future__ import annotations
+A dry run loads no weights, images or corpus. It counts what is known beforehand (attacks, images,
+evaluations of the denoiser) and estimates GPU hours and disk space from them; what cannot be known
+is listed as not counted. What finding an edit takes, each mitigation says itself
+(``CostEstimate``).
+"""
 
 import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,87 +24,47 @@ from rich.console import Console
 from rich.table import Table
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
+from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation
+from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.runtime.artifacts import drop_keys, write_atomically
 from dori_lightning.tasks.run_record import to_container
 from dori_lightning.tasks.status import jobs_of
-from dori_lightning.types import KINDS, InputError
+from dori_lightning.types import KINDS, InputError, Kind
 
-# -------- plan_costs
-# What an evaluation of a checkpoint's denoiser costs, counted on its architecture.
-#
-# Operations per row were counted with ``torch.utils.flop_counter`` on the architectures of the
-# checkpoints without weights, one multiply-add as two operations: for SD 1.x at 64 x 64 latents
-# 0.80 TFLOP forward, and 0.87 more for the gradient of the embedding alone (weights are frozen,
-# so the backward pass is about as long as the forward pass, not twice), or 1.60 more for that of
-# all weights. The same forward pass is often quoted as 338.7 GMAC or 0.68 TFLOP: that leaves out
-# the products inside attention.
-#
-# How much of a card's peak this work reaches decides the hours. Published throughputs of
-# diffusers and of MosaicML's training imply 27 to 39 % of an A100's dense bf16 peak at batches
-# of 8 to 128; here it is 30 % for every card. For the embedded benchmark the speed is that of
-# the attack on two CPU cores, 4 s for 50 steps of 8 rows.
+log = logging.getLogger(__name__)
 
-FRACTION = 0.30
-"""Share of a card's peak that the estimate assumes."""
+PLAN_FILE = "plan.json"
+UNKNOWN = "unknown, this mitigation gives no estimate"
 
-_PEAK = {"H100": 989.0, "A100": 312.0}
-"""Dense bf16 peak, TFLOP/s (SXM cards)."""
-_CARDS = {name: peak * FRACTION for name, peak in _PEAK.items()}
-_TWO_CORES = {"two CPU cores": 400 * (0.484e-3 + 0.505e-3) / 4.0}
+PEAK_FRACTION = 0.30
+"""Share of a card's dense bf16 peak that the estimate assumes.
 
-BYTES_PER_PIXEL = 1.6
-"""Of a photograph as PNG: about half of its three bytes; an assumption."""
+Published throughputs of diffusers and of MosaicML's training imply 27 to 39 % of an A100's at
+batches of 8 to 128.
+"""
 
-
-@dataclass(frozen=True)
-class Evaluations:
-    """Work, in rows that go through the denoiser or the decoder.
-
-    Attributes:
-        forward: Without gradient.
-        attack: With the gradient of the embedding.
-        training: With the gradient of the weights.
-        decoded: Latents that are decoded to pictures.
-    """
-
-    forward: int = 0
-    attack: int = 0
-    training: int = 0
-    decoded: int = 0
-
-    def __add__(self, other: Evaluations) -> Evaluations:
-        return Evaluations(
-            self.forward + other.forward,
-            self.attack + other.attack,
-            self.training + other.training,
-            self.decoded + other.decoded,
-        )
-
-    @property
-    def rows(self) -> int:
-        """Rows that go through the denoiser."""
-        return self.forward + self.attack + self.training
-
-
-def drawn(pictures: int, sampling: Sampling) -> Evaluations:
-    """Work of drawing pictures; guidance takes two rows a step."""
-    halves = 1 if sampling.guidance == 1 else 2
-    return Evaluations(forward=pictures * sampling.steps * halves, decoded=pictures)
+PNG_BYTES_PER_PIXEL = 1.6
+"""Of a photograph: about half of its three bytes; an assumption."""
 
 
 @dataclass(frozen=True)
 class CheckpointCost:
     """One checkpoint's architecture in numbers.
 
+    Operations were counted with ``torch.utils.flop_counter`` on the architectures without weights,
+    a multiply-add as two. The gradient of the embedding alone takes about as long as the forward
+    pass, since weights are frozen. The often quoted 338.7 GMAC or 0.68 TFLOP of SD 1.x leave out
+    the products inside attention.
+
     Attributes:
         forward: TFLOP of a row of the denoiser.
         to_embedding: TFLOP more for the gradient of the embedding.
         to_weights: TFLOP more for the gradient of all weights.
-        decode: TFLOP to decode a picture.
+        decode: TFLOP to decode an image.
         parameters: Weights of the denoiser.
         embedding: Numbers of a text embedding.
-        resolution: Pixels of a picture's side.
+        resolution: Pixels of an image's side.
         speeds: TFLOP per second by device.
     """
 
@@ -115,7 +80,7 @@ class CheckpointCost:
     def tflop(self, work: Evaluations) -> float:
         """Operations of some work."""
         return (
-            work.rows * self.forward
+            (work.forward + work.attack + work.training) * self.forward
             + work.attack * self.to_embedding
             + work.training * self.to_weights
             + work.decoded * self.decode
@@ -125,193 +90,40 @@ class CheckpointCost:
         """Estimated hours of some work by device."""
         return {name: self.tflop(work) / speed / 3600 for name, speed in self.speeds.items()}
 
-    @property
-    def picture_bytes(self) -> float:
-        """Estimated size of a picture's file."""
-        return BYTES_PER_PIXEL * self.resolution**2
 
+_CARDS = {"H100": 989.0 * PEAK_FRACTION, "A100": 312.0 * PEAK_FRACTION}
+_TWO_CORES = {"two CPU cores": 400 * (0.484e-3 + 0.505e-3) / 4.0}
+"""As fast as the attack on the planted checkpoint: 4 s for 50 steps of 8 rows."""
 
 _SD1 = CheckpointCost(0.8033, 0.8659, 1.6035, 2.5145, 859_520_964, 77 * 768, 512, _CARDS)
 _SD2 = CheckpointCost(0.8043, 0.8669, 1.6045, 2.5145, 865_910_724, 77 * 1024, 512, _CARDS)
 _SD2_768 = CheckpointCost(2.1491, 2.5138, 4.2941, 5.7543, 865_910_724, 77 * 1024, 768, _CARDS)
+_TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 96, 64, _TWO_CORES)
 
-CHECKPOINTS: dict[str, CheckpointCost] = {
-    "sd14": _SD1,
-    "sd15": _SD1,
-    "sd20_base": _SD2,
-    "sd20": _SD2_768,
-    "sd21": _SD2_768,
-    "dori_tiny": CheckpointCost(
-        0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 96, 64, _TWO_CORES
-    ),
-}
+CHECKPOINTS = {
+    "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
+    "dori_tiny": _TINY,
+}  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
-
-
-# -------- plan_edits
-# What finding an edit takes, as far as its settings say it beforehand.
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of work that jobs of a sweep may share.
+    """Work that is done once.
 
     Attributes:
         what: What it is, for a reader.
         work: Its evaluations.
-        unknown: Why they are not all known beforehand; empty where they are.
-        weights: Share of the denoiser's weights that the edit stores.
-        pictures: Pictures that are kept.
+        hours: Estimated hours by device; empty where the checkpoint's cost is unknown.
+        bytes: Estimated disk space; None where the checkpoint's sizes are unknown.
+        not_counted: Why evaluations are missing or may be fewer; empty where they are exact.
     """
 
     what: str
     work: Evaluations
-    unknown: str = ""
-    weights: float = 0.0
-    pictures: int = 0
-
-
-def edit_parts(
-    settings: Mapping[str, Any], *, suspected: int, sampling: Sampling, shared: str
-) -> dict[str, Part]:
-    """List what finding an edit takes, with the edits that it builds on.
-
-    Args:
-        settings: A mitigation's node of the configuration, resolved.
-        suspected: Pairs to forget.
-        sampling: How pictures are generated.
-        shared: What else decides edits, such as the checkpoint and the pairs.
-
-    Returns:
-        Key of each edit to its work. Equal keys are one edit, made once in a sweep.
-    """
-    kind = str(settings.get("_target_", "")).rpartition(".")[2]
-    name = str(settings.get("name", kind))
-    if kind == "NoMitigation":
-        return {}
-    to_container = {k: v for k, v in settings.items() if k != "name"}
-    identity = json.dumps([shared, to_container], sort_keys=True, default=str)
-    key = hashlib.sha256(identity.encode()).hexdigest()[:24]
-    estimate = KNOWN.get(kind)
-    part = (
-        Part(f"edit {name}", Evaluations(), "no estimate for this mitigation")
-        if estimate is None
-        else estimate(name, settings, suspected, sampling)
-    )
-    nested: dict[str, Part] = {}
-    for inner in (settings.get("like"), (settings.get("surrogates") or {}).get("source")):
-        if inner is not None:
-            nested |= edit_parts(inner, suspected=suspected, sampling=sampling, shared=shared)
-    return {**nested, key: part}
-
-
-def inference_work(settings: Mapping[str, Any], pictures: int) -> Evaluations:
-    """What a mitigation adds to every picture that is drawn under it, at most."""
-    if str(settings.get("_target_", "")).endswith(".PromptAdjustment"):
-        steps = int(settings["adjusting"]["iterations"]) * pictures
-        return Evaluations(forward=steps, attack=steps)
-    return Evaluations()
-
-
-def _random(name: str, *_: Any) -> Part:
-    return Part(f"edit {name}", Evaluations())
-
-
-def _nemo(name: str, settings: Mapping[str, Any], suspected: int, sampling: Sampling) -> Part:
-    rows, criterion = suspected * settings["samples"], settings["criterion"]
-    if criterion == "replication":
-        first = drawn(rows, sampling)
-    elif criterion == "denoising_loss":
-        first = Evaluations(forward=2 * rows)  # with the prompt and with the empty one
-    else:
-        ordinary = settings["threshold_prompts"] if settings["threshold"] is None else 0
-        first = Evaluations(forward=rows + ordinary * settings["samples"])
-    return Part(
-        f"edit {name}",
-        first,
-        "only the first look at each prompt is counted; the search depends on what it finds "
-        "(published: 15.7 s a vm prompt and 45.9 s a tm prompt on a V100 or A100)",
-    )
-
-
-def _wanda(name: str, settings: Mapping[str, Any], suspected: int, sampling: Sampling) -> Part:
-    base = 1 if settings["base"] == "empty" else settings["base_prompts"]
-    halves = 1 if sampling.guidance == 1 else 2
-    rows = (suspected + base) * settings["steps"] * settings["seeds"] * halves
-    return Part(f"edit {name}", Evaluations(forward=rows))
-
-
-def _esd(name: str, settings: Mapping[str, Any], _: int, sampling: Sampling) -> Part:
-    rows = settings["steps"] * settings["batch"]
-    visited = settings["sampling_steps"] or sampling.steps
-    halves = 1 if settings["guidance"] == 1 else 2
-    # on average the sampler is stopped half way; then the teacher predicts with and without
-    partly = rows * (visited - 1) // 2 * halves
-    stored = {"x": 0.051, "strict": 0.022, "u": 0.946, "full": 1.0}[settings["variant"]]
-    return Part(
-        f"edit {name}", Evaluations(forward=partly + 2 * rows, training=rows), weights=stored
-    )
-
-
-def _anchors(settings: Mapping[str, Any], suspected: int, sampling: Sampling) -> Evaluations:
-    anchors = settings["anchors"]
-    return drawn(suspected * anchors["prompts"] * anchors["images"], sampling)
-
-
-def _concept_ablation(
-    name: str, settings: Mapping[str, Any], suspected: int, sampling: Sampling
-) -> Part:
-    rows = 2 * settings["steps"] * settings["batch"]
-    work = _anchors(settings, suspected, sampling) + Evaluations(training=rows)
-    return Part(f"edit {name}", work, weights=1.0)
-
-
-def _siss(name: str, settings: Mapping[str, Any], suspected: int, sampling: Sampling) -> Part:
-    # two gradients of one forward pass
-    rows = settings["steps"] * settings["batch"]
-    work = _anchors(settings, suspected, sampling) + Evaluations(training=2 * rows)
-    return Part(f"edit {name}", work, weights=1.0)
-
-
-def _adversarial(
-    name: str, settings: Mapping[str, Any], suspected: int, sampling: Sampling
-) -> Part:
-    pool, rounds = settings["pool"], settings["epochs"]
-    attack = pool["attack"]
-    searches = rounds * suspected * (2 if pool["warm"] else 1)
-    searched = searches * attack["budget"]["steps"] * attack["noise_batch"]
-    trained = rounds * settings["updates"]
-    rows = trained * (settings["adversarial_batch"] + settings["ordinary_batch"])
-    surrogates = drawn(suspected * settings["surrogates"]["candidates"], sampling)
-    skipping = "pairs that stay robust are skipped, so this is the most it takes"
-    return Part(
-        f"edit {name}",
-        surrogates + Evaluations(attack=searched, training=rows),
-        skipping if pool["skip_robust"] is not None else "",
-        weights=1.0,
-    )
-
-
-def _nothing(name: str, settings: Mapping[str, Any], *_: Any) -> Part:
-    asked = settings["calibration_prompts"] if settings["target"] is None else 0
-    return Part(f"edit {name}", Evaluations(forward=2 * asked))
-
-
-KNOWN: dict[str, Callable[[str, Mapping[str, Any], int, Sampling], Part]] = {
-    "RandomPruning": _random,
-    "NeMo": _nemo,
-    "Wanda": _wanda,
-    "ESD": _esd,
-    "ConceptAblation": _concept_ablation,
-    "SISS": _siss,
-    "AdversarialFinetuning": _adversarial,
-    "PromptAdjustment": _nothing,
-}
-"""Class of a mitigation to its estimate."""
-
-
-# -------- plan_job
-# Count what one audit would take, from its configuration alone.
+    hours: dict[str, float]
+    bytes: float | None
+    not_counted: str = ""
 
 
 @dataclass(frozen=True)
@@ -319,175 +131,32 @@ class JobPlan:
     """What one audit would take.
 
     Attributes:
-        checkpoint: Name of the checkpoint.
+        audit: What no other job can do: the attacks, and the images of this mitigation.
+        shared: What jobs of a sweep share, by key: edits, and the unmitigated model's images.
         mitigation: Name of the mitigation.
         pairs: Pairs by kind.
-        pairs_from: ``list``, or why they are assumed.
-        ball: How far the attack may go, in words.
         attacks: Embeddings that are searched.
-        attack_steps: Steps of each.
-        pictures: Pictures of the audit: from prompts and from found embeddings.
-        work: The attack, and those pictures.
-        shared: Work that jobs of a sweep share, by key: edits, and what the unmitigated model
-            draws.
-        bytes: Estimated disk space of pictures and embeddings; None where the checkpoint's sizes
-            are unknown.
-        at_most: Whether attacks may end before their last step (``attack.early_stop``), so that
-            what is counted is the most it can be.
+        remarks: What the numbers assume.
     """
 
-    checkpoint: str
+    audit: Part
+    shared: dict[str, Part]
     mitigation: str
-    pairs: Mapping[str, int]
-    pairs_from: str
-    ball: str
+    pairs: dict[Kind, int]
     attacks: int
-    attack_steps: int
-    pictures: int
-    work: Evaluations
-    shared: Mapping[str, Part]
-    bytes: float | None
-    at_most: bool = False
-
-
-def plan_of(cfg: DictConfig) -> JobPlan:
-    """Count what an audit would take.
-
-    Raises:
-        InputError: ``task.assume_pairs`` or the attack's settings are impossible.
-    """
-    settings: AttackSettings = instantiate(cfg.attack)
-    sampling: Sampling = instantiate(cfg.sampling)
-    pairs, pairs_from = _pairs(cfg)
-    config = to_container(cfg)
-    checkpoint, mitigation = str(cfg.checkpoint.name), config["mitigation"]
-    steps = settings.budget.steps
-    snapshots = len(evaluation_steps(settings.snapshots, steps))
-    attacks = sum(
-        count * len(settings.inits_of(kind)) * settings.restarts
-        for kind, count in pairs.items()
-        if kind in KINDS
-    )
-    everyone, suspected = sum(pairs.values()), pairs.get("vm", 0) + pairs.get("tm", 0)
-    pictures = (everyone + attacks * snapshots) * sampling.images_per_pair
-    work = Evaluations(attack=attacks * steps * settings.noise_batch) + drawn(pictures, sampling)
-    decides = {
-        "checkpoint": drop_keys(config["checkpoint"], "device", "channels_last"),
-        "pairs": drop_keys(config["pairs"], "cache"),
-        "corpus": config["corpus"],
-        "sampling": drop_keys(config["sampling"], "batch"),
-        "seed": config["seed"],
-    }
-    shared = dict(
-        edit_parts(mitigation, suspected=suspected, sampling=sampling, shared=json.dumps(decides))
-    )
-    if shared:  # a mitigated model is compared with the unmitigated one
-        by_each = _utility(config.get("utility", {}), suspected, sampling)
-        pictures += by_each.decoded
-        work = work + by_each + inference_work(mitigation, pictures)
-        before = drawn(everyone * sampling.images_per_pair, sampling) + by_each
-        shared[_key(decides, config.get("utility"))] = Part(
-            "the unmitigated model", before, pictures=before.decoded
-        )
-    return JobPlan(
-        checkpoint=checkpoint,
-        mitigation=str(mitigation["name"]),
-        pairs=pairs,
-        pairs_from=pairs_from,
-        ball=_ball(settings),
-        attacks=attacks,
-        attack_steps=steps,
-        pictures=pictures,
-        work=work,
-        shared=shared,
-        bytes=_bytes(checkpoint, pictures=pictures, embeddings=attacks * snapshots),
-        at_most=settings.early_stop,
-    )
-
-
-def _ball(settings: AttackSettings) -> str:
-    budget = settings.budget
-    radius = "" if budget.norm == "none" else f", {budget.norm} {budget.radius:g}"
-    return f"{budget.steps} steps{radius}{' (relative)' if radius and budget.relative else ''}"
-
-
-def _pairs(cfg: DictConfig) -> tuple[dict[str, int], str]:
-    """Count the pairs of the list, or take the assumed numbers where it cannot be read."""
-    try:
-        missing = OmegaConf.missing_keys(cfg.pairs)
-        if missing:
-            raise InputError(f"{sorted(missing)[0]} is not given")
-        read = instantiate(cfg.pairs).read()
-    except InputError as error:
-        reason = str(error).partition("\n")[0]
-    else:
-        counts = dict.fromkeys(KINDS, 0)
-        for pair in read:
-            counts[pair.kind] += pair.role == "audit"
-        return {str(kind): count for kind, count in counts.items()}, "list"
-    assumed = OmegaConf.to_container(cfg.task.assume_pairs, resolve=True)
-    bad = not isinstance(assumed, dict) or any(
-        kind not in KINDS or not isinstance(count, int) or isinstance(count, bool) or count < 0
-        for kind, count in assumed.items()
-    )
-    if bad:
-        raise InputError(
-            f"task.assume_pairs cannot be {assumed!r}\n  where: task.assume_pairs\n"
-            f"  fix:   pairs by kind, as in {{vm: 112, tm: 388, control: 500}}"
-        )
-    assert isinstance(assumed, dict)
-    return {str(kind): int(count) for kind, count in assumed.items()}, f"assumed: {reason}"
-
-
-def _utility(settings: Mapping[str, Any], suspected: int, sampling: Sampling) -> Evaluations:
-    """What measuring a mitigation's cost takes of either model, mitigated and not."""
-    if not settings:
-        return Evaluations()
-    pictures = settings["prompts"] * settings["pictures"]
-    pictures += suspected * settings["neighbours"] * settings["neighbour_pictures"]
-    losses = Evaluations(forward=settings["examples"] * settings["draws"])
-    return losses + drawn(pictures, sampling)
-
-
-def _key(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def _bytes(checkpoint: str, *, pictures: int, embeddings: int) -> float | None:
-    cost = CHECKPOINTS.get(checkpoint)
-    if cost is None:
-        return None
-    return pictures * cost.picture_bytes + embeddings * cost.embedding * 4
-
-
-# -------- plan
-
-log = logging.getLogger(__name__)
-
-PLAN_FILE = "plan.json"
-_WIDTH = 150
+    remarks: tuple[str, ...]
 
 
 def plan(cfg: DictConfig, folder: Path) -> None:
-    """Print what the audit would take and write ``plan.json`` into ``folder``.
+    """Print what an audit would take and write ``plan.json`` into ``folder``.
 
     A job of a sweep whose end adds up the plans leaves the printing to that.
-
-    Raises:
-        InputError: The attack's settings or ``task.assume_pairs`` are impossible.
     """
     job = plan_of(cfg)
-    record = (json.dumps(asdict(job), indent=2, sort_keys=True) + "\n").encode()
-    write_atomically(folder / PLAN_FILE, record)
-    if not _is_summed():
-        _print([job], title=f"Plan of {folder.name}: nothing is computed")
-
-
-def _is_summed() -> bool:
-    if not HydraConfig.initialized():
-        return False
-    settings = HydraConfig.get()
-    return settings.mode is RunMode.MULTIRUN and bool(settings.callbacks)
+    _write(folder, asdict(job))
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra is None or hydra.mode is not RunMode.MULTIRUN or not hydra.callbacks:
+        _print({folder.name: job}, title=f"Plan of {folder.name}: nothing is computed")
 
 
 def sum_plans(folder: Path) -> None:
@@ -499,140 +168,221 @@ def sum_plans(folder: Path) -> None:
         InputError: No job left a plan.
     """
     jobs = jobs_of([folder], planned=True)
-    found = [place for place in jobs.folders if (place / PLAN_FILE).is_file()]
-    if not found:
+    plans = {
+        place.name.removesuffix(",task.dry_run=True"): _read(place / PLAN_FILE)
+        for place in jobs.folders
+        if (place / PLAN_FILE).is_file()
+    }
+    if not plans:
         raise InputError(
             f"no job of the sweep left a {PLAN_FILE}\n  where: {folder}\n"
             f"  fix:   run it again with task.dry_run=true, and see why its jobs fail"
         )
-    lost = len(jobs.folders) - len(found) + len(jobs.unstarted)
-    if lost:
-        log.warning("%d jobs have no plan: the sum is without them", lost)
-    plans = [_read(place / PLAN_FILE) for place in found]
-    _print(plans, title=f"Plan of the sweep {folder.name}: nothing is computed")
-    total = {
-        "jobs": len(plans),
-        "without_plan": lost,
-        "work": {name: asdict(_total(group)) for name, group in _by_checkpoint(plans).items()},
-        "hours": _hours(plans),
-        "bytes": _disk(plans),
-        "not_counted": list(_not_counted(plans)),
+    missing = len(jobs.folders) + len(jobs.unstarted) - len(plans)
+    if missing:
+        log.warning("%d jobs have no plan: the sum is without them", missing)
+    total = _print(plans, title=f"Plan of the sweep {folder.name}: nothing is computed")
+    _write(folder, {"jobs": len(plans), "without_plan": missing, **asdict(total)})
+
+
+def plan_of(cfg: DictConfig) -> JobPlan:
+    """Count what an audit would take.
+
+    Raises:
+        InputError: Settings of the attack, the mitigation or ``task.assume_pairs`` are impossible.
+    """
+    settings: AttackSettings = instantiate(cfg.attack)
+    sampling: Sampling = instantiate(cfg.sampling)
+    mitigation: Mitigation = instantiate(cfg.mitigation)
+    pairs, pairs_from = _count_pairs(cfg)
+    config = to_container(cfg)
+    part = partial(_part, CHECKPOINTS.get(str(cfg.checkpoint.name)))
+    steps = settings.budget.steps
+    snapshots = len(evaluation_steps(settings.snapshots, steps))
+    attacks = settings.restarts * sum(
+        count * len(settings.inits_of(kind)) for kind, count in pairs.items()
+    )
+    everyone, suspected = sum(pairs.values()), pairs.get("vm", 0) + pairs.get("tm", 0)
+    images = (everyone + attacks * snapshots) * sampling.images_per_pair
+    attack = Evaluations(attack=attacks * steps * settings.noise_batch)
+    work = attack + Evaluations.of_images(images, sampling)
+    # all that decides the work which jobs of a sweep may share
+    decides = {
+        "checkpoint": drop_keys(config["checkpoint"], "device", "channels_last"),
+        "pairs": drop_keys(config["pairs"], "cache"),
+        "corpus": config["corpus"],
+        "sampling": drop_keys(config["sampling"], "batch"),
+        "seed": config["seed"],
     }
-    record = (json.dumps(total, indent=2, sort_keys=True) + "\n").encode()
-    write_atomically(folder / PLAN_FILE, record)
+    shared: dict[str, Part] = {}
+    adjusted = 0
+    for method, estimate in _edits(mitigation, sampling, suspected):
+        key = _key(decides, repr(replace(method, name="")))  # type: ignore[type-var]
+        stored, unknown = estimate.stored_weights, estimate.not_counted
+        shared[key] = part(f"edit {method.name}", estimate.work, unknown, weights=stored)
+        adjusted = estimate.evaluations_per_image  # of the mitigation itself, which comes last
+    if shared:  # a mitigated model is compared with the unmitigated one
+        utility = _utility(config["utility"], suspected, sampling)
+        images += utility.decoded
+        work += utility + Evaluations(forward=adjusted * images, attack=adjusted * images)
+        before = Evaluations.of_images(everyone * sampling.images_per_pair, sampling) + utility
+        shared[_key(decides, config["utility"])] = part(
+            "the unmitigated model", before, images=before.decoded
+        )
+    return JobPlan(
+        audit=part("audit", work, images=images, embeddings=attacks * snapshots),
+        shared=shared,
+        mitigation=mitigation.name,
+        pairs=pairs,
+        attacks=attacks,
+        remarks=tuple(_remarks(pairs, pairs_from, str(cfg.checkpoint.name), settings)),
+    )
+
+
+def _edits(
+    mitigation: Mitigation, sampling: Sampling, pairs: int
+) -> Iterator[tuple[Mitigation, CostEstimate]]:
+    """Estimates of a mitigation's edit and of those it builds on, which come first."""
+    if isinstance(mitigation, NoMitigation):
+        return
+    estimate = CostEstimate(not_counted=UNKNOWN)
+    if hasattr(mitigation, "estimate_cost"):
+        estimate = mitigation.estimate_cost(sampling, pairs)
+    for method in estimate.builds_on:
+        yield from _edits(method, sampling, pairs)
+    yield mitigation, estimate
+
+
+def _count_pairs(cfg: DictConfig) -> tuple[dict[Kind, int], str]:
+    """Count the pairs of the list, or take the assumed numbers where it cannot be read."""
+    try:
+        missing = OmegaConf.missing_keys(cfg.pairs)
+        if missing:
+            raise InputError(f"{sorted(missing)[0]} is not given")
+        kinds = [pair.kind for pair in instantiate(cfg.pairs).read() if pair.role == "audit"]
+    except InputError as error:
+        reason = str(error).partition("\n")[0]
+    else:
+        return {kind: kinds.count(kind) for kind in KINDS}, "as listed"
+    assumed: Any = OmegaConf.to_container(cfg.task.assume_pairs, resolve=True)
+    if not isinstance(assumed, dict) or any(
+        kind not in KINDS or type(count) is not int or count < 0 for kind, count in assumed.items()
+    ):
+        raise InputError(
+            f"task.assume_pairs cannot be {assumed!r}\n  where: task.assume_pairs\n"
+            f"  fix:   pairs by kind, as in {{vm: 112, tm: 388, control: 500}}"
+        )
+    return assumed, f"assumed: {reason}"
+
+
+def _utility(settings: Mapping[str, Any], suspected: int, sampling: Sampling) -> Evaluations:
+    """What measuring utility takes of either model, mitigated and not."""
+    images = settings["prompts"] * settings["pictures"]
+    images += suspected * settings["neighbours"] * settings["neighbour_pictures"]
+    losses = Evaluations(forward=settings["examples"] * settings["draws"])
+    return losses + Evaluations.of_images(images, sampling)
+
+
+def _part(
+    cost: CheckpointCost | None,
+    what: str,
+    work: Evaluations,
+    not_counted: str = "",
+    *,
+    images: int = 0,
+    embeddings: int = 0,
+    weights: float = 0.0,
+) -> Part:
+    """Work, and the images, embeddings and share of the denoiser's weights that it stores."""
+    if cost is None:
+        return Part(what, work, {}, None, not_counted)
+    size = images * PNG_BYTES_PER_PIXEL * cost.resolution**2
+    size += 4 * (embeddings * cost.embedding + weights * cost.parameters)
+    return Part(what, work, cost.hours(work), size, not_counted)
+
+
+def _remarks(
+    pairs: Mapping[Kind, int], pairs_from: str, checkpoint: str, settings: AttackSettings
+) -> Iterator[str]:
+    """What the numbers of an audit assume."""
+    yield f"pairs ({'+'.join(pairs)}) {pairs_from}"
+    cost = CHECKPOINTS.get(checkpoint)
+    if cost is None:
+        yield f"not counted: hours and disk of {checkpoint}, whose denoiser's cost is not known"
+    else:
+        speeds = (f"{_flop(speed)}/s on {device}" for device, speed in cost.speeds.items())
+        yield (
+            f"{checkpoint}: a row takes {_flop(cost.forward)} forward, "
+            f"{_flop(cost.forward + cost.to_embedding)} with the embedding's gradient, "
+            f"{_flop(cost.forward + cost.to_weights)} with that of all weights; "
+            f"{', '.join(speeds)}"
+        )
+        if cost.speeds is _CARDS:
+            yield f"hours are of one card at {PEAK_FRACTION:.0%} of its dense bf16 peak: estimates"
+    if settings.early_stop:
+        yield "attack.early_stop: counted as if no image came back before the last step"
+
+
+def _key(*decides: Any) -> str:
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    write_atomically(folder / PLAN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _read(path: Path) -> JobPlan:
-    held = json.loads(path.read_text(encoding="utf-8"))
-    shared = {
-        key: Part(**{**part, "work": Evaluations(**part["work"])})
-        for key, part in held["shared"].items()
-    }
-    pairs = {kind: held["pairs"][kind] for kind in KINDS if kind in held["pairs"]}
-    work = Evaluations(**held["work"])
-    return JobPlan(**{**held, "pairs": pairs, "work": work, "shared": shared})
+    def part(record: dict[str, Any]) -> Part:
+        return Part(**{**record, "work": Evaluations(**record["work"])})
+
+    record = json.loads(path.read_text(encoding="utf-8"))
+    shared = {key: part(value) for key, value in record["shared"].items()}
+    return JobPlan(**{**record, "audit": part(record["audit"]), "shared": shared})
 
 
-def _by_checkpoint(plans: Sequence[JobPlan]) -> dict[str, list[JobPlan]]:
-    groups: dict[str, list[JobPlan]] = {}
-    for job in plans:
-        groups.setdefault(job.checkpoint, []).append(job)
-    return groups
-
-
-def _shared(plans: Iterable[JobPlan]) -> dict[str, Part]:
-    return {key: part for job in plans for key, part in job.shared.items()}
-
-
-def _total(plans: Sequence[JobPlan]) -> Evaluations:
-    work = [job.work for job in plans] + [part.work for part in _shared(plans).values()]
-    return sum(work, start=Evaluations())
-
-
-def _hours(plans: Sequence[JobPlan]) -> dict[str, float]:
-    """Estimated hours by device, over all checkpoints whose cost is known."""
-    hours: dict[str, float] = {}
-    for checkpoint, group in _by_checkpoint(plans).items():
-        cost = CHECKPOINTS.get(checkpoint)
-        for device, value in (cost.hours(_total(group)) if cost else {}).items():
-            hours[device] = hours.get(device, 0.0) + value
-    return hours
-
-
-def _disk(plans: Sequence[JobPlan]) -> float:
-    """Estimated bytes, edits included, over all checkpoints whose sizes are known."""
-    total = sum(job.bytes or 0.0 for job in plans)
-    for checkpoint, group in _by_checkpoint(plans).items():
-        cost = CHECKPOINTS.get(checkpoint)
-        if cost is not None:
-            stored = sum(part.weights for part in _shared(group).values())
-            total += stored * cost.parameters * 4
-            total += sum(p.pictures for p in _shared(group).values()) * cost.picture_bytes
-    return total
-
-
-def _not_counted(plans: Sequence[JobPlan]) -> Iterator[str]:
-    for checkpoint in sorted(set(_by_checkpoint(plans)) - set(CHECKPOINTS)):
-        yield f"hours and disk of {checkpoint}: what its denoiser costs is not known"
-    for part in _shared(plans).values():
-        if part.unknown:
-            yield f"{part.what}: {part.unknown}"
-    yield "loading, encoding of pictures, descriptors and reports"
-
-
-def _print(plans: Sequence[JobPlan], *, title: str) -> None:
-    """Show the jobs, what they share, and the sum."""
-    hours = _hours(plans)
+def _print(plans: Mapping[str, JobPlan], *, title: str) -> Part:
+    """Show the jobs by name, what they share, and the sum, which is returned."""
+    shared = {key: part for job in plans.values() for key, part in job.shared.items()}.values()
+    parts = [*(job.audit for job in plans.values()), *shared]
+    devices = {device: None for part in parts for device in part.hours}
+    total = Part(
+        "total",
+        sum((part.work for part in parts), start=Evaluations()),
+        {device: sum(part.hours.get(device, 0.0) for part in parts) for device in devices},
+        sum(part.bytes or 0.0 for part in parts),
+    )
     table = Table(title=title, title_justify="left")
-    table.add_column("job")
-    for name in ("pairs", "attacks", "forward+backward", "forward", "training", "pictures",
-                 *(f"h, {device}" for device in hours), "disk"):  # fmt: skip
+    table.add_column("job", overflow="fold")
+    for name in (
+        "pairs", "attacks", "forward+backward", "forward", "training", "images",
+        *(f"h, {device}" for device in devices), "disk",
+    ):  # fmt: skip
         table.add_column(name, justify="right")
-    several = len(_by_checkpoint(plans)) > 1, len({job.ball for job in plans}) > 1
-    for job in plans:
-        words = (
-            job.checkpoint if several[0] else "",
-            job.mitigation,
-            job.ball if several[1] else "",
-        )
-        counts = "+".join(str(count) for count in job.pairs.values())
-        table.add_row(
-            " ".join(filter(None, words)), counts, f"{job.attacks:,}",
-            *_cells(job.checkpoint, job.work, job.pictures, hours), _size(job.bytes),
-        )  # fmt: skip
+
+    def cells(part: Part) -> Iterator[str]:
+        for count in (part.work.attack, part.work.forward, part.work.training, part.work.decoded):
+            yield f"{count:,}"
+        for device in devices:
+            yield _time(part.hours.get(device))
+        yield _size(part.bytes)
+
+    for name, job in plans.items():
+        pairs = "+".join(map(str, job.pairs.values()))
+        table.add_row(name, pairs, f"{job.attacks:,}", *cells(job.audit))
     table.add_section()
-    for checkpoint, group in _by_checkpoint(plans).items():
-        cost = CHECKPOINTS.get(checkpoint)
-        for part in _shared(group).values():
-            kept = part.weights * cost.parameters * 4 if cost else 0.0
-            kept += part.pictures * cost.picture_bytes if cost else 0.0
-            table.add_row(
-                f"{part.what}, once", "", "",
-                *_cells(checkpoint, part.work, part.work.decoded, hours),
-                _size(kept if cost else None),
-            )  # fmt: skip
+    for part in shared:
+        table.add_row(f"{part.what}, once", "", "", *cells(part))
     table.add_section()
-    total = _total(plans)
-    table.add_row(
-        "total", "", f"{sum(job.attacks for job in plans):,}", *_counts(total),
-        f"{total.decoded:,}", *(_time(value) for value in hours.values()), _size(_disk(plans)),
-    )  # fmt: skip
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else _WIDTH)
+    attacks = sum(job.attacks for job in plans.values())
+    table.add_row("total", "", f"{attacks:,}", *cells(total))
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 150)
     console.print(table)
-    for text in _remarks(plans):
+    remarks = [text for job in plans.values() for text in job.remarks]
+    remarks += [f"not counted: {p.what}: {p.not_counted}" for p in shared if p.not_counted]
+    remarks.append("not counted: loading, encoding of images, descriptors and reports")
+    for text in dict.fromkeys(remarks):
         console.print(f"- {text}", markup=False, highlight=False)
-
-
-def _cells(
-    checkpoint: str, work: Evaluations, pictures: int, devices: Iterable[str]
-) -> tuple[str, ...]:
-    cost = CHECKPOINTS.get(checkpoint)
-    hours = cost.hours(work) if cost else {}
-    return (*_counts(work), f"{pictures:,}", *(_time(hours.get(device)) for device in devices))
-
-
-def _counts(work: Evaluations) -> tuple[str, str, str]:
-    return f"{work.attack:,}", f"{work.forward:,}", f"{work.training:,}"
+    return total
 
 
 def _time(hours: float | None) -> str:
@@ -647,26 +397,3 @@ def _size(count: float | None) -> str:
 
 def _flop(tflop: float) -> str:
     return f"{tflop:,.2f} TFLOP" if tflop >= 0.1 else f"{1e3 * tflop:,.2f} GFLOP"
-
-
-def _remarks(plans: Sequence[JobPlan]) -> Iterator[str]:
-    for text in dict.fromkeys(f"pairs {job.pairs_from}" for job in plans):
-        yield f"{text} ({'+'.join(plans[0].pairs)})" if text != "pairs list" else "pairs as listed"
-    for checkpoint in _by_checkpoint(plans):
-        cost = CHECKPOINTS.get(checkpoint)
-        if cost is None:
-            continue
-        speeds = ", ".join(
-            f"{_flop(speed)}/s on {device}" for device, speed in cost.speeds.items()
-        )
-        yield (
-            f"{checkpoint}: a row takes {_flop(cost.forward)} forward, "
-            f"{_flop(cost.forward + cost.to_embedding)} with the embedding's gradient, "
-            f"{_flop(cost.forward + cost.to_weights)} with that of all weights; {speeds}"
-        )
-    if any(len(CHECKPOINTS[c].speeds) > 1 for c in _by_checkpoint(plans) if c in CHECKPOINTS):
-        yield f"hours are of one card at {FRACTION:.0%} of its dense bf16 peak: estimates"
-    if any(job.at_most for job in plans):
-        yield "attack.early_stop: counted as if no image came back before the last step"
-    for text in _not_counted(plans):
-        yield f"not counted: {text}"

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
 
 from dori_lightning import config
-from dori_lightning.tasks.plan import CHECKPOINTS, KNOWN, Evaluations, JobPlan, plan_of, sum_plans
+from dori_lightning.mitigations.base import Evaluations
+from dori_lightning.mitigations.wanda import Wanda
+from dori_lightning.tasks.plan import CHECKPOINTS, UNKNOWN, JobPlan, plan_of, sum_plans
 from dori_lightning.types import InputError
 from support.runs import configuration, run_task, write_pairs
 
@@ -39,21 +42,24 @@ def listed(tmp_path: Path) -> tuple[str, ...]:
     return ("pairs=folder", f"pairs.path={tmp_path / 'pairs'}", *SMALL)
 
 
-def test_the_attack_and_its_pictures_are_counted(tmp_path: Path) -> None:
+def test_the_attack_and_its_images_are_counted(tmp_path: Path) -> None:
     job = planned(*listed(tmp_path))
-    assert (job.mitigation, job.pairs_from) == ("none", "list")
+    assert job.mitigation == "none"
+    assert "as listed" in job.remarks[0]
     assert job.pairs == {"vm": 2, "tm": 0, "control": 3}
     assert job.attacks == (2 * 2 + 3 * 1) * 2, "vm from two starts, controls from one; 2 restarts"
-    assert job.work.attack == job.attacks * 5 * 2
+    assert job.audit.work.attack == job.attacks * 5 * 2
     # prompts once, and each attack after 0, 2 and 5 steps; 9 is beyond the budget
-    assert job.pictures == (5 + job.attacks * 3) * 2
-    assert job.work.forward == job.pictures * 3 * 2, "guidance takes two rows a step"
+    assert job.audit.work.decoded == (5 + job.attacks * 3) * 2
+    assert job.audit.work.forward == job.audit.work.decoded * 3 * 2, (
+        "guidance takes two rows a step"
+    )
     assert job.shared == {}
 
 
 def test_without_guidance_a_step_is_one_row(tmp_path: Path) -> None:
     job = planned(*listed(tmp_path), "sampling.guidance=1")
-    assert job.work.forward == job.pictures * 3
+    assert job.audit.work.forward == job.audit.work.decoded * 3
 
 
 def test_a_mitigated_audit_also_draws_with_the_model_as_it_is(tmp_path: Path) -> None:
@@ -71,10 +77,10 @@ def test_utility_is_counted_for_both_models(tmp_path: Path) -> None:
     )  # fmt: skip
     without = planned(*listed(tmp_path), "mitigation=wanda")
     job = planned(*listed(tmp_path), "mitigation=wanda", *settings)
-    pictures = 4 * 2 + 2 * 1 * 5
-    assert job.pictures - without.pictures == pictures
-    more = Evaluations(forward=7 * 3 + pictures * 3 * 2, decoded=pictures)
-    assert job.work == without.work + more
+    images = 4 * 2 + 2 * 1 * 5
+    assert job.audit.work.decoded - without.audit.work.decoded == images
+    more = Evaluations(forward=7 * 3 + images * 3 * 2, decoded=images)
+    assert job.audit.work == without.audit.work + more
     _, before = job.shared.values()
     _, less = without.shared.values()
     assert before.work == less.work + more
@@ -94,31 +100,31 @@ def test_an_attack_inside_a_mitigation_is_counted(tmp_path: Path) -> None:
     assert any(what.startswith("edit nemo") for what in parts), "surrogates come from its model"
 
 
-def test_a_defence_at_inference_makes_every_picture_dearer(tmp_path: Path) -> None:
+def test_a_defence_at_inference_makes_every_image_dearer(tmp_path: Path) -> None:
     plain = planned(*listed(tmp_path), "mitigation=wanda")
     job = planned(*listed(tmp_path), "mitigation=prompt_adjustment")
-    assert job.work.attack - plain.work.attack == 10 * job.pictures
+    assert job.audit.work.attack - plain.audit.work.attack == 10 * job.audit.work.decoded
 
 
 @pytest.mark.parametrize("mitigation", sorted(config.groups()["mitigation"]))
-def test_every_mitigation_has_an_estimate_or_says_that_it_has_none(
+def test_every_mitigation_is_planned_or_said_to_be_unknown(
     tmp_path: Path, mitigation: str
 ) -> None:
-    job = planned(*listed(tmp_path), f"mitigation={mitigation}")
-    own = [p for p in job.shared.values() if p.what == f"edit {job.mitigation}"]
-    assert len(own) == (mitigation != "none")
-    for part in own:
-        assert part.unknown != "no estimate for this mitigation", (
-            f"add the class of {mitigation} to {KNOWN.keys()}"
-        )
+    overrides = (*listed(tmp_path), f"mitigation={mitigation}")
+    job = planned(*overrides)
+    edits = [part for part in job.shared.values() if part.what == f"edit {job.mitigation}"]
+    assert len(edits) == (mitigation != "none")
+    method = instantiate(configuration(*overrides, experiment="audit").mitigation)
+    for part in edits:
+        assert (part.not_counted == UNKNOWN) == (not hasattr(method, "estimate_cost"))
 
 
-def test_an_unknown_mitigation_is_not_counted_silently(
+def test_a_mitigation_without_an_estimate_is_said_to_be_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(KNOWN, "Wanda")
+    monkeypatch.delattr(Wanda, "estimate_cost")
     dry_run(tmp_path / "run", *listed(tmp_path), "mitigation=wanda")
-    assert "not counted: edit wanda: no estimate for this mitigation" in capsys.readouterr().err
+    assert "not counted: edit wanda: unknown" in capsys.readouterr().err
 
 
 def test_gradient_of_the_embedding_is_about_as_long_as_the_forward_pass() -> None:
@@ -134,14 +140,14 @@ def test_gradient_of_the_embedding_is_about_as_long_as_the_forward_pass() -> Non
 # --- what the task leaves
 
 
-def test_a_dry_run_needs_no_list_no_pictures_and_no_weights(
+def test_a_dry_run_needs_no_list_no_images_and_no_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     dry_run(folder, "checkpoint=sd14", "task.assume_pairs={vm: 3, tm: 0, control: 0}")
     said = capsys.readouterr().err
     assert "nothing is computed" in said
-    assert "pairs assumed" in said
+    assert "assumed: " in said
     assert "is not given" in said
     assert "0.80 TFLOP forward" in said
     assert "30% of its dense bf16 peak" in said
@@ -155,7 +161,7 @@ def test_attacks_that_may_stop_early_are_counted_whole_and_that_is_said(
 ) -> None:
     whole = planned(*listed(tmp_path))
     early = planned(*listed(tmp_path), "attack.early_stop=true")
-    assert replace(early, at_most=False) == whole
+    assert replace(early, remarks=whole.remarks) == whole
     for stop in ("true", "false"):
         dry_run(tmp_path / stop, *listed(tmp_path), f"attack.early_stop={stop}")
         assert ("attack.early_stop" in capsys.readouterr().err) == (stop == "true")
@@ -164,7 +170,7 @@ def test_attacks_that_may_stop_early_are_counted_whole_and_that_is_said(
 def test_an_unreadable_list_is_assumed_and_the_reason_said(tmp_path: Path) -> None:
     job = planned("pairs=folder", f"pairs.path={tmp_path / 'none'}", *SMALL)
     assert job.pairs == {"vm": 112, "tm": 388, "control": 500}
-    assert job.pairs_from.startswith("assumed: pairs.path must be a folder")
+    assert "assumed: pairs.path must be a folder" in job.remarks[0]
 
 
 @pytest.mark.parametrize("assumed", ["{vm: -1}", "{vm: many}", "{vm: true}"])
@@ -201,9 +207,9 @@ def test_shared_work_is_summed_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     total = json.loads((tmp_path / "sweep" / "plan.json").read_text())
     shared = plans["b"]["shared"]
     assert shared == plans["c"]["shared"]
-    forward = sum(p["work"]["forward"] for p in plans.values())
+    forward = sum(p["audit"]["work"]["forward"] for p in plans.values())
     forward += sum(p["work"]["forward"] for p in shared.values())
-    assert total["work"]["dori_tiny"]["forward"] == forward
+    assert total["work"]["forward"] == forward
     assert (total["jobs"], total["without_plan"]) == (3, 0)
     assert said.count("edit wanda, once") == 1
     assert total["hours"]["two CPU cores"] > 0
