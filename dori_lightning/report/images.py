@@ -95,11 +95,13 @@ def attack_grid(
         nothing to show.
     """
     prompt = Condition("prompt")
-    columns = [("from its prompt", _by_condition(report.pair_results), prompt)]
+    after = results_by_condition(report.pair_results)
+    columns = [("from its prompt", after, prompt)]
     if report.baseline:
-        columns.insert(0, ("before mitigation", _by_condition(report.baseline_results), prompt))
+        before = results_by_condition(report.baseline_results)
+        columns.insert(0, ("before mitigation", before, prompt))
     if attack is not None:
-        columns.append((f"attack from {attack.init}", columns[-1][1], attack))
+        columns.append((f"attack from {attack.init}", after, attack))
     shown = _first_pairs(o.pair for o in report.outcomes if attack in (None, o.condition))
     if images == "none" or not shown:
         return None
@@ -141,7 +143,8 @@ def attack_grid(
     return sheet
 
 
-def _by_condition(results: Iterable[PairResult]) -> dict[tuple[str, Condition], PairResult]:
+def results_by_condition(results: Iterable[PairResult]) -> dict[tuple[str, Condition], PairResult]:
+    """Results by pair id and condition."""
     return {(result.pair.id, result.condition): result for result in results}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from dori_lightning.metrics.replication import (
     FALSE_POSITIVE_LIMIT,
@@ -23,7 +22,6 @@ from dori_lightning.metrics.utility import Utility
 from dori_lightning.report.comparison import HeadlineRow
 from dori_lightning.report.findings import find_flags
 from dori_lightning.report.record import AttackEffort, AuditReport, Flag, Provenance
-from dori_lightning.report.tables import ranked_cells
 from dori_lightning.report.words import (
     KIND_WORDS,
     condition_words,
@@ -38,91 +36,9 @@ from dori_lightning.types import (
     Calibration,
     Cell,
     Condition,
-    Counted,
     Init,
     Outcome,
 )
-
-# -------- number_rows
-# The page's table of numbers: every cell in words, with its interval.
-
-_STOPPED: dict[Counted, str] = {"up_to_budget": ", or fewer where that was enough"}
-
-
-@dataclass(frozen=True)
-class NumberRow:
-    """One condition.
-
-    Attributes:
-        asked: How the images were asked for.
-        reproduced: Images reproduced, of those measured, and what failed.
-        rate: Memorization rate.
-        interval: Its 95 % interval.
-        centre: The rate in percent, None where there is none.
-        low: Lower end of the interval in percent.
-        high: Upper end in percent.
-        similarity: Median and median absolute deviation.
-        threshold: Similarity above which a picture counts.
-        spoken: Whether the verdict speaks of it.
-    """
-
-    asked: str
-    reproduced: str
-    rate: str
-    interval: str
-    centre: float | None
-    low: float
-    high: float
-    similarity: str
-    threshold: str
-    spoken: bool
-
-
-@dataclass(frozen=True)
-class NumberGroup:
-    """The rows of one kind of pair under one mitigation.
-
-    Attributes:
-        title: Which images, and under which mitigation.
-        rows: Its conditions.
-    """
-
-    title: str
-    rows: tuple[NumberRow, ...]
-
-
-def number_groups(report: AuditReport) -> list[NumberGroup]:
-    """Write every cell in words, grouped by mitigation and kind of pair."""
-    spoken = (report.prompt_condition, report.headline_condition)
-    several = len({cell.mitigation for cell in report.cells}) > 1
-    groups: dict[str, list[NumberRow]] = {}
-    for cell in ranked_cells(report.cells):
-        title = f"{KIND_WORDS[cell.kind].capitalize()}s"
-        if title.endswith("ys"):
-            title = f"{title[:-2]}ies"
-        if several:
-            before = "without the mitigation" if cell.mitigation == "none" else cell.mitigation
-            title += f", {before}"
-        low, high = (0.0 if math.isnan(bound) else 100 * bound for bound in cell.mr_ci95)
-        failed = f", {cell.failed} failed" if cell.failed else ""
-        groups.setdefault(title, []).append(
-            NumberRow(
-                asked=condition_words(cell.condition) + _STOPPED.get(cell.counted, ""),
-                reproduced=f"{cell.hits} of {cell.n}{failed}",
-                rate=percent_words(cell.mr),
-                interval=interval_words(cell.mr_ci95),
-                centre=None if math.isnan(cell.mr) else 100 * cell.mr,
-                low=low,
-                high=high,
-                similarity="n/a"
-                if math.isnan(cell.similarity_median)
-                else f"{cell.similarity_median:.2f} ± {cell.similarity_mad:.2f}",
-                threshold=f"{cell.threshold:.2f}",
-                spoken=cell.mitigation == report.mitigation and cell.condition in spoken,
-            )
-        )
-    return [NumberGroup(title, tuple(rows)) for title, rows in groups.items()]
-
 
 # -------- plain_words
 # The verdict for a person who is not an engineer: what was tried, what came back, what it means.

@@ -29,7 +29,7 @@
       var head = button.parentElement;
       var numeric = Boolean(button.dataset.numeric);
       var key = button.dataset.key;
-      // Numbers start with the largest: the most similar picture is what a reader looks for.
+      // Numbers start with the largest: the most similar image is what a reader looks for.
       var before = head.getAttribute("aria-sort");
       var next = before === "none" ? (numeric ? "descending" : "ascending") :
         before === "ascending" ? "descending" : "ascending";

@@ -17,7 +17,7 @@ from dori_lightning.metrics.utility import (
     Replicas,
     Utility,
 )
-from dori_lightning.report.pages import MOST_SHOWN, render_page, utility_section
+from dori_lightning.report.pages import MOST_PROMPTS, render_page, utility_twins
 from dori_lightning.report.record import read_record, write_report, write_utility
 from dori_lightning.types import InputError
 from support.records import report_json
@@ -108,9 +108,9 @@ def test_lost_pictures_are_an_error_unless_none_are_shown(
 ) -> None:
     found = utility(tmp_path, fakes)
     found.picture_rows[0].mitigated.unlink()
-    assert utility_section(found, disclosure="none").grids == ()
+    assert utility_twins(found, "none") == []
     with pytest.raises(InputError, match="restore the file"):
-        utility_section(found, disclosure="full")
+        utility_twins(found, "full")
 
 
 def test_prompts_are_text_not_markup(tmp_path: Path, fakes: SimpleNamespace) -> None:
@@ -129,22 +129,24 @@ def test_shown_are_the_first_prompts_of_every_group_in_turn(
     rows = [near(tmp_path, fakes, f"vm_{p}", k, 0) for p in range(5) for k in range(4)]
     rows = [replace(row, prompt=row.id) for row in rows for _ in range(2)]
     found = replace(utility(tmp_path, fakes), picture_rows=tuple(rows))
-    ((_, words, twins),) = utility_section(found, disclosure="full").grids
-    assert len(twins) == MOST_SHOWN
-    assert [twin.prompt for twin in twins[:6]] == [
+    (twins,) = utility_twins(found, "full")
+    assert (twins.prompts, len(twins.shown)) == (20, MOST_PROMPTS)
+    assert [row.prompt for row, _, _ in twins.shown[:6]] == [
         *(f"vm_{p}_near0" for p in range(5)), "vm_0_near1",
     ]  # fmt: skip
-    assert f"{MOST_SHOWN} of 20 prompts" in words
-    assert "0.91 without, 0.12 with" in twins[0].note
+    text = render_page(replace(fakes.report(tmp_path), utility=found)).replace("\u00a0", " ")
+    assert f"{MOST_PROMPTS} of 20 prompts" in text
+    assert "with the original 0.91 without, 0.12 with" in text
 
 
 def test_a_broken_model_is_called_broken(tmp_path: Path, fakes: SimpleNamespace) -> None:
     broken = DenoisingLoss(0.2, math.nan, math.nan, (math.nan, math.nan), 128, 2)
-    found = replace(utility(tmp_path, fakes), denoising_loss=broken)
-    section = utility_section(found, disclosure="none")
-    assert "the model is broken" in section.lead
-    assert (section.rows[0].mitigated, section.rows[0].change) == ("not finite", "not finite")
-    assert "nan" not in f"{section.lead} {section.rows[0].change}".lower()
+    found = Utility("ncc", broken, None, None, None, {})
+    text = render_page(replace(fakes.report(tmp_path), utility=found), images="none")
+    section = text[text.index('id="cost"') : text.index('id="read"')]
+    assert "the model is broken" in section
+    assert section.count("not finite") == 2
+    assert ">nan" not in section
 
 
 def test_a_section_in_which_everything_was_left_out(
