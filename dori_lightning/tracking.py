@@ -1,4 +1,10 @@
-"""Who a run is to its loggers: the same one again when its folder is resumed."""
+"""What the loggers of a run are told, and who the run is to them.
+
+``Tracker`` speaks to all loggers of a run; each takes what it has a place for. Metrics are
+``stage/name`` and are plotted against a step of their own, ``stage/step``: the steps of an
+attack, of an audit's budget and of a training have nothing to do with each other. W&B drops what
+comes with a step below one that it has seen, so its own step is never given.
+"""
 
 from __future__ import annotations
 
@@ -22,99 +28,11 @@ from PIL import Image
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.types import InputError
 
-# -------- identity
-# Who a run is to its loggers: the same one again when its folder is resumed.
-
 _FILE = "tracking.json"
+_LONGEST_TAG = 64
 
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What a logger says of a run before it begins.
-
-    Attributes:
-        id: Unique name that a resumed run has again.
-        name: Readable name.
-        group: What the jobs of a sweep have in common; None for a run on its own.
-        job_type: The task.
-        tags: Checkpoint, mitigation, version: what runs are filtered by.
-        config: Resolved configuration and provenance, without secrets.
-    """
-
-    id: str
-    name: str
-    group: str | None
-    job_type: str
-    tags: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-
-def kept_id(folder: Path, purpose: str, *, prefix: str = "") -> str:
-    """The id that ``folder`` keeps for a purpose; whoever asks first makes it.
-
-    Args:
-        folder: Run folder or sweep folder, shared by everybody who must agree on the id.
-        purpose: What the id is for.
-        prefix: What a new id begins with.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _FILE
-    with FileLock(folder / f".{_FILE}.lock"):
-        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if purpose not in held:
-            held[purpose] = f"{prefix}{secrets.token_hex(4)}"
-            write_atomically(path, (json.dumps(held, indent=2, sort_keys=True) + "\n").encode())
-        return str(held[purpose])
-
-
-# -------- training
-# What the Trainer of a training logs, told to the run that the training belongs to.
-
-
-class TrainingLogger(Logger):
-    """Lightning logger of one training within a run.
-
-    Lightning's own W&B logger would plot everything against ``trainer/global_step``, where the
-    trainings of a run overwrite each other.
-    """
-
-    def __init__(self, tracker: Tracker, stage: str) -> None:
-        """Log for a stage.
-
-        Args:
-            tracker: Loggers of the run.
-            stage: First part of the metrics' keys; their step is ``stage/step``.
-        """
-        super().__init__()
-        self._tracker, self.stage = tracker, stage
-
-    @property
-    def name(self) -> str:
-        """The stage."""
-        return self.stage
-
-    @property
-    def version(self) -> str:
-        """None of its own: one training is one stage."""
-        return ""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Pass on what a step logs; Lightning's count of epochs says nothing here."""
-        values = {key: value for key, value in metrics.items() if key != "epoch"}
-        if values and step is not None:
-            self._tracker.scalars([(step, values)], step_metric=f"{self.stage}/step")
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The run's configuration has them already."""
-
-
-# -------- tracker
-# What tasks tell the loggers of a run; every logger takes what it has a place for.
-#
-# Metrics are ``stage/name`` and are plotted against a step of their own, ``stage/step``: the
-# steps of an attack, of an audit's budget and of a training have nothing to do with each other.
-# W&B drops what comes with a step below one that it has seen, so its own step is never given.
+_FIRST_HOST = "api.wandb.ai"
+"""Where keys belong that were stored before the client's address changed."""
 
 
 class Tracker:
@@ -124,7 +42,7 @@ class Tracker:
         """Speak for loggers.
 
         Args:
-            loggers: Lightning loggers; scalars and the summary go to each, pictures, tables and
+            loggers: Lightning loggers; scalars and the summary go to each, images, tables and
                 files to those of W&B.
         """
         self.loggers = list(loggers)
@@ -150,35 +68,30 @@ class Tracker:
                 own = None if isinstance(logger, WandbLogger) else step
                 logger.log_metrics({**values, step_metric: step}, step=own)
 
-    def pictures(self, event: str, picture: Image.Image | None, *, caption: str) -> None:
-        """Log one picture for an event: a grid of everything that it drew.
+    def image(self, event: str, image: Image.Image | None, *, caption: str) -> None:
+        """Log the one image of an event, such as the grid of an attack's results.
 
         Args:
-            event: Key, such as ``pictures/attack_from_prompt``.
-            picture: The grid; None where pictures are not to be shown.
+            event: Key, such as ``pictures/prompt``.
+            image: The image; None where images are not to be shown.
             caption: How to read it.
         """
-        if picture is None:
-            return
-        for run in self._runs():
-            run.log({event: _wandb().Image(picture, caption=caption)})
+        if image is not None:
+            for run in self._runs():
+                run.log({event: _wandb().Image(image, caption=caption)})
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table, once a run; its cells are scalars, text, None and PIL pictures.
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table, once a run.
 
-        Text that a spreadsheet would take for a formula is told apart by an apostrophe: W&B
-        exports tables as CSV, and prompts are other people's.
+        Args:
+            name: Its key.
+            rows: Scalars, text, None and PIL images by column; a number that is not finite becomes
+                None. Text that a spreadsheet would take for a formula is told apart by an
+                apostrophe: W&B exports tables as CSV, and prompts are other people's.
         """
-        for run in self._runs():
-            wandb = _wandb()
-            held = [
-                [
-                    wandb.Image(cell) if isinstance(cell, Image.Image) else _no_formula(cell)
-                    for cell in row
-                ]
-                for row in rows
-            ]
-            run.log({name: wandb.Table(columns=list(columns), data=held)})
+        for run in self._runs() if rows else ():
+            data = [[_table_cell(cell) for cell in row.values()] for row in rows]
+            run.log({name: _wandb().Table(columns=list(rows[0]), data=data)})
 
     def summary(self, values: Mapping[str, float | str | None]) -> None:
         """Set what runs are compared by; what is None or no finite number is left out."""
@@ -255,8 +168,11 @@ class Tracker:
                     run.define_metric(key, step_metric=step_metric)
 
 
-def _no_formula(cell: Any) -> Any:
-    """A text cell as itself, or behind an apostrophe where it begins like a formula."""
+def _table_cell(cell: Any) -> Any:
+    if isinstance(cell, Image.Image):
+        return _wandb().Image(cell)
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return None
     is_formula = isinstance(cell, str) and len(cell) > 1 and cell[0] in "=+-@\t\r\n"
     return f"'{cell}" if is_formula else cell
 
@@ -268,13 +184,81 @@ def _wandb() -> Any:
     return wandb
 
 
-# -------- weights_and_biases
-# Open a Weights & Biases run for a run folder, offline where nobody is logged in.
+class TrainingLogger(Logger):
+    """Lightning logger of one training within a run.
 
-_LONGEST_TAG = 64
+    Lightning's own W&B logger would plot everything against ``trainer/global_step``, where the
+    trainings of a run overwrite each other.
+    """
 
-_FIRST_HOST = "api.wandb.ai"
-"""Where keys belong that were stored before the client's address changed."""
+    def __init__(self, tracker: Tracker, stage: str) -> None:
+        """Log for a stage.
+
+        Args:
+            tracker: Loggers of the run.
+            stage: First part of the metrics' keys; their step is ``stage/step``.
+        """
+        super().__init__()
+        self._tracker, self.stage = tracker, stage
+
+    @property
+    def name(self) -> str:
+        """The stage."""
+        return self.stage
+
+    @property
+    def version(self) -> str:
+        """None of its own: one training is one stage."""
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Pass on what a step logs; Lightning's count of epochs says nothing here."""
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        if values and step is not None:
+            self._tracker.scalars([(step, values)], step_metric=f"{self.stage}/step")
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The run's configuration has them already."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a logger says of a run before it begins.
+
+    Attributes:
+        id: Unique name that a resumed run has again.
+        name: Readable name.
+        group: What the jobs of a sweep have in common; None for a run on its own.
+        job_type: The task.
+        tags: Checkpoint, mitigation, version: what runs are filtered by.
+        config: Resolved configuration and provenance, without secrets.
+    """
+
+    id: str
+    name: str
+    group: str | None
+    job_type: str
+    tags: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def kept_id(folder: Path, purpose: str, *, prefix: str = "") -> str:
+    """The id that ``folder`` keeps for a purpose; whoever asks first makes it.
+
+    Args:
+        folder: Run folder or sweep folder, shared by everybody who must agree on the id.
+        purpose: What the id is for.
+        prefix: What a new id begins with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _FILE
+    with FileLock(folder / f".{_FILE}.lock"):
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if purpose not in held:
+            held[purpose] = f"{prefix}{secrets.token_hex(4)}"
+            write_atomically(path, (json.dumps(held, indent=2, sort_keys=True) + "\n").encode())
+        return str(held[purpose])
 
 
 @dataclass(frozen=True)

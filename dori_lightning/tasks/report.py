@@ -85,7 +85,7 @@ def _track(tracker: Tracker, folder: Path) -> None:
     table[numbers] = table[numbers].astype(float)
     texts = table.columns.difference(numbers)
     table[texts] = table[texts].astype(str)
-    tracker.table("report/table", list(table.columns), table.to_numpy().tolist())
+    tracker.table("report/table", table.to_dict("records"))
     tracker.summary({"final/rows": len(table)})
     _track_files(tracker, folder, "table.parquet", "cells.parquet", "table.md", "report.html")
 

@@ -63,7 +63,7 @@ def test_what_a_training_logs_has_the_stage_s_step(tracker: Tracker, tmp_path: P
 def test_without_loggers_nothing_happens(tmp_path: Path) -> None:
     tracker = Tracker()
     tracker.scalars([(1, {"a/b": 1.0})], step_metric="a/step")
-    tracker.pictures("pictures/x", Image.new("RGB", (4, 4)), caption="")
+    tracker.image("pictures/x", Image.new("RGB", (4, 4)), caption="")
     tracker.artifact("x", kind="report", files={"x": tmp_path})
     tracker.finish(1)
     assert list(tmp_path.iterdir()) == []

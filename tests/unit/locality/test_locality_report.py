@@ -230,14 +230,14 @@ class Told(Tracker):
             for key, value in values.items():
                 self.curves.setdefault(f"{key} by {step_metric}", {})[step] = value
 
-    def pictures(self, event: str, picture: Image.Image | None, *, caption: str) -> None:
-        assert picture is not None
-        assert picture.size > (1, 1)
+    def image(self, event: str, image: Image.Image | None, *, caption: str) -> None:
+        assert image is not None
+        assert image.size > (1, 1)
         assert caption
         self.shown.append(event)
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        self.tables[name] = [dict(zip(columns, row, strict=True)) for row in rows]
+    def table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        self.tables[name] = [dict(row) for row in rows]
 
     def summary(self, values: Mapping[str, object]) -> None:
         self.kept.update(values)
