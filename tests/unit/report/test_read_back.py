@@ -167,7 +167,7 @@ def test_a_sweeps_page_shows_pictures_and_links_its_runs(
 
     text = page()
     assert text.count("data:image/jpeg") == 5 + 2 * 2 * 5 - 1
-    assert "1 picture is no longer where the runs left it." in text
+    assert "1 image is no longer where the runs left it." in text
     assert 'href="wanda/report.html"' in text
     assert 'data-outcome="m0 m1"' in text
     assert 'data-outcome="gone"' in text

@@ -154,7 +154,7 @@ def test_a_section_in_which_everything_was_left_out(
 ) -> None:
     nothing = Utility("ncc", None, None, None, None, {"ordinary": "corpus is none"})
     text = render_page(replace(fakes.report(tmp_path), utility=nothing))
-    assert "Pictures of ordinary prompts: corpus is none." in text
+    assert "Images of ordinary prompts: corpus is none." in text
 
 
 def test_the_record_carries_it_under_one_key(tmp_path: Path, fakes: SimpleNamespace) -> None:
