@@ -129,7 +129,7 @@ def panel_grid(count: int, *, columns: int = 2, height: float = 2.9) -> tuple[Fi
     """
     columns = min(count, columns)
     lines = math.ceil(count / columns)
-    figure = new_figure(5.8 if columns == 1 else 8.0, height * lines + 0.6)
+    figure = new_figure(5.4 if columns == 1 else 7.6, height * lines + 0.6)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for axes in grid[count:]:
         axes.set_visible(False)
@@ -487,7 +487,7 @@ def similarity_histograms(
     kinds = [kind for kind in KINDS if any(r.pair.kind == kind for r in shown)]
     values = [r.statistic for r in shown]
     bins = np.linspace(math.floor(min(0.0, *values) * 10) / 10, max(1.0, *values), 25)
-    figure = new_figure(8.0 if len(conditions) > 1 else 5.8, 1.5 * len(kinds) + 0.6)
+    figure = new_figure(7.6 if len(conditions) > 1 else 5.4, 1.5 * len(kinds) + 0.6)
     grid = figure.subplots(len(kinds), len(conditions), squeeze=False, sharex=True, sharey="row")
     for row, kind in zip(grid, kinds, strict=True):
         for axes, condition in zip(row, conditions, strict=True):
@@ -593,7 +593,9 @@ def memorization_against_repeats(
             axes.set_xticks(levels, [f"{level:g}" for level in levels])
         axes.set_ylim(low - 0.05, 1.05)
         axes.set_title(label.replace("_", "_\n") if len(label) > 24 else label, fontsize=9.5)
-    figure.supxlabel("relative number of repetitions", fontsize=10)
+        axes.set_xlabel(
+            "relative repetitions" if len(panels) > 1 else "relative number of repetitions"
+        )
     figure.supylabel("similarity to the original", fontsize=10)
     under_legend(figure, *grid)
     return figure
@@ -635,7 +637,7 @@ def before_and_after(rows: Sequence[HeadlineRow]) -> Figure | None:
     if not groups:
         return None
     heights = [len(group) + 0.8 for group in groups.values()]
-    figure = new_figure(8.0, 0.38 * sum(heights) + 0.9 + 0.35 * len(heights))
+    figure = new_figure(7.0, 0.38 * sum(heights) + 0.9 + 0.35 * len(heights))
     grid = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (checkpoint, group) in zip(grid[:, 0], groups.items(), strict=True):
         _dumbbells(axes, group)

@@ -85,7 +85,10 @@ def _track(tracker: Tracker, folder: Path) -> None:
     table[numbers] = table[numbers].astype(float)
     texts = table.columns.difference(numbers)
     table[texts] = table[texts].astype(str)
-    tracker.table("report/table", table.to_dict("records"))
+    tracker.table(
+        "report/table",
+        [{str(name): value for name, value in row.items()} for row in table.to_dict("records")],
+    )
     tracker.summary({"final/rows": len(table)})
     _track_files(tracker, folder, "table.parquet", "cells.parquet", "table.md", "report.html")
 
