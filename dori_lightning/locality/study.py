@@ -382,8 +382,8 @@ def _run_nemo(
                 found.masks[names[k]],
                 memorized=bool(found.notes[names[k]]["memorized"]),
             )
-        if nemo.criterion == "noise_ssim":
-            nemo = replace(nemo, threshold=found.threshold)  # calibrated once is enough
+        # calibrated once is enough
+        nemo = replace(nemo, criterion=nemo.criterion.calibrated(found.threshold))
 
 
 def _run_wanda(

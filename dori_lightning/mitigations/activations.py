@@ -1,6 +1,6 @@
-"""How value neurons react to ordinary prompts, which tells what is out of the ordinary.
+"""How value neurons react to ordinary prompts, and which value layers carry the conditioning.
 
-The value layers of cross-attention see the text alone, so the denoiser never runs here.
+The value layers of cross-attention see the text alone, so their activations need no denoising.
 
 Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.2, https://arxiv.org/abs/2406.02366.
 """
@@ -25,12 +25,9 @@ from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
 
-# -------- activations
-
-LAYOUT = "1"
 PROMPTS_AT_ONCE = 32
-"""Prompts of one pass; what is kept between passes does not grow with their number."""
-_MEND = "  fix:   python -m dori_lightning task=statistics writes one"
+"""Prompts of a batch; what is kept between batches does not grow with their number."""
+_FIX = "  fix:   python -m dori_lightning task=statistics writes one"
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,6 @@ class ActivationStatistics:
         tensors = {f"mean|{name}": value.contiguous() for name, value in self.means.items()}
         tensors |= {f"std|{name}": value.contiguous() for name, value in self.stds.items()}
         note = {
-            "layout": LAYOUT,
             "kind": "activation_statistics",
             "fingerprint": self.fingerprint,
             "prompts": str(self.prompts),
@@ -101,8 +97,8 @@ class ActivationStatistics:
         try:
             tensors = load(data)
             note = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            if (note["kind"], note["layout"]) != ("activation_statistics", LAYOUT):
-                raise ValueError(f"it is a {note['kind']} of layout {note['layout']}")
+            if note["kind"] != "activation_statistics":
+                raise ValueError(f"it is a {note['kind']}")
             parts: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "std": {}}
             for name, value in tensors.items():
                 which, _, layer = name.partition("|")
@@ -112,12 +108,12 @@ class ActivationStatistics:
                 raise ValueError("its content does not fit the hash in it")
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(
-                f"{path} holds no activation statistics, or is damaged: {error}\n{_MEND}"
+                f"{path} holds no activation statistics, or is damaged: {error}\n{_FIX}"
             ) from error
         if found.fingerprint != model.fingerprint:
             raise InputError(
                 f"the statistics {path} are those of a checkpoint with fingerprint "
-                f"{found.fingerprint}, but {model.name} has {model.fingerprint}\n{_MEND} for it"
+                f"{found.fingerprint}, but {model.name} has {model.fingerprint}\n{_FIX} for it"
             )
         return found
 
@@ -163,7 +159,7 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
     squares: dict[str, torch.Tensor] = {}
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         embeddings = model.encode_prompts(prompts[start : start + PROMPTS_AT_ONCE])
-        own = len(embeddings)
+        added = len(embeddings)
         for name, layer in layers.items():
             values = activations(layer, embeddings).double()
             mean = values.mean(0)
@@ -172,9 +168,9 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
                 means[name], squares[name] = mean, square
                 continue
             away = mean - means[name]
-            means[name] = means[name] + away * (own / (count + own))
-            squares[name] += square + away.square() * (count * own / (count + own))
-        count += own
+            means[name] = means[name] + away * (added / (count + added))
+            squares[name] += square + away.square() * (count * added / (count + added))
+        count += added
     return ActivationStatistics(
         {name: value.float() for name, value in means.items()},
         {name: (value / (count - 1)).sqrt().float() for name, value in squares.items()},
@@ -193,20 +189,16 @@ def read_statistics(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"cannot read the statistics {path}: {error.strerror or error}\n{_MEND}"
+            f"cannot read the statistics {path}: {error.strerror or error}\n{_FIX}"
         ) from error
-
-
-# -------- nemo_layers
-# Which value layers carry the conditioning: measured on the checkpoint, not assumed.
-#
-# NeMo's seven layers are those that matter in Stable Diffusion v1; another checkpoint may carry
-# its conditioning elsewhere, and then pruning them hides nothing.
 
 
 @dataclass(frozen=True)
 class LayerInfluence:
     """What it does to the predicted noise when one value layer sees the empty prompt instead.
+
+    NeMo's seven layers are those that matter in Stable Diffusion v1; another checkpoint may carry
+    its conditioning elsewhere, and then pruning them hides nothing.
 
     Attributes:
         change: Norm of the difference over the norm of the noise; mean over prompts.
@@ -230,13 +222,13 @@ def layer_influence(
 ) -> dict[str, LayerInfluence]:
     """Measure every cross-attention value layer, in execution order.
 
-    The latents are the model's own pictures of the prompts, noised again, so that no pictures are
+    The latents are the model's own images of the prompts, noised again, so that no images are
     needed and the model sees what it would see while it generates.
 
     Args:
         model: The checkpoint.
         prompts: A few ordinary prompts, N.
-        sampling: How their pictures are generated.
+        sampling: How their images are generated.
         seed: Of the two noises.
         timestep: Where the noise is predicted; None for the middle of the schedule.
 

@@ -1,46 +1,513 @@
-"""How much of a pair's memorization is left under blocked neurons: ways to ask the model.
+"""How NeMo asks how much of a pair's memorization is left under blocked neurons.
 
-``noise_ssim`` is the published one. It needs the prompt alone: where the prompt is memorized, the
-noises predicted from different latents resemble each other, and blocking counts as successful
-where the noise no longer resembles the unblocked one's.
+`NoiseDifference` is the published criterion. It needs the prompt alone: where the prompt is
+memorized, the noises predicted from different latents resemble each other, and blocking counts as
+successful where the noise no longer resembles the unblocked one's.
 
-``denoising_loss`` is ours, for models whose noises do not tell, such as small ones. It reads the
-pair's picture, as an auditor may: how well the prompt still helps to denoise that picture, from 1
-(as unblocked) to 0 (as the empty prompt does).
+`DenoisingLoss` and `Replication` are ours, for models whose noises do not tell, such as small
+ones. Both read the pair's image, as an auditor may: how well the prompt still helps to denoise it,
+or whether it is still generated.
+
+Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.1, https://arxiv.org/abs/2406.02366.
 """
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from dori_lightning.metrics.calibration import ReferenceImages
-from dori_lightning.mitigations.base import Context
-from dori_lightning.mitigations.nemo_search import Probe
+from dori_lightning.mitigations.base import Context, Evaluations
 from dori_lightning.models.generation import generation_noise
-from dori_lightning.models.protocol import TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import Encoded
-from dori_lightning.runtime import batching
+from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
 
-# -------- multiscale
-# Compare predicted noises at several scales: how NeMo sees that a prompt is memorized.
-#
-# Where a prompt is memorized, the first noises that the model predicts carry one structure
-# whatever the latent they began from; where it is not, they differ.
-#
-# Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.1,
-# https://arxiv.org/abs/2406.02366.
+ROWS = 32
+"""Rows of a batch: with a small model on the CPU, larger batches gain nothing."""
+
+BACKOFF = OomBackoff("NeMo", "sample", "checkpoint.precision=bf16, or a device with more memory")
+
+PUBLISHED_STEPS = 50
+"""Steps of the sampler that the published criterion predicts noises for."""
+
+FIRST_SEED = 60_000
+"""Generation seeds of `Replication` begin here, far from those of an audit's images."""
+
+Forward = Callable[..., torch.Tensor]
+Pairs = Mapping[str, Encoded]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Rows that are asked about together.
+
+    Attributes:
+        pair: Whose rows.
+        inputs: What ``Criterion.forward`` takes, each with S rows.
+        blocked: Neurons that are blocked for these rows (D,), bool; None for none.
+    """
+
+    pair: str
+    inputs: tuple[torch.Tensor, ...]
+    blocked: torch.Tensor | None = None
+
+
+Run = Callable[[Sequence[Question]], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class MemorizationProbe:
+    """How one pair is asked about.
+
+    Attributes:
+        inputs: What ``Criterion.forward`` takes, each with S rows.
+        similarity: From what it returns for these rows (S, ...) to how much memorization is left.
+        memorized: Whether the unblocked model shows memorization at all.
+        notes: What was measured on the unblocked model.
+        evaluations: Rows through the denoiser that a row of ``inputs`` takes.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    similarity: Callable[[torch.Tensor], float]
+    memorized: bool
+    notes: Mapping[str, float]
+    evaluations: int = 1
+
+
+class Criterion(ABC):
+    """What shows memorization.
+
+    Attributes:
+        min_samples: Fewest noises that a question needs.
+    """
+
+    min_samples: ClassVar[int] = 1
+
+    @property
+    def searches_all(self) -> bool:
+        """Whether neurons are searched for pairs without memorization too."""
+        return False
+
+    @abstractmethod
+    def forward(self, model: TextToImage, context: Context) -> Forward:
+        """What runs the denoiser for a question, with ``pair_ids`` of the rows."""
+
+    @abstractmethod
+    def probes(
+        self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
+    ) -> tuple[dict[str, MemorizationProbe], float]:
+        """Look at the unblocked model.
+
+        Args:
+            run: Answers questions by ``forward``.
+            model: Checkpoint.
+            pairs: Name to embedding and latent.
+            context: Gives seed, sampler, references and ordinary prompts.
+            samples: Noises S of each question.
+
+        Returns:
+            Name to probe, and the similarity that says that memorization is suppressed.
+        """
+
+    @abstractmethod
+    def work_of_probes(self, sampling: Sampling, *, pairs: int, samples: int) -> Evaluations:
+        """What ``probes`` takes."""
+
+    def calibrated(self, threshold: float) -> Criterion:
+        """The criterion with a threshold that a search found, where it has one to calibrate."""
+        del threshold
+        return self
+
+
+@dataclass(frozen=True)
+class NoiseDifference(Criterion):
+    """Similarity of predicted noises, less their latents: the published criterion.
+
+    Samples are kept that resemble another one more than the threshold; a prompt without any is
+    not memorized. Blocking must bring the similarity of a kept sample with its unblocked self
+    down to the threshold.
+
+    Attributes:
+        noise_seed: Of the starting noises, one draw for all pairs.
+        timestep: Where noise is predicted, as a place in DDIM's 50 steps. The paper says the
+            first one, the released code predicts at the second one from the unchanged noise.
+        threshold: Similarity of two samples above which a prompt is memorized; 0.428 for Stable
+            Diffusion 1.4. None calibrates: of each ordinary prompt the largest similarity, over
+            prompts the mean plus ``threshold_stds`` standard deviations.
+        threshold_prompts: Ordinary prompts for that.
+        threshold_stds: See ``threshold``.
+        when_not_memorized: What becomes of a pair whose prompt shows no memorization: ``leave``
+            blocks nothing, as published; ``block`` goes on with all samples.
+        scales: Scales of the similarity; None for the published 3, or what fits.
+        window: Its window; None for the published 11, or what fits.
+    """
+
+    min_samples: ClassVar[int] = 2  # they are compared with each other
+    noise_seed: int = 1
+    timestep: int = 1
+    threshold: float | None = None
+    threshold_prompts: int = 100
+    threshold_stds: float = 1.0
+    when_not_memorized: Literal["leave", "block"] = "leave"
+    scales: int | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for good, rule in (
+            (
+                0 <= self.timestep < PUBLISHED_STEPS,
+                f"timestep must be in 0..{PUBLISHED_STEPS - 1}",
+            ),
+            (self.threshold is None or 0 < self.threshold < 1, "threshold must be in (0, 1)"),
+            (self.threshold_prompts >= 2, "threshold_prompts must be >= 2"),
+            (
+                self.when_not_memorized in ("leave", "block"),
+                "when_not_memorized must be leave or block",
+            ),
+        ):
+            if not good:
+                raise InputError(f"mitigation.criterion: {rule}\n  got:   {self}")
+
+    @property
+    def searches_all(self) -> bool:
+        """Whether to block where nothing is memorized."""
+        return self.when_not_memorized == "block"
+
+    def calibrated(self, threshold: float) -> NoiseDifference:
+        """The same with a threshold that ordinary prompts need not be looked at for."""
+        return replace(self, threshold=threshold)
+
+    def forward(self, model: TextToImage, context: Context) -> Forward:
+        """Predicted noise."""
+        del context
+        return model.predict_noise
+
+    def probes(
+        self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
+    ) -> tuple[dict[str, MemorizationProbe], float]:
+        """Compare the samples of every prompt with each other; see `Criterion.probes`.
+
+        Raises:
+            InputError: The corpus has too few prompts, or the similarity does not fit into the
+                latents.
+        """
+        similarity = self._similarity(min(model.latent_shape[1:]))
+        # one draw for all samples, as released
+        generator = torch.Generator("cpu").manual_seed(self.noise_seed)
+        latents = torch.randn((samples, *model.latent_shape), generator=generator).to(model.device)
+        sampler = Sampling("ddim", PUBLISHED_STEPS)
+        timesteps = model.sampling_timesteps(sampler)[self.timestep].expand(samples)
+
+        def unblocked(
+            embeddings: Mapping[str, torch.Tensor],
+        ) -> Iterator[tuple[Question, torch.Tensor, torch.Tensor]]:
+            """Question, noise differences and each sample's best similarity with another (S,)."""
+            questions = [
+                Question(name, (latents, timesteps, _repeated(embedding, samples, model)))
+                for name, embedding in embeddings.items()
+            ]
+            for question, noise in zip(questions, run(questions), strict=True):
+                differences = noise_difference(noise, latents)
+                yield question, differences, pairwise_similarity(differences, similarity).amax(1)
+
+        threshold = self.threshold
+        if threshold is None:
+            ordinary = context.prompts(model, "calibration", self.threshold_prompts)
+            named = {str(k): embedding for k, embedding in enumerate(ordinary)}
+            largest = torch.tensor([float(best.max()) for _, _, best in unblocked(named)])
+            threshold = float(largest.mean() + self.threshold_stds * largest.std())
+        probes = {}
+        for question, differences, best in unblocked({n: e.embedding for n, e in pairs.items()}):
+            memorized = bool((best > threshold).any())
+            kept = best > threshold if memorized else torch.ones_like(best, dtype=torch.bool)
+            probes[question.pair] = MemorizationProbe(
+                tuple(value[kept] for value in question.inputs),
+                partial(
+                    _resemblance,
+                    unblocked=differences[kept],
+                    latents=latents[kept],
+                    similarity=similarity,
+                ),
+                memorized,
+                {"pairwise": float(best.max()), "kept": int(kept.sum())},
+            )
+        return probes, threshold
+
+    def work_of_probes(self, sampling: Sampling, *, pairs: int, samples: int) -> Evaluations:
+        """A prediction for every sample, of ordinary prompts too."""
+        del sampling
+        ordinary = self.threshold_prompts if self.threshold is None else 0
+        return Evaluations(forward=(pairs + ordinary) * samples)
+
+    def _similarity(self, side: int) -> MultiScaleSimilarity:
+        fits = fitting(side)
+        similarity = MultiScaleSimilarity(
+            fits.scales if self.scales is None else self.scales,
+            fits.window if self.window is None else self.window,
+        )
+        similarity.check(side)
+        return similarity
+
+
+def _resemblance(
+    noise: torch.Tensor,
+    *,
+    unblocked: torch.Tensor,
+    latents: torch.Tensor,
+    similarity: MultiScaleSimilarity,
+) -> float:
+    """Largest similarity, over samples, of a noise (S, C, h, w) with the unblocked one."""
+    return float(similarity(unblocked, noise_difference(noise, latents)).max())
+
+
+@dataclass(frozen=True)
+class DenoisingLoss(Criterion):
+    """How much of the prompt's help in denoising the pair's image is left.
+
+    1 as unblocked, 0 as under the empty prompt; a pair is not memorized where its prompt does not
+    lower the loss.
+
+    Attributes:
+        suppressed_share: Share of the prompt's help that must be gone, in (0, 1].
+    """
+
+    suppressed_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.suppressed_share <= 1:
+            raise InputError(
+                f"mitigation.criterion: suppressed_share must be in (0, 1]\n  got:   {self}"
+            )
+
+    def forward(self, model: TextToImage, context: Context) -> Forward:
+        """Denoising loss of each row."""
+        del context
+        return model.denoising_loss
+
+    def probes(
+        self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
+    ) -> tuple[dict[str, MemorizationProbe], float]:
+        """Denoise each pair's image with and without its prompt; see `Criterion.probes`.
+
+        Noises and timesteps follow from the pair's name; timestep k is uniform on the k-th of S
+        equal parts of the schedule.
+        """
+        questions = []
+        for pair, encoded in pairs.items():
+            latent = encoded.latent.to(model.device)
+            generator = keyed_generator("nemo loss", context.seed, pair)
+            noise = torch.randn((samples, *latent.shape), generator=generator)
+            place = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
+            timesteps = (place * model.num_train_timesteps).long()
+            noised = (
+                latent.expand_as(noise),
+                noise.to(model.device),
+                timesteps.clamp(max=model.num_train_timesteps - 1).to(model.device),
+            )
+            questions += [
+                Question(pair, (*noised, _repeated(embedding, samples, model)))
+                for embedding in (encoded.embedding, model.empty_embedding()[0])
+            ]
+        losses = [float(loss.double().mean()) for loss in run(questions)]
+        probes = {}
+        for question, prompted, empty in zip(
+            questions[::2], losses[::2], losses[1::2], strict=True
+        ):
+            probes[question.pair] = MemorizationProbe(
+                question.inputs,
+                partial(_help_left, prompted=prompted, empty=empty),
+                prompted < empty,
+                {"loss": prompted, "loss_empty_prompt": empty},
+            )
+        return probes, 1 - self.suppressed_share
+
+    def work_of_probes(self, sampling: Sampling, *, pairs: int, samples: int) -> Evaluations:
+        """A loss of every sample with the prompt and with the empty one."""
+        del sampling
+        return Evaluations(forward=2 * pairs * samples)
+
+
+def _help_left(losses: torch.Tensor, *, prompted: float, empty: float) -> float:
+    """Share of the prompt's help that is left under losses (S,)."""
+    return (empty - float(losses.double().mean())) / (empty - prompted)
+
+
+@dataclass(frozen=True)
+class Replication(Criterion):
+    """Whether the pair's image is still generated: what an audit asks.
+
+    It lies between noise differences, which do not tell on small models, and the denoising loss,
+    which falls to the empty prompt's level long before guided sampling stops generating the image.
+    Every question costs a whole sampling.
+
+    Attributes:
+        limit: Similarity by the deciding descriptor that a pair's images must not exceed, in
+            (0, 1).
+    """
+
+    limit: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit < 1:
+            raise InputError(f"mitigation.criterion: limit must be in (0, 1)\n  got:   {self}")
+
+    def forward(self, model: TextToImage, context: Context) -> Forward:
+        """From starting noise and embeddings to images (N, 3, H, W) in [0, 1]."""
+
+        def generate(
+            noise: torch.Tensor, embeddings: torch.Tensor, *, pair_ids: Sequence[str]
+        ) -> torch.Tensor:
+            latents = model.denoise(embeddings, noise, context.sampling, pair_ids)
+            return model.decode_latents(latents)
+
+        return generate
+
+    def probes(
+        self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
+    ) -> tuple[dict[str, MemorizationProbe], float]:
+        """Generate S images of each pair; names must be those of the context's references."""
+        noise = torch.stack(
+            [generation_noise(FIRST_SEED + k, model.latent_shape) for k in range(samples)]
+        ).to(model.device)
+        questions = [
+            Question(pair, (noise, _repeated(encoded.embedding, samples, model)))
+            for pair, encoded in pairs.items()
+        ]
+        probes = {}
+        for question, images in zip(questions, run(questions), strict=True):
+            similarity = partial(_closest, context=context, pair_id=question.pair)
+            unblocked = similarity(images)
+            probes[question.pair] = MemorizationProbe(
+                question.inputs,
+                similarity,
+                unblocked > self.limit,
+                {"similarity_unblocked": unblocked},
+                evaluations=context.sampling.rows_per_step * context.sampling.steps,
+            )
+        return probes, self.limit
+
+    def work_of_probes(self, sampling: Sampling, *, pairs: int, samples: int) -> Evaluations:
+        """An image of every sample."""
+        return Evaluations.of_images(pairs * samples, sampling)
+
+
+def _closest(images: torch.Tensor, *, context: Context, pair_id: str) -> float:
+    """Largest similarity of images (S, 3, H, W) with a pair's original."""
+    references = context.references
+    pair = references.pairs[references.places[pair_id]]
+    return float(references.similarities(images.cpu(), [pair]).max())
+
+
+def _repeated(embedding: torch.Tensor, samples: int, model: TextToImage) -> torch.Tensor:
+    return embedding.to(model.device).expand(samples, *embedding.shape)
+
+
+@dataclass
+class BlockedModel:
+    """A model in which every row of a batch has its own neurons blocked.
+
+    On the CPU all batches have `ROWS` rows. Kernels are chosen by shape and work row by row, so an
+    answer is bit for bit the same in whatever company a question is asked.
+
+    Attributes:
+        model: The model.
+        forward: See ``Criterion.forward``.
+        widths: Layer name to number of its neurons, in order.
+    """
+
+    model: TextToImage
+    forward: Forward
+    widths: Mapping[str, int]
+    _of_thread: threading.local = field(default_factory=threading.local, init=False)
+
+    @property
+    def keep(self) -> dict[str, torch.Tensor] | None:
+        """Layer name to what goes through (rows, 1, C), while this thread runs a batch."""
+        return getattr(self._of_thread, "keep", None)
+
+    def run(self, questions: Sequence[Question]) -> list[torch.Tensor]:
+        """What ``forward`` returns for each question's rows."""
+        rows = [(question, k) for question in questions for k in range(len(question.inputs[0]))]
+        outputs = map_batches(
+            self._batch,
+            rows,
+            at_once=ROWS * parallel_batches(self.model),
+            model=self.model,
+            backoff=BACKOFF,
+            pad=self.model.device.type == "cpu",  # elsewhere rounding is not that exact anyway
+        )
+        return list(torch.split(torch.stack(outputs), [len(q.inputs[0]) for q in questions]))
+
+    # autograd's mode is each thread's own
+    @torch.no_grad()
+    def _batch(self, rows: Sequence[tuple[Question, int]]) -> torch.Tensor:
+        columns = range(len(rows[0][0].inputs))
+        inputs = [torch.stack([question.inputs[c][k] for question, k in rows]) for c in columns]
+        nothing = torch.zeros(sum(self.widths.values()), dtype=torch.bool)
+        blocked = torch.stack([nothing if q.blocked is None else q.blocked for q, _ in rows])
+        keep = torch.split(
+            (~blocked).to(inputs[0].device)[:, None], list(self.widths.values()), dim=2
+        )
+        self._of_thread.keep = dict(zip(self.widths, keep, strict=True))
+        try:
+            return self.forward(*inputs, pair_ids=[question.pair for question, _ in rows])
+        finally:
+            self._of_thread.keep = None
+
+
+@contextmanager
+def blockable(
+    model: TextToImage, layers: Mapping[str, nn.Module], forward: Forward
+) -> Iterator[BlockedModel]:
+    """Hook ``layers`` while open, so that neurons can be blocked as an edit does, row by row.
+
+    Args:
+        model: The model.
+        layers: Its linear layers by name, in the order of a set's neurons.
+        forward: See ``Criterion.forward``.
+
+    Raises:
+        TypeError: A layer is not linear.
+    """
+    widths = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"only linear layers can be blocked, {name} is no such")
+        widths[name] = layer.out_features
+    blocked = BlockedModel(model, forward, widths)
+    handles = [layer.register_forward_hook(_hook(blocked, n)) for n, layer in layers.items()]
+    try:
+        yield blocked
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(blocked: BlockedModel, name: str) -> Any:
+    def hook(module: nn.Linear, _: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if blocked.keep is None:
+            return None
+        # a neuron without its weights still gives its bias, as under an edit
+        rest = output.new_zeros(()) if module.bias is None else module.bias.to(output.dtype)
+        keep = blocked.keep[name]
+        # guided sampling runs all rows without and with their prompts, one set after the other
+        keep = keep.repeat(len(output) // len(keep), 1, 1)
+        return torch.where(keep, output, rest)
+
+    return hook
+
 
 BETA = 0.33
 PUBLISHED_SCALES = 3
@@ -170,412 +637,3 @@ def pairwise_similarity(
     if count > 1:
         matrix[first, second] = similarity(differences[first], differences[second])
     return matrix + matrix.T
-
-
-# -------- nemo_passes
-# Forward passes in which every row has neurons of its own blocked.
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a pass that belong together.
-
-    Attributes:
-        pair: Whose rows.
-        inputs: What the pass takes, each with S rows.
-        blocked: Neurons that are blocked for these rows (D,), bool; None for none.
-    """
-
-    pair: str
-    inputs: tuple[torch.Tensor, ...]
-    blocked: torch.Tensor | None = None
-
-
-@dataclass
-class BlockedPasses:
-    """Forward passes in which every row has neurons of its own blocked.
-
-    All passes have the same number of rows; the last ones are filled up with copies whose outcome
-    is dropped. Kernels are chosen by shape and work row by row, so on the CPU an answer is bit for
-    bit the same in whatever company a question is asked.
-
-    Attributes:
-        forward: The model's ``predict_noise`` or ``denoising_loss``, or a whole sampling.
-        widths: Layer name to number of its neurons, in order.
-        rows: Rows of a pass.
-        beside: Passes side by side, see ``lanes``.
-    """
-
-    forward: Callable[..., torch.Tensor]
-    widths: Mapping[str, int]
-    rows: int
-    beside: int = 1
-    _of_thread: threading.local = field(default_factory=threading.local, init=False)
-
-    @property
-    def keep(self) -> dict[str, torch.Tensor] | None:
-        """Layer name to what goes through (rows, 1, C), while this thread runs a pass."""
-        return getattr(self._of_thread, "keep", None)
-
-    def run(self, parts: Sequence[Part]) -> list[torch.Tensor]:
-        """What ``forward`` returns for each part, in as many passes as it takes."""
-        full: list[list[Part]] = []
-        taken = self.rows
-        for part in parts:
-            size = len(part.inputs[0])
-            if taken + size > self.rows:
-                full.append([])
-                taken = 0
-            full[-1].append(part)
-            taken += size
-        found = batching.run_parallel([partial(self._pass, own) for own in full], self.beside)
-        return [rows for own in found for rows in own]
-
-    # autograd's mode is each thread's own
-    @torch.no_grad()
-    def _pass(self, parts: Sequence[Part]) -> list[torch.Tensor]:
-        sizes = [len(part.inputs[0]) for part in parts]
-        spare = self.rows - sum(sizes)
-        if spare < 0:
-            raise ValueError(f"{sum(sizes)} rows do not fit into a pass of {self.rows}")
-        owners = [part.pair for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
-        inputs = [
-            torch.cat([*columns, columns[0][:1].expand(spare, *columns[0].shape[1:])])
-            for columns in zip(*(part.inputs for part in parts), strict=True)
-        ]
-        free = torch.zeros(sum(self.widths.values()), dtype=torch.bool)
-        masks = torch.stack([free if p.blocked is None else p.blocked for p in parts] + [free])
-        keep = ~masks.repeat_interleave(torch.tensor([*sizes, spare]), 0).to(inputs[0].device)
-        layers = torch.split(keep[:, None], list(self.widths.values()), dim=2)
-        self._of_thread.keep = dict(zip(self.widths, layers, strict=True))
-        try:
-            output = self.forward(*inputs, pair_ids=[*owners, *[owners[0]] * spare])
-        finally:
-            self._of_thread.keep = None
-        return list(torch.split(output[: sum(sizes)], sizes))
-
-
-@contextmanager
-def blocked_passes(
-    layers: Mapping[str, nn.Module],
-    forward: Callable[..., torch.Tensor],
-    *,
-    rows: int,
-    beside: int = 1,
-) -> Iterator[BlockedPasses]:
-    """Passes with hooks on ``layers`` while open: what an edit does, row by row.
-
-    Args:
-        layers: Linear layers by name, in the order of a set's neurons.
-        forward: The model's ``predict_noise`` or ``denoising_loss``, or a whole sampling.
-        rows: Rows of a pass.
-        beside: Passes side by side.
-    """
-    linear: dict[str, nn.Linear] = {}
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear):
-            raise TypeError(f"only linear layers can be blocked, {name} is no such")
-        linear[name] = layer
-    widths = {name: x.out_features for name, x in linear.items()}
-    passes = BlockedPasses(forward, widths, rows, beside)
-    handles = []
-    try:
-        for name, layer in linear.items():
-            handles.append(layer.register_forward_hook(_hook(passes, name)))
-        yield passes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(passes: BlockedPasses, name: str) -> Any:
-    def hook(module: nn.Linear, _: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if (kept := passes.keep) is None:
-            return None
-        # a neuron without its weights still gives its bias, as under an edit
-        rest = output.new_zeros(()) if module.bias is None else module.bias.to(output.dtype)
-        keep = kept[name]
-        # guided sampling runs all rows without and with their prompts, one set after the other
-        keep = keep.repeat(len(output) // len(keep), 1, 1)
-        return torch.where(keep, output, rest)
-
-    return hook
-
-
-# -------- nemo_measure
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A pair under watch.
-
-    Attributes:
-        inputs: What a pass takes to answer a question, each with S rows.
-        similarity: From what the pass returns for these rows (S, ...) to how much memorization is
-            left.
-        memorized: Whether the unblocked model shows memorization at all.
-        notes: What was measured on the unblocked model.
-        evaluations: Rows through the denoiser that a row of a pass takes.
-    """
-
-    inputs: tuple[torch.Tensor, ...]
-    similarity: Callable[[torch.Tensor], float]
-    memorized: bool
-    notes: Mapping[str, float]
-    evaluations: int = 1
-
-
-def measurement(
-    passes: BlockedPasses, watched: Mapping[str, Watched]
-) -> Callable[[Sequence[Probe]], list[float]]:
-    """What searches ask: pair id and blocked set to how much memorization is left."""
-
-    def measure(probes: Sequence[Probe]) -> list[float]:
-        parts = [Part(p.pair, watched[p.pair].inputs, p.blocked) for p in probes]
-        return [
-            watched[part.pair].similarity(output)
-            for part, output in zip(parts, passes.run(parts), strict=True)
-        ]
-
-    return measure
-
-
-def watch_noises(
-    passes: BlockedPasses,
-    embeddings: Mapping[str, torch.Tensor],
-    *,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    similarity: MultiScaleSimilarity,
-    threshold: float,
-) -> dict[str, Watched]:
-    """Watch noise differences: the published measurement.
-
-    Samples are kept that resemble another one more than ``threshold``; a prompt without any is
-    not memorized, and then all are kept.
-
-    Args:
-        passes: Of ``predict_noise``.
-        embeddings: Pair id to text embedding (T, D).
-        latents: Starting noise (S, C, h, w), the same for every pair.
-        timestep: Scalar.
-        similarity: Compares noise differences.
-        threshold: Similarity of two samples above which a prompt is memorized.
-    """
-    found = {}
-    for pair, best, noises in _unblocked(passes, embeddings, latents, timestep, similarity):
-        kept = best > threshold
-        memorized = bool(kept.any())
-        if not memorized:
-            kept = torch.ones_like(kept)
-        inputs = _noise_inputs(embeddings[pair], latents, timestep)
-        found[pair] = Watched(
-            tuple(value[kept] for value in inputs),
-            _Resemblance(noises[kept], latents[kept], similarity),
-            memorized,
-            {"pairwise": float(best.max()), "kept": int(kept.sum())},
-        )
-    return found
-
-
-def pairwise_maxima(
-    passes: BlockedPasses,
-    embeddings: torch.Tensor,
-    *,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    similarity: MultiScaleSimilarity,
-) -> torch.Tensor:
-    """Largest similarity of two samples of each prompt, (N,): what a threshold is set from.
-
-    Args:
-        passes: Of ``predict_noise``.
-        embeddings: Text embeddings (N, T, D).
-        latents: Starting noise (S, C, h, w).
-        timestep: Scalar.
-        similarity: Compares noise differences.
-    """
-    named = {str(k): row for k, row in enumerate(embeddings)}
-    rows = _unblocked(passes, named, latents, timestep, similarity)
-    return torch.tensor([float(best.max()) for _, best, _ in rows])
-
-
-def _unblocked(
-    passes: BlockedPasses,
-    embeddings: Mapping[str, torch.Tensor],
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    similarity: MultiScaleSimilarity,
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Pair id, each sample's best similarity with another (S,) and noise differences."""
-    parts = [Part(p, _noise_inputs(e, latents, timestep)) for p, e in embeddings.items()]
-    for part, noise in zip(parts, passes.run(parts), strict=True):
-        noises = noise_difference(noise, latents)
-        yield part.pair, pairwise_similarity(noises, similarity).amax(1), noises
-
-
-def _noise_inputs(
-    embedding: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    count = len(latents)
-    embedding = embedding.to(latents.device)
-    return latents, timestep.expand(count), embedding.expand(count, *embedding.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _Resemblance:
-    """Largest similarity, over samples, of a noise with the unblocked one.
-
-    Attributes:
-        unblocked: Noise differences (S, C, h, w).
-        latents: Where they began (S, C, h, w).
-        similarity: Compares them.
-    """
-
-    unblocked: torch.Tensor
-    latents: torch.Tensor
-    similarity: MultiScaleSimilarity
-
-    def __call__(self, noise: torch.Tensor) -> float:
-        blocked = noise_difference(noise, self.latents)
-        return float(self.similarity(self.unblocked, blocked).max())
-
-
-def watch_losses(
-    passes: BlockedPasses,
-    pairs: Mapping[str, Encoded],
-    model: TextToImage,
-    *,
-    samples: int,
-    seed: int,
-) -> dict[str, Watched]:
-    """Watch each pair's own denoising loss, at draws that its name decides.
-
-    A pair is not memorized where its prompt does not lower the loss.
-
-    Args:
-        passes: Of ``denoising_loss``.
-        pairs: Pair id to latent and embedding.
-        model: Whose empty embedding and schedule.
-        samples: Noise samples S; timestep k is uniform on the k-th of S equal parts.
-        seed: Of the draws.
-    """
-    empty = model.empty_embedding()[0]
-    known: list[Part] = []
-    for pair, encoded in pairs.items():
-        latent = encoded.latent.to(model.device)
-        generator = keyed_generator("nemo loss", seed, pair)
-        noise = torch.randn((samples, *latent.shape), generator=generator)
-        place = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
-        timesteps = (place * model.num_train_timesteps).long()
-        drawn = (
-            latent.expand_as(noise),
-            noise.to(model.device),
-            timesteps.clamp(max=model.num_train_timesteps - 1).to(model.device),
-        )
-        for embedding in (encoded.embedding.to(model.device), empty):
-            rows = embedding.expand(samples, *embedding.shape)
-            known.append(Part(pair, (*drawn, rows)))
-    losses = [float(loss.double().mean()) for loss in passes.run(known)]
-    found = {}
-    for k in range(0, len(known), 2):
-        prompted, unprompted = losses[k], losses[k + 1]
-        found[known[k].pair] = Watched(
-            known[k].inputs,
-            _Help(prompted, unprompted),
-            prompted < unprompted,
-            {"loss": prompted, "loss_empty_prompt": unprompted},
-        )
-    return found
-
-
-@dataclass(frozen=True)
-class _Help:
-    """Share of the prompt's help that is left: 1 as unblocked, 0 as under the empty prompt.
-
-    Attributes:
-        prompted: Unblocked loss under the prompt.
-        unprompted: Unblocked loss under the empty prompt.
-    """
-
-    prompted: float
-    unprompted: float
-
-    def __call__(self, losses: torch.Tensor) -> float:
-        loss = float(losses.double().mean())
-        return (self.unprompted - loss) / (self.unprompted - self.prompted)
-
-
-# -------- nemo_pictures
-# Watch whether blocked neurons keep the picture from being drawn: the question itself.
-#
-# Between the noise differences of the paper, which do not tell on small models, and the denoising
-# loss, which falls to the empty prompt's level long before guided sampling stops drawing the
-# picture, this asks what an audit asks. It costs a whole sampling for every question.
-
-FIRST_SEED = 60_000
-"""Generation seeds of the search begin here, far from those of an audit's pictures."""
-
-
-def drawing(model: TextToImage, context: Context) -> Callable[..., torch.Tensor]:
-    """Forward pass from starting noise and embeddings to pictures (N, 3, H, W) in [0, 1]."""
-
-    def draw(
-        noise: torch.Tensor, embeddings: torch.Tensor, *, pair_ids: Sequence[str]
-    ) -> torch.Tensor:
-        return model.decode_latents(model.denoise(embeddings, noise, context.sampling, pair_ids))
-
-    return draw
-
-
-def watch_pictures(
-    passes: BlockedPasses,
-    pairs: Mapping[str, Encoded],
-    model: TextToImage,
-    context: Context,
-    *,
-    samples: int,
-    limit: float,
-) -> dict[str, Watched]:
-    """Watch each pair's most similar picture by the deciding descriptor.
-
-    Args:
-        passes: Of ``drawing``.
-        pairs: Pair id to embedding; ids must be pairs of the context's references.
-        model: Whose latents have which shape.
-        context: Gives references and the sampler.
-        samples: Pictures S of each question.
-        limit: Similarity above which the unblocked model counts as reproducing the picture.
-    """
-    noise = torch.stack(
-        [generation_noise(FIRST_SEED + k, model.latent_shape) for k in range(samples)]
-    ).to(model.device)
-    parts = [
-        Part(pair, (noise, encoded.embedding.to(model.device).expand(samples, -1, -1)))
-        for pair, encoded in pairs.items()
-    ]
-    guided = 1 if context.sampling.guidance == 1.0 else 2
-    found = {}
-    for part, pictures in zip(parts, passes.run(parts), strict=True):
-        similarity = _Closest(context.references, part.pair)
-        unblocked = similarity(pictures)
-        found[part.pair] = Watched(
-            part.inputs,
-            similarity,
-            unblocked > limit,
-            {"similarity_unblocked": unblocked},
-            evaluations=guided * context.sampling.steps,
-        )
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Closest:
-    """Largest similarity of pictures (S, 3, H, W) with a pair's original."""
-
-    references: ReferenceImages
-    pair: str
-
-    def __call__(self, pictures: torch.Tensor) -> float:
-        pair = self.references.pairs[self.references.places[self.pair]]
-        return float(self.references.similarities(pictures.cpu(), [pair]).max())

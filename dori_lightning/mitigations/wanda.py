@@ -20,333 +20,15 @@ from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations, 
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
+from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
-# -------- wanda_norms
-# Norms of what layers get as input while pictures are drawn, for each prompt and step.
-#
-# Reference: Chavhan et al., Memorized images in diffusion models share a subspace that can be
-# located and deleted (2024), after Wanda (Sun et al., 2024), section 2.
+STAGES: tuple[Stage, ...] = ("down", "mid", "up")
 
 CPU_ROWS = 8
-"""Embeddings of every pass on the CPU: kernels are chosen by shape, so with passes of one shape
-an embedding gets the same norms in any company."""
-
-
-@dataclass(frozen=True)
-class Tracing:
-    """Which passes of a sampler are looked at.
-
-    Attributes:
-        sampling: Sampler, steps and guidance. With guidance both halves, the prompt's and the
-            empty prompt's, count, as in the reference.
-        steps: First steps of the sampler that are looked at; the rest is not run.
-        seed: First seed of the starting noise, the same noise for every embedding.
-        seeds: Starting noises ``seed``, ``seed + 1``, ...; their norms are pooled.
-        stages: Which feed-forward layers.
-    """
-
-    sampling: Sampling
-    steps: int = 10
-    seed: int = 0
-    seeds: int = 1
-    stages: tuple[Stage, ...] = ("down", "mid", "up")
-
-    def check(self) -> None:
-        """Refuse more steps than the sampler takes.
-
-        Raises:
-            InputError: Says both numbers.
-        """
-        if self.steps > self.sampling.steps:
-            raise InputError(
-                f"Wanda looks at the first {self.steps} steps, but the sampler takes "
-                f"{self.sampling.steps}\n"
-                f"  where: mitigation.steps\n"
-                f"  fix:   mitigation.steps={self.sampling.steps}, or a sampler with more steps"
-            )
-
-
-class _EnoughError(Exception):
-    """The steps that are looked at are done."""
-
-
-def input_norms(
-    model: TextToImage, embeddings: torch.Tensor, tracing: Tracing
-) -> dict[str, torch.Tensor]:
-    """Norms of the inputs of every feed-forward output layer, for each embedding by itself.
-
-    Every token's input vector is scaled to length 1 first, so that no token counts more than
-    another; then each input's Euclidean norm is taken over tokens, guidance halves and seeds, in
-    fp32. Nothing is decoded, and the sampler is left after the last step that counts.
-
-    Args:
-        model: Checkpoint; left as it was.
-        embeddings: Text embeddings (N, T, D), of prompts or from anywhere else.
-        tracing: Which passes.
-
-    Returns:
-        Layer name, in execution order, to norms (N, ``steps``, C_in) >= 0, fp32, on the model's
-        device.
-
-    Raises:
-        InputError: The sampler takes fewer steps.
-    """
-    tracing.check()
-    layers = model.layers("feed_forward.out", tracing.stages)
-    cpu = model.device.type == "cpu"
-    width = CPU_ROWS if cpu else max(1, tracing.sampling.batch)
-    count = len(embeddings)
-    squares = {
-        name: torch.zeros(count, tracing.steps, _width(layer), device=model.device)
-        for name, layer in layers.items()
-    }
-    total = count * tracing.seeds
-    with model.frozen(), progress_bar("wanda: trace", total) as advance:
-        for seed in range(tracing.seed, tracing.seed + tracing.seeds):
-            noise = generation_noise(seed, model.latent_shape)
-            for start in range(0, count, width):
-                own = list(range(start, min(start + width, count)))
-                # the last pass is filled up with copies, whose norms are dropped
-                rows = own + [start] * (width - len(own)) if cpu else own
-                found = _trace(model, layers, embeddings[rows], noise=noise, tracing=tracing)
-                for name, value in found.items():
-                    squares[name][own] += value[: len(own)]
-                advance(len(own))
-    return {name: value.sqrt() for name, value in squares.items()}
-
-
-def pooled(norms: torch.Tensor) -> torch.Tensor:
-    """Root mean square over embeddings: norms (N, S, C_in) to (S, C_in).
-
-    The reference adds squares over as many target as base prompts. The mean gives the same
-    choice there, and is comparable where the numbers differ.
-    """
-    # a square root's square is not the number: one embedding must stay as it is
-    return norms[0] if len(norms) == 1 else norms.square().mean(0).sqrt()
-
-
-def _width(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    return int(weight.shape[1])
-
-
-def _trace(
-    model: TextToImage,
-    layers: dict[str, nn.Module],
-    embeddings: torch.Tensor,
-    *,
-    noise: torch.Tensor,
-    tracing: Tracing,
-) -> dict[str, torch.Tensor]:
-    """Squared norms (n, steps, C_in) of one pass of n embeddings from one starting noise."""
-    count = len(embeddings)
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    with _listening(model, layers, seen, count=count, steps=tracing.steps):
-        try:
-            model.denoise(embeddings, noise.expand(count, -1, -1, -1), tracing.sampling)
-        except _EnoughError:
-            pass
-        else:
-            raise RuntimeError(f"the sampler ended before its step {tracing.steps}")
-    return {name: torch.stack(steps, 1) for name, steps in seen.items()}
-
-
-@contextmanager
-def _listening(
-    model: TextToImage,
-    layers: dict[str, nn.Module],
-    seen: dict[str, list[torch.Tensor]],
-    *,
-    count: int,
-    steps: int,
-) -> Iterator[None]:
-    """Hooks while open: note every layer's inputs, and stop after ``steps`` passes."""
-    done = 0
-
-    def listener(name: str) -> Any:
-        def listen(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen[name].append(_squares(inputs[0], count))
-
-        return listen
-
-    def finish(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        if done == steps:
-            raise _EnoughError
-
-    handles = []
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(listener(name)))
-        # after the pass, not before the next: that one would be counted as an evaluation
-        handles.append(model.denoiser().register_forward_hook(finish))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _squares(inputs: torch.Tensor, count: int) -> torch.Tensor:
-    """Squared column norms (n, C_in) of token-normalised inputs (halves x n, tokens, C_in).
-
-    Rows of the halves follow each other: row k of every half belongs to embedding k.
-    """
-    rows = F.normalize(inputs.detach().float(), dim=-1).square().sum(1)
-    return rows.view(-1, count, rows.shape[1]).sum(0)
-
-
-# -------- wanda_masks
-# Choose the feed-forward weights that a text embedding uses more than a base does.
-#
-# Reference: Chavhan et al., Memorized images in diffusion models share a subspace that can be
-# located and deleted (2024); the scores are Wanda's (Sun et al., 2024).
-
-
-def wanda_masks(
-    model: TextToImage,
-    embeddings: torch.Tensor,
-    base_embeddings: torch.Tensor,
-    *,
-    tracing: Tracing,
-    fraction: float,
-    select_ratio: float = 0.0,
-    pool: bool = False,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Masks of text embeddings, of prompts or from anywhere else.
-
-    The model runs before this returns, in passes that all embeddings share; masks are made one
-    by one as they are asked for, since each is as large as the layers. On the CPU an embedding's
-    mask does not depend on the others.
-
-    Args:
-        model: Checkpoint; left as it was.
-        embeddings: Text embeddings (N, T, D).
-        base_embeddings: Those they are compared with (M, T, D); their norms are pooled.
-        tracing: Which passes are looked at.
-        fraction: Share of each output row that may be pruned, in (0, 1).
-        select_ratio: Share of the steps in which a weight must be chosen more often; 0 is the
-            union over steps.
-        pool: One mask for all embeddings, from their pooled norms, rather than one for each.
-
-    Returns:
-        For each embedding in turn: ``<layer>.weight`` to (C_out, C_in), True where pruned, on
-        the CPU.
-
-    Raises:
-        InputError: The sampler takes fewer steps, or ``fraction`` of a row is less than one
-            weight.
-    """
-    weights = {
-        name: _weight(layer)
-        for name, layer in model.layers("feed_forward.out", tracing.stages).items()
-    }
-    for name, weight in weights.items():
-        _check_row(name, weight.shape[1], fraction)
-    count = len(embeddings)
-    device = model.device
-    together = torch.cat([embeddings.to(device), base_embeddings.to(device)])
-    norms = input_norms(model, together, tracing)
-    base = {name: pooled(value[count:]) for name, value in norms.items()}
-    if pool:
-        targets = [{name: pooled(value[:count]) for name, value in norms.items()}]
-    else:
-        targets = [{name: value[k] for name, value in norms.items()} for k in range(count)]
-
-    def made() -> Iterator[dict[str, torch.Tensor]]:
-        with progress_bar("wanda: select", len(targets)) as advance:
-            for target in targets:
-                yield {
-                    f"{name}.weight": select_over_time(
-                        weight,
-                        target[name],
-                        base[name],
-                        fraction=fraction,
-                        select_ratio=select_ratio,
-                    ).cpu()
-                    for name, weight in weights.items()
-                }
-                advance(1)
-
-    return made()
-
-
-def select(
-    weight: torch.Tensor, target_norm: torch.Tensor, base_norm: torch.Tensor, fraction: float
-) -> torch.Tensor:
-    """Weights that are among a row's most important and more important than for the base.
-
-    Args:
-        weight: (C_out, C_in), any float dtype; scores are fp32.
-        target_norm: Norms of a step's inputs under the target (C_in,), >= 0.
-        base_norm: The same under the base (C_in,).
-        fraction: r; the floor(r C_in) highest scores |weight| * norm of each row are candidates.
-
-    Returns:
-        Boolean mask (C_out, C_in).
-    """
-    size = weight.detach().abs().float()
-    target, base = size * target_norm, size * base_norm
-    top = target.topk(_row_count(weight.shape[1], fraction), dim=1).indices
-    chosen = torch.zeros_like(target, dtype=torch.bool).scatter_(1, top, True)
-    return chosen & (target > base)
-
-
-def select_over_time(
-    weight: torch.Tensor,
-    target_norms: torch.Tensor,
-    base_norms: torch.Tensor,
-    *,
-    fraction: float,
-    select_ratio: float,
-) -> torch.Tensor:
-    """Weights that ``select`` chooses in more than ``select_ratio`` of S steps.
-
-    Args:
-        weight: (C_out, C_in).
-        target_norms: Norms of each step (S, C_in).
-        base_norms: The same under the base (S, C_in).
-        fraction: As for ``select``.
-        select_ratio: In [0, 1).
-
-    Returns:
-        Boolean mask (C_out, C_in).
-    """
-    times = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
-    for target, base in zip(target_norms, base_norms, strict=True):
-        times += select(weight, target, base, fraction)
-    return times > select_ratio * len(target_norms)
-
-
-def _row_count(width: int, fraction: float) -> int:
-    # 0.29 * 100 is 28.999...96 in floating point
-    return math.floor(fraction * width + 1e-9)
-
-
-def _check_row(name: str, width: int, fraction: float) -> None:
-    if _row_count(width, fraction) < 1:
-        raise InputError(
-            f"{fraction} of the {width} weights in a row of {name} is less than one weight\n"
-            f"  where: mitigation.fraction\n"
-            f"  fix:   at least {1 / width:.4g}, or drop the layer's stage from mitigation.stages"
-        )
-
-
-def _weight(layer: torch.nn.Module) -> torch.Tensor:
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-# -------- wanda
-
-# types of settings are looked up when a configuration is checked
-
-
-STAGES: tuple[Stage, ...] = ("down", "mid", "up")
+"""Embeddings of a batch on the CPU: kernels are chosen by shape, so in batches of one shape an
+embedding gets the same norms in any company."""
 
 
 @dataclass(frozen=True)
@@ -469,28 +151,73 @@ class Wanda:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Choose weights by embeddings, whether they are those of prompts or not.
 
+        The model runs before this returns, in batches that all embeddings share; masks are made
+        one by one, since each is as large as the layers. On the CPU an embedding's mask does not
+        depend on the others.
+
         Args:
             model: Checkpoint; left as it was.
             embeddings: Text embeddings (N, T, D).
             context: Gives the sampler and, for base ``corpus``, ordinary prompts.
-            pool: One mask for all embeddings rather than one for each.
+            pool: One mask for all embeddings, from their pooled norms, rather than one for each.
 
         Returns:
-            Masks in turn, see ``wanda_masks``.
+            For each embedding in turn: ``<layer>.weight`` to (C_out, C_in), True where pruned, on
+            the CPU.
+
+        Raises:
+            InputError: The sampler takes fewer steps, or ``fraction`` of a row is less than one
+                weight.
         """
-        if self.base == "empty":
-            base = model.empty_embedding()
-        else:
-            base = context.prompts(model, "calibration", self.base_prompts)
-        return wanda_masks(
-            model,
-            embeddings,
-            base,
-            tracing=self.tracing(context.sampling),
-            fraction=self.fraction,
-            select_ratio=self.select_ratio,
-            pool=pool,
+        tracing, layers = self.tracing(context.sampling), self._layers(model)
+        base_embeddings = (
+            model.empty_embedding()
+            if self.base == "empty"
+            else context.prompts(model, "calibration", self.base_prompts)
         )
+        count, device = len(embeddings), model.device
+        together = torch.cat([embeddings.to(device), base_embeddings.to(device)])
+        norms = input_norms(model, together, tracing)
+        base = {name: pooled(value[count:]) for name, value in norms.items()}
+        if pool:
+            targets = [{name: pooled(value[:count]) for name, value in norms.items()}]
+        else:
+            targets = [{name: value[k] for name, value in norms.items()} for k in range(count)]
+
+        def masks() -> Iterator[dict[str, torch.Tensor]]:
+            with progress_bar("wanda: select", len(targets)) as advance:
+                for target in targets:
+                    yield {
+                        f"{name}.weight": select_over_time(
+                            layer.weight,
+                            target[name],
+                            base[name],
+                            fraction=self.fraction,
+                            select_ratio=self.select_ratio,
+                        ).cpu()
+                        for name, layer in layers.items()
+                    }
+                    advance(1)
+
+        return masks()
+
+    def _layers(self, model: TextToImage) -> dict[str, nn.Linear]:
+        """Feed-forward output layers by name.
+
+        Raises:
+            InputError: ``fraction`` of a row is less than one weight.
+        """
+        layers = feed_forward_layers(model, self.stages)
+        for name, layer in layers.items():
+            if _row_count(layer.in_features, self.fraction) < 1:
+                raise InputError(
+                    f"{self.fraction} of the {layer.in_features} weights in a row of {name} is "
+                    f"less than one weight\n"
+                    f"  where: mitigation.fraction\n"
+                    f"  fix:   at least {1 / layer.in_features:.4g}, or drop the layer's stage "
+                    f"from mitigation.stages"
+                )
+        return layers
 
 
 def _notes(
@@ -516,3 +243,212 @@ def _notes(
             pair for pair, own in zip(ids, counts, strict=True) if not sum(own.values())
         ]
     return notes
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """Which passes of a sampler are looked at.
+
+    Attributes:
+        sampling: Sampler, steps and guidance. With guidance both halves, the prompt's and the
+            empty prompt's, count, as in the reference.
+        steps: First steps of the sampler that are looked at; the rest is not run.
+        seed: First seed of the starting noise, the same noise for every embedding.
+        seeds: Starting noises ``seed``, ``seed + 1``, ...; their norms are pooled.
+        stages: Which feed-forward layers.
+    """
+
+    sampling: Sampling
+    steps: int = 10
+    seed: int = 0
+    seeds: int = 1
+    stages: tuple[Stage, ...] = STAGES
+
+
+class _EnoughError(Exception):
+    """The steps that are looked at are done."""
+
+
+def input_norms(
+    model: TextToImage, embeddings: torch.Tensor, tracing: Tracing
+) -> dict[str, torch.Tensor]:
+    """Norms of the inputs of every feed-forward output layer, for each embedding by itself.
+
+    Every token's input vector is scaled to length 1 first, so that no token counts more than
+    another; then each input's Euclidean norm is taken over tokens, guidance halves and seeds, in
+    fp32. Nothing is decoded, and the sampler is left after the last step that counts.
+
+    Args:
+        model: Checkpoint; left as it was.
+        embeddings: Text embeddings (N, T, D), of prompts or from anywhere else.
+        tracing: Which passes.
+
+    Returns:
+        Layer name, in execution order, to norms (N, ``steps``, C_in) >= 0, fp32, on the model's
+        device.
+
+    Raises:
+        InputError: The sampler takes fewer steps.
+    """
+    if tracing.steps > tracing.sampling.steps:
+        raise InputError(
+            f"Wanda looks at the first {tracing.steps} steps, but the sampler takes "
+            f"{tracing.sampling.steps}\n"
+            f"  where: mitigation.steps\n"
+            f"  fix:   mitigation.steps={tracing.sampling.steps}, or a sampler with more steps"
+        )
+    layers = feed_forward_layers(model, tracing.stages)
+    on_cpu = model.device.type == "cpu"
+    batch_size = CPU_ROWS if on_cpu else max(1, tracing.sampling.batch)
+    count = len(embeddings)
+    squares = {
+        name: torch.zeros(count, tracing.steps, layer.in_features, device=model.device)
+        for name, layer in layers.items()
+    }
+    with model.frozen(), progress_bar("wanda: trace", count * tracing.seeds) as advance:
+        for seed in range(tracing.seed, tracing.seed + tracing.seeds):
+            noise = generation_noise(seed, model.latent_shape)
+            for batch, valid in fixed_batches(range(count), batch_size):
+                rows = batch if on_cpu else batch[:valid]
+                traced = _trace(model, layers, embeddings[rows], noise=noise, tracing=tracing)
+                for name, value in traced.items():
+                    squares[name][batch[:valid]] += value[:valid]
+                advance(valid)
+    return {name: value.sqrt() for name, value in squares.items()}
+
+
+def pooled(norms: torch.Tensor) -> torch.Tensor:
+    """Root mean square over embeddings: norms (N, S, C_in) to (S, C_in).
+
+    The reference adds squares over as many target as base prompts. The mean gives the same
+    choice there, and is comparable where the numbers differ.
+    """
+    # a square root's square is not the number: one embedding must stay as it is
+    return norms[0] if len(norms) == 1 else norms.square().mean(0).sqrt()
+
+
+def feed_forward_layers(model: TextToImage, stages: Sequence[Stage]) -> dict[str, nn.Linear]:
+    """Output layers of the feed-forward blocks by name, in execution order."""
+    layers = {}
+    for name, layer in model.layers("feed_forward.out", tuple(stages)).items():
+        assert isinstance(layer, nn.Linear)
+        layers[name] = layer
+    return layers
+
+
+def _trace(
+    model: TextToImage,
+    layers: Mapping[str, nn.Module],
+    embeddings: torch.Tensor,
+    *,
+    noise: torch.Tensor,
+    tracing: Tracing,
+) -> dict[str, torch.Tensor]:
+    """Squared norms (n, steps, C_in) of one pass of n embeddings from one starting noise."""
+    count = len(embeddings)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    with _listening(model, layers, seen, count=count, steps=tracing.steps):
+        try:
+            model.denoise(embeddings, noise.expand(count, -1, -1, -1), tracing.sampling)
+        except _EnoughError:
+            pass
+        else:
+            raise RuntimeError(f"the sampler ended before its step {tracing.steps}")
+    return {name: torch.stack(steps, 1) for name, steps in seen.items()}
+
+
+@contextmanager
+def _listening(
+    model: TextToImage,
+    layers: Mapping[str, nn.Module],
+    seen: dict[str, list[torch.Tensor]],
+    *,
+    count: int,
+    steps: int,
+) -> Iterator[None]:
+    """Hooks while open: note every layer's inputs, and stop after ``steps`` passes."""
+    done = 0
+
+    def listener(name: str) -> Any:
+        def listen(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[name].append(_squares(inputs[0], count))
+
+        return listen
+
+    def finish(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == steps:
+            raise _EnoughError
+
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(listener(name)))
+        # after the pass, not before the next: that one would be counted as an evaluation
+        handles.append(model.denoiser().register_forward_hook(finish))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _squares(inputs: torch.Tensor, count: int) -> torch.Tensor:
+    """Squared column norms (n, C_in) of token-normalised inputs (halves x n, tokens, C_in).
+
+    Rows of the halves follow each other: row k of every half belongs to embedding k.
+    """
+    rows = F.normalize(inputs.detach().float(), dim=-1).square().sum(1)
+    return rows.view(-1, count, rows.shape[1]).sum(0)
+
+
+def select(
+    weight: torch.Tensor, target_norm: torch.Tensor, base_norm: torch.Tensor, fraction: float
+) -> torch.Tensor:
+    """Weights that are among a row's most important and more important than for the base.
+
+    Args:
+        weight: (C_out, C_in), any float dtype; scores are fp32.
+        target_norm: Norms of a step's inputs under the target (C_in,), >= 0.
+        base_norm: The same under the base (C_in,).
+        fraction: r; the floor(r C_in) highest scores |weight| * norm of each row are candidates.
+
+    Returns:
+        Boolean mask (C_out, C_in).
+    """
+    size = weight.detach().abs().float()
+    target, base = size * target_norm, size * base_norm
+    top = target.topk(_row_count(weight.shape[1], fraction), dim=1).indices
+    chosen = torch.zeros_like(target, dtype=torch.bool).scatter_(1, top, True)
+    return chosen & (target > base)
+
+
+def select_over_time(
+    weight: torch.Tensor,
+    target_norms: torch.Tensor,
+    base_norms: torch.Tensor,
+    *,
+    fraction: float,
+    select_ratio: float,
+) -> torch.Tensor:
+    """Weights that ``select`` chooses in more than ``select_ratio`` of S steps.
+
+    Args:
+        weight: (C_out, C_in).
+        target_norms: Norms of each step (S, C_in).
+        base_norms: The same under the base (S, C_in).
+        fraction: As for ``select``.
+        select_ratio: In [0, 1).
+
+    Returns:
+        Boolean mask (C_out, C_in).
+    """
+    times = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
+    for target, base in zip(target_norms, base_norms, strict=True):
+        times += select(weight, target, base, fraction)
+    return times > select_ratio * len(target_norms)
+
+
+def _row_count(width: int, fraction: float) -> int:
+    # 0.29 * 100 is 28.999...96 in floating point
+    return math.floor(fraction * width + 1e-9)

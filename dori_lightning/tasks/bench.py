@@ -206,7 +206,7 @@ def _sampling(bench: Bench) -> Family:
 def _nemo(bench: Bench) -> Family:
     method = instantiate(bench.cfg.task.nemo)
     rows = nemo_rows(bench.subject, bench.settings, method)
-    title = f"NeMo by {method.criterion} on {bench.settings.nemo_pairs} pairs"
+    title = f"NeMo by {type(method.criterion).__name__} on {bench.settings.nemo_pairs} pairs"
     return Family("nemo", title, rows, _said(bench, "nemo_pairs", "nemo_repeats"))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 
 from dori_lightning.audit.evaluation import reference_images
 from dori_lightning.config import groups
-from dori_lightning.mitigations.base import Mitigation, settings_fingerprint
+from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.edits import (
     Edit,
     read_edit,
@@ -57,74 +58,6 @@ from dori_lightning.tasks.audit import make_context
 from dori_lightning.tasks.run_record import git_sha, logged, package_versions
 from dori_lightning.types import InputError, Pair
 
-# -------- export_files
-# The files of an export: complete and read back, or not there.
-
-
-def export_folder(place: Path, parts: Parts, weights: Weights, card: bytes) -> None:
-    """Write a diffusers folder with its card, unless it is there."""
-    if place.is_dir():
-        log.info("%s is there already", place)
-        return
-    with _partial(place) as partial:
-        write_folder(partial, parts, weights)
-        (partial / "README.md").write_bytes(card)
-        check_written(partial, weights)
-
-
-def export_single(place: Path, parts: Parts, weights: Weights, notes: Mapping[str, str]) -> None:
-    """Write a single file with ``notes`` in its header, unless it is there."""
-    if place.is_file():
-        log.info("%s is there already", place)
-        return
-    with _partial(place) as partial:
-        config = partial.with_name(f"{partial.name}.config")
-        _remove(config)
-        try:
-            write_configs(config, parts)
-            write_single(partial, parts, weights, notes)
-            check_written(partial, weights, config=config)
-        finally:
-            shutil.rmtree(config, ignore_errors=True)
-
-
-@contextmanager
-def _partial(place: Path) -> Iterator[Path]:
-    """A private place to write to, which becomes ``place`` in one step once it is complete.
-
-    Whoever uses it holds the folder's lock, so what is there already was left by a killed run.
-    """
-    partial = place.with_name(f".partial-{place.name}")
-    _remove(partial)
-    try:
-        yield partial
-        _flush(sorted(partial.rglob("*")) if partial.is_dir() else [partial])
-        partial.rename(place)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
-def _flush(paths: Sequence[Path]) -> None:
-    """Bring files to the disk before their name says that they are complete."""
-    for path in paths:
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def file_name(text: str) -> str:
-    """Text as the name of a file."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "checkpoint"
-
-
-# -------- export
-
 log = logging.getLogger(__name__)
 
 FORMATS = ("diffusers", "single_file")
@@ -132,14 +65,18 @@ FORMATS = ("diffusers", "single_file")
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The edit that goes into the weights, and what the card says of it."""
+    """The edit that goes into the weights, and what the card says of it.
+
+    Attributes:
+        edit: One set of weights for all.
+        mitigation: Name of what found it.
+        pairs: Kind to number of the pairs it was made for; None where unknown.
+        seed: Run seed; None where unknown.
+    """
 
     edit: Edit
     mitigation: str
-    settings: Mapping[str, Any]
-    cost: Mapping[str, float]
     pairs: Mapping[str, int] | None
-    pair: str | None
     seed: int | None
 
 
@@ -162,7 +99,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
     pairs = [] if given is not None else instantiate(cfg.pairs).read()
     model: StableDiffusion = instantiate(cfg.checkpoint)
     if given is not None:
-        chosen = _from_file(cfg, given)
+        # what it was calibrated on is not known
+        name = (given.origin and given.origin.mitigation) or "unnamed"
+        chosen = _Chosen(_for_one_checkpoint(given, cfg.task.pair, name), name, None, None)
     else:
         chosen = _from_mitigation(cfg, model, mitigation, pairs)
     if not distributed.is_first():  # all processes make the edit, one of them writes
@@ -179,14 +118,19 @@ def run(cfg: DictConfig, folder: Path) -> None:
             write_edit(folder / "edit.safetensors", chosen.edit)
         exported = _describe(cfg, model, chosen, weights, changed)
         card = model_card(exported, record).encode()
-        single = folder / f"{file_name(f'{model.name}-{chosen.mitigation}')}.safetensors"
-        notes = {"fingerprint": exported.exported, "original": exported.fingerprint}
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model.name}-{chosen.mitigation}").strip(".-")
         with progress_bar("export", len(formats)) as advance:
             if "diffusers" in formats:
-                export_folder(folder / "diffusers", parts, weights, card)
+                _export_folder(folder / "diffusers", parts, weights, card)
                 advance(1)
             if "single_file" in formats:
-                export_single(single, parts, weights, {**notes, "edit": exported.edit})
+                notes = {
+                    "fingerprint": exported.exported,
+                    "original": exported.fingerprint,
+                    "edit": exported.edit,
+                }
+                single = folder / f"{name or 'checkpoint'}.safetensors"
+                _export_single(single, parts, weights, notes)
                 advance(1)
         home = folder / "diffusers"
         write_atomically((home if home.is_dir() else folder) / "README.md", card)
@@ -203,15 +147,6 @@ def _check_settings(cfg: DictConfig) -> tuple[str, ...]:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"task.dtype must be one of {', '.join(DTYPES)} or null, got {dtype!r}")
     return formats
-
-
-def _from_file(cfg: DictConfig, edit: Edit) -> _Chosen:
-    """Take the edit that the user names; what it was calibrated on is not known."""
-    origin = edit.origin
-    assert origin is not None, "files hold no empty edits"
-    own = _for_one_checkpoint(edit, _pair(cfg), origin.mitigation)
-    name = origin.mitigation or "unnamed"
-    return _Chosen(own, name, origin.settings, origin.cost, None, _pair(cfg), None)
 
 
 def _from_mitigation(
@@ -231,18 +166,11 @@ def _from_mitigation(
     suspected = [pair for pair in pairs if pair.kind != "control"]
     edit = context.find(mitigation, model, suspected).edit
     return _Chosen(
-        edit=_for_one_checkpoint(edit, _pair(cfg), mitigation.name),
-        mitigation=mitigation.name,
-        settings=settings_fingerprint(mitigation),
-        cost=edit.origin.cost if edit.origin else {},
+        _for_one_checkpoint(edit, cfg.task.pair, mitigation.name),
+        mitigation.name,
         pairs=Counter(pair.kind for pair in suspected),
-        pair=_pair(cfg),
         seed=cfg.seed,
     )
-
-
-def _pair(cfg: DictConfig) -> str | None:
-    return None if cfg.task.pair is None else str(cfg.task.pair)
 
 
 def _for_one_checkpoint(edit: Edit, pair: str | None, mitigation: str) -> Edit:
@@ -251,6 +179,7 @@ def _for_one_checkpoint(edit: Edit, pair: str | None, mitigation: str) -> Edit:
     Raises:
         InputError: It has one for each pair and none is named, or the other way round.
     """
+    pair = None if pair is None else str(pair)
     if edit.pairs and pair is None:
         raise InputError(
             f"{mitigation} prunes other weights for each of {len(edit.pairs)} pairs, and one "
@@ -358,6 +287,7 @@ def _describe(
 ) -> Exported:
     source, revision = str(cfg.checkpoint.source), cfg.checkpoint.get("revision")
     public = source.startswith("package:") or isinstance(resolve_source(source, revision), tuple)
+    origin = chosen.edit.origin
     return Exported(
         checkpoint=model.name,
         source=source if public else None,
@@ -367,13 +297,60 @@ def _describe(
         dtypes=weights.dtypes,
         exact=weights.exact,
         mitigation=chosen.mitigation,
-        settings=chosen.settings,
-        cost=chosen.cost,
+        settings=origin.settings if origin else {},
+        cost=origin.cost if origin else {},
         edit=chosen.edit.identity,
         changed=changed,
         pairs=chosen.pairs,
-        pair=chosen.pair,
+        pair=None if cfg.task.pair is None else str(cfg.task.pair),
         seed=chosen.seed,
         git_sha=git_sha(),
         packages=package_versions(),
     )
+
+
+def _export_folder(place: Path, parts: Parts, weights: Weights, card: bytes) -> None:
+    """Write a diffusers folder with its card, unless it is there."""
+    if place.is_dir():
+        log.info("%s is there already", place)
+        return
+    with _complete_or_absent(place) as partial:
+        write_folder(partial, parts, weights)
+        (partial / "README.md").write_bytes(card)
+        check_written(partial, weights)
+
+
+def _export_single(place: Path, parts: Parts, weights: Weights, notes: Mapping[str, str]) -> None:
+    """Write a single file with ``notes`` in its header, unless it is there."""
+    if place.is_file():
+        log.info("%s is there already", place)
+        return
+    with _complete_or_absent(place) as partial, TemporaryDirectory() as config:
+        write_configs(Path(config), parts)
+        write_single(partial, parts, weights, notes)
+        check_written(partial, weights, config=Path(config))
+
+
+@contextmanager
+def _complete_or_absent(place: Path) -> Iterator[Path]:
+    """A private place to write to, which becomes ``place`` in one step once it is complete.
+
+    Whoever uses it holds the folder's lock, so what is there already was left by a killed run.
+    """
+    partial = place.with_name(f".partial-{place.name}")
+    _remove(partial)
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*")) if partial.is_dir() else [partial]:
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # before its name says that it is complete
+        partial.rename(place)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

@@ -83,9 +83,9 @@ def _rows(
             "without_spread": int((statistics.stds[name] == 0).sum()),
             "mean": float(statistics.means[name].mean()),
             "std": float(statistics.stds[name].mean()),
-            **asdict(own),
+            **asdict(measured),
         }
-        for name, own in influence.items()
+        for name, measured in influence.items()
     ]
 
 

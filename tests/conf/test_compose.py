@@ -16,7 +16,8 @@ OPTIONS = [(group, option) for group, options in config.groups().items() for opt
 #: Groups that a checkout without its yaml files would silently drop from the tests.
 GROUPS = {
     "attack", "attack/budget", "checkpoint", "corpus", "experiment", "logger", "metrics",
-    "mitigation", "pairs", "paths", "report", "sampling", "task", "trainer", "utility",
+    "mitigation", "mitigation/criterion", "pairs", "paths", "report", "sampling", "task",
+    "trainer", "utility",
 }  # fmt: skip
 
 
@@ -28,7 +29,8 @@ def composed(*overrides: str) -> DictConfig:
 @functools.cache
 def chosen(group: str, option: str) -> DictConfig:
     """A config that several tests look at, and that none may change."""
-    return composed(f"{'+' if group == 'experiment' else ''}{group}={option}")
+    above = ["mitigation=nemo"] if group.startswith("mitigation/") else []
+    return composed(*above, f"{'+' if group == 'experiment' else ''}{group}={option}")
 
 
 def test_every_group_is_found():

@@ -4,6 +4,9 @@ A new mitigation is one Python file and one yaml; it is found here by itself.
 """
 
 import dataclasses
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +14,16 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+import dori_lightning.mitigations
 from dori_lightning import config
 from dori_lightning.mitigations.base import Context, settings_fingerprint
-from dori_lightning.mitigations.edits import (
-    MaskEdit,
-    PairMaskEdit,
-    WeightEdit,
-    read_edit,
-    write_edit,
-)
+from dori_lightning.mitigations.edits import read_edit, write_edit
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Pair
 from support.context import make_context, read_pairs
-from support.runs import configuration
-from support.tiny import tiny_model
+from support.runs import configuration, run_task, write_pairs
+from support.tiny import tiny_model, write_tiny
 
 NAMES = sorted(file.stem for file in (config.CONF / "mitigation").glob("*.yaml"))
 
@@ -145,8 +143,13 @@ def test_names_are_those_of_the_files_and_settings_are_plain(name: str) -> None:
 def test_contract(
     name: str, tmp_path: Path, model: StableDiffusion, pairs: tuple[Pair, ...]
 ) -> None:
+    check_contract(mitigation_of(name), tmp_path, model, pairs)
+
+
+def check_contract(
+    mitigation: Any, tmp_path: Path, model: StableDiffusion, pairs: tuple[Pair, ...]
+) -> None:
     """Deterministic, reads only what it may, changes what it counts, and leaves no trace."""
-    mitigation = mitigation_of(name)
     before = state_of(model)
     context, suspected = guarded_context(tmp_path / "first", model, pairs)
     edit = mitigation.apply(model, suspected, context)
@@ -177,22 +180,76 @@ def test_contract(
         assert images.isfinite().all()
     assert_same(before, state_of(model))
 
-    counts = edit.counts()
-    if isinstance(edit, MaskEdit):
-        for key, count in counts.items():
-            weight = before["weights"][key]
-            rows = edit.masks[key].dim() == 1
-            pruned = weight[edit.masks[key]]
-            assert changed[key] == int((pruned != 0).sum())
-            assert count == (len(pruned) if rows else pruned.numel())
-        assert not any(changed[key] for key in changed.keys() - counts.keys())
-    elif isinstance(edit, PairMaskEdit):
-        assert set(edit.masks) == set(ids)
+    if edit.pairs:
+        assert set(edit.pairs) == set(ids)
         assert not any(changed.values()), "a per-pair edit leaves the weights alone"
-    elif isinstance(edit, WeightEdit):
-        assert counts
-        assert {key for key, count in changed.items() if count} == set(counts)
-
+    else:
+        assert {key: count for key, count in (edit.changed(model) or {}).items() if count} == {
+            key: count for key, count in changed.items() if count
+        }
+        assert {key for key, count in changed.items() if count} <= set(edit.counts())
+    for pair_id in ids:
+        assert edit.for_pair(pair_id).pairs == ()
     if edit.kind:
         path = write_edit(tmp_path / "edit.safetensors", edit)
         assert read_edit(path).identity == edit.identity
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
+def readme_block(language: str) -> str:
+    """The code block of a language in the README's section on adding a mitigation."""
+    section = README.partition("# Add a mitigation\n")[2]
+    section = re.split(r"^#{2,3} ", section, maxsplit=1, flags=re.MULTILINE)[0]
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    return str(block)
+
+
+def test_a_new_mitigation_is_one_python_file_and_one_yaml(
+    tmp_path: Path,
+    model: StableDiffusion,
+    pairs: tuple[Pair, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The README's example passes the contract, is planned and is audited; nothing else knows."""
+    code, conf = readme_block("python"), tmp_path / "conf"
+    assert len([line for line in code.splitlines() if line.strip()]) <= 22
+    place = [*dori_lightning.mitigations.__path__, str(tmp_path)]
+    monkeypatch.setattr(dori_lightning.mitigations, "__path__", place)
+    (tmp_path / "loudest_values.py").write_text(code, "utf-8")
+    shutil.copytree(config.CONF, conf)
+    monkeypatch.setattr(config, "CONF", conf)
+    (conf / "mitigation" / "loudest_values.yaml").write_text(readme_block("yaml"), "utf-8")
+
+    assert "loudest_values" in config.groups()["mitigation"]
+    cfg = configuration("mitigation=loudest_values")
+    config.check_targets(cfg)
+    config.check_signatures(cfg)
+    check_contract(mitigation_of("loudest_values"), tmp_path, model, pairs)
+
+    audit = (
+        "mitigation=loudest_values",
+        "pairs=folder",
+        f"pairs.path={write_pairs(tmp_path / 'listed')}",
+        "corpus=none",
+        "utility=none",
+        f"checkpoint.source={write_tiny(tmp_path / 'checkpoint')}",
+        "checkpoint.name=tiny",
+        "checkpoint.device=cpu",
+        "trainer=cpu",
+        "attack.inits=[prompt]",
+        "attack.budget.steps=1",
+        "attack.snapshots=[]",
+        "attack.noise_batch=1",
+        "sampling.steps=2",
+        "sampling.images_per_pair=1",
+        "metrics.descriptors.local_correlation.threshold=0.5",
+    )
+    run_task(tmp_path / "planned", *audit, "task.dry_run=true", experiment="audit")
+    assert "loudest_values" in "".join(capsys.readouterr())
+    run_task(tmp_path / "run", *audit, experiment="audit")
+    cells = json.loads((tmp_path / "run" / "report.json").read_text())["cells"]
+    assert {cell["mitigation"] for cell in cells} == {"none", "loudest_values"}
+    assert json.loads((tmp_path / "run" / "edit.json").read_text())["changed_weights"] > 0

@@ -11,33 +11,30 @@ from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit, read_edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.nemo_criteria import (
-    Part,
-    blocked_passes,
+    DenoisingLoss,
+    NoiseDifference,
+    Question,
+    Replication,
+    blockable,
     fitting,
-    measurement,
     noise_difference,
-    watch_noises,
 )
-from dori_lightning.mitigations.nemo_search import Probe, Schedule, levels_of
+from dori_lightning.mitigations.nemo_search import Levels
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import NoCorpus
+from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.types import InputError, Pair
 from support.context import make_context
 from support.threads import threads
 from support.tiny import tiny_model
 
 #: Few levels, samples and prompts; a random model memorizes nothing, so it has to block anyway.
+NOISE = NoiseDifference(threshold_prompts=4, threshold=0.98, when_not_memorized="block")
 SMALL = NeMo(
+    criterion=NOISE,
     samples=2,
     statistics_prompts=20,
-    threshold_prompts=4,
-    threshold=0.98,
-    when_not_memorized="block",
-    start_z=2.0,
-    z_step=0.5,
-    start_k=1,
-    rows=6,
-    candidates=4,
+    levels=Levels(start_z=2.0, z_step=0.5, start_k=1),
 )
 
 
@@ -73,23 +70,21 @@ def sets(edit: Any) -> dict[str, list[tuple[str, int]]]:
     }
 
 
-def test_several_tests_to_a_pass_select_the_neurons_of_one_at_a_time(
+def test_pairs_that_share_batches_get_the_neurons_of_one_pair_at_a_time(
     loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     sizes = set()
     for settings in (
-        replace(SMALL, threshold=0.99),
-        replace(SMALL, criterion="denoising_loss", when_not_memorized="leave"),
+        replace(SMALL, criterion=replace(NOISE, threshold=0.99)),
+        replace(SMALL, criterion=DenoisingLoss()),
+        replace(SMALL, criterion=Replication(limit=0.01), refine_group=16),
     ):
-        alone = replace(settings, candidates=1)
-        one = [alone.apply(loud, [pair], shop) for pair in suspected]
         many = settings.apply(loud, suspected, shop)
-        for edit, pair in zip(one, suspected, strict=True):
-            assert sets(edit)[pair.id] == sets(many)[pair.id]
-            mine, theirs = (e.origin.notes["pairs"][pair.id] for e in (edit, many))
-            asked = (mine.pop("unet_evaluations", 0), theirs.pop("unet_evaluations", 0))
+        for pair in suspected:
+            alone = settings.apply(loud, [pair], shop)
+            assert sets(alone)[pair.id] == sets(many)[pair.id]
+            mine, theirs = (e.origin.notes["pairs"][pair.id] for e in (alone, many))
             assert mine == theirs
-            assert asked[0] == mine.get("one_at_a_time", 0) <= asked[1]
             sizes.add((mine.get("selected"), mine.get("refined")))
     assert len(sizes) > 1
 
@@ -102,11 +97,11 @@ def test_blocking_a_row_is_what_its_edit_does(loud: StableDiffusion) -> None:
     noise = torch.randn((2, *loud.latent_shape), generator=generator)
     embeddings = loud.encode_prompts(["a red cat", "boat at night"])
     inputs = (noise, torch.tensor([500, 500]), embeddings)
-    parts = [Part(str(k), tuple(x[k : k + 1] for x in inputs), blocked[k]) for k in range(2)]
-    with blocked_passes(layers, loud.predict_noise, rows=4) as passes:
-        found = torch.cat(passes.run(parts))
-        free = torch.cat(passes.run([replace(part, blocked=None) for part in parts]))
-    widths = list(passes.widths.values())
+    rows = [tuple(x[k : k + 1] for x in inputs) for k in range(2)]
+    with blockable(loud, layers, loud.predict_noise) as model:
+        found = torch.cat(model.run([Question(str(k), rows[k], blocked[k]) for k in range(2)]))
+        free = torch.cat(model.run([Question(str(k), rows[k]) for k in range(2)]))
+    widths = list(model.widths.values())
     masks = [
         {f"{name}.weight": part for name, part in zip(layers, row.split(widths), strict=True)}
         for row in blocked
@@ -126,8 +121,8 @@ def test_answers_are_the_same_bits_in_any_company(loud: StableDiffusion) -> None
     generator = torch.Generator().manual_seed(4)
     neurons = sum(layer.weight.shape[0] for layer in layers.values())
     embeddings = loud.encode_prompts(["a red cat", "boat at night", "blue sea"])
-    parts = [
-        Part(
+    questions = [
+        Question(
             str(k),
             (
                 torch.randn((2, *loud.latent_shape), generator=generator),
@@ -138,42 +133,42 @@ def test_answers_are_the_same_bits_in_any_company(loud: StableDiffusion) -> None
         )
         for k in range(3)
     ]
-    with blocked_passes(layers, loud.predict_noise, rows=6) as passes:
-        together = passes.run(parts)
-        backwards = passes.run(parts[::-1])[::-1]
-        alone = [passes.run([part])[0] for part in parts]
-    with threads(2), blocked_passes(layers, loud.predict_noise, rows=6, beside=2) as passes:
-        beside = passes.run([*parts, *parts[::-1]])
+    with blockable(loud, layers, loud.predict_noise) as model:
+        together = model.run(questions)
+        backwards = model.run(questions[::-1])[::-1]
+        alone = [model.run([question])[0] for question in questions]
+        with threads(2):
+            parallel = model.run(questions * 12)
     for k in range(3):
         assert torch.equal(together[k], alone[k])
         assert torch.equal(together[k], backwards[k])
-        assert torch.equal(together[k], beside[k])
-        assert torch.equal(together[k], beside[5 - k])
+        assert all(torch.equal(together[k], parallel[n]) for n in range(k, 36, 3))
 
 
-def test_similarities_do_not_depend_on_what_else_is_asked(loud: StableDiffusion) -> None:
+def test_similarities_do_not_depend_on_what_else_is_asked(
+    loud: StableDiffusion, shop: Context
+) -> None:
     """The range of values is that of one question's samples, as if it were asked alone."""
     layers = loud.layers("cross_attention.value")
     generator = torch.Generator().manual_seed(6)
     neurons = sum(layer.weight.shape[0] for layer in layers.values())
-    embeddings = dict(zip("ab", loud.encode_prompts(["a red cat", "boat at night"]), strict=True))
-    with blocked_passes(layers, loud.predict_noise, rows=8) as passes:
-        watched = watch_noises(
-            passes,
-            embeddings,
-            latents=torch.randn((2, *loud.latent_shape), generator=generator),
-            timestep=torch.tensor(961),
-            similarity=fitting(16),
-            threshold=0.9,
-        )
-        probes = [
-            Probe(pair, torch.rand(neurons, generator=generator) > share)
+    prompts = loud.encode_prompts(["a red cat", "boat at night"])
+    encoded = [Encoded(torch.zeros(loud.latent_shape), embedding) for embedding in prompts]
+    pairs = dict(zip("ab", encoded, strict=True))
+    with blockable(loud, layers, loud.predict_noise) as model:
+        probes, _ = NOISE.probes(model.run, loud, pairs=pairs, context=shop, samples=2)
+        questions = [
+            Question(pair, probes[pair].inputs, torch.rand(neurons, generator=generator) > share)
             for pair, share in (("a", 0.2), ("a", 0.9), ("b", 0.5), ("b", 1.0))
         ]
-        measure = measurement(passes, watched)
-        together = measure(probes)
-        assert together == [measure([probe])[0] for probe in probes]
-        assert together == measure(probes[::-1])[::-1]
+
+        def answers(questions: list[Question]) -> list[float]:
+            outputs = model.run(questions)
+            return [probes[q.pair].similarity(x) for q, x in zip(questions, outputs, strict=True)]
+
+        together = answers(questions)
+        assert together == [answers([question])[0] for question in questions]
+        assert together == answers(questions[::-1])[::-1]
     assert len(set(together)) == 4
     assert together[-1] == pytest.approx(1, abs=1e-6)  # nothing is blocked
 
@@ -206,12 +201,11 @@ def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its
     again = read_edit(found.path)
     assert again.identity == found.edit.identity
     notes = again.origin.notes
-    assert notes["threshold"] == SMALL.threshold
+    assert notes["threshold"] == NOISE.threshold
     for pair, own in found.edit.masks.items():
         assert notes["pairs"][pair]["refined"] == sum(int(mask.sum()) for mask in own.values())
-    assert again.origin.cost["unet_evaluations"] > 0
-    assert again.origin.cost["unet_evaluations_one_at_a_time"] == sum(
-        own["one_at_a_time"] for own in notes["pairs"].values()
+    assert again.origin.cost["unet_evaluations"] > sum(
+        own["unet_evaluations"] for own in notes["pairs"].values()
     )
 
 
@@ -253,18 +247,21 @@ def test_refinement_only_takes_away(
 def test_a_prompt_without_memorization_is_left_alone(
     loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
-    settings = replace(SMALL, when_not_memorized="leave", threshold=0.999)
+    criterion = replace(NOISE, when_not_memorized="leave", threshold=0.999)
+    settings = replace(SMALL, criterion=criterion)
     edit = settings.apply(loud, suspected, shop)
     assert not any(sets(edit).values())
     assert all(not own["memorized"] for own in edit.origin.notes["pairs"].values())
-    assert edit.origin.cost["unet_evaluations_one_at_a_time"] == 0
+    assert not any("tests" in own for own in edit.origin.notes["pairs"].values())
 
 
 def test_the_threshold_is_calibrated_on_ordinary_prompts(
     loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     def calibrated(stds: float) -> float:
-        settings = replace(SMALL, threshold=None, threshold_stds=stds, refine=False, z_step=2.0)
+        criterion = replace(NOISE, threshold=None, threshold_stds=stds)
+        levels = replace(SMALL.levels, z_step=2.0)
+        settings = replace(SMALL, criterion=criterion, levels=levels, refine=False)
         value = settings.apply(loud, suspected[:1], shop).origin.notes["threshold"]
         assert isinstance(value, float)
         return value
@@ -284,9 +281,7 @@ def test_the_threshold_is_calibrated_on_ordinary_prompts(
 def test_losses_are_suppressed_by_the_share_asked_for(
     loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
-    settings = replace(
-        SMALL, criterion="denoising_loss", when_not_memorized="leave", suppressed_share=0.3
-    )
+    settings = replace(SMALL, criterion=DenoisingLoss(suppressed_share=0.3))
     notes = settings.apply(loud, suspected, shop).origin.notes
     assert notes["threshold"] == pytest.approx(0.7)
     for own in notes["pairs"].values():
@@ -320,7 +315,7 @@ def test_levels_hold_outliers_by_number_and_then_the_most_active() -> None:
         {"a": torch.zeros(4), "b": torch.zeros(3)}, {"a": torch.ones(4), "b": torch.ones(3)}, 9, ""
     )
     active = {"a": torch.tensor([2.5, 0.1, 5.0, 3.1]), "b": torch.tensor([0.3, 0.3, 0.2])}
-    levels = levels_of(active, statistics, Schedule(3.0, 1.0, 1.0, 0, 2, two_sided=True))
+    levels = Levels(3.0, 1.0, 1.0, 0, 2).of(active, statistics)
     assert [(level.z, level.k) for level in levels] == [(3.0, 0), (2.0, 2)]
     assert levels[0].layers == ((2, 3), ())
     assert levels[1].layers == ((0, 2, 3), (4, 5))
@@ -328,37 +323,42 @@ def test_levels_hold_outliers_by_number_and_then_the_most_active() -> None:
 
 
 def test_the_published_levels_end_at_a_quarter_above_one() -> None:
-    steps = Schedule(5.0, 0.25, 1.0, 0, 1, two_sided=True).steps(1280)
+    steps = Levels().steps(1280)
     assert len(steps) == 16
     assert (steps[0], steps[-1]) == ((5.0, 0), (1.25, 15))
-    assert Schedule(5.0, 0.25, 1.0, 0, 1, two_sided=True).steps(6)[-1] == (3.75, 5)
+    assert Levels().steps(6)[-1] == (3.75, 5)
 
 
 @pytest.mark.parametrize(
-    ("settings", "rule"),
+    ("make", "settings", "rule"),
     [
-        ({"scope": "all"}, "scope must be pair or union"),
-        ({"stages": []}, "stages must be some of down, mid, up"),
-        ({"stages": ["side"]}, "stages must be some of"),
-        ({"samples": 1}, "samples must be >= 2"),
-        ({"samples": 65}, "rows must be at least samples"),
-        ({"min_z": 5.0}, "start_z must be above min_z"),
-        ({"z_step": 0.0}, "z_step must be positive"),
-        ({"threshold": 1.0}, r"threshold must be in \(0, 1\)"),
-        ({"timestep": 50}, r"timestep must be in 0..49"),
-        ({"criterion": "denoising_loss", "when_not_memorized": "block"}, "needs criterion=noise"),
-        ({"candidates": 0}, "candidates must be >= 1"),
+        (NeMo, {"scope": "all"}, "scope must be pair or union"),
+        (NeMo, {"stages": []}, "stages must be some of down, mid, up"),
+        (NeMo, {"stages": ["side"]}, "stages must be some of"),
+        (NeMo, {"samples": 1}, "samples must be >= 2"),
+        (NeMo, {"samples": 0, "criterion": Replication()}, "samples must be >= 1"),
+        (NeMo, {"statistics_prompts": 1}, "statistics_prompts must be >= 2"),
+        (NeMo, {"refine_group": 0}, "refine_group must be >= 1"),
+        (Levels, {"min_z": 5.0}, "start_z must be above min_z"),
+        (Levels, {"z_step": 0.0}, "z_step must be positive"),
+        (Levels, {"k_step": -1}, "k_step must be >= 0"),
+        (NoiseDifference, {"threshold": 1.0}, r"threshold must be in \(0, 1\)"),
+        (NoiseDifference, {"threshold_prompts": 1}, "threshold_prompts must be >= 2"),
+        (NoiseDifference, {"timestep": 50}, r"timestep must be in 0..49"),
+        (NoiseDifference, {"when_not_memorized": "x"}, "must be leave or block"),
+        (DenoisingLoss, {"suppressed_share": 0.0}, r"suppressed_share must be in \(0, 1\]"),
+        (Replication, {"limit": 1.0}, r"limit must be in \(0, 1\)"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], rule: str) -> None:
+def test_bad_settings_are_refused(make: Any, settings: dict[str, Any], rule: str) -> None:
     with pytest.raises(InputError, match=rule):
-        NeMo(**settings)
+        make(**settings)
 
 
 def test_a_window_that_does_not_fit_and_an_empty_list_are_refused(
     loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
 ) -> None:
     with pytest.raises(InputError, match="do not fit into a latent of 16 pixels"):
-        replace(SMALL, scales=3).apply(loud, suspected, shop)
+        replace(SMALL, criterion=replace(NOISE, scales=3)).apply(loud, suspected, shop)
     with pytest.raises(InputError, match="nothing to forget"):
         SMALL.apply(loud, [], shop)

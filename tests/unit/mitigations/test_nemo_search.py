@@ -1,14 +1,20 @@
-"""Batched searches against the plain greedy loop, on measurements made of nothing but a hash."""
+"""Searches side by side against the plain greedy loop, on similarities made of a hash."""
 
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
 
-from dori_lightning.mitigations.nemo_search import Level, PairSearch, Probe, run_searches
+from dori_lightning.mitigations.nemo_search import (
+    Level,
+    Search,
+    SearchResult,
+    run_searches,
+    search_neurons,
+)
 
 NEURONS = 14
 LAYERS = (range(4), range(4, 9), range(9, 14))
@@ -68,60 +74,54 @@ def places(mask: torch.Tensor) -> frozenset[int]:
 
 
 @pytest.mark.parametrize("steps", [4, 12, 1000])
-@pytest.mark.parametrize("candidates", [1, 2, 5, 9])
-def test_searches_in_company_find_what_one_test_at_a_time_finds(
-    candidates: int, steps: int
-) -> None:
+def test_searches_in_company_find_what_one_pair_at_a_time_finds(steps: int) -> None:
     refined = 0
     for seed in range(25):
         draw = random.Random(seed)
         names = [f"pair{k}" for k in range(draw.randint(1, 4))]
         threshold = draw.choice([0.25, 0.5, 0.75, 0.4])
-        searches = {name: PairSearch(levels_of(seed, name), threshold) for name in names}
-        passes: list[int] = []
+        batches: list[int] = []
 
         def measure(
-            probes: Sequence[Probe], seed: int = seed, passes: list[int] = passes
-        ) -> list[float]:
-            passes.append(len(probes))
-            return [similarity_of(seed, p.pair, places(p.blocked), steps) for p in probes]
+            blocked: Mapping[str, torch.Tensor], seed: int = seed, batches: list[int] = batches
+        ) -> dict[str, float]:
+            batches.append(len(blocked))
+            return {n: similarity_of(seed, n, places(m), steps) for n, m in blocked.items()}
 
-        asked = run_searches(
-            searches,
+        ended: list[bool] = []
+        found = run_searches(
+            {name: search_neurons(levels_of(seed, name), threshold) for name in names},
             measure,
-            rows={name: 1 + k for k, name in enumerate(names)},
-            capacity=max(8, len(names)),
-            candidates=candidates,
+            finished=lambda ended=ended: ended.append(True),  # type: ignore[misc]
         )
-        assert sum(asked.values()) == sum(passes)
-        for name, search in searches.items():
-            wanted, tests, value = one_at_a_time(
+        assert len(ended) == len(names)
+        for name in names:
+            wanted, questions, value = one_at_a_time(
                 levels_of(seed, name),
                 threshold,
                 lambda blocked, seed=seed, name=name: similarity_of(seed, name, blocked, steps),
             )
-            assert places(search.blocked) == wanted
-            assert (search.tests, search.similarity) == (tests, value)
-            assert asked[name] == tests if candidates == 1 else asked[name] >= tests
-            refined += len(wanted) < int(search.selection.level.blocked.sum())
+            result = found[name]
+            assert places(result.blocked) == wanted
+            assert (result.questions, result.similarity) == (questions, value)
+            refined += len(wanted) < int(result.level.blocked.sum())
+        # a question of every pair that is not done yet shares a batch
+        assert len(batches) == max(result.questions for result in found.values())
+        assert sum(batches) == sum(result.questions for result in found.values())
     assert refined > 10
 
 
-def test_more_questions_to_a_pass_need_fewer_passes() -> None:
-    passes = {}
-    for candidates in (1, 8):
-        search = PairSearch([Level(5.0, 0, tuple(map(tuple, LAYERS)), NEURONS)], 0.9)
-        count = []
+def answered(
+    search: Search, similarity: Callable[[frozenset[int]], float]
+) -> tuple[SearchResult, list[frozenset[int]]]:
+    """What one search finds, and the sets that it asked about."""
+    asked: list[frozenset[int]] = []
 
-        def measure(probes: Sequence[Probe], count: list[int] = count) -> list[float]:
-            count.append(1)
-            # two neurons matter, all others are unblocked one after the other
-            return [0.5 if {2, 11} <= places(p.blocked) else 1.0 for p in probes]
+    def measure(blocked: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        asked.append(places(blocked["a"]))
+        return {"a": similarity(asked[-1])}
 
-        run_searches({"a": search}, measure, rows={"a": 1}, capacity=8, candidates=candidates)
-        assert places(search.blocked) == {2, 11}
-        passes[candidates] = len(count)
-    assert passes[8] * 2 < passes[1]
+    return run_searches({"a": search}, measure)["a"], asked
 
 
 def test_where_no_level_is_enough_refinement_keeps_what_was_reached() -> None:
@@ -130,61 +130,37 @@ def test_where_no_level_is_enough_refinement_keeps_what_was_reached() -> None:
         Level(1.0, 1, ((0, 1), (4,), (9,)), NEURONS),
     ]
     value = {1: 0.9, 2: 0.95, 3: 0.85, 4: 0.8}
-    search = PairSearch(levels, 0.5)
-    run_searches(
-        {"a": search},
-        lambda probes: [value[int(p.blocked.sum())] for p in probes],
-        rows={"a": 1},
-        capacity=4,
-        candidates=4,
-    )
-    assert not search.selection.suppressed
-    assert (search.selection.tests, search.target, search.similarity) == (2, 0.8, 0.8)
+    found, asked = answered(search_neurons(levels, 0.5), lambda blocked: value[len(blocked)])
+    assert not found.suppressed
+    assert asked[:2] == [{0, 4}, {0, 1, 4, 9}]
+    assert (found.level, found.target, found.similarity) == (levels[1], 0.8, 0.8)
     # not below 0.8 without any of them, so nothing is unblocked
-    assert places(search.blocked) == {0, 1, 4, 9}
+    assert places(found.blocked) == {0, 1, 4, 9}
 
 
 def test_the_published_rules_differ_where_similarity_equals_the_threshold() -> None:
     """At the threshold selection is content, and refinement is not."""
-    search = PairSearch([Level(2.0, 0, ((0, 1), (), ()), NEURONS)], 0.5)
-    run_searches(
-        {"a": search}, lambda probes: [0.5] * len(probes), rows={"a": 1}, capacity=4, candidates=4
-    )
-    assert search.selection.suppressed
-    assert places(search.blocked) == {0, 1}
+    levels = [Level(2.0, 0, ((0, 1), (), ()), NEURONS)]
+    found, _ = answered(search_neurons(levels, 0.5), lambda _: 0.5)
+    assert found.suppressed
+    assert places(found.blocked) == {0, 1}
 
 
 def test_without_refinement_the_selection_stays() -> None:
-    search = PairSearch(levels_of(3, "a"), 0.6, refine=False)
-    run_searches(
-        {"a": search},
-        lambda probes: [similarity_of(3, "a", places(p.blocked), 100) for p in probes],
-        rows={"a": 1},
-        capacity=2,
-        candidates=2,
-    )
-    assert search.done
-    assert places(search.blocked) == places(search.selection.level.blocked)
-    assert search.tests == search.selection.tests
+    search = search_neurons(levels_of(3, "a"), 0.6, refine=False)
+    found, asked = answered(search, lambda blocked: similarity_of(3, "a", blocked, 100))
+    assert places(found.blocked) == places(found.level.blocked) == asked[-1]
+    assert found.questions == len(asked) <= len(levels_of(3, "a"))
 
 
 def test_a_similarity_that_is_no_number_stops_the_search() -> None:
-    search = PairSearch(levels_of(0, "a"), 0.5)
     with pytest.raises(RuntimeError, match="the similarity of a under blocked neurons is nan"):
-        run_searches(
-            {"a": search}, lambda probes: [math.nan] * len(probes), rows={"a": 1}, capacity=1
-        )
-
-
-def test_a_question_that_fits_into_no_pass_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no question fits into 2 rows"):
-        run_searches(
-            {"a": PairSearch(levels_of(0, "a"), 0.5)}, lambda _: [], rows={"a": 3}, capacity=2
-        )
+        answered(search_neurons(levels_of(0, "a"), 0.5), lambda _: math.nan)
 
 
 def test_groups_of_neurons_are_tried_together() -> None:
-    search = PairSearch([Level(2.0, 0, ((0, 1, 2), (3,), ()), NEURONS)], 0.5, group=2)
-    search.settle({(): 0.1})
-    assert search.refinement is not None
-    assert [list(c) for c in search.refinement.candidates] == [[3], [0, 1, 2], [3], [0, 1], [2]]
+    levels = [Level(2.0, 0, ((0, 1, 2), (3,), ()), NEURONS)]
+    search = search_neurons(levels, 0.5, group=2)
+    _, asked = answered(search, lambda blocked: 0.1 if len(blocked) == 4 else 0.9)
+    everything = {0, 1, 2, 3}
+    assert [everything - blocked for blocked in asked[1:]] == [{3}, {0, 1, 2}, {3}, {0, 1}, {2}]

@@ -7,7 +7,7 @@ import torch
 
 from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, read_edit, write_edit
-from dori_lightning.mitigations.wanda import Tracing, Wanda, input_norms, select, wanda_masks
+from dori_lightning.mitigations.wanda import Tracing, Wanda, input_norms, select
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError, Pair
@@ -132,15 +132,7 @@ def test_given_embeddings_do_what_their_prompts_do(
 ):
     edit = WANDA.apply(model, suspected, context)
     embeddings = model.encode_prompts([pair.prompt for pair in suspected])
-    masks = list(
-        wanda_masks(
-            model,
-            embeddings,
-            model.empty_embedding(),
-            tracing=WANDA.tracing(SAMPLING),
-            fraction=WANDA.fraction,
-        )
-    )
+    masks = list(WANDA.find(model, embeddings, context))
     for pair, own in zip(suspected, masks, strict=True):
         assert_same(masks_of(edit, pair), own)
 
@@ -152,17 +144,13 @@ def test_base_of_ordinary_prompts_gives_another_mask(
     wanda = replace(WANDA, base="corpus", base_prompts=3)
     ordinary = wanda.apply(model, suspected, context)
     assert ordinary.identity != empty.identity
-    base = model.encode_prompts(context.corpus.prompts("calibration", 3))
-    given = next(
-        wanda_masks(
-            model,
-            model.encode_prompts([suspected[0].prompt]),
-            base,
-            tracing=wanda.tracing(SAMPLING),
-            fraction=wanda.fraction,
-        )
-    )
-    assert_same(masks_of(ordinary, suspected[0]), given)
+    prompts = model.encode_prompts(context.corpus.prompts("calibration", 3))
+    targets = model.encode_prompts([pair.prompt for pair in suspected])
+    norms = input_norms(model, torch.cat([targets, prompts]), wanda.tracing(SAMPLING))
+    for name, layer in model.layers("feed_forward.out").items():
+        base = (norms[name][-3:] ** 2).mean(0).sqrt()[0]
+        wanted = select(layer.weight, norms[name][0, 0], base, wanda.fraction)
+        assert torch.equal(masks_of(ordinary, suspected[0])[f"{name}.weight"], wanted)
 
 
 def test_a_target_that_is_the_base_has_an_empty_mask_and_a_note(

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dori_lightning.models.convert import convert
-from dori_lightning.models.export import write_single_file
+from dori_lightning.models.export import parts_of, weights_of, write_single
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
@@ -127,12 +127,8 @@ def test_weights_saved_in_half_precision_load_as_fp32(folder: Path) -> None:
 def single_file(folder: Path) -> Path:
     model = load(folder)
     path = folder.parent / "model.safetensors"
-    write_single_file(
-        path,
-        unet=model.unet,
-        autoencoder=model.autoencoder,
-        text_encoder=model.text_encoder,
-    )
+    parts = parts_of(model)
+    write_single(path, parts, weights_of(parts))
     return path
 
 
