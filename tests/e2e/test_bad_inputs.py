@@ -13,7 +13,7 @@ inputs, and where the rest of each is tested:
  7 duplicates                     here (ids refused, pictures flagged); test_pairs_validation
  8 path leads outside             here; test_pairs_validation
  9 width of the text encoder      test_loading, test_activations (statistics of another model)
-10 edit of another checkpoint     test_edits, test_edit_files, test_export; changes nothing: here
+10 edit of another checkpoint     test_edits, test_export; changes nothing: here
 11 NaN in the attack              here (invalid audit); test_solver
 12 no gradient                    here (invalid audit); test_solver
 13 out of memory                  here (not even one pair); test_solver, test_pictures (halved)

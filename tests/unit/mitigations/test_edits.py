@@ -1,8 +1,14 @@
+import json
+import logging
+import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dori_lightning.attacks.solver import AttackProblem, AttackResult, solve
 from dori_lightning.mitigations.edits import (
@@ -12,8 +18,12 @@ from dori_lightning.mitigations.edits import (
     Origin,
     PairMaskEdit,
     WeightEdit,
+    changed_weights,
     owner_of,
+    read_edit,
+    write_edit,
 )
+from dori_lightning.mitigations.prompt_adjustment import PromptAdjustmentEdit
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.seeding import keyed_generator
@@ -382,3 +392,215 @@ def test_an_attack_under_a_per_pair_edit_is_the_attack_under_the_pairs_own(
         own = attack(model, edit.for_pair(name), name)
         assert torch.equal(own.embeddings[0], together.embeddings[k])
         assert torch.equal(own.losses[0], together.losses[k])
+
+
+ORIGIN = Origin(
+    "0123456789abcdef",
+    mitigation="nemo",
+    settings={"kind": "Nemo", "threshold": 0.4, "layers": ["down", "mid"], "inner": {"k": None}},
+    cost={"unet_evaluations": 12, "seconds": 3.5},
+    notes={"boat": {"neurons": 3}},
+)
+ROWS = {"a.weight": torch.tensor([True, False, True]), "b.weight": torch.tensor([False] * 5)}
+SINGLES = {"a.weight": torch.rand(4, 6, 1, 3, generator=torch.Generator().manual_seed(0)) < 0.3}
+
+EDITS: dict[str, Callable[[], Edit]] = {
+    "rows": lambda: MaskEdit(ORIGIN, ROWS),
+    "weights": lambda: MaskEdit(ORIGIN, SINGLES),
+    "of each pair": lambda: PairMaskEdit(
+        ORIGIN, {"boat": {**SINGLES, "c.weight": ROWS["a.weight"]}, "a.b-c_1": ROWS, "idle": {}}
+    ),
+    "trained": lambda: WeightEdit(
+        ORIGIN,
+        {
+            "a.weight": torch.randn(3, 4),
+            "half": torch.randn(5).half(),
+            "brain": torch.randn(2, 2).bfloat16(),
+            "single": torch.tensor(2.5),
+            "turned": torch.randn(4, 3).t(),
+        },
+    ),
+}
+
+
+@pytest.fixture(params=EDITS)
+def stored(request: pytest.FixtureRequest) -> Edit:
+    return EDITS[request.param]()
+
+
+def test_what_is_written_comes_back_with_its_identity_and_origin(
+    tmp_path: Path, stored: Edit
+) -> None:
+    path = write_edit(tmp_path / "below" / "edit.safetensors", stored)
+    again = read_edit(path)
+    assert type(again) is type(stored)
+    assert again.identity == stored.identity
+    assert again.origin == ORIGIN
+    assert again.counts() == stored.counts()
+    written, read = stored.tensors(), again.tensors()
+    assert written.keys() == read.keys()
+    for name, value in written.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value)
+    assert again.pairs == stored.pairs, "pairs without a mask too, in their order"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_masks_take_the_place_of_what_is_pruned_only(tmp_path: Path) -> None:
+    mask = torch.zeros(1000, 1000, dtype=torch.bool)
+    mask[3, 4] = True
+    path = write_edit(tmp_path / "edit.safetensors", MaskEdit(ORIGIN, {"w": mask}))
+    assert path.stat().st_size < 2000
+
+
+def test_an_edit_that_changes_nothing_has_nothing_to_write(tmp_path: Path, stored: Edit) -> None:
+    assert stored.kind
+    assert not EmptyEdit().kind
+    with pytest.raises(TypeError, match="nothing to write"):
+        write_edit(tmp_path / "edit.safetensors", EmptyEdit())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_cut_file_is_refused_by_its_path(tmp_path: Path, stored: Edit, share: float) -> None:
+    path = write_edit(tmp_path / "edit.safetensors", stored)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    refused(path)
+
+
+def test_a_changed_byte_among_the_tensors_is_noticed(tmp_path: Path, stored: Edit) -> None:
+    path = write_edit(tmp_path / "edit.safetensors", stored)
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in {header, (header + len(data)) // 2, len(data) - 1}:
+        damaged = bytearray(data)
+        damaged[place] ^= 0x41
+        path.write_bytes(bytes(damaged))
+        refused(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot read the edit .*nothing\.safetensors: No such"):
+        read_edit(tmp_path / "nothing.safetensors")
+    with pytest.raises(InputError, match="cannot read the edit"):
+        read_edit(tmp_path)
+
+
+def test_foreign_tensors_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "edit.safetensors"
+    save_file({"weight": torch.ones(3)}, path)
+    assert "does not say of which edit" in refused(path)
+    save_file({"weight": torch.ones(3)}, path, metadata={"format": "pt"})
+    assert "does not say of which edit" in refused(path)
+
+
+def test_a_pickle_is_refused_and_not_loaded(tmp_path: Path) -> None:
+    path, mark = tmp_path / "edit.safetensors", tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (mark,))
+
+    path.write_bytes(pickle.dumps(Evil()))
+    refused(path)
+    torch.save({"weight": Evil()}, path)
+    refused(path)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Evil()))
+    assert mark.exists(), "it would have been"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layout", "2"),
+        ("kind", "program"),
+        ("identity", "0" * 24),
+        ("origin", "{"),
+        ("origin", "[]"),
+        ("origin", json.dumps({"fingerprint": "another"})),
+        ("origin", json.dumps({"fingerprint": "0123456789abcdef", "unknown": 1})),
+        ("shapes", "{}"),
+        ("shapes", "[]"),
+        ("shapes", json.dumps({"a.weight": [1], "b.weight": [5]})),
+        ("shapes", json.dumps({"a.weight": [3, 2**40], "b.weight": [5]})),
+        ("shapes", json.dumps({"a.weight": ["x"], "b.weight": [5]})),
+        ("pairs", "7"),
+    ],
+)
+def test_a_note_that_does_not_fit_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    path = write_edit(tmp_path / "edit.safetensors", EDITS["rows"]())
+    if key == "pairs":
+        write_edit(path, EDITS["of each pair"]())
+    with safe_open(path, framework="pt") as file:
+        note = file.metadata()
+    assert key in note
+    save_file(load_file(path), path, metadata={**note, key: value})
+    refused(path)
+
+
+def test_a_missing_part_of_the_note_is_refused(tmp_path: Path) -> None:
+    path = write_edit(tmp_path / "edit.safetensors", EDITS["of each pair"]())
+    with safe_open(path, framework="pt") as file:
+        note = file.metadata()
+    for key in note:
+        save_file(load_file(path), path, metadata={k: v for k, v in note.items() if k != key})
+        refused(path)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(InputError, match="no edit of this program, or damaged") as caught:
+        read_edit(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_weights_are_counted_where_they_differ(
+    model: StableDiffusion, caplog: pytest.LogCaptureFixture
+) -> None:
+    origin, weights = Origin(model.fingerprint), dict(model.unet.named_parameters())
+    name = next(f"{n}.weight" for n in model.layers("cross_attention.value"))
+    value = weights[name]
+    rows = torch.zeros(len(value), dtype=torch.bool)
+    rows[:2] = True
+    width = value.shape[1]
+    single = torch.zeros_like(value, dtype=torch.bool)
+    single[0, 0] = True
+    trained = value.detach().clone()
+    trained[3, 1] += 1
+    with caplog.at_level(logging.INFO):
+        assert changed_weights(MaskEdit(origin, {name: rows}), model) == 2 * width
+        assert changed_weights(MaskEdit(origin, {name: single}), model) == 1
+        pairs = {"a": {name: rows}, "b": {name: rows}, "c": {}}
+        assert changed_weights(PairMaskEdit(origin, pairs), model) == 2 * width
+        assert changed_weights(WeightEdit(origin, {name: trained}), model) == 1
+    assert f"the edit changes {2 * width} of " in caplog.text
+
+
+def test_masks_of_zeros_and_weights_as_they_were_change_nothing(
+    model: StableDiffusion, caplog: pytest.LogCaptureFixture
+) -> None:
+    origin, weights = Origin(model.fingerprint), dict(model.unet.named_parameters())
+    name = next(f"{n}.weight" for n in model.layers("cross_attention.value"))
+    nothing = torch.zeros(len(weights[name]), dtype=torch.bool)
+    everything = ~nothing
+    assert changed_weights(EmptyEdit(), model) == 0
+    assert changed_weights(MaskEdit(origin, {name: nothing}), model) == 0
+    assert changed_weights(PairMaskEdit(origin, {"a": {}}), model) == 0
+    assert changed_weights(WeightEdit(origin, {name: weights[name].detach().clone()}), model) == 0
+    with torch.no_grad():
+        before = weights[name].clone()
+        weights[name].zero_()
+    try:
+        assert changed_weights(MaskEdit(origin, {name: everything}), model) == 0
+    finally:
+        with torch.no_grad():
+            weights[name].copy_(before)
+    assert caplog.text.count("the edit changes 0 of") == 4
+
+
+def test_a_defence_at_inference_changes_no_weight_and_is_none_the_less(
+    model: StableDiffusion,
+) -> None:
+    assert changed_weights(PromptAdjustmentEdit(Origin(model.fingerprint), 1.0), model) is None

@@ -1,29 +1,28 @@
-from __future__ import annotations
-
 import json
-import multiprocessing
+import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 
-from dori_lightning.mitigations.base import Context, edit_key, settings_fingerprint
+from dori_lightning.mitigations.base import (
+    Context,
+    EditResult,
+    edit_key,
+    settings_fingerprint,
+)
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.types import InputError
-
-# this module is imported anew by the processes that it starts: nothing heavy at its top
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from dori_lightning.models.stable_diffusion import StableDiffusion
-    from dori_lightning.types import Pair
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.types import InputError, Pair
+from support.context import FakeCorpus
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,6 @@ def test_what_decides_an_edit_gives_it_another_key_and_nothing_else_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from support.context import FakeCorpus
-
     base, plain = context_of(tmp_path), Pruned("log")
     key = edit_key(plain, model, suspected, base)
     first = suspected[0]
@@ -203,38 +200,18 @@ def test_a_mitigation_that_fails_leaves_nothing_and_lets_the_next_one_try(
         pass  # Timeout here: the failure would have kept the lock
 
 
-def ask(folder: Path, log: Path, start: Any, answers: Any) -> None:
-    """What one job of a sweep does, with as little of the program as it takes."""
-    context = Context(
-        seed=0,
-        corpus=SimpleNamespace(identity="none"),  # type: ignore[arg-type]
-        data=None,  # type: ignore[arg-type]
-        references=SimpleNamespace(measures=SimpleNamespace(decider="x")),  # type: ignore[arg-type]
-        sampling=Sampling(),
-        trainer=None,  # type: ignore[arg-type]
-        folder=folder,
-    )
-    model: Any = SimpleNamespace(
-        name="x", fingerprint="f", latent_shape=(4, 8, 8), unet_evaluations=0
-    )
-    start.wait()
-    found = context.find(Pruned(str(log), delay=0.5), model, ())
-    answers.put((found.made, found.edit.identity))
+def test_two_jobs_that_ask_at_once_make_it_once(
+    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
+) -> None:
+    """Each job opens the lock's file by itself, so that threads exclude each other like jobs."""
+    start = threading.Barrier(2)
 
+    def job(_: int) -> EditResult:
+        start.wait()
+        return context.find(Pruned(str(log), delay=0.3), model, suspected)
 
-def test_two_processes_that_ask_at_once_make_it_once(tmp_path: Path, log: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start, answers = context.Barrier(2), context.Queue()
-    jobs = [
-        context.Process(target=ask, args=(tmp_path / "edits", log, start, answers))
-        for _ in range(2)
-    ]
-    for job in jobs:
-        job.start()
-    found = [answers.get(timeout=600) for _ in jobs]
-    for job in jobs:
-        job.join()
-        assert job.exitcode == 0
+    with ThreadPoolExecutor(2) as jobs:
+        found = list(jobs.map(job, range(2)))
     assert made(log) == 1
-    assert sorted(was_made for was_made, _ in found) == [False, True]
-    assert len({identity for _, identity in found}) == 1
+    assert sorted(result.made for result in found) == [False, True]
+    assert len({result.edit.identity for result in found}) == 1
