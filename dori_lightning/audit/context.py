@@ -1,45 +1,60 @@
-"""What the stages of an audit work with, checked before any expensive step."""
+"""The context of an audit: its inputs, built and checked before any expensive step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as L
+import torch
 
-from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.attacks.embedding_attack import ControlPrompts
 from dori_lightning.metrics.calibration import Measures, ReferenceImages
 from dori_lightning.metrics.utility import UtilitySettings
-from dori_lightning.mitigations.base import Context, Mitigation
+from dori_lightning.mitigations.base import Context, EditResult, Mitigation
+from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.generation import baseline_cache_key
+from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.corpus import Corpus
 from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.validation import check_prompt_lengths, image_tensor, square_image
 from dori_lightning.types import Budget, InputError, Pair, Pairs
+
+PNG_BYTES_PER_PIXEL = 3
+"""At most: noise does not compress."""
+
+FILE_BYTES = 4096
+"""Bytes of a file besides its content: a block that is not filled, its header."""
+
+REPORT_BYTES = 5_000_000
+"""Record, figures and page, which holds thumbnails of a limited number of pairs."""
 
 
 @dataclass(frozen=True)
-class Bench:
+class AuditContext:
     """What the stages of an audit share.
 
     Attributes:
         folder: Run folder.
-        cache: What the jobs of a sweep share.
+        cache: Folder shared by the jobs of a sweep: encodings, edits, unmitigated images.
         seed: Run seed.
-        pairs: Pairs under audit, and rows of the list that have no picture.
+        pairs: Pairs under audit, and ids of the list's rows that have no image.
         model: The checkpoint, without any edit.
         data: The pairs, encoded.
-        references: Their pictures, described.
-        settings: Attack settings.
+        references: The pairs' images, described.
+        corpus: Ordinary prompts and images.
+        sampling: How images are generated.
+        attack: Attack settings.
         budget: The attack's budget, resolved.
-        controls: Where the attack from ``control_prompt`` begins.
-        sampling: How pictures are generated.
+        control_prompts: Initial points of the attack from ``control_prompt``.
         mitigation: What is done to the checkpoint.
-        context: What mitigations work with.
-        utility: How much is measured of its cost.
-        trainer: Runs the attack; its processes share the pairs and their pictures.
+        utility: How much of the mitigation's cost is measured.
+        make_trainer: Makes a Trainer for a fit from keyword arguments.
+        trainer: Runs the attack; its processes share the pairs and their images.
     """
 
     folder: Path
@@ -49,51 +64,176 @@ class Bench:
     model: StableDiffusion
     data: PairsDataModule
     references: ReferenceImages
-    settings: AttackSettings
-    budget: Budget
-    controls: ControlPrompts
+    corpus: Corpus
     sampling: Sampling
+    attack: AttackSettings
+    budget: Budget
+    control_prompts: ControlPrompts
     mitigation: Mitigation
-    context: Context
     utility: UtilitySettings
+    make_trainer: Callable[..., L.Trainer]
     trainer: L.Trainer
 
     @property
     def suspected(self) -> tuple[Pair, ...]:
-        """The pairs that a mitigation is to forget."""
+        """The pairs that a mitigation is to remove: all but the controls."""
         return tuple(pair for pair in self.pairs if pair.kind != "control")
 
     @property
     def unmitigated(self) -> Path:
-        """Folder for the pictures that the checkpoint draws as it is."""
+        """Folder for the images that the checkpoint generates without an edit."""
         return self.cache / "unmitigated" / baseline_cache_key(self.model, self.sampling)
 
+    @property
+    def for_mitigations(self) -> Context:
+        """The part of the context that mitigations see."""
+        return Context(
+            seed=self.seed,
+            corpus=self.corpus,
+            data=self.data,
+            references=self.references,
+            sampling=self.sampling,
+            trainer=self.make_trainer,
+            folder=self.cache / "edits",
+        )
 
-def check_controls(pairs: Sequence[Pair], settings: AttackSettings, measures: Measures) -> None:
-    """Refuse early what would fail for want of control pairs after hours of work.
+    def find_edit(self) -> EditResult:
+        """The mitigation's edit for the suspected pairs, out of the cache or made now."""
+        return self.for_mitigations.find(self.mitigation, self.model, self.suspected)
+
+
+def build_context(
+    pairs: Sequence[Pair],
+    load_model: Callable[[], StableDiffusion],
+    *,
+    folder: Path,
+    cache: Path,
+    seed: int,
+    measures: Measures,
+    corpus: Corpus,
+    sampling: Sampling,
+    attack: AttackSettings,
+    mitigation: Mitigation,
+    utility: UtilitySettings,
+    make_trainer: Callable[..., L.Trainer],
+    strict_prompts: bool = False,
+) -> AuditContext:
+    """Build and check the inputs of an audit; what can fail without the model fails before it.
+
+    Args:
+        pairs: The list of pairs; those of role ``training`` are left out.
+        load_model: Loads the checkpoint.
+        folder: Run folder.
+        cache: Folder shared by the jobs of a sweep.
+        seed: Run seed.
+        measures: Descriptors, and how images are scored by them.
+        corpus: Ordinary prompts and images.
+        sampling: How images are generated.
+        attack: Attack settings.
+        mitigation: What is done to the checkpoint.
+        utility: How much of the mitigation's cost is measured.
+        make_trainer: Makes a Trainer from keyword arguments.
+        strict_prompts: Refuse prompts that the text encoder would cut, instead of marking them.
 
     Raises:
-        InputError: Says what needs them.
+        InputError: The list lacks control pairs, a prompt is too long, or the model has fewer
+            sampling steps than asked for.
+    """
+    audited = [pair for pair in pairs if pair.role == "audit"]
+    check_controls(audited, attack, measures)
+    model = load_model()
+    model.sampling_timesteps(sampling)  # raises where the schedule has fewer steps
+    cut = check_prompt_lengths(
+        audited,
+        model.token_count,
+        model.embedding_shape[0],
+        strict=strict_prompts,
+        cut_off=model.cut_off,
+    )
+    audited = [replace(pair, truncated=pair.id in cut) for pair in audited]
+    width = estimate_batch_size(
+        model, noise_batch=attack.noise_batch, wanted=attack.pairs_per_forward
+    )
+    data = PairsDataModule(audited, model, pairs_per_batch=width, cache=cache / "encoded")
+    controls = control_prompts(audited, data)
+    return AuditContext(
+        folder=folder,
+        cache=cache,
+        seed=seed,
+        pairs=Pairs(audited, skipped=getattr(pairs, "skipped", ())),
+        model=model,
+        data=data,
+        references=reference_images(audited, model.resolution, measures),
+        corpus=corpus,
+        sampling=sampling,
+        attack=attack,
+        budget=attack.budget.resolve(controls.embeddings),
+        control_prompts=controls,
+        mitigation=mitigation,
+        utility=utility,
+        make_trainer=make_trainer,
+        trainer=make_trainer(default_root_dir=folder),
+    )
+
+
+def check_controls(pairs: Sequence[Pair], attack: AttackSettings, measures: Measures) -> None:
+    """Refuse a list without the control pairs that calibration or the attack needs.
+
+    Raises:
+        InputError: Names the setting that needs them.
     """
     controls = sum(pair.kind == "control" for pair in pairs)
     if not controls and measures.descriptors[measures.decider].threshold is None:
         raise InputError(
-            f"{measures.decider} has no threshold of its own, it is calibrated on control pairs, "
-            f"and the list has none\n"
-            f"  fix:   add pairs of kind control (pictures the checkpoint cannot hold, with their "
-            f"prompts), or fix it with metrics.descriptors.{measures.decider}.threshold=NUMBER"
+            f"{measures.decider} has no fixed threshold: it is calibrated on control pairs, and "
+            f"the list has none\n"
+            f"  where: metrics.descriptors.{measures.decider}.threshold\n"
+            f"  fix:   add pairs of kind control (images that the checkpoint was not trained on, "
+            f"with their prompts), or set metrics.descriptors.{measures.decider}.threshold=NUMBER"
         )
-    if "control_prompt" in settings.inits and controls < 2:
+    if "control_prompt" in attack.inits and controls < 2:
         raise InputError(
             f"attack.inits has control_prompt, but the list has {controls} control pairs\n"
+            f"  where: attack.inits\n"
             f"  fix:   add pairs of kind control, or drop control_prompt from attack.inits"
         )
 
 
 def control_prompts(pairs: Sequence[Pair], data: PairsDataModule) -> ControlPrompts:
-    """Where attacks from ``control_prompt`` begin: the prompts of all control pairs."""
+    """Prompts of all control pairs, encoded: initial points of the attack."""
     controls = [pair for pair in pairs if pair.kind == "control"]
     return ControlPrompts(
         tuple(pair.id for pair in controls),
         data.batch(controls).embeddings if controls else None,
+    )
+
+
+def reference_images(
+    pairs: Sequence[Pair], resolution: int, measures: Measures
+) -> ReferenceImages:
+    """Read the pairs' images at the model's resolution and describe them."""
+    images = [image_tensor(square_image(pair.image), resolution) for pair in pairs]
+    return ReferenceImages(pairs, torch.stack(images), measures)
+
+
+def audit_bytes(context: AuditContext) -> int:
+    """Bytes that an audit writes at most: images, embeddings, encodings and the report.
+
+    Without edits: mitigations check the space for what they write themselves.
+    """
+    model, attack = context.model, context.attack
+    tokens, width = model.embedding_shape
+    channels, height, side = model.latent_shape
+    snapshots = len(evaluation_steps(attack.snapshots, context.budget.steps))
+    attacks = sum(len(attack.inits_of(pair.kind)) for pair in context.pairs) * attack.restarts
+    prompts = len(context.pairs) * (1 if isinstance(context.mitigation, NoMitigation) else 2)
+    images = (prompts + attacks * snapshots) * context.sampling.images_per_pair
+    # an attack that can be continued also keeps its offset and Adam's two moments
+    tensors = snapshots + (3 if attack.early_stop else 0)
+    embedding, latent = 4 * tokens * width, 4 * channels * height * side
+    return int(
+        images * (model.resolution**2 * PNG_BYTES_PER_PIXEL + FILE_BYTES)
+        + attacks * (tensors * embedding + FILE_BYTES)
+        + len(context.pairs) * (embedding + latent + FILE_BYTES)
+        + REPORT_BYTES
     )

@@ -17,7 +17,8 @@ from safetensors.torch import save
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.embedding_attack import Conditioning, ControlPrompts, attack_restarts
-from dori_lightning.audit.evaluation import calibrate, measure, place_of
+from dori_lightning.audit.context import AuditContext
+from dori_lightning.audit.evaluation import calibrate, generate, measure, prompt_conditionings
 from dori_lightning.locality.embeddings import Group, GroupName, PromptSet, TriggerSet
 from dori_lightning.locality.estimates import Rate, rate_of
 from dori_lightning.locality.layers import (
@@ -56,7 +57,7 @@ from dori_lightning.pairs.datamodule import Encoded, PairsDataModule
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import Budget, Condition, Init, InputError, Pair
+from dori_lightning.types import Budget, Init, InputError, Pair
 
 Part = Literal["embeddings", "activations", "weights", "triggers"]
 
@@ -535,38 +536,19 @@ class ReplicationJudge:
         return float(per_pair(values.numpy(), measures.aggregation))
 
 
-def rule_of(
-    model: TextToImage,
-    data: PairsDataModule,
-    references: ReferenceImages,
-    sampling: Sampling,
-    folder: Path,
-) -> Rule:
+def rule_of(context: AuditContext) -> Rule:
     """The threshold as an audit of the same list sets it: fixed, or calibrated on all its pairs.
-
-    Args:
-        model: Checkpoint as it is.
-        data: Encoded pairs.
-        references: All pairs of the list.
-        sampling: How pictures are drawn.
-        folder: Where audits keep what the checkpoint draws from prompts.
 
     Raises:
         InputError: No threshold separates.
     """
-    measures = references.measures
+    measures = context.references.measures
     fixed = measures.descriptors[measures.decider].threshold
     if fixed is not None:
         return Rule(measures.decider, fixed)
-    prompted = [
-        Conditioning(pair, Condition("prompt"), 0, data.encoded(pair).embedding)
-        for pair in references.pairs
-    ]
-    orders = [GenerationRequest(place_of(folder, t), t.embedding, t.pair.id) for t in prompted]
-    with progress_bar("calibrate", len(orders) * sampling.images_per_pair) as advance:
-        generate_images(model, orders, sampling, advance=advance)
-    outcomes = [measure(t, folder, references=references, sampling=sampling) for t in prompted]
-    calibration = calibrate(model, data, references, outcomes)
+    prompts, folder = prompt_conditionings(context), context.unmitigated
+    generate(context, prompts, folder, title="calibrate")
+    calibration = calibrate(context, [measure(context, c, folder) for c in prompts])
     return Rule(calibration.descriptor, calibration.threshold)
 
 

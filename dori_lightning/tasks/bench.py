@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from dori_lightning.audit.evaluation import reference_images
+from dori_lightning.audit.context import reference_images
 from dori_lightning.bench.attack import Subject, attack_rows, own_attack, random_task, solved
 from dori_lightning.bench.parts import (
     audit_rows,

@@ -18,7 +18,7 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dori_lightning.audit.evaluation import reference_images
+from dori_lightning.audit.context import reference_images
 from dori_lightning.config import groups
 from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.edits import (

@@ -17,8 +17,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from dori_lightning.attacks.budget import AttackSettings
-from dori_lightning.audit.context import control_prompts
-from dori_lightning.audit.evaluation import reference_images
 from dori_lightning.locality.embeddings import (
     EmbeddingFindings,
     PromptSet,
@@ -42,17 +40,16 @@ from dori_lightning.locality.study import (
 from dori_lightning.mitigations.edits import Edit, EmptyEdit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
-from dori_lightning.models.generation import baseline_cache_key
 from dori_lightning.pairs.datamodule import PairsDataModule
-from dori_lightning.pairs.validation import check_prompt_lengths
 from dori_lightning.report.locality import (
     LocalityReport,
     StudiedImage,
     answers,
     write_locality_files,
 )
+from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import claim_folder, drop_keys
-from dori_lightning.tasks.audit import make_context, method_of
+from dori_lightning.tasks.audit import audit_context, method_of
 from dori_lightning.tasks.results_logging import track_locality
 from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
 from dori_lightning.tracking import Tracker
@@ -69,44 +66,36 @@ def prepare(cfg: DictConfig, folder: Path) -> Study:
         InputError: Something is missing or does not fit together, or the folder holds results of
             other settings.
     """
-    attack = instantiate(cfg.attack)
-    settings = settings_of_task(cfg, attack)
+    settings = settings_of_task(cfg, instantiate(cfg.attack))
     pairs = [pair for pair in instantiate(cfg.pairs).read() if pair.role == "audit"]
     chosen = choose_pairs(pairs, settings)
-    sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
-    mitigation = instantiate(cfg.mitigation)
     claim_folder(folder, _method_of(to_container(cfg)))
-    model = instantiate(cfg.checkpoint)
-    check_prompt_lengths(pairs, model.token_count, model.embedding_shape[0], strict=False)
-    cache = Path(cfg.paths.cache)
-    data = PairsDataModule(pairs, model, cache=cache / "encoded")
-    prompts = control_prompts(pairs, data)
-    references = reference_images(pairs, model.resolution, measures)
-    unmitigated = cache / "unmitigated" / baseline_cache_key(model, sampling)
+    context = audit_context(cfg, folder, pairs)
+    distributed.start(context.make_trainer())
     return Study(
         folder=folder,
         seed=cfg.seed,
         settings=settings,
-        attack=replace(attack, snapshots=(0, *attack.snapshots)),
-        budget=attack.budget.resolve(prompts.embeddings),
-        control_prompts=prompts,
+        attack=replace(context.attack, snapshots=(0, *context.attack.snapshots)),
+        budget=context.budget,
+        control_prompts=context.control_prompts,
         pairs=tuple(pairs),
         studied=chosen["studied"],
         controls=chosen["controls"],
-        memorized=_prompts(chosen["memorized"], data),
-        ordinary=_prompts(chosen["ordinary"], data),
-        model=model,
-        data=data,
-        context=make_context(cfg, data=data, references=references, sampling=sampling),
+        memorized=_prompts(chosen["memorized"], context.data),
+        ordinary=_prompts(chosen["ordinary"], context.data),
+        model=context.model,
+        data=context.data,
+        context=context.for_mitigations,
         desk=ReplicationJudge(
-            model=model,
-            sampling=sampling,
-            references=references,
-            rule=rule_of(model, data, references, sampling, unmitigated),
+            model=context.model,
+            sampling=context.sampling,
+            references=context.references,
+            rule=rule_of(context),
             folder=folder / "pictures",
             record=folder / "similarities.json",
         ),
-        mitigation=mitigation,
+        mitigation=context.mitigation,
     )
 
 

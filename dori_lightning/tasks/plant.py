@@ -14,7 +14,7 @@ from statistics import median
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dori_lightning.audit.evaluation import reference_images
+from dori_lightning.audit.context import reference_images
 from dori_lightning.models.generation import (
     GenerationRequest,
     generate_images,

@@ -74,7 +74,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(Wanda, "apply", pruned)
     monkeypatch.setattr(embedding_attack, "solve", solved)
     # most of so small an audit's time
-    monkeypatch.setattr("dori_lightning.tasks.audit._write", lambda *_, **__: None)
+    monkeypatch.setattr("dori_lightning.tasks.audit._publish", lambda *_, **__: None)
     return tally
 
 

@@ -1,7 +1,7 @@
 """A context over a tiny model: what a mitigation is given, made in a second."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,14 @@ import lightning.pytorch as L
 import pytest
 import torch
 
+from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.attacks.embedding_attack import ControlPrompts
+from dori_lightning.audit.context import AuditContext
 from dori_lightning.metrics.calibration import Measures, ReferenceImages
 from dori_lightning.metrics.descriptors import LocalCorrelation, NormalizedCorrelation
+from dori_lightning.metrics.utility import UtilitySettings
 from dori_lightning.mitigations.base import Context
+from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import Examples, Split
@@ -19,7 +24,7 @@ from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import Pair
+from dori_lightning.types import Pair, Pairs
 from support.runs import write_pairs
 from support.tiny import WORDS
 
@@ -58,6 +63,18 @@ def read_pairs(folder: Path, *, vm: int = 2, control: int = 3) -> tuple[Pair, ..
     return tuple(FolderPairs(path=place).read())
 
 
+def quiet_trainer(**settings: Any) -> L.Trainer:
+    """A Trainer on one CPU that logs and shows nothing."""
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**{**quiet, **settings})
+
+
 def make_context(
     tmp_path: Path,
     model: StableDiffusion,
@@ -79,22 +96,39 @@ def make_context(
         "local_correlation",
     )
 
-    def trainer(**settings: Any) -> L.Trainer:
-        quiet = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-        return L.Trainer(**{**quiet, **settings})
-
     return Context(
         seed=seed,
         corpus=corpus or FakeCorpus(),
         data=PairsDataModule(pairs, model),
         references=ReferenceImages(pairs, torch.stack(images), measures),
         sampling=sampling or Sampling("ddim", 2, 2.0, 2),
-        trainer=trainer,
+        trainer=quiet_trainer,
         folder=tmp_path / "edits",
     )
+
+
+def make_audit_context(
+    tmp_path: Path, model: StableDiffusion, *, run: str = "run", **fields: Any
+) -> AuditContext:
+    """An audit of the pairs below ``tmp_path``; ``fields`` replace those of the context."""
+    given = make_context(tmp_path, model)
+    settings = AttackSettings()
+    context = AuditContext(
+        folder=tmp_path / run,
+        cache=tmp_path / "cache",
+        seed=given.seed,
+        pairs=Pairs(given.data.pairs),
+        model=model,
+        data=given.data,
+        references=given.references,
+        corpus=given.corpus,
+        sampling=given.sampling,
+        attack=settings,
+        budget=settings.budget,
+        control_prompts=ControlPrompts((), None),
+        mitigation=NoMitigation(),
+        utility=UtilitySettings(),
+        make_trainer=quiet_trainer,
+        trainer=quiet_trainer(),
+    )
+    return replace(context, **fields)

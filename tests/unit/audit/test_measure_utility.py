@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dori_lightning.audit.utility import LossExamples, corpus_id, measure_utilit
 from dori_lightning.metrics.utility import Utility, UtilitySettings
 from dori_lightning.mitigations.edits import (
     Edit,
+    EmptyEdit,
     MaskEdit,
     Origin,
     PairMaskEdit,
@@ -20,8 +22,8 @@ from dori_lightning.mitigations.edits import (
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import CaptionCorpus, Corpus, Examples, NoCorpus, Split
 from dori_lightning.report.record import write_utility
-from dori_lightning.types import InputError, Pair
-from support.context import FakeCorpus, make_context, read_pairs
+from dori_lightning.types import Calibration, InputError, Pair
+from support.context import FakeCorpus, make_audit_context
 from support.tiny import tiny_model, tiny_recipe
 
 SMALL = UtilitySettings(examples=5, draws=2, prompts=5, neighbours=1)
@@ -63,23 +65,14 @@ def measured(
     seed: int = 0,
     run: str = "run",
 ) -> Utility:
-    shop = make_context(folder, model)
-    found = measure_utility(
-        model,
-        edit,
-        pairs=[pair for pair in read_pairs(folder) if pair.kind != "control"],
-        corpus=corpus or EvaluationOnly(),
-        references=shop.references,
-        sampling=shop.sampling,
-        settings=settings,
-        folder=folder / run,
-        cache=folder / "cache",
-        descriptor="local_correlation",
-        threshold=0.5,
-        seed=seed,
+    context = make_audit_context(
+        folder, model, run=run, corpus=corpus or EvaluationOnly(), utility=settings, seed=seed
     )
-    write_utility(found, folder / run)
-    return found
+    calibration = Calibration("local_correlation", 0.5, "fixed", (), (), math.nan, ())
+    utility = measure_utility(context, edit, calibration)
+    assert utility is not None
+    write_utility(utility, context.folder)
+    return utility
 
 
 def nothing(model: StableDiffusion) -> MaskEdit:
@@ -189,7 +182,7 @@ def test_a_damaged_cache_is_computed_again_and_said(
     kept.write_bytes(kept.read_bytes()[:40])
     again = measured(model, tmp_path, damage(model), settings=LOSSES)
     assert again.denoising_loss == first.denoising_loss
-    assert "is damaged and is computed again" in caplog.text
+    assert "is damaged" in caplog.text
 
 
 def test_it_is_the_same_again_and_another_under_another_seed(
@@ -243,14 +236,23 @@ def test_captions_alone_leave_out_the_loss_only(model: StableDiffusion, tmp_path
 
 
 def test_zeros_leave_out_and_say_so(model: StableDiffusion, tmp_path: Path) -> None:
-    settings = UtilitySettings(examples=0, prompts=0, neighbours=0)
+    settings = UtilitySettings(examples=0, prompts=0, neighbours=1)
     found = measured(model, tmp_path, damage(model), settings=settings)
-    assert found.left_out == {
-        "denoising_loss": "not asked for (utility.examples=0)",
-        "ordinary": "not asked for (utility.prompts=0)",
-        "neighbours": "not asked for (utility.neighbours=0)",
-    }
-    assert found.picture_rows == found.loss_rows == ()
+    assert found.left_out["denoising_loss"] == "not asked for (utility.examples=0)"
+    assert found.left_out["ordinary"] == "not asked for (utility.prompts=0)"
+    assert found.loss_rows == ()
+    assert {row.kind for row in found.picture_rows} == {"neighbour"}
+
+
+def test_nothing_is_measured_without_an_edit_or_without_a_measure(
+    model: StableDiffusion, tmp_path: Path
+) -> None:
+    calibration = Calibration("local_correlation", 0.5, "fixed", (), (), math.nan, ())
+    context = make_audit_context(tmp_path, model, utility=SMALL)
+    assert measure_utility(context, EmptyEdit(), calibration) is None
+    nothing_asked = UtilitySettings(examples=0, prompts=0, neighbours=0)
+    context = make_audit_context(tmp_path, model, utility=nothing_asked)
+    assert measure_utility(context, damage(model), calibration) is None
 
 
 def test_the_files_hold_every_number(runs: Runs) -> None:
@@ -284,17 +286,15 @@ def test_pairs_that_share_a_neighbour_prompt_are_one_group() -> None:
         pair("b", "red boat at sea"),
         pair("c", "blue house on a hill"),
     ]
-    asked, without = near_prompts(pairs, 4)
-    assert not without
-    groups = {item.owner: item.group for item in asked}
-    shared = {i.prompt for i in asked if i.owner == "a"} & {
-        i.prompt for i in asked if i.owner == "b"
-    }
-    assert shared, "otherwise this test shows nothing"
+    prompts, lacking = near_prompts(pairs, 4)
+    assert not lacking
+    groups = {item.owner: item.group for item in prompts}
+    texts = {name: {item.text for item in prompts if item.owner == name} for name in "abc"}
+    assert texts["a"] & texts["b"], "otherwise this test shows nothing"
     assert groups["a"] == groups["b"] != groups["c"]
 
 
 def test_a_pair_without_enough_neighbours_is_left_out_by_name() -> None:
-    asked, without = near_prompts([pair("a", "red boat at sea"), pair("b", "boat")], 30)
-    assert "b" in without
-    assert {item.owner for item in asked} <= {"a"}
+    prompts, lacking = near_prompts([pair("a", "red boat at sea"), pair("b", "boat")], 30)
+    assert "b" in lacking
+    assert {item.owner for item in prompts} <= {"a"}
