@@ -1,7 +1,6 @@
-"""Command line: Hydra composes, one task runs, and every way to end has its exit code.
+"""Command line: Hydra composes a configuration, one task runs, and each end has its exit code.
 
-0 done, 2 the command or its input must be mended, 1 anything else that failed, 130 interrupted,
-143 terminated.
+0 done, 1 failed, 2 the command or its input must be fixed, 130 interrupted, 143 terminated.
 Standard output carries run folders only, one line per run; everything else goes to standard error.
 """
 
@@ -16,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dori_lightning import config, errors
 from dori_lightning.report.claims import ClaimsFailedError
-from dori_lightning.runtime import peers, signals
+from dori_lightning.runtime import job_status, peers, signals
 from dori_lightning.runtime.artifacts import one_writer, remove_partials
-from dori_lightning.runtime.job_status import status_of
 from dori_lightning.runtime.logging import quiet_libraries
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
@@ -40,258 +39,19 @@ from dori_lightning.types import InputError
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
 
-
-# -------- guards
-# Commands that would go wrong without a word, refused with the right one in the message.
-
-CLOCK = "${now:"
-"""How a setting asks the clock."""
-
-_ONE_DEVICE = ("trainer.devices", "trainer.num_nodes")
-
-
-def refuse_rerun(arguments: list[str]) -> None:
-    """Refuse the one flag of Hydra's that unpickles a file."""
-    for argument in arguments:
-        if argument.startswith("--e"):
-            raise InputError(
-                f"{argument.partition('=')[0]} loads a pickle, which may execute anything\n"
-                "  where: command line\n"
-                "  fix:   give the command of the run again; it finishes what is missing"
-            )
-
-
-def refuse_device_sweep(arguments: list[str]) -> None:
-    """Refuse ``trainer.devices=1,2``: the first job's process group leaks into the second."""
-    parser = OverridesParser.create()
-    for argument in arguments:
-        if not argument.lstrip("+").startswith(_ONE_DEVICE):
-            continue
-        override = parser.parse_override(argument)
-        if override.is_sweep_override():
-            rest = [a for a in arguments if a not in (argument, "-m", "--multirun")]
-            values = override.sweep_string_iterator()
-            raise InputError(
-                f"{override.key_or_group} cannot be swept: jobs of one sweep share a process\n"
-                f"  where: {argument}\n"
-                "  fix:   one run for each value:\n"
-                + "\n".join(command([*rest, f"{override.key_or_group}={v}"]) for v in values)
-            )
-
-
-def refuse_sweep_over_processes(cfg: DictConfig, settings: HydraConf) -> None:
-    """Refuse a sweep whose jobs would relaunch the whole sweep to get their other processes."""
-    if settings.mode is not RunMode.MULTIRUN:
-        return
-    swept = OmegaConf.select(settings, "sweeper.params") or {}  # type: ignore[arg-type]
-    over = next((key for key in _ONE_DEVICE if key in swept), None)
-    devices = cfg.trainer.get("devices", 1)
-    nodes = cfg.trainer.get("num_nodes", 1)
-    several = str(devices) not in ("1", "[0]", "0,") or nodes != 1
-    # submitit starts one task per rank itself: nothing is relaunched
-    ranks_started = _tasks(cfg, settings) == (devices, nodes)
-    if over is None and (not several or ranks_started):
-        return
-    overrides = [
-        o for o in settings.overrides.task if not o.lstrip("+").startswith("trainer.devices=")
-    ]
-    if over is None:
-        asked = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
-        what = f"a sweep runs one device per job, not {asked}"
-    else:
-        what = f"{over} cannot be swept: jobs of one sweep share a process"
-    sys.stderr.write(
-        f"dori: {what}\n"
-        f"  where: {'hydra.sweeper.params' if over else 'trainer'}\n"
-        "  fix:   run each job by itself, as in\n"
-        f"{command([*overrides, f'trainer.devices={devices}'])}\n"
-        "         or sweep with one device per job: trainer.devices=1 trainer.num_nodes=1\n"
-        "         or on SLURM, which starts every process itself: hydra/launcher=slurm_ddp\n"
-    )
-    # Not an error of this job alone: the rest of the sweep must not start.
-    sys.exit(2)
-
-
-def _tasks(cfg: DictConfig, settings: HydraConf) -> tuple[Any, Any]:
-    """Tasks per node and nodes that the launcher starts for a job; its own may follow trainer."""
-    # a job's Hydra node stands alone, and what it says of the trainer's would lead nowhere
-    launcher = OmegaConf.to_container(settings.launcher, resolve=False)
-    view = OmegaConf.create({"trainer": cfg.trainer, "launcher": launcher})
-    return view.launcher.get("tasks_per_node", 1), view.launcher.get("nodes", 1)
-
-
-def refuse_clock(cfg: DictConfig) -> None:
-    """Refuse a folder named after the time where several processes would each ask the clock."""
-    started = max(
-        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    )
-    # those that Lightning starts are told the folder
-    if started == 1:
-        return
-    given = OmegaConf.to_container(cfg, resolve=False)
-    hydra = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=False)
-    assert isinstance(given, dict)
-    assert isinstance(hydra, dict)
-    settings = {
-        "hydra.run.dir": hydra["hydra"]["run"]["dir"],
-        "paths.output": given["paths"]["output"],
-        "name": given["name"],
-    }
-    for key, text in settings.items():
-        if CLOCK in str(text):
-            raise InputError(
-                f"each of {started} processes would have a folder of its own: all ask the clock\n"
-                f"  where: {key}={text}\n"
-                f"  fix:   give the run a fixed name: name=NAME"
-            )
-
-
-def command(arguments: list[str]) -> str:
-    """The command line of some arguments, indented as messages have it."""
-    return f"         python -m dori_lightning {shlex.join(arguments)}"
-
-
-# -------- sweeps
-# A sweep's beginning and end: what must not start, and the one table or the sum of the plans.
-#
-# Hydra tells its callbacks of a sweep's end only where no job failed, and turns what they raise
-# into warnings. A table that lacks the row of a failed job is still the table of the others, and
-# one that cannot be made is an error: so the callbacks only remember the sweep, and the command
-# line closes it. What must not start ends the program, which is no exception that Hydra catches.
-
-SWEEP_LOCK = "sweep.lock"
-
-_open: list[DictConfig] = []
-_held: list[Path] = []
-_locks = ExitStack()
-
-
-class SweepTable(Callback):
-    """Have the audits of a sweep put into one table in the sweep's folder."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Remember the sweep that begins."""
-        _open[:] = [config]
-
-
-class SweepGuard(Callback):
-    """Refuse sweeps that would go wrong without a word, and let no two into one folder."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Check the sweep that begins, and hold its folder until the program ends.
-
-        Raises:
-            SystemExit: It must not start; why was said.
-        """
-        try:
-            _refuse_many_of_it()
-            _refuse_clock(config)
-            if not config.task.get("dry_run"):
-                place = Path(str(OmegaConf.select(config, "hydra.sweep.dir")))
-                _locks.enter_context(one_writer(place, SWEEP_LOCK))
-                _held[:] = [place]
-        except InputError as error:
-            sys.stderr.write(f"dori: {error}\n")
-            sys.exit(2)
-
-
-def _refuse_many_of_it() -> None:
-    """Refuse a sweep that torchrun or srun started several times over."""
-    for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        count = os.environ.get(variable, "1")
-        if count != "1":
-            raise InputError(
-                f"{count} processes were started, and each would run the whole sweep\n"
-                f"  where: {variable}={count}\n"
-                f"  fix:   start the sweep once, and have SLURM start its jobs:\n"
-                + command([*sys.argv[1:], "hydra/launcher=slurm"])
-            )
-
-
-def _refuse_clock(config: DictConfig) -> None:
-    """Refuse a folder named after the time where jobs are composed anew, each by its own clock."""
-    launcher = str(OmegaConf.select(config, "hydra.launcher._target_"))
-    if launcher.endswith(".BasicLauncher"):
-        return
-    for key in ("hydra.sweep.dir", "hydra.sweep.subdir", "sweep", "paths.output"):
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, parent) if parent else config
-        plain = OmegaConf.to_container(node, resolve=False)
-        assert isinstance(plain, dict)
-        if CLOCK in str(plain[name]):
-            raise InputError(
-                f"every job would have a sweep's folder of its own: each asks the clock\n"
-                f"  where: {key}={plain[name]}\n"
-                f"  fix:   give the sweep a fixed name, which also lets the same command finish "
-                f"what is missing: sweep=NAME"
-            )
-
-
-def forget_sweep() -> None:
-    """Forget a sweep that another command left behind, and give its folder back."""
-    _open.clear()
-    _held.clear()
-    _locks.close()
-
-
-def lost_worker() -> str:
-    """Say that a process that works on a sweep's jobs was killed, and which jobs that has cut.
-
-    To be called when no job runs any more: its launcher ends all workers over one.
-    """
-    from dori_lightning.runtime.job_status import FILE, read_status
-
-    cut, where = [], "hydra.launcher"
-    for place in _held:
-        folders = sorted(path.parent for path in place.glob(f"*/{FILE}"))
-        statuses = [(folder.name, read_status(folder)) for folder in folders]
-        # nobody was there to write anything else
-        cut = [name for name, status in statuses if status and status.state == "running"]
-        where = f"{place}; task=status task.runs={place} shows every job"
-    return (
-        f"a worker of the sweep was killed, by the system perhaps for want of memory; cut: "
-        f"{'; '.join(cut) or 'no job'}\n"
-        f"  where: {where}\n"
-        f"  fix:   give the same command again; what is finished is kept. If memory was short, "
-        f"with fewer jobs at once: hydra.launcher.n_jobs=N"
-    )
-
-
-def close_sweep() -> None:
-    """Aggregate the sweep that has ended; nothing where none asked for it.
-
-    Raises:
-        InputError: Its runs give no table: none finished, or the one without mitigation is
-            missing.
-    """
-    if not _open:
-        return
-    config = _open.pop()
-    folder = Path(str(OmegaConf.select(config, "hydra.sweep.dir")))
-    # late: tasks import torch, and help must not
-    if config.task.get("dry_run"):
-        from dori_lightning.tasks.plan import sum_plans
-
-        sum_plans(folder)
-    else:
-        from dori_lightning.tasks.report import make_table
-
-        make_table(
-            [folder],
-            folder,
-            images=config.report.images.value,
-            max_pairs=config.report.max_pairs,
-        )
-
-
-# -------- cli
-
 log = logging.getLogger(__name__)
 
-# At import, so that the workers of a cluster know the resolvers and the checks too.
+# at import, so that the workers of a cluster know the resolvers and the checks too
 config.register()
 config.guard()
 
+SWEEP_LOCK = "sweep.lock"
+
+_CLOCK = "${now:"
+"""How a setting asks the clock."""
+
+_PROCESSES = ("trainer.devices", "trainer.num_nodes")
+_NOT_SWEPT = "cannot be swept: jobs of one sweep share a process"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _USERS_FULL_ERROR = os.environ.get(_FULL_ERROR)
 
@@ -318,9 +78,7 @@ def main() -> int:
             "    python -m dori_lightning --help               what can be chosen and set\n"
         )
         return 2
-    # Results reproduce training images: private unless the user opens them.
-    os.umask(0o077)
-    _safe_environment()
+    _protect()
     # argparse takes no overrides on both sides of a flag: a=1 -m b=2
     overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
     sys.argv[1:] = [*overrides, *(a for a in arguments if a not in overrides)]
@@ -331,21 +89,21 @@ def main() -> int:
         refuse_rerun(arguments)
         refuse_device_sweep(arguments)
         try:
-            # Hydra would print its own errors and exit with 1; this makes it hand them over.
-            with _environment_variable(_FULL_ERROR, "1"):
+            # Hydra would print its own errors and exit with 1; this makes it raise them
+            with _full_errors("1"):
                 _run_hydra()
         except JobFailed as failed:
             code = failed.code
         except BrokenProcessPool:
             _say(f"dori: {lost_worker()}\n")
             code = 1
-        # Also after a failed job: the others have earned their table.
+        # also after a failed job: the others have a table all the same
         close_sweep()
-    except Interrupted as told:
-        _say_how_to_go_on(signal.Signals(told.signum).name, arguments)
-        return told.code
+    except Interrupted as received:
+        _say_how_to_resume(signal.Signals(received.signum).name, arguments)
+        return received.code
     except KeyboardInterrupt:
-        _say_how_to_go_on("interrupted", arguments)
+        _say_how_to_resume("interrupted", arguments)
         return 130
     except Exception as error:
         reported = _report(error, errors.explain(error, arguments))
@@ -355,32 +113,25 @@ def main() -> int:
     return code
 
 
-def _say_how_to_go_on(why: str, arguments: list[str]) -> None:
-    if peers.speaks():
-        sys.stderr.write(
-            f"dori: {why}; what is finished is kept. To go on from here:\n{command(arguments)}\n"
-        )
-
-
 @hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")
 def _run_hydra(cfg: DictConfig) -> float | None:
     """One job: run the task, or report why not and leave with the exit code."""
     try:
-        with _environment_variable(_FULL_ERROR, _USERS_FULL_ERROR):
+        with _full_errors(_USERS_FULL_ERROR):
             return _run_task(cfg)
-    except Interrupted as told:
+    except Interrupted as received:
         from dori_lightning.runtime.distributed import leave
 
-        leave(told)
-        signals.hand_on(told.signum)
+        leave(received)
+        signals.hand_on(received.signum)
         raise
     except Exception as error:
         code = _report(error, errors.explain_in_task(error))
-        # Hydra keeps the exceptions of a sweep; their frames would keep every failed job's model.
-        while_handling: BaseException | None = error
-        while while_handling is not None:
-            traceback.clear_frames(while_handling.__traceback__)
-            while_handling = while_handling.__cause__ or while_handling.__context__
+        # Hydra keeps the exceptions of a sweep; their frames would keep every failed job's model
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         raise JobFailed(code)
     sys.exit(code)
@@ -389,26 +140,21 @@ def _run_hydra(cfg: DictConfig) -> float | None:
 def _run_task(cfg: DictConfig) -> float | None:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    # again: a cluster's job begins here
-    os.umask(0o077)
-    _safe_environment()
-    # W&B stages artifacts in the home folder otherwise: a copy of the run folder lacks them.
-    for variable, place in {
-        "WANDB_DIR": folder,
-        "WANDB_DATA_DIR": folder / "wandb" / "data",
-        "WANDB_CACHE_DIR": folder / "wandb" / "cache",
-    }.items():
-        os.environ[variable] = str(place)
+    _protect()  # again: a cluster's job begins here
+    # W&B stages artifacts in the home folder otherwise: a copy of the run folder lacks them
+    os.environ["WANDB_DIR"] = str(folder)
+    os.environ["WANDB_DATA_DIR"] = str(folder / "wandb" / "data")
+    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")
     refuse_sweep_over_processes(cfg, settings)
     refuse_clock(cfg)
-    with ExitStack() as until_the_end:
+    with ExitStack() as stack:
         status = None
         if peers.speaks() and not cfg.task.get("dry_run"):
-            until_the_end.enter_context(one_writer(folder))
+            stack.enter_context(one_writer(folder))
             remove_partials(folder)
-            status = until_the_end.enter_context(status_of(folder))
-        task = _checked(cfg)
-        # late: errors above come at once, and these import torch
+            status = stack.enter_context(job_status.status_of(folder))
+        task = _checked_task(cfg)
+        # late: the errors above come at once, and these import torch
         from dori_lightning.runtime.distributed import pin
         from dori_lightning.runtime.logging import listening
 
@@ -417,8 +163,8 @@ def _run_task(cfg: DictConfig) -> float | None:
         if "joblib" in str(settings.launcher.get("_target_")) and on_gpu:
             pin()
         if status is not None:
-            until_the_end.enter_context(listening(status.progress))
-        until_the_end.enter_context(signals.handling())
+            stack.enter_context(listening(status.progress))
+        stack.enter_context(signals.handling())
         result: float | None = task.run(cfg, folder)
     if peers.speaks():
         sys.stdout.write(f"{folder}\n")
@@ -426,7 +172,7 @@ def _run_task(cfg: DictConfig) -> float | None:
     return result
 
 
-def _checked(cfg: DictConfig) -> Any:
+def _checked_task(cfg: DictConfig) -> Any:
     """Module of the task that a config asks for, if nothing is wrong with the config."""
     config.check_keys(cfg)
     if not cfg.task.get("dry_run"):  # a plan needs no data
@@ -438,35 +184,37 @@ def _checked(cfg: DictConfig) -> Any:
 
 
 def _task(name: Any) -> Any:
-    """Module of `dori_lightning.tasks` by name; only names of its files are imported."""
+    """Module of `dori_lightning.tasks` by name; only those with a ``conf/task/*.yaml``."""
     known = sorted(file.stem for file in (config.CONF / "task").glob("*.yaml"))
     if name not in known:
         raise InputError(
-            f"no task {name!r}\n  where: task.name\n  fix:   one of {', '.join(known)}: task=NAME"
+            f"no task {name!r}", where="task.name", fix=f"one of {', '.join(known)}: task=NAME"
         )
     return import_module(f"dori_lightning.tasks.{name}")
 
 
-def _safe_environment() -> None:
+def _protect() -> None:
+    """Keep results private, since they reproduce training images, and run no downloaded code."""
+    os.umask(0o077)
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 @contextmanager
-def _environment_variable(name: str, value: str | None) -> Iterator[None]:
-    before = os.environ.get(name)
-    _set(name, value)
+def _full_errors(value: str | None) -> Iterator[None]:
+    """Set Hydra's variable that lets exceptions through; None leaves it out."""
+    before = os.environ.get(_FULL_ERROR)
     try:
+        _set_full_errors(value)
         yield
     finally:
-        _set(name, before)
+        _set_full_errors(before)
 
 
-def _set(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+def _set_full_errors(value: str | None) -> None:
+    os.environ.pop(_FULL_ERROR, None)
+    if value is not None:
+        os.environ[_FULL_ERROR] = value
 
 
 def _report(error: Exception, explanation: str | None) -> int:
@@ -474,12 +222,11 @@ def _report(error: Exception, explanation: str | None) -> int:
     if isinstance(error, ClaimsFailedError):
         _say(f"dori: {error}\n")
         return 1
-    lost = errors.lost_process(error)
-    if explanation is None and lost is not None:
-        sys.stderr.write(f"dori: {lost}\n")
-        return 1
     if explanation is None:
-        if logging.getLogger().handlers:
+        lost = errors.lost_process(error)
+        if lost is not None:
+            sys.stderr.write(f"dori: {lost}\n")
+        elif logging.getLogger().handlers:
             log.error("failed", exc_info=error)
         else:  # the run folder's log is not open yet
             _say("".join(traceback.format_exception(error)))
@@ -493,3 +240,267 @@ def _report(error: Exception, explanation: str | None) -> int:
 def _say(text: str) -> None:
     """Write to standard error, which clusters and loggers keep in files."""
     sys.stderr.write(redact(text))
+
+
+def _say_how_to_resume(why: str, arguments: list[str]) -> None:
+    if peers.speaks():
+        sys.stderr.write(
+            f"dori: {why}; finished results are kept. To resume:\n{command(arguments)}\n"
+        )
+
+
+def command(arguments: list[str]) -> str:
+    """The command line of some arguments, indented as messages have it."""
+    return f"         python -m dori_lightning {shlex.join(arguments)}"
+
+
+# Commands that would go wrong without a message of their own.
+
+
+def refuse_rerun(arguments: list[str]) -> None:
+    """Refuse the one flag of Hydra's that unpickles a file."""
+    for argument in arguments:
+        if argument.startswith("--e"):
+            raise InputError(
+                f"{argument.partition('=')[0]} loads a pickle, which may execute anything",
+                where="command line",
+                fix="give the command of the run again; it finishes what is missing",
+            )
+
+
+def refuse_device_sweep(arguments: list[str]) -> None:
+    """Refuse ``trainer.devices=1,2``: the first job's process group leaks into the second."""
+    parser = OverridesParser.create()
+    for argument in arguments:
+        if not argument.lstrip("+").startswith(_PROCESSES):
+            continue
+        override = parser.parse_override(argument)
+        if override.is_sweep_override():
+            key = override.key_or_group
+            rest = [a for a in arguments if a not in (argument, "-m", "--multirun")]
+            runs = [command([*rest, f"{key}={v}"]) for v in override.sweep_string_iterator()]
+            raise InputError(
+                f"{key} {_NOT_SWEPT}",
+                where=argument,
+                fix="one run for each value:\n" + "\n".join(runs),
+            )
+
+
+def refuse_sweep_over_processes(cfg: DictConfig, settings: HydraConf) -> None:
+    """End a sweep whose jobs would relaunch the whole sweep to get their other processes."""
+    if settings.mode is not RunMode.MULTIRUN:
+        return
+    swept = OmegaConf.select(settings, "sweeper.params") or {}  # type: ignore[arg-type]
+    key = next((key for key in _PROCESSES if key in swept), None)
+    devices, nodes = cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1)
+    one_process = str(devices) in ("1", "[0]", "0,") and nodes == 1
+    # submitit starts one task per rank itself: nothing is relaunched
+    if key is None and (one_process or _launched_tasks(cfg, settings) == (devices, nodes)):
+        return
+    what, where = (
+        f"{key} cannot be swept: jobs of one sweep share a process",
+        "hydra.sweeper.params",
+    )
+    if key is None:
+        asked = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
+        what, where = f"a sweep runs one device per job, not {asked}", "trainer"
+    overrides = [
+        o for o in settings.overrides.task if not o.lstrip("+").startswith("trainer.devices=")
+    ]
+    one_run = command([*overrides, f"trainer.devices={devices}"])
+    error = InputError(
+        what,
+        where=where,
+        fix=f"run each job by itself, as in\n{one_run}\n"
+        "         or sweep with one device per job: trainer.devices=1 trainer.num_nodes=1\n"
+        "         or on SLURM, which starts every process itself: hydra/launcher=slurm_ddp",
+    )
+    _end_sweep(error)
+
+
+def _end_sweep(error: InputError) -> None:
+    """Leave the program: Hydra would catch an exception, and start the rest of the sweep."""
+    sys.stderr.write(f"dori: {error}\n")
+    sys.exit(2)
+
+
+def _launched_tasks(cfg: DictConfig, settings: HydraConf) -> tuple[Any, Any]:
+    """Tasks per node and nodes that the launcher starts for a job; they may follow the trainer."""
+    # a job's Hydra node stands alone: its references to the trainer would lead nowhere
+    launcher = OmegaConf.to_container(settings.launcher, resolve=False)
+    view = OmegaConf.create({"trainer": cfg.trainer, "launcher": launcher})
+    return view.launcher.get("tasks_per_node", 1), view.launcher.get("nodes", 1)
+
+
+def refuse_clock(cfg: DictConfig) -> None:
+    """Refuse a folder named after the time where several processes would each ask the clock."""
+    count, _ = _started_processes()
+    # those that Lightning starts are told the folder
+    if count == 1:
+        return
+    root = HydraConfig.instance().cfg
+    assert root is not None
+    setting = _clock_setting(root, "hydra.run.dir") or _clock_setting(cfg, "paths.output", "name")
+    if setting is not None:
+        raise InputError(
+            f"each of {count} processes would have a folder of its own: all ask the clock",
+            where=setting,
+            fix="give the run a fixed name: name=NAME",
+        )
+
+
+def _started_processes() -> tuple[int, str]:
+    """How many processes torchrun or srun started, and the variable that says so."""
+    counts = {
+        name: int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    }
+    name = max(counts, key=counts.__getitem__)
+    return counts[name], name
+
+
+def _clock_setting(cfg: DictConfig, *keys: str) -> str | None:
+    """The first of some settings that asks the clock, as ``key=value``."""
+    for key in keys:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.to_container(OmegaConf.select(cfg, parent) if parent else cfg)
+        assert isinstance(node, dict)
+        if _CLOCK in str(node[name]):
+            return f"{key}={node[name]}"
+    return None
+
+
+# Hydra tells its callbacks of a sweep's end only where no job failed, and turns what they raise
+# into warnings. A table that lacks the row of a failed job is still the table of the others, and
+# one that cannot be made is an error: so the callbacks only remember the sweep, and the command
+# line closes it.
+
+
+@dataclass
+class _Sweep:
+    """The sweep that runs.
+
+    Attributes:
+        config: Its configuration; None where it asked for no table.
+        folder: Its folder; None where it is not locked.
+        lock: Holds the folder's lock.
+    """
+
+    config: DictConfig | None = None
+    folder: Path | None = None
+    lock: ExitStack = field(default_factory=ExitStack)
+
+
+_sweep = _Sweep()
+
+
+class SweepTable(Callback):
+    """Have the audits of a sweep put into one table in the sweep's folder."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Remember the sweep that begins."""
+        _sweep.config = config
+
+
+class SweepGuard(Callback):
+    """Refuse sweeps that would fail without a message, and let no two write to one folder."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Check the sweep that begins, and lock its folder until the program ends.
+
+        Raises:
+            SystemExit: It must not start; the reason was printed.
+        """
+        try:
+            _refuse_several_sweeps()
+            _refuse_clock_of_jobs(config)
+            if not config.task.get("dry_run"):
+                folder = _sweep_folder(config)
+                _sweep.lock.enter_context(one_writer(folder, SWEEP_LOCK))
+                _sweep.folder = folder
+        except InputError as error:
+            _end_sweep(error)
+
+
+def _refuse_several_sweeps() -> None:
+    """Refuse a sweep that torchrun or srun started several times over."""
+    count, variable = _started_processes()
+    if count != 1:
+        raise InputError(
+            f"{count} processes were started, and each would run the whole sweep",
+            where=f"{variable}={count}",
+            fix="start the sweep once, and have SLURM start its jobs:\n"
+            + command([*sys.argv[1:], "hydra/launcher=slurm"]),
+        )
+
+
+def _refuse_clock_of_jobs(config: DictConfig) -> None:
+    """Refuse a folder named after the time where each job is composed anew, by its own clock."""
+    launcher = str(OmegaConf.select(config, "hydra.launcher._target_"))
+    if launcher.endswith(".BasicLauncher"):
+        return
+    keys = ("hydra.sweep.dir", "hydra.sweep.subdir", "sweep", "paths.output")
+    setting = _clock_setting(config, *keys)
+    if setting is not None:
+        raise InputError(
+            "every job would have a sweep's folder of its own: each asks the clock",
+            where=setting,
+            fix="give the sweep a fixed name, which also lets the same command finish what is "
+            "missing: sweep=NAME",
+        )
+
+
+def _sweep_folder(config: DictConfig) -> Path:
+    return Path(str(OmegaConf.select(config, "hydra.sweep.dir")))
+
+
+def forget_sweep() -> None:
+    """Forget the sweep of an earlier command, and release its folder."""
+    global _sweep
+    _sweep.lock.close()
+    _sweep = _Sweep()
+
+
+def lost_worker() -> str:
+    """Say that a worker of a sweep was killed, and which jobs were cut short.
+
+    To be called when no job runs any more: its launcher ends all workers over one.
+    """
+    cut, where = [], "hydra.launcher"
+    if _sweep.folder is not None:
+        where = f"{_sweep.folder}; task=status task.runs={_sweep.folder} shows every job"
+        for path in sorted(_sweep.folder.glob(f"*/{job_status.FILE}")):
+            status = job_status.read_status(path.parent)
+            if status is not None and status.state == "running":  # its process left no other word
+                cut.append(path.parent.name)
+    return str(
+        InputError(
+            f"a worker of the sweep was killed, perhaps by the system for lack of memory; cut: "
+            f"{'; '.join(cut) or 'no job'}",
+            where=where,
+            fix="give the same command again; finished results are kept. If memory was short, "
+            "with fewer jobs at once: hydra.launcher.n_jobs=N",
+        )
+    )
+
+
+def close_sweep() -> None:
+    """Aggregate the sweep that has ended; nothing where none asked for it.
+
+    Raises:
+        InputError: Its runs give no table: none finished, or the one without mitigation is
+            missing.
+    """
+    cfg, _sweep.config = _sweep.config, None
+    if cfg is None:
+        return
+    folder = _sweep_folder(cfg)
+    # late: tasks import torch, and help must not
+    if cfg.task.get("dry_run"):
+        from dori_lightning.tasks.plan import sum_plans
+
+        sum_plans(folder)
+    else:
+        from dori_lightning.tasks.report import make_table
+
+        images, max_pairs = cfg.report.images.value, cfg.report.max_pairs
+        make_table([folder], folder, images=images, max_pairs=max_pairs)

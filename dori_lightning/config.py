@@ -1,4 +1,9 @@
-"""Typed root of the configuration, where its files lie, and the checks that need no model."""
+"""The configuration: its typed root, where its files lie, and the checks that need no model.
+
+Configurations may come from strangers, and Hydra itself builds callbacks and log handlers before a
+task begins. So every composed configuration is checked before Hydra builds or writes anything:
+only names on the lists below are built, and nothing that looks like a secret is written down.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import hashlib
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -23,11 +28,175 @@ from omegaconf.errors import OmegaConfBaseException
 from dori_lightning.runtime.redaction import REDACTED, is_secret_name, redact, secrets_in
 from dori_lightning.types import InputError
 
-# -------- targets
-# What a config may build, and whether its values fit the signature of what they build.
+_PACKAGE = Path(__file__).resolve().parent
+#: The yaml files: inside the package when it was installed from a wheel, beside it in a checkout.
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 #: What a config may build.
 ALLOWED_TARGETS = ("dori_lightning.", "torch.optim.", "lightning.pytorch.")
+#: What Hydra's own node may build: callbacks, and launcher and sweeper out of installed plugins.
+_HYDRAS_TARGETS = ("dori_lightning.", "hydra.experimental.callbacks.", "hydra_plugins.")
+_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
+_LOGGING_CLASSES = {
+    "logging.FileHandler",
+    "logging.Formatter",
+    "logging.NullHandler",
+    "logging.StreamHandler",
+    "dori_lightning.runtime.logging.ProcessFileHandler",
+    "dori_lightning.runtime.redaction.RedactingFormatter",
+}
+_LOGGING_REFERENCES = {
+    "ext://sys.stderr",
+    "ext://sys.stdout",
+    "${hydra.runtime.output_dir}/${hydra.job.name}.log",
+}
+
+_RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+_FOLDERS = ("paths.output", "paths.cache", "hydra.run.dir", "hydra.sweep.dir")
+_FROM_ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
+
+MEANINGS = {
+    "checkpoint.source": "a diffusers folder, a hub id, or a single .safetensors file",
+    "pairs.path": "the list of prompts and images, or the folder that holds both",
+    "pairs.images": "the folder with the list's images",
+    "pairs.kind": "vm (reproduced verbatim), tm (template) or control (never seen)",
+    "corpus.path": "ordinary captions, or a folder of ordinary images with a metadata.csv",
+    "metrics.descriptors.sscd.weights": "SSCD's model, the file sscd_disc_mixup.torchscript.pt of "
+    "facebookresearch/sscd-copy-detection; nothing is downloaded",
+    "utility.inception.weights": "the Inception network of FID, a local file",
+    "task.runs": "the folder of a sweep, or [FOLDER,FOLDER] of runs",
+}
+"""Meaning of the values that the yaml files leave to the user (``???``)."""
+
+
+class Images(StrEnum):
+    """Which images a report shows."""
+
+    full = "full"
+    blurred = "blurred"
+    none = "none"
+
+
+@dataclass
+class Report:
+    """What the report shows.
+
+    Attributes:
+        images: Images as they are, blurred beyond recognition, or none.
+        max_pairs: Pairs that are shown with their images; every pair is in the tables.
+    """
+
+    images: Images = Images.full
+    max_pairs: int = 60
+
+
+@dataclass
+class Paths:
+    """Where files are written.
+
+    Attributes:
+        output: Parent of every run folder.
+        cache: Latents, embeddings and edits that several runs share.
+    """
+
+    output: str = "outputs"
+    cache: str = "${paths.output}/cache"
+
+
+@dataclass
+class Config:
+    """Root of every composed config; a key that is not here does not exist.
+
+    Attributes:
+        name: Run folder below ``paths.output``; the same name resumes.
+        sweep: Folder of a sweep below ``paths.output/sweeps``.
+        seed: Seed of every random draw except generation seeds (``sampling.seed``).
+        task: What to do: ``name`` is a module of `dori_lightning.tasks`, the rest its settings.
+        checkpoint: The model under audit.
+        pairs: Prompts and images.
+        corpus: Ordinary prompts and images: mitigations calibrate on them, utility is measured on
+            them.
+        mitigation: What is done to the checkpoint before the audit.
+        utility: How much is measured of what the mitigation costs.
+        attack: The search for embeddings that reproduce an image.
+        sampling: How images are generated.
+        metrics: How images are compared.
+        trainer: Lightning's Trainer.
+        logger: Loggers by name; empty for none. Each is partial and is called with ``save_dir``.
+        report: What the report shows.
+        paths: Where files are written.
+    """
+
+    name: str = MISSING
+    sweep: str = MISSING
+    seed: int = 0
+    task: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] = field(default_factory=dict)
+    mitigation: dict[str, Any] = field(default_factory=dict)
+    utility: dict[str, Any] = field(default_factory=dict)
+    attack: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
+    paths: Paths = field(default_factory=Paths)
+
+
+def register() -> None:
+    """Register the typed root and the two resolvers; may be called again."""
+    ConfigStore.instance().store(name="base_config", node=Config)
+    OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+    OmegaConf.register_new_resolver("group_options", _group_options, replace=True)
+
+
+def groups() -> dict[str, dict[str, str]]:
+    """Config groups: name to options, each with the first comment line of its file."""
+    # what a mitigation sets for one checkpoint comes with the checkpoint, nobody chooses it
+    return {
+        group: options
+        for group, options in _all_groups().items()
+        if not group.startswith(("hydra", "mitigation/tuned"))
+    }
+
+
+def launchers() -> dict[str, dict[str, str]]:
+    """The project's launchers of a sweep's jobs, in the same form."""
+    return {"hydra/launcher": _all_groups()["hydra/launcher"]}
+
+
+def _all_groups() -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for file in sorted(CONF.glob("*/**/*.yaml")):
+        lines = file.read_text("utf-8").splitlines()
+        comments = (line[1:].strip() for line in lines if line.startswith("#"))
+        claim = next((line for line in comments if not line.startswith("@package")), "")
+        found.setdefault(file.parent.relative_to(CONF).as_posix(), {})[file.stem] = claim
+    return dict(sorted(found.items()))
+
+
+def _group_options() -> str:
+    """The groups for ``--help``, a line per option."""
+    hints = {
+        "experiment": "   (write +experiment=NAME)",
+        "hydra/launcher": "   (of a sweep's jobs, with -m)",
+    }
+    lines = []
+    for group, options in {**groups(), **launchers()}.items():
+        width = max(map(len, options)) + 2
+        lines.append(f"{group}{hints.get(group, '')}")
+        lines += [f"    {name:<{width}}{claim}".rstrip() for name, claim in options.items()]
+    return "\n".join(lines).replace("$", "")
+
+
+def _folder_name(text: str) -> str:
+    """One folder name from a sweep job's overrides: no separators, short enough anywhere."""
+    name = re.sub(r"[^A-Za-z0-9._,=+\[\]-]", ".", text) or "defaults"
+    if len(name) <= 120:
+        return name
+    return f"{name[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
@@ -36,20 +205,68 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     whole = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if whole:
         return whole[0]
-    # A key given without its group, or under another one: compare the last part alone.
+    # a key given without its group, or under another one: compare the last part alone
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
     leaf = difflib.get_close_matches(word.rpartition(".")[2], by_leaf, n=1, cutoff=0.75)
     return by_leaf[leaf[0]] if leaf else None
 
 
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Places and values of plain containers and of all that is in them, outer ones first."""
+    yield path, node
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from walk(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from walk(value, f"{path}[{index}]")
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Refuse keys that were forced in with ``+`` where the typed root has none.
+
+    Raises:
+        InputError: Names the key and its nearest neighbour.
+    """
+    typed = (("", cfg, Config), ("report.", cfg.report, Report), ("paths.", cfg.paths, Paths))
+    for path, node, kind in typed:
+        known = [item.name for item in fields(kind)]
+        for key in node:
+            if key not in known:
+                guess = closest(str(key), known)
+                raise InputError(
+                    f"unknown key {path}{key!s}",
+                    where=f"+{path}{key!s}",
+                    fix=f"did you mean {path}{guess}?" if guess else "remove it",
+                )
+
+
+def check_missing(cfg: DictConfig) -> None:
+    """Refuse a config with mandatory values left open.
+
+    Raises:
+        InputError: Names every open key, and says what it means.
+    """
+    # parts[0] as Hydra's command line writes it: parts.0
+    missing = sorted(re.sub(r"\[(\d+)\]", r".\1", key) for key in OmegaConf.missing_keys(cfg))
+    if missing:
+        meanings = {key: MEANINGS.get(re.sub(r"\.parts\.\d+", "", key)) for key in missing}
+        raise InputError(
+            f"missing value for {', '.join(missing)}",
+            where="the composed config",
+            fix=f"add {' '.join(f'{key}=VALUE' for key in missing)}"
+            + "".join(f"\n         {key}: {text}" for key, text in meanings.items() if text),
+        )
+
+
 def check_targets(cfg: DictConfig) -> None:
-    """Refuse a config that names a thing outside `ALLOWED_TARGETS` to build; imports nothing.
+    """Refuse a config that would build something outside `ALLOWED_TARGETS`; imports nothing.
 
     Raises:
         InputError: Names the key and the target.
     """
-    for path, node in targets_in(OmegaConf.to_container(cfg, resolve=True)):
-        allow_target(path, node["_target_"])
+    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+        _check_name(path, node["_target_"], ALLOWED_TARGETS)
 
 
 def check_signatures(cfg: DictConfig) -> None:
@@ -60,36 +277,44 @@ def check_signatures(cfg: DictConfig) -> None:
     Raises:
         InputError: A key the target does not take, one it needs, or a value of the wrong type.
     """
-    for path, node in targets_in(OmegaConf.to_container(cfg, resolve=True)):
-        thing = find_target(path, node["_target_"])
-        _check_node(path, node, thing)
+    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+        _check_arguments(path, node, _import_target(path, node["_target_"], ALLOWED_TARGETS))
 
 
-def find_target(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGETS) -> Any:
-    """Import what a ``_target_`` names, if it may be built.
+def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Nodes with a ``_target_``, outer ones first, with their place in the config."""
+    for place, value in walk(node, path):
+        if isinstance(value, Mapping) and "_target_" in value:
+            yield place or "the config", value
 
-    Args:
-        path: Place of the node in the config.
-        target: What it names.
-        allowed: What the name, and the home of the thing itself, must begin with.
 
-    Raises:
-        InputError: It may not be built, or there is no such thing.
-    """
-    allow_target(path, target, allowed)
+def _check_name(path: str, target: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse a ``_target_`` whose name does not begin as it may; imports nothing."""
+    if not isinstance(target, str) or not target.startswith(allowed):
+        raise InputError(
+            f"refused to build {target!r}",
+            where=f"{path}._target_",
+            fix=f"a config may only name {', '.join(f'{prefix}*' for prefix in allowed)}",
+        )
+
+
+def _import_target(path: str, target: Any, allowed: tuple[str, ...]) -> Any:
+    """Import what a ``_target_`` names, if its name and its home begin as they may."""
+    _check_name(path, target, allowed)
     try:
         thing = get_object(target)
     except ImportError as error:
         raise InputError(
-            f"cannot import {target}\n  where: {path}._target_\n  fix:   {error}"
+            f"cannot import {target}", where=f"{path}._target_", fix=str(error)
         ) from error
-    # An allowed module also holds names that it imported: the thing itself must live inside.
+    # an allowed module also holds names that it imported: the thing itself must live inside
     home = getattr(thing, "__module__", None)
-    allow_target(path, f"{home}.{getattr(thing, '__qualname__', target)}", allowed)
+    _check_name(path, f"{home}.{getattr(thing, '__qualname__', target)}", allowed)
     return thing
 
 
-def _check_node(path: str, node: Mapping[str, Any], thing: Any) -> None:
+def _check_arguments(path: str, node: Mapping[str, Any], thing: Any) -> None:
+    """Refuse arguments that a target does not take, lacks, or cannot be given."""
     signature = inspect.signature(thing)
     values = {str(key): value for key, value in node.items() if key not in _RESERVED}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
@@ -97,56 +322,29 @@ def _check_node(path: str, node: Mapping[str, Any], thing: Any) -> None:
         if key not in signature.parameters and not takes_any:
             guess = closest(key, signature.parameters)
             raise InputError(
-                f"unknown key {path}.{key}\n"
-                f"  where: {node['_target_']} does not take it\n"
-                f"  fix:   {f'did you mean {path}.{guess}?' if guess else 'remove it'}"
+                f"unknown key {path}.{key}",
+                where=f"{node['_target_']} does not take it",
+                fix=f"did you mean {path}.{guess}?" if guess else "remove it",
             )
     try:
         (signature.bind_partial if node.get("_partial_") else signature.bind)(**values)
     except TypeError as error:
         raise InputError(
-            f"{path} is not complete: {error}\n  where: {node['_target_']}\n  fix:   add the value"
+            f"{path} is not complete: {error}", where=node["_target_"], fix="add the value"
         ) from None
-    for key, hint in _hints(thing).items():
-        if key in values and not _fits(values[key], hint):
-            raise InputError(
-                f"{path}.{key} cannot be {values[key]!r}\n"
-                f"  where: {node['_target_']}\n"
-                f"  fix:   {_mend(f'{path}.{key}', values[key], hint)}"
-            )
-
-
-_RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-
-
-def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Nodes with a ``_target_``, outer ones first, with their place in the config."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield path or "the config", node
-        for key, value in node.items():
-            yield from targets_in(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, Sequence) and not isinstance(node, str):
-        for index, value in enumerate(node):
-            yield from targets_in(value, f"{path}[{index}]")
-
-
-def allow_target(path: str, target: Any, allowed: tuple[str, ...] = ALLOWED_TARGETS) -> None:
-    """Refuse a ``_target_`` whose name does not begin as it may; imports nothing."""
-    if not isinstance(target, str) or not target.startswith(allowed):
-        raise InputError(
-            f"refused to build {target!r}\n"
-            f"  where: {path}._target_\n"
-            f"  fix:   a config may only name {', '.join(f'{p}*' for p in allowed)}"
-        )
-
-
-def _hints(thing: Any) -> dict[str, Any]:
-    """Types of the arguments, as far as they can be resolved without type-checking imports."""
     try:
-        return get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
-    except (AttributeError, NameError, TypeError):
-        return {}
+        hints = get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
+    except (AttributeError, NameError, TypeError):  # types that only type checkers import
+        return
+    for key, hint in hints.items():
+        if key in values and not _fits(values[key], hint):
+            # a lone value that belongs into a list
+            lone = f"give a list: '{path}.{key}=[{values[key]}]'"
+            raise InputError(
+                f"{path}.{key} cannot be {values[key]!r}",
+                where=node["_target_"],
+                fix=lone if _fits([values[key]], hint) else f"give {_describe(hint)}",
+            )
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -172,61 +370,26 @@ def _fits(value: Any, hint: Any) -> bool:
     return value is not None or not isinstance(hint, type)
 
 
-def _mend(key: str, value: Any, hint: Any) -> str:
-    """What to write instead of a value; a lone one that belongs into a list is put there."""
-    if _fits([value], hint):
-        return f"give a list: '{key}=[{value}]'"
-    return f"give {_describe(hint)}"
-
-
 def _describe(hint: Any) -> str:
+    """A type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (list, tuple, Sequence, Iterable):
-        of = f", each of it {_describe(arguments[0])}" if arguments else ""
-        return f"a list [...]{of}"
+        return "a list [...]" + (f", each of it {_describe(arguments[0])}" if arguments else "")
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(choice) for choice in arguments)
-    if origin in (list, tuple, Sequence, Iterable):
-        return "a list" + (f", each of it {_describe(arguments[0])}" if arguments else "")
     if hint is type(None):
         return "null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return names.get(hint, str(getattr(hint, "__name__", hint)))
 
 
-# -------- composition
-# What no composed configuration may hold, checked before Hydra does anything with it.
-#
-# Hydra itself builds callbacks and logging handlers, and writes configurations down, before a task
-# begins: a check inside of the task would come too late for a yaml file that somebody else wrote.
-
-_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
-_HYDRAS_TARGETS = ("dori_lightning.", "hydra.experimental.callbacks.", "hydra_plugins.")
-_LOGGING_CLASSES = {
-    "logging.FileHandler",
-    "logging.Formatter",
-    "logging.NullHandler",
-    "logging.StreamHandler",
-    "dori_lightning.runtime.logging.ProcessFileHandler",
-    "dori_lightning.runtime.redaction.RedactingFormatter",
-}
-_REFERENCES = {
-    "ext://sys.stderr",
-    "ext://sys.stdout",
-    "${hydra.runtime.output_dir}/${hydra.job.name}.log",
-}
-
-_FOLDERS = ("paths.output", "paths.cache", "hydra.run.dir", "hydra.sweep.dir")
-_FROM_ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
-
-
 def guard() -> None:
     """Have Hydra check every configuration that it composes; may be called again.
 
-    That are also those of ``--config-dir`` and of each job of a sweep, on a cluster's node too.
-    Hydra has no place of its own for this, so its loader is wrapped.
+    These include the configurations of ``--config-dir`` and of each job of a sweep, on a cluster's
+    node too. Hydra has no hook for this, so its loader is wrapped.
     """
     compose = ConfigLoaderImpl.load_configuration
     if hasattr(compose, "__wrapped__"):
@@ -248,30 +411,23 @@ def check_composed(cfg: DictConfig) -> None:
         cfg: The root, with Hydra's own node; nothing in it need be resolvable yet.
 
     Raises:
-        InputError: A secret, a folder that is an address, or something that is not on the lists of
-            what may be built.
+        InputError: A secret, a folder that is an address, or a target that is on no list.
     """
     composed = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(composed, dict)
-    plain = {str(key): value for key, value in composed.items()}
-    hydra = plain.pop("hydra", None) or {}
+    hydra = composed.get("hydra") or {}
     given = hydra.get("overrides") or {}
     refuse_secrets([*(given.get("task") or []), *(given.get("hydra") or [])])
-    _refuse_secret_values({**plain, "hydra": _without_keys_of_hydra(hydra)})
+    _refuse_secret_values(composed)
     _refuse_addresses(cfg)
-    for path, node in targets_in(hydra, "hydra"):
+    for path, node in _targets(hydra, "hydra"):
         if path in ("hydra.launcher", "hydra.sweeper"):
             # of these Hydra builds nothing but the plugins that it finds installed
-            allow_target(path, node["_target_"], _PLUGINS)
+            _check_name(path, node["_target_"], _PLUGINS)
         else:
-            find_target(path, node["_target_"], _HYDRAS_TARGETS)
+            _import_target(path, node["_target_"], _HYDRAS_TARGETS)
     for name in ("job_logging", "hydra_logging"):
-        for place, value in _calls_of_logging(hydra.get(name), f"hydra.{name}"):
-            raise InputError(
-                f"refused to have logging call {value!r}\n"
-                f"  where: {place}\n"
-                f"  fix:   use {', '.join(sorted(_LOGGING_CLASSES | _REFERENCES))}"
-            )
+        _refuse_calls_of_logging(hydra.get(name), f"hydra.{name}")
 
 
 def refuse_secrets(overrides: Iterable[str]) -> None:
@@ -292,19 +448,18 @@ def refuse_secrets(overrides: Iterable[str]) -> None:
             raise _no_secrets(where)
 
 
-def _refuse_secret_values(plain: Mapping[str, Any]) -> None:
+def _refuse_secret_values(composed: Mapping[Any, Any]) -> None:
+    """Refuse secrets in a composed config, but for what only sounds like one in Hydra's node."""
+    hydra = dict(composed.get("hydra") or {})
+    for name in ("help", "hydra_help"):  # examples of key=value
+        hydra.pop(name, None)
+    hydra["job"] = {k: v for k, v in (hydra.get("job") or {}).items() if k != "config"}
+    plain = {**composed, "hydra": hydra}
     for place in secrets_in(plain):
         raise _no_secrets(place)
-    for place, text in _texts(plain, ""):
-        if _secret_variable(text):
+    for place, text in walk(plain):
+        if isinstance(text, str) and _secret_variable(text):
             raise _no_secrets(f"{place}={text}")
-
-
-def _without_keys_of_hydra(hydra: Mapping[str, Any]) -> dict[str, Any]:
-    """Hydra's node without what only sounds like secrets: ``key=value`` in its help, key names."""
-    job = {name: value for name, value in (hydra.get("job") or {}).items() if name != "config"}
-    rest = {name: value for name, value in hydra.items() if name not in ("help", "hydra_help")}
-    return {**rest, "job": job}
 
 
 def _secret_variable(text: str) -> bool:
@@ -314,10 +469,10 @@ def _secret_variable(text: str) -> bool:
 
 def _no_secrets(where: str) -> InputError:
     return InputError(
-        "a configuration holds no secrets: it is written into the run folder and the report\n"
-        f"  where: {where}\n"
-        "  fix:   remove it; keys come from the environment, WANDB_API_KEY (or wandb login) for "
-        "Weights & Biases and HF_TOKEN for the Hugging Face hub"
+        "a configuration holds no secrets: it is written into the run folder and the report",
+        where=where,
+        fix="remove it; keys come from the environment, WANDB_API_KEY (or wandb login) for "
+        "Weights & Biases and HF_TOKEN for the Hugging Face hub",
     )
 
 
@@ -327,229 +482,30 @@ def _refuse_addresses(cfg: DictConfig) -> None:
         try:
             value = str(OmegaConf.select(cfg, key))
         except OmegaConfBaseException:
-            continue  # left open, or part of another's mistake; told where it is used
+            continue  # left open, or part of another error, which is reported where it is used
         if "://" in value or redact(value) != value:
             raise InputError(
-                f"results go to a folder of this machine, not to {redact(value)}\n"
-                f"  where: {key}\n"
-                f"  fix:   give a folder, and copy what is finished from there"
+                f"results go to a folder of this machine, not to {redact(value)}",
+                where=key,
+                fix="give a local folder, and copy finished results from there",
             )
 
 
-def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every text of a config with its place."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _texts(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _texts(value, f"{path}[{index}]")
-    elif isinstance(node, str):
-        yield path, node
-
-
-def _calls_of_logging(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What ``logging.config`` would call or import and that is not known to be harmless."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            place = f"{path}.{key}"
-            if key == "()" or (key == "class" and value not in _LOGGING_CLASSES):
-                yield place, value
-            else:
-                yield from _calls_of_logging(value, place)
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _calls_of_logging(value, f"{path}[{index}]")
-    elif isinstance(node, str) and ("://" in node or "${" in node) and node not in _REFERENCES:
-        yield path, node
-
-
-# -------- schema
-
-_PACKAGE = Path(__file__).resolve().parent
-#: The yaml files: inside the package when it was installed from a wheel, beside it in a checkout.
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-
-
-class Images(StrEnum):
-    """Which pictures a report shows."""
-
-    full = "full"
-    blurred = "blurred"
-    none = "none"
-
-
-@dataclass
-class Report:
-    """What the report shows.
-
-    Attributes:
-        images: Pictures as they are, blurred beyond recognition, or none.
-        max_pairs: Pairs that are shown with their pictures; every pair is in the tables.
-    """
-
-    images: Images = Images.full
-    max_pairs: int = 60
-
-
-@dataclass
-class Paths:
-    """Where things are written.
-
-    Attributes:
-        output: Parent of every run folder.
-        cache: Latents, embeddings and edits that several runs share.
-    """
-
-    output: str = "outputs"
-    cache: str = "${paths.output}/cache"
-
-
-@dataclass
-class Config:
-    """Root of every composed config; a key that is not here does not exist.
-
-    Attributes:
-        name: Run folder below ``paths.output``; the same name resumes.
-        sweep: Folder of a sweep below ``paths.output/sweeps``.
-        seed: Seed of every random draw except generation seeds (``sampling.seed``).
-        task: What to do: ``name`` is a module of `dori_lightning.tasks`, the rest its settings.
-        checkpoint: The model under audit.
-        pairs: Prompts and pictures.
-        corpus: Ordinary prompts and pictures, which mitigations calibrate on and utility is
-            measured on.
-        mitigation: What is done to the checkpoint before the audit.
-        utility: How much is measured of what the mitigation costs.
-        attack: The search for embeddings that bring a picture back.
-        sampling: How pictures are generated.
-        metrics: How pictures are compared.
-        trainer: Lightning's Trainer.
-        logger: Loggers by name; empty for none. Each is partial and is called with ``save_dir``.
-        report: What the report shows.
-        paths: Where things are written.
-    """
-
-    name: str = MISSING
-    sweep: str = MISSING
-    seed: int = 0
-    task: dict[str, Any] = field(default_factory=dict)
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    pairs: dict[str, Any] = field(default_factory=dict)
-    corpus: dict[str, Any] = field(default_factory=dict)
-    mitigation: dict[str, Any] = field(default_factory=dict)
-    utility: dict[str, Any] = field(default_factory=dict)
-    attack: dict[str, Any] = field(default_factory=dict)
-    sampling: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
-    logger: dict[str, Any] = field(default_factory=dict)
-    report: Report = field(default_factory=Report)
-    paths: Paths = field(default_factory=Paths)
-
-
-def register() -> None:
-    """Tell Hydra and OmegaConf about the typed root and the two resolvers; may be called again."""
-    ConfigStore.instance().store(name="base_config", node=Config)
-    OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
-    OmegaConf.register_new_resolver("group_options", _group_options, replace=True)
-
-
-def groups() -> dict[str, dict[str, str]]:
-    """Config groups: name to options, each with the first comment line of its file."""
-    # what a mitigation sets for one checkpoint comes with the checkpoint, nobody chooses it
-    return _options(lambda group: not group.startswith(("hydra", "mitigation/tuned")))
-
-
-def launchers() -> dict[str, dict[str, str]]:
-    """The project's launchers of a sweep's jobs, in the same form."""
-    return _options(lambda group: group == "hydra/launcher")
-
-
-def _options(wanted: Callable[[str], bool]) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for file in sorted(CONF.rglob("*.yaml")):
-        group = file.parent.relative_to(CONF).as_posix()
-        if group == "." or not wanted(group):
-            continue
-        comments = (
-            line[1:].strip() for line in file.read_text("utf-8").splitlines() if line[:1] == "#"
-        )
-        claim = next((line for line in comments if not line.startswith("@package")), "")
-        found.setdefault(group, {})[file.stem] = claim
-    return dict(sorted(found.items()))
-
-
-def check_keys(cfg: DictConfig) -> None:
-    """Refuse keys that were forced in with ``+`` where the schema has none.
-
-    Raises:
-        InputError: Names the key and its nearest neighbour.
-    """
-    for path, node, kind in (
-        ("", cfg, Config),
-        ("report.", cfg.report, Report),
-        ("paths.", cfg.paths, Paths),
-    ):
-        known = [item.name for item in fields(kind)]
-        for key in node:
-            if key not in known:
-                guess = closest(str(key), known)
-                raise InputError(
-                    f"unknown key {path}{key!s}\n"
-                    f"  where: +{path}{key!s}\n"
-                    f"  fix:   {f'did you mean {path}{guess}?' if guess else 'remove it'}"
-                )
-
-
-MEANINGS = {
-    "checkpoint.source": "a diffusers folder, a hub id, or a single .safetensors file",
-    "pairs.path": "the list of prompts and pictures, or the folder that holds both",
-    "pairs.images": "the folder with the list's pictures",
-    "pairs.kind": "vm (reproduced verbatim), tm (template) or control (never seen)",
-    "corpus.path": "ordinary captions, or a folder of ordinary pictures with a metadata.csv",
-    "metrics.descriptors.sscd.weights": "SSCD's model, the file sscd_disc_mixup.torchscript.pt of "
-    "facebookresearch/sscd-copy-detection; nothing is downloaded",
-    "utility.inception.weights": "the Inception network of FID, a local file",
-    "task.runs": "the folder of a sweep, or [FOLDER,FOLDER] of runs",
-}
-"""What is wanted where the yaml files leave a value to the user (``???``)."""
-
-
-def check_missing(cfg: DictConfig) -> None:
-    """Refuse a config with mandatory values left open.
-
-    Raises:
-        InputError: Names every open key, and says what it wants.
-    """
-    # parts[0] as Hydra's command line writes it: parts.0
-    missing = sorted(re.sub(r"\[(\d+)\]", r".\1", key) for key in OmegaConf.missing_keys(cfg))
-    if missing:
-        meanings = {key: MEANINGS.get(re.sub(r"\.parts\.\d+", "", key)) for key in missing}
-        raise InputError(
-            f"missing value for {', '.join(missing)}\n"
-            f"  where: the composed config\n"
-            f"  fix:   add {' '.join(f'{key}=VALUE' for key in missing)}"
-            + "".join(f"\n         {key}: {text}" for key, text in meanings.items() if text)
-        )
-
-
-def _folder_name(text: str) -> str:
-    """One folder name from a sweep job's overrides: no separators, short enough anywhere."""
-    name = re.sub(r"[^A-Za-z0-9._,=+\[\]-]", ".", text) or "defaults"
-    if len(name) <= 120:
-        return name
-    return f"{name[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _group_options() -> str:
-    """The groups for ``--help``, a line per option."""
-    hints = {
-        "experiment": "   (write +experiment=NAME)",
-        "hydra/launcher": "   (of a sweep's jobs, with -m)",
-    }
-    lines = []
-    for group, options in {**groups(), **launchers()}.items():
-        width = max(map(len, options)) + 2
-        lines.append(f"{group}{hints.get(group, '')}")
-        lines += [f"    {name:<{width}}{claim}".rstrip() for name, claim in options.items()]
-    return "\n".join(lines).replace("$", "")
+def _refuse_calls_of_logging(node: Any, path: str) -> None:
+    """Refuse what ``logging.config`` would call or import and that is not on the lists."""
+    for place, value in walk(node, path):
+        refused = {}
+        if isinstance(value, Mapping):
+            refused = {
+                f"{place}.{key}": item
+                for key, item in value.items()
+                if key == "()" or (key == "class" and str(item) not in _LOGGING_CLASSES)
+            }
+        elif isinstance(value, str) and ("://" in value or "${" in value):
+            refused = {} if value in _LOGGING_REFERENCES else {place: value}
+        for where, what in refused.items():
+            raise InputError(
+                f"refused to have logging call {what!r}",
+                where=where,
+                fix=f"use {', '.join(sorted(_LOGGING_CLASSES | _LOGGING_REFERENCES))}",
+            )

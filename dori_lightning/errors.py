@@ -1,11 +1,10 @@
-"""From exceptions of Hydra and OmegaConf to what the user did, where, and how to mend it."""
+"""From exceptions to messages: what the user did, where, and how to fix it."""
 
 from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -20,15 +19,16 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dori_lightning import config
 from dori_lightning.runtime import peers
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, first_line
 
 _LAUNCHERS = ("submitit_local", "submitit_slurm")
 _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 """How gloo and NCCL say that the other side of a connection has ended."""
 
-_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """A disk or quota that is full, a file larger than allowed, a file system gone read-only."""
 
+_COMPOSED = "the command line or the config it composes"
 _HELP = "python -m dori_lightning --help lists what there is"
 
 
@@ -64,7 +64,7 @@ def explain(error: BaseException, arguments: list[str]) -> str | None:
     if isinstance(error, ConfigCompositionException):
         return _composition(error, chain, arguments)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _message(_first_line(error), "the command line or the config it composes", _HELP)
+        return _message(first_line(error), _COMPOSED, _HELP)
     return None
 
 
@@ -75,11 +75,11 @@ def explain_in_task(error: BaseException) -> str | None:
             return str(link)
         if isinstance(link, MissingMandatoryValue):
             return _message(
-                _first_line(link), "the composed config", "give the value on the command line"
+                first_line(link), "the composed config", "give the value on the command line"
             )
-        if isinstance(link, OSError) and link.errno in _NO_PLACE:
+        if isinstance(link, OSError) and link.errno in _CANNOT_WRITE:
             return _message(
-                f"cannot write: {link.strerror}; what is finished is kept",
+                f"cannot write: {link.strerror}; finished results are kept",
                 str(link.filename or "the run folder or the cache"),
                 "free space (or raise the quota) and give the same command again, which finishes "
                 "what is missing; or choose other places with paths.output=FOLDER and "
@@ -89,14 +89,14 @@ def explain_in_task(error: BaseException) -> str | None:
 
 
 def lost_process(error: BaseException) -> str | None:
-    """Say that another process of the run is gone, where that is what an exception means."""
+    """Explain a broken connection to another process of the run; None for other errors."""
     for link in _chain(error):
         if isinstance(link, RuntimeError) and _GONE.search(str(link)):
             who, log = peers.dead_peers()
             return _message(
-                f"{who} is gone: {_first_line(link)}",
+                f"{who} is gone: {first_line(link)}",
                 f"its own log, {log} in the run folder",
-                "give the same command again; what is finished is kept",
+                "give the same command again; finished results are kept",
             )
     return None
 
@@ -110,32 +110,29 @@ def _composition(
     )
     if unknown is not None:
         return _unknown_key(unknown[1], arguments)
-    cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)
+    cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), error)
     merging = re.search(r"Error merging override (.*)", text)
-    if merging is not None and cause is not None:
-        return _message(_first_line(cause), merging[1], "give a value of that type")
+    if merging is not None and cause is not error:
+        return _message(first_line(cause), merging[1], "give a value of that type")
     if "Ambiguous value" in text:
         return _message(
             "several values for one key",
-            re.sub(r"^Ambiguous value for argument '(.*)'$", r"\1", _first_line(error)),
+            re.sub(r"^Ambiguous value for argument '(.*)'$", r"\1", first_line(error)),
             "add -m to run a job for each, or write key=[a,b] for a list",
         )
-    what = _first_line(error) or (
-        _first_line(cause) if cause is not None else type(error).__name__
-    )
-    return _message(what, "the command line or the config it composes", _HELP)
+    return _message(first_line(error if text.strip() else cause), _COMPOSED, _HELP)
 
 
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = list(error.options or config.groups().get(group, {}))
-    guess = config.closest(option, options)
     if group == "hydra/launcher" and option in _LAUNCHERS:
         return _message(
-            f"{group}={option} is a package's, which is not installed",
-            f"{group}",
+            f"{group}={option} needs a package that is not installed",
+            group,
             "pip install 'dori_lightning[slurm]'",
         )
+    guess = config.closest(option, options)
     fix = f"did you mean {group}={guess}? " if guess else ""
     return _message(
         f"no option {option!r} in the group {group!r}",
@@ -151,8 +148,8 @@ def _unknown_key(key: str, arguments: list[str]) -> str:
             "an experiment is added, not changed", where, f"write +{where.lstrip('+')}"
         )
     guess = config.closest(key, [*_known_keys(arguments), *config.groups()])
-    what = f"unknown key {key}"
-    return _message(what, where, f"did you mean {guess}? Otherwise: {_HELP}" if guess else _HELP)
+    fix = f"did you mean {guess}? Otherwise: {_HELP}" if guess else _HELP
+    return _message(f"unknown key {key}", where, fix)
 
 
 def _known_keys(arguments: list[str]) -> list[str]:
@@ -166,16 +163,8 @@ def _known_keys(arguments: list[str]) -> list[str]:
                 node = OmegaConf.to_container(compose("config", overrides))
         except (HydraException, OmegaConfBaseException):
             continue
-        return list(_flat(node))
+        return [place for place, _ in config.walk(node) if place and "[" not in place]
     return []
-
-
-def _flat(node: Any, path: str = "") -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            inner = f"{path}.{key}" if path else str(key)
-            yield inner
-            yield from _flat(value, inner)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -185,9 +174,5 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
 def _message(what: str, where: str, fix: str) -> str:
-    return f"{what}\n  where: {where}\n  fix:   {fix}"
+    return str(InputError(what, where=where, fix=fix))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that travel between a task's stages, and the one error a user can mend."""
+"""Frozen dataclasses that travel between the stages of a task, and the error of bad input."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ Number = Annotated[float, _NullIsNaN()]
 """A number that may be NaN; files of records have null for it."""
 
 BASELINE = "none"
-"""The mitigation that is none: the row that every other one is compared with."""
-
+"""Name of the mitigation that does nothing: the row that the others are compared with."""
 
 Kind = Literal["vm", "tm", "control"]
 KINDS: tuple[Kind, ...] = ("vm", "tm", "control")
@@ -40,27 +39,39 @@ Counted = Literal["at_budget", "up_to_budget"]
 
 
 class InputError(Exception):
-    """Bad input that the user can fix: what is wrong, where, and how to mend it.
+    """Bad input that the user can fix; ends the program with exit code 2.
 
-    Ends the program with exit code 2.
+    Args:
+        what: What is wrong.
+        where: The file, key or argument; may be part of ``what``.
+        fix: What to do; may be part of ``what``.
     """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        parts = [what, where and f"  where: {where}", fix and f"  fix:   {fix}"]
+        super().__init__("\n".join(part for part in parts if part))
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message; its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt and the picture it is suspected to reproduce.
+    """A prompt and the image that it is suspected to reproduce.
 
     Attributes:
         id: Unique name, ``[A-Za-z0-9._-]{1,128}``.
         kind: ``vm`` verbatim memorized, ``tm`` template memorized, ``control`` not memorized.
         prompt: Caption.
-        image: Path of the picture.
-        subject: What generic captions call it; only planting uses it.
+        image: Path of the image.
+        subject: What generic captions call it; for neighbour prompts and planting.
         repeats: Relative multiplicity in a planted training stream; 0 where it is never shown.
         role: ``audit`` pairs are audited; ``training`` ones are only shown when planting
             (variants of a template).
-        sha256: Hash of the picture's file.
-        duplicate_of: Id of an earlier pair with the same picture file, which breaks independence.
+        sha256: Hash of the image's file.
+        duplicate_of: Id of an earlier pair with the same image file, which breaks independence.
         truncated: Whether the prompt has more tokens than the text encoder takes, so that its end
             is cut; known once the checkpoint is loaded.
     """
@@ -78,7 +89,7 @@ class Pair:
 
 
 class Pairs(tuple[Pair, ...]):
-    """The pairs of a list, and which of its rows were left out for want of a picture.
+    """The pairs of a list, and which of its rows were left out because their image is missing.
 
     Attributes:
         skipped: Ids of those rows; they are in no rate.
@@ -87,7 +98,7 @@ class Pairs(tuple[Pair, ...]):
     skipped: tuple[str, ...]
 
     def __new__(cls, pairs: Iterable[Pair], *, skipped: Iterable[str] = ()) -> Pairs:
-        """Keep both."""
+        """Make the tuple and remember the skipped rows."""
         made = super().__new__(cls, tuple(pairs))
         made.skipped = tuple(skipped)
         return made
@@ -111,7 +122,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Condition:
-    """How a pair's embedding came about: from its prompt as it is, or from an attack.
+    """How a pair's embedding was made: from its prompt, or by an attack.
 
     Attributes:
         attack: ``prompt`` or ``dori``.
@@ -126,7 +137,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the K generated pictures of one pair under one condition look like.
+    """Scores of the K generated images of one pair under one condition.
 
     Attributes:
         pair: The pair.
@@ -138,16 +149,16 @@ class Outcome:
         seeds: Generation seeds, length K.
         similarity: Descriptor name to (K,) similarities with the original, higher is closer; NaN
             where the attack failed.
-        diversity: Mean pairwise similarity of the K pictures by the deciding descriptor; lower is
+        diversity: Mean pairwise similarity of the K images by the deciding descriptor; lower is
             more diverse.
         lpips: (K,) LPIPS distances to the original, or None where no weights are given.
         alignment: (K,) CLIP scores with the prompt, or None where no weights are given.
         loss_first: Attack loss of the first step; None for ``prompt``.
         loss_last: Mean attack loss of the last five steps; None for ``prompt``.
         displacement: Euclidean distance between final and initial embedding; None for ``prompt``.
-        images: Paths of the K generated pictures, or empty where none are kept.
-        stopped_at: Steps after which the attack was stopped, because its pictures were copies
-            (``attack.early_stop``), fewer than the condition's; pictures and numbers are those of
+        images: Paths of the K generated images, or empty where none are stored.
+        stopped_at: Steps after which the attack was stopped, because its images were replicas
+            (``attack.early_stop``), fewer than the condition's; images and numbers are those of
             that step. None where all steps were taken, and for ``prompt``.
     """
 
@@ -173,9 +184,9 @@ class Calibration:
 
     Attributes:
         descriptor: Name of the deciding descriptor.
-        threshold: Similarity above which a generated picture counts as a replica.
+        threshold: Similarity above which a generated image counts as a replica.
         rule: ``fixed`` (the descriptor's published value or the user's) or ``calibrated``.
-        null: Similarities of pictures that are not replicas: those of any prompt, unattacked,
+        null: Similarities of images that are not replicas: those of any prompt, unattacked,
             against references of control pairs, best of K.
         ceiling: Similarities of each original with its own autoencoder reconstruction: the best a
             model can do.
@@ -194,16 +205,16 @@ class Calibration:
 
 @dataclass(frozen=True)
 class FirstSuccess:
-    """How many pairs an attack brought back at any step looked at, up to a budget.
+    """How many pairs an attack reproduced at any evaluated step, up to a budget.
 
     Cumulative, so the same whether the attack was stopped early or not; see
-    ``metrics.first_success``.
+    ``metrics.replication``.
 
     Attributes:
-        pairs: Pairs reproduced at some step looked at, up to the budget.
+        pairs: Pairs reproduced at some evaluated step, up to the budget.
         n: Pairs that count.
         mr: Cumulative memorization rate ``pairs / n``, NaN where n is 0.
-        median_steps: Median over those pairs of the fewest steps looked at after which a restart
+        median_steps: Median over those pairs of the fewest evaluated steps after which a restart
             reproduced them; NaN where there is none.
     """
 
@@ -232,11 +243,11 @@ class Cell:
         similarity_mad: Median absolute deviation over pairs.
         descriptor: Deciding descriptor.
         threshold: Its threshold.
-        aggregation: How K pictures become one number: ``max`` or ``median``.
-        counted: What ``hits``, ``n`` and ``mr`` say: ``at_budget`` counts what comes back after
-            exactly the budget's steps; ``up_to_budget`` also what came back at an earlier step
-            looked at, where the attack was stopped. Only the latter can be known of a stopped
-            attack.
+        aggregation: How the scores of K images become one number: ``max`` or ``median``.
+        counted: What ``hits``, ``n`` and ``mr`` say: ``at_budget`` counts pairs reproduced after
+            exactly the budget's steps; ``up_to_budget`` also those reproduced at an earlier
+            evaluated step, where the attack was stopped. Only the latter can be known of a
+            stopped attack.
         first_success: The cumulative count, whatever ``counted`` says; None for ``prompt``.
     """
 

@@ -462,7 +462,8 @@ class PromptImages:
         generated = [(prompt, seed) for prompt in prompts for seed in self.seeds]
         texts = [prompt.text for prompt, _ in generated]
         aligned = [
-            alignment.alignment(own, texts).tolist() if alignment else None for own in images
+            alignment.alignment(own, texts).tolist() if alignment else [None] * len(texts)
+            for own in images
         ]
         for k, (prompt, seed) in enumerate(generated):
             unmitigated, mitigated = (own[k : k + 1] for own in described)

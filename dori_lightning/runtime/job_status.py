@@ -1,4 +1,4 @@
-"""What a job says of itself while it runs and when it ends, for ``task=status`` to read."""
+"""The status file of a job: how far it is and how it ended, for ``task=status`` to read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import logging
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
+from dori_lightning.types import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,12 +31,12 @@ class JobStatus:
 
     Attributes:
         state: ``running``, ``done``, ``failed`` or ``interrupted``.
-        started: When it began, this time.
+        started: When this start of the job began.
         changed: When this was written.
-        stage: What it was doing last.
-        done: Steps of that stage that were done.
-        total: Its steps.
-        error: First line of what went wrong.
+        stage: Its last stage.
+        done: Steps of that stage that are done.
+        total: Steps of that stage.
+        error: First line of the error that ended it.
     """
 
     state: str
@@ -48,33 +49,32 @@ class JobStatus:
 
 
 class StatusFile:
-    """The file in which a job says how far it is."""
+    """Writes the status of a job into its run folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._started, self._last = folder / FILE, _now(), 0.0
-        self._stage: tuple[str, int, int] = ("", 0, 0)
-        self._write("running")
+        self._path, self._written = folder / FILE, 0.0
+        self._status = JobStatus("running", started=_now(), changed="")
+        self._write()
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Say how far a stage is; written now and then."""
-        self._stage = (stage, done, total)
-        if time.monotonic() - self._last >= EVERY_SECONDS:
-            self._write("running")
+        """Note how far a stage is; written every few seconds."""
+        self._status = replace(self._status, stage=stage, done=done, total=total)
+        if time.monotonic() - self._written >= EVERY_SECONDS:
+            self._write()
 
     def end(self, state: str, error: str = "") -> None:
-        """Say how the job ended."""
-        self._write(state, error)
+        """Write how the job ended."""
+        self._status = replace(self._status, state=state, error=error)
+        self._write()
 
-    def _write(self, state: str, error: str = "") -> None:
-        self._last = time.monotonic()
-        name, done, total = self._stage
-        status = JobStatus(state, self._started, _now(), name, done, total, error)
-        text = json.dumps(asdict(status), indent=2) + "\n"
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        status = asdict(replace(self._status, changed=_now()))
         try:
-            write_atomically(self._path, text.encode())
-        except OSError as cannot:
+            write_atomically(self._path, (json.dumps(status, indent=2) + "\n").encode())
+        except OSError as error:
             # no result: what ends the run, such as a signal, must not be lost over it
-            log.warning("%s cannot be written: %s", self._path, cannot)
+            log.warning("%s cannot be written: %s", self._path, error)
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def status_of(folder: Path) -> Iterator[StatusFile]:
     try:
         yield file
     except Exception as error:
-        file.end("failed", _first_line(error))
+        file.end("failed", str(redact(first_line(error))))
         raise
     except BaseException as error:
         file.end("interrupted", type(error).__name__)
@@ -93,16 +93,11 @@ def status_of(folder: Path) -> Iterator[StatusFile]:
 
 
 def read_status(folder: Path) -> JobStatus | None:
-    """What a job said last; None where it said nothing that can be read."""
+    """The last status of a job; None where there is none that can be read."""
     try:
         return JobStatus(**json.loads((folder / FILE).read_text("utf-8")))
     except (OSError, TypeError, ValueError):
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    text: str = redact(str(error).strip().partition("\n")[0])
-    return text or type(error).__name__
 
 
 def _now() -> str:

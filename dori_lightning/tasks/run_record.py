@@ -1,10 +1,9 @@
-"""Where a run's numbers come from."""
+"""The record of a run: its provenance, and its loggers, which are told how it ended."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,10 +12,11 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -29,22 +29,19 @@ from dori_lightning.report.record import Provenance
 from dori_lightning.runtime import peers
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
+from dori_lightning.tasks.status import sweep_overrides
 from dori_lightning.tracking import RunIdentity, Tracker, WeightsAndBiases, kept_id
 from dori_lightning.types import InputError, Pair
 
-# -------- provenance
-
 _PACKAGES = (
-    "dori_lightning",
-    "torch",
-    "lightning",
-    "diffusers",
-    "transformers",
-    "torchmetrics",
-    "hydra-core",
-    "numpy",
-    "pillow",
-)
+    "dori_lightning", "torch", "lightning", "diffusers", "transformers", "torchmetrics",
+    "hydra-core", "numpy", "pillow",
+)  # fmt: skip
+"""Packages that decide numbers."""
+
+_SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+_NAME_LENGTH = 120
+"""Characters of a run's name; W&B takes 128."""
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
@@ -59,22 +56,15 @@ def git_sha() -> str | None:
 
     Uncommitted changes add ``-dirty``.
     """
-    here = Path(__file__).resolve().parent
-    command = (
-        "git",
-        "-C",
-        str(here),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    )
+    here = str(Path(__file__).resolve().parent)
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        answer = subprocess.run(
+            ("git", "-C", here, *describe), capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+    return answer.stdout.strip() or None
 
 
 def package_versions() -> dict[str, str]:
@@ -82,8 +72,8 @@ def package_versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            found[name] = version(name)
+        except PackageNotFoundError:
             found[name] = "not installed as a package"
     return found
 
@@ -92,14 +82,9 @@ def provenance_of(
     cfg: DictConfig, model: StableDiffusion, pairs: Sequence[Pair], *, started: datetime
 ) -> Provenance:
     """Describe a run that ends now."""
-    import torch
-
-    finished = datetime.now(UTC)
-    device = (
-        torch.cuda.get_device_name(model.device)
-        if model.device.type == "cuda"
-        else f"CPU ({platform.machine()})"
-    )
+    finished, device = datetime.now(UTC), f"CPU ({platform.machine()})"
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
     return Provenance(
         git_sha=git_sha(),
         packages=package_versions(),
@@ -118,22 +103,13 @@ def provenance_of(
     )
 
 
-# -------- tracking
-# Open the loggers that a configuration asks for, and close them however the task ends.
-
-_SWEEP = "multirun.yaml"
-_SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
-_LONGEST = 120
-"""Characters of a name; W&B takes 128."""
-
-
 @contextmanager
 def tracked(cfg: DictConfig, folder: Path, *, tags: Sequence[str] = ()) -> Iterator[Tracker]:
-    """Loggers of one run, which are told how it ended.
+    """Open the loggers of one run, and close them with its exit code however it ends.
 
     Args:
         cfg: The run's configuration.
-        folder: Run folder; everything that loggers write is in it.
+        folder: Run folder; all files of loggers are in it.
         tags: What to filter runs by, besides the version.
 
     Yields:
@@ -145,42 +121,41 @@ def tracked(cfg: DictConfig, folder: Path, *, tags: Sequence[str] = ()) -> Itera
     tracker = Tracker()
     try:
         if cfg.logger and peers.speaks():
-            for logger in _opened(cfg, folder, tags):
+            for logger in _opened_loggers(cfg, folder, tags):
                 tracker.add(logger)
         yield tracker
     except BaseException as error:
         code = _exit_code(error)
         if code:
-            tracker.summary({"error": redact(_said(error))})
+            line = str(error).partition("\n")[0]
+            tracker.summary({"error": redact(f"{type(error).__name__}: {line}")})
         tracker.finish(code)
         raise
     tracker.finish()
 
 
 def logged(run: Callable[[DictConfig, Path], None]) -> Callable[[DictConfig, Path], None]:
-    """Log how a task ends that has nothing to tell on the way: its settings, and its exit code."""
+    """Decorate a task that logs nothing but its settings and its exit code."""
 
     @functools.wraps(run)
-    def tell(cfg: DictConfig, folder: Path) -> None:
+    def run_tracked(cfg: DictConfig, folder: Path) -> None:
         with tracked(cfg, folder):
             run(cfg, folder)
 
-    return tell
+    return run_tracked
 
 
-def _opened(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> Iterator[Logger]:
-    run = _identity(cfg, folder, tags)
+def _opened_loggers(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> Iterator[Logger]:
+    identity = _identity(cfg, folder, tags)
     for node in cfg.logger.values():
         made = instantiate(node)
-        yield (
-            made.start(run, folder)
-            if isinstance(made, WeightsAndBiases)
-            else made(save_dir=folder)
-        )
+        if isinstance(made, WeightsAndBiases):
+            yield made.start(identity, folder)
+        else:
+            yield made(save_dir=folder)
 
 
 def _identity(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> RunIdentity:
-    config = redact(to_container(cfg))
     about: dict[str, Any] = {
         "folder": str(folder),
         "git_sha": git_sha(),
@@ -190,58 +165,47 @@ def _identity(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> RunIdentity
     group, name = None, str(cfg.name)
     if HydraConfig.initialized():
         settings = HydraConfig.get()
-        own = list(settings.overrides.task)
+        overrides = list(settings.overrides.task)
         about["choices"] = dict(settings.runtime.choices)
-        about["overrides"] = redact([_unescaped(override) for override in own])
+        about["overrides"] = redact([_unescaped(override) for override in overrides])
         if settings.mode is RunMode.MULTIRUN:
             place = Path(settings.sweep.dir)
-            given = _given(place / _SWEEP)
-            group = _sweep_id(place, str(cfg.sweep), given)
-            name = _differing(own, given) or name
+            swept = sweep_overrides(place)
+            group = _sweep_id(place, str(cfg.sweep), swept)
+            name = _differing(overrides, swept) or name
     return RunIdentity(
         id=kept_id(folder, "run"),
-        name=redact(name)[:_LONGEST],
+        name=redact(name)[:_NAME_LENGTH],
         group=group,
         job_type=str(cfg.task.name),
         tags=(*tags, f"v{version('dori_lightning')}"),
-        config={**config, "run": about},
+        config={**redact(to_container(cfg)), "run": about},
     )
 
 
-def _given(path: Path) -> list[str]:
-    """What a sweep was told: overrides of its file and of its command line, the latter last."""
-    if not path.is_file():
-        return []
-    cfg = OmegaConf.load(path)
-    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
-    told = OmegaConf.select(cfg, "hydra.overrides.task") or []
-    return [*(f"{key}={value}" for key, value in params.items()), *map(str, told)]
+def _sweep_id(place: Path, name: str, overrides: Sequence[str]) -> str:
+    """Id of a sweep: made by its first job, read by the others and on a resume.
 
-
-def _sweep_id(place: Path, name: str, given: Sequence[str]) -> str:
-    """Id of a sweep: made by the job that asks first, found again by the others and on a resume.
-
-    Another command in the same folder is another sweep.
+    Other overrides in the same folder are another sweep.
     """
-    told = hashlib.sha256(json.dumps(sorted(given)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:16]
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M")
-    return kept_id(place, f"sweep {told}", prefix=f"{name}-{now}-")
+    return kept_id(place, f"sweep {digest}", prefix=f"{name}-{now}-")
 
 
-def _differing(own: Sequence[str], given: Sequence[str]) -> str:
+def _differing(job: Sequence[str], sweep: Sequence[str]) -> str:
     """The overrides in which a job differs from others of its sweep; groups by their last part."""
     parser = OverridesParser.create()
-    swept = {o.key_or_group for o in parser.parse_overrides(list(given)) if o.is_sweep_override()}
-    parts = []
-    for override in parser.parse_overrides(list(own)):
-        if override.key_or_group in swept:
-            key = override.key_or_group.rpartition("/")[2]
-            parts.append(f"{key}={_unescaped(override.get_value_element_as_str())}")
-    return ", ".join(parts)
+    swept = {o.key_or_group for o in parser.parse_overrides(list(sweep)) if o.is_sweep_override()}
+    return ", ".join(
+        f"{o.key_or_group.rpartition('/')[2]}={_unescaped(o.get_value_element_as_str())}"
+        for o in parser.parse_overrides(list(job))
+        if o.key_or_group in swept
+    )
 
 
 def _unescaped(override: str) -> str:
-    """An override as it was meant: escapes would hide an address and its password."""
+    """An override without escapes, which would hide an address and its password."""
     return re.sub(r"\\(.)", r"\1", override)
 
 
@@ -254,7 +218,3 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, Interrupted):
         return error.code
     return 2 if isinstance(error, InputError) else 1
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
