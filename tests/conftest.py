@@ -19,11 +19,13 @@ os.environ.update(
 os.environ.pop("HYDRA_FULL_ERROR", None)
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from dori_lightning import config
+from support.in_process import Program, program_in
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +35,10 @@ def fresh_hydra() -> Iterator[None]:
     config.register()
     yield
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Program]:
+    """The program in this process, in an empty folder: ``run(*arguments, task=function)``."""
+    with program_in(tmp_path) as program:
+        yield program

@@ -31,7 +31,6 @@ inputs, and where the rest of each is tested:
 
 import errno
 import json
-import logging
 import os
 import resource
 import subprocess
@@ -45,12 +44,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_lightning import cli
 from dori_lightning.mitigations.baselines import RandomPruning
 from dori_lightning.mitigations.edits import MaskEdit, Origin
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report import record
 from dori_lightning.runtime.artifacts import one_writer
+from support.in_process import program_in
 from support.runs import write_pairs
 from support.tiny import write_tiny
 
@@ -86,38 +85,19 @@ Program = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def program(
-    place: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Iterator[Program]:
+def program(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Program]:
     """The program in this process: exit code, and what it says on standard error."""
-    root = logging.getLogger()
-    handlers, level, mask = root.handlers[:], root.level, os.umask(0o022)
-    environment = dict(os.environ)
-    monkeypatch.chdir(tmp_path)
+    with program_in(tmp_path) as run:
 
-    def call(*more: str, without: str = "") -> tuple[int, str]:
-        given = [a for a in arguments(place) if not without or not a.startswith(without)]
-        monkeypatch.setattr(sys, "argv", ["dori-lightning", *given, *more])
-        try:
-            code = cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        said = capsys.readouterr()
-        if code:
-            assert said.out == ""
-        return code, said.err
+        def call(*more: str, without: str = "") -> tuple[int, str]:
+            given = [a for a in arguments(place) if not without or not a.startswith(without)]
+            code = run(*given, *more, task=None)
+            said = capsys.readouterr()
+            if code:
+                assert said.out == ""
+            return code, said.err
 
-    yield call
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:], root.level = handlers, level
-    os.umask(mask)
-    os.environ.clear()
-    os.environ.update(environment)
+        yield call
 
 
 @pytest.fixture

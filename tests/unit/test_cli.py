@@ -4,19 +4,17 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dori_lightning import cli, config
 from dori_lightning.types import InputError
+from support.in_process import Program
 
 ROOT = Path(__file__).resolve().parents[2]
-
-Run = Callable[..., int]
 
 
 def program(
@@ -34,33 +32,6 @@ def program(
         timeout=120,
         check=False,
     )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """The program in this process, a stand-in for the task: ``run(*arguments, task=function)``."""
-    root = logging.getLogger()
-    handlers, level, mask = root.handlers[:], root.level, os.umask(0o022)
-    environment = dict(os.environ)
-
-    def call(*arguments: str, task: Callable[..., Any] = lambda cfg, folder: None) -> int:
-        monkeypatch.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
-        monkeypatch.setattr(config, "check_signatures", lambda cfg: None)
-        monkeypatch.setattr(sys, "argv", ["dori-lightning", *arguments])
-        monkeypatch.chdir(tmp_path)
-        try:
-            return cli.main()
-        except SystemExit as leaving:
-            return int(leaving.code or 0)
-
-    yield call
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:], root.level = handlers, level
-    os.umask(mask)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 # --- beginning
@@ -103,7 +74,7 @@ def test_works_from_another_folder(tmp_path: Path):
     assert "name: audit-dori_tiny" in done.stdout
 
 
-def test_overrides_on_both_sides_of_a_flag(run: Run, capsys: pytest.CaptureFixture[str]):
+def test_overrides_on_both_sides_of_a_flag(run: Program, capsys: pytest.CaptureFixture[str]):
     assert run("+experiment=audit", "--cfg", "job", "seed=7") == 0
     assert "seed: 7" in capsys.readouterr().out
 
@@ -112,7 +83,7 @@ def test_overrides_on_both_sides_of_a_flag(run: Run, capsys: pytest.CaptureFixtu
 
 
 def test_last_line_is_the_run_folder_and_the_same_command_finds_it_again(
-    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     seen: list[Path] = []
 
@@ -130,7 +101,7 @@ def test_last_line_is_the_run_folder_and_the_same_command_finds_it_again(
     assert seen == [folder, folder]
 
 
-def test_a_task_sees_a_safe_environment_inside_its_run_folder(run: Run):
+def test_a_task_sees_a_safe_environment_inside_its_run_folder(run: Program):
     def task(cfg: Any, folder: Path) -> None:
         assert os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] == "1"
         assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
@@ -177,7 +148,7 @@ def wrapped(cfg: Any, folder: Path) -> None:
     ],
 )
 def test_how_a_task_ends(
-    run: Run,
+    run: Program,
     capsys: pytest.CaptureFixture[str],
     task: Callable[..., None],
     code: int,
@@ -192,7 +163,7 @@ def test_how_a_task_ends(
 
 
 def test_full_errors_on_request(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(cli, "_USERS_FULL_ERROR", "1")
     assert run("seed=1", task=fail(InputError("no such picture"))) == 2
@@ -233,7 +204,7 @@ def test_full_errors_on_request(
     ],
 )
 def test_mistakes_get_one_message_and_code_2(
-    run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+    run: Program, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
 ):
     started: list[Path] = []
     assert run(*arguments, task=lambda cfg, folder: started.append(folder)) == 2
@@ -261,7 +232,7 @@ def test_unknown_task(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_unwritable_folder_ends_before_the_task(
-    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     (tmp_path / "file").write_text("in the way")
     started: list[Path] = []
@@ -273,7 +244,7 @@ def test_unwritable_folder_ends_before_the_task(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder_ends_before_the_task(run: Run, tmp_path: Path):
+def test_read_only_folder_ends_before_the_task(run: Program, tmp_path: Path):
     (tmp_path / "outputs").mkdir(mode=0o500)
     assert run("seed=1") == 2
 
@@ -282,7 +253,7 @@ def test_read_only_folder_ends_before_the_task(run: Run, tmp_path: Path):
 
 
 def test_a_sweep_has_a_folder_for_each_job_and_runs_on_after_a_failure(
-    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     def task(cfg: Any, folder: Path) -> float:
         if cfg.seed == 1:
@@ -296,7 +267,7 @@ def test_a_sweep_has_a_folder_for_each_job_and_runs_on_after_a_failure(
     assert captured.err.count("dori: seed 1 is unlucky") == 1
 
 
-def test_a_failed_job_does_not_keep_its_objects(run: Run):
+def test_a_failed_job_does_not_keep_its_objects(run: Program):
     import gc
     import weakref
 
@@ -333,7 +304,7 @@ def test_a_failed_job_does_not_keep_its_objects(run: Run):
     ],
 )
 def test_sweeps_that_go_wrong_silently_are_refused(
-    run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+    run: Program, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
 ):
     started: list[Path] = []
     code = run("-m", "seed=1,2", *arguments, task=lambda cfg, folder: started.append(folder))
@@ -346,7 +317,7 @@ def test_sweeps_that_go_wrong_silently_are_refused(
 
 
 def test_a_grid_file_may_not_sweep_over_devices(
-    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "grid.yaml").write_text(
@@ -360,13 +331,13 @@ def test_a_grid_file_may_not_sweep_over_devices(
     assert started == []
 
 
-def test_one_device_may_be_swept_over(run: Run, capsys: pytest.CaptureFixture[str]):
+def test_one_device_may_be_swept_over(run: Program, capsys: pytest.CaptureFixture[str]):
     assert run("-m", "seed=1,2", "trainer.devices=1") == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_only_the_first_process_prints(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run("seed=1") == 0

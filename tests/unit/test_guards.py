@@ -106,8 +106,8 @@ def test_a_launchers_tasks_may_follow_the_trainers_devices(tmp_path: Path) -> No
     settings = OmegaConf.create(
         {"launcher": {"nodes": "${trainer.num_nodes}", "tasks_per_node": "${trainer.devices}"}}
     )
-    assert cli._tasks(cfg, settings) == (4, 2)  # type: ignore[arg-type]
-    assert cli._tasks(cfg, OmegaConf.create({"launcher": {}})) == (1, 1)  # type: ignore[arg-type]
+    assert cli._launched_tasks(cfg, settings) == (4, 2)  # type: ignore[arg-type]
+    assert cli._launched_tasks(cfg, OmegaConf.create({"launcher": {}})) == (1, 1)  # type: ignore[arg-type]
 
 
 def test_presets_of_launchers_that_are_not_installed_say_what_to_install() -> None:

@@ -1,12 +1,8 @@
 """What the end of a sweep leaves, with audits that are invented in place of real ones."""
 
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +14,10 @@ from dori_lightning.report import pages
 from dori_lightning.runtime.job_status import StatusFile
 from dori_lightning.types import InputError
 from support.fake_audits import PROMPT, dori, write_audit
+from support.in_process import Program, program_in
 
 SWEEPS = ("headline_table", "headline_table_sd14", "pruning_grid")
 FOUND = {PROMPT: {"vm": [0.9, 0.2, 0.2, 0.2]}, dori(): {"vm": 0.9}}
-
-Run = Callable[..., int]
 
 
 def audit(cfg: Any, folder: Path) -> float:
@@ -37,34 +32,16 @@ def audit(cfg: Any, folder: Path) -> float:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """The program in this process: ``run(*arguments, task=function)``."""
-    root = logging.getLogger()
-    handlers, level, mask = root.handlers[:], root.level, os.umask(0o022)
-    environment = dict(os.environ)
-
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Program]:
+    """The program in this process; its task is a stand-in that writes an invented audit."""
     # figures take most of a table's time, and have tests of their own
     monkeypatch.setattr(pages, "sweep_figures", lambda *_, **__: {})
-
-    def call(*arguments: str, task: Callable[..., Any] = audit) -> int:
-        monkeypatch.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
-        monkeypatch.setattr(config, "check_signatures", lambda cfg: None)
-        monkeypatch.setattr(sys, "argv", ["dori-lightning", *arguments])
-        monkeypatch.chdir(tmp_path)
-        return cli.main()
-
-    yield call
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:], root.level = handlers, level
-    os.umask(mask)
-    os.environ.clear()
-    os.environ.update(environment)
+    with program_in(tmp_path) as program:
+        yield lambda *arguments, task=audit: program(*arguments, task=task)
 
 
 def test_a_sweep_ends_with_its_table(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("-m", "+experiment=headline_table", "mitigation=none,nemo,wanda") == 0
     captured = capsys.readouterr()
@@ -77,7 +54,7 @@ def test_a_sweep_ends_with_its_table(
 
 
 def test_a_failed_job_loses_its_row_and_not_the_table(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     swept = "mitigation=random_pruning,none,wanda"
     assert run("-m", "+experiment=headline_table", swept) == 2, "the failed job's code"
@@ -91,7 +68,7 @@ def test_a_failed_job_loses_its_row_and_not_the_table(
 
 
 def test_the_programs_own_fault_in_a_job_keeps_its_code(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("-m", "+experiment=headline_table", "mitigation=none,wanda_10,nemo") == 1
     assert "RuntimeError: a bug" in capsys.readouterr().err
@@ -99,7 +76,7 @@ def test_the_programs_own_fault_in_a_job_keeps_its_code(
 
 
 def test_without_its_none_row_the_sweep_ends_without_a_table(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("-m", "+experiment=headline_table", "mitigation=wanda,nemo") == 2
     said = capsys.readouterr().err
@@ -109,7 +86,7 @@ def test_without_its_none_row_the_sweep_ends_without_a_table(
 
 
 def test_a_resumed_sweep_counts_the_jobs_that_were_done_before(
-    run: Run, capsys: pytest.CaptureFixture[str]
+    run: Program, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("-m", "+experiment=headline_table", "mitigation=none,random_pruning")
     assert run(*command) == 2
@@ -124,7 +101,7 @@ def test_a_resumed_sweep_counts_the_jobs_that_were_done_before(
     assert "under 1 of 1 mitigation." in said
 
 
-def test_an_interrupted_sweep_makes_no_table(run: Run, tmp_path: Path) -> None:
+def test_an_interrupted_sweep_makes_no_table(run: Program, tmp_path: Path) -> None:
     def interrupted(cfg: Any, folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -132,17 +109,19 @@ def test_an_interrupted_sweep_makes_no_table(run: Run, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("outputs/sweeps/*/table.*"))
 
 
-def test_other_sweeps_and_single_runs_make_no_table(run: Run, tmp_path: Path) -> None:
+def test_other_sweeps_and_single_runs_make_no_table(run: Program, tmp_path: Path) -> None:
     assert run("-m", "+experiment=audit", "seed=1,2") == 0
     assert run("+experiment=audit") == 0
     assert not list(tmp_path.glob("outputs/**/table.*"))
 
 
-def test_a_sweep_that_another_command_left_behind_is_forgotten(run: Run, tmp_path: Path) -> None:
-    left = config.CONF  # anything that would fail if it were closed
-    cli._open.append(left)  # type: ignore[arg-type]
+def test_a_sweep_that_another_command_left_behind_is_forgotten(
+    run: Program, tmp_path: Path
+) -> None:
+    left: Any = config.CONF  # anything that would fail if it were closed
+    cli._sweep.config = left
     assert run("seed=1") == 0
-    assert cli._open == []
+    assert cli._sweep.config is None
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -200,7 +179,7 @@ def test_the_stable_diffusion_table_lacks_nothing_but_data() -> None:
 
 
 def test_a_dry_run_of_a_sweep_adds_up_its_plans(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dori_lightning.tasks import audit as real
 
@@ -217,7 +196,10 @@ def test_a_dry_run_of_a_sweep_adds_up_its_plans(
 
 
 def test_a_killed_worker_is_one_message_that_names_what_was_cut(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Program,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     # the class that Hydra holds: it imports its plugins' modules again
     launcher = Plugins.instance().class_name_to_class[
