@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -53,8 +54,7 @@ class AuditContext:
         control_prompts: Initial points of the attack from ``control_prompt``.
         mitigation: What is done to the checkpoint.
         utility: How much of the mitigation's cost is measured.
-        make_trainer: Makes a Trainer for a fit from keyword arguments.
-        trainer: Runs the attack; its processes share the pairs and their images.
+        make_trainer: Makes a Trainer from keyword arguments.
     """
 
     folder: Path
@@ -72,7 +72,14 @@ class AuditContext:
     mitigation: Mitigation
     utility: UtilitySettings
     make_trainer: Callable[..., L.Trainer]
-    trainer: L.Trainer
+
+    @cached_property
+    def trainer(self) -> L.Trainer:
+        """Runs the attack; its processes share the pairs and their images.
+
+        Made at its first use: other processes must be there by then.
+        """
+        return self.make_trainer(default_root_dir=self.folder)
 
     @property
     def suspected(self) -> tuple[Pair, ...]:
@@ -172,7 +179,6 @@ def build_context(
         mitigation=mitigation,
         utility=utility,
         make_trainer=make_trainer,
-        trainer=make_trainer(default_root_dir=folder),
     )
 
 

@@ -48,7 +48,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are most of so small an audit's time."""
-    monkeypatch.setattr("dori_lightning.tasks.audit.write_figures", lambda *_, **__: None)
+    monkeypatch.setattr("dori_lightning.tasks.audit.write_audit_page", lambda *_, **__: None)
 
 
 def overrides(material: Path, *more: str) -> tuple[str, ...]:

@@ -1,15 +1,12 @@
 """A grid of real audits on a tiny checkpoint: its table, its edits, and claims about it."""
 
 import json
-import logging
-import os
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from dori_lightning import cli
+from support.in_process import program_in
 from support.records import report_json
 from support.runs import write_pairs
 from support.tiny import write_tiny
@@ -26,25 +23,8 @@ SMALL = (
 
 def program(*arguments: str, place: Path) -> int:
     """Run the program in this process, as from the command line in ``place``."""
-    before, here = sys.argv, Path.cwd()
-    environment, mask = dict(os.environ), os.umask(0o022)
-    handlers = logging.getLogger().handlers[:]
-    try:
-        sys.argv = ["dori-lightning", *arguments]
-        os.chdir(place)
-        return cli.main()
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
-    finally:
-        sys.argv = before
-        os.chdir(here)
-        os.umask(mask)
-        os.environ.clear()
-        os.environ.update(environment)
-        for handler in logging.getLogger().handlers[:]:
-            if handler not in handlers:
-                handler.close()
-        logging.getLogger().handlers[:] = handlers
+    with program_in(place) as run:
+        return run(*arguments, task=None)
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,5 @@ def make_audit_context(
         mitigation=NoMitigation(),
         utility=UtilitySettings(),
         make_trainer=quiet_trainer,
-        trainer=quiet_trainer(),
     )
     return replace(context, **fields)
