@@ -100,6 +100,9 @@ def test_the_run_folder_holds_what_the_contract_names(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert page.count("data:image/") >= 10
     assert list((finished / "figures").glob("*.png"))
+    assert report["utility"] is None, "nothing to compare with"
+    assert not (finished / "utility.json").exists()
+    assert 'id="cost"' not in page
 
 
 def test_the_embeddings_are_kept_with_what_they_were_made_from(finished: Path) -> None:

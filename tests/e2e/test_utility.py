@@ -106,17 +106,6 @@ def test_more_is_measured_in_the_same_folder(material: Path, pruned: Path) -> No
     assert attacks == {p: p.stat().st_mtime_ns for p in attacks}, "attacks are not run again"
 
 
-def test_nothing_is_measured_without_a_mitigation_or_without_asking(
-    material: Path, tmp_path: Path
-) -> None:
-    run_task(tmp_path / "unmitigated", *overrides(material, *SIZES))
-    run_task(tmp_path / "unasked", *overrides(material, *PRUNING, "utility=none"))
-    for name in ("unmitigated", "unasked"):
-        assert report_json(tmp_path / name)["utility"] is None
-        assert not (tmp_path / name / "utility.json").exists()
-        assert 'id="cost"' not in (tmp_path / name / "report.html").read_text()
-
-
 def test_every_size_composes_and_none_asks_for_nothing() -> None:
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         sizes = {
