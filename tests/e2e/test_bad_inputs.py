@@ -4,26 +4,26 @@ Every case runs the real command, in the folder of an audit that is finished. Th
 inputs, and where the rest of each is tested:
 
 == ============================== ============================================================
- 1 picture missing                here; test_pairs_validation (skipped rows)
- 2 damaged picture, web page      here; test_pairs_validation
+ 1 image missing                  here; test_pairs_validation (skipped rows)
+ 2 damaged image, web page        here; test_pairs_validation
  3 decompression bomb             here; test_pairs_validation
  4 alpha, CMYK, 16 bit, EXIF      test_pairs_images (converted, not refused)
  5 prompt too long                here (refused when strict, else a column); test_pairs_validation
  6 empty, wrong delimiter, ...    here; test_pairs_readers
- 7 duplicates                     here (ids refused, pictures flagged); test_pairs_validation
+ 7 duplicates                     here (ids refused, images flagged); test_pairs_validation
  8 path leads outside             here; test_pairs_validation
  9 width of the text encoder      test_loading, test_activations (statistics of another model)
 10 edit of another checkpoint     test_edits, test_export; changes nothing: here
 11 NaN in the attack              here (invalid audit); test_solver
 12 no gradient                    here (invalid audit); test_solver
-13 out of memory                  here (not even one pair); test_solver, test_pictures (halved)
-14 disk full, read-only           here; test_space (estimate), test_checkpoints, test_record
+13 out of memory                  here (not even one pair); test_solver, test_pictures
+14 disk full, read-only           here; test_audit_context (estimate), test_checkpoints, ...
 15 no network                     here; test_loading
 16 killed                         test_kills, test_processes (one of two), test_checkpoints
-17 signals                        test_signals, test_interruption, slurm/test_slurm
+17 signals                        test_signals, test_graceful_shutdown, slurm/test_slurm
 18 resumed with other settings    here; test_folder
 19 impossible or misspelt value   here; test_cli, test_compose
-20 two writers                    here; test_lock, test_guards
+20 two writers                    here; test_lock, test_cli
 21 baseline not memorized         test_utility (invalid audit), test_verdict
 22 descriptor weights             here; test_metrics_sscd
 == ============================== ============================================================
