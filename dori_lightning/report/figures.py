@@ -232,7 +232,7 @@ def sweep_figures(
         rows: Its table.
         cells: Its cells.
         repeats: Label of each mitigation to its results and the conditions to show.
-        threshold: Similarity above which a picture of ``repeats`` is a replica.
+        threshold: Similarity above which an image is a replica.
     """
     return _drawn(
         before_and_after=before_and_after(rows),
@@ -287,10 +287,7 @@ def rate_against_steps(cells: Sequence[Cell]) -> Figure | None:
     """Draw an audit's memorization rate against the attack's steps, by kind of pair.
 
     Each start and radius has a panel. The rate from the prompts is the attack from there at 0
-    steps.
-
-    Returns:
-        The figure, None where no attack was run.
+    steps. None where no attack was run.
     """
     panels = []
     for attack in dict.fromkeys(_attack_of(c) for c in cells if c.condition.attack == "dori"):
@@ -309,10 +306,7 @@ def rates_against_steps(rows: Sequence[HeadlineRow], cells: Sequence[Cell]) -> F
     """Draw each mitigation's rate of suspected images against the attack's steps.
 
     A panel for each checkpoint, initial point and radius. The rate from the prompts is the attack
-    from there at 0 steps.
-
-    Returns:
-        The figure, None where no attack was measured at several steps.
+    from there at 0 steps. None where no attack was measured at several steps.
     """
     looks = _looks(rows)
     panels = {}
@@ -349,9 +343,7 @@ def rate_against_radius(rows: Sequence[HeadlineRow]) -> Figure | None:
     """Draw each mitigation's rate of suspected images against the attack's radius, at full steps.
 
     A panel for each checkpoint and initial point; the widest radius is on the right.
-
-    Returns:
-        The figure, None where all attacks had one radius.
+    None where all attacks had one radius.
     """
     looks = _looks(rows)
     panels = []
@@ -476,11 +468,7 @@ def share_axis(axes: Axes) -> None:
 def similarity_histograms(
     results: Sequence[PairResult], *, conditions: Sequence[Condition], calibration: Calibration
 ) -> Figure | None:
-    """Draw how similar the images are to the originals, per kind and condition.
-
-    Returns:
-        The figure, None where nothing was measured.
-    """
+    """Draw how similar images are to their originals, by kind and condition; None without any."""
     shown = [r for r in results if r.condition in conditions and not math.isnan(r.statistic)]
     if not shown:
         return None
@@ -515,11 +503,7 @@ def similarity_histograms(
 
 @styled()
 def roc(calibration: Calibration) -> Figure | None:
-    """Draw how well the descriptor tells reproduced suspected images from controls.
-
-    Returns:
-        The figure, None where vm or control pairs are missing.
-    """
+    """Draw how well the descriptor tells suspected images from controls; None without both."""
     if not calibration.roc:
         return None
     figure = new_figure(4.4, 4.2)
@@ -552,15 +536,12 @@ def memorization_against_repeats(
 ) -> Figure | None:
     """Draw similarity of suspected images against how often each was repeated in training.
 
-    Filled marks are images from prompts, open ones those of the attack; a dash is the median of a
-    number of repetitions.
+    None where no pair has repetitions. Filled marks are images from prompts, open ones those of
+    the attack; a dash is the median of a number of repetitions.
 
     Args:
         groups: Title of each panel to its results and the conditions to show.
         threshold: Similarity above which an image counts as a replica.
-
-    Returns:
-        The figure, None where no pair has repetitions.
     """
     panels = {}
     for label, (results, conditions) in groups.items():
@@ -628,10 +609,8 @@ def _repeat_marks(axes: Axes, results: Sequence[PairResult], *, attacked: bool) 
 def before_and_after(rows: Sequence[HeadlineRow]) -> Figure | None:
     """Draw, for every mitigation, what its prompts bring back beside what the attack does.
 
-    A mitigation that is attacked within several radii is shown in the widest.
-
-    Returns:
-        The figure, None where no suspected image was measured.
+    A mitigation that is attacked within several radii is shown in the widest. None
+    where no suspected image was measured.
     """
     groups = _by_checkpoint(rows, lambda row: row.prompt_vm is not None or bool(row.attacks))
     if not groups:
@@ -683,10 +662,7 @@ def removal_against_cost(rows: Sequence[HeadlineRow]) -> Figure | None:
     """Draw what the attack still finds against what the mitigation costs on ordinary images.
 
     A mitigation that is attacked within several radii is shown in the widest. Both intervals are
-    95 %; a panel for each checkpoint.
-
-    Returns:
-        The figure, None where no mitigation has both numbers.
+    95 %; a panel for each checkpoint. None where no mitigation has both numbers.
     """
     groups = _by_checkpoint(
         rows,

@@ -54,13 +54,12 @@ def track_attack(tracker: Tracker, found: Sequence[Conditioning]) -> None:
     where = f"{init}" if restart == 0 else f"{init}_r{restart}"
     curves: dict[str, torch.Tensor] = {}
     for kind in KINDS:
-        longest: dict[str, torch.Tensor] = {}
-        for conditioning in found:
-            losses, name = conditioning.losses, conditioning.pair.id
-            if conditioning.pair.kind != kind or losses is None or not len(losses):
-                continue
-            if name not in longest or len(losses) > len(longest[name]):
-                longest[name] = losses
+        measured = [
+            (conditioning.pair.id, conditioning.losses)
+            for conditioning in found
+            if conditioning.pair.kind == kind and conditioning.losses is not None
+        ]
+        longest = dict(sorted(measured, key=lambda item: len(item[1])))
         if longest:
             # steps of a diverged attack are no numbers: left out of the mean, not of the run;
             # so are those that an attack was stopped before

@@ -4,10 +4,12 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from dori_lightning.metrics.image_distances import KernelDistance
 from dori_lightning.metrics.utility import Comparison as UtilityComparison
@@ -29,7 +31,9 @@ from dori_lightning.report.findings import holm, paired
 from dori_lightning.report.pages import render_sweep_page, write_table
 from dori_lightning.report.record import read_run
 from dori_lightning.report.tables import (
+    cells_markdown,
     cells_parquet,
+    cells_table,
     headline_parquet,
     headline_tables,
     remarks,
@@ -381,3 +385,25 @@ def test_figures_with_nothing_to_show_are_left_out(
     )
     one_count = [c for c in compared.cells if c.condition.budget.steps in (0, 50)]
     assert rates_against_steps(rows, one_count) is None, "two points are no curve"
+
+
+def test_both_tables_hold_every_number(fakes: SimpleNamespace) -> None:
+    cells = [
+        fakes.cell("control", fakes.dori(50, norm="l2", eps=2.5), 1, 30),
+        fakes.cell("vm", fakes.PROMPT, 19, 20, failed=2, median=0.91),
+        fakes.cell("tm", fakes.PROMPT, 0, 0, failed=1),
+    ]
+    markdown = cells_markdown(cells)
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(cells_table(cells, title="Audit"))
+    for text in (markdown, console.export_text()):
+        assert "19/20 +2 failed" in text
+        assert "95 % (76 to 99.1 %)" in text
+        assert "0.91 ± 0.04" in text
+        assert "50 steps, l2 2.5" in text
+        assert "n/a" in text
+    lines = markdown.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| vm", "| tm", "| control"]
+    assert "mitigation" not in lines[0]
+    both = cells_markdown([*cells, fakes.cell("vm", fakes.PROMPT, 1, 20, mitigation="wanda")])
+    assert both.startswith("| mitigation |")

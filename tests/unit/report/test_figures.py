@@ -6,37 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from dori_lightning.report import figures
 from dori_lightning.report.images import attack_grid, thumbnail
 from dori_lightning.report.pages import write_audit_page
-from dori_lightning.report.tables import cells_markdown, cells_table
 from dori_lightning.types import InputError
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def test_both_tables_hold_every_number(fakes: SimpleNamespace) -> None:
-    cells = [
-        fakes.cell("control", fakes.dori(50, norm="l2", eps=2.5), 1, 30),
-        fakes.cell("vm", fakes.PROMPT, 19, 20, failed=2, median=0.91),
-        fakes.cell("tm", fakes.PROMPT, 0, 0, failed=1),
-    ]
-    markdown = cells_markdown(cells)
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(cells_table(cells, title="Audit"))
-    for text in (markdown, console.export_text()):
-        assert "19/20 +2 failed" in text
-        assert "95 % (76 to 99.1 %)" in text
-        assert "0.91 ± 0.04" in text
-        assert "50 steps, l2 2.5" in text
-        assert "n/a" in text
-    lines = markdown.splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| vm", "| tm", "| control"]
-    assert "mitigation" not in lines[0]
-    both = cells_markdown([*cells, fakes.cell("vm", fakes.PROMPT, 1, 20, mitigation="wanda")])
-    assert both.startswith("| mitigation |")
 
 
 def test_figures_repeat_bit_for_bit_and_take_the_pages_colours(
