@@ -143,7 +143,9 @@ def attack_grid(
     return sheet
 
 
-def results_by_condition(results: Iterable[PairResult]) -> dict[tuple[str, Condition], PairResult]:
+def results_by_condition(
+    results: Iterable[PairResult],
+) -> dict[tuple[str, Condition | None], PairResult]:
     """Results by pair id and condition."""
     return {(result.pair.id, result.condition): result for result in results}
 

@@ -391,7 +391,7 @@ def audit_pairs(report: AuditReport, *, disclosure: Disclosure, max_pairs: int) 
     rows = []
     for pair in shown:
         shots = [
-            _shot(name, results.get((pair.id, condition)) if condition else None, disclosure)
+            _shot(name, results.get((pair.id, condition)), disclosure)
             for name, results, condition in columns
         ]
         shots[-1] = replace(shots[-1], first=firsts.get(pair.id))
@@ -425,7 +425,7 @@ def sweep_pairs(
             for name, condition in (
                 ("prompt", entry.prompt_condition), ("attack", entry.headline_condition),
             ):  # fmt: skip
-                result = results.get((pair.id, condition)) if condition else None
+                result = results.get((pair.id, condition))
                 kept = result is None or (result.picture is not None and result.picture.is_file())
                 if result is not None and result.status == "ok" and not kept:
                     result = replace(result, picture=None)
