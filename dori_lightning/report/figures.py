@@ -298,7 +298,8 @@ def rate_against_steps(cells: Sequence[Cell]) -> Figure | None:
                 colour, marker, line = KIND_LOOK[kind]
                 label = f"{_KIND_PLURALS[kind]} (n = {max(c.n for c in curve.values())})"
                 curves.append(_Curve(label, colour, line, marker, 1.8, curve))
-        panels.append(_step_panel("", attack, curves))
+        if curves:  # an attack whose every pair failed has no rate
+            panels.append(_step_panel("", attack, curves))
     return _curve_panels(panels, "images reproduced")
 
 
@@ -445,7 +446,7 @@ def _curve_panels(panels: Sequence[_Panel], ylabel: str) -> Figure | None:
             )  # fmt: skip
         if panel.xlabel:  # steps
             axes.set_xscale("symlog", linthresh=1.0)
-            axes.set_xlim(0.8 * min(panel.ticks) or -0.25, 1.2 * max(panel.ticks))
+            axes.set_xlim(0.8 * min(panel.ticks) or -0.25, 1.2 * max(panel.ticks) or 0.25)
         axes.xaxis.set_major_locator(FixedLocator(list(panel.ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))

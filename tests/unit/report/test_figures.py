@@ -54,10 +54,12 @@ def test_bounded_and_random_attacks_get_their_own_panels(fakes: SimpleNamespace)
         fakes.cell("vm", fakes.dori(50, "random"), 2, 4),
         fakes.cell("vm", fakes.dori(50, norm="linf", eps=0.1), 2, 4),
         fakes.cell("vm", fakes.dori(50), 0, 0, failed=4),
+        fakes.cell("vm", fakes.dori(50, "control_prompt"), 0, 0, failed=4),
     ]
     figure = figures.rate_against_steps(cells)
     assert figure is not None
-    assert len([axes for axes in figure.axes if axes.get_visible()]) == 3
+    shown = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == 3, "where every pair failed there is no rate"
 
 
 def test_figure_files_follow_the_disclosure(tmp_path: Path, fakes: SimpleNamespace) -> None:
