@@ -13,7 +13,6 @@ from dori_lightning.types import (
     Condition,
     Init,
     Kind,
-    Status,
 )
 
 METHOD_WORDS = {"nemo": "NeMo", "wanda": "Wanda"}
@@ -56,12 +55,6 @@ KIND_WORDS: dict[Kind, str] = {
     "vm": "suspected image",
     "tm": "suspected template copy",
     "control": "control image",
-}
-
-STATUS_WORDS: dict[Status, str] = {
-    "ok": "measured",
-    "diverged": "diverged",
-    "no_gradient": "no gradient",
 }
 
 INIT_NAMES: dict[Init, str] = {
