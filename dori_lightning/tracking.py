@@ -126,14 +126,14 @@ class Tracker:
             copy: Copy the files into the run's staging folder: for those that lie outside of the
                 run folder or may be written again before they are uploaded.
         """
-        held = {inside: path for inside, path in files.items() if path.is_file()}
-        if not held:
+        existing = {inside: path for inside, path in files.items() if path.is_file()}
+        if not existing:
             return
         for run in self._runs():
             made = _wandb().Artifact(
                 re.sub(r"[^A-Za-z0-9._-]", "-", name), kind, metadata=dict(metadata or {})
             )
-            for inside, path in held.items():
+            for inside, path in existing.items():
                 made.add_file(str(path), name=inside, policy="mutable" if copy else "immutable")
             run.log_artifact(made)
 
