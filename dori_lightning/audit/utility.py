@@ -50,7 +50,7 @@ from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import Calibration, InputError, Pair
+from dori_lightning.types import Calibration, InputError, Pair, first_line
 
 IMAGES_DESCRIBED_AT_ONCE = 16
 
@@ -131,7 +131,7 @@ def _loss_examples(context: AuditContext, left_out: dict[str, str]) -> LossExamp
     try:
         examples = context.corpus.examples("evaluation", settings.examples, model.resolution)
     except InputError as error:
-        left_out["denoising_loss"] = _first_line(error)
+        left_out["denoising_loss"] = first_line(error)
         return None
     return LossExamples(
         prompts=examples.prompts,
@@ -151,7 +151,7 @@ def _image_sets(context: AuditContext, left_out: dict[str, str]) -> dict[str, Pr
             prompts = ordinary_prompts(context.corpus.prompts("evaluation", settings.prompts))
             sets["ordinary"] = PromptImages.of(context, prompts, settings.pictures)
         except InputError as error:
-            left_out["ordinary"] = _first_line(error)
+            left_out["ordinary"] = first_line(error)
     else:
         left_out["ordinary"] = "not asked for (utility.prompts=0)"
     neighbours, lacking = near_prompts(suspected, settings.neighbours)
@@ -307,7 +307,6 @@ class UtilityPrompt:
     Attributes:
         kind: Ordinary, or near a suspected pair's.
         id: Its name.
-        owner: Whose mask its rows see under a per-pair edit.
         group: Prompts of one group depend on each other: equal prompts, or those near one pair.
         text: The prompt.
         pair: The pair it lies near.
@@ -315,17 +314,20 @@ class UtilityPrompt:
 
     kind: PromptKind
     id: str
-    owner: str
     group: str
     text: str
     pair: Pair | None = None
+
+    @property
+    def owner(self) -> str:
+        """Whose mask its rows see under a per-pair edit."""
+        return self.id if self.pair is None else self.pair.id
 
 
 def ordinary_prompts(prompts: Iterable[str]) -> list[UtilityPrompt]:
     """Prompts of the corpus; equal ones give equal images, so they count as one group."""
     return [
-        UtilityPrompt("ordinary", corpus_id(k), corpus_id(k), prompt, prompt)
-        for k, prompt in enumerate(prompts)
+        UtilityPrompt("ordinary", corpus_id(k), prompt, prompt) for k, prompt in enumerate(prompts)
     ]
 
 
@@ -341,10 +343,10 @@ def near_prompts(pairs: Sequence[Pair], count: int) -> tuple[list[UtilityPrompt]
         try:
             texts[pair.id] = neighbour_prompts(pair, count, split="evaluation")
         except InputError as error:
-            lacking[pair.id] = _first_line(error)
+            lacking[pair.id] = first_line(error)
     groups = _groups(texts)
     prompts = [
-        UtilityPrompt("neighbour", f"{pair.id}_near{k}", pair.id, groups[pair.id], text, pair)
+        UtilityPrompt("neighbour", f"{pair.id}_near{k}", groups[pair.id], text, pair)
         for pair in pairs
         for k, text in enumerate(texts.get(pair.id, ()))
     ]
@@ -505,7 +507,3 @@ def _gaps(name: str, comparison: Comparison, features: Features) -> dict[str, st
     if comparison.alignment is None:
         gaps[f"{prefix}alignment"] = "needs a local CLIP model (metrics.alignment)"
     return gaps
-
-
-def _first_line(error: InputError) -> str:
-    return str(error).splitlines()[0]

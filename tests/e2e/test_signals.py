@@ -57,7 +57,7 @@ def test_sigterm_ends_between_two_steps_and_says_how_to_go_on(tmp_path: Path) ->
     assert out == ""
     assert "Traceback" not in said
     assert "SIGTERM: leaving after this step" in said
-    assert "To go on from here:" in said
+    assert "To resume:" in said
     assert "python -m dori_lightning pairs=folder" in said
     status = read_status(folder)
     assert status is not None
