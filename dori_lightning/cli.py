@@ -338,8 +338,7 @@ def refuse_clock(cfg: DictConfig) -> None:
     # those that Lightning starts are told the folder
     if count == 1:
         return
-    root = HydraConfig.instance().cfg
-    assert root is not None
+    root: Any = HydraConfig.instance().cfg
     setting = _clock_setting(root, "hydra.run.dir") or _clock_setting(cfg, "paths.output", "name")
     if setting is not None:
         raise InputError(

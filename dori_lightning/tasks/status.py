@@ -85,10 +85,8 @@ def job_of(folder: Path, now: datetime) -> Job:
         done = (folder / "report.json").is_file()
         state = "running" if running else "done" if done else "waiting"
         return Job(folder.name, state, pairs=pairs)
-    if running:
-        state = "running"
-    else:
-        state = {"done": "done", "failed": "failed"}.get(status.state, "stopped")
+    ended_states: dict[str, State] = {"done": "done", "failed": "failed"}
+    state = "running" if running else ended_states.get(status.state, "stopped")
     ended = now if running else datetime.fromisoformat(status.changed)
     seconds = (ended - datetime.fromisoformat(status.started)).total_seconds()
     return Job(
