@@ -183,6 +183,8 @@ def _run_both_models(
     with FileLock(baseline / "lock"), progress_bar("utility, unmitigated", count) as advance:
         if examples is not None:
             key: dict[str, str | int] = {
+                "checkpoint": model.fingerprint,
+                "machine": baseline.name,
                 "corpus": context.corpus.identity,
                 "examples": len(examples.prompts),
                 "draws": examples.draws,
