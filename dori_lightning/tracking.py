@@ -36,10 +36,10 @@ _FIRST_HOST = "api.wandb.ai"
 
 
 class Tracker:
-    """The loggers of a run as one; with no loggers, as on every process but the first, nothing."""
+    """All loggers of a run as one; without loggers, as on all ranks but the first, a no-op."""
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
-        """Speak for loggers.
+        """Forward to loggers.
 
         Args:
             loggers: Lightning loggers; scalars and the summary go to each, images, tables and
@@ -49,22 +49,22 @@ class Tracker:
         self._defined: set[str] = set()
 
     def add(self, logger: Logger) -> None:
-        """Speak for one more logger."""
+        """Forward to one more logger."""
         self.loggers.append(logger)
 
     def scalars(
         self, rows: Iterable[tuple[int, Mapping[str, float]]], *, step_metric: str
     ) -> None:
-        """Log metrics at steps of their own.
+        """Log metrics against a step of their own.
 
         Args:
-            rows: Step and the metrics there, by key such as ``attack/loss``.
+            rows: Step, and its metrics by key such as ``attack/loss``.
             step_metric: Key of the steps, such as ``attack/step``.
         """
         for step, values in rows:
             self._define(values, step_metric)
             for logger in self.loggers:
-                # W&B counts for itself, see above
+                # W&B counts its own steps, see the top of the file
                 own = None if isinstance(logger, WandbLogger) else step
                 logger.log_metrics({**values, step_metric: step}, step=own)
 
@@ -94,7 +94,7 @@ class Tracker:
             run.log({name: _wandb().Table(columns=list(rows[0]), data=data)})
 
     def summary(self, values: Mapping[str, float | str | None]) -> None:
-        """Set what runs are compared by; what is None or no finite number is left out."""
+        """Set the values that runs are compared by, without None and numbers that are not finite."""
         known = {
             key: value
             for key, value in values.items()
@@ -116,13 +116,13 @@ class Tracker:
         metadata: Mapping[str, Any] | None = None,
         copy: bool = True,
     ) -> None:
-        """Hand files over for keeping, as one version of an artifact.
+        """Log files as one version of an artifact.
 
         Args:
             name: Name of the artifact; other runs may add versions to it.
             kind: Type of the artifact: ``embedding``, ``edit``, ``report``, ``table``.
             files: Name in the artifact to file; files that do not exist are left out.
-            metadata: What they were made from.
+            metadata: Where the files come from.
             copy: Copy the files into the run's staging folder: for those that lie outside of the
                 run folder or may be written again before they are uploaded.
         """
@@ -138,7 +138,7 @@ class Tracker:
             run.log_artifact(made)
 
     def training(self, stage: str) -> TrainingLogger:
-        """Logger for a Trainer, whose metrics are then plotted against ``stage/step``."""
+        """Make a logger for a Trainer, whose metrics are plotted against ``stage/step``."""
         return TrainingLogger(self, stage)
 
     def finish(self, exit_code: int = 0) -> None:
@@ -156,7 +156,7 @@ class Tracker:
         return [one.experiment for one in self.loggers if isinstance(one, WandbLogger)]
 
     def _define(self, values: Mapping[str, float], step_metric: str) -> None:
-        """Tell W&B what the metrics are plotted against."""
+        """Tell W&B which step the metrics are plotted against."""
         for key in (step_metric, *values):
             if key in self._defined:
                 continue
@@ -192,7 +192,7 @@ class TrainingLogger(Logger):
     """
 
     def __init__(self, tracker: Tracker, stage: str) -> None:
-        """Log for a stage.
+        """Log the training of a stage.
 
         Args:
             tracker: Loggers of the run.
@@ -208,30 +208,30 @@ class TrainingLogger(Logger):
 
     @property
     def version(self) -> str:
-        """None of its own: one training is one stage."""
+        """Empty: a stage has one training."""
         return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Pass on what a step logs; Lightning's count of epochs says nothing here."""
+        """Pass a step's metrics on, without Lightning's count of epochs."""
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         if values and step is not None:
             self._tracker.scalars([(step, values)], step_metric=f"{self.stage}/step")
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The run's configuration has them already."""
+        """Do nothing: the run's configuration holds them."""
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a logger says of a run before it begins.
+    """The identity of a run, given to its loggers before it begins.
 
     Attributes:
-        id: Unique name that a resumed run has again.
+        id: Unique id; a resumed run has the same one.
         name: Readable name.
-        group: What the jobs of a sweep have in common; None for a run on its own.
+        group: The same for all jobs of a sweep; None for a run on its own.
         job_type: The task.
-        tags: Checkpoint, mitigation, version: what runs are filtered by.
+        tags: Checkpoint, mitigation and version, to filter runs by.
         config: Resolved configuration and provenance, without secrets.
     """
 
@@ -244,26 +244,26 @@ class RunIdentity:
 
 
 def kept_id(folder: Path, purpose: str, *, prefix: str = "") -> str:
-    """The id that ``folder`` keeps for a purpose; whoever asks first makes it.
+    """Read the id that a folder stores for a purpose; made at the first call.
 
     Args:
-        folder: Run folder or sweep folder, shared by everybody who must agree on the id.
-        purpose: What the id is for.
-        prefix: What a new id begins with.
+        folder: Run folder or sweep folder, shared by all processes that need the same id.
+        purpose: Name of the id within the folder.
+        prefix: First part of a new id.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FILE
     with FileLock(folder / f".{_FILE}.lock"):
-        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if purpose not in held:
-            held[purpose] = f"{prefix}{secrets.token_hex(4)}"
-            write_atomically(path, (json.dumps(held, indent=2, sort_keys=True) + "\n").encode())
-        return str(held[purpose])
+        ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if purpose not in ids:
+            ids[purpose] = f"{prefix}{secrets.token_hex(4)}"
+            write_atomically(path, (json.dumps(ids, indent=2, sort_keys=True) + "\n").encode())
+        return str(ids[purpose])
 
 
 @dataclass(frozen=True)
 class WeightsAndBiases:
-    """How runs appear in Weights & Biases; there is no setting for a key, on purpose.
+    """How runs appear in Weights & Biases; a key cannot be set here, on purpose.
 
     Attributes:
         project: Project that the runs belong to.
@@ -289,11 +289,11 @@ class WeightsAndBiases:
         """Open the run.
 
         Args:
-            run: Who it is.
-            folder: Where its files go.
+            run: Its identity.
+            folder: Run folder, for the client's files.
 
         Raises:
-            InputError: It is to be online, and there is no key or no connection.
+            InputError: The run is to be online, and there is no key or no connection.
         """
         import wandb
 
@@ -331,7 +331,7 @@ class WeightsAndBiases:
 
 
 def _key_is_set() -> bool:
-    """Whether the environment, the client's settings or a netrc file hold a key; asks nobody."""
+    """Whether the environment, the client's settings or a netrc file hold a key; stays offline."""
     import wandb
 
     settings = wandb.setup().settings
@@ -345,7 +345,7 @@ def _key_is_set() -> bool:
         raise InputError(
             f"cannot look for a key of Weights & Biases: {error}\n"
             f"  where: {error.filename}\n"
-            f"  fix:   mend the file, or say logger.wandb.offline=true or false"
+            f"  fix:   repair the file, or set logger.wandb.offline=true or false"
         ) from None
     hosts = (urlsplit(settings.base_url).netloc, _FIRST_HOST)
     return any(known.authenticators(host) is not None for host in hosts)

@@ -1,4 +1,4 @@
-"""What an audit and a locality run tell the loggers, each once, at its end.
+"""What an audit and a locality run log: losses as the attack goes on, all else at the end.
 
 An audit: curves ``attack/loss/{init}/{kind}`` against ``attack/step``, and
 ``audit/memorization_rate/{init}/{kind}``, its interval and ``audit/similarity/...`` against
@@ -183,7 +183,7 @@ def _mean(value: np.ndarray | float | None) -> float:
 
 
 def _track_files(tracker: Tracker, report: AuditReport, found: EditResult, folder: Path) -> None:
-    """Hand over embeddings, edit and report, a version of each for the run."""
+    """Log embeddings, edit and report as artifacts, a version of each for the run."""
     name = f"{report.checkpoint}-{report.mitigation}"
     about = {
         "checkpoint": report.checkpoint,
@@ -218,8 +218,8 @@ def _track_files(tracker: Tracker, report: AuditReport, found: EditResult, folde
 def objective(report: AuditReport) -> float | None:
     """Memorization rate of vm pairs under the strongest condition measured.
 
-    None without any, and where the audit is invalid: a sweeper would take what breaks the attack
-    for the best mitigation.
+    None without vm pairs, and where the audit is invalid: a sweeper would take what breaks the
+    attack for the best mitigation.
     """
     if report.invalid:
         return None
@@ -228,9 +228,9 @@ def objective(report: AuditReport) -> float | None:
 
 
 def final_numbers(report: AuditReport, found: EditResult) -> dict[str, float | None]:
-    """What runs are compared and sorted by; None where it was not measured.
+    """The numbers that runs are compared and sorted by; None where not measured.
 
-    ``final/objective`` is what a sweeper minimises; ``mr`` are memorization rates, ``attack`` is
+    ``final/objective`` is the number that a sweeper minimises; ``mr`` are memorization rates, ``attack`` is
     the condition that the verdict speaks of, ``before`` the checkpoint without the mitigation.
     """
     own, attack = report.own_cells, report.headline_condition
@@ -273,7 +273,7 @@ def track_locality(
         tracker: Loggers of the run.
         report: The results; their files are in ``folder`` already.
         folder: Run folder.
-        objective: What sweepers compare runs by; None where there is nothing to compare.
+        objective: The number that sweepers compare runs by; None where there is none.
     """
     if not tracker.loggers:
         return
