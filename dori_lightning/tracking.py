@@ -94,7 +94,7 @@ class Tracker:
             run.log({name: _wandb().Table(columns=list(rows[0]), data=data)})
 
     def summary(self, values: Mapping[str, float | str | None]) -> None:
-        """Set the values that runs are compared by, without None and numbers that are not finite."""
+        """Set the values that runs are compared by; None and non-finite numbers are left out."""
         known = {
             key: value
             for key, value in values.items()

@@ -230,8 +230,9 @@ def objective(report: AuditReport) -> float | None:
 def final_numbers(report: AuditReport, found: EditResult) -> dict[str, float | None]:
     """The numbers that runs are compared and sorted by; None where not measured.
 
-    ``final/objective`` is the number that a sweeper minimises; ``mr`` are memorization rates, ``attack`` is
-    the condition that the verdict speaks of, ``before`` the checkpoint without the mitigation.
+    ``final/objective`` is the number that a sweeper minimises; ``mr`` are memorization rates,
+    ``attack`` is the condition that the verdict speaks of, ``before`` the checkpoint without the
+    mitigation.
     """
     own, attack = report.own_cells, report.headline_condition
     before = [cell for cell in report.cells if cell.mitigation == BASELINE and report.baseline]
