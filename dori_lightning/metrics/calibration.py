@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.metrics.perceptual import ClipAlignment, LPIPSDistance
-from dori_lightning.metrics.replication import Aggregation, diversity, pair_results
+from dori_lightning.metrics.replication import Aggregation, diversity, per_pair
 from dori_lightning.metrics.statistics import roc_curve
 from dori_lightning.types import Calibration, InputError, Outcome, Pair
 
@@ -403,11 +403,12 @@ def calibrate_measures(
     offered = separation_table({k: v for k, v in samples.items() if v[0] and v[1]})
     decider = _decider(measures, offered)
     ceiling, null = samples[decider]
-    results = pair_results(
-        prompted, descriptor=decider, threshold=math.inf, aggregation=measures.aggregation
-    )
     scores = {
-        kind: [result.statistic for result in results if result.pair.kind == kind]
+        kind: [
+            float(per_pair(outcome.similarity[decider], measures.aggregation))
+            for outcome in prompted
+            if outcome.pair.kind == kind
+        ]
         for kind in ("vm", "control")
     }
     return calibrate(

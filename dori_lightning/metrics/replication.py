@@ -113,9 +113,14 @@ class PairResult:
 
 
 def pair_results(
-    outcomes: Iterable[Outcome], *, descriptor: str, threshold: float, aggregation: Aggregation
+    outcomes: Iterable[Outcome], rule: Calibration, aggregation: Aggregation
 ) -> tuple[PairResult, ...]:
     """Reduce restarts and seeds to one result per pair and condition, in order of appearance.
+
+    Args:
+        outcomes: Outcomes of one checkpoint under one mitigation, any order.
+        rule: Deciding descriptor and threshold.
+        aggregation: How K images become one number.
 
     Raises:
         ValueError: The descriptor is missing from an outcome, or a restart comes twice.
@@ -126,25 +131,24 @@ def pair_results(
         group = groups.setdefault((name, outcome.condition), {})
         if restart in group:
             raise ValueError(f"pair {name} has two outcomes for restart {restart} of a condition")
-        if descriptor not in outcome.similarity:
+        if rule.descriptor not in outcome.similarity:
             offered = ", ".join(outcome.similarity) or "none"
-            raise ValueError(f"pair {name} has no similarities by {descriptor}, only by {offered}")
+            raise ValueError(
+                f"pair {name} has no similarities by {rule.descriptor}, only by {offered}"
+            )
         group[restart] = outcome
-    return tuple(
-        _pair_result([*group.values()], descriptor, threshold, aggregation)
-        for group in groups.values()
-    )
+    return tuple(_pair_result([*group.values()], rule, aggregation) for group in groups.values())
 
 
 def _pair_result(
-    restarts: Sequence[Outcome], descriptor: str, threshold: float, aggregation: Aggregation
+    restarts: Sequence[Outcome], rule: Calibration, aggregation: Aggregation
 ) -> PairResult:
     searched = [outcome for outcome in restarts if outcome.status == "ok"]
-    numbers = [float(per_pair(o.similarity[descriptor], aggregation)) for o in searched]
+    numbers = [float(per_pair(o.similarity[rule.descriptor], aggregation)) for o in searched]
     known = [(n, o) for n, o in zip(numbers, searched, strict=True) if not math.isnan(n)]
     statistic = max((number for number, _ in known), default=math.nan)
     complete = len(known) == len(searched)
-    if not statistic > threshold and not (known and complete):
+    if not statistic > rule.threshold and not (known and complete):
         unknown: Status = "diverged"
         status = next((o.status for o in restarts if o.status != "ok"), unknown)
         pair, condition = restarts[0].pair, restarts[0].condition
@@ -152,7 +156,7 @@ def _pair_result(
     best, outcome, place = max(
         ((float(value), outcome, place)
          for _, outcome in known
-         for place, value in enumerate(outcome.similarity[descriptor])),
+         for place, value in enumerate(outcome.similarity[rule.descriptor])),
         key=lambda image: image[0],
     )  # fmt: skip
     return PairResult(
@@ -163,7 +167,7 @@ def _pair_result(
         best=best,
         picture=outcome.images[place] if outcome.images else None,
         seed=outcome.seeds[place],
-        reproduced=statistic > threshold,
+        reproduced=statistic > rule.threshold,
     )
 
 
@@ -196,12 +200,7 @@ def cells(
     firsts = first_successes(outcomes, calibration, aggregation)
     stopped = {(o.condition, o.pair.kind) for o in outcomes if o.stopped_at is not None}
     groups: dict[tuple[Condition, Kind], list[PairResult]] = {}
-    for result in pair_results(
-        outcomes,
-        descriptor=calibration.descriptor,
-        threshold=calibration.threshold,
-        aggregation=aggregation,
-    ):
+    for result in pair_results(outcomes, calibration, aggregation):
         groups.setdefault((result.condition, result.pair.kind), []).append(result)
     rows = []
     for (condition, kind), group in groups.items():

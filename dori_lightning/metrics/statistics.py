@@ -128,6 +128,25 @@ def mcnemar_exact(b: int, c: int) -> float:
     return float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
 
+def holm(values: Sequence[float]) -> list[float]:
+    """Correct p-values of one family of comparisons by Holm's step-down rule.
+
+    Args:
+        values: p-values in [0, 1].
+
+    Returns:
+        Corrected p-values in the order given, in [0, 1].
+
+    Reference: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = sorted(range(len(values)), key=lambda k: values[k])
+    corrected, floor = [0.0] * len(values), 0.0
+    for rank, k in enumerate(order):
+        floor = max(floor, min(1.0, (len(values) - rank) * values[k]))
+        corrected[k] = floor
+    return corrected
+
+
 def _mean(values: np.ndarray) -> float:
     return float(values.mean())
 

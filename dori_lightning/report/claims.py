@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from rich.table import Table
-
     from dori_lightning.report.comparison import HeadlineRow
     from dori_lightning.types import Cell
 
@@ -213,32 +211,12 @@ def _measured(claim: Claim, cells: Sequence[Cell], rows: Sequence[HeadlineRow]) 
 
 def _is(cell: Cell, wanted: Mapping[str, Any]) -> bool:
     budget, eps = cell.condition.budget, wanted["eps"]
-    same_ball = budget.norm == wanted["norm"] and (
+    same_radius = budget.norm == wanted["norm"] and (
         budget.eps is None
         if eps is None
         else budget.eps is not None and math.isclose(budget.eps, eps, rel_tol=1e-3)
     )
-    held = (cell.checkpoint, cell.mitigation, cell.condition.attack, cell.condition.init,
+    own = (cell.checkpoint, cell.mitigation, cell.condition.attack, cell.condition.init,
             budget.steps, cell.kind)  # fmt: skip
     keys = ("checkpoint", "mitigation", "attack", "init", "steps", "kind")
-    return same_ball and held == tuple(wanted[key] for key in keys)
-
-
-def claims_table(checked: Sequence[Checked]) -> Table:
-    """Show each claim beside what was measured."""
-    from rich.table import Table  # only here: the command line imports this module to start
-
-    table = Table(title="Recorded claims", title_justify="left")
-    for name in ("claim", "metric", "recorded", "measured", "holds"):
-        table.add_column(name, justify="left" if name == "claim" else "right")
-    for item in checked:
-        claim = item.claim
-        where = ", ".join(str(v) for v in claim.cell.values() if v not in (None, "none"))
-        table.add_row(
-            where,
-            claim.metric,
-            f"{claim.value:g} ± {claim.tol:g}",
-            "not measured" if math.isnan(item.measured) else f"{item.measured:.4g}",
-            "yes" if item.holds else "NO",
-        )
-    return table
+    return same_radius and own == tuple(wanted[key] for key in keys)

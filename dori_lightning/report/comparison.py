@@ -1,8 +1,11 @@
-"""Many audits as one comparison: refuse what does not belong together, name what is missing.
+"""Many audits as one comparison: the rows of the headline table, under one threshold.
 
-A mitigation may not move its own yardstick. Each audit calibrates its threshold on the pictures of
-its own model; in a comparison all audits of a checkpoint are counted again, from the similarities
-they kept, under the threshold of the audit without mitigation.
+A mitigation may not move the threshold that it is judged by. Each audit calibrates its threshold
+on the images of its own model; in a comparison all audits of a checkpoint are counted again, from
+the similarities they kept, under the threshold of the audit without mitigation. Audits that differ
+in weights, pairs, sampling, attack or measure are refused; what is missing is named.
+
+Reference: the main table of Finding DoRI (ICML 2026), https://arxiv.org/abs/2507.16880
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from dori_lightning.metrics.replication import (
     prompt_condition,
 )
 from dori_lightning.metrics.replication import cells as cells_of
+from dori_lightning.metrics.statistics import holm, mcnemar_exact
 from dori_lightning.metrics.utility import Utility
-from dori_lightning.report.findings import Paired, holm, paired
 from dori_lightning.report.record import EditRecord, Flag, Run
 from dori_lightning.report.words import condition_words
 from dori_lightning.types import (
@@ -39,9 +42,6 @@ from dori_lightning.types import (
     Norm,
     Outcome,
 )
-
-# -------- belonging
-# Which audits may stand in one table, and what their rows are called.
 
 # What decides a cell besides its own keys. Initial points, budgets and snapshots only decide which
 # cells there are; batch widths and devices decide nothing.
@@ -65,36 +65,30 @@ _ABSENT = "nothing"
 _SOME = 5
 
 
-def check_baselines(runs: Sequence[Run], *, unfinished: Sequence[str]) -> None:
-    """Refuse checkpoints without an audit of the checkpoint as it is.
+def _baseline(runs: Sequence[Run], *, unfinished: Sequence[str]) -> Run:
+    """The audit of a checkpoint as it is.
 
     Raises:
-        InputError: Names them, and the runs that have no result.
+        InputError: There is none; names the runs that have no result.
     """
-    by_checkpoint: dict[str, set[str]] = defaultdict(set)
-    for run in runs:
-        by_checkpoint[run.checkpoint].add(run.mitigation)
-    lacking = [name for name, held in by_checkpoint.items() if BASELINE not in held]
-    if lacking:
+    base = next((run for run in runs if run.mitigation == BASELINE), None)
+    if base is None:
         pending = f"\n  without a result: {', '.join(unfinished)}" if unfinished else ""
         raise InputError(
-            f"no table without its none row: nothing shows what {', '.join(lacking)} reproduces "
+            f"no table without its none row: nothing shows what {runs[0].checkpoint} reproduces "
             f"without a mitigation, nor sets the threshold of the other rows{pending}\n"
             f"  where: task.runs\n"
             f"  fix:   audit the checkpoint with mitigation=none under the same settings, and add "
             f"that run"
         )
+    return base
 
 
-def check_belonging(runs: Sequence[Run], base: Run) -> None:
+def _check_comparable(runs: Sequence[Run], base: Run) -> None:
     """Refuse audits of one checkpoint that differ in weights, pairs, sampling, attack or measure.
 
-    Args:
-        runs: Audits of one checkpoint.
-        base: The one without mitigation.
-
     Raises:
-        InputError: Names every difference.
+        InputError: Names every difference to ``base``.
     """
     problems = [f"  {run.folder.name}: {text}" for run in runs for text in _differences(run, base)]
     if problems:
@@ -170,7 +164,7 @@ def _pair_differences(run: Run, base: Run) -> Iterator[str]:
             yield f"{what} {', '.join(ids[:_SOME])}{more}"
 
 
-def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
+def _labels(runs: Sequence[Run]) -> dict[Path, str]:
     """Name the row of every run: its mitigation, with the settings in which runs of a name differ.
 
     Returns:
@@ -182,12 +176,12 @@ def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
     labels: dict[Path, str] = {}
     for name, group in named.items():
         settings = [dict(_flat(_look_up(run, "mitigation"))) for run in group]
-        keys = list(dict.fromkeys(key for held in settings for key in held))
+        keys = list(dict.fromkeys(key for chosen in settings for key in chosen))
         differing = [
-            key for key in keys if len({json.dumps(held.get(key)) for held in settings}) > 1
+            key for key in keys if len({json.dumps(chosen.get(key)) for chosen in settings}) > 1
         ]
-        for run, held in zip(group, settings, strict=True):
-            words = ", ".join(f"{key}={held.get(key)}" for key in differing)
+        for run, chosen in zip(group, settings, strict=True):
+            words = ", ".join(f"{key}={chosen.get(key)}" for key in differing)
             labels[run.folder] = f"{name}[{words}]" if words else name
     return labels
 
@@ -207,10 +201,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(item, f"{name}.{key}" if name else str(key))
     elif name:
         yield name, value
-
-
-# -------- entries
-# The rows of a comparison: the runs of one mitigation joined, under one threshold.
 
 
 @dataclass(frozen=True)
@@ -254,7 +244,7 @@ class Entry:
         return list({flag.name: flag for flag in flags if flag.severity == "invalid"}.values())
 
 
-def run_cells(
+def _cells(
     outcomes: Sequence[Outcome], run: Run, rule: Calibration, label: str
 ) -> tuple[Cell, ...]:
     """Count a run's outcomes under a threshold, in cells whose mitigation is ``label``."""
@@ -267,7 +257,7 @@ def run_cells(
     )
 
 
-def make_entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, list[str]]:
+def _entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, list[str]]:
     """Join the runs of one row.
 
     Args:
@@ -283,22 +273,22 @@ def make_entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entr
     """
     first = runs[0]
     notes: list[str] = []
-    held: dict[Condition, tuple[Run, list[Outcome]]] = {}
+    measured: dict[Condition, tuple[Run, list[Outcome]]] = {}
     for run in runs:
         for condition, outcomes in _by_condition(run).items():
-            if condition not in held:
-                held[condition] = (run, outcomes)
+            if condition not in measured:
+                measured[condition] = (run, outcomes)
             elif condition.attack == "prompt":
-                notes += _repeated(label, held[condition], (run, outcomes), rule)
+                notes += _repeated(label, measured[condition], (run, outcomes), rule)
             else:
                 raise InputError(
                     f"two runs hold {label}, {condition_words(condition)}: "
-                    f"{held[condition][0].folder} and {run.folder}\n"
+                    f"{measured[condition][0].folder} and {run.folder}\n"
                     f"  where: task.runs\n  fix:   leave one of them out"
                 )
-    everything = [outcome for _, outcomes in held.values() for outcome in outcomes]
-    cells = run_cells(everything, first, rule, label)
-    results = _results(everything, first, rule)
+    everything = [outcome for _, outcomes in measured.values() for outcome in outcomes]
+    cells = _cells(everything, first, rule, label)
+    results = pair_results(everything, rule, first.report.aggregation)
     reproduced: dict[tuple[Condition, Kind], dict[str, bool | None]] = {}
     for result in results:
         of_kind = reproduced.setdefault((result.condition, result.pair.kind), {})
@@ -327,15 +317,6 @@ def _by_condition(run: Run) -> dict[Condition, list[Outcome]]:
     return found
 
 
-def _results(outcomes: Sequence[Outcome], run: Run, rule: Calibration) -> tuple[PairResult, ...]:
-    return pair_results(
-        outcomes,
-        descriptor=rule.descriptor,
-        threshold=rule.threshold,
-        aggregation=run.report.aggregation,
-    )
-
-
 def _repeated(
     label: str,
     kept: tuple[Run, list[Outcome]],
@@ -344,15 +325,18 @@ def _repeated(
 ) -> Iterator[str]:
     """Compare two measurements of the same prompts: jobs of a grid repeat them."""
     first, second = (
-        {result.pair.id: result.statistic for result in _results(outcomes, run, rule)}
+        {
+            result.pair.id: result.statistic
+            for result in pair_results(outcomes, rule, run.report.aggregation)
+        }
         for run, outcomes in (kept, other)
     )
     gaps = [abs(a - second[name]) for name, a in first.items() if not _same(a, second[name])]
     if gaps:
         gap = "not finite" if any(math.isnan(g) for g in gaps) else f"up to {max(gaps):.3g} apart"
         yield (
-            f"{kept[0].checkpoint}, {label}: the prompts were asked in {kept[0].folder.name} and "
-            f"in {other[0].folder.name}, with similarities {gap}; the first is shown."
+            f"{kept[0].checkpoint}, {label}: the prompts were measured in {kept[0].folder.name} "
+            f"and in {other[0].folder.name}, with similarities {gap}; the first is shown."
         )
 
 
@@ -377,24 +361,6 @@ def _edit(label: str, runs: Sequence[Run]) -> EditRecord | None:
     return next((e for e in edits if e.made), edits[0] if edits else None)
 
 
-# -------- aggregate
-
-
-@dataclass(frozen=True)
-class Prunings:
-    """How often a mitigation was worked out, and how often its stored edit was read.
-
-    Attributes:
-        made: Runs that made their edit.
-        reused: Runs that read it.
-        distinct: Different edits among them.
-    """
-
-    made: int
-    reused: int
-    distinct: int
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Audits that belong together.
@@ -405,7 +371,6 @@ class Comparison:
         unfinished: Runs without a result, by name.
         missing: Cells that others have and a row lacks, in words.
         notes: What a reader must know of how the runs were put together.
-        prunings: Edits made and reused; None where no run says.
     """
 
     entries: tuple[Entry, ...]
@@ -413,7 +378,6 @@ class Comparison:
     unfinished: tuple[str, ...]
     missing: tuple[str, ...]
     notes: tuple[str, ...]
-    prunings: Prunings | None
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -438,21 +402,22 @@ def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Compariso
             f"{', '.join(unfinished) or 'none was given'}\n"
             f"  where: task.runs\n  fix:   finish the runs, or name folders with a report.json"
         )
-    check_baselines(runs, unfinished=unfinished)
-    labels = labels_of(runs)
+    labels = _labels(runs)
     entries: list[Entry] = []
     calibrations: dict[str, Calibration] = {}
     notes: list[str] = []
     for checkpoint in dict.fromkeys(run.checkpoint for run in runs):
         own = [run for run in runs if run.checkpoint == checkpoint]
-        base = next(run for run in own if run.mitigation == BASELINE)
-        check_belonging(own, base)
+        base = _baseline(own, unfinished=unfinished)
+        _check_comparable(own, base)
         rule = calibrations[checkpoint] = base.report.calibration
         notes.append(_threshold_note(checkpoint, own, rule))
         # the baseline leads; the rest stays in the order given
-        for label in sorted(dict.fromkeys(labels[run.folder] for run in own), key=_not_baseline):
+        for label in sorted(
+            dict.fromkeys(labels[run.folder] for run in own), key=lambda label: label != BASELINE
+        ):
             group = [run for run in own if labels[run.folder] == label]
-            entry, said = make_entry(label, group, rule)
+            entry, said = _entry(label, group, rule)
             entries.append(entry)
             notes += said
     return Comparison(
@@ -460,13 +425,8 @@ def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Compariso
         calibrations=calibrations,
         unfinished=tuple(unfinished),
         missing=tuple(_missing(entries)),
-        notes=tuple(notes),
-        prunings=_prunings(runs),
+        notes=(*notes, *_edits_note(runs)),
     )
-
-
-def _not_baseline(label: str) -> bool:
-    return label != BASELINE
 
 
 def _threshold_note(checkpoint: str, runs: Sequence[Run], rule: Calibration) -> str:
@@ -486,12 +446,10 @@ def _threshold_note(checkpoint: str, runs: Sequence[Run], rule: Calibration) -> 
     if any(not math.isclose(value, rule.threshold, abs_tol=1e-9) for value in values):
         changed = sum(
             before.hits != after.hits
-            for run in runs
+            for run, rule_of_run in zip(runs, own, strict=True)
             for before, after in zip(
-                *(
-                    run_cells(run.report.outcomes, run, c, run.mitigation)
-                    for c in (run.report.calibration, rule)
-                ),
+                _cells(run.report.outcomes, run, rule_of_run, run.mitigation),
+                _cells(run.report.outcomes, run, rule, run.mitigation),
                 strict=True,
             )
         )
@@ -519,31 +477,29 @@ def _missing(entries: Sequence[Entry]) -> Iterator[str]:
                 )
 
 
-def _prunings(runs: Sequence[Run]) -> Prunings | None:
-    edits = [r.edit for r in runs if r.edit is not None and r.mitigation != BASELINE]
-    if not edits:
-        return None
-    made = sum(edit.made for edit in edits)
-    return Prunings(made, len(edits) - made, len({edit.key for edit in edits}))
+def _edits_note(runs: Sequence[Run]) -> Iterator[str]:
+    edits = [run.edit for run in runs if run.edit is not None and run.mitigation != BASELINE]
+    if edits:
+        made, distinct = sum(edit.made for edit in edits), len({edit.key for edit in edits})
+        yield (
+            f"Edits: {made} made, {len(edits) - made} read from the cache, {distinct} different "
+            f"ones."
+        )
 
-
-# -------- published
-# The numbers of *Finding DoRI* (ICML 2026, arXiv 2507.16880) that a table is shown beside.
-#
-# They were measured on Stable Diffusion 1.4 and 2.x, on verbatim memorized LAION images, by SSCD
-# above 0.7: another model, list and descriptor than the embedded benchmark's. They show in which
-# direction to look, they are no target. Where nothing was published there is no number here.
-#
-# Each number carries where it was read: ``C`` the authors' own page, ``S`` notes or reviews of the
-# paper that others wrote, ``F`` a figure, approximately.
 
 Source = Literal["C", "S", "F"]
+
+# The numbers of Finding DoRI (ICML 2026, arXiv 2507.16880) that a table is shown beside. They were
+# measured on Stable Diffusion 1.4 and 2.x, on verbatim memorized LAION images, by SSCD above 0.7:
+# another model, list and descriptor than the embedded benchmark's. They show in which direction to
+# look, they are no target. Where nothing was published there is no number here.
 
 SOURCES: dict[Source, str] = {
     "C": "the authors' page",
     "S": "notes or reviews of the paper, written by others",
     "F": "read off a figure, approximate",
 }
+"""Where a number was read."""
 
 
 @dataclass(frozen=True)
@@ -651,12 +607,45 @@ def published_for(mitigation: str, *, checkpoint: str) -> Published | None:
     return rows[max(fitting, key=len)] if fitting else None
 
 
-# -------- headline
-# One row per mitigation: what it hides from prompts, what the attack still finds, and the cost.
-#
-# Reference: the main table of Finding DoRI (ICML 2026), https://arxiv.org/abs/2507.16880
-
 _PROMPT = Condition("prompt")
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The same pairs under two conditions.
+
+    Attributes:
+        n: Pairs with a result under both.
+        lost: Reproduced under the first only.
+        gained: Reproduced under the second only.
+        p: Two-sided exact McNemar p-value.
+    """
+
+    n: int
+    lost: int
+    gained: int
+    p: float
+
+
+def paired(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) -> Paired | None:
+    """Compare two conditions pair by pair; a pair that diverged under either is left out.
+
+    Args:
+        first: Pair id to whether it was reproduced, None where that is unknown.
+        second: The same under the other condition.
+
+    Returns:
+        The comparison, None where no pair has a result under both.
+    """
+    both = [
+        (a, b)
+        for name, a in first.items()
+        if a is not None and (b := second.get(name)) is not None
+    ]
+    if not both:
+        return None
+    lost, gained = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
+    return Paired(len(both), lost, gained, mcnemar_exact(lost, gained))
 
 
 @dataclass(frozen=True)
@@ -689,7 +678,7 @@ class UtilityCost:
     Attributes:
         loss_ratio: Denoising loss on ordinary prompts, relative to the unmitigated model.
         loss_ratio_ci95: Its interval.
-        kid: Kernel distance of its pictures to the unmitigated model's.
+        kid: Kernel distance of its images to the unmitigated model's.
         kid_std: Its spread over subsets.
         unet_evaluations: UNet evaluations that finding the edit took.
         seconds: Seconds that finding the edit took.
@@ -707,12 +696,12 @@ class UtilityCost:
 
 @dataclass(frozen=True)
 class HeadlineRow:
-    """One checkpoint under one mitigation, attacked within one ball.
+    """One checkpoint under one mitigation, attacked within one radius.
 
     Attributes:
         checkpoint: Name of the checkpoint.
         mitigation: Label of the mitigation.
-        norm: Norm of the attack's ball.
+        norm: Norm of the attack's radius.
         eps: Its radius, None for no limit.
         steps: Most attack steps that were measured; 0 where no attack was run.
         prompt_vm: Suspected images, from their prompts.
@@ -763,8 +752,8 @@ def headline_rows(comparison: Comparison) -> tuple[HeadlineRow, ...]:
 
 def _rows(entry: Entry, base: Entry) -> Iterator[HeadlineRow]:
     budgets = {c.condition.budget for c in entry.cells if c.condition.attack == "dori"}
-    balls = sorted({(b.norm, b.eps) for b in budgets}, key=_by_width)
-    for norm, eps in balls or [("none", None)]:
+    radii = sorted({(b.norm, b.eps) for b in budgets}, key=_by_width)
+    for norm, eps in radii or [("none", None)]:
         steps = max((b.steps for b in budgets if (b.norm, b.eps) == (norm, eps)), default=0)
         conditions = {
             init: condition
@@ -785,7 +774,7 @@ def _rows(entry: Entry, base: Entry) -> Iterator[HeadlineRow]:
             prompt_control=_cell(entry, "control", _PROMPT),
             attacks=tuple(_attacked(entry, base, i, c) for i, c in conditions.items()),
             cost=_utility_cost(entry),
-            published=_published(entry) if norm == "none" else None,  # the paper has no ball
+            published=_published(entry) if norm == "none" else None,  # the paper has no radius
             against_none=_against(base, entry, _PROMPT, _PROMPT) if entry is not base else None,
             invalid=tuple(flag.name for flag in entry.invalid),
         )
@@ -798,8 +787,8 @@ def _published(entry: Entry) -> Published | None:
     return published_for(entry.mitigation, checkpoint=entry.checkpoint)
 
 
-def _by_width(ball: tuple[Norm, float | None]) -> tuple[bool, str, float]:
-    norm, eps = ball
+def _by_width(radius: tuple[Norm, float | None]) -> tuple[bool, str, float]:
+    norm, eps = radius
     return norm == "none", norm, eps or 0.0
 
 
@@ -820,15 +809,15 @@ def _attacked(entry: Entry, base: Entry, init: Init, condition: Condition) -> At
 
 
 def _against(first: Entry, second: Entry, before: Condition, after: Condition) -> Paired | None:
-    held, other = first.reproduced.get((before, "vm")), second.reproduced.get((after, "vm"))
-    return paired(held, other) if held is not None and other is not None else None
+    one, other = first.reproduced.get((before, "vm")), second.reproduced.get((after, "vm"))
+    return paired(one, other) if one is not None and other is not None else None
 
 
 def _corrected(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
     """Correct the comparisons with no mitigation, one family per condition."""
     families: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
-        # the prompts of a mitigation are asked once, however many balls it is attacked in
+        # the prompts of a mitigation are measured once, however many radii it is attacked in
         if row.against_none is not None:
             families.setdefault(("prompt",), {})[row.mitigation] = row.against_none.p
         for attack in row.attacks:
@@ -836,8 +825,8 @@ def _corrected(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
                 family = (row.norm, row.eps, attack.init)
                 families.setdefault(family, {})[row.mitigation] = attack.against_none.p
     corrected = {
-        family: dict(zip(held, holm(list(held.values())), strict=True))
-        for family, held in families.items()
+        family: dict(zip(values, holm(list(values.values())), strict=True))
+        for family, values in families.items()
     }
 
     def look_up(row: HeadlineRow, *family: Any) -> float:

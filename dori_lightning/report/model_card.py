@@ -9,12 +9,12 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from dori_lightning.report.record import AuditRecord
-from dori_lightning.report.tables import cells_markdown
-from dori_lightning.report.words import escape, one_line, render_text
+from dori_lightning.report.tables import cells_table, markdown_table
+from dori_lightning.report.words import one_line, render_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -86,14 +86,11 @@ def model_card(export: Exported, audit: AuditRecord | None) -> str:
         audit: The record of its audit; None where there was none, which the card says.
     """
     alike = set(export.dtypes.values())
-    table = ""
-    if audit is not None:
-        table = cells_markdown([replace(c, mitigation=escape(c.mitigation)) for c in audit.cells])
     return render_text(
         "model_card.md.j2",
         export=export,
         audit=audit,
-        table=table,
+        table="" if audit is None else markdown_table(cells_table(audit.cells)),
         hub_id=_hub_id(export),
         dtypes=alike if len(alike) == 1 else [f"{k} {v}" for k, v in export.dtypes.items()],
         command=one_line(shlex.join(_command(export))),

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from dori_lightning.metrics.replication import (
     PairResult,
-    find_cell,
     steps_by_pair,
 )
 from dori_lightning.metrics.utility import PictureRow, PromptKind, Utility
 from dori_lightning.report.comparison import Comparison, Entry, HeadlineRow
 from dori_lightning.report.figures import audit_figures, svg_element, sweep_figures, write_figures
+from dori_lightning.report.findings import audit_findings
 from dori_lightning.report.images import (
     THUMBNAIL,
     attack_grid,
@@ -53,20 +52,10 @@ from dori_lightning.report.tables import (
     tables_markdown,
 )
 from dori_lightning.report.verdict import (
-    plain_sweep,
-    plain_verdict,
-    short_answer,
-    sweep_answer,
-    sweep_sentences,
-    sweep_tone,
+    audit_verdict,
+    sweep_verdict,
 )
-from dori_lightning.report.words import (
-    KIND_WORDS,
-    condition_words,
-    interval_words,
-    number_words,
-    percent_words,
-)
+from dori_lightning.report.words import environment
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import BASELINE, KINDS, Calibration, Condition, Kind, Outcome, Pair
@@ -226,24 +215,15 @@ def render_page(
     Raises:
         InputError: An image to be shown is gone or unreadable.
     """
-    prompts, attack = report.prompt_condition, report.headline_condition
-    own = report.own_cells
+    found, spoken = audit_findings(report), (report.prompt_condition, report.headline_condition)
     config = json.dumps(redact(report.provenance.config), indent=2, sort_keys=True, default=str)
-    invalid = bool(report.invalid)
     return rendered_page(
         "report.html.j2",
         report=report,
         images=images,
-        answer=short_answer(report.cells, mitigation=report.mitigation, invalid=invalid),
-        plain=plain_verdict(report.cells, mitigation=report.mitigation, invalid=invalid),
-        tone="invalid" if invalid else _tone(report),
-        attack=attack,
-        key_cells={
-            "prompt": find_cell(own, kind="vm", condition=prompts),
-            "attack": find_cell(own, kind="vm", condition=attack),
-            "control": find_cell(own, kind="control", condition=attack),
-        },
-        spoken=[condition for condition in (prompts, attack) if condition is not None],
+        verdict=audit_verdict(report),
+        found=found,
+        spoken=[condition for condition in spoken if condition is not None],
         table=audit_pairs(report, disclosure=images, max_pairs=max_pairs),
         cells=[
             (*key, list(cells))
@@ -314,16 +294,15 @@ def render_sweep_page(
     shown = strictest(runs, images)
     max_pairs = min(max_pairs, max(1, MOST_IMAGES // (1 + 2 * len(comparison.entries))))
     links = {run.folder: os.path.relpath(run.folder / "report.html", folder) for run in runs}
+    verdict = sweep_verdict(rows)
     return rendered_page(
         "sweep.html.j2",
         comparison=comparison,
-        answer=sweep_answer(rows),
-        plain=plain_sweep(rows),
-        verdict=" ".join(sweep_sentences(rows)),
+        verdict=verdict,
         headlines=headline_tables(rows),
         remarks=remarks(comparison, rows),
         incomplete=incomplete,
-        tone="doubt" if incomplete else sweep_tone(rows),
+        tone="doubt" if incomplete else verdict.tone,
         figures=_elements(_comparison_figures(comparison, rows)),
         images=shown,
         tables=[
@@ -345,25 +324,13 @@ def render_sweep_page(
 
 def rendered_page(template: str, **values: Any) -> str:
     """Render a template of the package with everything escaped."""
-    environment = Environment(
-        loader=PackageLoader("dori_lightning.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    templates = environment(html=True)
+    templates.filters |= {
         "firm": lambda text: Markup(_LOOSE.sub("\u00a0", escape(text))),
         # a long name breaks behind its underscores
         "breakable": lambda name: Markup("_<wbr>").join(escape(p) for p in name.split("_")),
-        "condition": condition_words,
-        "interval": interval_words,
-        "kind": KIND_WORDS.__getitem__,
-        "kinds": lambda kind: number_words(2, KIND_WORDS[kind]).removeprefix("2 "),
-        "number": number_words,
-        "percent": percent_words,
     }
-    return environment.get_template(template).render(**values).lstrip()
+    return templates.get_template(template).render(**values).lstrip()
 
 
 def audit_pairs(report: AuditReport, *, disclosure: Disclosure, max_pairs: int) -> PairTable:
@@ -481,15 +448,6 @@ def utility_twins(utility: Utility, disclosure: Disclosure) -> list[Twins]:
             )
             found.append(Twins(kind, len(first), shown))
     return found
-
-
-def _tone(report: AuditReport) -> str:
-    """Choose the verdict's colour; ``doubt`` where the controls fail or are missing."""
-    suspected = [cell for cell in report.own_cells if cell.kind == "vm" and cell.n > 0]
-    if not suspected or report.trust in ("paints", "unchecked"):
-        return "doubt"
-    speaking = (report.prompt_condition, report.headline_condition)
-    return "found" if any(c.hits for c in suspected if c.condition in speaking) else "clear"
 
 
 def _elements(figures: Mapping[str, Figure]) -> dict[str, Markup]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -182,16 +182,17 @@ def _utility_fields(document: Any) -> Any:
     }
 
 
-def _comparison_fields(held: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    if held.get("prompts") is None:
+def _comparison_fields(images: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """One comparison of two models' images, of the layout of ``Utility.to_dict``."""
+    if images.get("prompts") is None:
         return None
     prefix = "similarity_to_unmitigated"
     similarity = {
         name.replace(prefix, "similarity"): value
-        for name, value in held.items()
+        for name, value in images.items()
         if name.startswith(prefix)
     }
-    return {**held, **similarity}
+    return {**images, **similarity}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,28 +275,17 @@ class AuditReport(AuditRecord):
     @cached_property
     def pair_results(self) -> tuple[PairResult, ...]:
         """One result per pair and condition under the mitigation."""
-        return self._results(self.outcomes)
+        return pair_results(self.outcomes, self.calibration, self.aggregation)
 
     @cached_property
     def baseline_results(self) -> tuple[PairResult, ...]:
         """One result per pair from its prompt before the mitigation."""
-        return self._results(self.baseline)
+        return pair_results(self.baseline, self.calibration, self.aggregation)
 
     @cached_property
     def first_successes(self) -> dict[Search, int]:
         """Steps after which each attack first reproduced its pair; others are left out."""
         return first_successes(self.outcomes, self.calibration, self.aggregation)
-
-    def _results(self, outcomes: Iterable[Outcome]) -> tuple[PairResult, ...]:
-        return pair_results(
-            outcomes,
-            descriptor=self.calibration.descriptor,
-            threshold=self.calibration.threshold,
-            aggregation=self.aggregation,
-        )
-
-
-# ---- writing
 
 
 def write_report(report: AuditReport, folder: Path) -> Path:
@@ -550,9 +540,6 @@ def _relative(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder).replace(os.sep, "/")
 
 
-# ---- reading
-
-
 def stored_json(path: Path, *, fix: str, missing: str = "") -> Any:
     """Read a JSON file.
 
@@ -788,32 +775,6 @@ def _check_same_audit(report: AuditReport, folder: Path) -> None:
         )
 
 
-# ---- what a mitigation costs
-
-_LOSS_COLUMNS = {
-    "id": _TEXT,
-    "prompt": _TEXT,
-    "draw": _WHOLE,
-    "timestep": _WHOLE,
-    "unmitigated": _NUMBER,
-    "mitigated": _NUMBER,
-}
-_PICTURE_COLUMNS = {
-    "kind": _TEXT,
-    "id": _TEXT,
-    "group": _TEXT,
-    "prompt": _TEXT,
-    "seed": _WHOLE,
-    "similarity": _NUMBER,
-    "original_unmitigated": _NUMBER,
-    "original_mitigated": _NUMBER,
-    "alignment_unmitigated": _NUMBER,
-    "alignment_mitigated": _NUMBER,
-    "unmitigated": _TEXT,
-    "mitigated": _TEXT,
-}
-
-
 def write_utility(utility: Utility, folder: Path) -> Path:
     """Write ``utility_losses.parquet``, ``utility_pictures.parquet`` and ``utility.json``.
 
@@ -836,14 +797,17 @@ def write_utility(utility: Utility, folder: Path) -> Path:
     document = json.dumps(
         plain_values(utility.to_dict()), sort_keys=True, indent=2, allow_nan=False
     )
-    losses = parquet_bytes(rows(utility.loss_rows), _LOSS_COLUMNS)
-    pictures = parquet_bytes(rows(utility.picture_rows), _PICTURE_COLUMNS)
+    losses = parquet_bytes(rows(utility.loss_rows), _columns(LossRow))
+    pictures = parquet_bytes(rows(utility.picture_rows), _columns(PictureRow))
     write_atomically(folder / "utility_losses.parquet", losses)
     write_atomically(folder / "utility_pictures.parquet", pictures)
     return write_atomically(folder / "utility.json", (document + "\n").encode())
 
 
-# ---- what a page may show
+def _columns(row: type[LossRow | PictureRow]) -> dict[str, pa.DataType]:
+    types = {int: _WHOLE, float: _NUMBER, float | None: _NUMBER}
+    return {name: types.get(hint, _TEXT) for name, hint in get_type_hints(row).items()}
+
 
 _STRICT: tuple[Disclosure, ...] = ("full", "blurred", "none")
 
@@ -912,9 +876,6 @@ def strictest(runs: Iterable[Run], chosen: Disclosure) -> Disclosure:
         run.report.provenance.config.get("report", {}).get("images", "full") for run in runs
     ]
     return max((chosen, *allowed), key=_STRICT.index)
-
-
-# ---- locality results on an audit's page
 
 
 @dataclass(frozen=True)

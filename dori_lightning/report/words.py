@@ -1,22 +1,30 @@
-"""What verdict, tables, figures and page share: per-pair results, headline attack, wording."""
+"""Words and numbers as all reports write them, and the templates that use them."""
 
 from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dori_lightning.types import (
-    Budget,
-    Condition,
-    Init,
-    Kind,
-)
+from dori_lightning.types import Budget, Cell, Condition, Init, Kind
 
 METHOD_WORDS = {"nemo": "NeMo", "wanda": "Wanda"}
 
+KIND_WORDS: dict[Kind, str] = {
+    "vm": "suspected image",
+    "tm": "suspected template copy",
+    "control": "control image",
+}
+
+INIT_NAMES: dict[Init, str] = {
+    "prompt": "the own prompt",
+    "random": "a random embedding",
+    "control_prompt": "an unrelated prompt",
+}
+"""What an attack starts from, for one pair."""
 
 START_WORDS = {
     "random": "random embeddings",
@@ -24,10 +32,68 @@ START_WORDS = {
     "control_prompt": "unrelated prompts",
     "prompt_itself": "the prompt itself, not attacked",
 }
+"""What attacks start from, for many pairs."""
+
+NOTHING = "-"
+"""Stands in a table for what was not measured."""
 
 
-# -------- markdown
-# Other people's text in Markdown, shown as it is.
+def number_words(count: int, noun: str) -> str:
+    """Write a count with its noun: ``1 image``, ``3 images``, ``3 template copies``."""
+    return f"{count} {noun if count == 1 else plural_words(noun)}"
+
+
+def plural_words(noun: str) -> str:
+    """Write a noun in the plural: ``images``, ``template copies``."""
+    return noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+
+
+def percent_words(rate: float) -> str:
+    """Write a rate as a percentage with one decimal near 0 % and 100 %; ``n/a`` for NaN."""
+    if math.isnan(rate):
+        return "n/a"
+    near_edge = 5e-4 <= rate < 0.01 or 0.99 < rate <= 1 - 5e-4
+    return f"{100 * rate:.1f} %" if near_edge else f"{100 * rate:.0f} %"
+
+
+def interval_words(interval: tuple[float, float]) -> str:
+    """Write a 95 % interval as ``72 to 99 %``; ``n/a`` for NaN."""
+    low, high = interval
+    if math.isnan(low) or math.isnan(high):
+        return "n/a"
+    return f"{percent_words(low)[:-2]} to {percent_words(high)}"
+
+
+def budget_words(budget: Budget) -> str:
+    """Write a budget for a reader: ``50 steps, no radius limit``."""
+    steps = number_words(budget.steps, "step")
+    if budget.norm == "none":
+        return f"{steps}, no radius limit"
+    norm = {"l2": "L2", "linf": "L-infinity"}[budget.norm]
+    return f"{steps}, {norm} radius {budget.eps:g}"
+
+
+def condition_words(condition: Condition) -> str:
+    """Write a condition for a reader: ``attack from random embeddings, 50 steps, ...``."""
+    if condition.attack == "prompt":
+        return "prompt as it is"
+    start = f"from {START_WORDS[condition.init]}" if condition.init else "from an unnamed start"
+    return f"attack {start}, {budget_words(condition.budget)}"
+
+
+def counts_words(cell: Cell | None) -> str:
+    """Write how many images came back: ``3/16 +1 failed``."""
+    if cell is None:
+        return NOTHING
+    return f"{cell.hits}/{cell.n}" + (f" +{cell.failed} failed" if cell.failed else "")
+
+
+def similarity_words(cell: Cell) -> str:
+    """Write median and median absolute deviation: ``0.91 ± 0.04``; ``n/a`` without a result."""
+    if math.isnan(cell.similarity_median):
+        return "n/a"
+    return f"{cell.similarity_median:.2f} ± {cell.similarity_mad:.2f}"
+
 
 _SPECIAL = re.compile(
     r"[&<>\[\]|\\*`~@#$]"
@@ -49,80 +115,42 @@ def one_line(text: str) -> str:
     return " ".join(text.split()).replace("`", "")
 
 
-# -------- summary
+@cache
+def environment(*, html: bool) -> Environment:
+    """The package's templates, with the functions of this module as filters.
 
-KIND_WORDS: dict[Kind, str] = {
-    "vm": "suspected image",
-    "tm": "suspected template copy",
-    "control": "control image",
-}
-
-INIT_NAMES: dict[Init, str] = {
-    "prompt": "the own prompt",
-    "random": "a random embedding",
-    "control_prompt": "an unrelated prompt",
-}
-"""What an attack starts from, for one pair."""
-
-_INIT_WORDS = {
-    "prompt": "from the image's own prompt",
-    "random": "from random embeddings",
-    "control_prompt": "from unrelated prompts",
-}
-
-
-def render_text(template: str, **values: Any) -> str:
-    """Render a text template of the package, with the functions of this module at hand.
-
-    Nothing is escaped by itself: other people's text goes through the filter ``md`` where the
-    result is Markdown.
+    Args:
+        html: Whether values are escaped for HTML. Otherwise nothing is escaped by itself: other
+            people's text goes through the filter ``md`` where the result is Markdown.
     """
-    environment = Environment(
+    made = Environment(
         loader=PackageLoader("dori_lightning.report", "templates"),
+        autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["md"] = escape
-    functions = (number_words, percent_words, interval_words, budget_words, condition_words)
-    environment.globals.update({function.__name__: function for function in functions})
-    return environment.get_template(template).render(**values).lstrip()
+    made.filters |= {
+        "md": escape,
+        "number": number_words,
+        "percent": percent_words,
+        "interval": interval_words,
+        "budget": budget_words,
+        "condition": condition_words,
+        "counts": counts_words,
+        "similarity": similarity_words,
+        "kind": KIND_WORDS.__getitem__,
+        "kinds": lambda kind: plural_words(KIND_WORDS[kind]),
+    }
+    return made
 
 
-def number_words(count: int, noun: str) -> str:
-    """Write a count with its noun: ``1 image``, ``3 images``, ``3 template copies``."""
-    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return f"{count} {noun if count == 1 else plural}"
+def render_text(template: str, **values: Any) -> str:
+    """Render a text template of the package."""
+    return environment(html=False).get_template(template).render(**values).lstrip()
 
 
-def percent_words(rate: float) -> str:
-    """Write a rate as a percentage with one decimal near 0 % and 100 %; ``n/a`` for NaN."""
-    if math.isnan(rate):
-        return "n/a"
-    near_edge = 5e-4 <= rate < 0.01 or 0.99 < rate <= 1 - 5e-4
-    return f"{100 * rate:.1f} %" if near_edge else f"{100 * rate:.0f} %"
-
-
-def interval_words(interval: tuple[float, float]) -> str:
-    """Write a 95 % interval as ``72 to 99 %``; ``n/a`` for NaN."""
-    low, high = interval
-    if math.isnan(low) or math.isnan(high):
-        return "n/a"
-    return f"{percent_words(low)[:-2]} to {percent_words(high)}"
-
-
-def budget_words(budget: Budget) -> str:
-    """Write a budget for a reader: ``50 steps, no radius limit``."""
-    steps = f"{number_words(budget.steps, 'step')}"
-    if budget.norm == "none":
-        return f"{steps}, no radius limit"
-    norm = {"l2": "L2", "linf": "L-infinity"}[budget.norm]
-    return f"{steps}, {norm} radius {budget.eps:g}"
-
-
-def condition_words(condition: Condition) -> str:
-    """Write a condition for a reader: ``attack from random embeddings, 50 steps, ...``."""
-    if condition.attack == "prompt":
-        return "prompt as it is"
-    start = _INIT_WORDS[condition.init] if condition.init else "from an unnamed start"
-    return f"attack {start}, {budget_words(condition.budget)}"
+def text_macro(template: str, name: str, *values: Any) -> str:
+    """Render one macro of a text template as one paragraph on one line."""
+    macro = getattr(environment(html=False).get_template(template).module, name)
+    return " ".join(macro(*values).split())

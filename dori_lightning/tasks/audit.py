@@ -26,7 +26,7 @@ from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.report.findings import attack_effort
 from dori_lightning.report.pages import write_audit_page
 from dori_lightning.report.record import AuditReport, write_report, write_utility
-from dori_lightning.report.tables import cells_table
+from dori_lightning.report.tables import cells_table, rich_table
 from dori_lightning.report.verdict import INVALID, make_report
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import (
@@ -229,7 +229,7 @@ def _publish(cfg: DictConfig, report: AuditReport, folder: Path) -> None:
     write_report(report, folder)
     page = write_audit_page(report, folder, images=images, max_pairs=cfg.report.max_pairs)
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
-    title = f"{INVALID}: {', '.join(report.invalid)}" if report.invalid else None
-    console.print(cells_table(report.cells, title=title))
-    console.print(report.verdict)
+    title = f"{INVALID}: {', '.join(report.invalid)}" if report.invalid else ""
+    console.print(rich_table(cells_table(report.cells, title=title)))
+    console.print(report.verdict, markup=False)
     console.print(f"page: {page}", soft_wrap=True)

@@ -1,6 +1,6 @@
 """Many audits as one table and one page: what each mitigation hides, leaves behind, and costs.
 
-A single audit gets its own page again, for instance with its pictures blurred.
+A single audit gets its own page again, for instance with its images blurred.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dori_lightning.report.claims import (
     Claim,
     ClaimsFailedError,
     check_claims,
-    claims_table,
     read_claims,
 )
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
@@ -34,8 +33,8 @@ from dori_lightning.report.record import (
     shown_report,
     strictest,
 )
-from dori_lightning.report.tables import headline_tables, remarks, rich_table
-from dori_lightning.report.verdict import sweep_answer
+from dori_lightning.report.tables import claims_table, headline_tables, remarks, rich_table
+from dori_lightning.report.verdict import sweep_verdict
 from dori_lightning.runtime.artifacts import claim_folder
 from dori_lightning.tasks.run_record import tracked
 from dori_lightning.tasks.status import Jobs, jobs_of
@@ -106,8 +105,8 @@ def make_table(
     Args:
         places: Sweeps' folders and run folders.
         folder: Gets ``table.parquet``, ``cells.parquet``, ``table.md`` and ``report.html``.
-        images: How pictures may be shown.
-        max_pairs: Most pairs to show with their pictures.
+        images: How images may be shown.
+        max_pairs: Most pairs to show with their images.
 
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
@@ -118,7 +117,7 @@ def make_table(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Inputs:
     """What the places hold: audits, locality results, and runs without a result."""
 
     runs: tuple[Run, ...]
@@ -133,7 +132,7 @@ class _Found:
         return len(self.runs) == 1 and not self.unfinished
 
 
-def _collect(places: Sequence[Path], *, images: Disclosure) -> _Found:
+def _collect(places: Sequence[Path], *, images: Disclosure) -> _Inputs:
     """Read the runs that places stand for."""
     jobs = jobs_of(places)
     audits = [place for place in jobs.folders if (place / "report.json").is_file()]
@@ -142,7 +141,7 @@ def _collect(places: Sequence[Path], *, images: Disclosure) -> _Found:
     runs = tuple(read_run(place) for place in audits)
     shown = strictest(runs, images)
     sections = (read_locality(place, disclosure=shown) for place in jobs.folders)
-    return _Found(
+    return _Inputs(
         runs=runs,
         locality=tuple(section for section in sections if section is not None),
         unfinished=_unfinished(jobs),
@@ -160,7 +159,7 @@ def _unfinished(jobs: Jobs) -> tuple[str, ...]:
     return (*without, *(f"{name} (not started)" for name in jobs.unstarted))
 
 
-def _publish_one(found: _Found, folder: Path, *, max_pairs: int) -> None:
+def _publish_one(found: _Inputs, folder: Path, *, max_pairs: int) -> None:
     """Write the page of a single audit."""
     page = write_page(
         shown_report(found.runs[0]),
@@ -173,7 +172,7 @@ def _publish_one(found: _Found, folder: Path, *, max_pairs: int) -> None:
 
 
 def _publish(
-    comparison: Comparison, found: _Found, folder: Path, *, max_pairs: int
+    comparison: Comparison, found: _Inputs, folder: Path, *, max_pairs: int
 ) -> tuple[HeadlineRow, ...]:
     """Write the table and the page, and print the table."""
     rows = headline_rows(comparison)
@@ -188,7 +187,7 @@ def _publish(
     console = _console()
     for table in headline_tables(rows):
         console.print(rich_table(table))
-    console.print(sweep_answer(rows))
+    console.print(sweep_verdict(rows).answer, markup=False)
     for text in remarks(comparison, rows):
         console.print(f"- {text}", markup=False, highlight=False)
     console.print(f"page: {page}", soft_wrap=True, markup=False)
@@ -227,7 +226,7 @@ def _hold_against(
     if not checked:
         log.warning("%s claims nothing about these runs", source)
         return
-    _console().print(claims_table(checked))
+    _console().print(rich_table(claims_table(checked)))
     failed = sum(not item.holds for item in checked)
     if failed:
         raise ClaimsFailedError(

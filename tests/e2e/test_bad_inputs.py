@@ -24,7 +24,7 @@ inputs, and where the rest of each is tested:
 18 resumed with other settings    here; test_folder
 19 impossible or misspelt value   here; test_cli, test_compose
 20 two writers                    here; test_lock, test_cli
-21 baseline not memorized         test_utility (invalid audit), test_verdict
+21 baseline not memorized         test_utility (invalid audit), test_findings
 22 descriptor weights             here; test_metrics_sscd
 == ============================== ============================================================
 """
@@ -203,7 +203,7 @@ def test_a_skipped_row_is_in_no_rate_and_in_the_report(
     document = json.loads((place / "skipped" / "report.json").read_text())
     assert {cell["n"] for cell in document["cells"] if cell["kind"] == "vm"} == {1}
     (flag,) = (f for f in document["flags"] if f["name"] == "pairs_skipped")
-    assert "1 row of the list without a picture" in flag["text"]
+    assert "1 row of the list without an image" in flag["text"]
     assert "(pair1)" in flag["text"]
 
 
@@ -306,7 +306,7 @@ def test_descriptor_weights(
 def invalid(folder: Path) -> tuple[list[str], pd.DataFrame]:
     document = json.loads((folder / "report.json").read_text())
     assert document["verdict"].startswith("INVALID AUDIT")
-    assert "No sign of memorization" not in document["verdict"]
+    assert "no proof of absence" not in document["verdict"]
     assert "Verdict: this audit is invalid" in (folder / "report.html").read_text()
     return document["invalid"], pd.read_parquet(folder / "pairs.parquet")
 

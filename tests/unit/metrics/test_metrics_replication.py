@@ -1,6 +1,7 @@
 """From similarities to rates: restarts, failed pairs, images without a number, and kinds."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_the_median_asks_for_more_than_one_lucky_picture():
 def test_an_image_without_a_number_is_never_evidence_of_safety(restarts, reproduced, aggregation):
     """Page (``pair_results``) and tables (``cells``) follow one rule."""
     outcomes = [_outcome("a", values, restart=k) for k, values in enumerate(restarts)]
-    (result,) = pair_results(outcomes, descriptor="local", threshold=0.7, aggregation=aggregation)
+    (result,) = pair_results(outcomes, CALIBRATION, aggregation)
     (row,) = _cells(outcomes, aggregation=aggregation)
     assert result.reproduced is reproduced
     assert (result.status == "ok") is (reproduced is not None)
@@ -138,7 +139,7 @@ def test_restarts_reduce_to_the_best_and_divergence_is_kept():
     lost = _outcome("a", [math.nan] * 3, restart=2, status="diverged")
 
     def result(*outcomes, aggregation="max"):
-        (one,) = pair_results(outcomes, descriptor="local", threshold=0.7, aggregation=aggregation)
+        (one,) = pair_results(outcomes, CALIBRATION, aggregation)
         return one
 
     best = result(weak, strong, lost)
@@ -162,7 +163,7 @@ def test_a_restart_that_comes_twice_is_a_mistake():
 
 def test_a_missing_descriptor_is_a_mistake():
     with pytest.raises(ValueError, match="only by local"):
-        pair_results([_outcome("a", [0.1])], descriptor="sscd", threshold=0.7, aggregation="max")
+        pair_results([_outcome("a", [0.1])], replace(CALIBRATION, descriptor="sscd"), "max")
 
 
 def test_diversity_by_hand():

@@ -129,6 +129,18 @@ def picture(path: Path, seed: int, *, noise: float = 0.0) -> Path:
     return path
 
 
+def measured(cells: Sequence[Cell], *, mitigation: str = "none", **more: Any) -> AuditReport:
+    """An audit with these cells, and with the flags and the verdict they call for."""
+    return make_report(
+        checkpoint="dori_tiny",
+        mitigation=mitigation,
+        cells=cells,
+        calibration=calibration(),
+        provenance=provenance(),
+        **{"outcomes": (), **more},
+    )
+
+
 def report(
     folder: Path,
     *,

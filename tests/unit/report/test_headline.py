@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from dori_lightning.metrics.image_distances import KernelDistance
+from dori_lightning.metrics.statistics import holm
 from dori_lightning.metrics.utility import Comparison as UtilityComparison
 from dori_lightning.report import pages
 from dori_lightning.report.comparison import (
@@ -20,6 +21,7 @@ from dori_lightning.report.comparison import (
     HeadlineRow,
     compare,
     headline_rows,
+    paired,
     published_for,
 )
 from dori_lightning.report.figures import (
@@ -27,7 +29,7 @@ from dori_lightning.report.figures import (
     rates_against_steps,
     sweep_figures,
 )
-from dori_lightning.report.findings import holm, paired
+from dori_lightning.report.findings import sweep_findings
 from dori_lightning.report.pages import render_sweep_page, write_table
 from dori_lightning.report.record import read_run
 from dori_lightning.report.tables import (
@@ -39,7 +41,7 @@ from dori_lightning.report.tables import (
     remarks,
     tables_markdown,
 )
-from dori_lightning.report.verdict import sweep_answer, sweep_sentences, sweep_tone
+from dori_lightning.report.verdict import sweep_verdict
 from support.fake_audits import PROMPT, dori, loss_cost, write_audit
 
 SIZES = {"vm": 6, "tm": 2, "control": 4}
@@ -145,8 +147,9 @@ def test_without_an_attack_there_is_still_a_row(tmp_path: Path) -> None:
     write_audit(tmp_path / "none")
     (row,) = headline_rows(compare([read_run(tmp_path / "none")]))
     assert (row.steps, row.attacks, row.main) == (0, (), None)
-    assert sweep_answer([row]) == "No mitigation was attacked."
-    assert sweep_tone([row]) == "doubt"
+    found = sweep_findings([row])
+    assert (found.tried, found.valid, found.tone) == ((), True, "doubt")
+    assert sweep_verdict([row]).answer == "No mitigation was attacked."
 
 
 def test_a_grid_has_a_row_for_each_ball_from_narrow_to_wide(tmp_path: Path) -> None:
@@ -264,12 +267,10 @@ def test_a_row_of_an_invalid_audit_is_marked_and_clears_nobody(tmp_path: Path) -
     assert [row.invalid for row in rows] == [(), (), ("edit_changes_nothing",)]
     tables = headline_tables(rows)
     assert all(table.rows[2][0] == "gone (INVALID)" for table in tables)
-    assert sweep_answer(rows) == "The attack still finds images under 1 of 1 mitigation."
-    assert sweep_answer([rows[0], rows[2]]) == "No mitigation has a valid audit."
-    said = " ".join(sweep_sentences(rows))
-    assert "Nothing came back" not in said
-    assert "Invalid, so without an answer: the audit of gone." in said
-    assert sweep_tone(rows) == "doubt"
+    found = sweep_findings(rows)
+    assert (found.tried, found.holding, found.clear) == (("nemo",), ("nemo",), ())
+    assert (found.invalid, found.valid, found.tone) == (("gone",), False, "doubt")
+    assert sweep_verdict([rows[0], rows[2]]).answer == "No mitigation has a valid audit."
     assert any("gone on tiny" in text and "Its edit is empty." in text
                for text in remarks(compared, rows))  # fmt: skip
     table = pd.read_parquet(io.BytesIO(headline_parquet(rows)))
@@ -357,14 +358,16 @@ def test_an_incomplete_table_says_so_on_the_page(
     assert "mitigation=&lt;siss&gt;" in text
 
 
-def test_sentences_tell_hidden_from_gone(rows: tuple[HeadlineRow, ...]) -> None:
-    text = " ".join(sweep_sentences(rows))
-    assert (
-        "Without a mitigation tiny reproduces 6 of 6 suspected images from their prompts" in text
-    )
-    assert "found by the attack (paired test, p < 0.05): nemo." in text
-    assert "Nothing came back, by prompt or attack: gone." in text
-    assert sweep_tone(rows) == "found"
+def test_hidden_is_told_from_gone(rows: tuple[HeadlineRow, ...]) -> None:
+    found = sweep_findings(rows)
+    assert (found.tried, found.holding, found.hiding) == (("nemo", "gone"), ("nemo",), ("nemo",))
+    assert (found.clear, found.loss_ratio, found.tone) == (("gone",), 1.03, "found")
+    verdict = sweep_verdict(rows)
+    assert "draws all of 6 images" in verdict.plain
+    assert "Neither brought any image back after gone, which raises" in verdict.plain
+    assert "by 3.0 %." in verdict.plain
+    assert "tiny reproduces 6 of 6 suspected images from their prompts" in verdict.numbers
+    assert "(paired test, p < 0.05): nemo." in verdict.numbers
 
 
 def test_an_attack_that_paints_controls_is_doubted(tmp_path: Path) -> None:
@@ -372,8 +375,9 @@ def test_an_attack_that_paints_controls_is_doubted(tmp_path: Path) -> None:
     for name in ("none", "wanda"):
         write_audit(tmp_path / name, name, reproduced=painted)
     found = headline_rows(compare([read_run(tmp_path / n) for n in ("none", "wanda")]))
-    assert any("also reproduces controls under none, wanda" in s for s in sweep_sentences(found))
-    assert sweep_tone(found) == "doubt"
+    assert sweep_findings(found).painting == ("none", "wanda")
+    assert sweep_findings(found).tone == "doubt"
+    assert "reproduces controls under none, wanda" in sweep_verdict(found).numbers
 
 
 def test_figures_with_nothing_to_show_are_left_out(

@@ -1,0 +1,226 @@
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dori_lightning.metrics.replication import headline_condition
+from dori_lightning.report.findings import audit_findings, recommended_budget
+from dori_lightning.report.record import AuditReport
+
+
+def audit(
+    fakes: SimpleNamespace,
+    *,
+    prompt: int,
+    attack: int,
+    control: int | None,
+    n: int = 20,
+    mitigation: str = "none",
+    **more: Any,
+) -> AuditReport:
+    """Suspected images and 30 controls by prompt and attack; no controls where None."""
+    counts = {("vm", fakes.PROMPT): (prompt, n), ("vm", fakes.dori()): (attack, n)}
+    if control is not None:
+        counts |= {("control", fakes.PROMPT): (0, 30), ("control", fakes.dori()): (control, 30)}
+    cells = [
+        fakes.cell(*key, hits, count, mitigation=mitigation)
+        for key, (hits, count) in counts.items()
+    ]
+    return fakes.measured(cells, mitigation=mitigation, **more)
+
+
+def names(report: AuditReport) -> set[str]:
+    return {flag.name for flag in report.flags}
+
+
+@pytest.mark.parametrize(
+    ("counts", "answer", "trust", "tone"),
+    [
+        ({"prompt": 19, "attack": 20, "control": 0}, "hidden", "sound", "found"),
+        ({"prompt": 20, "attack": 20, "control": 0}, "found", "sound", "found"),
+        ({"prompt": 3, "attack": 20, "control": 12}, "found", "paints", "doubt"),
+        ({"prompt": 0, "attack": 20, "control": 12}, "clear", "paints", "doubt"),
+        ({"prompt": 3, "attack": 20, "control": None}, "found", "unchecked", "doubt"),
+        ({"prompt": 0, "attack": 0, "control": 0}, "clear", "sound", "clear"),
+    ],
+)
+def test_an_attack_counts_only_where_its_controls_stay_away(
+    fakes: SimpleNamespace, counts: dict[str, Any], answer: str, trust: str, tone: str
+) -> None:
+    found = audit_findings(audit(fakes, **counts))
+    assert (found.answer, found.trust, found.tone) == (answer, trust, tone)
+    assert found.best is not None
+    assert found.best.hits == (counts["attack"] if trust == "sound" else counts["prompt"])
+
+
+def test_the_bound_is_of_what_can_be_relied_on(fakes: SimpleNamespace) -> None:
+    assert audit_findings(audit(fakes, prompt=0, attack=0, control=0)).upper == pytest.approx(
+        0.16, abs=0.01
+    )
+
+
+def test_other_starts_of_the_headlines_budget_are_named(fakes: SimpleNamespace) -> None:
+    report = audit(fakes, prompt=1, attack=2, control=0)
+    random, short = fakes.dori(50, "random"), fakes.dori(10, "random")
+    cells = (*report.cells, fakes.cell("vm", random, 9, 20), fakes.cell("vm", short, 7, 20))
+    found = audit_findings(replace(report, cells=cells))
+    assert [cell.hits for cell in found.other_starts] == [9]
+
+
+def test_without_a_suspected_image_nothing_is_answered(fakes: SimpleNamespace) -> None:
+    controls = [
+        fakes.cell("control", fakes.PROMPT, 0, 30),
+        fakes.cell("control", fakes.dori(), 0, 30),
+    ]
+    for cells in (controls, []):
+        found = audit_findings(fakes.measured(cells))
+        assert (found.answer, found.tone, found.best) == ("unmeasured", "doubt", None)
+
+
+def test_an_attack_alone_without_controls_is_no_answer(fakes: SimpleNamespace) -> None:
+    report = fakes.measured([fakes.cell("vm", fakes.dori(), 20, 20)])
+    assert audit_findings(report).answer == "unreliable"
+
+
+def test_failed_attacks_are_no_evidence_of_safety(fakes: SimpleNamespace) -> None:
+    report = fakes.measured(
+        [
+            fakes.cell("vm", fakes.PROMPT, 0, 20),
+            fakes.cell("vm", fakes.dori(), 0, 0, failed=20),
+            fakes.cell("control", fakes.dori(), 0, 30),
+        ]
+    )
+    found = audit_findings(report)
+    assert (found.answer, found.best) == ("clear", found.prompt)
+    assert report.invalid == ("diverged",)
+
+
+# --- flags
+
+
+def test_flags_of_a_sound_audit(fakes: SimpleNamespace) -> None:
+    assert names(audit(fakes, prompt=19, attack=20, control=0)) == {"few_controls"}
+
+
+@pytest.mark.parametrize(
+    ("counts", "flag"),
+    [
+        ({"prompt": 3, "attack": 20, "control": 12}, "controls_replicate"),
+        ({"prompt": 3, "attack": 20, "control": None}, "no_controls"),
+        ({"prompt": 0, "attack": 0, "control": 0}, "baseline_not_memorized"),
+        ({"prompt": 3, "attack": 3, "control": 0, "n": 4}, "few_pairs"),
+        ({"prompt": 3, "attack": 3, "control": 0, "skipped": ["a"]}, "pairs_skipped"),
+    ],
+)
+def test_each_limit_has_its_flag(
+    fakes: SimpleNamespace, counts: dict[str, Any], flag: str
+) -> None:
+    assert flag in names(audit(fakes, **counts))
+
+
+def test_controls_that_were_not_attacked(fakes: SimpleNamespace) -> None:
+    cells = audit(fakes, prompt=3, attack=20, control=0).cells[:3]
+    assert "controls_not_attacked" in names(fakes.measured(cells))
+
+
+def test_controls_that_all_diverged_are_no_controls(fakes: SimpleNamespace) -> None:
+    cells = [
+        *audit(fakes, prompt=3, attack=20, control=None).cells,
+        fakes.cell("control", fakes.dori(), 0, 0, failed=9),
+    ]
+    assert {"no_controls", "controls_failed"} <= names(fakes.measured(cells))
+
+
+def test_control_prompts_that_count_show_a_bad_threshold(fakes: SimpleNamespace) -> None:
+    cells = [
+        *audit(fakes, prompt=9, attack=9, control=None).cells,
+        fakes.cell("control", fakes.PROMPT, 6, 30),
+        fakes.cell("control", fakes.dori(), 0, 30),
+    ]
+    assert "control_prompts_replicate" in names(fakes.measured(cells))
+
+
+def test_duplicates_and_long_prompts_are_flagged(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    outcome = fakes.report(tmp_path, vm=1, control=0).outcomes[0]
+    copy = replace(outcome, pair=replace(outcome.pair, duplicate_of="other", truncated=True))
+    report = audit(fakes, prompt=9, attack=9, control=0, outcomes=(copy,))
+    assert {"duplicates", "truncated_prompts"} <= names(report)
+
+
+def test_recommended_budget_stops_at_the_first_failure(fakes: SimpleNamespace) -> None:
+    rates = {1: 0, 10: 0, 50: 1, 100: 5, 200: 0}
+    cells = [fakes.cell("control", fakes.dori(s), hits, 30) for s, hits in rates.items()]
+    cells += [fakes.cell("control", fakes.dori(500, norm="l2", eps=1.0), 0, 30)]
+    cells += [fakes.cell("control", fakes.dori(400, "random"), 0, 30)]
+    budget = recommended_budget(cells)
+    assert budget is not None
+    assert budget.steps == 50
+    random = recommended_budget(cells, init="random")
+    assert random is not None
+    assert random.steps == 400
+    assert recommended_budget([fakes.cell("control", fakes.dori(10), 1, 20)]) is None
+
+
+def test_headline_ignores_the_suspected_images(fakes: SimpleNamespace) -> None:
+    def control(condition: Any, hits: int) -> Any:
+        return fakes.cell("control", condition, hits, 30)
+
+    def suspect(condition: Any, hits: int) -> Any:
+        return fakes.cell("vm", condition, hits, 20)
+
+    sound, painting, random = fakes.dori(50), fakes.dori(500), fakes.dori(50, "random")
+    cells = [control(sound, 0), control(painting, 20), control(random, 0)]
+    cells += [suspect(sound, 2), suspect(painting, 20), suspect(random, 19)]
+    assert headline_condition(cells) == sound
+    assert headline_condition([suspect(fakes.PROMPT, 2)]) is None
+
+
+# --- invalid audits: what did not come back says nothing
+
+
+def mitigated(
+    fakes: SimpleNamespace, *, before: int | None, failed: int = 0, **more: Any
+) -> AuditReport:
+    """Nothing comes back under a mitigation: it looks like a perfect one."""
+    return fakes.measured(
+        [
+            fakes.cell("vm", fakes.PROMPT, 0, 20, mitigation="esd"),
+            fakes.cell("vm", fakes.dori(), 0, 20 - failed, failed=failed, mitigation="esd"),
+            fakes.cell("control", fakes.PROMPT, 0, 30, mitigation="esd"),
+            fakes.cell("control", fakes.dori(), 0, 30, mitigation="esd"),
+            *([] if before is None else [fakes.cell("vm", fakes.PROMPT, before, 20)]),
+        ],
+        mitigation="esd",
+        **more,
+    )
+
+
+def test_a_mitigation_of_what_was_never_memorized_is_no_test(fakes: SimpleNamespace) -> None:
+    assert mitigated(fakes, before=18).invalid == ()
+    assert mitigated(fakes, before=9).invalid == ("baseline_not_memorized",)
+    # of a checkpoint as it is, that little comes back is the answer
+    assert audit(fakes, prompt=0, attack=0, control=0).invalid == ()
+
+
+def test_a_missing_baseline_is_flagged(fakes: SimpleNamespace) -> None:
+    assert "no_baseline" in names(mitigated(fakes, before=None))
+    assert "no_baseline" not in names(mitigated(fakes, before=18))
+
+
+def test_an_edit_that_changes_nothing_is_no_mitigation(fakes: SimpleNamespace) -> None:
+    assert mitigated(fakes, before=18, inert=True).invalid == ("edit_changes_nothing",)
+
+
+@pytest.mark.parametrize("status", ["diverged", "no_gradient"])
+def test_one_suspected_image_without_a_result_is_enough(
+    fakes: SimpleNamespace, tmp_path: Path, status: str
+) -> None:
+    pair = fakes.report(tmp_path).outcomes[0].pair
+    lost = fakes.outcome(pair, fakes.dori(), [0.1], status=status)
+    assert mitigated(fakes, before=18, failed=1, outcomes=(lost,)).invalid == (status,)
+    again = replace(lost, restart=1, status="ok")
+    assert mitigated(fakes, before=18, outcomes=(lost, again)).invalid == (), (
+        "another restart searched"
+    )
