@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dori_lightning.metrics.replication import headline_condition
 from dori_lightning.metrics.utility import Utility
 from dori_lightning.report.comparison import HeadlineRow
 from dori_lightning.report.findings import (
@@ -95,8 +94,6 @@ def make_report(
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no image.
     """
-    own = [cell for cell in cells if cell.mitigation == mitigation]
-    headline = headline_condition(own)
     measured = AuditReport(
         checkpoint=checkpoint,
         mitigation=mitigation,
@@ -104,17 +101,21 @@ def make_report(
         cells=tuple(cells),
         calibration=calibration,
         outcomes=tuple(outcomes),
-        recommended_budget=recommended_budget(
-            own, init=headline.init if headline and headline.init else "prompt"
-        ),
+        recommended_budget=None,
         flags=(),
         provenance=provenance,
         baseline=tuple(baseline),
         utility=utility,
         effort=effort,
     )
-    flagged = replace(measured, flags=find_flags(measured, inert=inert, skipped=skipped))
-    return replace(flagged, verdict=verdict_text(flagged))
+    headline = measured.headline_condition
+    init = headline.init if headline is not None and headline.init is not None else "prompt"
+    concluded = replace(
+        measured,
+        recommended_budget=recommended_budget(measured.own_cells, init=init),
+        flags=find_flags(measured, inert=inert, skipped=skipped),
+    )
+    return replace(concluded, verdict=verdict_text(concluded))
 
 
 def verdict_text(report: AuditRecord) -> str:
