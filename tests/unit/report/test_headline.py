@@ -33,12 +33,13 @@ from dori_lightning.report.findings import sweep_findings
 from dori_lightning.report.pages import render_sweep_page, write_table
 from dori_lightning.report.record import read_run
 from dori_lightning.report.tables import (
-    cells_markdown,
     cells_parquet,
     cells_table,
     headline_parquet,
     headline_tables,
+    markdown_table,
     remarks,
+    rich_table,
     tables_markdown,
 )
 from dori_lightning.report.verdict import sweep_verdict
@@ -397,9 +398,9 @@ def test_both_tables_hold_every_number(fakes: SimpleNamespace) -> None:
         fakes.cell("vm", fakes.PROMPT, 19, 20, failed=2, median=0.91),
         fakes.cell("tm", fakes.PROMPT, 0, 0, failed=1),
     ]
-    markdown = cells_markdown(cells)
+    markdown = markdown_table(cells_table(cells))
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(cells_table(cells, title="Audit"))
+    console.print(rich_table(cells_table(cells, title="Audit")))
     for text in (markdown, console.export_text()):
         assert "19/20 +2 failed" in text
         assert "95 % (76 to 99.1 %)" in text
@@ -409,5 +410,6 @@ def test_both_tables_hold_every_number(fakes: SimpleNamespace) -> None:
     lines = markdown.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| vm", "| tm", "| control"]
     assert "mitigation" not in lines[0]
-    both = cells_markdown([*cells, fakes.cell("vm", fakes.PROMPT, 1, 20, mitigation="wanda")])
+    wanda = fakes.cell("vm", fakes.PROMPT, 1, 20, mitigation="wanda")
+    both = markdown_table(cells_table([*cells, wanda]))
     assert both.startswith("| mitigation |")
