@@ -27,6 +27,7 @@ from dori_lightning.mitigations.adversarial_finetuning import (
 )
 from dori_lightning.mitigations.finetuning import finetune
 from dori_lightning.mitigations.nemo import NeMo
+from dori_lightning.mitigations.replacements import Surrogates
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import (
     GenerationRequest,
@@ -186,7 +187,12 @@ def _epoch(
 
     def make() -> AdversarialTraining:
         module = AdversarialTraining(
-            model, method, pairs, context, surrogates=surrogates, ordinary=ordinary
+            model,
+            method,
+            pairs,
+            context,
+            surrogates=Surrogates(surrogates, {}),
+            ordinary=ordinary,
         )
         search = module.pool.search
 

@@ -1,7 +1,8 @@
-"""Train the whole denoiser to show surrogates wherever an attack finds a memorized picture.
+"""Train the denoiser to show surrogates wherever an attack finds a memorized image.
 
 Reference: Finding DoRI (2507.16880), section "adversarial fine-tuning": surrogates from a pruned
 model, L = L_DM + L_Adv, fresh 50-step attacks as inner loop, all weights of the UNet, five epochs.
+Adversarial embeddings are called triggers, as in the paper.
 """
 
 from __future__ import annotations
@@ -17,22 +18,15 @@ from torch.nn.utils import parametrize
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, random_embedding, refuse_broken, solve
-from dori_lightning.mitigations.base import (
-    Context,
-    CostEstimate,
-    Encodings,
-    Evaluations,
-    edit_key,
-    require_pairs,
-)
+from dori_lightning.mitigations.base import Context, CostEstimate, Encodings, Evaluations
 from dori_lightning.mitigations.edits import WeightEdit
-from dori_lightning.mitigations.finetuning import (
-    FinetuneSettings,
-    Finetuning,
-    check_disk,
-    finetune,
+from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, train_edit
+from dori_lightning.mitigations.replacements import (
+    Surrogates,
+    SurrogateSettings,
+    draw_indices,
+    find_surrogates,
 )
-from dori_lightning.mitigations.replacements import SurrogateSettings, find_surrogates
 from dori_lightning.models.memory import limit_cpu_batch
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import PairBatch
@@ -40,83 +34,14 @@ from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Init, InputError, Pair
 
-# -------- low_rank
-# Low-rank updates of linear layers (LoRA), as parametrizations that are merged at the end.
-#
-# Reference: Hu et al. (2022), https://arxiv.org/abs/2106.09685.
-
-
-class _Update(nn.Module):
-    """Weight (O, I) plus ``up @ down``; ``up`` starts at zero, so nothing changes at first."""
-
-    def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        rows, columns = weight.shape
-        down = torch.randn(rank, columns, generator=generator) / columns**0.5
-        self.down = nn.Parameter(down.to(weight))
-        self.up = nn.Parameter(torch.zeros(rows, rank).to(weight))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.up @ self.down
-
-
-class LowRank:
-    """Low-rank updates of every linear layer of a module.
-
-    The scale alpha / r of the paper is 1; the learning rate does what it would do.
-    """
-
-    def __init__(self, module: nn.Module, rank: int, *, seed: int = 0) -> None:
-        """Parametrize the linear layers of ``module`` in place.
-
-        Args:
-            module: What gets updates.
-            rank: Their rank; smaller layers get a smaller one.
-            seed: Of the random factor.
-        """
-        self._layers = [
-            (name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)
-        ]
-        for name, layer in self._layers:
-            parametrize.register_parametrization(
-                layer,
-                "weight",
-                _Update(
-                    layer.weight,
-                    min(rank, *layer.weight.shape),
-                    keyed_generator("low_rank", seed, name),
-                ),
-            )
-
-    @staticmethod
-    def count(module: nn.Module, rank: int) -> int:
-        """Weights that updates of ``module`` would have."""
-        shapes = [m.weight.shape for m in module.modules() if isinstance(m, nn.Linear)]
-        return sum(min(rank, *shape) * sum(shape) for shape in shapes)
-
-    @staticmethod
-    def trains(name: str) -> bool:
-        """Whether the parameter of a name belongs to an update."""
-        return name.endswith(("parametrizations.weight.0.up", "parametrizations.weight.0.down"))
-
-    def merge(self) -> None:
-        """Add the updates to the weights and leave plain linear layers; may be called again."""
-        for _, layer in self._layers:
-            if parametrize.is_parametrized(layer, "weight"):
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-
-
-# -------- trigger_pool
-# Triggers that adversarial fine-tuning trains against: searched anew each round, or kept warm.
-
 log = logging.getLogger(__name__)
 
 FIRST_RESTART = 1_000
-"""Searches of training draw as restarts from here on, which no audit reaches: it is judged by
-searches that it has not trained against."""
+"""Searches of the training draw their noise as restarts from here on, which no audit reaches: it
+attacks with noise that the model was not trained against."""
 
 _PROBE = 16
-"""Noise samples that say how well a pair is remembered before training."""
+"""Noise samples that measure how well a pair is memorized before training."""
 
 
 @dataclass(frozen=True)
@@ -152,259 +77,29 @@ class PoolSettings:
             )
 
 
-@dataclass
-class PoolEntry:
-    """One adversarial embedding in the pool: its pair, the round that found it, (T, D)."""
-
-    pair: str
-    round: int
-    embedding: torch.Tensor
-
-
-class TriggerPool:
-    """Triggers of all pairs, with the prompts themselves always among them."""
-
-    def __init__(
-        self,
-        model: TextToImage,
-        encoded: Sequence[PairBatch],
-        settings: PoolSettings,
-        *,
-        ordinary: torch.Tensor,
-        seed: int,
-    ) -> None:
-        """Start with the prompts.
-
-        Args:
-            model: Model under attack.
-            encoded: One batch of one pair for each pair.
-            settings: How to search.
-            ordinary: Embeddings (M, T, D) of ordinary prompts, where ``control_prompt`` begins.
-            seed: Run seed.
-        """
-        self.model, self.settings, self.seed = model, settings, seed
-        self.ordinary = ordinary.cpu()
-        self.ids = tuple(batch.pairs[0].id for batch in encoded)
-        self.latents = {b.pairs[0].id: b.latents[0] for b in encoded}
-        self.prompts = {b.pairs[0].id: b.embeddings[0] for b in encoded}
-        self.found: list[PoolEntry] = []
-        self.warm = dict(self.prompts)
-        self.rested: set[str] = set()
-        self.rounds: list[dict[str, Any]] = []
-        # told after each step of a search of the rows that it took, those of all processes
-        self.worked: Callable[[int], None] = lambda _: None
-        self._limits: dict[str, float] = {}
-        if settings.skip_robust is not None:
-            self._limits = self._robust_losses(settings.skip_robust)
-
-    @property
-    def rows_of_search(self) -> int:
-        """Rows through the denoiser that a round's search takes with all pairs in it."""
-        attack = self.settings.attack
-        searches = 2 if self.settings.warm else 1
-        return searches * len(self.ids) * attack.budget.steps * attack.noise_batch
-
-    def search(self, number: int) -> None:
-        """Search the triggers of a round against the model as it is now.
-
-        Args:
-            number: Round, from 0.
-        """
-        settings = self.settings
-        names = [name for name in self.ids if name not in self.rested]
-        losses: dict[str, float] = {}
-        # kept aside until all is found: a search that is left half-way leaves the pool as it was
-        if settings.warm:
-            fresh = [self._random(name, number) for name in names]
-            kept = [self.warm[name] for name in names]
-            last = self._attack(number, 0, names, kept, losses)
-            found = last + self._attack(number, 1, names, fresh, losses)
-        else:
-            fresh = [self._start(name, number) for name in names]
-            last, found = [], self._attack(number, 0, names, fresh, losses)
-        # the last snapshot of a pair is where its next search goes on
-        self.warm.update({trigger.pair: trigger.embedding for trigger in last})
-        self.found = [t for t in self.found if t.round > number - settings.replay] + found
-        self.rested = {
-            name for name, loss in losses.items() if loss > self._limits.get(name, float("inf"))
-        }
-        mean = sum(losses.values()) / len(losses) if losses else float("nan")
-        self.rounds.append(
-            {
-                "searched": len(names),
-                "attack_loss": round(mean, 6),
-                "robust": len(self.rested),
-                "unet_evaluations": self.model.unet_evaluations,
-            }
-        )
-        log.info(
-            "round %d: %d pairs attacked, mean loss of the best triggers %.4f, %d robust",
-            number, len(names), mean, len(self.rested),
-        )  # fmt: skip
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[list[str], torch.Tensor]:
-        """Draw ``count`` triggers, each of a pair drawn evenly.
-
-        Returns:
-            Pair ids and embeddings (``count``, T, D).
-        """
-        own: dict[str, list[torch.Tensor]] = {name: [self.prompts[name]] for name in self.ids}
-        for trigger in self.found:
-            own[trigger.pair].append(trigger.embedding)
-        order: list[int] = []
-        while len(order) < count:
-            order += torch.randperm(len(self.ids), generator=generator).tolist()
-        names = [self.ids[k] for k in order[:count]]
-        rows = [
-            own[name][int(torch.randint(len(own[name]), (1,), generator=generator))]
-            for name in names
-        ]
-        return names, torch.stack(rows)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as tensors and plain values."""
-        return {
-            "pairs": [t.pair for t in self.found],
-            "rounds_of": [t.round for t in self.found],
-            "embeddings": torch.stack([t.embedding for t in self.found]) if self.found else None,
-            "warm": torch.stack([self.warm[name] for name in self.ids]),
-            "rested": sorted(self.rested),
-            "rounds": self.rounds,
-            "limits": self._limits,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take back what ``state`` gave."""
-        rows = state["embeddings"]
-        self.found = [
-            PoolEntry(name, number, rows[k])
-            for k, (name, number) in enumerate(
-                zip(state["pairs"], state["rounds_of"], strict=True)
-            )
-        ]
-        self.warm = dict(zip(self.ids, state["warm"], strict=True))
-        self.rested, self.rounds = set(state["rested"]), list(state["rounds"])
-        self._limits = dict(state["limits"])
-
-    def _start(self, name: str, number: int) -> torch.Tensor:
-        """Initial embedding (T, D) of a pair's search: its kind is drawn by key."""
-        generator = keyed_generator("trigger_init", self.seed, name, number)
-        inits = self.settings.attack.inits
-        init: Init = inits[int(torch.randint(len(inits), (1,), generator=generator))]
-        if init == "prompt":
-            return self.prompts[name]
-        if init == "random":
-            return self._random(name, number)
-        return self.ordinary[int(torch.randint(len(self.ordinary), (1,), generator=generator))]
-
-    def _random(self, name: str, number: int) -> torch.Tensor:
-        """Random initial embedding (T, D) of a pair's search in a round."""
-        return random_embedding(
-            self.seed, name, FIRST_RESTART + number, self.model.embedding_shape
-        )
-
-    def _attack(
-        self,
-        number: int,
-        which: int,
-        names: Sequence[str],
-        starts: Sequence[torch.Tensor],
-        losses: dict[str, float],
-    ) -> list[PoolEntry]:
-        """Search from ``starts``, N embeddings (T, D); processes share the pairs.
-
-        Returns:
-            What is found, pair by pair in the order of ``names``; ``losses`` gets the best.
-        """
-        attack = self.settings.attack
-        own = range(distributed.rank(), len(names), distributed.world_size())
-        mine: dict[str, tuple[torch.Tensor, float]] = {}
-        if own:
-            limit_cpu_batch(
-                self.model,
-                noise_batch=attack.noise_batch,
-                wanted=attack.pairs_per_forward,
-                pair_id=names[own[0]],
-            )
-            result = solve(
-                self.model,
-                AttackProblem(
-                    tuple(names[k] for k in own),
-                    FIRST_RESTART + 2 * number + which,
-                    torch.stack([self.latents[names[k]] for k in own]),
-                    torch.stack([starts[k] for k in own]),
-                ),
-                budget=attack.budget.resolve(self.ordinary),
-                lr=attack.lr,
-                noise_batch=attack.noise_batch,
-                seed=self.seed,
-                snapshots=attack.snapshots,
-                keep_first_token=attack.keep_first_token,
-                on_step=lambda _: self.worked(len(names) * attack.noise_batch),
-            )
-            refuse_broken(result)
-            for row, k in enumerate(own):
-                final = float(result.losses[row, -5:].mean())
-                mine[names[k]] = (result.embeddings[row], final)
-        everybody = distributed.all_gather_dict(mine)
-        found: list[PoolEntry] = []
-        for name in names:
-            rows, final = everybody[name]
-            found += [PoolEntry(name, number, row) for row in rows]
-            losses[name] = min(final, losses.get(name, float("inf")))
-        return found
-
-    @torch.no_grad()
-    def _robust_losses(self, share: float) -> dict[str, float]:
-        """Loss beyond which a pair counts as robust, by pair; the model is untrained yet."""
-        limits = {}
-        empty = self.model.empty_embedding().cpu()[0]
-        for name in self.ids:
-            generator = keyed_generator("robust", self.seed, name)
-            latents = self.latents[name].expand(_PROBE, *self.latents[name].shape)
-            noise = torch.randn(latents.shape, generator=generator)
-            times = torch.randint(self.model.num_train_timesteps, (_PROBE,), generator=generator)
-            device = self.model.device
-            known, unknown = (
-                self.model.denoising_loss(
-                    latents.to(device),
-                    noise.to(device),
-                    times.to(device),
-                    embedding.expand(_PROBE, *embedding.shape).to(device),
-                    pair_ids=[name] * _PROBE,
-                ).mean()
-                for embedding in (self.prompts[name], empty)
-            )
-            limits[name] = float(known + share * (unknown - known))
-        return limits
-
-
-# -------- adversarial_finetuning
-
-
 @dataclass(frozen=True)
 class AdversarialFinetuning:
     """Adversarial fine-tuning: the mitigation of Finding DoRI.
 
-    The paper leaves open the optimizer, the learning rate, what an epoch is, how many triggers a
-    picture gets and where their searches begin. Here an epoch searches triggers for every pair
+    The paper leaves open the optimizer, the learning rate, what an epoch is, how many triggers an
+    image gets and where their searches begin. Here an epoch searches triggers for every pair
     once and then takes ``updates`` optimizer steps against them.
 
     Attributes:
         name: How reports call it.
-        surrogates: What to show instead.
+        surrogates: Where the images to show instead come from.
         pool: How triggers are searched and kept.
         finetune: Optimizer settings.
         epochs: Rounds of search and training; the paper takes five.
         updates: Optimizer steps of a round.
         adversarial_batch: Triggers of a step, each with a surrogate of its pair (L_Adv).
-        ordinary_batch: Ordinary pictures of a step (L_DM).
+        ordinary_batch: Ordinary images of a step (L_DM).
         adversarial_weight: Weight of L_Adv against L_DM; 1 in the paper.
-        redirect: Share of a step's triggers that are trained on the memorized picture's own noised
+        redirect: Share of a step's triggers that are trained on the memorized image's own noised
             latent instead of the surrogate's, towards the surrogate. The paper has none: L_Adv
-            sees noised surrogates alone, which leaves the model able to denoise the picture
+            sees noised surrogates alone, which leaves the model able to denoise the image
             itself once an attack has found the way to it. See ``redirect_loss``.
-        ordinary_examples: Ordinary pictures that are encoded and drawn from.
+        ordinary_examples: Ordinary images that are encoded and drawn from.
         low_rank: Rank of a low-rank update (LoRA) of all linear layers instead of training all
             weights, which the paper reports as failing; None trains all.
     """
@@ -437,6 +132,11 @@ class AdversarialFinetuning:
         if self.low_rank is not None and self.low_rank < 1:
             raise InputError(f"mitigation.low_rank must be >= 1 or null, got {self.low_rank}")
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.epochs * self.updates
+
     def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
         """Estimate what finding the edit takes for a number of pairs to forget."""
         attack = self.pool.attack
@@ -448,7 +148,7 @@ class AdversarialFinetuning:
             Evaluations.of_images(candidates, sampling)
             + Evaluations(
                 attack=attacks * attack.budget.steps * attack.noise_batch,
-                training=self.epochs * self.updates * rows,
+                training=self.steps * rows,
             ),
             "pairs that stay robust are skipped, so this is the most it takes" if skips else "",
             stored_weights=1.0,
@@ -457,31 +157,27 @@ class AdversarialFinetuning:
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find surrogates, then alternate between searching triggers and training."""
-        require_pairs(pairs, self.name)
-        key = edit_key(self, model, pairs, context)
-        if self.low_rank is None:
-            check_disk(model, self.finetune, context, key=key)
-        else:
-            added = LowRank.count(model.denoiser(), self.low_rank)
-            check_disk(
-                model, self.finetune, context, key=key, trained=lambda _: False, added=added
-            )
-        surrogates = find_surrogates(model, pairs, context, self.surrogates)
-        ordinary = context.encodings(model, "calibration", self.ordinary_examples)
+        rank = self.low_rank
 
-        def make() -> AdversarialTraining:
+        def prepare(_: str) -> tuple[Surrogates, Encodings]:
+            surrogates = find_surrogates(model, pairs, context, self.surrogates)
+            return surrogates, context.encodings(model, "calibration", self.ordinary_examples)
+
+        def training(prepared: tuple[Surrogates, Encodings]) -> AdversarialTraining:
+            surrogates, ordinary = prepared
             return AdversarialTraining(
-                model, self, pairs, context, surrogates=surrogates.latents, ordinary=ordinary
+                model, self, pairs, context, surrogates=surrogates, ordinary=ordinary
             )
 
-        return finetune(
-            make,
+        return train_edit(
+            self,
             model,
+            pairs,
             context,
-            steps=self.epochs * self.updates,
-            key=key,
-            title=self.name,
-            notes={"surrogates": surrogates.notes},
+            prepare=prepare,
+            training=training,
+            trained=lambda _: rank is None,
+            added=0 if rank is None else LowRank.count(model.denoiser(), rank),
         )
 
 
@@ -495,19 +191,10 @@ class AdversarialTraining(Finetuning):
         pairs: Sequence[Pair],
         context: Context,
         *,
-        surrogates: dict[str, torch.Tensor],
+        surrogates: Surrogates,
         ordinary: Encodings,
     ) -> None:
-        """Prepare the training.
-
-        Args:
-            model: Its denoiser is trained.
-            method: Settings.
-            pairs: N pairs to forget.
-            context: Gives the seed, encoded pairs and ordinary prompts.
-            surrogates: Pair id to latents (S, C, h, w).
-            ordinary: Ordinary prompts and pictures.
-        """
+        """Train on triggers of ``pairs`` with their surrogates, and on ordinary images."""
         low_rank = None
         if method.low_rank is not None:
             low_rank = LowRank(model.denoiser(), method.low_rank, seed=context.seed)
@@ -518,7 +205,7 @@ class AdversarialTraining(Finetuning):
         self.surrogates, self.ordinary = surrogates, ordinary
         self.pool = TriggerPool(
             model,
-            [context.data.batch([pair]) for pair in pairs],
+            context.data.batch(pairs),
             method.pool,
             ordinary=ordinary.embeddings,
             seed=context.seed,
@@ -533,11 +220,11 @@ class AdversarialTraining(Finetuning):
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the pool has to say: attack losses by round, pairs skipped."""
-        return {"rounds": self.pool.rounds}
+        """Where surrogates come from; attack losses and skipped pairs by round."""
+        return {"surrogates": self.surrogates.notes, "rounds": self.pool.rounds}
 
     def training_step(self, *_: Any) -> torch.Tensor:
-        """L_DM on ordinary pictures plus the weighted L_Adv on triggers and surrogates."""
+        """L_DM on ordinary images plus the weighted L_Adv on triggers and surrogates."""
         method, step, device = self.method, self.global_step, self.model.device
         if step % method.updates == 0:
             # attacks run in full precision whatever the training's, as those of an audit do
@@ -546,25 +233,26 @@ class AdversarialTraining(Finetuning):
                 self.pool.search(step // method.updates)
         generator = keyed_generator("adversarial_finetuning", self.seed, step)
         ids, triggers = self.pool.draw(method.adversarial_batch, generator)
-        targets = []
-        for name in ids:
-            own = self.surrogates[name]
-            targets.append(own[int(torch.randint(len(own), (1,), generator=generator))])
-        surrogates = torch.stack(targets)
+        surrogates = self.surrogates.draw(ids, generator)
         count = len(self.ordinary.latents)
         rows = torch.randint(count, (method.ordinary_batch,), generator=generator)
-        every = len(ids) + len(rows)
-        noise = torch.randn((every, *surrogates.shape[1:]), generator=generator)
-        timesteps = torch.randint(self.model.num_train_timesteps, (every,), generator=generator)
-        # everything was drawn by every process, each trains on its share of it
-        ours, others = distributed.shard(len(ids)), distributed.shard(len(rows))
-        turned = len(range(round(method.redirect * len(ids)))[ours.rows])
-        names, triggers, surrogates = ids[ours.rows], triggers[ours.rows], surrogates[ours.rows]
-        latents = torch.cat([surrogates, self.ordinary.latents[rows[others.rows]]]).to(device)
-        embeddings = torch.cat([triggers, self.ordinary.embeddings[rows[others.rows]]]).to(device)
-        places = torch.arange(every)
-        places = torch.cat([places[: len(ids)][ours.rows], places[len(ids) :][others.rows]])
-        noise, timesteps = noise[places].to(device), timesteps[places].to(device)
+        sizes = [len(ids), len(rows)]
+        noise = torch.randn((sum(sizes), *surrogates.shape[1:]), generator=generator)
+        timesteps = torch.randint(
+            self.model.num_train_timesteps, (sum(sizes),), generator=generator
+        )
+        # every process drew everything, and trains on its rows of either half
+        shards = [distributed.shard(size) for size in sizes]
+
+        def ours(adversarial: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+            halves = zip((adversarial, ordinary), shards, strict=True)
+            return torch.cat([half[shard.rows] for half, shard in halves]).to(device)
+
+        names = ids[shards[0].rows]
+        turned = len(range(round(method.redirect * len(ids)))[shards[0].rows])
+        latents = ours(surrogates, self.ordinary.latents[rows])
+        embeddings = ours(triggers, self.ordinary.embeddings[rows])
+        noise, timesteps = (ours(*torch.split(values, sizes)) for values in (noise, timesteps))
         plain = self.model.denoising_loss(
             latents[turned:], noise[turned:], timesteps[turned:], embeddings[turned:]
         )
@@ -580,8 +268,8 @@ class AdversarialTraining(Finetuning):
                 embeddings[:turned],
             )
             adversarial = torch.cat([redirected, adversarial])
-        ordinary = others.weight * plain[len(names) - turned :].mean()
-        forgetting = ours.weight * adversarial.mean()
+        ordinary = shards[1].weight * plain[len(names) - turned :].mean()
+        forgetting = shards[0].weight * adversarial.mean()
         self.log("finetune/adversarial_loss", forgetting)
         self.log("finetune/ordinary_loss", ordinary)
         return ordinary + method.adversarial_weight * forgetting
@@ -600,6 +288,234 @@ class AdversarialTraining(Finetuning):
         self.pool.restore(checkpoint["trigger_pool"])
 
 
+@dataclass(frozen=True)
+class PoolEntry:
+    """One trigger.
+
+    Attributes:
+        pair: Id of its pair.
+        round: Round that found it.
+        embedding: Adversarial embedding (T, D).
+    """
+
+    pair: str
+    round: int
+    embedding: torch.Tensor
+
+
+class TriggerPool:
+    """Triggers of all pairs, searched anew each round; the prompts are always among them.
+
+    Attributes:
+        found: Triggers of the rounds that are replayed.
+        warm: Pair id to the embedding that its next search goes on from.
+        rested: Ids of the pairs that the next round skips, since they are robust.
+        rounds: What each round found, for the edit's notes.
+        worked: Called after each step of a search with the rows that all processes computed.
+    """
+
+    def __init__(
+        self,
+        model: TextToImage,
+        batch: PairBatch,
+        settings: PoolSettings,
+        *,
+        ordinary: torch.Tensor,
+        seed: int,
+    ) -> None:
+        """Start with the prompts.
+
+        Args:
+            model: Model under attack.
+            batch: All pairs.
+            settings: How to search.
+            ordinary: Embeddings (M, T, D) of ordinary prompts, where ``control_prompt`` begins.
+            seed: Run seed.
+        """
+        self.model, self.settings, self.seed = model, settings, seed
+        self.ordinary = ordinary.cpu()
+        self.ids = tuple(pair.id for pair in batch.pairs)
+        self.latents: dict[str, torch.Tensor] = dict(zip(self.ids, batch.latents, strict=True))
+        self.prompts: dict[str, torch.Tensor] = dict(zip(self.ids, batch.embeddings, strict=True))
+        self.found: list[PoolEntry] = []
+        self.warm = dict(self.prompts)
+        self.rested: set[str] = set()
+        self.rounds: list[dict[str, Any]] = []
+        self.worked: Callable[[int], None] = lambda _: None
+        self._limits: dict[str, float] = {}
+        if settings.skip_robust is not None:
+            self._limits = self._robust_losses(settings.skip_robust)
+
+    @property
+    def rows_of_search(self) -> int:
+        """Rows through the denoiser that a round's search takes with all pairs in it."""
+        attack = self.settings.attack
+        searches = 2 if self.settings.warm else 1
+        return searches * len(self.ids) * attack.budget.steps * attack.noise_batch
+
+    def search(self, number: int) -> None:
+        """Search the triggers of a round against the model as it is now.
+
+        A search that is interrupted leaves the pool as it was.
+
+        Args:
+            number: Round, from 0.
+        """
+        settings = self.settings
+        names = [name for name in self.ids if name not in self.rested]
+        if settings.warm:
+            starts = [
+                [self.warm[name] for name in names],
+                [self._random(name, number) for name in names],
+            ]
+        else:
+            starts = [[self._start(name, number) for name in names]]
+        results = [
+            self._attack(FIRST_RESTART + 2 * number + k, names, points)
+            for k, points in enumerate(starts)
+        ]
+        if settings.warm:  # goes on from the last snapshot
+            self.warm.update({name: rows[-1] for name, (rows, _) in results[0].items()})
+        self.found = [
+            trigger for trigger in self.found if trigger.round > number - settings.replay
+        ] + [
+            PoolEntry(name, number, row)
+            for result in results
+            for name in names
+            for row in result[name][0]
+        ]
+        losses = {name: min(result[name][1] for result in results) for name in names}
+        self.rested = {
+            name for name, loss in losses.items() if loss > self._limits.get(name, float("inf"))
+        }
+        mean = sum(losses.values()) / len(losses) if losses else float("nan")
+        self.rounds.append(
+            {
+                "searched": len(names),
+                "attack_loss": round(mean, 6),
+                "robust": len(self.rested),
+                "unet_evaluations": self.model.unet_evaluations,
+            }
+        )
+        log.info(
+            "round %d: %d pairs attacked, mean loss of the best triggers %.4f, %d robust",
+            number, len(names), mean, len(self.rested),
+        )  # fmt: skip
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[list[str], torch.Tensor]:
+        """Draw ``count`` triggers, each of a pair drawn evenly.
+
+        Returns:
+            Pair ids and embeddings (``count``, T, D).
+        """
+        triggers = {name: [self.prompts[name]] for name in self.ids}
+        for trigger in self.found:
+            triggers[trigger.pair].append(trigger.embedding)
+        order: list[int] = []
+        while len(order) < count:
+            order += torch.randperm(len(self.ids), generator=generator).tolist()
+        names = [self.ids[k] for k in order[:count]]
+        rows = zip(names, draw_indices(triggers, names, generator), strict=True)
+        return names, torch.stack([triggers[name][k] for name, k in rows])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as tensors and plain values."""
+        return {
+            "found": [(entry.pair, entry.round, entry.embedding) for entry in self.found],
+            "warm": self.warm,
+            "rested": sorted(self.rested),
+            "rounds": self.rounds,
+            "limits": self._limits,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what ``state`` gave."""
+        self.found = [PoolEntry(*entry) for entry in state["found"]]
+        self.warm, self._limits = dict(state["warm"]), dict(state["limits"])
+        self.rested, self.rounds = set(state["rested"]), list(state["rounds"])
+
+    def _start(self, name: str, number: int) -> torch.Tensor:
+        """Initial embedding (T, D) of a pair's search: its kind is drawn by key."""
+        generator = keyed_generator("trigger_init", self.seed, name, number)
+        inits = self.settings.attack.inits
+        init: Init = inits[int(torch.randint(len(inits), (1,), generator=generator))]
+        if init == "prompt":
+            return self.prompts[name]
+        if init == "random":
+            return self._random(name, number)
+        return self.ordinary[int(torch.randint(len(self.ordinary), (1,), generator=generator))]
+
+    def _random(self, name: str, number: int) -> torch.Tensor:
+        """Random initial embedding (T, D) of a pair's search in a round."""
+        return random_embedding(
+            self.seed, name, FIRST_RESTART + number, self.model.embedding_shape
+        )
+
+    def _attack(
+        self, restart: int, names: Sequence[str], starts: Sequence[torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, float]]:
+        """Search from ``starts``, N embeddings (T, D); processes share the pairs.
+
+        Returns:
+            Pair id to the embeddings at the snapshots (S, T, D) and the final loss.
+        """
+        attack = self.settings.attack
+        results: dict[str, tuple[torch.Tensor, float]] = {}
+        shard = range(distributed.rank(), len(names), distributed.world_size())
+        if shard:
+            limit_cpu_batch(
+                self.model,
+                noise_batch=attack.noise_batch,
+                wanted=attack.pairs_per_forward,
+                pair_id=names[shard[0]],
+            )
+            result = solve(
+                self.model,
+                AttackProblem(
+                    tuple(names[k] for k in shard),
+                    restart,
+                    torch.stack([self.latents[names[k]] for k in shard]),
+                    torch.stack([starts[k] for k in shard]),
+                ),
+                budget=attack.budget.resolve(self.ordinary),
+                lr=attack.lr,
+                noise_batch=attack.noise_batch,
+                seed=self.seed,
+                snapshots=attack.snapshots,
+                keep_first_token=attack.keep_first_token,
+                on_step=lambda _: self.worked(len(names) * attack.noise_batch),
+            )
+            refuse_broken(result)
+            for row, k in enumerate(shard):
+                final = float(result.losses[row, -5:].mean())
+                results[names[k]] = (result.embeddings[row], final)
+        return distributed.all_gather_dict(results)
+
+    @torch.no_grad()
+    def _robust_losses(self, share: float) -> dict[str, float]:
+        """Loss beyond which a pair counts as robust, by pair; the model is untrained yet."""
+        limits = {}
+        model, device = self.model, self.model.device
+        empty = model.empty_embedding().cpu()[0]
+        for name in self.ids:
+            generator = keyed_generator("robust", self.seed, name)
+            latents = self.latents[name].expand(_PROBE, *self.latents[name].shape)
+            noise = torch.randn(latents.shape, generator=generator)
+            times = torch.randint(model.num_train_timesteps, (_PROBE,), generator=generator)
+            memorized, other = (
+                model.denoising_loss(
+                    latents.to(device),
+                    noise.to(device),
+                    times.to(device),
+                    embedding.expand(_PROBE, *embedding.shape).to(device),
+                    pair_ids=[name] * _PROBE,
+                ).mean()
+                for embedding in (self.prompts[name], empty)
+            )
+            limits[name] = float(memorized + share * (other - memorized))
+        return limits
+
+
 def redirect_loss(
     model: TextToImage,
     memorized: torch.Tensor,
@@ -608,16 +524,16 @@ def redirect_loss(
     timesteps: torch.Tensor,
     embeddings: torch.Tensor,
 ) -> torch.Tensor:
-    """How far the model is from seeing the surrogate in the noised memorized picture, (N,).
+    """How far the model is from seeing the surrogate in the noised memorized image, (N,).
 
     Mean squared error between the clean latent that the model's noise prediction implies and the
-    surrogate's, times min(SNR, 1): at low noise the picture is plain to see and nothing can be
-    redirected, so that the weight bounds what is asked for. The attack's objective, denoising the
-    memorized picture, is thereby trained against directly.
+    surrogate's, times min(SNR, 1): at low noise the image is plain to see and nothing can be
+    redirected, so the weight bounds the loss there. The attack's objective, denoising the
+    memorized image, is thereby trained against directly.
 
     Args:
         model: Model in training.
-        memorized: Latents of the memorized pictures (N, C, h, w).
+        memorized: Latents of the memorized images (N, C, h, w).
         surrogates: Latents to see instead (N, C, h, w).
         noise: Standard normal noise (N, C, h, w).
         timesteps: Timesteps (N,).
@@ -627,6 +543,68 @@ def redirect_loss(
     noised = model.noised(memorized, noise, timesteps)
     predicted = model.predict_noise(noised, timesteps, embeddings)
     # the noise that leads from here to the surrogate; its error is SNR times the latent's
-    wanted = (noised - alpha.sqrt() * surrogates) / (1 - alpha).sqrt()
+    target = (noised - alpha.sqrt() * surrogates) / (1 - alpha).sqrt()
     weight = ((1 - alpha) / alpha).clamp(max=1.0)
-    return (weight * (predicted - wanted).square()).flatten(1).mean(1)
+    return (weight * (predicted - target).square()).flatten(1).mean(1)
+
+
+class LowRank:
+    """Low-rank updates (LoRA) of every linear layer of a module, merged into them at the end.
+
+    The scale alpha / r of the paper is 1; the learning rate does what it would do.
+
+    Reference: Hu et al. (2022), https://arxiv.org/abs/2106.09685.
+    """
+
+    def __init__(self, module: nn.Module, rank: int, *, seed: int = 0) -> None:
+        """Parametrize the linear layers of ``module`` in place.
+
+        Args:
+            module: Its linear layers get updates.
+            rank: Their rank; smaller layers get a smaller one.
+            seed: Of the random factor.
+        """
+        self._layers = [
+            (name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)
+        ]
+        for name, layer in self._layers:
+            parametrize.register_parametrization(
+                layer,
+                "weight",
+                _Update(
+                    layer.weight,
+                    min(rank, *layer.weight.shape),
+                    keyed_generator("low_rank", seed, name),
+                ),
+            )
+
+    @staticmethod
+    def count(module: nn.Module, rank: int) -> int:
+        """Weights that updates of ``module`` would have."""
+        shapes = [m.weight.shape for m in module.modules() if isinstance(m, nn.Linear)]
+        return sum(min(rank, *shape) * sum(shape) for shape in shapes)
+
+    @staticmethod
+    def trains(name: str) -> bool:
+        """Whether the parameter of a name belongs to an update."""
+        return name.endswith(("parametrizations.weight.0.up", "parametrizations.weight.0.down"))
+
+    def merge(self) -> None:
+        """Add the updates to the weights and leave plain linear layers; may be called again."""
+        for _, layer in self._layers:
+            if parametrize.is_parametrized(layer, "weight"):
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+class _Update(nn.Module):
+    """Weight (O, I) plus ``up @ down``; ``up`` starts at zero, so nothing changes at first."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        down = torch.randn(rank, columns, generator=generator) / columns**0.5
+        self.down = nn.Parameter(down.to(weight))
+        self.up = nn.Parameter(torch.zeros(rows, rank).to(weight))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.up @ self.down

@@ -15,8 +15,13 @@ from torch.nn import functional as F
 
 from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
 from dori_lightning.mitigations.edits import WeightEdit
-from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, in_turn
-from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, finetune_on_anchors
+from dori_lightning.mitigations.finetuning import (
+    FinetuneSettings,
+    Finetuning,
+    shuffled_indices,
+    train_edit,
+)
+from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, find_anchors
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
@@ -27,14 +32,14 @@ from dori_lightning.types import InputError, Pair
 class ConceptAblation:
     """Concept Ablation of memorized captions, all weights of the denoiser.
 
-    The published method makes one model per picture; an audit of N pairs would need N models, so
+    The published method makes one model per image; an audit of N pairs would need N models, so
     one model is trained on the captions of all pairs in turn. How the DoRI paper ran it is
     unknown, as are its settings. The defaults are the published ones: the learning rate is 5e-7
-    per picture of a batch, times 4.
+    per image of a batch, times 4.
 
     Attributes:
         name: How reports call it.
-        anchors: How ordinary prompts and pictures near a memorized one are found.
+        anchors: How ordinary prompts and images near a memorized one are found.
         steps: Optimizer steps in all.
         batch: Anchors of a step.
         prior_weight: Weight of the ordinary loss on the anchors with their own prompts, which
@@ -67,12 +72,15 @@ class ConceptAblation:
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find anchors with the model as it is, then train."""
-        return finetune_on_anchors(
+        return train_edit(
             self,
-            lambda anchors: ConceptAblationTraining(model, self, pairs, context, anchors=anchors),
             model,
             pairs,
             context,
+            prepare=lambda key: find_anchors(model, pairs, context, self.anchors, key=key),
+            training=lambda anchors: ConceptAblationTraining(
+                model, self, pairs, context, anchors=anchors
+            ),
         )
 
 
@@ -88,24 +96,21 @@ class ConceptAblationTraining(Finetuning):
         *,
         anchors: Anchors,
     ) -> None:
-        """Prepare the training.
-
-        Args:
-            model: Its denoiser is trained.
-            method: Settings.
-            pairs: N pairs to forget.
-            context: Gives the seed and the prompts' embeddings.
-            anchors: What the captions shall mean.
-        """
+        """Train on captions and anchors of ``pairs``, whose prompts ``context`` has encoded."""
         super().__init__(model, method.finetune)
         self.method, self.seed, self.anchors = method, context.seed, anchors
         prompts = context.data.batch(pairs).embeddings
-        # every prompt that brings a picture back, with its pair
+        # every prompt that brings an image back, with its pair
         self.targets = [
             (pair.id, row)
             for k, pair in enumerate(pairs)
             for row in (prompts[k], *anchors.targets[pair.id])
         ]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """How many anchors and targets there are."""
+        return self.anchors.notes
 
     def training_step(self, *_: Any) -> torch.Tensor:
         """Loss between captions' and anchors' predictions, plus the anchors' ordinary loss.
@@ -116,7 +121,7 @@ class ConceptAblationTraining(Finetuning):
         method, model, step = self.method, self.model, self.global_step
         device = model.device
         generator = keyed_generator("concept_ablation", self.seed, step)
-        rows = in_turn(
+        rows = shuffled_indices(
             "concept_ablation", self.seed, step, batch=method.batch, count=len(self.targets)
         )
         ids = [self.targets[k][0] for k in rows]
@@ -124,18 +129,18 @@ class ConceptAblationTraining(Finetuning):
         latents, prompts = self.anchors.draw(ids, generator)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(model.num_train_timesteps, (len(ids),), generator=generator)
-        own = distributed.shard(len(ids))
-        captions, prompts = captions[own.rows], prompts[own.rows]
-        noise, timesteps = noise[own.rows].to(device), timesteps[own.rows].to(device)
-        noised = model.noised(latents[own.rows].to(device), noise, timesteps)
+        shard = distributed.shard(len(ids))
+        captions, prompts = captions[shard.rows], prompts[shard.rows]
+        noise, timesteps = noise[shard.rows].to(device), timesteps[shard.rows].to(device)
+        noised = model.noised(latents[shard.rows].to(device), noise, timesteps)
         predicted = model.predict_noise(
             torch.cat([noised, noised]),
             torch.cat([timesteps, timesteps]),
             torch.cat([captions, prompts]).to(device),
         )
         caption, anchor = predicted.chunk(2)
-        ablation = own.weight * F.mse_loss(caption, anchor.detach())
-        prior = own.weight * F.mse_loss(anchor, noise)
+        ablation = shard.weight * F.mse_loss(caption, anchor.detach())
+        prior = shard.weight * F.mse_loss(anchor, noise)
         self.log("finetune/ablation_loss", ablation)
         self.log("finetune/prior_loss", prior)
         return ablation + method.prior_weight * prior

@@ -1,14 +1,14 @@
 """Erase a caption by training the model to predict the opposite of what the caption adds.
 
 Reference: Erasing Concepts from Diffusion Models (Gandikota et al., 2023),
-https://arxiv.org/abs/2303.07345. The concept of a memorized picture is its whole caption.
+https://arxiv.org/abs/2303.07345. The concept of a memorized image is its whole caption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.nn import functional as F
@@ -17,16 +17,13 @@ from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
     Evaluations,
-    edit_key,
-    require_pairs,
 )
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
     Finetuning,
-    check_disk,
-    finetune,
-    in_turn,
+    shuffled_indices,
+    train_edit,
 )
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
@@ -34,7 +31,7 @@ from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
 Variant = Literal["x", "u", "strict", "full"]
-VARIANTS: tuple[Variant, ...] = ("x", "u", "strict", "full")
+LatentSource = Literal["current", "base"]
 
 
 @dataclass(frozen=True)
@@ -70,20 +67,18 @@ class ESD:
     eta: float = 1.0
     guidance: float = 3.0
     sampling_steps: int | None = 50
-    latents_from: Literal["current", "base"] = "current"
+    latents_from: LatentSource = "current"
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(lr=1e-5, weight_decay=0.0, clip=None)
     )
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise InputError(
-                f"mitigation.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}"
-            )
-        if self.latents_from not in ("current", "base"):
-            raise InputError(
-                f"mitigation.latents_from must be current or base, got {self.latents_from!r}"
-            )
+        for name, known in (("variant", Variant), ("latents_from", LatentSource)):
+            if getattr(self, name) not in get_args(known):
+                raise InputError(
+                    f"mitigation.{name} must be one of {', '.join(get_args(known))}, "
+                    f"got {getattr(self, name)!r}"
+                )
         if self.steps < 1 or self.batch < 1:
             raise InputError(
                 f"mitigation.steps and mitigation.batch must be >= 1, got {self.steps} and "
@@ -109,19 +104,15 @@ class ESD:
         )
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
-        """Train on the pairs' captions; their pictures are not used."""
-        require_pairs(pairs, self.name)
-        key = edit_key(self, model, pairs, context)
-        check_disk(
-            model, self.finetune, context, key=key, trained=lambda n: is_trained(n, self.variant)
-        )
-        return finetune(
-            lambda: ESDTraining(model, self, pairs, context),
+        """Train on the pairs' captions; their images are not used."""
+        return train_edit(
+            self,
             model,
+            pairs,
             context,
-            steps=self.steps,
-            key=key,
-            title=self.name,
+            prepare=lambda _: None,
+            training=lambda _: ESDTraining(model, self, pairs, context),
+            trained=lambda name: is_trained(name, self.variant),
         )
 
 
@@ -131,14 +122,7 @@ class ESDTraining(Finetuning):
     def __init__(
         self, model: TextToImage, method: ESD, pairs: Sequence[Pair], context: Context
     ) -> None:
-        """Prepare the training.
-
-        Args:
-            model: Its denoiser is trained.
-            method: Settings.
-            pairs: N pairs to forget.
-            context: Gives the seed, the prompts' embeddings and the sampler.
-        """
+        """Train on the prompts of ``pairs``, which ``context`` has encoded."""
         super().__init__(
             model, method.finetune, trained=lambda name: is_trained(name, method.variant)
         )
@@ -155,14 +139,16 @@ class ESDTraining(Finetuning):
         method, model, teacher = self.method, self.model, self._teacher[0]
         step, device = self.global_step, model.device
         generator = keyed_generator("esd", self.seed, step)
-        rows = in_turn("esd", self.seed, step, batch=method.batch, count=len(self.prompts))
+        rows = shuffled_indices(
+            "esd", self.seed, step, batch=method.batch, count=len(self.prompts)
+        )
         prompts = self.prompts[rows].to(device)
         noise = torch.randn((len(rows), *model.latent_shape), generator=generator)
         reached = torch.randint(len(self.visited), (len(rows),), generator=generator)
         timesteps = self._timesteps(reached, generator).to(device)
-        own = distributed.shard(len(rows))
-        prompts, noise = prompts[own.rows], noise[own.rows]
-        reached, timesteps = reached[own.rows], timesteps[own.rows]
+        shard = distributed.shard(len(rows))
+        prompts, noise = prompts[shard.rows], noise[shard.rows]
+        reached, timesteps = reached[shard.rows], timesteps[shard.rows]
         with torch.no_grad():
             latents = partly_denoised(
                 teacher if method.latents_from == "base" else model,
@@ -177,7 +163,7 @@ class ESDTraining(Finetuning):
             # the teacher counts for itself
             model.unet_evaluations += teacher.unet_evaluations
             teacher.unet_evaluations = 0
-        loss = own.weight * F.mse_loss(model.predict_noise(latents, timesteps, prompts), target)
+        loss = shard.weight * F.mse_loss(model.predict_noise(latents, timesteps, prompts), target)
         self.log("finetune/loss", loss)
         return loss
 
@@ -239,10 +225,10 @@ def partly_denoised(
     """Run a guided DDIM sampler, each row as far as it says.
 
     Args:
-        model: What is sampled.
+        model: The model that is sampled.
         prompts: Embeddings (N, T, D).
         noise: Starting noise (N, C, h, w), at ``timesteps[0]``.
-        timesteps: What the sampler visits (S,), falling.
+        timesteps: Timesteps that the sampler visits (S,), falling.
         reached: Steps of each row (N,), 0..S - 1.
         guidance: Guidance scale; 1 turns guidance off.
 

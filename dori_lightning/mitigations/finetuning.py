@@ -1,16 +1,21 @@
-"""Fine-tune the denoiser with a Trainer of its own, and return what changed as an edit."""
+"""Fine-tune the denoiser with a Trainer of its own, and return what changed as an edit.
+
+A fine-tuning is a frozen dataclass of settings, whose ``apply`` calls ``train_edit``, and a
+``Finetuning`` module, whose ``training_step`` draws a batch and returns its loss.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import lightning.pytorch as L
 import torch
@@ -19,7 +24,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
-from dori_lightning.mitigations.base import Context
+from dori_lightning.mitigations.base import Context, Mitigation, edit_key, require_pairs
 from dori_lightning.mitigations.edits import Origin, WeightEdit
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
@@ -34,24 +39,323 @@ from dori_lightning.runtime.checkpoints import (
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.runtime.signals import Interrupted
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, Pair
 
-# -------- fitting
-# Run one fit of a fine-tuning: checkpoints, progress, resume, and what may go wrong.
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How weights are trained.
+
+    Attributes:
+        lr: AdamW's learning rate.
+        betas: AdamW's decay rates.
+        weight_decay: AdamW's weight decay.
+        warmup: Steps over which the learning rate rises from zero.
+        decay: Lower the learning rate linearly to zero from there to the last step.
+        clip: Largest norm of the gradient; None does not clip.
+        ema: Decay of the weight average that is kept instead of the last weights; None for none.
+        precision: Lightning's precision of the training steps; weights are trained in fp32. A
+            checkpoint loaded with a lower ``checkpoint.precision`` computes in that.
+        checkpoint_every: Steps between two checkpoints to resume from.
+    """
+
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-2
+    warmup: int = 0
+    decay: bool = False
+    clip: float | None = 1.0
+    ema: float | None = None
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.lr <= 0 or (self.clip is not None and self.clip <= 0) or self.weight_decay < 0:
+            raise InputError(
+                f"mitigation.finetune needs lr > 0, clip > 0 (or null) and weight_decay >= 0, "
+                f"got {self}"
+            )
+        if self.warmup < 0 or self.checkpoint_every < 1:
+            raise InputError(
+                f"mitigation.finetune needs warmup >= 0 and checkpoint_every >= 1, got {self}"
+            )
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise InputError(f"mitigation.finetune.ema must be in [0, 1), got {self.ema}")
+
+
+class Finetuning(L.LightningModule):
+    """Base of the modules that train a denoiser: subclasses give ``training_step``.
+
+    What a step draws must depend on the seed and ``global_step`` alone (``keyed_generator``), so
+    that a resumed fit draws what an uninterrupted one would, and every process the same. Each
+    then takes its rows of the batch (``distributed.shard``), or all of them: the gradients are
+    averaged over processes, and give the same step either way.
+    """
+
+    def __init__(
+        self,
+        model: TextToImage,
+        settings: FinetuneSettings,
+        *,
+        trained: Callable[[str], bool] = lambda _: True,
+    ) -> None:
+        """Wrap the model's denoiser.
+
+        Args:
+            model: Its denoiser is trained in place; ``finetune`` puts it back.
+            settings: Optimizer settings.
+            trained: Whether the parameter of a name is trained.
+        """
+        super().__init__()
+        # a list hides the model: only the denoiser belongs to this module's state
+        self._unregistered = [model]
+        self.denoiser, self.settings = model.denoiser(), settings
+        self.worked: Callable[[int], None] = lambda _: None
+        for name, parameter in self.denoiser.named_parameters():
+            parameter.requires_grad_(trained(name))
+        if not self.trained_weights():
+            raise InputError(f"{model.name} has no weights that this mitigation trains")
+
+    @property
+    def model(self) -> TextToImage:
+        """The model whose denoiser is trained."""
+        return self._unregistered[0]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the edit's origin says of the training; plain values."""
+        return {}
+
+    def trained_weights(self) -> list[nn.Parameter]:
+        """Weights that the optimizer changes."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Copy the weights alone: what Lightning's average of them needs.
+
+        A copy of everything would double the model, the teacher and the data too.
+        """
+        return nn.ModuleDict({"denoiser": copy.deepcopy(self.denoiser, memo)})
+
+    def work(self, steps: int) -> int:
+        """Progress after some optimizer steps; ``worked`` is told of progress between steps."""
+        return steps
+
+    def finish(self) -> None:
+        """Called once after the fit, or when it was cut: leave plain weights in the denoiser."""
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a linear warm-up of the learning rate and, optionally, linear decay."""
+        s = self.settings
+        optimizer = torch.optim.AdamW(
+            self.trained_weights(),
+            lr=s.lr,
+            betas=s.betas,
+            weight_decay=s.weight_decay,
+        )
+        total = self.trainer.max_steps
+
+        def share(step: int) -> float:
+            if step < s.warmup:
+                return (step + 1) / (s.warmup + 1)
+            return (total - step) / max(total - s.warmup, 1) if s.decay else 1.0
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def shuffled_indices(name: str, seed: int, step: int, *, batch: int, count: int) -> list[int]:
+    """Indices of a step's elements: epochs over ``count`` elements, each in another order.
+
+    Args:
+        name: Distinguishes the draws of several methods.
+        seed: Run seed.
+        step: Step, from 0.
+        batch: Number of indices.
+        count: Indices are 0..``count`` - 1.
+    """
+    orders: dict[int, list[int]] = {}
+    indices = []
+    for place in range(step * batch, (step + 1) * batch):
+        epoch, k = divmod(place, count)
+        if epoch not in orders:
+            generator = keyed_generator("in turn", name, seed, epoch)
+            orders[epoch] = torch.randperm(count, generator=generator).tolist()
+        indices.append(orders[epoch][k])
+    return indices
+
+
+class FinetunedMitigation(Mitigation, Protocol):
+    """A mitigation that trains the denoiser."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        ...
+
+    @property
+    def finetune(self) -> FinetuneSettings:
+        """Optimizer settings."""
+        ...
+
+
+def train_edit(
+    method: FinetunedMitigation,
+    model: TextToImage,
+    pairs: Sequence[Pair],
+    context: Context,
+    *,
+    prepare: Callable[[str], Prepared],
+    training: Callable[[Prepared], Finetuning],
+    trained: Callable[[str], bool] = lambda _: True,
+    added: int = 0,
+) -> WeightEdit:
+    """Find what a fine-tuning trains on with the model as it is, then train.
+
+    Args:
+        method: The mitigation.
+        model: Its denoiser is trained, and put back bit for bit.
+        pairs: Pairs to forget.
+        context: What mitigations work with.
+        prepare: Finds what is trained on besides the pairs; is given the edit's key.
+        training: Builds the module from that, once the weights are in fp32.
+        trained: Whether the parameter of a name is trained.
+        added: Weights that are added to the denoiser's for the training, and trained.
+
+    Raises:
+        InputError: There are no pairs, or the disk does not hold the checkpoints.
+        RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
+    """
+    require_pairs(pairs, method.name)
+    key = edit_key(method, model, pairs, context)
+    _check_disk(model, method.finetune, context.scratch(key), trained=trained, added=added)
+    prepared = prepare(key)
+    return finetune(
+        lambda: training(prepared),
+        model,
+        context,
+        steps=method.steps,
+        key=key,
+        title=method.name,
+    )
+
+
+def finetune(
+    make: Callable[[], Finetuning],
+    model: TextToImage,
+    context: Context,
+    *,
+    steps: int,
+    key: str,
+    title: str,
+) -> WeightEdit:
+    """Fit and return the changed weights; the model is put back bit for bit.
+
+    A fit that was interrupted goes on from its last checkpoint.
+
+    Args:
+        make: Builds the module, once the weights are in fp32.
+        model: Whose denoiser is trained.
+        context: Gives the Trainer and the folder.
+        steps: Optimizer steps.
+        key: Names the fit's folder.
+        title: What the progress line says.
+
+    Raises:
+        RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
+    """
+    folder = context.scratch(key)
+    with _trainable(model) as before:
+        module = make()
+        try:
+            _fit(module, model, context, folder, steps=steps, title=title)
+        finally:
+            module.finish()
+        after = {n: p.detach() for n, p in model.denoiser().named_parameters()}
+        broken = [n for n, value in after.items() if not value.isfinite().all()]
+        if broken:
+            raise RuntimeError(
+                f"{title}: weights are not finite after training, the first is {broken[0]}; "
+                f"a smaller mitigation.finetune.lr or precision=32-true may help"
+            )
+        # on the CPU, where Lightning leaves what it trained
+        trained = {n: value.cpu().to(before[n].dtype) for n, value in after.items()}
+        changed = {n: v.clone() for n, v in trained.items() if not torch.equal(v, before[n].cpu())}
+        notes = module.notes
+    distributed.barrier()  # the others may still read it
+    if distributed.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+    return WeightEdit(Origin(model.fingerprint, notes=notes), changed)
+
+
+@contextmanager
+def _trainable(model: TextToImage) -> Iterator[dict[str, torch.Tensor]]:
+    """Copies of the weights in fp32 while open; the weights themselves (given) afterwards.
+
+    Half precision weights cannot be trained: updates below their rounding are lost.
+    """
+    denoiser = model.denoiser()
+    modes = [(module, module.training) for module in denoiser.modules()]
+    flags = {name: p.requires_grad for name, p in denoiser.named_parameters()}
+    before = {name: p.data for name, p in denoiser.named_parameters()}
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    try:
+        yield before
+    finally:
+        # Lightning leaves a module on the CPU
+        denoiser.to(model.device)
+        for name, parameter in denoiser.named_parameters():
+            parameter.data = before[name]
+            parameter.requires_grad_(flags[name])
+            parameter.grad = None
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check_disk(
+    model: TextToImage,
+    settings: FinetuneSettings,
+    folder: Path,
+    *,
+    trained: Callable[[str], bool],
+    added: int,
+) -> None:
+    """Refuse a fit whose checkpoints the disk does not hold, before anything is generated for it.
+
+    A checkpoint holds all weights in fp32, twice where their average is kept, and the optimizer's
+    two moments of those that are trained. While one is written, the last two are there. The edit
+    comes when they are gone, and is smaller than one.
+
+    Raises:
+        InputError: The disk has less.
+    """
+    sizes = {name: p.numel() for name, p in model.denoiser().named_parameters()}
+    weights = sum(sizes.values()) + added
+    moments = 2 * (sum(size for name, size in sizes.items() if trained(name)) + added)
+    copies = 1 if settings.ema is None else 2
+    check_space(
+        folder,
+        (KEPT + 1) * 4 * (copies * weights + moments),
+        fix="or choose another disk for edits with paths.cache=FOLDER",
+    )
 
 
 class _Steps(IterableDataset[int]):
-    """As many elements as anybody asks for; what a step does follows from its number."""
+    """Endless numbers: what a step trains on follows from its number alone."""
 
     def __iter__(self) -> Iterator[int]:
-        k = 0
-        while True:
-            yield k
-            k += 1
+        return itertools.count()
 
 
-class _Advance(L.Callback):
-    """Advance a stage by the work that was done; stop at a loss that is no number."""
+class _Progress(L.Callback):
+    """Show progress; stop at a loss that is not finite."""
 
     def __init__(self, title: str, module: Finetuning, advance: Callable[[int], None]) -> None:
         self.title, self.module, self.advance, self.seen = title, module, advance, 0
@@ -74,7 +378,7 @@ class _Advance(L.Callback):
         self._add(self.module.work(trainer.global_step) - self.seen)
 
 
-def fit(
+def _fit(
     module: Finetuning,
     model: TextToImage,
     context: Context,
@@ -85,15 +389,7 @@ def fit(
 ) -> None:
     """Train ``module`` up to ``steps`` optimizer steps, going on from ``folder``'s checkpoint.
 
-    All processes of the run train together.
-
-    Args:
-        module: What is trained, in place.
-        model: Its model, which says where to train.
-        context: Makes the Trainer.
-        folder: Where checkpoints are kept; stays afterwards.
-        steps: Optimizer steps.
-        title: What the progress line and errors say.
+    All processes of the run train together. The folder's checkpoints stay afterwards.
 
     Raises:
         RuntimeError: The loss stopped being finite, or the fit ended early.
@@ -109,7 +405,7 @@ def fit(
     with progress_bar(title, module.work(steps)) as advance:
         callbacks: list[L.Callback] = [
             Saving(folder, settings.checkpoint_every),
-            _Advance(title, module, advance),
+            _Progress(title, module, advance),
         ]
         if settings.ema is not None:
             # by interpolation, which leaves weights that are not trained as they are to the bit;
@@ -163,261 +459,3 @@ def _devices(model: TextToImage) -> dict[str, Any]:
         return {"accelerator": device.type}  # the others as configured
     alone = 1 if device.type == "cpu" else [device.index or 0]
     return {"accelerator": device.type, "devices": alone, "num_nodes": 1, "strategy": "auto"}
-
-
-# -------- finetuning
-
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """How weights are trained.
-
-    Attributes:
-        lr: AdamW's learning rate.
-        betas: AdamW's decay rates.
-        weight_decay: AdamW's weight decay.
-        warmup: Steps over which the learning rate rises from zero.
-        decay: Lower the learning rate linearly to zero from there to the last step.
-        clip: Largest norm of the gradient; None does not clip.
-        ema: Decay of the weight average that is kept instead of the last weights; None for none.
-        precision: Lightning's precision of the training steps; weights are trained in fp32. A
-            checkpoint loaded with a lower ``checkpoint.precision`` computes in that.
-        checkpoint_every: Steps between two checkpoints to resume from.
-    """
-
-    lr: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-2
-    warmup: int = 0
-    decay: bool = False
-    clip: float | None = 1.0
-    ema: float | None = None
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    checkpoint_every: int = 50
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if self.lr <= 0 or (self.clip is not None and self.clip <= 0) or self.weight_decay < 0:
-            raise InputError(
-                f"mitigation.finetune needs lr > 0, clip > 0 (or null) and weight_decay >= 0, "
-                f"got {self}"
-            )
-        if self.warmup < 0 or self.checkpoint_every < 1:
-            raise InputError(
-                f"mitigation.finetune needs warmup >= 0 and checkpoint_every >= 1, got {self}"
-            )
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise InputError(f"mitigation.finetune.ema must be in [0, 1), got {self.ema}")
-
-
-class Finetuning(L.LightningModule):
-    """Base of the modules that train a denoiser: subclasses give ``training_step``.
-
-    What a step draws must depend on the seed and ``global_step`` alone (``attacks.draws``), so
-    that a resumed fit draws what an uninterrupted one would, and every process the same. Each
-    then takes its share of the rows (``processes.share``), or all of them: the gradients are
-    averaged over processes, and give the same step either way.
-    """
-
-    def __init__(
-        self,
-        model: TextToImage,
-        settings: FinetuneSettings,
-        *,
-        trained: Callable[[str], bool] = lambda _: True,
-    ) -> None:
-        """Wrap the model's denoiser.
-
-        Args:
-            model: Its denoiser is trained in place; ``finetune`` puts it back.
-            settings: Optimizer settings.
-            trained: Whether the parameter of a name is trained.
-        """
-        super().__init__()
-        # a list hides the model: only the denoiser belongs to this module's state
-        self._held = [model]
-        self.denoiser, self.settings = model.denoiser(), settings
-        self.worked: Callable[[int], None] = lambda _: None
-        chosen = 0
-        for name, parameter in self.denoiser.named_parameters():
-            parameter.requires_grad_(trained(name))
-            chosen += trained(name)
-        if not chosen:
-            raise InputError(f"{model.name} has no weights that this mitigation trains")
-
-    @property
-    def model(self) -> TextToImage:
-        """The model whose denoiser is trained."""
-        return self._held[0]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """Copy the weights alone: what Lightning's average of them needs.
-
-        A copy of everything would double the model, the teacher and the data too.
-        """
-        return nn.ModuleDict({"denoiser": copy.deepcopy(self.denoiser, memo)})
-
-    def work(self, steps: int) -> int:
-        """How much work it is up to an optimizer step; ``worked`` is told of what lies between."""
-        return steps
-
-    def finish(self) -> None:
-        """Called once after the fit, or when it was cut: leave plain weights in the denoiser."""
-
-    def configure_optimizers(self) -> Any:
-        """AdamW over the chosen weights, with a linear warm-up and, if wanted, decay."""
-        s = self.settings
-        optimizer = torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad],
-            lr=s.lr,
-            betas=s.betas,
-            weight_decay=s.weight_decay,
-        )
-        total = self.trainer.max_steps
-
-        def share(step: int) -> float:
-            if step < s.warmup:
-                return (step + 1) / (s.warmup + 1)
-            return (total - step) / max(total - s.warmup, 1) if s.decay else 1.0
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-
-def in_turn(name: str, seed: int, step: int, *, batch: int, count: int) -> list[int]:
-    """Which of ``count`` elements a step takes: all in turn, in another order every round.
-
-    Args:
-        name: Whose draw it is.
-        seed: Run seed.
-        step: Step, from 0.
-        batch: Elements of a step.
-        count: How many there are.
-
-    Returns:
-        ``batch`` indices, 0..``count`` - 1.
-    """
-    orders: dict[int, list[int]] = {}
-    picked = []
-    for place in range(step * batch, (step + 1) * batch):
-        turn, k = divmod(place, count)
-        if turn not in orders:
-            generator = keyed_generator("in turn", name, seed, turn)
-            orders[turn] = torch.randperm(count, generator=generator).tolist()
-        picked.append(orders[turn][k])
-    return picked
-
-
-def check_disk(
-    model: TextToImage,
-    settings: FinetuneSettings,
-    context: Context,
-    *,
-    key: str,
-    trained: Callable[[str], bool] = lambda _: True,
-    added: int = 0,
-) -> None:
-    """Refuse a fit whose checkpoints the disk does not hold, before anything is drawn for it.
-
-    A checkpoint holds all weights in fp32, twice where their average is kept, and the optimizer's
-    two moments of those that are trained. While one is written, the last two are there. The edit
-    comes when they are gone, and is smaller than one.
-
-    Args:
-        model: Its denoiser is to be trained.
-        settings: Optimizer settings.
-        context: Gives the folder.
-        key: Names the fit's folder.
-        trained: Whether the parameter of a name is trained.
-        added: Weights that are added to the denoiser's for the training, and trained.
-
-    Raises:
-        InputError: The disk has less.
-    """
-    sizes = {name: p.numel() for name, p in model.denoiser().named_parameters()}
-    weights = sum(sizes.values()) + added
-    moments = 2 * (sum(size for name, size in sizes.items() if trained(name)) + added)
-    copies = 1 if settings.ema is None else 2
-    check_space(
-        context.scratch(key),
-        (KEPT + 1) * 4 * (copies * weights + moments),
-        fix="or choose another disk for edits with paths.cache=FOLDER",
-    )
-
-
-def finetune(
-    make: Callable[[], Finetuning],
-    model: TextToImage,
-    context: Context,
-    *,
-    steps: int,
-    key: str,
-    title: str,
-    notes: dict[str, Any] | None = None,
-) -> WeightEdit:
-    """Fit and return the changed weights; the model is put back bit for bit.
-
-    A fit that was interrupted goes on from its last checkpoint.
-
-    Args:
-        make: Builds the module, once the weights are in fp32.
-        model: Whose denoiser is trained.
-        context: Gives the Trainer and the folder.
-        steps: Optimizer steps.
-        key: Names the fit's folder.
-        title: What the progress line says.
-        notes: What the edit's origin says besides; the module's ``notes`` come on top.
-
-    Raises:
-        RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
-    """
-    folder = context.scratch(key)
-    with _trainable(model) as before:
-        module = make()
-        try:
-            fit(module, model, context, folder, steps=steps, title=title)
-        finally:
-            module.finish()
-        after = {n: p.detach() for n, p in model.denoiser().named_parameters()}
-        broken = [n for n, value in after.items() if not value.isfinite().all()]
-        if broken:
-            raise RuntimeError(
-                f"{title}: weights are not finite after training, the first is {broken[0]}; "
-                f"a smaller mitigation.finetune.lr or precision=32-true may help"
-            )
-        # on the CPU, where Lightning leaves what it trained
-        trained = {n: value.cpu().to(before[n].dtype) for n, value in after.items()}
-        changed = {n: v.clone() for n, v in trained.items() if not torch.equal(v, before[n].cpu())}
-        said = {**(notes or {}), **getattr(module, "notes", {})}
-    distributed.barrier()  # the others may still read it
-    if distributed.is_first():
-        shutil.rmtree(folder, ignore_errors=True)
-    return WeightEdit(Origin(model.fingerprint, notes=said), changed)
-
-
-@contextmanager
-def _trainable(model: TextToImage) -> Iterator[dict[str, torch.Tensor]]:
-    """Copies of the weights in fp32 while open; the weights themselves (given) afterwards.
-
-    Half precision weights cannot be trained: updates below their rounding are lost.
-    """
-    denoiser = model.denoiser()
-    modes = [(module, module.training) for module in denoiser.modules()]
-    flags = {name: p.requires_grad for name, p in denoiser.named_parameters()}
-    before = {name: p.data for name, p in denoiser.named_parameters()}
-    for parameter in denoiser.parameters():
-        parameter.data = parameter.data.to(torch.float32, copy=True)
-    try:
-        yield before
-    finally:
-        # Lightning leaves a module on the CPU
-        denoiser.to(model.device)
-        for name, parameter in denoiser.named_parameters():
-            parameter.data = before[name]
-            parameter.requires_grad_(flags[name])
-            parameter.grad = None
-        for module, mode in modes:
-            module.training = mode

@@ -19,97 +19,14 @@ from dori_lightning.attacks.solver import RowAdam
 from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
 from dori_lightning.mitigations.edits import Edit, Origin
 from dori_lightning.models.protocol import Sampling, TextToImage
+from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
-# -------- memorization_score
-# How strongly the text steers the first denoising step: high where a prompt is memorized.
-#
-# Reference: Wen et al., Detecting, explaining, and mitigating memorization in diffusion models
-# (ICLR 2024), section 3.
+log = logging.getLogger(__name__)
 
 ROWS = 8
-"""Pictures of every forward pass. Passes are filled up to one shape, so that a picture gets the
-same bits on the CPU in any company; more would need more memory for the gradient."""
-
-
-def memorization_score(
-    model: TextToImage, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
-) -> torch.Tensor:
-    """How strongly the text steers the first denoising step: high where it is memorized.
-
-    The score is the Euclidean norm, over a picture's latent, of the difference between the noise
-    predicted with the embedding and with the empty prompt, at the sampler's first timestep. The
-    reference also averages over all steps and reports that the first alone works. A v prediction
-    is converted to noise first, which makes its scores small.
-
-    Args:
-        model: Checkpoint; left as it was.
-        embeddings: Text embeddings (N, T, D).
-        noise: Starting noise (N, C, h, w), standard normal: the samplers start from it unscaled.
-        sampling: Says which timestep is the first.
-
-    Returns:
-        Scores (N,) >= 0, fp32, on the model's device; depends on latent size.
-    """
-    with model.frozen(), torch.no_grad():
-        return FirstStep(model, noise, sampling).score(embeddings.to(model.device))
-
-
-class FirstStep:
-    """A sampler's first denoising step of N pictures, ``ROWS`` pictures to a pass."""
-
-    def __init__(self, model: TextToImage, noise: torch.Tensor, sampling: Sampling) -> None:
-        self.model, self.noise = model, noise.to(model.device, torch.float32)
-        self.timestep = model.sampling_timesteps(sampling)[0].to(model.device)
-        self.empty = torch.zeros_like(self.noise)
-        everyone = torch.arange(len(noise), device=model.device)
-        unconditional = model.empty_embedding().expand(ROWS, -1, -1)
-        with torch.no_grad():
-            for index, count in _passes(everyone):
-                self.empty[index[:count]] = self._predicted(index, unconditional)[:count]
-
-    def score(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Scores (N,)."""
-        found = self.noise.new_zeros(len(embeddings))
-        for index, count in _passes(torch.arange(len(embeddings), device=found.device)):
-            found[index[:count]] = self._score(index, embeddings[index])[:count]
-        return found
-
-    def gradient(
-        self, embeddings: torch.Tensor, active: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (N,) and their gradients (N, T, D), zero for rows that are not active (N,)."""
-        score = self.noise.new_zeros(len(embeddings))
-        gradient = torch.zeros_like(embeddings)
-        for index, count in _passes(active.nonzero()[:, 0]):
-            with torch.enable_grad():
-                rows = embeddings[index].detach().requires_grad_(True)
-                value = self._score(index, rows)
-                (slope,) = torch.autograd.grad(value.sum(), rows)
-            score[index[:count]] = value.detach()[:count]
-            gradient[index[:count]] = slope[:count]
-        return score, gradient
-
-    def _score(self, index: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        difference = self._predicted(index, embeddings) - self.empty[index]
-        score: torch.Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
-        return score
-
-    def _predicted(self, index: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        timesteps = self.timestep.expand(len(index))
-        return self.model.predict_noise(self.noise[index], timesteps, embeddings)
-
-
-def _passes(rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-    """Row numbers (M,) in parts of ``ROWS``, the last filled up with its first; how many count."""
-    for part in torch.split(rows, ROWS):
-        yield torch.cat([part, part[:1].expand(ROWS - len(part))]), len(part)
-
-
-# -------- prompt_adjustment
-
-log = logging.getLogger(__name__)
+"""Images of every forward pass; more would need more memory for the gradient."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +64,16 @@ class PromptAdjustment:
     finds is adjusted afterwards. An attack that takes the adjustment into account may do better,
     so the rate under attack is a lower bound.
 
-    The reference adjusts one embedding for a batch of pictures and takes the norm over the whole
-    batch, so its targets depend on the batch: a value for n pictures is about sqrt(n) times that
-    of one. Here each picture has its own embedding, norm and stop; a target of the reference is
-    to be divided by sqrt(n) (its notebook: 3 for 4 pictures, so about 1.5).
+    The reference adjusts one embedding for a batch of images and takes the norm over the whole
+    batch, so its targets depend on the batch: a value for n images is about sqrt(n) times that
+    of one. Here each image has its own embedding, norm and stop; a target of the reference is
+    to be divided by sqrt(n) (its notebook: 3 for 4 images, so about 1.5).
 
     No pair is read.
 
     Attributes:
         name: How reports call it.
-        target: A picture's embedding is left as it is from the step where its score
+        target: An image's embedding is left as it is from the step where its score
             (``memorization_score``) is at most this. None: found on ordinary prompts, since a
             usual score is a property of the checkpoint.
         quantile: Which quantile of the scores of ordinary prompts is the target; not used where
@@ -278,15 +195,15 @@ class PromptAdjustmentEdit(Edit):
     def adjusted(
         self, model: TextToImage, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
     ) -> torch.Tensor:
-        """Adjusted embeddings (N, T, D), each picture's by itself.
+        """Adjusted embeddings (N, T, D), each image's by itself.
 
-        A picture whose score or gradient is not finite keeps its embedding from there on, with a
+        An image whose score or gradient is not finite keeps its embedding from there on, with a
         warning.
 
         Args:
             model: The checkpoint.
             embeddings: Text embeddings (N, T, D).
-            noise: Starting noise of the pictures (N, C, h, w).
+            noise: Starting noise of the images (N, C, h, w).
             sampling: The sampler that they will be made with.
         """
         start = embeddings.detach().to(model.device)
@@ -314,3 +231,70 @@ class PromptAdjustmentEdit(Edit):
                 decayed = torch.where(active[:, None, None], rows * keep, rows)
                 rows = optimizer.step(decayed, gradient * moving, active)
         return rows.to(start.dtype)
+
+
+def memorization_score(
+    model: TextToImage, embeddings: torch.Tensor, noise: torch.Tensor, sampling: Sampling
+) -> torch.Tensor:
+    """How strongly the text steers the first denoising step: high where it is memorized.
+
+    The score is the Euclidean norm, over an image's latent, of the difference between the noise
+    predicted with the embedding and with the empty prompt, at the sampler's first timestep. The
+    reference also averages over all steps and reports that the first alone works. A v prediction
+    is converted to noise first, which makes its scores small.
+
+    Args:
+        model: Checkpoint; left as it was.
+        embeddings: Text embeddings (N, T, D).
+        noise: Starting noise (N, C, h, w), standard normal: the samplers start from it unscaled.
+        sampling: Says which timestep is the first.
+
+    Returns:
+        Scores (N,) >= 0, fp32, on the model's device; depends on latent size.
+    """
+    with model.frozen(), torch.no_grad():
+        return FirstStep(model, noise, sampling).score(embeddings.to(model.device))
+
+
+class FirstStep:
+    """A sampler's first denoising step of N images, in batches of ``ROWS``."""
+
+    def __init__(self, model: TextToImage, noise: torch.Tensor, sampling: Sampling) -> None:
+        self.model, self.noise = model, noise.to(model.device, torch.float32)
+        self.timestep = model.sampling_timesteps(sampling)[0].to(model.device)
+        self.empty = torch.zeros_like(self.noise)
+        unconditional = model.empty_embedding().expand(ROWS, -1, -1)
+        with torch.no_grad():
+            for index, count in fixed_batches(range(len(noise)), ROWS):
+                self.empty[index[:count]] = self._predicted(index, unconditional)[:count]
+
+    def score(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Scores (N,)."""
+        scores = self.noise.new_zeros(len(embeddings))
+        for index, count in fixed_batches(range(len(embeddings)), ROWS):
+            scores[index[:count]] = self._score(index, embeddings[index])[:count]
+        return scores
+
+    def gradient(
+        self, embeddings: torch.Tensor, active: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (N,) and their gradients (N, T, D), zero for rows that are not active (N,)."""
+        score = self.noise.new_zeros(len(embeddings))
+        gradient = torch.zeros_like(embeddings)
+        for index, count in fixed_batches(active.nonzero()[:, 0].tolist(), ROWS):
+            with torch.enable_grad():
+                rows = embeddings[index].detach().requires_grad_(True)
+                value = self._score(index, rows)
+                (slope,) = torch.autograd.grad(value.sum(), rows)
+            score[index[:count]] = value.detach()[:count]
+            gradient[index[:count]] = slope[:count]
+        return score, gradient
+
+    def _score(self, index: list[int], embeddings: torch.Tensor) -> torch.Tensor:
+        difference = self._predicted(index, embeddings) - self.empty[index]
+        score: torch.Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+        return score
+
+    def _predicted(self, index: list[int], embeddings: torch.Tensor) -> torch.Tensor:
+        timesteps = self.timestep.expand(len(index))
+        return self.model.predict_noise(self.noise[index], timesteps, embeddings)

@@ -1,4 +1,4 @@
-"""Unlearn pictures by the keep gradient minus a fixed length of the forget gradient.
+"""Unlearn images by the keep gradient minus a fixed length of the forget gradient.
 
 Reference: Data Unlearning in Diffusion Models (Alberti et al., ICLR 2025),
 https://openreview.net/forum?id=SuHScQv5gP: subtracted importance sampled scores (SISS).
@@ -7,35 +7,255 @@ https://openreview.net/forum?id=SuHScQv5gP: subtracted importance sampled scores
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
 from dori_lightning.mitigations.edits import WeightEdit
-from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, in_turn
-from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, finetune_on_anchors
+from dori_lightning.mitigations.finetuning import (
+    FinetuneSettings,
+    Finetuning,
+    shuffled_indices,
+    train_edit,
+)
+from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, find_anchors
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
-# -------- unlearning
-# Losses and gradients of data unlearning: what SISS and the baselines of its paper differ in.
-#
-# Reference: Data Unlearning in Diffusion Models (Alberti et al., ICLR 2025),
-# https://openreview.net/forum?id=SuHScQv5gP.
-
 Variant = Literal["siss", "no_importance", "erase_diff", "neg_grad"]
-VARIANTS: tuple[Variant, ...] = ("siss", "no_importance", "erase_diff", "neg_grad")
+Timesteps = Literal["last", "uniform"]
+Condition = Literal["prompt", "neighbour"]
+
+MEASURED_BATCHES = 4
+"""Batches whose naive deletion gradients are averaged to set ``scaling_norm``."""
+
+NAIVE_SHARE = 0.1
+"""The forget gradient's length as a share of theirs, as the published repository recommends."""
+
+
+@dataclass(frozen=True)
+class SISS:
+    """SISS and the baselines of its paper, all weights of the denoiser.
+
+    The published method makes one model per prompt, from images of that prompt that k-means
+    sorted into memorized and not. An audit of N pairs would need N models, so one model is
+    trained on all pairs in turn; what is forgotten is the pair's own image, what is kept are its
+    anchors. How the DoRI paper ran it is unknown, as are its settings. The defaults are the
+    published ones, except for the gradient's length: the published 750 fits Stable Diffusion v1.4
+    alone.
+
+    Attributes:
+        name: How reports call it.
+        anchors: How the images to keep are found.
+        variant: ``siss`` mixes images to keep and to forget in one pass and weighs them;
+            ``no_importance`` takes a pass for each; ``erase_diff`` (Wu et al., 2024) teaches
+            uniform noise where an image is to be forgotten; ``neg_grad`` only climbs the loss of
+            what is to be forgotten.
+        steps: Optimizer steps in all.
+        batch: Images of a step; the published 16 are one by one.
+        micro_batch: Images of a forward pass; changes memory, not results (up to rounding).
+        mixture: Share of images to forget in the mixture (lambda).
+        scaling_norm: Length that the forget gradient is given. None: a tenth of the length of the
+            naive deletion gradient (the ordinary loss of the images to keep) of the model as it
+            is, which is what the published 750 is.
+        timesteps: ``last`` trains at the last timestep only, as published; ``uniform`` at all.
+        condition: Trained under the pair's ``prompt``, or under the prompt of the anchor
+            (``neighbour``), which is closer to the published "modified prompt".
+        eta: Least share of the forget gradient in ``erase_diff``.
+        finetune: Optimizer settings.
+    """
+
+    name: str
+    anchors: AnchorSettings = field(default_factory=AnchorSettings)
+    variant: Variant = "siss"
+    steps: int = 35
+    batch: int = 16
+    micro_batch: int = 1
+    mixture: float = 0.5
+    scaling_norm: float | None = None
+    timesteps: Timesteps = "last"
+    condition: Condition = "prompt"
+    eta: float = 1e-2
+    finetune: FinetuneSettings = field(default_factory=lambda: FinetuneSettings(lr=1e-5))
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("variant", Variant),
+            ("timesteps", Timesteps),
+            ("condition", Condition),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"mitigation.{name} must be one of {', '.join(get_args(kind))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name in ("steps", "batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"mitigation.{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 < self.mixture < 1:
+            raise InputError(f"mitigation.mixture must be in (0, 1), got {self.mixture}")
+        if self.scaling_norm is not None and self.scaling_norm < 0:
+            raise InputError(
+                f"mitigation.scaling_norm must be >= 0 or null, got {self.scaling_norm}"
+            )
+        if self.finetune.precision == "16-mixed":
+            raise InputError(
+                "mitigation.finetune.precision must be 32-true or bf16-mixed for SISS: its two "
+                "gradients are sums over pixels, which leave the range of 16-mixed"
+            )
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate what finding the edit takes for a number of pairs to forget."""
+        # two gradients of one forward pass
+        training = Evaluations(training=2 * self.steps * self.batch)
+        return CostEstimate(
+            self.anchors.estimate_work(sampling, pairs) + training, stored_weights=1.0
+        )
+
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
+        """Find anchors with the model as it is, then train."""
+        return train_edit(
+            self,
+            model,
+            pairs,
+            context,
+            prepare=lambda key: find_anchors(model, pairs, context, self.anchors, key=key),
+            training=lambda anchors: SISSTraining(model, self, pairs, context, anchors=anchors),
+        )
+
+
+class SISSTraining(Finetuning):
+    """The training of ``SISS``: two gradients a step, so it optimizes by hand."""
+
+    def __init__(
+        self,
+        model: TextToImage,
+        method: SISS,
+        pairs: Sequence[Pair],
+        context: Context,
+        *,
+        anchors: Anchors,
+    ) -> None:
+        """Train on ``pairs`` as ``context`` encodes them, and keep ``anchors``.
+
+        The model's weights must still be those of the model as it is, since the length of the
+        forget gradient is measured here where it is not given.
+        """
+        super().__init__(model, method.finetune)
+        self.automatic_optimization = False
+        self.method, self.seed, self.anchors = method, context.seed, anchors
+        self.ids = [pair.id for pair in pairs]
+        encoded = context.data.batch(pairs)
+        self.forgotten, self.prompts = encoded.latents, encoded.embeddings
+        self.scaling_norm = method.scaling_norm
+        if self.scaling_norm is None and method.variant in ("siss", "no_importance"):
+            self.scaling_norm = self._measured_norm()
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """How many anchors there are, and the forget gradient's length if it is fixed."""
+        norm = {} if self.scaling_norm is None else {"scaling_norm": self.scaling_norm}
+        return {**self.anchors.notes, **norm}
+
+    def training_step(self, *_: Any) -> dict[str, torch.Tensor]:
+        """One step along the combined gradient."""
+        optimizer, rising = self.optimizers(), self.lr_schedulers()
+        keep, forget, loss = self._gradients(self._draws("siss", self.global_step))
+        norms = {"keep": length(keep), "forget": length(forget)}
+        gradient = combined(
+            keep,
+            forget,
+            variant=self.method.variant,
+            scaling_norm=self.scaling_norm or 0.0,
+            eta=self.method.eta,
+        )
+        trained = self.trained_weights()
+        for parameter, value in zip(trained, gradient, strict=True):
+            parameter.grad = value
+        if self.settings.clip is not None:
+            clip_grad_norm_(trained, self.settings.clip)
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        rising.step()  # type: ignore[union-attr]
+        for name, value in norms.items():
+            self.log(f"finetune/{name}_gradient_norm", value)
+        return {"loss": loss}
+
+    def _draws(self, name: str, step: int) -> Draws:
+        """A step's batch, on the model's device."""
+        method, model, device = self.method, self.model, self.model.device
+        generator = keyed_generator(name, self.seed, step)
+        rows = shuffled_indices("siss", self.seed, step, batch=method.batch, count=len(self.ids))
+        kept, neighbours = self.anchors.draw([self.ids[k] for k in rows], generator)
+        prompts = self.prompts[rows] if method.condition == "prompt" else neighbours
+        last = model.num_train_timesteps - 1
+        timesteps = torch.full((len(rows),), last)
+        if method.timesteps == "uniform":
+            timesteps = torch.randint(last + 1, (len(rows),), generator=generator)
+        draws = Draws(
+            kept=kept,
+            forgotten=self.forgotten[rows],
+            prompts=prompts,
+            noise=torch.randn(kept.shape, generator=generator),
+            uniform=torch.rand(kept.shape, generator=generator),
+            timesteps=timesteps,
+            forgets=torch.rand(len(rows), generator=generator) < method.mixture,
+        )
+        return draws.each(lambda tensor: tensor.to(device))
+
+    def _gradients(
+        self, draws: Draws, variant: Literal["naive"] | Variant | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """Keep and forget gradients of all trained weights, and the sum of both losses.
+
+        Both are means over the batch of sums over pixels, summed over processes here: an
+        optimization by hand passes by what Lightning averages. A loss that a variant does not
+        have gives a gradient of zeros.
+        """
+        method, trained = self.method, self.trained_weights()
+        keep = [torch.zeros_like(p) for p in trained]
+        forget = [torch.zeros_like(p) for p in trained]
+        total = torch.zeros((), device=self.model.device)
+        shard = distributed.shard(len(draws))
+        ours = draws.each(lambda tensor: tensor[shard.rows])
+        for start in range(0, len(ours), method.micro_batch):
+            rows = slice(start, start + method.micro_batch)
+            kept, forgotten = losses(
+                self.model,
+                ours.each(lambda tensor, rows=rows: tensor[rows]),  # type: ignore[misc]
+                variant=variant or method.variant,
+                mixture=method.mixture,
+            )
+            # SISS has both losses from one pass
+            for loss, into, more in ((kept, keep, forgotten), (forgotten, forget, None)):
+                if loss is None:
+                    continue
+                again = method.variant == "siss" and more is not None
+                gradient = torch.autograd.grad(loss / len(draws), trained, retain_graph=again)
+                torch._foreach_add_(into, gradient)
+                total += loss.detach() / len(draws)
+        if not shard.whole:
+            distributed.all_reduce_sum([*keep, *forget, total])
+        return keep, forget, total
+
+    def _measured_norm(self) -> float:
+        """A tenth of the naive deletion gradient's length, averaged over a few batches."""
+        lengths = [
+            length(self._gradients(self._draws("siss scale", k), "naive")[0])
+            for k in range(MEASURED_BATCHES)
+        ]
+        return NAIVE_SHARE * float(torch.stack(lengths).mean())
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What one step is trained on.
+    """A batch of one step.
 
     Attributes:
         kept: Latents to keep (N, C, h, w).
@@ -58,18 +278,9 @@ class Draws:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def to(self, device: torch.device) -> Draws:
-        """Move all tensors."""
-        return Draws(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
-
-    def split(self, size: int) -> Iterator[Draws]:
-        """Parts of at most ``size`` elements."""
-        for start in range(0, len(self), size):
-            yield self.take(slice(start, start + size))
-
-    def take(self, rows: slice) -> Draws:
-        """Some of the elements."""
-        return Draws(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Draws:
+        """Apply a function to all tensors."""
+        return Draws(**{item.name: change(getattr(self, item.name)) for item in fields(self)})
 
 
 def importance_weights(excess: torch.Tensor, mixture: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,9 +290,9 @@ def importance_weights(excess: torch.Tensor, mixture: float) -> tuple[torch.Tens
     overflow where the noise is small.
 
     Args:
-        excess: d = d_x - d_a (N,), by how much the latent is further from the picture to keep
+        excess: d = d_x - d_a (N,), by how much the latent is further from the image to keep
             than from that to forget, in half squared standard deviations of the noise.
-        mixture: l, the share of pictures to forget, in (0, 1).
+        mixture: l, the share of images to forget, in (0, 1).
 
     Returns:
         w_x (N,) in [0, 1 / (1 - l)] and w_a (N,) in [0, 1 / l].
@@ -103,7 +314,7 @@ def losses(
         model: Predicts noise.
         draws: N elements.
         variant: One of ``VARIANTS``, or ``naive``: the ordinary loss of what is kept.
-        mixture: Share of pictures to forget, for ``siss``.
+        mixture: Share of images to forget, for ``siss``.
     """
     alpha = model.alphas_cumprod[draws.timesteps][:, None, None, None]
     if variant == "siss":
@@ -112,7 +323,7 @@ def losses(
         noised = model.noised(latents, draws.noise, draws.timesteps)
         to_kept = (noised - scale * draws.kept) / spread
         to_forgotten = (noised - scale * draws.forgotten) / spread
-        # the difference of squares, factored: both alone are as large as the picture
+        # the difference of squares, factored: both alone are as large as the image
         excess = ((to_kept - to_forgotten) * (to_kept + to_forgotten)).flatten(1).sum(1) / 2
         weights = importance_weights(excess, mixture)
         predicted = model.predict_noise(noised, draws.timesteps, draws.prompts)
@@ -174,226 +385,3 @@ def combined(
     else:
         factor = -scaling_norm / size
     return [x + factor * a for x, a in zip(keep, forget, strict=True)]
-
-
-# -------- siss
-
-MEASURED = 4
-"""Batches whose naive deletion gradients are averaged to set ``scaling_norm``."""
-
-SHARE = 0.1
-"""The forget gradient's length as a share of theirs, as the published repository recommends."""
-
-
-@dataclass(frozen=True)
-class SISS:
-    """SISS and the baselines of its paper, all weights of the denoiser.
-
-    The published method makes one model per prompt, from pictures of that prompt that k-means
-    sorted into memorized and not. An audit of N pairs would need N models, so one model is
-    trained on all pairs in turn; what is forgotten is the pair's own picture, what is kept are its
-    anchors. How the DoRI paper ran it is unknown, as are its settings. The defaults are the
-    published ones, except for the gradient's length: the published 750 fits Stable Diffusion v1.4
-    alone.
-
-    Attributes:
-        name: How reports call it.
-        anchors: How the pictures to keep are found.
-        variant: ``siss`` mixes pictures to keep and to forget in one pass and weighs them;
-            ``no_importance`` takes a pass for each; ``erase_diff`` (Wu et al., 2024) teaches
-            uniform noise where a picture is to be forgotten; ``neg_grad`` only climbs the loss of
-            what is to be forgotten.
-        steps: Optimizer steps in all.
-        batch: Pictures of a step; the published 16 are one by one.
-        micro_batch: Pictures of a forward pass; changes memory, not results (up to rounding).
-        mixture: Share of pictures to forget in the mixture (lambda).
-        scaling_norm: Length that the forget gradient is given. None: a tenth of the length of the
-            naive deletion gradient (the ordinary loss of the pictures to keep) of the model as it
-            is, which is what the published 750 is.
-        timesteps: ``last`` trains at the last timestep only, as published; ``uniform`` at all.
-        condition: Trained under the pair's ``prompt``, or under the prompt of the anchor
-            (``neighbour``), which is closer to the published "modified prompt".
-        eta: Least share of the forget gradient in ``erase_diff``.
-        finetune: Optimizer settings.
-    """
-
-    name: str
-    anchors: AnchorSettings = field(default_factory=AnchorSettings)
-    variant: Variant = "siss"
-    steps: int = 35
-    batch: int = 16
-    micro_batch: int = 1
-    mixture: float = 0.5
-    scaling_norm: float | None = None
-    timesteps: Literal["last", "uniform"] = "last"
-    condition: Literal["prompt", "neighbour"] = "prompt"
-    eta: float = 1e-2
-    finetune: FinetuneSettings = field(default_factory=lambda: FinetuneSettings(lr=1e-5))
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("variant", VARIANTS),
-            ("timesteps", ("last", "uniform")),
-            ("condition", ("prompt", "neighbour")),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"mitigation.{name} must be one of {', '.join(known)}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        for name in ("steps", "batch", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"mitigation.{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 < self.mixture < 1:
-            raise InputError(f"mitigation.mixture must be in (0, 1), got {self.mixture}")
-        if self.scaling_norm is not None and self.scaling_norm < 0:
-            raise InputError(
-                f"mitigation.scaling_norm must be >= 0 or null, got {self.scaling_norm}"
-            )
-        if self.finetune.precision == "16-mixed":
-            raise InputError(
-                "mitigation.finetune.precision must be 32-true or bf16-mixed for SISS: its two "
-                "gradients are sums over pixels, which leave the range of 16-mixed"
-            )
-
-    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
-        """Estimate what finding the edit takes for a number of pairs to forget."""
-        # two gradients of one forward pass
-        training = Evaluations(training=2 * self.steps * self.batch)
-        return CostEstimate(
-            self.anchors.estimate_work(sampling, pairs) + training, stored_weights=1.0
-        )
-
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
-        """Find anchors with the model as it is, then train."""
-        return finetune_on_anchors(
-            self,
-            lambda anchors: SISSTraining(model, self, pairs, context, anchors=anchors),
-            model,
-            pairs,
-            context,
-        )
-
-
-class SISSTraining(Finetuning):
-    """The training of ``SISS``: two gradients a step, so it optimizes by hand."""
-
-    def __init__(
-        self,
-        model: TextToImage,
-        method: SISS,
-        pairs: Sequence[Pair],
-        context: Context,
-        *,
-        anchors: Anchors,
-    ) -> None:
-        """Prepare the training and, where it is not given, measure the forget gradient's length.
-
-        Args:
-            model: Its denoiser is trained; its weights must be those of the model as it is.
-            method: Settings.
-            pairs: N pairs to forget.
-            context: Gives the seed and the encoded pairs.
-            anchors: What is kept.
-        """
-        super().__init__(model, method.finetune)
-        self.automatic_optimization = False
-        self.method, self.seed, self.anchors = method, context.seed, anchors
-        self.ids = [pair.id for pair in pairs]
-        encoded = context.data.batch(pairs)
-        self.forgotten, self.prompts = encoded.latents, encoded.embeddings
-        self.scaling_norm = method.scaling_norm
-        if self.scaling_norm is None and method.variant in ("siss", "no_importance"):
-            self.scaling_norm = self._measured_norm()
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """The forget gradient's length, where it has a fixed one."""
-        return {} if self.scaling_norm is None else {"scaling_norm": self.scaling_norm}
-
-    def training_step(self, *_: Any) -> dict[str, torch.Tensor]:
-        """One step along the combined gradient."""
-        optimizer, rising = self.optimizers(), self.lr_schedulers()
-        keep, forget, loss = self._gradients(self._draws("siss", self.global_step))
-        norms = {"keep": length(keep), "forget": length(forget)}
-        gradient = combined(
-            keep,
-            forget,
-            variant=self.method.variant,
-            scaling_norm=self.scaling_norm or 0.0,
-            eta=self.method.eta,
-        )
-        trained = self._trained()
-        for parameter, value in zip(trained, gradient, strict=True):
-            parameter.grad = value
-        if self.settings.clip is not None:
-            clip_grad_norm_(trained, self.settings.clip)
-        optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        rising.step()  # type: ignore[union-attr]
-        for name, value in norms.items():
-            self.log(f"finetune/{name}_gradient_norm", value)
-        return {"loss": loss}
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def _draws(self, name: str, step: int) -> Draws:
-        """What a step is trained on, on the model's device."""
-        method, model, device = self.method, self.model, self.model.device
-        generator = keyed_generator(name, self.seed, step)
-        rows = in_turn("siss", self.seed, step, batch=method.batch, count=len(self.ids))
-        kept, neighbours = self.anchors.draw([self.ids[k] for k in rows], generator)
-        prompts = self.prompts[rows] if method.condition == "prompt" else neighbours
-        last = model.num_train_timesteps - 1
-        timesteps = torch.full((len(rows),), last)
-        if method.timesteps == "uniform":
-            timesteps = torch.randint(last + 1, (len(rows),), generator=generator)
-        draws = Draws(
-            kept=kept,
-            forgotten=self.forgotten[rows],
-            prompts=prompts,
-            noise=torch.randn(kept.shape, generator=generator),
-            uniform=torch.rand(kept.shape, generator=generator),
-            timesteps=timesteps,
-            forgets=torch.rand(len(rows), generator=generator) < method.mixture,
-        )
-        return draws.to(device)
-
-    def _gradients(
-        self, draws: Draws, variant: Literal["naive"] | Variant | None = None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-        """Keep and forget gradients of all trained weights, and the sum of both losses.
-
-        Both are means over the batch of sums over pixels, summed over processes here: an
-        optimization by hand passes by what Lightning averages. A loss that a variant does not
-        have gives a gradient of zeros.
-        """
-        method, trained = self.method, self._trained()
-        keep = [torch.zeros_like(p) for p in trained]
-        forget = [torch.zeros_like(p) for p in trained]
-        total = torch.zeros((), device=self.model.device)
-        own = distributed.shard(len(draws))
-        for part in draws.take(own.rows).split(method.micro_batch):
-            kept, forgotten = losses(
-                self.model, part, variant=variant or method.variant, mixture=method.mixture
-            )
-            for loss, into in ((kept, keep), (forgotten, forget)):
-                if loss is None:
-                    continue
-                # one pass gave both losses of SISS
-                again = loss is kept and method.variant == "siss" and forgotten is not None
-                found = torch.autograd.grad(loss / len(draws), trained, retain_graph=again)
-                torch._foreach_add_(into, found)
-                total += loss.detach() / len(draws)
-        if not own.whole:
-            distributed.all_reduce_sum([*keep, *forget, total])
-        return keep, forget, total
-
-    def _measured_norm(self) -> float:
-        """A tenth of the naive deletion gradient's length, averaged over a few batches."""
-        found = [
-            length(self._gradients(self._draws("siss scale", k), "naive")[0])
-            for k in range(MEASURED)
-        ]
-        return SHARE * float(torch.stack(found).mean())

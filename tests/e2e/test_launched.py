@@ -173,7 +173,7 @@ def test_a_killed_process_ends_the_other_which_names_it_and_the_same_command_goe
     unfinished = tmp_path / "cache" / "edits" / "unfinished"
     try:
         deadline = time.monotonic() + 600
-        while not list(unfinished.glob("*/*.sha256")):
+        while not list(unfinished.glob("*/step-*.ckpt")):
             assert all(process.poll() is None for process in started), started[0].communicate()[0]
             assert time.monotonic() < deadline, "no step was taken"
             time.sleep(0.02)

@@ -50,7 +50,7 @@ def find(
     def call(*script: Any, settings: AnchorSettings = SETTINGS) -> Anchors:
         measures = Measures({"scripted": Scripted(list(script))}, "scripted")
         context = context_of(tmp_path, measures=measures)
-        return find_anchors(model, suspected, context, settings, folder=tmp_path / "anchors")
+        return find_anchors(model, suspected, context, settings, key="edit")
 
     return call
 
@@ -106,7 +106,7 @@ def test_only_pairs_to_forget_are_compared_with(
 ) -> None:
     descriptor = Scripted([[[0.1]] * 6])
     context = context_of(tmp_path, measures=Measures({"scripted": descriptor}, "scripted"))
-    find_anchors(model, suspected[1:], context, SETTINGS, folder=tmp_path / "anchors")
+    find_anchors(model, suspected[1:], context, SETTINGS, key="edit")
     assert [row.tolist() for row in descriptor.compared] == [[1.0]]
 
 
@@ -120,7 +120,8 @@ def test_what_a_cut_run_made_is_read_and_damaged_files_are_made_again(
     used = model.unet_evaluations
     again = find()
     assert model.unet_evaluations == used
-    path = tmp_path / "anchors" / f"{suspected[0].id}.anchors"
+    anchors = tmp_path / "edits" / "unfinished" / "edit" / "anchors"
+    path = anchors / f"{suspected[0].id}.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     third = find(FIRST)
     assert model.unet_evaluations == used + 6 * 2 * 2, "6 pictures, 2 steps, 2 rows for guidance"

@@ -7,30 +7,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.runtime.checkpoints import FitCheckpoints, checkpoint_path, last_checkpoint
+from dori_lightning.runtime.checkpoints import FitCheckpoints, checkpoint_step, last_checkpoint
 
 SAVING = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from dori_lightning.runtime.checkpoints import FitCheckpoints, checkpoint_path
+from dori_lightning.runtime.checkpoints import FitCheckpoints
 folder = Path(sys.argv[1])
 io = FitCheckpoints()
-io.save_checkpoint({"step": 1, "x": torch.ones(4)}, checkpoint_path(folder, 1))
+io.save_checkpoint({"step": 1, "x": torch.ones(4)}, folder / "step-00000001.ckpt")
 write = torch.save
 def cut(what, file):
     file.write(b"half")
     file.flush()
     os.kill(os.getpid(), 9)
 torch.save = cut
-io.save_checkpoint({"step": 2}, checkpoint_path(folder, 2))
+io.save_checkpoint({"step": 2}, folder / "step-00000002.ckpt")
 """
 
 
 def save(folder: Path, *steps: int) -> None:
     for step in steps:
         content = {"step": step, "x": torch.full((8,), float(step))}
-        FitCheckpoints().save_checkpoint(content, checkpoint_path(folder, step))
+        FitCheckpoints().save_checkpoint(content, folder / f"step-{step:08d}.ckpt")
+
+
+def path_of(folder: Path, step: int) -> Path:
+    (path,) = folder.glob(f"step-{step:08d}-*.ckpt")
+    return path
 
 
 def load(folder: Path) -> int | None:
@@ -41,12 +46,7 @@ def load(folder: Path) -> int | None:
 def test_the_last_two_are_kept_and_the_last_is_read(tmp_path: Path) -> None:
     assert load(tmp_path / "none") is None
     save(tmp_path, 1, 2, 3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "step-00000002.ckpt",
-        "step-00000002.ckpt.sha256",
-        "step-00000003.ckpt",
-        "step-00000003.ckpt.sha256",
-    ]
+    assert sorted(checkpoint_step(path) for path in tmp_path.iterdir()) == [2, 3]
     assert load(tmp_path) == 3
 
 
@@ -54,26 +54,29 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1, 2)
-    path = checkpoint_path(tmp_path, 2)
+    path = path_of(tmp_path, 2)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with caplog.at_level(logging.WARNING):
         assert load(tmp_path) == 1
-    assert "step-00000002.ckpt IS DAMAGED" in caplog.text
-    checkpoint_path(tmp_path, 1).write_bytes(b"")
+    assert f"{path.name} IS DAMAGED" in caplog.text
+    path_of(tmp_path, 1).write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert load(tmp_path) is None
     assert "begins anew" in caplog.text
 
 
-def test_one_without_a_checksum_does_not_count_and_does_not_stay(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    checkpoint_path(tmp_path, 9).write_bytes(b"cut between data and checksum")
+def test_what_was_cut_while_it_was_written_does_not_count_and_does_not_stay(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path, 1, 9)
+    cut = path_of(tmp_path, 9)
+    cut.write_bytes(b"half")
     assert load(tmp_path) == 1
     save(tmp_path, 2)
     assert load(tmp_path) == 2
-    assert not checkpoint_path(tmp_path, 9).exists()
+    assert not cut.exists()
 
 
 def test_killed_while_saving_the_one_before_is_there_wherever_the_temporary_folder_is(
@@ -102,4 +105,4 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, 2)
     assert load(tmp_path) == 1
-    assert len(list(tmp_path.iterdir())) == 2, "nothing half done is left"
+    assert len(list(tmp_path.iterdir())) == 1, "nothing half done is left"

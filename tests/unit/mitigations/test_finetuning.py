@@ -10,9 +10,14 @@ import torch
 
 from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import WeightEdit
-from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, finetune, in_turn
+from dori_lightning.mitigations.finetuning import (
+    FinetuneSettings,
+    Finetuning,
+    finetune,
+    shuffled_indices,
+)
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.runtime.checkpoints import checkpoint_path
+from dori_lightning.runtime.checkpoints import checkpoint_step
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 from support.context import make_context
@@ -92,12 +97,7 @@ def run(
 
 def kept_steps(context: Context) -> list[int]:
     """Steps after which the fit's folder holds checkpoints."""
-    names = {p.name for p in context.scratch("fit").glob("*")}
-    steps = sorted(
-        int(n.removeprefix("step-").removesuffix(".ckpt")) for n in names if n.endswith("ckpt")
-    )
-    assert names == {n for k in steps for n in (f"step-{k:08d}.ckpt", f"step-{k:08d}.ckpt.sha256")}
-    return steps
+    return sorted(checkpoint_step(path) for path in context.scratch("fit").glob("*"))
 
 
 def by_hand(
@@ -187,7 +187,7 @@ def test_an_average_copies_the_weights_and_not_the_model(model: StableDiffusion)
     module = Plain(model, FinetuneSettings())
     twin = copy.deepcopy(module)
     assert list(twin.state_dict()) == list(module.state_dict())
-    assert not hasattr(twin, "_held")
+    assert not hasattr(twin, "_unregistered")
 
 
 def test_the_model_is_put_back_bit_for_bit(model: StableDiffusion, context: Context) -> None:
@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_not_used(
     cut = context
     with pytest.raises(RuntimeError, match="power cut"):
         run(model, stopping(cut, 2, RuntimeError("power cut")), checkpoint_every=1)
-    last = checkpoint_path(cut.scratch("fit"), 1)
+    (last,) = cut.scratch("fit").glob("step-00000001-*.ckpt")
     last.write_bytes(last.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
         again = run(model, cut)
@@ -341,12 +341,14 @@ def test_a_frozen_copy_has_weights_of_its_own(model: StableDiffusion) -> None:
 
 
 def test_turns_take_every_element_once_a_round() -> None:
-    drawn = [k for step in range(6) for k in in_turn("x", 0, step, batch=4, count=6)]
+    drawn = [k for step in range(6) for k in shuffled_indices("x", 0, step, batch=4, count=6)]
     rounds = [drawn[start : start + 6] for start in range(0, 24, 6)]
     assert all(sorted(one) == list(range(6)) for one in rounds)
     assert len({tuple(one) for one in rounds}) > 1
-    assert drawn[:6] == in_turn("x", 0, 0, batch=6, count=6), "the batch does not decide the order"
-    assert drawn[:6] != in_turn("x", 1, 0, batch=6, count=6)
+    assert drawn[:6] == shuffled_indices("x", 0, 0, batch=6, count=6), (
+        "the batch does not decide the order"
+    )
+    assert drawn[:6] != shuffled_indices("x", 1, 0, batch=6, count=6)
 
 
 @pytest.mark.parametrize(

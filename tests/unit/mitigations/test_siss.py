@@ -231,9 +231,7 @@ def test_a_run_is_adamw_along_the_combined_gradient(
     monkeypatch: pytest.MonkeyPatch,
     variant: Variant,
 ) -> None:
-    monkeypatch.setattr(
-        "dori_lightning.mitigations.replacements.find_anchors", lambda *_, **__: anchors
-    )
+    monkeypatch.setattr("dori_lightning.mitigations.siss.find_anchors", lambda *_, **__: anchors)
     method, context = replace(METHOD, variant=variant), context_of(tmp_path)
     edit = method.apply(model, suspected, context)
     twin = model.frozen_copy()
