@@ -1,272 +1,47 @@
-"""The embedding attack as a LightningModule: batches of pairs in, adversarial embeddings out."""
+"""The embedding attack: jobs in, adversarial embeddings out.
+
+A job is one attack: a pair, an initial point, a restart. Jobs are cut into batches, whose rows
+share forward passes and nothing else; each process attacks its own jobs and stores every result in
+a file of its own, which is asked first when the run is started again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from torch.utils.data import IterableDataset
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.attacks.solver import (
     AttackProblem,
     AttackResult,
-    joined,
+    concat,
     random_embedding,
     refuse_broken,
     solve,
 )
-from dori_lightning.attacks.store import AttackStore
+from dori_lightning.attacks.store import RESULT
 from dori_lightning.models.memory import estimate_batch_size, limit_cpu_batch
 from dori_lightning.models.protocol import TextToImage
-from dori_lightning.pairs.datamodule import Encoded, PairBatch, PairsDataModule
+from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.cache import Cache
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget, Condition, Init, InputError, Pair, Status
 
-# -------- early_stop
-# Attack from snapshot to snapshot, and stop where a pair came back.
-#
-# The rows that are left share passes anew after each snapshot. Each has its own draws and its own
-# Adam state, so it takes the steps that it would have taken beside those that were stopped.
-
-
-def stop_at_success(
-    attack: Callable[[Sequence[Pair], range], None],
-    read: Callable[[Pair], Sequence[Conditioning]],
-    pairs: Sequence[Pair],
-    *,
-    ends: Sequence[int],
-    reproduced: Callable[[Sequence[Conditioning]], Collection[str]],
-) -> list[Conditioning]:
-    """Attack pairs from one initial point and restart until each comes back or the end.
-
-    Args:
-        attack: Takes pairs through steps.
-        read: Triggers of a pair's attack so far, one for each step looked at.
-        pairs: Whom to attack.
-        ends: Steps to look at, rising; the last one is the budget.
-        reproduced: Ids of the pairs that triggers bring back.
-
-    Returns:
-        One trigger per pair and end; after a pair came back, the one that brought it back.
-    """
-    found: dict[str, list[Conditioning]] = {pair.id: [] for pair in pairs}
-    left, begin = list(pairs), 0
-    for end in ends:
-        attack(left, range(begin, end))
-        fresh = {
-            pair.id: next(t for t in read(pair) if t.condition.budget.steps == end)
-            for pair in left
-        }
-        for name, held in found.items():
-            held.append(fresh[name] if name in fresh else _stopped(held[-1], end))
-        back = reproduced([*fresh.values()]) if fresh else ()
-        left, begin = [pair for pair in left if pair.id not in back], end
-    return [trigger for held in found.values() for trigger in held]
-
-
-def _stopped(trigger: Conditioning, steps: int) -> Conditioning:
-    """What stands for a later budget where the attack was stopped."""
-    condition = trigger.condition
-    return replace(
-        trigger,
-        condition=replace(condition, budget=replace(condition.budget, steps=steps)),
-        stopped_at=trigger.spent,
-    )
-
-
-# -------- embedding_attack
-
-
-@dataclass(frozen=True)
-class ControlPrompts:
-    """Prompts that an attack may start from.
-
-    Attributes:
-        ids: Pair ids, length M.
-        embeddings: Their embeddings (M, T, D), None where there are none.
-    """
-
-    ids: tuple[str, ...]
-    embeddings: torch.Tensor | None
-
-    def pick(self, seed: int, pair_id: str, restart: int) -> torch.Tensor:
-        """Embedding (T, D) of a control prompt other than the pair's own, drawn by key.
-
-        Raises:
-            InputError: There is no other control prompt.
-        """
-        others = [k for k, name in enumerate(self.ids) if name != pair_id]
-        if not others or self.embeddings is None:
-            raise InputError(
-                "attack.inits has control_prompt, which needs a control pair besides the attacked "
-                "one; add pairs of kind control or drop it from attack.inits"
-            )
-        generator = keyed_generator("control_prompt", seed, pair_id, restart)
-        return self.embeddings[others[int(torch.randint(len(others), (1,), generator=generator))]]
-
-
-def input_hash(pair: Pair, latent: torch.Tensor, initial: torch.Tensor) -> str:
-    """Hash of everything that a result depends on and that belongs to the pair."""
-    digest = hashlib.sha256(f"{pair.id}\0{pair.prompt}\0{pair.sha256}\0".encode())
-    for tensor in (latent, initial):
-        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-class EmbeddingAttack(L.LightningModule):
-    """Attack batches of pairs in ``predict``: each process solves its own, nothing is averaged.
-
-    Prediction rather than fitting, because no parameter of a module is trained: DDP would average
-    the embeddings' gradients over processes, which weakens the attack and makes a mitigation look
-    better than it is. Run it with a Trainer that has ``inference_mode=False``.
-    """
-
-    def __init__(
-        self,
-        model: TextToImage,
-        *,
-        settings: AttackSettings,
-        budget: Budget,
-        init: Init,
-        restart: int,
-        controls: ControlPrompts,
-        store: AttackStore,
-        seed: int,
-    ) -> None:
-        """Prepare the attack from one initial point.
-
-        Args:
-            model: Model under attack; kept out of the module's parameters and state.
-            settings: Attack settings.
-            budget: Resolved budget.
-            init: Initial point.
-            restart: Which restart.
-            controls: Where ``control_prompt`` starts from.
-            store: Finished pairs are read from it and new ones written to it.
-            seed: Run seed.
-        """
-        super().__init__()
-        # a list hides the module, so that its weights stay out of this one's state
-        self._held = [model]
-        self.settings, self.budget, self.init_point, self.restart = settings, budget, init, restart
-        self.controls, self.store, self.seed = controls, store, seed
-        # of the stretch that is taken next: the step to stop at, and who is told of every step
-        self.stop_at = budget.steps
-        self.on_step: Callable[[int], None] | None = None
-
-    @property
-    def model(self) -> TextToImage:
-        """Model under attack."""
-        return self._held[0]
-
-    def initial(self, pairs: Sequence[Pair], embeddings: torch.Tensor) -> torch.Tensor:
-        """Initial embeddings (N, T, D) of pairs.
-
-        Args:
-            pairs: N pairs.
-            embeddings: Embeddings (N, T, D) of their prompts.
-        """
-        if self.init_point == "prompt":
-            return embeddings
-        shape = (int(embeddings.shape[1]), int(embeddings.shape[2]))
-        if self.init_point == "random":
-            return torch.stack(
-                [random_embedding(self.seed, p.id, self.restart, shape) for p in pairs]
-            )
-        return torch.stack([self.controls.pick(self.seed, p.id, self.restart) for p in pairs])
-
-    def begin(self, pair: Pair, encoded: Encoded) -> tuple[torch.Tensor, str]:
-        """Where the search for one pair begins (T, D), and the hash of its inputs."""
-        initial = self.initial([pair], encoded.embedding[None]).cpu()[0]
-        return initial, input_hash(pair, encoded.latent, initial)
-
-    def search(
-        self,
-        problem: AttackProblem,
-        *,
-        resume_from: AttackResult | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> AttackResult:
-        """Solve a problem with this attack's settings, from where it stands; nothing is kept."""
-        limit_cpu_batch(
-            self.model,
-            noise_batch=self.settings.noise_batch,
-            wanted=self.settings.pairs_per_forward,
-            pair_id=problem.ids[0],
-        )
-        return solve(
-            self.model,
-            problem,
-            budget=self.budget,
-            lr=self.settings.lr,
-            noise_batch=self.settings.noise_batch,
-            seed=self.seed,
-            snapshots=self.settings.snapshots,
-            keep_first_token=self.settings.keep_first_token,
-            resume_from=resume_from,
-            stop_at=self.stop_at,
-            on_step=on_step,
-        )
-
-    def stored(self, pair_id: str, inputs: str) -> AttackResult | None:
-        """What the store holds of a pair's attack, as far as it came."""
-        return self.store.read(pair_id, self.init_point, self.restart, inputs)
-
-    def reached(self, result: AttackResult | None) -> bool:
-        """Whether a stored attack came as far as this one is to go."""
-        return result is not None and result.steps >= self.stop_at
-
-    def predict_step(self, batch: PairBatch, *_: Any) -> list[AttackResult]:
-        """Solve the pairs of a batch as far as the store does not hold them yet.
-
-        Returns:
-            One result per pair of the batch, in its order.
-        """
-        initial = self.initial(batch.pairs, batch.embeddings).cpu()
-        hashes = {
-            p.id: input_hash(p, batch.latents[k], initial[k]) for k, p in enumerate(batch.pairs)
-        }
-        groups: dict[int, list[tuple[int, AttackResult | None]]] = {}
-        for k, pair in enumerate(batch.pairs):
-            stored = self.stored(pair.id, hashes[pair.id])
-            if not self.reached(stored):
-                begun = stored if stored is not None and stored.state is not None else None
-                groups.setdefault(begun.steps if begun else 0, []).append((k, begun))
-        for group in groups.values():
-            rows = [k for k, _ in group]
-            begun_rows = [begun for _, begun in group if begun is not None]
-            problem = AttackProblem(
-                tuple(batch.pairs[k].id for k in rows),
-                self.restart,
-                batch.latents[rows],
-                initial[rows],
-            )
-            result = self.search(
-                problem,
-                resume_from=joined(begun_rows) if begun_rows else None,
-                on_step=self.on_step,
-            )
-            self.store.write(result, self.init_point, hashes)
-        found = [self.stored(p.id, hashes[p.id]) for p in batch.pairs]
-        return [r for r in found if r is not None]
-
-
-# -------- triggers
-# What pictures are drawn from.
-
 
 @dataclass(frozen=True)
 class Conditioning:
-    """An embedding to generate from, and how it came about.
+    """A text embedding to generate from, with its provenance.
 
     Attributes:
         pair: The pair it should reproduce.
@@ -280,7 +55,7 @@ class Conditioning:
         displacement: Euclidean distance to the initial embedding; None for a prompt.
         losses: Attack loss of every step spent (S,); None for a prompt.
         stopped_at: Steps after which the attack was stopped, fewer than the condition's, because
-            its pictures were copies; None where it took all of them.
+            its images were copies; None where it took all of them.
     """
 
     pair: Pair
@@ -306,277 +81,422 @@ class Conditioning:
         return "no_gradient" if self.no_gradient else "diverged" if self.diverged else "ok"
 
 
-# -------- campaign
-# Attack every pair from every initial point, and collect what the store holds.
-#
-# Each process attacks its own share of the pairs.
+@dataclass(frozen=True)
+class ControlPrompts:
+    """Prompts that an attack may start from.
 
-
-def attack_identity(
-    model: TextToImage, settings: AttackSettings, budget: Budget, *, seed: int, edit: str
-) -> dict[str, str]:
-    """What an attack's result depends on besides the pair.
-
-    Batch width and the number of processes are not among it.
+    Attributes:
+        ids: Pair ids, length M.
+        embeddings: Their embeddings (M, T, D), None where there are none.
     """
-    method = {
-        "lr": settings.lr,
-        "noise_batch": settings.noise_batch,
-        "keep_first_token": settings.keep_first_token,
-        "snapshots": [s for s in settings.snapshots if s <= budget.steps],
-        "budget": asdict(budget),
-    }
-    digest = hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:16]
-    return {"checkpoint": model.fingerprint, "edit": edit, "attack": digest, "seed": str(seed)}
+
+    ids: tuple[str, ...]
+    embeddings: torch.Tensor | None
+
+    def pick(self, seed: int, pair_id: str, restart: int) -> torch.Tensor:
+        """Embedding (T, D) of a control prompt of another pair, drawn by key.
+
+        Raises:
+            InputError: There is no other control prompt.
+        """
+        others = [k for k, name in enumerate(self.ids) if name != pair_id]
+        if not others or self.embeddings is None:
+            raise InputError(
+                "attack.inits has control_prompt, which needs a control pair besides the attacked "
+                "one; add pairs of kind control or drop it from attack.inits"
+            )
+        generator = keyed_generator("control_prompt", seed, pair_id, restart)
+        return self.embeddings[others[int(torch.randint(len(others), (1,), generator=generator))]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attack.
+
+    Attributes:
+        pair: Pair to reproduce.
+        init: Initial point.
+        restart: Which restart, from 0.
+    """
+
+    pair: Pair
+    init: Init
+    restart: int
+
+    @property
+    def name(self) -> str:
+        """Name of the result's file, without suffix."""
+        return f"{self.init}/{self.pair.id}.r{self.restart}"
+
+
+def attack_rounds(settings: AttackSettings, pairs: Sequence[Pair]) -> list[list[Job]]:
+    """Every attack on ``pairs`` by the settings, one round for each initial point and restart."""
+    return [
+        [Job(pair, init, restart) for pair in pairs if init in settings.inits_of(pair.kind)]
+        for init in settings.inits
+        for restart in range(settings.restarts)
+    ]
+
+
+@dataclass(frozen=True)
+class AttackContext:
+    """What all jobs of a run share.
+
+    Attributes:
+        model: Model under attack, with the edit applied.
+        data: Pairs, encoded.
+        settings: Attack settings.
+        budget: Their budget, resolved for the checkpoint.
+        controls: Where attacks from ``control_prompt`` begin.
+        folder: Where results are stored, ``INIT/PAIR.rRESTART.safetensors``.
+        seed: Run seed.
+        edit: Identity of the edit that the model carries.
+    """
+
+    model: TextToImage
+    data: PairsDataModule
+    settings: AttackSettings
+    budget: Budget
+    controls: ControlPrompts
+    folder: Path
+    seed: int
+    edit: str
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What every result depends on; batch size and world size are not part of it."""
+        method = {
+            "lr": self.settings.lr,
+            "noise_batch": self.settings.noise_batch,
+            "keep_first_token": self.settings.keep_first_token,
+            "snapshots": [s for s in self.settings.snapshots if s <= self.budget.steps],
+            "budget": asdict(self.budget),
+        }
+        return {
+            "checkpoint": self.model.fingerprint,
+            "edit": self.edit,
+            "attack": hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:16],
+            "seed": str(self.seed),
+        }
+
+    def key(self, job: Job) -> dict[str, str]:
+        """What the result of a job depends on."""
+        pair = job.pair
+        digest = hashlib.sha256(f"{pair.id}\0{pair.prompt}\0{pair.sha256}\0".encode())
+        for tensor in (self.data.encoded(pair).latent, self.initial(job)):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return {**self.identity, "inputs": digest.hexdigest()[:16]}
+
+    def initial(self, job: Job) -> torch.Tensor:
+        """Embedding (T, D) that a job begins at, fp32 on the CPU."""
+        prompt = self.data.encoded(job.pair).embedding
+        if job.init == "prompt":
+            return prompt
+        if job.init == "random":
+            tokens, width = prompt.shape
+            return random_embedding(self.seed, job.pair.id, job.restart, (tokens, width))
+        return self.controls.pick(self.seed, job.pair.id, job.restart)
+
+    def read(self, job: Job) -> AttackResult | None:
+        """Stored result of a job, None where there is none with the same key.
+
+        Its search may be on its way: ``steps`` says how far it came, and with its state it goes on
+        to the same bits. So runs with and without early stop can use each other's results.
+        """
+        result = Cache(self.folder).read(job.name, self.key(job), RESULT)
+        return None if result is None else replace(result, ids=(job.pair.id,))
+
+    def write(self, job: Job, result: AttackResult) -> None:
+        """Store the result of a job, a single row."""
+        Cache(self.folder).write(job.name, result, self.key(job), RESULT)
+
+    def conditionings(self, job: Job) -> list[Conditioning]:
+        """One conditioning per snapshot of a job's stored result.
+
+        Raises:
+            RuntimeError: There is no result.
+        """
+        result = self.read(job)
+        if result is None:
+            raise RuntimeError(f"the attack {job.name} left no result in {self.folder}")
+        initial, found = self.initial(job), []
+        for k, steps in enumerate(result.snapshots):
+            losses, embedding = result.losses[0, :steps], result.embeddings[0, k]
+            # the point where an attack begins is as good as its prompt
+            dead = steps > 0 and bool(result.no_gradient[0])
+            found.append(
+                Conditioning(
+                    pair=job.pair,
+                    condition=Condition("dori", job.init, replace(self.budget, steps=steps)),
+                    restart=job.restart,
+                    embedding=embedding,
+                    diverged=bool(losses.isnan().any()) and not dead,
+                    no_gradient=dead,
+                    loss_first=float(losses[0]) if steps else None,
+                    loss_last=float(losses[-5:].mean()) if steps else None,
+                    displacement=float((embedding - initial).norm()),
+                    losses=losses,
+                )
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class JobBatch:
+    """Jobs that share forward passes, all at the same step.
+
+    Attributes:
+        jobs: B jobs.
+        latents: Latents of their images (B, C, h, w).
+        initial: Embeddings that they begin at (B, T, D).
+        resume_from: Their results so far; None at the beginning.
+    """
+
+    jobs: tuple[Job, ...]
+    latents: torch.Tensor
+    initial: torch.Tensor
+    resume_from: AttackResult | None
+
+    def to(self, device: torch.device | str) -> JobBatch:
+        """Move the tensors; Lightning calls this, since it cannot rebuild a frozen dataclass."""
+        return replace(self, latents=self.latents.to(device), initial=self.initial.to(device))
+
+
+class JobBatches(IterableDataset[JobBatch]):
+    """Batches of the jobs that the store does not hold as far as they are to go."""
+
+    def __init__(
+        self, context: AttackContext, jobs: Sequence[Job], *, size: int, stop_at: int
+    ) -> None:
+        """Ask the store.
+
+        Args:
+            context: What the jobs share.
+            jobs: Jobs of this process.
+            size: Jobs of a batch, at most.
+            stop_at: Step that they are to come to.
+        """
+        self.context = context
+        by_step: dict[int, list[Job]] = {}
+        for job in jobs:
+            result = context.read(job)
+            if result is None or result.steps < stop_at:
+                step = result.steps if result is not None and result.state is not None else 0
+                by_step.setdefault(step, []).append(job)
+        self.batches = [
+            (step, group[start : start + size])
+            for step, group in by_step.items()
+            for start in range(0, len(group), size)
+        ]
+        self.steps = sum(stop_at - step for step, _ in self.batches)
+
+    def __iter__(self) -> Iterator[JobBatch]:
+        for step, jobs in self.batches:
+            results = [result for job in jobs if step and (result := self.context.read(job))]
+            yield JobBatch(
+                tuple(jobs),
+                torch.stack([self.context.data.encoded(job.pair).latent for job in jobs]),
+                torch.stack([self.context.initial(job) for job in jobs]),
+                concat(results) if results else None,
+            )
+
+
+class EmbeddingAttack(L.LightningModule):
+    """Attack batches of jobs in ``predict``: each process solves its own, nothing is averaged.
+
+    Prediction rather than fitting, because no parameter of a module is trained: DDP would average
+    the embeddings' gradients over processes, which weakens the attack and makes a mitigation look
+    better than it is. Run it with a Trainer that has ``inference_mode=False``.
+    """
+
+    def __init__(
+        self,
+        context: AttackContext,
+        *,
+        stop_at: int | None = None,
+        on_step: Callable[[int], None] | None = None,
+        strict: bool = False,
+    ) -> None:
+        """Prepare the attack.
+
+        Args:
+            context: What the jobs share; its model stays out of this module's state.
+            stop_at: Step to stop at; None takes all of the budget's.
+            on_step: Called after each step of a batch with its number.
+            strict: Raise where an attack has no gradient, instead of marking its result.
+        """
+        super().__init__()
+        self.context, self.stop_at = context, stop_at
+        self.on_step, self.strict = on_step, strict
+
+    def predict_step(self, batch: JobBatch, *_: Any) -> AttackResult:
+        """Solve the jobs of a batch and store each result.
+
+        Raises:
+            BrokenAttackError: ``strict`` is set and an attack has no gradient.
+        """
+        context, ids = self.context, tuple(job.pair.id for job in batch.jobs)
+        limit_cpu_batch(
+            context.model,
+            noise_batch=context.settings.noise_batch,
+            wanted=context.settings.pairs_per_forward,
+            pair_id=ids[0],
+        )
+        restarts = tuple(job.restart for job in batch.jobs)
+        result = solve(
+            context.model,
+            AttackProblem(ids, restarts, batch.latents, batch.initial),
+            budget=context.budget,
+            settings=context.settings,
+            seed=context.seed,
+            resume_from=batch.resume_from,
+            stop_at=self.stop_at,
+            on_step=self.on_step,
+        )
+        if self.strict:
+            refuse_broken(result)
+        for row, job in enumerate(batch.jobs):
+            context.write(job, result.row(row))
+        return result
 
 
 def run_attacks(
-    model: TextToImage,
-    pairs: Sequence[Pair],
+    context: AttackContext,
+    rounds: Sequence[Sequence[Job]],
     *,
-    trainer: L.Trainer,
-    data: PairsDataModule,
-    settings: AttackSettings,
-    budget: Budget,
-    controls: ControlPrompts,
-    folder: Path,
-    seed: int,
-    edit: str,
+    trainer: L.Trainer | None = None,
+    strict: bool = False,
     on_round: Callable[[Sequence[Conditioning]], None] | None = None,
     reproduced: Callable[[Sequence[Conditioning]], Collection[str]] | None = None,
 ) -> list[Conditioning]:
-    """Attack pairs, reusing what ``folder`` holds.
+    """Attack every job, reusing what is stored.
 
-    With ``reproduced``, an attack goes from one snapshot to the next, and pairs that came back
-    are left out of what follows: the rest is put together anew, so that passes stay full and
-    processes share it evenly. A pair's steps, and so its embeddings, are the same as without.
+    With ``reproduced``, a round goes from one snapshot to the next, and pairs that came back are
+    left out of what follows: the others are cut into batches anew, so that these stay full and
+    processes share them evenly. A pair's steps, and so its embeddings, are the same as without.
 
     Args:
-        model: Model under attack, with the edit applied.
-        pairs: Whom to attack.
-        trainer: Runs the prediction; its processes share the pairs.
-        data: Encoded pairs, a superset of ``pairs``.
-        settings: Attack settings.
-        budget: Resolved budget.
-        controls: Where ``control_prompt`` starts from.
-        folder: Ledger folder.
-        seed: Run seed.
-        edit: Identity of the edit.
-        on_round: Called with the triggers from one initial point and restart, once all are there.
-        reproduced: Names the pairs that the triggers of one snapshot bring back, the same on every
-            process; their attacks stop there. None stops none.
+        context: What the jobs share.
+        rounds: Jobs that may share batches (``attack_rounds``), round by round.
+        trainer: Runs the prediction; its processes share the jobs of a round. None attacks in this
+            process.
+        strict: Raise where an attack has no gradient, instead of marking its result.
+        on_round: Called with the conditionings of a round, once all are there.
+        reproduced: Ids of the pairs that the conditionings of one snapshot bring back, the same on
+            every process; their attacks stop there. Needs rounds in which no pair is twice. None
+            stops none.
 
     Returns:
-        One trigger per pair, init, restart and snapshot, the same on every process. After its
-        attack was stopped, a pair's triggers are the one that brought it back.
+        One conditioning per job and snapshot, the same on every process. After its attack was
+        stopped, those of a pair are the one that brought it back.
 
     Raises:
-        InputError: Not even one pair fits the memory.
+        InputError: Not even one pair fits into memory.
+        BrokenAttackError: ``strict`` is set and an attack has no gradient.
     """
-    distributed.start(trainer)
-    store = AttackStore(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
-    triggers: list[Conditioning] = []
-    for init in settings.inits:
-        chosen = [p for p in pairs if init in settings.inits_of(p.kind)]
-        for restart in range(settings.restarts):
-            title = f"attack from {init}" + (
-                f", restart {restart}" if settings.restarts > 1 else ""
+    if trainer is not None:
+        distributed.start(trainer)
+    rounds = [jobs for jobs in rounds if jobs]
+    if not rounds:
+        return []
+    budget, settings = context.budget, context.settings
+    size = estimate_batch_size(
+        context.model,
+        noise_batch=settings.noise_batch,
+        wanted=settings.pairs_per_forward,
+        pair_id=rounds[0][0].pair.id,
+    )
+    attack = partial(_attack, context, size=size, trainer=trainer, strict=strict)
+    found: list[Conditioning] = []
+    for jobs in rounds:
+        if reproduced is None:
+            attack(jobs, range(budget.steps))
+            new = [one for job in jobs for one in context.conditionings(job)]
+        else:
+            ends = evaluation_steps(settings.snapshots, budget.steps)
+            new = stop_at_success(
+                attack, context.conditionings, jobs, ends=ends, reproduced=reproduced
             )
-            module = EmbeddingAttack(
-                model,
-                settings=settings,
-                budget=budget,
-                init=init,
-                restart=restart,
-                controls=controls,
-                store=store,
-                seed=seed,
-            )
-            attack = partial(_attack, module, trainer=trainer, data=data, title=title)
-            read = partial(read_triggers, module, data, budget=budget)
-            if reproduced is None:
-                attack(chosen, range(budget.steps))
-                found = [t for pair in chosen for t in read(pair)]
-            else:
-                ends = evaluation_steps(settings.snapshots, budget.steps)
-                found = stop_at_success(attack, read, chosen, ends=ends, reproduced=reproduced)
-            if on_round is not None and found:
-                on_round(found)
-            triggers += found
-    return triggers
+        if on_round is not None:
+            on_round(new)
+        found += new
+    return found
 
 
 def _attack(
-    module: EmbeddingAttack,
-    pairs: Sequence[Pair],
+    context: AttackContext,
+    jobs: Sequence[Job],
     steps: range,
     *,
-    trainer: L.Trainer,
-    data: PairsDataModule,
-    title: str,
+    size: int,
+    trainer: L.Trainer | None,
+    strict: bool,
 ) -> None:
-    """Attack pairs up to the end of ``steps``; all of it is in the store when this returns."""
-    own = len(pairs[trainer.global_rank :: trainer.world_size])
-    batches = -(-own // data.pairs_per_batch)
-    if len(steps) < module.budget.steps:
+    """Take jobs to the end of ``steps``; all results are in the store when this returns."""
+    if not jobs:
+        return
+    title = "attack"
+    if len({(job.init, job.restart) for job in jobs}) == 1:
+        title += f" from {jobs[0].init}"
+        if context.settings.restarts > 1:
+            title += f", restart {jobs[0].restart}"
+    if len(steps) < context.budget.steps:
         title += f", steps {steps.start} to {steps.stop}"
-    with progress_bar(title, batches * len(steps), visible=trainer.is_global_zero) as advance:
-        module.stop_at, module.on_step = steps.stop, _one_at_a_time(advance)
-        if pairs:
-            trainer.predict(module, datamodule=data.subset(pairs), return_predictions=False)
-            distributed.barrier()  # the others' results are read next
-
-
-def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
-    """Step callback that advances a stage by one step, whatever the step's number."""
-    return lambda _: advance(1)
-
-
-def read_triggers(
-    module: EmbeddingAttack, data: PairsDataModule, pair: Pair, budget: Budget
-) -> list[Conditioning]:
-    """One trigger per snapshot of a pair's stored attack, as far as it came."""
-    init, restart = module.init_point, module.restart
-    initial, inputs = module.begin(pair, data.encoded(pair))
-    result = module.store.read(pair.id, init, restart, inputs)
-    if result is None:
-        raise RuntimeError(
-            f"the attack on {pair.id} from {init} left no result in {module.store.folder}"
+    own = jobs[distributed.rank() :: distributed.world_size()]
+    batches = JobBatches(context, own, size=size, stop_at=steps.stop)
+    with progress_bar(title, batches.steps) as advance:
+        module = EmbeddingAttack(
+            context, stop_at=steps.stop, on_step=lambda _: advance(1), strict=strict
         )
-    triggers = []
-    for k, steps in enumerate(result.snapshots):
-        spent = result.losses[0, :steps]
-        embedding = result.embeddings[0, k]
-        # the point where an attack begins is as good as its prompt
-        dead = steps > 0 and bool(result.no_gradient[0])
-        triggers.append(
-            Conditioning(
-                pair=pair,
-                condition=Condition("dori", init, replace(budget, steps=steps)),
-                restart=restart,
-                embedding=embedding,
-                diverged=bool(spent.isnan().any()) and not dead,
-                no_gradient=dead,
-                loss_first=float(spent[0]) if steps else None,
-                loss_last=float(spent[-5:].mean()) if steps else None,
-                displacement=float((embedding - initial).norm()),
-                losses=spent,
-            )
-        )
-    return triggers
+        if trainer is None:
+            for batch in batches:
+                module.predict_step(batch)
+        else:
+            data = context.data.serve(batches)
+            trainer.predict(module, datamodule=data, return_predictions=False)
+        distributed.barrier()  # the others' results are read next
 
 
-# -------- restarts
-# Attack few pairs many times, with attacks of one pair side by side in a forward pass.
-
-
-def attack_restarts(
-    model: TextToImage,
-    pairs: Sequence[Pair],
+def stop_at_success(
+    attack: Callable[[Sequence[Job], range], None],
+    read: Callable[[Job], Sequence[Conditioning]],
+    jobs: Sequence[Job],
     *,
-    data: PairsDataModule,
-    settings: AttackSettings,
-    budget: Budget,
-    controls: ControlPrompts,
-    folder: Path,
-    seed: int,
-    edit: str,
+    ends: Sequence[int],
+    reproduced: Callable[[Sequence[Conditioning]], Collection[str]],
 ) -> list[Conditioning]:
-    """Attack pairs in this process, reusing what ``folder`` holds.
+    """Attack from snapshot to snapshot, and stop where a pair came back.
 
-    The same attacks as ``campaign.attack_pairs`` makes, in the same store. There a forward pass
-    holds different pairs at one restart, here also one pair at many.
+    The jobs that are left share batches anew after each snapshot. Each has its own draws and its
+    own Adam state, so it takes the steps that it would have taken beside those that were stopped.
 
     Args:
-        model: Model under attack, with the edit applied.
-        pairs: Whom to attack.
-        data: Encoded pairs.
-        settings: Attack settings; ``restarts`` attacks from each start.
-        budget: Resolved budget.
-        controls: Where ``control_prompt`` starts from.
-        folder: Ledger folder.
-        seed: Run seed.
-        edit: Identity of the edit.
+        attack: Takes jobs through steps.
+        read: Conditionings of a job so far, one for each snapshot.
+        jobs: Jobs of different pairs.
+        ends: Steps to evaluate at, rising; the last one is the budget.
+        reproduced: Ids of the pairs that conditionings bring back.
 
     Returns:
-        One trigger per init, restart, pair and snapshot.
-
-    Raises:
-        BrokenAttackError: The attack has no gradient.
+        One conditioning per job and end; after a pair came back, the one that brought it back.
     """
-    store = AttackStore(folder, attack_identity(model, settings, budget, seed=seed, edit=edit))
-    jobs = [
-        (
-            EmbeddingAttack(
-                model,
-                settings=settings,
-                budget=budget,
-                init=init,
-                restart=restart,
-                controls=controls,
-                store=store,
-                seed=seed,
-            ),
-            pair,
-        )
-        for init in settings.inits
-        for restart in range(settings.restarts)
-        for pair in pairs
-        if init in settings.inits_of(pair.kind)
-    ]
-    missing = [job for job in jobs if not _is_done(*job, data)]
-    width = 1
-    if missing:
-        width = estimate_batch_size(
-            model,
-            noise_batch=settings.noise_batch,
-            wanted=settings.pairs_per_forward,
-            pair_id=missing[0][1].id,
-        )
-    batches = [missing[start : start + width] for start in range(0, len(missing), width)]
-    with progress_bar("attack", len(batches) * budget.steps) as advance:
-        for batch in batches:
-            _solve(batch, data, on_step=lambda _: advance(1))
-    return [
-        trigger for module, pair in jobs for trigger in read_triggers(module, data, pair, budget)
-    ]
+    found: dict[str, list[Conditioning]] = {job.pair.id: [] for job in jobs}
+    left, begin = list(jobs), 0
+    for end in ends:
+        attack(left, range(begin, end))
+        new = {
+            job.pair.id: next(c for c in read(job) if c.condition.budget.steps == end)
+            for job in left
+        }
+        for pair_id, conditionings in found.items():
+            conditionings.append(new.get(pair_id) or _stopped(conditionings[-1], end))
+        back = reproduced([*new.values()]) if new else ()
+        left, begin = [job for job in left if job.pair.id not in back], end
+    return [one for conditionings in found.values() for one in conditionings]
 
 
-def _is_done(module: EmbeddingAttack, pair: Pair, data: PairsDataModule) -> bool:
-    _, inputs = module.begin(pair, data.encoded(pair))
-    return module.reached(module.stored(pair.id, inputs))
-
-
-def _solve(
-    batch: Sequence[tuple[EmbeddingAttack, Pair]],
-    data: PairsDataModule,
-    *,
-    on_step: Callable[[int], None],
-) -> None:
-    """Solve a batch in shared passes and keep each row by itself."""
-    first = batch[0][0]
-    begun = [module.begin(pair, data.encoded(pair)) for module, pair in batch]
-    problem = AttackProblem(
-        ids=tuple(pair.id for _, pair in batch),
-        restart=first.restart,
-        latents=torch.stack([data.encoded(pair).latent for _, pair in batch]),
-        initial=torch.stack([initial for initial, _ in begun]),
-        restarts=tuple(module.restart for module, _ in batch),
-    )
-    result = first.search(problem, on_step=on_step)
-    refuse_broken(result)
-    for row, ((module, pair), (_, inputs)) in enumerate(zip(batch, begun, strict=True)):
-        own = slice(row, row + 1)
-        module.store.write(
-            replace(
-                result,
-                ids=(pair.id,),
-                restart=module.restart,
-                embeddings=result.embeddings[own],
-                losses=result.losses[own],
-                diverged=result.diverged[own],
-                no_gradient=result.no_gradient[own],
-            ),
-            module.init_point,
-            {pair.id: inputs},
-        )
+def _stopped(last: Conditioning, steps: int) -> Conditioning:
+    """What stands for a later budget where the attack was stopped."""
+    budget = replace(last.condition.budget, steps=steps)
+    condition = replace(last.condition, budget=budget)
+    return replace(last, condition=condition, stopped_at=last.spent)

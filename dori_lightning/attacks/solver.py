@@ -1,4 +1,7 @@
-"""Search the text embedding that makes a frozen model predict the noise of one picture.
+"""Search the text embedding that makes a frozen model predict the noise of one image.
+
+Every draw of noise depends on seed, pair, restart and step alone. So a result does not depend on
+who else is in the batch, on the number of processes or on a resume.
 
 Reference: Finding DoRI (2507.16880), section "adversarial text embeddings": Adam, learning rate
 0.1, 50 steps, a batch of 8 noise samples and timesteps drawn anew at every step.
@@ -8,11 +11,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 
-from dori_lightning.attacks.budget import evaluation_steps, project
+from dori_lightning.attacks.budget import AttackSettings, evaluation_steps, project
 from dori_lightning.models.memory import ATTACK, pairs_at_once
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
@@ -20,70 +23,36 @@ from dori_lightning.runtime.batching import OomBackoff, map_batches
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget
 
-# -------- draws
-# Random draws that depend on names, not on the order of consumption.
-#
-# Every draw comes from its own CPU generator, seeded with a hash of what it is for. So an attack's
-# result does not depend on who else is in the batch, on the number of processes or on a resume.
+log = logging.getLogger(__name__)
 
-
-def noise_and_timesteps(
-    seed: int, pair_id: str, restart: int, step: int, *, shape: tuple[int, ...], timesteps: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise and timesteps of one attack step for one pair; independent for each of the B elements.
-
-    Args:
-        seed: Run seed.
-        pair_id: Which pair.
-        restart: Which restart.
-        step: Attack step, from 0.
-        shape: (B, C, h, w).
-        timesteps: T; timesteps are uniform on 0..T-1.
-
-    Returns:
-        Standard normal noise (B, C, h, w) and timesteps (B,).
-    """
-    generator = keyed_generator("attack", seed, pair_id, restart, step)
-    noise = torch.randn(shape, generator=generator)
-    return noise, torch.randint(0, timesteps, shape[:1], generator=generator)
-
-
-def random_embedding(
-    seed: int, pair_id: str, restart: int, shape: tuple[int, int]
-) -> torch.Tensor:
-    """Standard normal embedding (T, D): the ``random`` initial point.
-
-    Reference: Finding DoRI (2507.16880), section on initialisation.
-    """
-    return torch.randn(shape, generator=keyed_generator("init", seed, pair_id, restart))
-
-
-# -------- results
-# What a search of embeddings is asked, what it found, and where it stands.
+_MEMORY = OomBackoff(
+    ATTACK,
+    "pair",
+    "checkpoint.precision=bf16, or a device with more memory; a pair's noise samples "
+    "(attack.noise_batch) are part of the method and are never cut",
+)
 
 
 @dataclass(frozen=True)
 class AttackProblem:
-    """N independent searches that share forward passes and nothing else.
+    """N independent searches that share batches and nothing else.
 
     Attributes:
         ids: Pair ids, length N.
-        restart: Which restart the rows are.
-        latents: Latents of the pictures to reproduce (N, C, h, w).
+        restarts: Which restart each row is, length N.
+        latents: Latents of the images to reproduce (N, C, h, w).
         initial: Initial embeddings (N, T, D).
-        restarts: Each row's own restart, length N; None where all rows are ``restart``.
     """
 
     ids: tuple[str, ...]
-    restart: int
+    restarts: tuple[int, ...]
     latents: torch.Tensor
     initial: torch.Tensor
-    restarts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """Where N searches stand between two steps, fp32 on the CPU unless said otherwise.
+    """State of N searches between two steps, fp32 on the CPU unless said otherwise.
 
     Attributes:
         delta: Offsets from the initial embeddings (N, T, D); a sum would lose last bits.
@@ -100,13 +69,12 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What the searches found.
+    """Embeddings and losses of N searches, finished or on their way.
 
     Attributes:
         ids: Pair ids, length N.
-        restart: Which restart.
         embeddings: Embeddings after each snapshot, (N, S, T, D), fp32 on the CPU.
-        snapshots: Steps after which embeddings were kept, length S; 0 is the initial point.
+        snapshots: Steps of these embeddings, length S; 0 is the initial point.
         losses: Attack loss at each step taken (N, steps), before the step's update; NaN after
             divergence.
         diverged: Whether the loss or gradient stopped being finite (N,); such a row keeps its
@@ -117,7 +85,6 @@ class AttackResult:
     """
 
     ids: tuple[str, ...]
-    restart: int
     embeddings: torch.Tensor
     snapshots: tuple[int, ...]
     losses: torch.Tensor
@@ -130,116 +97,37 @@ class AttackResult:
         """Steps taken so far."""
         return int(self.losses.shape[1])
 
+    def row(self, index: int) -> AttackResult:
+        """One search of them."""
+        own, state = slice(index, index + 1), self.state
+        return AttackResult(
+            ids=self.ids[own],
+            embeddings=self.embeddings[own],
+            snapshots=self.snapshots,
+            losses=self.losses[own],
+            diverged=self.diverged[own],
+            no_gradient=self.no_gradient[own],
+            state=state and OptimizerState(**{k: v[own] for k, v in vars(state).items()}),
+        )
 
-def joined(results: Sequence[AttackResult]) -> AttackResult:
-    """Put the rows of searches side by side that took the same steps and can all go on."""
+
+def concat(results: Sequence[AttackResult]) -> AttackResult:
+    """Rows of searches that took the same steps and can all go on."""
     states = [result.state for result in results if result.state is not None]
-    state = OptimizerState(
-        **{
-            field.name: torch.cat([getattr(held, field.name) for held in states])
-            for field in fields(OptimizerState)
-        }
-    )
-    return replace(
-        results[0],
+    return AttackResult(
         ids=tuple(name for result in results for name in result.ids),
         embeddings=torch.cat([result.embeddings for result in results]),
+        snapshots=results[0].snapshots,
         losses=torch.cat([result.losses for result in results]),
         diverged=torch.cat([result.diverged for result in results]),
         no_gradient=torch.cat([result.no_gradient for result in results]),
-        state=state,
+        state=OptimizerState(
+            **{
+                field.name: torch.cat([getattr(state, field.name) for state in states])
+                for field in fields(OptimizerState)
+            }
+        ),
     )
-
-
-# -------- row_adam
-# Adam for rows that share tensors and nothing else.
-
-
-class RowAdam:
-    """Adam (Kingma & Ba, 2015) in which every row has its own step count and can stand still.
-
-    Elementwise the same arithmetic as ``torch.optim.Adam``; rows that are masked out keep value
-    and state.
-    """
-
-    def __init__(
-        self,
-        rows: torch.Tensor,
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        self.lr, self.betas, self.eps = lr, betas, eps
-        self.mean, self.square = torch.zeros_like(rows), torch.zeros_like(rows)
-        # float64: 1 - 0.999 loses four digits in float32
-        self.count = torch.zeros(
-            len(rows), *([1] * (rows.dim() - 1)), device=rows.device, dtype=torch.float64
-        )
-
-    def state(self, delta: torch.Tensor) -> OptimizerState:
-        """Where the rows stand, so that they can go on later; on the CPU.
-
-        Args:
-            delta: Their current values (N, T, D).
-        """
-        return OptimizerState(
-            delta.cpu(), self.mean.cpu(), self.square.cpu(), self.count.flatten().cpu()
-        )
-
-    def restore(self, state: OptimizerState) -> None:
-        """Go on from a state of as many rows."""
-        device, shape = self.count.device, self.count.shape
-        self.mean, self.square = state.mean.to(device), state.square.to(device)
-        self.count = state.count.view(shape).to(device)
-
-    def step(
-        self, rows: torch.Tensor, gradient: torch.Tensor, active: torch.Tensor
-    ) -> torch.Tensor:
-        """Return updated rows; ``active`` (N,) says which rows move.
-
-        Args:
-            rows: Current values (N, ...).
-            gradient: Their gradient (N, ...), finite where active.
-            active: Boolean mask (N,).
-        """
-        mask = active.view(-1, *([1] * (rows.dim() - 1)))
-        gradient = torch.where(mask, gradient, 0.0)
-        first, second = self.betas
-        self.count = self.count + mask
-        self.mean = torch.where(mask, self.mean * first + gradient * (1 - first), self.mean)
-        self.square = torch.where(
-            mask, self.square * second + gradient * gradient * (1 - second), self.square
-        )
-        count = self.count.clamp_min(1)
-        scale = self.square.sqrt() / (1 - second**count).sqrt().to(rows.dtype) + self.eps
-        update = (self.lr / (1 - first**count)).to(rows.dtype) * self.mean / scale
-        return torch.where(mask, rows - update, rows)
-
-
-# -------- solver
-
-log = logging.getLogger(__name__)
-
-_MEMORY = OomBackoff(
-    ATTACK,
-    "pair",
-    "checkpoint.precision=bf16, or a device with more memory; a pair's noise samples "
-    "(attack.noise_batch) are part of the method and are never cut",
-)
-
-_DEAF = (
-    "the text embedding does not reach the loss, so the attack could never succeed and its "
-    "failure would look like a perfect defence"
-)
-_BROKEN = (
-    "the checkpoint or its precision is broken: try checkpoint.precision=fp32, or bf16 instead of "
-    "fp16"
-)
-
-
-class BrokenAttackError(RuntimeError):
-    """The attack has no gradient to follow, so its failure would say nothing about the model."""
 
 
 def solve(
@@ -247,56 +135,51 @@ def solve(
     problem: AttackProblem,
     *,
     budget: Budget,
-    lr: float = 0.1,
-    noise_batch: int = 8,
+    settings: AttackSettings | None = None,
     seed: int = 0,
-    snapshots: Sequence[int] = (),
-    keep_first_token: bool = False,
     resume_from: AttackResult | None = None,
     stop_at: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> AttackResult:
-    """Solve N embedding searches in shared forward passes.
+    """Solve N embedding searches in shared batches.
 
     The loss is the mean over the noise batch, summed over pairs, so that a pair's gradient is the
-    same in any company: bit for bit on the CPU, where each pair has its own pass, up to kernel
+    same in any company: bit for bit on the CPU, where all batches have one shape, up to kernel
     rounding elsewhere. The model's weights take no gradient and are not touched.
 
     A row whose loss or gradient is not finite, or whose first gradient is exactly zero, stands
     still from there on and is marked: its search says nothing about the model. Where no row is
     left after the first step, the search ends there.
 
-    A search can be taken in stretches, with other rows beside it in each: draws depend on pair,
-    restart and step alone, so the rows get the bits that one stretch would have given them.
+    The optimization may be split into segments with different rows in each (``stop_at``,
+    ``resume_from``): results are identical.
 
     Args:
         model: Model under attack.
-        problem: Pictures and initial embeddings.
-        budget: Steps and ball.
-        lr: Adam's learning rate, in CLIP units per step.
-        noise_batch: B, noise samples and timesteps per pair and step.
+        problem: Images and initial embeddings.
+        budget: Steps and radius.
+        settings: Learning rate, noise samples, snapshots and whether the first token is kept; None
+            for the paper's.
         seed: Run seed for the draws.
-        snapshots: Steps after which to keep the embedding besides the last one; those beyond the
-            budget are dropped.
-        keep_first_token: Leave the first (start) token as it is, as Wen et al. (2024) do.
-        resume_from: What the same rows found up to some step, with their state; None begins at 0.
+        resume_from: Result of the same rows up to some step, with their state; None begins at 0.
         stop_at: Step to stop at; None takes all of the budget's.
         on_step: Called after each step with its number.
 
     Raises:
-        InputError: Not even one pair fits the memory.
+        InputError: Not even one pair fits into memory.
         Interrupted: The run was told to leave.
     """
+    settings = settings or AttackSettings()
     end = budget.steps if stop_at is None else stop_at
-    wanted = tuple(s for s in evaluation_steps(snapshots, budget.steps) if s <= end)
+    snapshots = tuple(s for s in evaluation_steps(settings.snapshots, budget.steps) if s <= end)
     initial = problem.initial.to(model.device, torch.float32)
     latents = problem.latents.to(model.device, torch.float32)
-    rows, batch = len(problem.ids), noise_batch
+    rows, noises = len(problem.ids), settings.noise_batch
     delta = torch.zeros_like(initial)
-    optimizer = RowAdam(delta, lr=lr)
+    optimizer = RowAdam(delta, lr=settings.lr)
     active = torch.ones(rows, dtype=torch.bool, device=model.device)
     dead = ~active
-    steps, losses, kept = range(end), list[torch.Tensor](), list[torch.Tensor]()
+    steps, losses, embeddings = range(end), list[torch.Tensor](), list[torch.Tensor]()
     if resume_from is not None and resume_from.state is not None:
         delta = resume_from.state.delta.to(model.device)
         optimizer.restore(resume_from.state)
@@ -304,34 +187,27 @@ def solve(
         active = ~(dead | resume_from.diverged.to(model.device))
         steps = range(resume_from.steps, end) if bool(active.any()) else range(0)
         losses = [*resume_from.losses.to(model.device).unbind(1)]
-        kept = [*resume_from.embeddings.unbind(1)]
-    elif 0 in wanted:
-        kept = [initial.cpu()]
+        embeddings = [*resume_from.embeddings.unbind(1)]
+    elif 0 in snapshots:
+        embeddings = [initial.cpu()]
     token_mask = torch.ones(initial.shape[1], 1, device=model.device)
-    if keep_first_token:
+    if settings.keep_first_token:
         token_mask[0] = 0.0
-    shape = (batch, *latents.shape[1:])
-    restarts = problem.restarts or (problem.restart,) * rows
-    repeated = latents.repeat_interleave(batch, 0)
+    shape = (noises, *latents.shape[1:])
+    repeated = latents.repeat_interleave(noises, 0)
     with model.frozen(), torch.enable_grad():
         for step in steps:
             distributed.check()
             draws = [
                 noise_and_timesteps(
-                    seed,
-                    name,
-                    restart,
-                    step,
-                    shape=shape,
-                    timesteps=model.num_train_timesteps,
+                    seed, name, restart, step, shape=shape, timesteps=model.num_train_timesteps
                 )
-                for name, restart in zip(problem.ids, restarts, strict=True)
+                for name, restart in zip(problem.ids, problem.restarts, strict=True)
             ]
             noise = torch.cat([d[0] for d in draws]).to(model.device)
             timesteps = torch.cat([d[1] for d in draws]).to(model.device)
-            point = initial + delta
             loss, gradient = _loss_and_gradient(
-                model, problem.ids, point, repeated, noise, timesteps
+                model, problem.ids, initial + delta, repeated, noise, timesteps
             )
             gradient = gradient * token_mask
             with torch.no_grad():
@@ -342,8 +218,8 @@ def solve(
                 active = active & finite
                 losses.append(torch.where(active, loss, torch.nan))
                 delta = project(optimizer.step(delta, gradient, active), budget)
-            if step + 1 in wanted:
-                kept.append((initial + delta).cpu())
+            if step + 1 in snapshots:
+                embeddings.append((initial + delta).cpu())
             none_left = step == 0 and not bool(active.any())
             if on_step is not None:
                 on_step(step + 1)
@@ -353,17 +229,16 @@ def solve(
     stacked = torch.full((rows, end), torch.nan)
     if losses:
         stacked[:, : len(losses)] = torch.stack(losses, 1).cpu()
-    kept += [(initial + delta).cpu()] * (len(wanted) - len(kept))
+    embeddings += [(initial + delta).cpu()] * (len(snapshots) - len(embeddings))
     no_gradient = dead.cpu()
     return AttackResult(
-        problem.ids,
-        problem.restart,
-        torch.stack(kept, 1),
-        wanted,
-        stacked,
-        ~active.cpu() & ~no_gradient,
-        no_gradient,
-        None if end == budget.steps else optimizer.state(delta),
+        ids=problem.ids,
+        embeddings=torch.stack(embeddings, 1),
+        snapshots=snapshots,
+        losses=stacked,
+        diverged=~active.cpu() & ~no_gradient,
+        no_gradient=no_gradient,
+        state=None if end == budget.steps else optimizer.state(delta),
     )
 
 
@@ -407,23 +282,131 @@ def _loss_and_gradient(
     return torch.stack([loss for loss, _ in found]), torch.stack([grad for _, grad in found])
 
 
+def noise_and_timesteps(
+    seed: int, pair_id: str, restart: int, step: int, *, shape: tuple[int, ...], timesteps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise and timesteps of one attack step for one pair; independent for each of the B elements.
+
+    Args:
+        seed: Run seed.
+        pair_id: Which pair.
+        restart: Which restart.
+        step: Attack step, from 0.
+        shape: (B, C, h, w).
+        timesteps: T; timesteps are uniform on 0..T-1.
+
+    Returns:
+        Standard normal noise (B, C, h, w) and timesteps (B,).
+    """
+    generator = keyed_generator("attack", seed, pair_id, restart, step)
+    noise = torch.randn(shape, generator=generator)
+    return noise, torch.randint(0, timesteps, shape[:1], generator=generator)
+
+
+def random_embedding(
+    seed: int, pair_id: str, restart: int, shape: tuple[int, int]
+) -> torch.Tensor:
+    """Standard normal embedding (T, D): the ``random`` initial point.
+
+    Reference: Finding DoRI (2507.16880), section on initialisation.
+    """
+    return torch.randn(shape, generator=keyed_generator("init", seed, pair_id, restart))
+
+
+class RowAdam:
+    """Adam (Kingma & Ba, 2015) with independent state, step count and mask for each row.
+
+    Elementwise the same arithmetic as ``torch.optim.Adam``; rows that are masked out keep value
+    and state.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.mean, self.square = torch.zeros_like(rows), torch.zeros_like(rows)
+        # float64: 1 - 0.999 loses four digits in float32
+        self.count = torch.zeros(
+            len(rows), *([1] * (rows.dim() - 1)), device=rows.device, dtype=torch.float64
+        )
+
+    def state(self, delta: torch.Tensor) -> OptimizerState:
+        """State of the rows, on the CPU, from which they can go on later.
+
+        Args:
+            delta: Their current values (N, T, D).
+        """
+        return OptimizerState(
+            delta.cpu(), self.mean.cpu(), self.square.cpu(), self.count.flatten().cpu()
+        )
+
+    def restore(self, state: OptimizerState) -> None:
+        """Go on from the state of as many rows."""
+        device, shape = self.count.device, self.count.shape
+        self.mean, self.square = state.mean.to(device), state.square.to(device)
+        self.count = state.count.view(shape).to(device)
+
+    def step(
+        self, rows: torch.Tensor, gradient: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        """Return updated rows; ``active`` (N,) says which rows move.
+
+        Args:
+            rows: Current values (N, ...).
+            gradient: Their gradient (N, ...), finite where active.
+            active: Boolean mask (N,).
+        """
+        mask = active.view(-1, *([1] * (rows.dim() - 1)))
+        gradient = torch.where(mask, gradient, 0.0)
+        first, second = self.betas
+        self.count = self.count + mask
+        self.mean = torch.where(mask, self.mean * first + gradient * (1 - first), self.mean)
+        self.square = torch.where(
+            mask, self.square * second + gradient * gradient * (1 - second), self.square
+        )
+        count = self.count.clamp_min(1)
+        scale = self.square.sqrt() / (1 - second**count).sqrt().to(rows.dtype) + self.eps
+        update = (self.lr / (1 - first**count)).to(rows.dtype) * self.mean / scale
+        return torch.where(mask, rows - update, rows)
+
+
+_NO_GRADIENT = (
+    "the text embedding does not reach the loss, so the attack could never succeed and its "
+    "failure would look like a perfect defence"
+)
+_NOT_FINITE = (
+    "the checkpoint or its precision is broken: try checkpoint.precision=fp32, or bf16 instead of "
+    "fp16"
+)
+
+
+class BrokenAttackError(RuntimeError):
+    """The attack has no gradient to follow, so its failure would say nothing about the model."""
+
+
 def refuse_broken(result: AttackResult) -> None:
     """Refuse a search whose failure would be taken for a robust model by whoever trains on it.
 
     Raises:
         BrokenAttackError: Some row has no gradient, or none was finite from the first step on.
     """
-    dead = [name for name, no in zip(result.ids, result.no_gradient.tolist(), strict=True) if no]
-    if dead:
-        raise BrokenAttackError(
-            f"the attack's first gradient is exactly zero for {', '.join(dead)}: {_DEAF}"
-        )
-    steps = result.losses.shape[1]
-    if steps and len(result.ids) and bool(result.losses.isnan()[:, 0].all()):
+    if bool(result.no_gradient.any()):
+        raise BrokenAttackError(_no_gradient(result.ids, result.no_gradient))
+    if result.losses.numel() and bool(result.losses.isnan()[:, 0].all()):
         raise BrokenAttackError(
             f"the attack's first gradient is not finite for any of {', '.join(result.ids)}; "
-            f"{_BROKEN}"
+            f"{_NOT_FINITE}"
         )
+
+
+def _no_gradient(ids: Sequence[str], dead: torch.Tensor) -> str:
+    names = [name for name, is_dead in zip(ids, dead.tolist(), strict=True) if is_dead]
+    return f"the attack's first gradient is exactly zero for {', '.join(names)}: {_NO_GRADIENT}"
 
 
 def _why_none(
@@ -431,10 +414,9 @@ def _why_none(
 ) -> str:
     """Why no row can go on after the first step."""
     if bool(dead.any()):
-        deaf = [name for name, no in zip(ids, dead.tolist(), strict=True) if no]
-        return f"the attack's first gradient is exactly zero for {', '.join(deaf)}: {_DEAF}"
+        return _no_gradient(ids, dead)
     dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
     return (
         f"the attack's first gradient is not finite for any of {', '.join(ids)} (weights in "
-        f"{dtype}, timesteps {int(timesteps.min())} to {int(timesteps.max())}); {_BROKEN}"
+        f"{dtype}, timesteps {int(timesteps.min())} to {int(timesteps.max())}); {_NOT_FINITE}"
     )

@@ -17,7 +17,6 @@ from dori_lightning.metrics.utility import UtilitySettings
 from dori_lightning.mitigations.base import Context, EditResult, Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.generation import baseline_cache_key
-from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import Corpus
@@ -158,10 +157,7 @@ def build_context(
         cut_off=model.cut_off,
     )
     audited = [replace(pair, truncated=pair.id in cut) for pair in audited]
-    width = estimate_batch_size(
-        model, noise_batch=attack.noise_batch, wanted=attack.pairs_per_forward
-    )
-    data = PairsDataModule(audited, model, pairs_per_batch=width, cache=cache / "encoded")
+    data = PairsDataModule(audited, model, cache=cache / "encoded")
     controls = control_prompts(audited, data)
     return AuditContext(
         folder=folder,

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import torch
 
-from dori_lightning.attacks.embedding_attack import Conditioning, run_attacks
+from dori_lightning.attacks.embedding_attack import (
+    AttackContext,
+    Conditioning,
+    attack_rounds,
+    run_attacks,
+)
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.metrics.calibration import calibrate_measures
 from dori_lightning.metrics.replication import cells as cells_of
@@ -89,16 +94,18 @@ def attack_and_generate(
         )
     with edit.applied(context.model):
         attacked = run_attacks(
-            context.model,
-            context.pairs,
+            AttackContext(
+                model=context.model,
+                data=context.data,
+                settings=context.attack,
+                budget=context.budget,
+                controls=context.control_prompts,
+                folder=context.folder / "attacks",
+                seed=context.seed,
+                edit=edit.identity,
+            ),
+            attack_rounds(context.attack, context.pairs),
             trainer=context.trainer,
-            data=context.data,
-            settings=context.attack,
-            budget=context.budget,
-            controls=context.control_prompts,
-            folder=context.folder / "attacks",
-            seed=context.seed,
-            edit=edit.identity,
             on_round=on_round,
             reproduced=partial(reproduced_pairs, context, calibration, edit.identity)
             if calibration
@@ -171,7 +178,7 @@ def generate(
         for c in conditionings[trainer.global_rank :: trainer.world_size]
     ]
     total = len(requests) * sampling.images_per_pair
-    with progress_bar(title, total, visible=trainer.is_global_zero) as advance:
+    with progress_bar(title, total) as advance:
         generate_images(context.model, requests, sampling, edit=edit, advance=advance)
 
 

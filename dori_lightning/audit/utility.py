@@ -38,7 +38,7 @@ from dori_lightning.metrics.utility import (
 )
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.models.generation import (
-    CPU_PICTURES,
+    CPU_IMAGES,
     GenerationRequest,
     generate_images,
     image_seeds,
@@ -280,7 +280,7 @@ def denoising_losses(model: TextToImage, examples: LossExamples, *, batch: int) 
     Args:
         model: Carries the edit, or none.
         examples: N examples with R draws each.
-        batch: Rows of a forward pass on a GPU. On the CPU a pass has ``CPU_PICTURES`` rows, so
+        batch: Rows of a forward pass on a GPU. On the CPU a pass has ``CPU_IMAGES`` rows, so
             that a model without an edit gives the same bits again.
 
     Returns:
@@ -288,7 +288,7 @@ def denoising_losses(model: TextToImage, examples: LossExamples, *, batch: int) 
     """
     draws = [(k, r) for k in range(len(examples.prompts)) for r in range(examples.draws)]
     values: list[torch.Tensor] = []
-    for part, count in fixed_batches(draws, CPU_PICTURES if model.device.type == "cpu" else batch):
+    for part, count in fixed_batches(draws, CPU_IMAGES if model.device.type == "cpu" else batch):
         drawn = [examples.draw(k, r, model.num_train_timesteps) for k, r in part]
         rows = [k for k, _ in part]
         losses = model.denoising_loss(

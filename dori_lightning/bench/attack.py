@@ -17,7 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
-from dori_lightning.attacks.embedding_attack import ControlPrompts, run_attacks
+from dori_lightning.attacks.embedding_attack import (
+    AttackContext,
+    ControlPrompts,
+    attack_rounds,
+    run_attacks,
+)
 from dori_lightning.attacks.solver import (
     AttackProblem,
     noise_and_timesteps,
@@ -362,10 +367,9 @@ def solved(model: StableDiffusion, task: AttackTask) -> Found:
     """The package's solver on a task, without Trainer and store."""
     result = solve(
         model,
-        AttackProblem(task.ids, 0, task.latents, task.initial),
+        AttackProblem(task.ids, (0,) * len(task.ids), task.latents, task.initial),
         budget=Budget("none", None, task.steps),
-        lr=task.lr,
-        noise_batch=task.noise_batch,
+        settings=AttackSettings(lr=task.lr, noise_batch=task.noise_batch),
         seed=task.seed,
     )
     return Found(result.embeddings[:, -1], result.losses)
@@ -379,10 +383,8 @@ def own_attack(subject: Subject, task: AttackTask) -> Found:
         lr=task.lr,
         noise_batch=task.noise_batch,
     )
-    triggers = run_attacks(
-        subject.model,
-        subject.pairs[: len(task.ids)],
-        trainer=subject.trainer,
+    context = AttackContext(
+        model=subject.model,
         data=subject.context.data,
         settings=settings,
         budget=settings.budget.resolve(None),
@@ -391,6 +393,8 @@ def own_attack(subject: Subject, task: AttackTask) -> Found:
         seed=task.seed,
         edit="none",
     )
+    rounds = attack_rounds(settings, subject.pairs[: len(task.ids)])
+    triggers = run_attacks(context, rounds, trainer=subject.trainer)
     losses = [t.losses for t in triggers if t.losses is not None]
     return Found(torch.stack([t.embedding for t in triggers]), torch.stack(losses))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, solve
 from dori_lightning.bench.attack import AttackTask, Subject, rate_of
 from dori_lightning.bench.measure import Counts, counted, timed_in_turn
@@ -362,16 +363,13 @@ def _grown(
             model,
             AttackProblem(
                 tuple(task.ids[k % have] for k in places),
-                0,
+                tuple(k // have for k in places),
                 task.latents[[k % have for k in places]],
                 task.initial[[k % have for k in places]],
-                restarts=tuple(k // have for k in places),
             ),
             budget=Budget("none", None, steps),
-            lr=task.lr,
-            noise_batch=task.noise_batch,
+            settings=AttackSettings(lr=task.lr, noise_batch=task.noise_batch, snapshots=snapshots),
             seed=task.seed,
-            snapshots=snapshots,
         )
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -16,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dori_lightning.attacks.budget import AttackSettings
-from dori_lightning.attacks.embedding_attack import Conditioning, ControlPrompts, attack_restarts
+from dori_lightning.attacks.embedding_attack import (
+    AttackContext,
+    Conditioning,
+    ControlPrompts,
+    attack_rounds,
+    run_attacks,
+)
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.evaluation import calibrate, generate, measure, prompt_conditionings
 from dori_lightning.locality.embeddings import Group, GroupName, PromptSet, TriggerSet
@@ -630,9 +637,8 @@ def search(study: Study, *, edit: str) -> SearchedTriggers:
         study: The study; its model carries the edit.
         edit: Identity of the edit.
     """
-    found = attack_restarts(
-        study.model,
-        [*study.studied, *study.controls],
+    context = AttackContext(
+        model=study.model,
         data=study.data,
         settings=study.attack,
         budget=study.budget,
@@ -641,6 +647,9 @@ def search(study: Study, *, edit: str) -> SearchedTriggers:
         seed=study.seed,
         edit=edit,
     )
+    # few pairs and many restarts: attacks of one pair share batches, too
+    rounds = attack_rounds(study.attack, [*study.studied, *study.controls])
+    found = run_attacks(context, [list(chain.from_iterable(rounds))], strict=True)
     last = [t for t in found if t.condition.budget.steps == study.budget.steps]
     finite = [t for t in last if not t.diverged]
     asked = [Query(searched_folder(t, "searched"), t.pair, t.embedding) for t in finite]

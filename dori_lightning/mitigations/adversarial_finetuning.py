@@ -473,16 +473,13 @@ class TriggerPool:
                 self.model,
                 AttackProblem(
                     tuple(names[k] for k in shard),
-                    restart,
+                    (restart,) * len(shard),
                     torch.stack([self.latents[names[k]] for k in shard]),
                     torch.stack([starts[k] for k in shard]),
                 ),
                 budget=attack.budget.resolve(self.ordinary),
-                lr=attack.lr,
-                noise_batch=attack.noise_batch,
+                settings=attack,
                 seed=self.seed,
-                snapshots=attack.snapshots,
-                keep_first_token=attack.keep_first_token,
                 on_step=lambda _: self.worked(len(names) * attack.noise_batch),
             )
             refuse_broken(result)

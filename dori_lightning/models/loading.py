@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -29,11 +29,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
 
-# -------- single_file
-# Load a ``.safetensors`` file in the original Stable Diffusion layout.
-#
-# Nothing here touches the network where the configuration is a folder.
-
+_PARTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _PREFIXES = {
     "UNet": ("model.diffusion_model.",),
     "autoencoder": ("first_stage_model.",),
@@ -41,95 +42,76 @@ _PREFIXES = {
 }
 
 
-def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
-    """Load UNet, autoencoder and text encoder from one file, everything else from ``config``.
+def load_checkpoint(
+    *,
+    name: str,
+    source: str,
+    revision: str | None = None,
+    config: str | None = None,
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    attention: Literal["auto", "sdpa", "eager"] = "auto",
+    channels_last: bool | Literal["auto"] = "auto",
+    device: str = "auto",
+    resolution: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> StableDiffusion:
+    """Load a Stable Diffusion checkpoint.
+
+    Weights stay in fp32, so that an edit is exact; ``precision`` chooses the dtype that the
+    denoiser computes in.
 
     Args:
-        path: The file, with keys as in the original releases (``model.diffusion_model.…``).
-        config: Diffusers folder or hub id with the same architecture: its ``config.json`` files,
-            tokenizer and scheduler are used, none of its weights.
-
-    Returns:
-        The parts ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
+        name: How reports call it.
+        source: See ``resolve_source``.
+        revision: Pinned commit of a hub id.
+        config: For a single file: the diffusers folder or hub id with its configuration and
+            tokenizer.
+        precision: ``auto`` is bf16 on GPUs that have it and fp32 elsewhere.
+        attention: ``auto`` is fused attention (``sdpa``).
+        channels_last: ``auto`` is on for GPUs.
+        device: ``auto`` is this process's GPU (LOCAL_RANK) if there is one.
+        resolution: Image side in pixels, None for the checkpoint's own.
+        gradient_checkpointing: Compute the denoiser's layers again on the way back instead of
+            keeping what they gave: a fifth of the memory for half as much time again, where a
+            gradient is asked for; nothing else changes.
 
     Raises:
-        InputError: A part is missing from the file, or no configuration is given or it does not
-            fit.
+        InputError: The source is missing, incomplete, pickled or does not fit together; says how
+            to fix it.
     """
-    if config is None:
-        raise InputError(
-            f"{path} is a single file and holds no configuration; name a diffusers folder or hub "
-            f"id of the same architecture with checkpoint.config=..., "
-            f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
+    place = resolve_source(source, revision)
+    target = _choose_device(device)
+    dtype, autocast = _choose_dtype(precision, target)
+    if isinstance(place, Path) and place.is_file():
+        parts = load_single_file(place, config)
+    else:
+        parts = _load_folder(place)
+    unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
+    fingerprint = fingerprint_of((unet, vae, text_encoder))
+    for module in (unet, vae, text_encoder):
+        module.to(target, dtype).requires_grad_(False)
+    unet.requires_grad_(True)
+    if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
+        unet.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if attention == "eager":
+        unet.set_attn_processor(AttnProcessor())
     try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} is no safetensors file, whatever its name, or damaged: {error}; get it again"
-        ) from error
-    for part, prefixes in _PREFIXES.items():
-        if not any(key.startswith(prefixes) for key in keys):
-            raise InputError(
-                f"{path} has no {part} ({' or '.join(prefixes)}* among its {len(keys)} tensors); "
-                f"the file must hold a whole Stable Diffusion checkpoint in the original layout"
-            )
-    local = Path(config).is_dir()
-    options: dict[str, Any] = {"config": config, "local_files_only": local}
-    try:
-        if local:
-            _refuse_kernels(Path(config) / "text_encoder" / "config.json")
-        unet = UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **options)
-        vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", **options)
-        text_encoder = create_diffusers_clip_model_from_ldm(  # type: ignore[no-untyped-call]
-            CLIPTextModel,
-            checkpoint=load_file(path),
-            subfolder="text_encoder",
-            config=config,
-            local_files_only=local,
+        return StableDiffusion(
+            name=name,
+            fingerprint=fingerprint,
+            unet=unet,
+            autoencoder=vae,
+            text_encoder=text_encoder,
+            tokenizer=parts["tokenizer"],
+            scheduler=parts["scheduler"],
+            resolution=resolution,
+            autocast=autocast,
         )
-        tokenizer = CLIPTokenizer.from_pretrained(
-            config, subfolder="tokenizer", local_files_only=local
-        )
-        scheduler = DDIMScheduler.from_pretrained(
-            config, subfolder="scheduler", local_files_only=local
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{path} does not load with the configuration of {config}: {first}"
-        ) from error
-    return {
-        "unet": unet,
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "tokenizer": tokenizer,
-        "scheduler": scheduler,
-    }
-
-
-def _refuse_kernels(path: Path) -> None:
-    """Refuse a configuration that names a kernel, which transformers would fetch and run."""
-    held = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    for key, value in held.items() if isinstance(held, dict) else ():
-        if "attn_implementation" in key and value not in (None, "eager", "sdpa"):
-            raise InputError(
-                f"{path} asks for the attention {value!r}, which may be code of others; remove "
-                f"{key}"
-            )
-
-
-# -------- loading
-
-log = logging.getLogger(__name__)
-
-_PARTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+    except ValueError as error:
+        raise InputError(f"checkpoint {source} does not fit together: {error}") from error
 
 
 def fingerprint_of(modules: Iterable[torch.nn.Module]) -> str:
@@ -196,7 +178,7 @@ def _check_folder(folder: Path) -> None:
     """Refuse an incomplete folder or one with pickled weights, before anything is read.
 
     Raises:
-        InputError: Says which part and how to mend it.
+        InputError: Says which part, and how to fix it.
     """
     for part, stem in _PARTS.items():
         place = folder / part
@@ -244,80 +226,6 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def load_checkpoint(
-    *,
-    name: str,
-    source: str,
-    revision: str | None = None,
-    config: str | None = None,
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    attention: Literal["auto", "sdpa", "eager"] = "auto",
-    channels_last: bool | Literal["auto"] = "auto",
-    device: str = "auto",
-    resolution: int | None = None,
-    gradient_checkpointing: bool = False,
-) -> StableDiffusion:
-    """Load a Stable Diffusion checkpoint.
-
-    Weights stay in fp32, so that an edit is exact; ``precision`` chooses the dtype that the
-    denoiser computes in.
-
-    Args:
-        name: How reports call it.
-        source: See ``resolve_source``.
-        revision: Pinned commit of a hub id.
-        config: For a single file: the diffusers folder or hub id with its configuration and
-            tokenizer.
-        precision: ``auto`` is bf16 on GPUs that have it and fp32 elsewhere.
-        attention: ``auto`` is fused attention (``sdpa``).
-        channels_last: ``auto`` is on for GPUs.
-        device: ``auto`` is this process's GPU (LOCAL_RANK) if there is one.
-        resolution: Image side in pixels, None for the checkpoint's own.
-        gradient_checkpointing: Compute the denoiser's layers again on the way back instead of
-            keeping what they gave: a fifth of the memory for half as much time again, where a
-            gradient is asked for; nothing else changes.
-
-    Raises:
-        InputError: The source is missing, incomplete, pickled or does not fit together; says how
-            to mend it.
-    """
-    place = resolve_source(source, revision)
-    target = _choose_device(device)
-    dtype, autocast = _choose_dtype(precision, target)
-    if isinstance(place, Path) and place.is_file():
-        parts = load_single_file(place, config)
-    else:
-        parts = _load_folder(place)
-    unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
-    fingerprint = fingerprint_of((unet, vae, text_encoder))
-    for module in (unet, vae, text_encoder):
-        module.to(target, dtype).requires_grad_(False)
-    unet.requires_grad_(True)
-    if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
-        unet.to(memory_format=torch.channels_last)
-        vae.to(memory_format=torch.channels_last)
-    if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if attention == "eager":
-        from diffusers.models.attention_processor import AttnProcessor
-
-        unet.set_attn_processor(AttnProcessor())
-    try:
-        return StableDiffusion(
-            name=name,
-            fingerprint=fingerprint,
-            unet=unet,
-            autoencoder=vae,
-            text_encoder=text_encoder,
-            tokenizer=parts["tokenizer"],
-            scheduler=parts["scheduler"],
-            resolution=resolution,
-            autocast=autocast,
-        )
-    except ValueError as error:
-        raise InputError(f"checkpoint {source} does not fit together: {error}") from error
-
-
 def _load_folder(place: Path | tuple[str, str | None]) -> dict[str, Any]:
     options: dict[str, Any]
     if isinstance(place, Path):
@@ -342,12 +250,97 @@ def _load_folder(place: Path | tuple[str, str | None]) -> dict[str, Any]:
             "scheduler": DDIMScheduler.from_pretrained(where, subfolder="scheduler", **options),
         }
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0]
         hint = (
             f"download it first where there is a network: "
             f"hf download {where} --revision {place[1] or 'main'}"
             if isinstance(place, tuple)
-            else "the folder is damaged or not a Stable Diffusion folder"
+            else "get it again: the folder is damaged or not a Stable Diffusion folder"
         )
-        raise InputError(f"checkpoint {where} cannot be loaded: {first} -- {hint}") from error
+        raise InputError(
+            f"checkpoint {where} cannot be loaded: {_first_line(error)}\n  fix:   {hint}"
+        ) from error
     return parts
+
+
+def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
+    """Load UNet, autoencoder and text encoder from one file, everything else from ``config``.
+
+    Nothing here touches the network where ``config`` is a folder.
+
+    Args:
+        path: The file, with keys as in the original releases (``model.diffusion_model.…``).
+        config: Diffusers folder or hub id with the same architecture: its ``config.json`` files,
+            tokenizer and scheduler are used, none of its weights.
+
+    Returns:
+        The parts ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
+
+    Raises:
+        InputError: A part is missing from the file, or no configuration is given or it does not
+            fit.
+    """
+    if config is None:
+        raise InputError(
+            f"{path} is a single file and holds no configuration; name a diffusers folder or hub "
+            f"id of the same architecture with checkpoint.config=..., "
+            f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is no safetensors file, whatever its name, or damaged: {error}; get it again"
+        ) from error
+    for part, prefixes in _PREFIXES.items():
+        if not any(key.startswith(prefixes) for key in keys):
+            raise InputError(
+                f"{path} has no {part} ({' or '.join(prefixes)}* among its {len(keys)} tensors); "
+                f"the file must hold a whole Stable Diffusion checkpoint in the original layout"
+            )
+    local = Path(config).is_dir()
+    options: dict[str, Any] = {"config": config, "local_files_only": local}
+    try:
+        if local:
+            _refuse_kernels(Path(config) / "text_encoder" / "config.json")
+        unet = UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **options)
+        vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", **options)
+        text_encoder = create_diffusers_clip_model_from_ldm(  # type: ignore[no-untyped-call]
+            CLIPTextModel,
+            checkpoint=load_file(path),
+            subfolder="text_encoder",
+            config=config,
+            local_files_only=local,
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(
+            config, subfolder="tokenizer", local_files_only=local
+        )
+        scheduler = DDIMScheduler.from_pretrained(
+            config, subfolder="scheduler", local_files_only=local
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"{path} does not load with the configuration of {config}: {_first_line(error)}"
+        ) from error
+    return {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "scheduler": scheduler,
+    }
+
+
+def _refuse_kernels(path: Path) -> None:
+    """Refuse a configuration that names a kernel, which transformers would fetch and run."""
+    held = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for key, value in held.items() if isinstance(held, dict) else ():
+        if "attn_implementation" in key and value not in (None, "eager", "sdpa"):
+            raise InputError(
+                f"{path} asks for the attention {value!r}, which may be code of others; remove "
+                f"{key}"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -194,7 +194,7 @@ def _peak(model: TextToImage, samples: int, pair_id: str | None) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         _run(model, samples, pair_id)
-        return int(torch.cuda.max_memory_allocated(device)) - before
+        return int(torch.cuda.max_memory_allocated(device) - before)
     with PeakMemory() as memory:
         _run(model, samples, pair_id)
     return memory.peak

@@ -20,16 +20,16 @@ LayerRole = Literal["cross_attention.value", "cross_attention.key", "feed_forwar
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are generated.
+    """How images are generated.
 
     Attributes:
         sampler: ``ddim`` or ``dpm++`` (multistep DPM-Solver++).
         steps: Denoising steps.
         guidance: Classifier-free guidance scale; 1 turns guidance off. The unconditional branch
             is the empty prompt.
-        images_per_pair: K, the pictures made per pair and condition.
-        seed: First generation seed; picture k uses ``seed + k``, the same for every pair.
-        batch: Pictures per forward pass; changes speed and memory, not results (up to kernel
+        images_per_pair: K, the images made per pair and condition.
+        seed: First generation seed; image k uses ``seed + k``, the same for every pair.
+        batch: Images per forward pass; changes speed and memory, not results (up to kernel
             rounding).
     """
 
@@ -68,15 +68,15 @@ the starting noise (N, C, h, w) and the sampler."""
 class TextToImage(Protocol):
     """A latent diffusion model under audit.
 
-    Shapes: N pictures, latent (C, h, w), text embedding (T, D), image (3, H, W) with H = W =
+    Shapes: N images, latent (C, h, w), text embedding (T, D), image (3, H, W) with H = W =
     ``resolution``. Wherever ``pair_ids`` (N) is taken, it says whose rows these are, for edits
     that differ by pair; layers find it in ``row_pairs`` while the denoiser runs.
 
     Attributes:
         alphas_cumprod: Cumulative product of the noise schedule, (``num_train_timesteps``,).
         unet_evaluations: Rows that went through the denoiser so far.
-        max_batch_sizes: Largest batch that memory was found to hold, by purpose; empty while
-            it has not run out (``OomBackoff``).
+        max_batch_sizes: Largest batch that fits into memory, by kind of batch; empty while memory
+            has not run out (``OomBackoff``).
         row_pairs: Whose rows the denoiser's current or last pass in this thread holds.
         embedding_filter: Applied to embeddings before anything is generated from them.
     """
@@ -157,14 +157,18 @@ class TextToImage(Protocol):
         *,
         pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
-        """Noise (N, C, h, w) that the model sees in noised latents (N, C, h, w); differentiable.
+        """Noise (N, C, h, w) that the model predicts in noised latents; differentiable.
 
         A v prediction is converted.
         """
         ...
 
     def sampling_timesteps(self, sampling: Sampling) -> torch.Tensor:
-        """Timesteps (S,) that a sampler visits, from noise to picture."""
+        """Timesteps (S,) that a sampler visits, from noise to image.
+
+        Raises:
+            InputError: The sampler has more steps than there are timesteps.
+        """
         ...
 
     def denoise(
@@ -194,7 +198,10 @@ class TextToImage(Protocol):
             embeddings: Text embeddings (N, T, D).
             noise: Starting noise (N, C, h, w).
             sampling: Sampler settings.
-            pair_ids: Whose pictures these are (N).
+            pair_ids: Whose images these are (N).
+
+        Raises:
+            InputError: Not even one image fits into memory.
         """
         ...
 

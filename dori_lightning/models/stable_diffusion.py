@@ -27,12 +27,21 @@ from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.types import InputError
 
-# -------- encoders
-# What stands before and behind a denoiser: text encoder and image autoencoder.
+_MEMORY = OomBackoff(
+    "generate",
+    "image",
+    "checkpoint.precision=bf16, a smaller checkpoint.resolution, or a device with more memory",
+)
+
+_SUFFIXES: dict[str, str] = {
+    "cross_attention.value": ".attn2.to_v",
+    "cross_attention.key": ".attn2.to_k",
+    "feed_forward.out": ".ff.net.2",
+}
 
 
 class Encoders:
-    """Prompts to embeddings, images to latents and back.
+    """Text encoder and image autoencoder: prompts to embeddings, images to latents and back.
 
     Attributes:
         embedding_shape: Tokens and width (T, D) of an embedding.
@@ -133,26 +142,8 @@ class Encoders:
         return (images.float() / 2 + 0.5).clamp_(0, 1)
 
 
-# -------- stable_diffusion
-
-# type checkers see placeholders without methods where diffusers is imported at its top level
-
-
-_MEMORY = OomBackoff(
-    "generate",
-    "image",
-    "checkpoint.precision=bf16, a smaller checkpoint.resolution, or a device with more memory",
-)
-
-_SUFFIXES: dict[str, str] = {
-    "cross_attention.value": ".attn2.to_v",
-    "cross_attention.key": ".attn2.to_k",
-    "feed_forward.out": ".ff.net.2",
-}
-
-
 class StableDiffusion(Encoders):
-    """A Stable Diffusion checkpoint behind the protocol of ``models.protocol.TextToImage``."""
+    """A Stable Diffusion checkpoint; ``models.protocol.TextToImage`` documents its methods."""
 
     def __init__(
         self,
@@ -193,10 +184,10 @@ class StableDiffusion(Encoders):
             device=next(unet.parameters()).device,
             autocast=autocast,
         )
-        width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
-        if {width} != ({wanted} if isinstance(wanted, int) else set(wanted)):
+        width, takes = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
+        if {width} != ({takes} if isinstance(takes, int) else set(takes)):
             raise ValueError(
-                f"text encoder gives width {width}, but the UNet's cross-attention takes {wanted}"
+                f"text encoder gives width {width}, but the UNet's cross-attention takes {takes}"
             )
         self.resolution = resolution or int(unet.config["sample_size"]) * self.factor
         side = self.resolution // self.factor
@@ -213,8 +204,6 @@ class StableDiffusion(Encoders):
         self.embedding_filter: EmbeddingFilter | None = None
         self._counting = threading.Lock()
         self._of_thread = threading.local()
-
-    # -- denoiser --------------------------------------------------------------------------------
 
     @property
     def row_pairs(self) -> tuple[str, ...] | None:
@@ -251,7 +240,7 @@ class StableDiffusion(Encoders):
     def noised(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """Forward process: latents (N, C, h, w) at ``timesteps`` (N,) under ``noise``."""
+        """Forward process."""
         alpha = self.alphas_cumprod[timesteps][:, None, None, None]
         return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
@@ -264,7 +253,7 @@ class StableDiffusion(Encoders):
         *,
         pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
-        """Per-example mean squared error (N,) of the noise, or of v where the model predicts v."""
+        """Mean squared error of the noise, or of v where the model predicts v."""
         output = self._denoise(
             self.noised(latents, noise, timesteps), timesteps, embeddings, pair_ids
         )
@@ -282,7 +271,7 @@ class StableDiffusion(Encoders):
         *,
         pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
-        """Noise (N, C, h, w) in noised latents, whatever the model predicts; differentiable."""
+        """Noise in noised latents, whatever the model predicts."""
         output = self._denoise(noised, timesteps, embeddings, pair_ids)
         if self.prediction_type == "v_prediction":
             alpha = self.alphas_cumprod[timesteps][:, None, None, None]
@@ -290,11 +279,7 @@ class StableDiffusion(Encoders):
         return output
 
     def sampling_timesteps(self, sampling: Sampling) -> torch.Tensor:
-        """Timesteps (S,) that a sampler visits, from noise to picture.
-
-        Raises:
-            InputError: The sampler has more steps than there are timesteps.
-        """
+        """Timesteps (S,) that a sampler visits."""
         timesteps: torch.Tensor = self._sampler(sampling).timesteps
         return timesteps.to(self.device)
 
@@ -319,17 +304,7 @@ class StableDiffusion(Encoders):
         *,
         pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
-        """Generate images (N, 3, H, W) in [0, 1].
-
-        Args:
-            embeddings: Text embeddings (N, T, D).
-            noise: Starting noise (N, C, h, w).
-            sampling: Sampler settings.
-            pair_ids: Whose pictures these are (N), for edits that differ by pair.
-
-        Raises:
-            InputError: Not even one image fits into memory.
-        """
+        """Embeddings to images, in batches of ``sampling.batch``."""
 
         # autograd's mode belongs to a thread
         @torch.no_grad()
@@ -358,7 +333,7 @@ class StableDiffusion(Encoders):
         sampling: Sampling,
         pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
-        """Run the sampler: embeddings (N, T, D) and noise to scaled latents (N, C, h, w)."""
+        """Run the sampler."""
         scheduler = self._sampler(sampling)
         guided = sampling.guidance != 1.0
         context = embeddings.to(self.device)
@@ -378,21 +353,17 @@ class StableDiffusion(Encoders):
             x = scheduler.step(output, t, x, return_dict=False)[0]
         return x
 
-    # -- weights ---------------------------------------------------------------------------------
-
     def layers(
         self, role: LayerRole, stages: Sequence[Stage] = ("down", "mid", "up")
     ) -> dict[str, nn.Module]:
-        """Layers of the UNet by role, keyed by module name, in execution order (down, mid, up)."""
-        suffix, order = _SUFFIXES[role], ("down", "mid", "up")
-        found = [
-            (order.index(name.split("_")[0]), name, module)
+        """Layers of the UNet by role."""
+        return {
+            name: module
+            for stage in ("down", "mid", "up")  # in execution order
+            if stage in stages
             for name, module in self.unet.named_modules()
-            if name.endswith(suffix) and name.split("_")[0] in stages
-        ]
-        # stable: keeps the order within a stage
-        found.sort(key=lambda item: item[0])
-        return {name: module for _, name, module in found}
+            if name.endswith(_SUFFIXES[role]) and name.split("_")[0] == stage
+        }
 
     def denoiser(self) -> nn.Module:
         """Return the UNet."""
@@ -403,7 +374,7 @@ class StableDiffusion(Encoders):
         return self.unet.parameters()
 
     def frozen_copy(self) -> StableDiffusion:
-        """The same model with a copy of the UNet that nothing trains; the rest is shared."""
+        """The same model with a copy of the UNet."""
         twin = copy.copy(self)
         twin.unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
         twin.unet_evaluations, twin._of_thread = 0, threading.local()
@@ -411,13 +382,13 @@ class StableDiffusion(Encoders):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Evaluation mode and no weight gradients while open; both are put back afterwards."""
+        """Evaluation mode and no weight gradients while open."""
         training = self.unet.training
-        wanted = [(p, p.requires_grad) for p in self.unet.parameters()]
+        flags = [(p, p.requires_grad) for p in self.unet.parameters()]
         self.unet.eval().requires_grad_(False)
         try:
             yield
         finally:
             self.unet.train(training)
-            for parameter, requires_grad in wanted:
+            for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)

@@ -1,13 +1,14 @@
-"""Encode pairs once, and hand each process its own."""
+"""Encode pairs once, and serve them in batches."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -51,81 +52,47 @@ class PairBatch:
     latents: torch.Tensor
     embeddings: torch.Tensor
 
-    def to(self, device: torch.device | str) -> PairBatch:
-        """Move the tensors; Lightning calls this, since it cannot rebuild a frozen dataclass."""
-        return PairBatch(self.pairs, self.latents.to(device), self.embeddings.to(device))
-
-
-class _Batches(IterableDataset[PairBatch]):
-    """Batches in order.
-
-    An iterable, because Lightning puts a DistributedSampler into any other kind of loader, which
-    pads the last batches with pairs that are then counted twice.
-    """
-
-    def __init__(self, module: PairsDataModule, pairs: Sequence[Pair]) -> None:
-        self.module, self.pairs = module, pairs
-
-    def __iter__(self) -> Iterator[PairBatch]:
-        step = self.module.pairs_per_batch
-        for start in range(0, len(self.pairs), step):
-            yield self.module.batch(self.pairs[start : start + step])
-
 
 class PairsDataModule(LightningDataModule):
     """Latents and prompt embeddings of pairs, computed once, in memory and optionally on disk.
 
-    Each process gets every ``world``-th pair, without padding and in the order of the list, and
-    each pair's tensors are the same whatever the number of processes.
+    Each pair's tensors are the same whatever the number of processes, and each process serves the
+    batches that it was given.
 
     Args:
         pairs: Validated pairs with unique ids.
         model: What encodes them.
-        pairs_per_batch: Pairs of one batch, at most.
         cache: Folder that keeps the tensors for later runs; None keeps them in memory only.
 
     Raises:
-        ValueError: A batch size below 1, or an id that is there twice.
+        ValueError: An id is there twice.
     """
 
-    # More processes than pairs is fine: the rest have nothing to do.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
-        self,
-        pairs: Sequence[Pair],
-        model: TextToImage,
-        *,
-        pairs_per_batch: int = 1,
-        cache: Path | str | None = None,
+        self, pairs: Sequence[Pair], model: TextToImage, *, cache: Path | str | None = None
     ) -> None:
         super().__init__()
-        if pairs_per_batch < 1:
-            raise ValueError(f"batches need at least 1 pair, got {pairs_per_batch=}")
         if len({pair.id for pair in pairs}) < len(pairs):
             raise ValueError("pairs need unique ids")
         self.pairs = tuple(pairs)
         self.model = model
-        self.pairs_per_batch = pairs_per_batch
         self.cache = None if cache is None else Cache(Path(cache))
         self._encoded: dict[str, Encoded] = {}
+        self._batches: IterableDataset[Any] | None = None
 
-    def subset(self, pairs: Sequence[Pair]) -> PairsDataModule:
-        """Make a module over some of the pairs that shares what is encoded already."""
-        chosen = PairsDataModule(pairs, self.model, pairs_per_batch=self.pairs_per_batch)
-        chosen.cache, chosen._encoded = self.cache, self._encoded
-        return chosen
+    def serve(self, batches: IterableDataset[Any]) -> PairsDataModule:
+        """Serve these batches of pairs to a trainer, in order, on this process.
 
-    def shard(self, rank: int | None = None, world: int | None = None) -> tuple[Pair, ...]:
-        """Choose one process's pairs; by default those of the trainer's process, or all."""
-        if rank is None or world is None:
-            rank = 0 if self.trainer is None else self.trainer.global_rank
-            world = 1 if self.trainer is None else self.trainer.world_size
-        return self.pairs[rank::world]
+        An iterable dataset, because Lightning puts a DistributedSampler into the loader of any
+        other kind, which pads the last batches with pairs that are then counted twice.
+        """
+        self._batches = batches
+        return self
 
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 - every stage needs the same
-        """Encode this process's pairs."""
-        self.prepare(self.shard())
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Loader over the batches that this process serves."""
+        assert self._batches is not None, "serve() says which batches"
+        return DataLoader(self._batches, batch_size=None, num_workers=0)
 
     def prepare(self, pairs: Sequence[Pair] | None = None) -> None:
         """Encode pairs that are not encoded yet: from the cache, or else by the model.
@@ -165,21 +132,13 @@ class PairsDataModule(LightningDataModule):
             embeddings=torch.stack([row.embedding for row in rows]),
         )
 
-    def loader(self, rank: int | None = None, world: int | None = None) -> DataLoader[PairBatch]:
-        """Loader over one process's pairs, in order; by default the trainer's process, or all."""
-        return DataLoader(_Batches(self, self.shard(rank, world)), batch_size=None, num_workers=0)
-
-    def predict_dataloader(self) -> DataLoader[PairBatch]:
-        """Loader for generating and measuring."""
-        return self.loader()
-
     def _encode(self, pair: Pair) -> Encoded:
         """Encode one pair by itself, so that its tensors depend on no other."""
         image = image_tensor(square_image(pair.image), self.model.resolution)[None]
         # ordinary tensors even where a trainer predicts in inference mode: attacks need gradients
         with torch.inference_mode(mode=False), torch.no_grad():
-            latents = self.model.encode_images(image.to(self.model.device)).float().cpu()
-            embeddings = self.model.encode_prompts([pair.prompt]).float().cpu()
+            latents = self.model.encode_images(image.to(self.model.device)).float().cpu().clone()
+            embeddings = self.model.encode_prompts([pair.prompt]).float().cpu().clone()
         for name, value, shape in (
             ("latents", latents, self.model.latent_shape),
             ("embeddings", embeddings, self.model.embedding_shape),
@@ -194,7 +153,7 @@ class PairsDataModule(LightningDataModule):
                     f"{self.model.name} encodes {pair.id} to {name} that are not finite; "
                     "with fp16 weights, try fp32 or bf16"
                 )
-        return Encoded(latents[0].clone(), embeddings[0].clone())
+        return Encoded(latents[0], embeddings[0])
 
     def _key(self, pair: Pair) -> dict[str, str]:
         """What a pair's tensors depend on."""

@@ -1,26 +1,28 @@
-"""The processes of one run: who does what, and what all of them agree on.
+"""The processes of one run: rank and shard, what all of them agree on, how they are started.
 
 Work is shared by rank and gathered by files; only a fine-tuning's gradients and what all must
-agree on travel between processes. How they come about: `trainers`.
+agree on travel between processes. They are started by Lightning, which runs the same command again
+for each further device, by ``torchrun``, or by a cluster with one task for each process.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import logging
 import os
 import stat
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,102 +32,23 @@ from dori_lightning.runtime import peers, signals
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError
 
-# -------- devices
-# Give each worker of a sweep on one box a GPU of its own.
-
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
-_held: list[TextIO] = []
-"""Open files keep their locks; the process's end gives them back."""
-
-
-def pin() -> None:
-    """Have this process see one GPU that no other worker has; nothing where there is none.
-
-    To be called before CUDA is used. A worker keeps its GPU for its life, since CUDA cannot move.
-
-    Raises:
-        InputError: There are more workers than GPUs.
-    """
-    if _held:
-        return
-    names = _gpus()
-    if names:
-        os.environ[_VISIBLE] = claim(
-            names, Path(tempfile.gettempdir()) / f"dori-gpus-{os.getuid()}"
-        )
-
-
-def claim(names: Sequence[str], folder: Path) -> str:
-    """Take the first free one of several devices.
-
-    Args:
-        names: Devices.
-        folder: Where their locks are, the same for all processes of the box.
-
-    Raises:
-        InputError: None is free, or the folder is somebody else's.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # in a folder for everybody somebody else may have been first, with links to this user's files
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise InputError(
-            f"{folder} is not a folder that this user alone writes to\n"
-            f"  where: TMPDIR\n"
-            f"  fix:   remove it, or choose another place for temporary files: TMPDIR=FOLDER"
-        )
-    for name in names:
-        file = (folder / name.replace("/", "_")).open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            continue
-        _held.append(file)
-        return name
-    raise InputError(
-        f"all {len(names)} GPUs are taken by other jobs of sweeps\n"
-        f"  where: hydra.launcher.n_jobs\n"
-        f"  fix:   hydra.launcher.n_jobs={len(names)}, and one sweep at a time"
-    )
-
-
-def _gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` has them."""
-    visible = os.environ.get(_VISIBLE)
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
-    import torch
-
-    return [str(k) for k in range(torch.cuda.device_count())]
-
-
-# -------- processes
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)
-"""How long a process waits for another that is alive: as long as a search of triggers takes."""
+_WAIT = timedelta(days=7)
+"""How long a process waits for another that is alive: as long as an attack takes."""
 
-_FAREWELL = timedelta(seconds=30)
+_LEAVE_WAIT = timedelta(seconds=30)
 """How long a process that was told to leave waits for the others to hear of it."""
 
 _LEAVING = "dori/leaving"
 
 
-def prepare() -> None:
-    """Make what they agree through, and tell who they are; called right after they have met."""
-    found = [peers.this_process()] * world_size()
-    dist.all_gather_object(found, peers.this_process(), group=_control())
-    peers.register_peers(found)
-
-
 @functools.cache
 def _control() -> dist.ProcessGroup:
     """Group on the CPU for what is agreed on; a GPU's would cut long waits short."""
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_WAIT)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
@@ -147,7 +70,7 @@ def is_first() -> bool:
 
 @dataclass(frozen=True)
 class Shard:
-    """A process's part of a batch that all of them draw.
+    """A process's part of a batch that all processes draw.
 
     Attributes:
         rows: Which rows it takes.
@@ -162,7 +85,7 @@ class Shard:
 
 
 def shard(count: int) -> Shard:
-    """This process's part of ``count`` rows: every ``world()``-th, or all of too few.
+    """This process's part of ``count`` rows: every ``world_size()``-th, or all of too few.
 
     Rows that all processes take give each of them the same gradient, which their mean leaves as
     it is.
@@ -195,7 +118,7 @@ def broadcast_object(value: T) -> T:
 
 
 def all_gather_dict(own: dict[str, T]) -> dict[str, T]:
-    """What all processes hold under their own keys, on every process; tensors on the CPU.
+    """The union of every process's entries, on every process; tensors on the CPU.
 
     Raises:
         Interrupted: Some process leaves.
@@ -209,10 +132,10 @@ def all_gather_dict(own: dict[str, T]) -> dict[str, T]:
 
 
 def sync_interrupt(signum: int = 0) -> None:
-    """Meet all other processes here, and leave with them if any is to leave.
+    """Wait for all other processes here, and leave with them if any is to leave.
 
     Args:
-        signum: Signal that tells this process to leave; 0 where none does.
+        signum: Signal that tells this process to leave; 0 for none.
 
     Raises:
         Interrupted: Some process leaves.
@@ -265,7 +188,7 @@ def leave(told: Interrupted) -> bool:
         votes = torch.tensor([told.signum])
         work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_control(), async_op=True)
         assert work is not None
-        work.wait(_FAREWELL)
+        work.wait(_LEAVE_WAIT)
     except RuntimeError as error:
         # they are gone already, or busy: they notice that this one is gone
         log.debug("left alone: %s", error)
@@ -273,13 +196,6 @@ def leave(told: Interrupted) -> bool:
     finally:
         told.shared = True
     return True
-
-
-# -------- trainers
-# How the processes of one run come about.
-#
-# They are started by whoever is there to do it: Lightning, which runs the same command again for
-# each further device, ``torchrun``, or a cluster with one task for each process.
 
 
 class SubmititEnvironment(ClusterEnvironment):
@@ -392,7 +308,14 @@ def start(trainer: L.Trainer) -> None:
     launcher = trainer.strategy.launcher
     assert launcher is not None
     launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
-    prepare()
+    register()
+
+
+def register() -> None:
+    """Make the group for agreement, and tell all processes who they are."""
+    processes = [peers.this_process()] * world_size()
+    dist.all_gather_object(processes, peers.this_process(), group=_control())
+    peers.register_peers(processes)
 
 
 def _check_started(trainer: L.Trainer) -> None:
@@ -418,3 +341,65 @@ def _check_started(trainer: L.Trainer) -> None:
 def _external(trainer: L.Trainer) -> bool:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return environment is not None and environment.creates_processes_externally
+
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_claimed: list[FileLock] = []
+"""Locks of this process's GPU; its end gives them back."""
+
+
+def pin() -> None:
+    """Give this worker of a sweep a GPU that no other worker uses; nothing where there is none.
+
+    To be called before CUDA is used. A worker keeps its GPU for its life, since CUDA cannot move.
+
+    Raises:
+        InputError: There are more workers than GPUs.
+    """
+    if _claimed:
+        return
+    names = _gpus()
+    if names:
+        os.environ[_VISIBLE] = claim(
+            names, Path(tempfile.gettempdir()) / f"dori-gpus-{os.getuid()}"
+        )
+
+
+def claim(names: Sequence[str], folder: Path) -> str:
+    """Take the first free one of several devices.
+
+    Args:
+        names: Devices.
+        folder: Where their locks are, the same for all processes of the machine.
+
+    Raises:
+        InputError: None is free, or the folder is somebody else's.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # in a folder for everybody somebody else may have been first, with links to this user's files
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise InputError(
+            f"{folder} is not a folder that this user alone writes to\n"
+            f"  where: TMPDIR\n"
+            f"  fix:   remove it, or choose another place for temporary files: TMPDIR=FOLDER"
+        )
+    for name in names:
+        lock = FileLock(folder / name.replace("/", "_"))
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+            _claimed.append(lock)
+            return name
+    raise InputError(
+        f"all {len(names)} GPUs are taken by other jobs of sweeps\n"
+        f"  where: hydra.launcher.n_jobs\n"
+        f"  fix:   hydra.launcher.n_jobs={len(names)}, and one sweep at a time"
+    )
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    visible = os.environ.get(_VISIBLE)
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    return [str(k) for k in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""Show how far a long stage is: a bar on a terminal, a line now and then in a log."""
+"""Progress bars, the log file of each process, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -26,62 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-# -------- logfiles
-# The log beside the results: one file for each process, and none that breaks a run.
-
-
-class ProcessFileHandler(logging.FileHandler):
-    """Write the log of this process into a file of its own.
-
-    The first process of a run writes to the file that is named, every other one beside it, as in
-    ``dori-3.log`` for the process of rank 3: lines of several processes in one file would be
-    mixed, and on a network file system lost.
-
-    Where the file cannot be written any more, such as on a full disk, that is said once and the
-    log goes on on standard error alone.
-    """
-
-    def __init__(self, filename: str) -> None:
-        """Open the file.
-
-        Args:
-            filename: Of the first process.
-        """
-        own = label()
-        path = Path(filename)
-        if own:
-            path = path.with_name(f"dori-{own}{path.suffix}")
-        super().__init__(path)
-        self._works = True
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, unless an earlier one could not be written."""
-        if self._works:
-            super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of logging
-        """Say once that the file cannot be written; other mistakes are shown as usual."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-            return
-        self._works = False
-        sys.stderr.write(f"dori: the log goes on here alone: {self.baseFilename}: {error}\n")
-
-
-# -------- progress
-
 log = logging.getLogger(__name__)
 
 LINE_EVERY_SECONDS = 30.0
 
 _listeners: list[Callable[[str, int, int], None]] = []
-_hushed: list[None] = []
+_disabled: list[None] = []
 
 
 @contextmanager
 def listening(listener: Callable[[str, int, int], None]) -> Iterator[None]:
-    """Tell ``listener`` of every step of every stage while open: title, steps done, all steps."""
+    """Call ``listener`` at every step of every progress bar while open: title, steps, total."""
     _listeners.append(listener)
     try:
         yield
@@ -91,28 +46,28 @@ def listening(listener: Callable[[str, int, int], None]) -> Iterator[None]:
 
 @contextmanager
 def progress_disabled() -> Iterator[None]:
-    """Show and tell nothing of stages while open: they are part of a larger one."""
-    _hushed.append(None)
+    """Show no progress bars and call no listener while open, e.g. for parts of a larger bar."""
+    _disabled.append(None)
     try:
         yield
     finally:
-        _hushed.pop()
+        _disabled.pop()
 
 
 @contextmanager
-def progress_bar(
-    title: str, total: int, *, visible: bool = True
-) -> Iterator[Callable[[int], None]]:
-    """Open a stage of ``total`` steps; yields a function that advances it by a number of steps.
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show progress: a bar on a terminal, a line now and then in a log; the first process does.
 
     Args:
         title: What is being done.
         total: Steps; nothing is shown for 0.
-        visible: Whether to show it; the first process alone does.
+
+    Yields:
+        A function that advances the bar by a number of steps.
     """
     from dori_lightning.runtime.distributed import is_first  # torch: not before it is needed
 
-    if not visible or total == 0 or _hushed or not is_first():
+    if total == 0 or _disabled or not is_first():
         yield lambda _: None
         return
     start = time.monotonic()
@@ -154,8 +109,44 @@ def _tell(title: str, done: int, total: int) -> None:
         listener(title, done, total)
 
 
-# -------- quiet
-# Keep the libraries' remarks out of the way of what a run says.
+class ProcessFileHandler(logging.FileHandler):
+    """Write the log of this process into a file of its own.
+
+    The first process of a run writes to the file that is named, every other one beside it, as in
+    ``dori-3.log`` for the process of rank 3: lines of several processes in one file would be
+    mixed, and on a network file system lost.
+
+    Where the file cannot be written any more, such as on a full disk, that is said once and the
+    log goes on on standard error alone.
+    """
+
+    def __init__(self, filename: str) -> None:
+        """Open the file.
+
+        Args:
+            filename: Of the first process.
+        """
+        own = label()
+        path = Path(filename)
+        if own:
+            path = path.with_name(f"dori-{own}{path.suffix}")
+        super().__init__(path)
+        self._works = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, unless an earlier one could not be written."""
+        if self._works:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of logging
+        """Say once that the file cannot be written; other mistakes are shown as usual."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._works = False
+        sys.stderr.write(f"dori: the log goes on here alone: {self.baseFilename}: {error}\n")
+
 
 _REMARKS = (
     # said under SLURM, where a launcher started the job already

@@ -1,4 +1,7 @@
-"""Who speaks for a run before its processes have met; needs no torch, for the command line."""
+"""Track the processes of a run: which one this is, who the others are, which of them died.
+
+Needs no torch: the command line asks, too.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
-# -------- ranks
 
 RANKS = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID",
@@ -41,13 +42,8 @@ def label() -> str:
     return place if node == "0" else f"{node}.{place}"
 
 
-# -------- roster
-# Who the processes of a run are, and which of them have ended when a connection breaks.
-#
-# Needs no torch: the command line asks, too.
-
 _SECONDS = 5.0
-"""Within which a process that closed its connections has ended, too."""
+"""Time within which a process that closed its connections has ended, too."""
 
 _PROCESSES = Path("/proc")
 
@@ -72,7 +68,7 @@ class Peer:
         return f"dori-{self.label}.log" if self.label else "dori.log"
 
 
-_members: list[Peer] = []
+_peers: list[Peer] = []
 
 
 def this_process() -> Peer:
@@ -80,38 +76,38 @@ def this_process() -> Peer:
     return Peer(socket.gethostname(), os.getpid(), label())
 
 
-def register_peers(members: Sequence[Peer]) -> None:
+def register_peers(peers: Sequence[Peer]) -> None:
     """Remember all processes of the run, by rank."""
-    _members[:] = members
+    _peers[:] = peers
 
 
 def dead_peers() -> tuple[str, str]:
-    """Who is gone, now that a connection has broken, and where to read about it.
+    """Which processes died, after a connection has broken, and the names of their logs.
 
-    Processes of other machines cannot be seen from here: where all of this one live, the other
+    Processes of other machines cannot be seen from here: where all of this machine live, the other
     machines are named.
 
     Returns:
         Words such as "the process of rank 1", and the names of their logs.
     """
     here = socket.gethostname()
-    ended = _ended([(k, member) for k, member in enumerate(_members) if member.host == here])
+    ended = _ended({rank: peer for rank, peer in enumerate(_peers) if peer.host == here})
     if ended:
-        ranks = ", ".join(str(k) for k, _ in ended)
-        return f"the process of rank {ranks}", ", ".join(m.log for _, m in ended)
-    hosts = ", ".join(dict.fromkeys(m.host for m in _members if m.host != here))
+        ranks = ", ".join(map(str, ended))
+        return f"the process of rank {ranks}", ", ".join(peer.log for peer in ended.values())
+    hosts = ", ".join(dict.fromkeys(peer.host for peer in _peers if peer.host != here))
     return f"another process of this run{f', on {hosts},' if hosts else ''}", "dori-RANK.log"
 
 
-def _ended(near: Sequence[tuple[int, Peer]]) -> list[tuple[int, Peer]]:
-    """Those that have ended, waiting a little for the one whose connections are closed already."""
+def _ended(peers: dict[int, Peer]) -> dict[int, Peer]:
+    """Peers that have ended; waits a little for the one whose connections are closed already."""
     if not _PROCESSES.joinpath("self", "stat").exists():
-        return []  # no Linux
+        return {}  # no Linux
     deadline = time.monotonic() + _SECONDS
     while True:
-        found = [(k, member) for k, member in near if not _lives(member.pid)]
-        if found or len(near) < 2 or time.monotonic() > deadline:
-            return found
+        ended = {rank: peer for rank, peer in peers.items() if not _lives(peer.pid)}
+        if ended or len(peers) < 2 or time.monotonic() > deadline:
+            return ended
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""Leave on a signal between two steps: the handler sets a flag, and whoever works looks at it.
+"""Graceful shutdown: a signal sets a flag, and the work ends between two steps.
 
 The first signal lets the step in progress end; the second leaves at once, which is safe too, since
 files are complete or absent.
@@ -23,7 +23,7 @@ _SUBMITITS = signal.SIGUSR2
 
 
 class Interrupted(BaseException):
-    """The run was told to leave. No `Exception`: nothing that mends errors may mend this one.
+    """The run was told to leave. No `Exception`: nothing that handles errors may handle this one.
 
     Attributes:
         signum: Which signal told it.

@@ -40,7 +40,6 @@ from dori_lightning.bench.report import (
     markdown,
     speed_figure,
 )
-from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.random_weights import random_sd14
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.planting.recipe import build_tokenizer
@@ -87,10 +86,7 @@ class Bench:
                 f"  fix:   smaller numbers there, or another list with pairs=NAME"
             )
         model = instantiate(cfg.checkpoint)
-        width = estimate_batch_size(
-            model, noise_batch=settings.noise_batch, wanted=cfg.attack.pairs_per_forward
-        )
-        data = PairsDataModule(pairs, model, pairs_per_batch=width)
+        data = PairsDataModule(pairs, model)
         data.prepare()
         return Subject(
             model=model,

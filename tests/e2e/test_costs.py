@@ -10,7 +10,7 @@ import torch
 
 from dori_lightning.attacks import embedding_attack
 from dori_lightning.mitigations.wanda import Wanda
-from dori_lightning.models.generation import CPU_PICTURES
+from dori_lightning.models.generation import CPU_IMAGES
 from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.runs import run_task, write_pairs
@@ -91,7 +91,7 @@ def test_budgets_of_an_audit_are_read_off_one_attack(place: Path, asked: Counter
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
     # ten pictures, from prompts and from the attack, fill one pass of sixteen; guided
-    drawn = CPU_PICTURES
+    drawn = CPU_IMAGES
     assert one == {
         "attacks": 1, "with gradient": one_attack, "forward": drawn * SAMPLER * 2,
         "encode_images": pairs, "encode_prompts": pairs + 1, "decode_latents": drawn + pairs,

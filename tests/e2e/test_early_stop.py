@@ -199,7 +199,7 @@ def test_evaluations_are_counted_and_passes_stay_full(
     monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
     # no rows that only fill up a pass
     monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)
-    monkeypatch.setattr(generation, "CPU_PICTURES", PICTURES)
+    monkeypatch.setattr(generation, "CPU_IMAGES", PICTURES)
     folder = run(material, tmp_path / "run", STOP)
     effort, steps = report_json(folder)["effort"], firsts(folder)
     spent = [first or 4 for first in steps.values()]

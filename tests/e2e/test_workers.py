@@ -42,8 +42,8 @@ def sweep(place: Path) -> "subprocess.Popen[str]":
 
 def working(folder: Path) -> dict[str, int]:
     """Jobs that run, with the worker that each is with."""
-    locks = {path.parent.name: path.read_text() for path in folder.glob("*/run.lock")}
-    return {name: json.loads(text)["pid"] for name, text in locks.items() if text}
+    owners = folder.glob("*/run.lock.owner")
+    return {path.parent.name: json.loads(path.read_text())["pid"] for path in owners}
 
 
 def reports(folder: Path) -> set[str]:

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from dori_lightning.attacks.solver import AttackResult
-from dori_lightning.attacks.store import AttackStore
+from dori_lightning.attacks.store import RESULT
 from dori_lightning.mitigations.activations import ActivationStatistics
 from dori_lightning.mitigations.edits import read_edit
 from dori_lightning.models.loading import load_checkpoint
@@ -26,6 +25,7 @@ from dori_lightning.pairs.validation import open_image
 from dori_lightning.planting.training import EncodedStream
 from dori_lightning.report.images import jpeg_uri, thumbnail
 from dori_lightning.report.locality import read_locality
+from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.checkpoints import (
     FitCheckpoints,
     last_checkpoint,
@@ -102,11 +102,8 @@ def test_a_pickle_is_refused_and_not_loaded(
 
 def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    store = AttackStore(tmp_path, {})
-    path = store.path("a", "prompt", 0)
-    path.parent.mkdir()
-    path.write_bytes(pickle.dumps(Evil(mark)))
-    assert store.read("a", "prompt", 0, "x") is None
+    (tmp_path / "a.r0.safetensors").write_bytes(pickle.dumps(Evil(mark)))
+    assert Cache(tmp_path).read("a.r0", {}, RESULT) is None
     np.save(tmp_path / "latents.npy", np.array([Evil(mark)], object), allow_pickle=True)
     (tmp_path / "keys.json").write_text("[]")
     shutil.copy(tmp_path / "latents.npy", tmp_path / "tokens.npy")
@@ -115,22 +112,9 @@ def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None
     assert not mark.exists()
 
 
-def test_a_note_of_an_attack_that_is_no_json_counts_as_damaged(tmp_path: Path) -> None:
-    store = AttackStore(tmp_path, {"seed": "0"})
-    made = AttackResult(
-        ("a",),
-        0,
-        torch.ones(1, 1, 2, 2),
-        (1,),
-        torch.ones(1, 1),
-        torch.tensor([False]),
-        torch.tensor([False]),
-    )
-    store.write(made, "prompt", {"a": "x"})
-    path = store.path("a", "prompt", 0)
-    note = {"seed": "0", "inputs": "x", "snapshots": "[__import__('os')]", "diverged": "True"}
-    save_file(load_file(path), path, metadata=note)
-    assert store.read("a", "prompt", 0, "x") is None
+def test_an_attack_without_its_tensors_counts_as_damaged(tmp_path: Path) -> None:
+    Cache(tmp_path).write("a.r0", {"snapshots": torch.ones(2, 2)}, {"seed": "0"}, TENSORS)
+    assert Cache(tmp_path).read("a.r0", {"seed": "0"}, RESULT) is None
 
 
 CODE = "from pathlib import Path\nPath('mark').touch()\nraise SystemExit('executed')\n"

@@ -20,4 +20,4 @@ def problem(model: StableDiffusion) -> AttackProblem:
     names = ("boat", "house", "cat", "night", "sea")
     prompts = [f"a red {name}" for name in names]
     latents = torch.randn((5, *model.latent_shape), generator=generator)
-    return AttackProblem(names, 0, latents, model.encode_prompts(prompts))
+    return AttackProblem(names, (0,) * 5, latents, model.encode_prompts(prompts))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, solve
 from dori_lightning.bench.measure import counted
 from dori_lightning.models.memory import PARALLEL_PAIRS
@@ -17,6 +18,7 @@ from dori_lightning.types import Budget
 from support.fetches import Fetches, FetchingKernels
 
 STEPS = 4
+ONE_NOISE = AttackSettings(noise_batch=1)
 
 
 @contextmanager
@@ -45,8 +47,8 @@ def test_the_attack_fetches_values_at_its_beginning_and_at_snapshots_alone(
     seen: list[int] = []
     with watched() as (methods, kernels):
         solve(
-            model, problem, budget=Budget("l2", 5.0, STEPS), noise_batch=2, snapshots=snapshots,
-            keep_first_token=True,
+            model, problem, budget=Budget("l2", 5.0, STEPS),
+            settings=AttackSettings(noise_batch=2, snapshots=snapshots, keep_first_token=True),
             on_step=lambda _: seen.append(len(methods.found) + len(kernels.found)),
         )  # fmt: skip
     by_step = [after - before for before, after in pairwise(seen)]
@@ -100,7 +102,7 @@ def test_nothing_before_the_first_cross_attention_is_differentiated(
     handles = [names[n].register_forward_hook(note(n)) for n in (*chosen, f"{block}.attn2")]
     handles.append(model.unet.register_forward_pre_hook(enter))
     try:
-        solve(model, problem, budget=Budget(steps=1), noise_batch=1)
+        solve(model, problem, budget=Budget(steps=1), settings=ONE_NOISE)
     finally:
         for handle in handles:
             handle.remove()
@@ -112,7 +114,12 @@ def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(
     model: StableDiffusion, problem: AttackProblem
 ) -> None:
     with counted(model) as counts:
-        solve(model, problem, budget=Budget(steps=3), noise_batch=2, snapshots=(1, 2))
+        solve(
+            model,
+            problem,
+            budget=Budget(steps=3),
+            settings=AttackSettings(noise_batch=2, snapshots=(1, 2)),
+        )
     assert (counts.unet_passes, counts.unet) == (3 * 2, 3 * 2 * PARALLEL_PAIRS * 2)
     assert (counts.encoded, counts.decoded, counts.prompts) == (0, 0, 0)
 
@@ -132,12 +139,12 @@ def test_a_compiled_denoiser_is_compiled_once(
         return graph.forward
 
     torch._dynamo.reset()
-    plain = solve(model, problem, budget=Budget(steps=2), noise_batch=1)
+    plain = solve(model, problem, budget=Budget(steps=2), settings=ONE_NOISE)
     monkeypatch.setattr(model, "unet", torch.compile(model.unet, backend=backend))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        once = solve(model, problem, budget=Budget(steps=2), noise_batch=1)
+        once = solve(model, problem, budget=Budget(steps=2), settings=ONE_NOISE)
         graphs = len(compiled)
-        solve(model, problem, budget=Budget(steps=2), noise_batch=1)
+        solve(model, problem, budget=Budget(steps=2), settings=ONE_NOISE)
     assert 1 <= graphs == len(compiled)
     assert torch.allclose(once.embeddings, plain.embeddings, atol=1e-4)
     torch._dynamo.reset()

@@ -4,7 +4,13 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.attacks.budget import BudgetSettings, median_distance, project
+from dori_lightning.attacks.budget import (
+    AttackSettings,
+    BudgetSettings,
+    median_distance,
+    project,
+)
+from dori_lightning.mitigations.adversarial_finetuning import PoolSettings
 from dori_lightning.types import Budget, InputError, Norm
 
 
@@ -60,3 +66,15 @@ def test_a_relative_radius_without_two_controls_says_what_to_do() -> None:
 def test_impossible_budgets_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=f"attack.budget.{named}"):
         BudgetSettings(**settings)
+
+
+@pytest.mark.parametrize("snapshots", [(), (5,), (5, 9)])
+def test_stopping_needs_a_snapshot_before_the_end(snapshots: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"none before the last step, 5\n  fix:   give some"):
+        AttackSettings(budget=BudgetSettings(steps=5), snapshots=snapshots, early_stop=True)
+
+
+def test_who_does_not_look_at_pictures_cannot_stop() -> None:
+    settings = AttackSettings(snapshots=(1,), early_stop=True)
+    with pytest.raises(InputError, match=r"attack\.early_stop is for audits"):
+        PoolSettings(attack=settings)

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 
+from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import (
     AttackProblem,
     AttackResult,
     BrokenAttackError,
     RowAdam,
+    concat,
     refuse_broken,
     solve,
 )
@@ -26,15 +28,19 @@ def rows(problem: AttackProblem, *chosen: int) -> AttackProblem:
     index = list(chosen)
     return AttackProblem(
         tuple(problem.ids[k] for k in index),
-        problem.restart,
+        problem.restarts[: len(index)],
         problem.latents[index],
         problem.initial[index],
     )
 
 
 def attack(model: StableDiffusion, problem: AttackProblem, **options: Any) -> AttackResult:
-    options = {"budget": FIVE, "noise_batch": 3, "snapshots": (0, 2), **options}
-    return solve(model, problem, **options)
+    settings = {"noise_batch": 3, "snapshots": (0, 2)}
+    for name in ("noise_batch", "snapshots", "keep_first_token"):
+        if name in options:
+            settings[name] = options.pop(name)
+    options = {"budget": FIVE, **options}
+    return solve(model, problem, settings=AttackSettings(**settings), **options)
 
 
 def test_a_pair_gets_the_same_bits_alone_and_in_company(
@@ -49,7 +55,7 @@ def test_a_pair_gets_the_same_bits_alone_and_in_company(
     assert torch.equal(backwards.embeddings, together.embeddings[[4, 2, 0]])
 
 
-def test_passes_side_by_side_give_the_same_bits_and_keep_pairs_apart(
+def test_parallel_batches_give_the_same_bits_and_keep_pairs_apart(
     model: StableDiffusion, problem: AttackProblem
 ) -> None:
     name = next(iter(model.layers("cross_attention.value"))) + ".weight"
@@ -62,11 +68,11 @@ def test_passes_side_by_side_give_the_same_bits_and_keep_pairs_apart(
         middle = model.unet_evaluations
         with threads(2):
             assert pairs_at_once(model) == 2 * PARALLEL_PAIRS
-            beside = attack(model, problem)
-    assert torch.equal(beside.embeddings, one_by_one.embeddings)
-    assert torch.equal(beside.losses, one_by_one.losses)
+            parallel = attack(model, problem)
+    assert torch.equal(parallel.embeddings, one_by_one.embeddings)
+    assert torch.equal(parallel.losses, one_by_one.losses)
     assert model.unet_evaluations - middle == middle - before > 0
-    assert not torch.allclose(attack(model, problem).losses, beside.losses, atol=1e-4)
+    assert not torch.allclose(attack(model, problem).losses, parallel.losses, atol=1e-4)
 
 
 def test_the_attack_lowers_the_loss_and_moves_the_embedding(
@@ -99,6 +105,38 @@ def test_snapshots_lie_on_one_trajectory(model: StableDiffusion, problem: Attack
     assert torch.equal(long.embeddings[:, 1], short.embeddings[:, 0])
 
 
+def test_rows_go_on_in_other_company_to_the_same_bits(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    budget = Budget("l2", 1.5, 5)
+    whole = attack(model, problem, budget=budget)
+    begun = {
+        name: result.row(k)
+        for chosen in ((0, 1, 2), (3, 4))
+        for result in [attack(model, rows(problem, *chosen), budget=budget, stop_at=2)]
+        for k, name in enumerate(result.ids)
+    }
+    assert {(result.steps, result.snapshots) for result in begun.values()} == {(2, (0, 2))}
+    left = [4, 1, 2]  # from both, in another order; the others came back
+    so_far = concat([begun[problem.ids[k]] for k in left])
+    ended = attack(model, rows(problem, *left), budget=budget, resume_from=so_far)
+    assert ended.snapshots == whole.snapshots
+    assert torch.equal(ended.embeddings, whole.embeddings[left])
+    assert torch.equal(ended.losses, whole.losses[left])
+    assert ended.state is None
+
+
+def test_the_offset_is_kept_and_not_what_rounding_left_of_it(
+    model: StableDiffusion, problem: AttackProblem
+) -> None:
+    begun = attack(model, problem, stop_at=2)
+    assert begun.state is not None
+    difference = begun.embeddings[:, -1] - problem.initial
+    assert torch.allclose(difference, begun.state.delta, atol=1e-5)
+    assert not torch.equal(difference, begun.state.delta)
+    assert begun.state.count.tolist() == [2.0] * 5
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_radius_zero_gives_the_prompt_itself(
     model: StableDiffusion, problem: AttackProblem, norm: Norm
@@ -124,7 +162,7 @@ def test_restarts_and_seeds_draw_other_noise(
     model: StableDiffusion, problem: AttackProblem
 ) -> None:
     base = attack(model, problem).embeddings
-    assert not torch.equal(base, attack(model, replace(problem, restart=1)).embeddings)
+    assert not torch.equal(base, attack(model, replace(problem, restarts=(1,) * 5)).embeddings)
     assert not torch.equal(base, attack(model, problem, seed=1).embeddings)
 
 
@@ -150,6 +188,13 @@ def test_no_gradient_is_an_error_and_not_a_safe_model(
     assert torch.equal(result.embeddings, problem.initial[:, None].expand(-1, 3, -1, -1))
     with pytest.raises(BrokenAttackError, match="exactly zero for boat, house, cat, night, sea"):
         refuse_broken(result)
+    begun, steps = attack(model, problem, stop_at=2), list[int]()
+    ended = attack(model, problem, resume_from=begun, on_step=steps.append)
+    assert steps == [], "to go on costs nothing"
+    assert ended.no_gradient.all()
+    assert not ended.diverged.any()
+    assert ended.losses.isnan().all()
+    assert torch.equal(ended.embeddings, result.embeddings)
 
 
 def test_one_row_without_a_gradient_stands_still_and_leaves_the_others_alone(
@@ -200,7 +245,7 @@ def test_nothing_finite_ends_after_the_first_step_and_says_what_to_try(
         refuse_broken(result)
 
 
-def test_out_of_memory_halves_the_pairs_and_not_the_noise_and_finds_the_same(
+def test_out_of_memory_takes_fewer_pairs_and_all_their_noise_and_finds_the_same(
     model: StableDiffusion,
     problem: AttackProblem,
     monkeypatch: pytest.MonkeyPatch,

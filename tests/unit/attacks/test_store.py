@@ -4,69 +4,46 @@ from pathlib import Path
 import pytest
 import torch
 
-from dori_lightning.attacks.solver import AttackResult
-from dori_lightning.attacks.store import AttackStore
-from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.attacks.solver import AttackResult, OptimizerState
+from dori_lightning.attacks.store import RESULT
+from dori_lightning.runtime.cache import Cache
 
 
-def result() -> AttackResult:
+def result(*, on_its_way: bool = False) -> AttackResult:
+    state = OptimizerState(*(torch.randn(1, 3, 4) for _ in range(3)), torch.ones(1).double())
     return AttackResult(
-        ("a", "b"),
-        1,
-        torch.randn(2, 2, 3, 4),
+        ("a",),
+        torch.randn(1, 2, 3, 4),
         (1, 5),
-        torch.rand(2, 5),
-        torch.tensor([False, True]),
-        torch.tensor([True, False]),
+        torch.rand(1, 5),
+        torch.tensor([False]),
+        torch.tensor([True]),
+        state if on_its_way else None,
     )
 
 
-def test_what_is_written_comes_back(tmp_path: Path) -> None:
-    store, made = AttackStore(tmp_path, {"seed": "0"}), result()
-    store.write(made, "prompt", {"a": "x", "b": "y"})
-    found = store.read("b", "prompt", 1, "y")
+@pytest.mark.parametrize("on_its_way", [True, False])
+def test_what_is_written_comes_back(tmp_path: Path, on_its_way: bool) -> None:
+    store, made = Cache(tmp_path), result(on_its_way=on_its_way)
+    assert store.read("prompt/a.r1", {"seed": 0}, RESULT) is None
+    path = store.write("prompt/a.r1", made, {"seed": 0}, RESULT)
+    assert path == tmp_path / "prompt" / "a.r1.safetensors"
+    found = store.read("prompt/a.r1", {"seed": 0}, RESULT)
     assert found is not None
-    assert torch.equal(found.embeddings[0], made.embeddings[1])
-    assert torch.equal(found.losses[0], made.losses[1])
-    assert found.snapshots == (1, 5)
-    assert found.diverged.tolist() == [True]
-    assert found.no_gradient.tolist() == [False]
-    assert store.read("a", "random", 1, "x") is None
-
-
-def test_another_method_or_input_does_not_count_as_done(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    AttackStore(tmp_path, {"seed": "0"}).write(result(), "prompt", {"a": "x", "b": "y"})
-    assert AttackStore(tmp_path, {"seed": "1"}).read("a", "prompt", 1, "x") is None
-    assert "another seed" in caplog.text
-    assert AttackStore(tmp_path, {"seed": "0"}).read("a", "prompt", 1, "z") is None
-    assert "another inputs" in caplog.text
+    assert (found.snapshots, found.steps) == ((1, 5), 5)
+    assert torch.equal(found.embeddings, made.embeddings)
+    assert torch.equal(found.losses, made.losses)
+    assert (found.diverged.tolist(), found.no_gradient.tolist()) == ([False], [True])
+    assert (found.state is not None) == on_its_way
+    if found.state is not None and made.state is not None:
+        assert all(torch.equal(v, getattr(made.state, k)) for k, v in vars(found.state).items())
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda _: b"", lambda _: b"hello"])
 def test_a_damaged_file_is_computed_anew(
     tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = AttackStore(tmp_path, {"seed": "0"})
-    store.write(result(), "prompt", {"a": "x", "b": "y"})
-    path = store.path("a", "prompt", 1)
+    path = Cache(tmp_path).write("a", result(), {"seed": 0}, RESULT)
     path.write_bytes(damage(path.read_bytes()))
-    assert store.read("a", "prompt", 1, "x") is None
+    assert Cache(tmp_path).read("a", {"seed": 0}, RESULT) is None
     assert "damaged" in caplog.text
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]

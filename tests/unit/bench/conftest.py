@@ -23,7 +23,7 @@ def subject(model: StableDiffusion, tmp_path_factory: pytest.TempPathFactory) ->
     folder: Path = tmp_path_factory.mktemp("subject")
     pairs = read_pairs(folder, vm=3, control=0)
     context = make_context(folder, model, pairs)
-    context = replace(context, data=PairsDataModule(pairs, model, pairs_per_batch=8))
+    context = replace(context, data=PairsDataModule(pairs, model))
     return Subject(
         model=model,
         pairs=pairs,

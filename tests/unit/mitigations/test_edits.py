@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, AttackResult, solve
 from dori_lightning.mitigations.edits import (
     Edit,
@@ -359,13 +360,17 @@ def problem(model: StableDiffusion, ids: tuple[str, ...]) -> AttackProblem:
         )
 
     return AttackProblem(
-        ids, 0, draw("latent", model.latent_shape), draw("start", model.embedding_shape)
+        ids,
+        (0,) * len(ids),
+        draw("latent", model.latent_shape),
+        draw("start", model.embedding_shape),
     )
 
 
 def attack(model: StableDiffusion, edit: Edit, *ids: str) -> AttackResult:
     with edit.applied(model):
-        return solve(model, problem(model, ids), budget=Budget(steps=2), noise_batch=1)
+        settings = AttackSettings(noise_batch=1)
+        return solve(model, problem(model, ids), budget=Budget(steps=2), settings=settings)
 
 
 @pytest.mark.parametrize("masks", [rows, singles])

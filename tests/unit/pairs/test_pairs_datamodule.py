@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
+from torch.utils.data import IterableDataset
 
-from dori_lightning.pairs.datamodule import PairBatch, PairsDataModule
+from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
 
 
@@ -50,52 +51,31 @@ def pairs(tmp_path, make_picture, make_csv):
     return FolderPairs(folder).read()
 
 
-def ids(loader):
-    return [[pair.id for pair in batch.pairs] for batch in loader]
+class Batches(IterableDataset):
+    def __init__(self, module, *groups):
+        self.module, self.groups = module, groups
+
+    def __iter__(self):
+        yield from (self.module.batch(group).latents for group in self.groups)
 
 
 def test_batches_hold_their_pairs_tensors_in_order(pairs):
-    model = FakeModel()
-    module = PairsDataModule(pairs, model, pairs_per_batch=3)
-    module.setup()
-    batches = list(module.predict_dataloader())
-    assert [len(batch.pairs) for batch in batches] == [3, 3, 1]
-    assert batches[0].latents.shape == (3, 4, 2, 2)
-    assert batches[0].embeddings.shape == (3, 3, 5)
-    for batch in batches:
-        for pair, latent, embedding in zip(
-            batch.pairs, batch.latents, batch.embeddings, strict=True
-        ):
-            assert embedding[0, 0] == sum(pair.prompt.encode())
-            assert torch.equal(latent, module.encoded(pair).latent)
-    latents = torch.cat([batch.latents for batch in batches])
+    module = PairsDataModule(pairs, FakeModel())
+    batch = module.batch(pairs[:3])
+    assert batch.latents.shape == (3, 4, 2, 2)
+    assert batch.embeddings.shape == (3, 3, 5)
+    for pair, latent, embedding in zip(batch.pairs, batch.latents, batch.embeddings, strict=True):
+        assert embedding[0, 0] == sum(pair.prompt.encode())
+        assert torch.equal(latent, module.encoded(pair).latent)
+    latents = module.batch(pairs).latents
     assert len(latents.flatten(1)[:, 0].unique()) == 7
-
-
-def test_shards_cover_each_pair_once_without_padding(pairs):
-    module = PairsDataModule(pairs, FakeModel(), pairs_per_batch=2)
-    for world in (1, 2, 3, 7, 9):
-        shards = [ids(module.loader(rank, world)) for rank in range(world)]
-        flat = [name for shard in shards for batch in shard for name in batch]
-        assert sorted(flat) == [pair.id for pair in pairs]
-    assert ids(module.loader(1, 3)) == [["p1", "p4"]]
-    assert ids(module.loader(8, 9)) == []
-
-
-def test_elements_are_the_same_for_every_world_size(pairs):
-    whole = {b.pairs[0].id: b for b in PairsDataModule(pairs, FakeModel()).loader()}
-    for rank in range(2):
-        for batch in PairsDataModule(pairs, FakeModel(), pairs_per_batch=4).loader(rank, 2):
-            for k, pair in enumerate(batch.pairs):
-                assert torch.equal(batch.latents[k], whole[pair.id].latents[0])
-                assert torch.equal(batch.embeddings[k], whole[pair.id].embeddings[0])
 
 
 def test_each_pair_is_encoded_once(pairs):
     model = FakeModel()
     module = PairsDataModule(pairs, model)
-    module.setup("fit")
-    module.setup("predict")
+    module.prepare()
+    module.batch(pairs)
     assert model.calls == [[pair.prompt] for pair in pairs]
 
 
@@ -236,11 +216,6 @@ def test_values_that_are_not_finite_are_refused_by_id(pairs):
         PairsDataModule(pairs, model).prepare()
 
 
-def test_empty_batches_are_refused(pairs):
-    with pytest.raises(ValueError, match="at least 1 pair"):
-        PairsDataModule(pairs, FakeModel(), pairs_per_batch=0)
-
-
 def test_ids_must_be_unique(pairs):
     with pytest.raises(ValueError, match="unique ids"):
         PairsDataModule([pairs[0], replace(pairs[1], id=pairs[0].id)], FakeModel())
@@ -248,8 +223,7 @@ def test_ids_must_be_unique(pairs):
 
 class Recorder(pl.LightningModule):
     def predict_step(self, batch, *_):
-        assert isinstance(batch, PairBatch)
-        return [pair.id for pair in batch.pairs]
+        return batch
 
 
 @pytest.fixture
@@ -265,36 +239,11 @@ def trainer(tmp_path):
     )
 
 
-def test_trainer_predicts_every_pair_in_order(pairs, trainer):
-    names = [pair.id for pair in pairs]
-    module = PairsDataModule(pairs, FakeModel(), pairs_per_batch=2)
-    recorder = Recorder()
-    found = trainer.predict(recorder, datamodule=module)
-    assert [name for batch in found for name in batch] == names
+def test_a_trainer_is_served_this_processs_batches_in_order(pairs, trainer):
+    module = PairsDataModule(pairs, FakeModel())
+    batches = Batches(module, pairs[:4], pairs[4:])
+    found = trainer.predict(Recorder(), datamodule=module.serve(batches))
+    assert [len(batch) for batch in found] == [4, 3]
+    assert torch.equal(torch.cat(found), module.batch(pairs).latents)
     # attacks need gradients, also of pairs that were encoded in inference mode
     assert not module.encoded(pairs[0]).latent.is_inference()
-
-
-def test_trainer_with_several_processes_gets_its_shard(pairs, trainer, monkeypatch):
-    module = PairsDataModule(pairs, FakeModel())
-    module.trainer = trainer
-    monkeypatch.setattr(type(trainer), "world_size", 3)
-    monkeypatch.setattr(type(trainer), "global_rank", 2)
-    module.setup("predict")
-    assert len(module.model.calls) == 2
-    assert ids(module.predict_dataloader()) == [["p2"], ["p5"]]
-
-
-def test_lightning_never_puts_a_distributed_sampler_in(pairs, trainer):
-    from lightning.pytorch.utilities.data import has_iterable_dataset
-
-    loader = PairsDataModule(pairs, FakeModel()).predict_dataloader()
-    assert has_iterable_dataset(loader)  # the one kind that it leaves alone
-
-
-def test_batch_moves_as_one(pairs):
-    batch = next(iter(PairsDataModule(pairs, FakeModel(), pairs_per_batch=2).loader()))
-    moved = batch.to("meta")
-    assert moved.pairs == batch.pairs
-    assert moved.latents.is_meta
-    assert moved.embeddings.is_meta

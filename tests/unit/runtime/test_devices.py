@@ -18,7 +18,7 @@ time.sleep(120)
 
 
 def test_each_worker_has_a_device_of_its_own_until_it_ends(tmp_path: Path) -> None:
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(tmp_path)],
@@ -40,27 +40,27 @@ def test_each_worker_has_a_device_of_its_own_until_it_ends(tmp_path: Path) -> No
         for worker in workers:
             worker.kill()
             worker.wait()
-        for file in distributed._held:
-            file.close()
-        distributed._held.clear()
+        for lock in distributed._claimed:
+            lock.release()
+        distributed._claimed.clear()
 
 
 def test_a_worker_is_pinned_before_cuda_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(distributed, "_held", [])
+    monkeypatch.setattr(distributed, "_claimed", [])
     monkeypatch.setattr(distributed.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
     distributed.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-a"
     distributed.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-a", "a second job of the worker stays"
-    for file in distributed._held:
-        file.close()
+    for lock in distributed._claimed:
+        lock.release()
 
 
 def test_without_gpus_nothing_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_held", [])
+    monkeypatch.setattr(distributed, "_claimed", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     distributed.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

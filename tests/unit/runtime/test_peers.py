@@ -13,7 +13,7 @@ from dori_lightning.runtime.peers import Peer
 
 @pytest.fixture(autouse=True)
 def _nobody_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_members", [])
+    monkeypatch.setattr(peers, "_peers", [])
     monkeypatch.setattr(peers, "_SECONDS", 0.3)
 
 

@@ -18,7 +18,7 @@ from support.context import read_pairs
 from support.distributed_fits import LR, fit
 from support.tiny import write_tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.enable_socket
 

@@ -21,10 +21,14 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(
     ]
 
 
-def test_other_processes_and_empty_stages_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_processes_and_empty_stages_say_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
-    with progress.progress_bar("attack", 10, visible=False) as advance:
-        advance(1)
+    with monkeypatch.context() as patched:
+        patched.setattr("dori_lightning.runtime.distributed.is_first", lambda: False)
+        with progress.progress_bar("attack", 10) as advance:
+            advance(1)
     with progress.progress_bar("attack", 0) as advance:
         advance(1)
     assert not caplog.records
