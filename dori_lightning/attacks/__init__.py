@@ -1,1 +1,1 @@
-"""Search the text embeddings that make a model reproduce given pictures."""
+"""Search the text embeddings that make a model reproduce given images."""

@@ -1,4 +1,4 @@
-"""What an attack may spend: steps, and a ball around the initial embedding."""
+"""Budget and settings of an attack: steps, norm and radius around the initial embedding."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 import torch
 
 from dori_lightning.types import INITS, Budget, Init, InputError, Kind, Norm
-
-# -------- budget
 
 _NEEDS_CONTROLS = (
     "a relative budget needs at least two control pairs with different prompts; add pairs of "
@@ -23,9 +21,9 @@ class BudgetSettings:
     """A budget before the checkpoint is known.
 
     Attributes:
-        norm: ``none`` limits the steps alone (the paper's budget), ``l2`` and ``linf`` also
-            project onto a ball around the initial embedding.
-        radius: Radius of the ball; ignored where ``norm`` is ``none``.
+        norm: ``none`` limits the steps alone (the paper's budget), ``l2`` and ``linf`` also the
+            distance to the initial embedding, by projection.
+        radius: Largest distance; ignored where ``norm`` is ``none``.
         relative: Whether ``radius`` is a multiple of the median distance (in the same norm)
             between the embeddings of control prompts, which makes it comparable across
             checkpoints, or absolute in CLIP units.
@@ -72,7 +70,7 @@ class BudgetSettings:
 
 
 def evaluation_steps(snapshots: Iterable[int], steps: int) -> tuple[int, ...]:
-    """Steps after which an attack is measured: snapshots on its way, and its end, rising."""
+    """Steps after which an attack is evaluated: snapshots on its way, and its end, rising."""
     return tuple(sorted({s for s in snapshots if 0 <= s <= steps} | {steps}))
 
 
@@ -95,7 +93,7 @@ def median_distance(embeddings: torch.Tensor, norm: Norm) -> float:
 
 
 def project(delta: torch.Tensor, budget: Budget) -> torch.Tensor:
-    """Nearest point to ``delta`` in the budget's ball, each row for itself.
+    """Nearest point to ``delta`` within the budget's radius, each row for itself.
 
     Args:
         delta: Offsets (N, T, D) from the initial embeddings.
@@ -109,10 +107,6 @@ def project(delta: torch.Tensor, budget: Budget) -> torch.Tensor:
     return delta * (budget.eps / length).clamp(max=1.0)[:, None, None]
 
 
-# -------- settings
-# Settings of the attack as the configuration gives them.
-
-
 @dataclass(frozen=True)
 class AttackSettings:
     """How embeddings are attacked; the defaults are the paper's (Finding DoRI, 2507.16880).
@@ -123,7 +117,7 @@ class AttackSettings:
         other_inits: Initial points that tm and control pairs are attacked from; None for all of
             ``inits``. The attack on controls tests the method, not the checkpoint, so one initial
             point can be enough.
-        budget: Steps and ball.
+        budget: Steps and radius.
         lr: Adam's learning rate, CLIP units.
         noise_batch: Noise samples and timesteps per pair and step.
         restarts: Independent attacks per pair and init; a pair counts as reproduced if any of
@@ -132,12 +126,11 @@ class AttackSettings:
             as published: no.
         snapshots: Steps at which to measure besides the last one; free, since they lie on one
             trajectory.
-        early_stop: Stop a pair's attack at the first snapshot whose pictures are copies; the
-            others go on in full passes. Rates are cumulative then, see
-            ``metrics.first_success``.
-        pairs_per_forward: Pairs that share a forward pass; changes speed and memory, not results.
-            None chooses by the free memory, see ``memory.pairs_that_fit``. On the CPU
-            it is how many pairs are kept together; its passes have one width.
+        early_stop: Stop a pair's attack at the first snapshot whose images are copies; the others
+            go on in full batches. Rates are cumulative then, see ``metrics.replication``.
+        pairs_per_forward: Pairs of a batch; changes speed and memory, not results. None chooses by
+            the free memory, see ``models.memory.estimate_batch_size``. On the CPU forward passes
+            have one shape, whatever the batch.
     """
 
     inits: tuple[Init, ...] = ("prompt", "random")
@@ -188,15 +181,15 @@ class AttackSettings:
             )
 
     def check_whole(self) -> None:
-        """Refuse to stop early where nobody looks at pictures during the attack.
+        """Refuse early stop where no images are evaluated during the attack.
 
         Raises:
             InputError: ``early_stop`` is set.
         """
         if self.early_stop:
             raise InputError(
-                "attack.early_stop is for audits, which look at pictures between the stretches "
-                "of an attack; nothing else does\n  fix:   attack.early_stop=false"
+                "attack.early_stop is for audits, which evaluate images between the segments of "
+                "an attack; nothing else does\n  fix:   attack.early_stop=false"
             )
 
     def inits_of(self, kind: Kind) -> tuple[Init, ...]:

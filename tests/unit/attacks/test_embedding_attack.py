@@ -1,6 +1,7 @@
 """An attack's result depends on its job, never on batches, rounds, processes or a resume."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_rounds_one_by_one_or_all_together_give_the_same_bits_and_are_not_solved
     assert [c for one in seen for c in one] == apart
     assert [len(one) for one in seen] == [len(jobs) * 3 for jobs in rounds]
     solved.clear()
-    other = AttackContext(**{**vars(context), "folder": tmp_path / "other"})
+    other = replace(context, folder=tmp_path / "other")
     jobs = [job for jobs in rounds for job in jobs]
     together = run_attacks(other, [jobs], strict=True)
     assert [len(ids) for ids in solved] == [4, 4, 4, 2]
@@ -133,7 +134,8 @@ def test_each_process_attacks_its_own_jobs_once_without_padding(
 ) -> None:
     jobs = [Job(pair, "random", 0) for pair in pairs]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    for name in ("barrier", "check"):
+        monkeypatch.setattr(distributed, name, lambda: None)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         module._attack(context, jobs, range(1), size=2, trainer=None, strict=False)

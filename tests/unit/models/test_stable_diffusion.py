@@ -8,11 +8,6 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.tiny import tiny_model, tiny_recipe
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
 def test_it_is_described_by_its_own_configuration(model: StableDiffusion) -> None:
     assert model.resolution == 32
     assert model.latent_shape == (4, 16, 16)

@@ -9,6 +9,8 @@ import torch
 
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import batching
+from dori_lightning.runtime.batching import OomBackoff, map_batches
+from dori_lightning.types import InputError
 from support.threads import threads
 
 
@@ -26,11 +28,15 @@ def of_size(weights: int, device: str = "cpu") -> TextToImage:
     ]
     return cast(
         "TextToImage",
-        SimpleNamespace(device=torch.device(device), parameters=lambda: iter(parameters)),
+        SimpleNamespace(
+            device=torch.device(device), parameters=lambda: iter(parameters), max_batch_sizes={}
+        ),
     )
 
 
-def test_a_small_model_has_as_many_lanes_as_threads_others_have_one(two_threads: None) -> None:
+def test_a_small_model_has_a_parallel_batch_for_each_thread_and_others_one(
+    two_threads: None,
+) -> None:
     tiny = of_size(10)
     assert batching.parallel_batches(tiny) == 2
     assert batching.parallel_batches(of_size(batching.SMALL_WEIGHTS)) == 2
@@ -57,7 +63,9 @@ def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads: No
     assert torch.get_num_threads() == 2
 
 
-def test_one_lane_is_the_callers_own_thread_with_all_its_threads(two_threads: None) -> None:
+def test_a_single_batch_is_in_the_callers_thread_with_all_its_threads(
+    two_threads: None,
+) -> None:
     found = batching.run_parallel([threading.get_ident, torch.get_num_threads], 1)
     assert found == [threading.get_ident(), 2]
 
@@ -77,3 +85,65 @@ def test_what_fails_is_raised_when_nothing_runs_any_more(two_threads: None) -> N
         batching.run_parallel([slow, fails], 2)
     assert done == [False]
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("pad", "count", "shapes"), [(True, 1, [2] * 3), (False, 1, [2, 2, 1]), (True, 2, [2] * 3)]
+)
+def test_items_are_mapped_in_order_in_batches_of_one_shape(
+    pad: bool, count: int, shapes: list[int]
+) -> None:
+    model, seen = of_size(10), list[int]()
+
+    def double(items: list[int]) -> list[int]:
+        seen.append(len(items))
+        return [2 * item for item in items]
+
+    backoff = OomBackoff("doubling", "number", "none")
+    with threads(count):
+        found = map_batches(
+            double, range(5), at_once=2 * count, model=model, backoff=backoff, pad=pad
+        )
+    assert found == [0, 2, 4, 6, 8]
+    assert sorted(seen, reverse=True) == shapes
+    assert model.max_batch_sizes == {}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+        MemoryError(),
+    ],
+)
+def test_batches_are_halved_once_where_memory_runs_out(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, seen, room = of_size(10, "cuda"), list[int](), 2
+
+    def work(items: list[int]) -> list[int]:
+        seen.append(len(items))
+        if len(items) > room:
+            raise error
+        return items
+
+    backoff = OomBackoff("working", "number", "buy memory")
+    again = partial(map_batches, work, model=model, backoff=backoff)
+    assert again(range(6), at_once=8) == [*range(6)]
+    assert seen == [8, 4, 2, 2, 2]
+    assert again(range(2), at_once=8) == [0, 1]
+    assert seen[5:] == [2], "what was found is remembered"
+    assert caplog.text.count("working: out of memory") == 2
+    room = 0
+    with pytest.raises(InputError, match=r"single number(.|\n)*fix:   buy memory"):
+        again(range(2), at_once=1)
+    with pytest.raises(RuntimeError, match="something else"):
+        backoff.run(lambda _: fail("something else"), 2, {})
+
+
+def fail(text: str) -> None:
+    raise RuntimeError(text)

@@ -8,17 +8,11 @@ import torch
 from dori_lightning.models.generation import GenerationRequest, generate_images, load_images
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from support.tiny import tiny_model
 
 SAMPLING = Sampling("ddim", 3, 2.0, images_per_pair=2, seed=5)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-def orders(model: StableDiffusion, folder: Path) -> list[GenerationRequest]:
+def requests(model: StableDiffusion, folder: Path) -> list[GenerationRequest]:
     prompts = ("a cat", "a boat", "a red house")
     return [
         GenerationRequest(folder / str(k), row)
@@ -30,51 +24,51 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_second_call_draws_nothing_and_a_lost_picture_comes_back_the_same(
+def test_a_second_call_draws_nothing_and_a_lost_image_comes_back_the_same(
     model: StableDiffusion, tmp_path: Path
 ) -> None:
-    assert generate_images(model, orders(model, tmp_path), SAMPLING) == 6
+    assert generate_images(model, requests(model, tmp_path), SAMPLING) == 6
     first = contents(tmp_path)
     assert sorted(first) == [f"{k}/{seed}.png" for k in range(3) for seed in (5, 6)]
-    assert generate_images(model, orders(model, tmp_path), SAMPLING) == 0
+    assert generate_images(model, requests(model, tmp_path), SAMPLING) == 0
     (tmp_path / "1" / "6.png").unlink()
     (tmp_path / "2" / "5.png").write_bytes(first["2/5.png"][:40])
-    assert generate_images(model, orders(model, tmp_path), SAMPLING) == 4
+    assert generate_images(model, requests(model, tmp_path), SAMPLING) == 4
     assert contents(tmp_path) == first
 
 
-def test_the_order_and_company_of_orders_change_no_bit(
+def test_the_order_and_company_of_requests_change_no_bit(
     model: StableDiffusion, tmp_path: Path
 ) -> None:
-    generate_images(model, orders(model, tmp_path / "a"), SAMPLING)
-    for order in reversed(orders(model, tmp_path / "b")):
-        generate_images(model, [order], replace(SAMPLING, batch=3))
+    generate_images(model, requests(model, tmp_path / "a"), SAMPLING)
+    for request in reversed(requests(model, tmp_path / "b")):
+        generate_images(model, [request], replace(SAMPLING, batch=3))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_pictures_made_otherwise_are_drawn_again(model: StableDiffusion, tmp_path: Path) -> None:
-    generate_images(model, orders(model, tmp_path), SAMPLING)
-    assert generate_images(model, orders(model, tmp_path), replace(SAMPLING, guidance=3.0)) == 6
+def test_images_made_otherwise_are_drawn_again(model: StableDiffusion, tmp_path: Path) -> None:
+    generate_images(model, requests(model, tmp_path), SAMPLING)
+    assert generate_images(model, requests(model, tmp_path), replace(SAMPLING, guidance=3.0)) == 6
     assert (
         generate_images(
-            model, orders(model, tmp_path), replace(SAMPLING, guidance=3.0), edit="other"
+            model, requests(model, tmp_path), replace(SAMPLING, guidance=3.0), edit="other"
         )
         == 6
     )
 
 
 def test_they_are_read_back_as_written(model: StableDiffusion, tmp_path: Path) -> None:
-    order = orders(model, tmp_path)[0]
-    generate_images(model, [order], SAMPLING)
-    pictures = load_images(order.folder, (5, 6))
-    assert pictures.shape == (2, 3, 32, 32)
-    assert not torch.equal(pictures[0], pictures[1])
+    request = requests(model, tmp_path)[0]
+    generate_images(model, [request], SAMPLING)
+    images = load_images(request.folder, (5, 6))
+    assert images.shape == (2, 3, 32, 32)
+    assert not torch.equal(images[0], images[1])
 
 
-def test_out_of_memory_halves_the_pictures_of_a_pass(
+def test_out_of_memory_takes_fewer_images_a_batch(
     model: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate_images(model, orders(model, tmp_path / "whole"), SAMPLING)
+    generate_images(model, requests(model, tmp_path / "whole"), SAMPLING)
     real, widths = model.denoise, []
 
     def small_memory(embeddings: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -85,7 +79,7 @@ def test_out_of_memory_halves_the_pictures_of_a_pass(
 
     monkeypatch.setattr(model, "denoise", small_memory)
     monkeypatch.setattr(model, "max_batch_sizes", {})
-    generate_images(model, orders(model, tmp_path / "small"), SAMPLING)
+    generate_images(model, requests(model, tmp_path / "small"), SAMPLING)
     assert widths[:3] == [16, 8, 4]
     assert set(widths[2:]) == {4}
     for k in range(3):

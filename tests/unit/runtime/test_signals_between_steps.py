@@ -12,8 +12,8 @@ from dori_lightning.runtime.signals import Interrupted
 
 TWICE = """
 import os, signal, time
-from dori_lightning import interruption
-with interruption.handling():
+from dori_lightning.runtime import signals
+with signals.handling():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
@@ -45,7 +45,7 @@ def test_a_signal_is_a_flag_that_the_next_step_sees(signum: int, code: int) -> N
 
 
 def test_the_second_signal_leaves_at_once() -> None:
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     ended = subprocess.run(
         [sys.executable, "-c", TWICE],
         env={**os.environ, "PYTHONPATH": root},
@@ -77,5 +77,5 @@ def test_submitits_signal_is_handed_on_when_the_work_is_safe() -> None:
         signal.signal(signal.SIGTERM, ignored)
 
 
-def test_what_is_raised_is_no_error_that_could_be_mended() -> None:
+def test_what_is_raised_is_no_error_that_could_be_handled() -> None:
     assert not issubclass(Interrupted, Exception)
