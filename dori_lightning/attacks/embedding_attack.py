@@ -29,7 +29,7 @@ from dori_lightning.attacks.solver import (
     solve,
 )
 from dori_lightning.attacks.store import RESULT
-from dori_lightning.models.memory import estimate_batch_size, limit_cpu_batch
+from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
@@ -265,29 +265,29 @@ class JobBatch:
 class JobBatches(IterableDataset[JobBatch]):
     """Batches of the jobs that the store does not hold as far as they are to go."""
 
-    def __init__(
-        self, context: AttackContext, jobs: Sequence[Job], *, size: int, stop_at: int
-    ) -> None:
-        """Ask the store.
+    def __init__(self, context: AttackContext, jobs: Sequence[Job], *, stop_at: int) -> None:
+        """Ask the store, and cut what is missing into batches.
 
         Args:
             context: What the jobs share.
             jobs: Jobs of this process.
-            size: Jobs of a batch, at most.
             stop_at: Step that they are to come to.
         """
-        self.context = context
+        self.context, self.batches = context, list[tuple[int, list[Job]]]()
         by_step: dict[int, list[Job]] = {}
         for job in jobs:
             result = context.read(job)
             if result is None or result.steps < stop_at:
                 step = result.steps if result is not None and result.state is not None else 0
                 by_step.setdefault(step, []).append(job)
-        self.batches = [
-            (step, group[start : start + size])
-            for step, group in by_step.items()
-            for start in range(0, len(group), size)
-        ]
+        for step, group in by_step.items():
+            size = estimate_batch_size(
+                context.model,
+                noise_batch=context.settings.noise_batch,
+                wanted=context.settings.pairs_per_forward,
+                pair_id=group[0].pair.id,
+            )
+            self.batches += [(step, group[k : k + size]) for k in range(0, len(group), size)]
         self.steps = sum(stop_at - step for step, _ in self.batches)
 
     def __iter__(self) -> Iterator[JobBatch]:
@@ -335,17 +335,16 @@ class EmbeddingAttack(L.LightningModule):
         Raises:
             BrokenAttackError: ``strict`` is set and an attack has no gradient.
         """
-        context, ids = self.context, tuple(job.pair.id for job in batch.jobs)
-        limit_cpu_batch(
-            context.model,
-            noise_batch=context.settings.noise_batch,
-            wanted=context.settings.pairs_per_forward,
-            pair_id=ids[0],
+        context = self.context
+        problem = AttackProblem(
+            ids=tuple(job.pair.id for job in batch.jobs),
+            restarts=tuple(job.restart for job in batch.jobs),
+            latents=batch.latents,
+            initial=batch.initial,
         )
-        restarts = tuple(job.restart for job in batch.jobs)
         result = solve(
             context.model,
-            AttackProblem(ids, restarts, batch.latents, batch.initial),
+            problem,
             budget=context.budget,
             settings=context.settings,
             seed=context.seed,
@@ -396,24 +395,14 @@ def run_attacks(
     """
     if trainer is not None:
         distributed.start(trainer)
-    rounds = [jobs for jobs in rounds if jobs]
-    if not rounds:
-        return []
-    budget, settings = context.budget, context.settings
-    size = estimate_batch_size(
-        context.model,
-        noise_batch=settings.noise_batch,
-        wanted=settings.pairs_per_forward,
-        pair_id=rounds[0][0].pair.id,
-    )
-    attack = partial(_attack, context, size=size, trainer=trainer, strict=strict)
+    attack = partial(_attack, context, trainer=trainer, strict=strict)
     found: list[Conditioning] = []
-    for jobs in rounds:
+    for jobs in filter(None, rounds):
         if reproduced is None:
-            attack(jobs, range(budget.steps))
+            attack(jobs, range(context.budget.steps))
             new = [one for job in jobs for one in context.conditionings(job)]
         else:
-            ends = evaluation_steps(settings.snapshots, budget.steps)
+            ends = evaluation_steps(context.settings.snapshots, context.budget.steps)
             new = stop_at_success(
                 attack, context.conditionings, jobs, ends=ends, reproduced=reproduced
             )
@@ -428,7 +417,6 @@ def _attack(
     jobs: Sequence[Job],
     steps: range,
     *,
-    size: int,
     trainer: L.Trainer | None,
     strict: bool,
 ) -> None:
@@ -443,7 +431,7 @@ def _attack(
     if len(steps) < context.budget.steps:
         title += f", steps {steps.start} to {steps.stop}"
     own = jobs[distributed.rank() :: distributed.world_size()]
-    batches = JobBatches(context, own, size=size, stop_at=steps.stop)
+    batches = JobBatches(context, own, stop_at=steps.stop)
     with progress_bar(title, batches.steps) as advance:
         module = EmbeddingAttack(
             context, stop_at=steps.stop, on_step=lambda _: advance(1), strict=strict

@@ -27,7 +27,7 @@ from dori_lightning.mitigations.replacements import (
     draw_indices,
     find_surrogates,
 )
-from dori_lightning.models.memory import limit_cpu_batch
+from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import PairBatch
 from dori_lightning.runtime import distributed
@@ -463,7 +463,7 @@ class TriggerPool:
         results: dict[str, tuple[torch.Tensor, float]] = {}
         shard = range(distributed.rank(), len(names), distributed.world_size())
         if shard:
-            limit_cpu_batch(
+            estimate_batch_size(
                 self.model,
                 noise_batch=attack.noise_batch,
                 wanted=attack.pairs_per_forward,

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, first_line
 
 _PARTS = {
     "unet": "diffusion_pytorch_model",
@@ -257,7 +257,7 @@ def _load_folder(place: Path | tuple[str, str | None]) -> dict[str, Any]:
             else "get it again: the folder is damaged or not a Stable Diffusion folder"
         )
         raise InputError(
-            f"checkpoint {where} cannot be loaded: {_first_line(error)}\n  fix:   {hint}"
+            f"checkpoint {where} cannot be loaded: {first_line(error)}\n  fix:   {hint}"
         ) from error
     return parts
 
@@ -320,7 +320,7 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"{path} does not load with the configuration of {config}: {_first_line(error)}"
+            f"{path} does not load with the configuration of {config}: {first_line(error)}"
         ) from error
     return {
         "unet": unet,
@@ -340,7 +340,3 @@ def _refuse_kernels(path: Path) -> None:
                 f"{path} asks for the attention {value!r}, which may be code of others; remove "
                 f"{key}"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -52,53 +52,32 @@ def estimate_batch_size(
     free: int | None = None,
     pair_id: str | None = None,
 ) -> int:
-    """Pairs of a batch: as many as the configuration says, or as fit into a GPU's free memory.
+    """Pairs of a batch, by the free memory, which is measured once for each ``noise_batch``.
 
-    On the CPU ``limit_cpu_batch`` measures, and the solver cuts every batch into the same shapes.
+    On the CPU the solver cuts every batch into the same shapes, and this limits them by the memory
+    (``model.max_batch_sizes``). They must fit from the start: a system that runs out of memory
+    kills the process instead of raising something after which a batch could be halved.
 
     Args:
         model: Model under attack, on its device.
         noise_batch: Noise samples of a pair.
-        wanted: Pairs by the configuration; None measures.
+        wanted: Pairs by the configuration; None for as many as fit. On a GPU nothing is measured
+            where they are given.
         free: Bytes to plan with; None asks the system.
         pair_id: Some pair, where the model carries an edit for each pair.
 
     Returns:
         1 to ``pairs_at_once``, or ``wanted``.
     """
-    if wanted is not None:
+    cpu, most = model.device.type == "cpu", pairs_at_once(model)
+    if wanted is not None and not cpu:
         return wanted
-    if model.device.type == "cpu":
-        return pairs_at_once(model)
-    return _fitting_pairs(model, noise_batch, free, pair_id)
-
-
-def limit_cpu_batch(
-    model: TextToImage,
-    *,
-    noise_batch: int,
-    wanted: int | None,
-    free: int | None = None,
-    pair_id: str | None = None,
-) -> None:
-    """Limit the CPU batch size by the free memory, measured once for each ``noise_batch``.
-
-    It must fit from the start: a system that runs out of memory kills the process instead of
-    raising something after which the batch could be halved. Writes to ``model.max_batch_sizes``.
-
-    Args:
-        model: Model under attack; nothing happens on a GPU.
-        noise_batch: Noise samples of a pair.
-        wanted: Pairs by the configuration; where memory is short, no more than these.
-        free: Bytes to plan with; None asks the system.
-        pair_id: Some pair, where the model carries an edit for each pair.
-    """
     limits, measured = model.max_batch_sizes, f"{ATTACK}, {noise_batch} samples"
-    if model.device.type != "cpu" or measured in limits:
-        return
-    fit = limits[measured] = _fitting_pairs(model, noise_batch, free, pair_id)
-    if fit < pairs_at_once(model):
-        limits[ATTACK] = min(fit, wanted or fit, limits.get(ATTACK, fit))
+    if measured not in limits:
+        fit = limits[measured] = _fitting_pairs(model, noise_batch, free, pair_id)
+        if cpu and fit < most:
+            limits[ATTACK] = min(fit, wanted or fit, limits.get(ATTACK, fit))
+    return wanted or (most if cpu else limits[measured])
 
 
 def _fitting_pairs(

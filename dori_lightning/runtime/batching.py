@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, first_line
 
 T = TypeVar("T")
 X = TypeVar("X")
@@ -152,7 +152,7 @@ class OomBackoff:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                said = str(error).strip().partition("\n")[0] or type(error).__name__
+                said = first_line(error)
                 if size == 1:
                     raise InputError(
                         f"out of memory with a single {self.noun} in a batch: {said}\n"

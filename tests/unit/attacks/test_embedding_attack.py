@@ -132,13 +132,14 @@ def test_each_process_attacks_its_own_jobs_once_without_padding(
     solved: list[tuple[str, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    jobs = [Job(pair, "random", 0) for pair in pairs]
+    settings = replace(SETTINGS, pairs_per_forward=2)
+    context, jobs = replace(context, settings=settings), [Job(p, "random", 0) for p in pairs]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for name in ("barrier", "check"):
         monkeypatch.setattr(distributed, name, lambda: None)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        module._attack(context, jobs, range(1), size=2, trainer=None, strict=False)
+        module._attack(context, jobs, range(1), trainer=None, strict=False)
     ids = [pair.id for pair in pairs]
     assert solved == [(ids[0], ids[2]), (ids[4],), (ids[1], ids[3])]
 
@@ -146,9 +147,10 @@ def test_each_process_attacks_its_own_jobs_once_without_padding(
 def test_batches_are_of_jobs_at_the_same_step_and_no_sampler_is_put_in(
     context: AttackContext, pairs: tuple[Pair, ...]
 ) -> None:
-    jobs = [Job(pair, "random", 0) for pair in pairs]
-    module._attack(context, jobs[1:3], range(1), size=2, trainer=None, strict=False)
-    batches = JobBatches(context, jobs, size=2, stop_at=2)
+    settings = replace(SETTINGS, pairs_per_forward=2)
+    context, jobs = replace(context, settings=settings), [Job(p, "random", 0) for p in pairs]
+    module._attack(context, jobs[1:3], range(1), trainer=None, strict=False)
+    batches = JobBatches(context, jobs, stop_at=2)
     ids = [pair.id for pair in pairs]
     found = [[job.pair.id for job in batch.jobs] for batch in batches]
     assert found == [[ids[0], ids[3]], [ids[4]], [ids[1], ids[2]]]
@@ -159,7 +161,7 @@ def test_batches_are_of_jobs_at_the_same_step_and_no_sampler_is_put_in(
     moved = last.to("meta")
     assert (moved.latents.is_meta, moved.initial.is_meta, moved.jobs) == (True, True, last.jobs)
     assert has_iterable_dataset(context.data.serve(batches).predict_dataloader())
-    assert len(JobBatches(context, jobs[1:3], size=2, stop_at=1).batches) == 0
+    assert len(JobBatches(context, jobs[1:3], stop_at=1).batches) == 0
 
 
 def test_an_attack_without_a_gradient_is_marked_or_raises(

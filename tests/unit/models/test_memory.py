@@ -17,7 +17,6 @@ from dori_lightning.models.memory import (
     PeakMemory,
     estimate_batch_size,
     free_memory,
-    limit_cpu_batch,
     measure_batch,
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -121,22 +120,19 @@ def test_pairs_are_chosen_by_what_is_free(
     assert len(measured) == 5, "nothing is measured where it is fixed"
 
 
-def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
+def test_on_the_cpu_the_one_shape_of_all_batches_follows_memory(
     measured: list[str | None],
 ) -> None:
     def limit(gib: float, wanted: int | None) -> int | None:
         model = on("cpu")
-        assert estimate_batch_size(model, noise_batch=8, wanted=wanted) == (
-            wanted or PARALLEL_PAIRS
-        )
-        assert ATTACK not in model.max_batch_sizes
         for _ in range(2):
-            limit_cpu_batch(
+            size = estimate_batch_size(
                 model, noise_batch=8, wanted=wanted, free=int(gib * 2**30), pair_id="boat"
             )
+            assert size == (wanted or PARALLEL_PAIRS)
         return model.max_batch_sizes.get(ATTACK)
 
-    # with memory for all, passes stay of one width, and so results the same in any batch
+    # with memory for all, shapes stay as they are, and so results the same in any batch
     assert limit(1000, None) is None
     assert limit(1000, 3) is None
     assert limit(16.3, None) == 3
@@ -149,7 +145,7 @@ def test_on_the_cpu_the_one_width_of_all_passes_follows_memory(
 def test_more_noise_is_measured_again_and_never_widens(measured: list[str | None]) -> None:
     model = on("cpu")
     for samples, pairs in ((2, 3), (8, 1), (2, 1)):
-        limit_cpu_batch(model, noise_batch=samples, wanted=None, free=6 * 2**30)
+        estimate_batch_size(model, noise_batch=samples, wanted=None, free=6 * 2**30)
         assert model.max_batch_sizes[ATTACK] == pairs
     assert len(measured) == 2
 
