@@ -40,41 +40,68 @@ _SUFFIXES: dict[str, str] = {
 }
 
 
-class Encoders:
-    """Text encoder and image autoencoder: prompts to embeddings, images to latents and back.
-
-    Attributes:
-        embedding_shape: Tokens and width (T, D) of an embedding.
-        factor: Pixels to a latent's element, along a side.
-        device: Where all of it is computed.
-    """
+class StableDiffusion:
+    """A Stable Diffusion checkpoint; ``models.protocol.TextToImage`` documents its methods."""
 
     def __init__(
         self,
         *,
+        name: str,
+        fingerprint: str,
+        unet: UNet2DConditionModel,
         autoencoder: AutoencoderKL,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        device: torch.device,
-        autocast: torch.dtype | None,
+        scheduler: DDIMScheduler,
+        resolution: int | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         """Join the parts.
 
         Args:
+            name: How reports call the checkpoint.
+            fingerprint: Hash of the weights.
+            unet: Denoiser; its attention must take the text encoder's width.
             autoencoder: Image autoencoder.
             text_encoder: CLIP text encoder.
             tokenizer: Its tokenizer.
-            device: Where their weights are.
-            autocast: Compute in this dtype; None for the weights' own.
+            scheduler: Noise schedule and prediction type.
+            resolution: Image side in pixels; None for the UNet's own ``sample_size``.
+            autocast: Compute the denoiser and autoencoder in this dtype; None for the weights'
+                own.
+
+        Raises:
+            ValueError: The parts do not fit each other.
         """
-        self.autoencoder = autoencoder.eval()
+        self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
+        self.unet, self.autoencoder = unet.eval(), autoencoder.eval()
         text_encoder.eval()  # type: ignore[no-untyped-call]
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.device, self.autocast = device, autocast
+        self.scheduler, self.device = scheduler, next(unet.parameters()).device
+        width, takes = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
+        if {width} != ({takes} if isinstance(takes, int) else set(takes)):
+            raise ValueError(
+                f"text encoder gives width {width}, but the UNet's cross-attention takes {takes}"
+            )
         # a tokenizer without a length of its own claims an astronomical one
         length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        self.embedding_shape = (int(length), int(text_encoder.config.hidden_size))
-        self.factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+        self.embedding_shape = (int(length), int(width))
+        factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+        self.resolution = resolution or int(unet.config["sample_size"]) * factor
+        side = self.resolution // factor
+        self.latent_shape = (int(unet.config["in_channels"]), side, side)
+        self.num_train_timesteps = int(scheduler.config["num_train_timesteps"])
+        self.prediction_type = str(scheduler.config["prediction_type"])
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"prediction type must be epsilon or v_prediction, got {self.prediction_type!r}"
+            )
+        self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
+        self.unet_evaluations = 0
+        self.max_batch_sizes: dict[str, int] = {}
+        self.embedding_filter: EmbeddingFilter | None = None
+        self._counting = threading.Lock()
+        self._of_thread = threading.local()
         self._empty: torch.Tensor | None = None
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -140,70 +167,6 @@ class Encoders:
         with self.precision():
             images: torch.Tensor = self.autoencoder.decode(latents).sample
         return (images.float() / 2 + 0.5).clamp_(0, 1)
-
-
-class StableDiffusion(Encoders):
-    """A Stable Diffusion checkpoint; ``models.protocol.TextToImage`` documents its methods."""
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        fingerprint: str,
-        unet: UNet2DConditionModel,
-        autoencoder: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        scheduler: DDIMScheduler,
-        resolution: int | None = None,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        """Join the parts.
-
-        Args:
-            name: How reports call the checkpoint.
-            fingerprint: Hash of the weights.
-            unet: Denoiser; its attention must take the text encoder's width.
-            autoencoder: Image autoencoder.
-            text_encoder: CLIP text encoder.
-            tokenizer: Its tokenizer.
-            scheduler: Noise schedule and prediction type.
-            resolution: Image side in pixels; None for the UNet's own ``sample_size``.
-            autocast: Compute the denoiser and autoencoder in this dtype; None for the weights'
-                own.
-
-        Raises:
-            ValueError: The parts do not fit each other.
-        """
-        self.name, self.fingerprint = name, fingerprint
-        self.unet, self.scheduler = unet.eval(), scheduler
-        super().__init__(
-            autoencoder=autoencoder,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            device=next(unet.parameters()).device,
-            autocast=autocast,
-        )
-        width, takes = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
-        if {width} != ({takes} if isinstance(takes, int) else set(takes)):
-            raise ValueError(
-                f"text encoder gives width {width}, but the UNet's cross-attention takes {takes}"
-            )
-        self.resolution = resolution or int(unet.config["sample_size"]) * self.factor
-        side = self.resolution // self.factor
-        self.latent_shape = (int(unet.config["in_channels"]), side, side)
-        self.num_train_timesteps = int(scheduler.config["num_train_timesteps"])
-        self.prediction_type = str(scheduler.config["prediction_type"])
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"prediction type must be epsilon or v_prediction, got {self.prediction_type!r}"
-            )
-        self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
-        self.unet_evaluations = 0
-        self.max_batch_sizes: dict[str, int] = {}
-        self.embedding_filter: EmbeddingFilter | None = None
-        self._counting = threading.Lock()
-        self._of_thread = threading.local()
 
     @property
     def row_pairs(self) -> tuple[str, ...] | None:
