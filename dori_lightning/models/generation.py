@@ -39,7 +39,8 @@ def _decode_png(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
     try:
         with Image.open(path, formats=("PNG",)) as file:
             pixels = torch.from_numpy(np.array(file.convert("RGB"), np.uint8))
-            return pixels.permute(2, 0, 1).float() / 255, file.info
+            notes = {str(name): str(value) for name, value in file.info.items()}
+            return pixels.permute(2, 0, 1).float() / 255, notes
     except SyntaxError as error:  # what PIL raises for a broken header
         raise DamagedError(str(error)) from error
 

@@ -174,7 +174,8 @@ def _peak(model: TextToImage, samples: int, pair_id: str | None) -> int:
         before = torch.cuda.memory_allocated(device)
         _run(model, samples, pair_id)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    with PeakMemory() as memory:
+    memory = PeakMemory()
+    with memory:
         _run(model, samples, pair_id)
     return memory.peak
 
