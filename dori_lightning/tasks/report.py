@@ -51,7 +51,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """Put the audits in ``cfg.task.runs`` into one table and one page in ``folder``.
 
     Locality runs among them add their figures. A single audit gets its own page and no table,
-    unless claims are to be held against it.
+    unless claims are to be checked against it.
 
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
@@ -60,21 +60,21 @@ def run(cfg: DictConfig, folder: Path) -> None:
     places = _places(cfg.task.runs)
     expected = cfg.task.expected
     claims = read_claims(Path(expected)) if expected is not None else ()
-    found = _collect(places, images=cfg.report.images.value)
+    inputs = _collect(places, images=cfg.report.images.value)
     comparison = None
-    if expected is not None or not found.alone:
-        comparison = compare(found.runs, unfinished=found.unfinished)
-    # after the runs were found good: a mistaken name must not occupy the folder
+    if expected is not None or not inputs.alone:
+        comparison = compare(inputs.runs, unfinished=inputs.unfinished)
+    # after the runs were checked: a mistaken name must not occupy the folder
     claim_folder(folder, {"runs": [str(place.resolve()) for place in places]})
     with tracked(cfg, folder) as tracker:
         if comparison is None:
-            _publish_one(found, folder, max_pairs=cfg.report.max_pairs)
+            _publish_one(inputs, folder, max_pairs=cfg.report.max_pairs)
             _track_files(tracker, folder, "report.html")
             return
-        rows = _publish(comparison, found, folder, max_pairs=cfg.report.max_pairs)
+        rows = _publish(comparison, inputs, folder, max_pairs=cfg.report.max_pairs)
         _track(tracker, folder)
         if expected is not None:
-            _hold_against(claims, comparison, rows, sweeps=found.sweeps, source=str(expected))
+            _check_claims(claims, comparison, rows, sweeps=inputs.sweeps, source=str(expected))
 
 
 def _track(tracker: Tracker, folder: Path) -> None:
@@ -111,9 +111,9 @@ def make_table(
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
     """
-    found = _collect(places, images=images)
-    comparison = compare(found.runs, unfinished=found.unfinished)
-    _publish(comparison, found, folder, max_pairs=max_pairs)
+    inputs = _collect(places, images=images)
+    comparison = compare(inputs.runs, unfinished=inputs.unfinished)
+    _publish(comparison, inputs, folder, max_pairs=max_pairs)
 
 
 @dataclass(frozen=True)
@@ -159,20 +159,20 @@ def _unfinished(jobs: Jobs) -> tuple[str, ...]:
     return (*without, *(f"{name} (not started)" for name in jobs.unstarted))
 
 
-def _publish_one(found: _Inputs, folder: Path, *, max_pairs: int) -> None:
+def _publish_one(inputs: _Inputs, folder: Path, *, max_pairs: int) -> None:
     """Write the page of a single audit."""
     page = write_page(
-        shown_report(found.runs[0]),
+        shown_report(inputs.runs[0]),
         folder,
-        images=found.images,
+        images=inputs.images,
         max_pairs=max_pairs,
-        locality=found.locality,
+        locality=inputs.locality,
     )
     _console().print(f"page: {page}", soft_wrap=True, markup=False)
 
 
 def _publish(
-    comparison: Comparison, found: _Inputs, folder: Path, *, max_pairs: int
+    comparison: Comparison, inputs: _Inputs, folder: Path, *, max_pairs: int
 ) -> tuple[HeadlineRow, ...]:
     """Write the table and the page, and print the table."""
     rows = headline_rows(comparison)
@@ -180,9 +180,9 @@ def _publish(
         comparison,
         rows,
         folder,
-        images=found.images,
+        images=inputs.images,
         max_pairs=max_pairs,
-        locality=found.locality,
+        locality=inputs.locality,
     )[-1]
     console = _console()
     for table in headline_tables(rows):
@@ -209,7 +209,7 @@ def _console() -> Console:
     return Console(file=sys.stderr, width=None if sys.stderr.isatty() else _WIDTH)
 
 
-def _hold_against(
+def _check_claims(
     claims: Sequence[Claim],
     comparison: Comparison,
     rows: Sequence[HeadlineRow],
