@@ -264,8 +264,13 @@ def _table(
     written = {name: [write(row) for row in rows] for name, write in columns.items()}
     filled = {name: texts for name, texts in written.items() if set(texts) != {NOTHING}}
     texts = {**named, **filled}
-    return TextTable(title, caption, tuple(texts), tuple(zip(*texts.values(), strict=True)),
-                     named=len(named))  # fmt: skip
+    return TextTable(
+        title=title,
+        caption=caption,
+        header=tuple(texts),
+        rows=tuple(zip(*texts.values(), strict=True)),
+        named=len(named),
+    )
 
 
 def _of_attack(init: Init, write: Callable[[Attacked], str]) -> _Column:
