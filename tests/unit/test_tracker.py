@@ -1,8 +1,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from dori_lightning.runtime import peers
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks import run_record
 from dori_lightning.tasks.results_logging import track_attack
-from dori_lightning.tracking import Tracker, WeightsAndBiases, kept_id
+from dori_lightning.tracking import RunIdentity, Tracker, WeightsAndBiases, kept_id
 from dori_lightning.types import Budget, Condition, InputError, Pair
 from support.fake_audits import PROMPT, dori, write_sweep
 from support.offline_runs import files_of, inspected, offline_runs
@@ -198,26 +196,16 @@ def test_offline_where_no_key_is_set(
     assert WeightsAndBiases(offline=offline)._mode() == mode
 
 
-def test_online_without_a_key_is_explained(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path\n"
-        "from dori_lightning.tracking import RunIdentity\n"
-        "from dori_lightning.tracking import WeightsAndBiases\n"
-        "from dori_lightning.types import InputError\n"
-        "try:\n"
-        "    WeightsAndBiases(offline=False).start(RunIdentity('a', 'a', None, 'x'), Path('.'))\n"
-        "except InputError as error:\n"
-        "    print(error)\n"
-    )
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**clean, "HOME": str(tmp_path), "WANDB_SILENT": "true",
-             "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=600, check=False, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert "logger.wandb.offline=true" in ended.stdout, ended.stderr
+@pytest.mark.usefixtures("fresh_client")
+def test_online_without_a_key_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(InputError, match=r"logger\.wandb\.offline=true"):
+        WeightsAndBiases(offline=False).start(RunIdentity("a", "a", None, "audit"), tmp_path)
 
 
 @pytest.mark.usefixtures("fresh_client")
