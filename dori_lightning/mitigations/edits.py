@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -147,9 +147,10 @@ class Edit(ABC):
         return {}
 
     @classmethod
-    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> Edit:
+    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> Self:
         """The edit with these ``tensors`` and ``pairs``, for kinds that are kept in files."""
-        raise NotImplementedError
+        del pairs
+        return cls(origin, tensors)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -230,12 +231,6 @@ class MaskEdit(Edit):
     def tensors(self) -> dict[str, torch.Tensor]:
         """The masks by parameter."""
         return dict(self.masks)
-
-    @classmethod
-    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> MaskEdit:
-        """The edit with these masks."""
-        del pairs
-        return cls(origin, tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,7 +332,7 @@ class PairMaskEdit(Edit):
         return {f"{pair}|{n}": mask for pair, own in self.masks.items() for n, mask in own.items()}
 
     @classmethod
-    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> PairMaskEdit:
+    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> Self:
         """The edit with these masks."""
         masks: dict[str, dict[str, torch.Tensor]] = {pair: {} for pair in pairs}
         for name, mask in tensors.items():
@@ -388,12 +383,6 @@ class WeightEdit(Edit):
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights by parameter."""
         return dict(self.weights)
-
-    @classmethod
-    def from_tensors(cls, origin: Origin, tensors: Tensors, pairs: Sequence[str]) -> WeightEdit:
-        """The edit with these weights."""
-        del pairs
-        return cls(origin, tensors)
 
 
 def changed_weights(edit: Edit, model: TextToImage) -> int | None:

@@ -101,6 +101,12 @@ class NeMo:
         object.__setattr__(self, "stages", tuple(self.stages))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+        criterion: object = self.criterion  # on a command line it may be a name
+        if not isinstance(criterion, Criterion):
+            raise InputError(
+                f"mitigation.criterion must be a criterion with its settings, got {criterion!r}\n"
+                f"  fix:   mitigation/criterion=noise_difference, denoising_loss or replication"
+            )
         known, fewest = ("down", "mid", "up"), self.criterion.min_samples
         for good, rule in (
             (self.scope in ("pair", "union"), "scope must be pair or union"),

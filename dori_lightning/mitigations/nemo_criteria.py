@@ -34,8 +34,9 @@ from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_ba
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
 
-ROWS = 32
-"""Rows of a batch: with a small model on the CPU, larger batches gain nothing."""
+ROWS = 16
+"""Rows of a batch. On the CPU, 32 save 8 % of the time of a row and 8 cost 20 % more, but with few
+pairs left a larger batch is filled up with more copies."""
 
 BACKOFF = OomBackoff("NeMo", "sample", "checkpoint.precision=bf16, or a device with more memory")
 

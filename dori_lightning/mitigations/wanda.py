@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,34 +80,20 @@ class Wanda:
         for name in ("steps", "seeds", "base_prompts"):
             if getattr(self, name) < 1:
                 raise InputError(f"mitigation.{name} must be at least 1, got {self}")
-        for name, allowed in (
-            ("scope", ("pair", "union", "shared")),
-            ("base", ("empty", "corpus")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"mitigation.{name} must be one of {', '.join(allowed)}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        if self.scope not in ("pair", "union", "shared"):
+            raise InputError(f"mitigation.scope must be pair, union or shared, got {self.scope!r}")
+        if self.base not in ("empty", "corpus"):
+            raise InputError(f"mitigation.base must be empty or corpus, got {self.base!r}")
         if not self.stages or not set(self.stages) <= set(STAGES):
             raise InputError(
                 f"mitigation.stages must be some of {', '.join(STAGES)}, got {self.stages}"
             )
 
-    def tracing(self, sampling: Sampling) -> Tracing:
-        """Which passes are looked at, in a run with a sampler."""
-        return Tracing(
-            self.sampling or sampling,
-            steps=self.steps,
-            seed=self.seed,
-            seeds=self.seeds,
-            stages=self.stages,
-        )
-
     def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
         """Estimate what finding the edit takes for a number of pairs to forget."""
         base = 1 if self.base == "empty" else self.base_prompts
-        rows = (pairs + base) * self.steps * self.seeds * sampling.rows_per_step
+        rows = (pairs + base) * self.steps * self.seeds
+        rows *= (self.sampling or sampling).rows_per_step
         return CostEstimate(Evaluations(forward=rows))
 
     def apply(
@@ -169,7 +154,7 @@ class Wanda:
             InputError: The sampler takes fewer steps, or ``fraction`` of a row is less than one
                 weight.
         """
-        tracing, layers = self.tracing(context.sampling), self._layers(model)
+        layers = self._layers(model)
         base_embeddings = (
             model.empty_embedding()
             if self.base == "empty"
@@ -177,7 +162,15 @@ class Wanda:
         )
         count, device = len(embeddings), model.device
         together = torch.cat([embeddings.to(device), base_embeddings.to(device)])
-        norms = input_norms(model, together, tracing)
+        norms = input_norms(
+            model,
+            together,
+            self.sampling or context.sampling,
+            steps=self.steps,
+            seed=self.seed,
+            seeds=self.seeds,
+            stages=self.stages,
+        )
         base = {name: pooled(value[count:]) for name, value in norms.items()}
         if pool:
             targets = [{name: pooled(value[:count]) for name, value in norms.items()}]
@@ -245,32 +238,15 @@ def _notes(
     return notes
 
 
-@dataclass(frozen=True)
-class Tracing:
-    """Which passes of a sampler are looked at.
-
-    Attributes:
-        sampling: Sampler, steps and guidance. With guidance both halves, the prompt's and the
-            empty prompt's, count, as in the reference.
-        steps: First steps of the sampler that are looked at; the rest is not run.
-        seed: First seed of the starting noise, the same noise for every embedding.
-        seeds: Starting noises ``seed``, ``seed + 1``, ...; their norms are pooled.
-        stages: Which feed-forward layers.
-    """
-
-    sampling: Sampling
-    steps: int = 10
-    seed: int = 0
-    seeds: int = 1
-    stages: tuple[Stage, ...] = STAGES
-
-
-class _EnoughError(Exception):
-    """The steps that are looked at are done."""
-
-
 def input_norms(
-    model: TextToImage, embeddings: torch.Tensor, tracing: Tracing
+    model: TextToImage,
+    embeddings: torch.Tensor,
+    sampling: Sampling,
+    *,
+    steps: int,
+    seed: int = 0,
+    seeds: int = 1,
+    stages: Sequence[Stage] = STAGES,
 ) -> dict[str, torch.Tensor]:
     """Norms of the inputs of every feed-forward output layer, for each embedding by itself.
 
@@ -281,7 +257,12 @@ def input_norms(
     Args:
         model: Checkpoint; left as it was.
         embeddings: Text embeddings (N, T, D), of prompts or from anywhere else.
-        tracing: Which passes.
+        sampling: Sampler, steps and guidance. With guidance both halves, the prompt's and the
+            empty prompt's, count, as in the reference.
+        steps: First steps of the sampler that are looked at; the rest is not run.
+        seed: First seed of the starting noise, the same noise for every embedding.
+        seeds: Starting noises ``seed``, ``seed + 1``, ...; their norms are pooled.
+        stages: Which feed-forward layers.
 
     Returns:
         Layer name, in execution order, to norms (N, ``steps``, C_in) >= 0, fp32, on the model's
@@ -290,27 +271,29 @@ def input_norms(
     Raises:
         InputError: The sampler takes fewer steps.
     """
-    if tracing.steps > tracing.sampling.steps:
+    if steps > sampling.steps:
         raise InputError(
-            f"Wanda looks at the first {tracing.steps} steps, but the sampler takes "
-            f"{tracing.sampling.steps}\n"
+            f"Wanda looks at the first {steps} steps, but the sampler takes "
+            f"{sampling.steps}\n"
             f"  where: mitigation.steps\n"
-            f"  fix:   mitigation.steps={tracing.sampling.steps}, or a sampler with more steps"
+            f"  fix:   mitigation.steps={sampling.steps}, or a sampler with more steps"
         )
-    layers = feed_forward_layers(model, tracing.stages)
+    layers = feed_forward_layers(model, stages)
     on_cpu = model.device.type == "cpu"
-    batch_size = CPU_ROWS if on_cpu else max(1, tracing.sampling.batch)
+    batch_size = CPU_ROWS if on_cpu else max(1, sampling.batch)
     count = len(embeddings)
     squares = {
-        name: torch.zeros(count, tracing.steps, layer.in_features, device=model.device)
+        name: torch.zeros(count, steps, layer.in_features, device=model.device)
         for name, layer in layers.items()
     }
-    with model.frozen(), progress_bar("wanda: trace", count * tracing.seeds) as advance:
-        for seed in range(tracing.seed, tracing.seed + tracing.seeds):
-            noise = generation_noise(seed, model.latent_shape)
+    with model.frozen(), progress_bar("wanda: trace", count * seeds) as advance:
+        for noise_seed in range(seed, seed + seeds):
+            noise = generation_noise(noise_seed, model.latent_shape)
             for batch, valid in fixed_batches(range(count), batch_size):
                 rows = batch if on_cpu else batch[:valid]
-                traced = _trace(model, layers, embeddings[rows], noise=noise, tracing=tracing)
+                traced = _trace(
+                    model, layers, embeddings[rows], noise=noise, sampling=sampling, steps=steps
+                )
                 for name, value in traced.items():
                     squares[name][batch[:valid]] += value[:valid]
                 advance(valid)
@@ -336,42 +319,26 @@ def feed_forward_layers(model: TextToImage, stages: Sequence[Stage]) -> dict[str
     return layers
 
 
+class _EnoughError(Exception):
+    """The steps that are looked at are done."""
+
+
 def _trace(
     model: TextToImage,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Linear],
     embeddings: torch.Tensor,
     *,
     noise: torch.Tensor,
-    tracing: Tracing,
-) -> dict[str, torch.Tensor]:
-    """Squared norms (n, steps, C_in) of one pass of n embeddings from one starting noise."""
-    count = len(embeddings)
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    with _listening(model, layers, seen, count=count, steps=tracing.steps):
-        try:
-            model.denoise(embeddings, noise.expand(count, -1, -1, -1), tracing.sampling)
-        except _EnoughError:
-            pass
-        else:
-            raise RuntimeError(f"the sampler ended before its step {tracing.steps}")
-    return {name: torch.stack(steps, 1) for name, steps in seen.items()}
-
-
-@contextmanager
-def _listening(
-    model: TextToImage,
-    layers: Mapping[str, nn.Module],
-    seen: dict[str, list[torch.Tensor]],
-    *,
-    count: int,
+    sampling: Sampling,
     steps: int,
-) -> Iterator[None]:
-    """Hooks while open: note every layer's inputs, and stop after ``steps`` passes."""
-    done = 0
+) -> dict[str, torch.Tensor]:
+    """Squared norms (n, steps, C_in) of one batch of n embeddings from one starting noise."""
+    count, done = len(embeddings), 0
+    squares: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def listener(name: str) -> Any:
         def listen(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen[name].append(_squares(inputs[0], count))
+            squares[name].append(_squares(inputs[0], count))
 
         return listen
 
@@ -381,16 +348,17 @@ def _listening(
         if done == steps:
             raise _EnoughError
 
-    handles = []
+    handles = [layer.register_forward_pre_hook(listener(n)) for n, layer in layers.items()]
+    # after the step, not before the next: that one would be counted as an evaluation
+    handles.append(model.denoiser().register_forward_hook(finish))
     try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(listener(name)))
-        # after the pass, not before the next: that one would be counted as an evaluation
-        handles.append(model.denoiser().register_forward_hook(finish))
-        yield
+        model.denoise(embeddings, noise.expand(count, -1, -1, -1), sampling)
+    except _EnoughError:
+        return {name: torch.stack(each, 1) for name, each in squares.items()}
     finally:
         for handle in handles:
             handle.remove()
+    raise RuntimeError(f"the sampler ended before its step {steps}")
 
 
 def _squares(inputs: torch.Tensor, count: int) -> torch.Tensor:

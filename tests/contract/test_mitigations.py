@@ -52,6 +52,8 @@ def small(thing: Any) -> Any:
             changes[item.name] = 0.99  # a tiny model's pictures all look alike
         elif item.name == "refine_group":
             changes[item.name] = 16
+        elif item.name == "z_step":
+            changes[item.name] = 2.0  # few levels
         elif item.name == "snapshots":
             changes[item.name] = ()
         elif dataclasses.is_dataclass(value):

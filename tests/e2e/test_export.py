@@ -405,7 +405,7 @@ def test_the_card_carries_the_audit_of_this_edit_and_refuses_another(
     assert "\n| vm | prompt |" in (folder / "diffusers/README.md").read_text()
 
 
-def test_the_command_line_exports_and_refuses_unknown_keys(material: Path, tmp_path: Path) -> None:
+def test_the_command_line_exports(material: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "dori_lightning", "task=export", "mitigation=none", "pairs=folder",
         f"pairs.path={material / 'pairs'}", f"checkpoint.source={material / 'checkpoint'}",
@@ -416,12 +416,3 @@ def test_the_command_line_exports_and_refuses_unknown_keys(material: Path, tmp_p
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [str(tmp_path / "run")]
     assert (tmp_path / "run" / "diffusers" / "model_index.json").is_file()
-    refused = subprocess.run(
-        [*command, "task.formatz=[diffusers]"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert refused.returncode == 2
-    assert "did you mean task.formats" in refused.stderr

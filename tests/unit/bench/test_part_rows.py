@@ -13,7 +13,7 @@ from dori_lightning.bench.report import BenchSettings
 from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning, PoolSettings
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.nemo import NeMo
-from dori_lightning.mitigations.nemo_criteria import DenoisingLoss
+from dori_lightning.mitigations.nemo_criteria import ROWS, DenoisingLoss
 from dori_lightning.mitigations.nemo_search import Levels
 from dori_lightning.mitigations.replacements import SurrogateSettings
 from dori_lightning.mitigations.wanda import Wanda
@@ -51,7 +51,7 @@ def test_nemo_finds_the_same_neurons_in_fewer_passes(subject: Subject) -> None:
     alone, ours = nemo_rows(subject, SMALL, method)
     assert alone.values["same_neurons"]
     assert alone.values["unet_passes"] > ours.values["unet_passes"] > 0
-    assert ours.samples == 32 * ours.values["unet_passes"]
+    assert ours.samples == ROWS * ours.values["unet_passes"]
 
 
 def test_wanda_takes_all_pairs_together(subject: Subject) -> None:

@@ -75,8 +75,8 @@ def test_pairs_that_share_batches_get_the_neurons_of_one_pair_at_a_time(
 ) -> None:
     sizes = set()
     for settings in (
-        replace(SMALL, criterion=replace(NOISE, threshold=0.99)),
-        replace(SMALL, criterion=DenoisingLoss()),
+        replace(SMALL, criterion=replace(NOISE, threshold=0.99), refine_group=4),
+        replace(SMALL, criterion=DenoisingLoss(), refine_group=4),
         replace(SMALL, criterion=Replication(limit=0.01), refine_group=16),
     ):
         many = settings.apply(loud, suspected, shop)
@@ -138,11 +138,11 @@ def test_answers_are_the_same_bits_in_any_company(loud: StableDiffusion) -> None
         backwards = model.run(questions[::-1])[::-1]
         alone = [model.run([question])[0] for question in questions]
         with threads(2):
-            parallel = model.run(questions * 12)
+            parallel = model.run(questions * 6)
     for k in range(3):
         assert torch.equal(together[k], alone[k])
         assert torch.equal(together[k], backwards[k])
-        assert all(torch.equal(together[k], parallel[n]) for n in range(k, 36, 3))
+        assert all(torch.equal(together[k], parallel[n]) for n in range(k, 18, 3))
 
 
 def test_similarities_do_not_depend_on_what_else_is_asked(
@@ -339,6 +339,7 @@ def test_the_published_levels_end_at_a_quarter_above_one() -> None:
         (NeMo, {"samples": 0, "criterion": Replication()}, "samples must be >= 1"),
         (NeMo, {"statistics_prompts": 1}, "statistics_prompts must be >= 2"),
         (NeMo, {"refine_group": 0}, "refine_group must be >= 1"),
+        (NeMo, {"criterion": "replication"}, "fix:   mitigation/criterion="),
         (Levels, {"min_z": 5.0}, "start_z must be above min_z"),
         (Levels, {"z_step": 0.0}, "z_step must be positive"),
         (Levels, {"k_step": -1}, "k_step must be >= 0"),

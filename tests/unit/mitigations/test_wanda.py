@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, read_edit, write_edit
 from dori_lightning.mitigations.wanda import (
-    Tracing,
     Wanda,
     _squares,
     input_norms,
@@ -70,7 +69,7 @@ def hooks(model: StableDiffusion) -> int:
 def test_norms_are_those_of_inputs_whose_tokens_have_length_one(model: StableDiffusion):
     """The first step done by hand: the layer's inputs, both guidance halves."""
     rows = model.encode_prompts(["a red boat", "a blue house at night"])
-    norms = input_norms(model, rows, Tracing(SAMPLING, steps=2))
+    norms = input_norms(model, rows, SAMPLING, steps=2)
     seen: dict[str, torch.Tensor] = {}
     spies = [
         layer.register_forward_pre_hook(
@@ -100,22 +99,22 @@ def test_norms_are_those_of_inputs_whose_tokens_have_length_one(model: StableDif
 def test_only_the_first_steps_are_run(model: StableDiffusion):
     rows = model.encode_prompts(["a red boat"])
     before = model.unet_evaluations
-    short = input_norms(model, rows, Tracing(SAMPLING, steps=1))
+    short = input_norms(model, rows, SAMPLING, steps=1)
     # a pass on the CPU has 8 embeddings, two guidance halves each
     assert model.unet_evaluations - before == 16
-    long = input_norms(model, rows, Tracing(SAMPLING, steps=2))
+    long = input_norms(model, rows, SAMPLING, steps=2)
     assert model.unet_evaluations - before == 16 + 2 * 16
     assert all(torch.equal(short[name], long[name][:, :1]) for name in long)
     unguided = replace(SAMPLING, guidance=1.0)
     before = model.unet_evaluations
-    input_norms(model, rows, Tracing(unguided, steps=1))
+    input_norms(model, rows, unguided, steps=1)
     assert model.unet_evaluations - before == 8
 
 
 def test_seeds_are_pooled(model: StableDiffusion):
     rows = model.encode_prompts(["a red boat"])
-    one, two = (input_norms(model, rows, Tracing(SAMPLING, steps=1, seed=seed)) for seed in (0, 1))
-    both = input_norms(model, rows, Tracing(SAMPLING, steps=1, seeds=2))
+    one, two = (input_norms(model, rows, SAMPLING, steps=1, seed=seed) for seed in (0, 1))
+    both = input_norms(model, rows, SAMPLING, steps=1, seeds=2)
     for name, value in both.items():
         assert not torch.allclose(one[name], two[name])
         assert torch.allclose(value.square(), one[name].square() + two[name].square(), rtol=1e-5)
@@ -136,7 +135,7 @@ def test_an_error_on_the_way_leaves_no_hooks(model: StableDiffusion):
     breaking = list(model.layers("feed_forward.out").values())[1].register_forward_hook(fail)
     try:
         with pytest.raises(OSError, match="broken"):
-            input_norms(model, model.encode_prompts(["a cat"]), Tracing(SAMPLING, steps=1))
+            input_norms(model, model.encode_prompts(["a cat"]), SAMPLING, steps=1)
         assert hooks(model) == before + 1
     finally:
         breaking.remove()
@@ -145,9 +144,9 @@ def test_an_error_on_the_way_leaves_no_hooks(model: StableDiffusion):
 def test_norms_do_not_depend_on_company_beyond_one_pass(model: StableDiffusion):
     prompts = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in THINGS]
     rows = model.encode_prompts(prompts)
-    many = input_norms(model, rows, Tracing(SAMPLING, steps=2))
+    many = input_norms(model, rows, SAMPLING, steps=2)
     assert len(rows) > 8
-    last = input_norms(model, rows[-1:], Tracing(SAMPLING, steps=2))
+    last = input_norms(model, rows[-1:], SAMPLING, steps=2)
     assert all(torch.equal(many[name][-1:], last[name]) for name in last)
 
 
@@ -161,7 +160,7 @@ def test_zero_tokens_do_not_break_the_norms():
 
 def test_more_steps_than_the_sampler_takes_are_refused(model: StableDiffusion):
     with pytest.raises(InputError, match="first 5 steps, but the sampler takes 4"):
-        input_norms(model, model.empty_embedding(), Tracing(SAMPLING, steps=5))
+        input_norms(model, model.empty_embedding(), SAMPLING, steps=5)
 
 
 WANDA = Wanda(fraction=0.1, steps=1)
@@ -262,9 +261,8 @@ def test_shared_mask_comes_from_pooled_norms(
 ):
     shared = replace(WANDA, scope="shared").apply(model, three, context)
     assert isinstance(shared, MaskEdit)
-    tracing = Tracing(SAMPLING, steps=1)
-    norms = input_norms(model, model.encode_prompts([p.prompt for p in three]), tracing)
-    base = input_norms(model, model.empty_embedding(), tracing)
+    norms = input_norms(model, model.encode_prompts([p.prompt for p in three]), SAMPLING, steps=1)
+    base = input_norms(model, model.empty_embedding(), SAMPLING, steps=1)
     for name, layer in model.layers("feed_forward.out").items():
         target = (norms[name] ** 2).mean(0).sqrt()[0]
         wanted = select(layer.weight, target, base[name][0, 0], 0.1)
@@ -290,7 +288,7 @@ def test_base_of_ordinary_prompts_gives_another_mask(
     assert ordinary.identity != empty.identity
     prompts = model.encode_prompts(context.corpus.prompts("calibration", 3))
     targets = model.encode_prompts([pair.prompt for pair in suspected])
-    norms = input_norms(model, torch.cat([targets, prompts]), wanda.tracing(SAMPLING))
+    norms = input_norms(model, torch.cat([targets, prompts]), SAMPLING, steps=1)
     for name, layer in model.layers("feed_forward.out").items():
         base = (norms[name][-3:] ** 2).mean(0).sqrt()[0]
         wanted = select(layer.weight, norms[name][0, 0], base, wanda.fraction)
