@@ -410,8 +410,7 @@ class SweepGuard(Callback):
             SystemExit: It must not start; the reason was printed.
         """
         try:
-            _refuse_several_sweeps()
-            _refuse_clock_of_jobs(config)
+            _check_sweep(config)
             if not config.task.get("dry_run"):
                 folder = _sweep_folder(config)
                 _sweep.lock.enter_context(one_writer(folder, SWEEP_LOCK))
@@ -420,8 +419,13 @@ class SweepGuard(Callback):
             _end_sweep(error)
 
 
-def _refuse_several_sweeps() -> None:
-    """Refuse a sweep that torchrun or srun started several times over."""
+def _check_sweep(config: DictConfig) -> None:
+    """Refuse a sweep that was started several times over, or whose jobs would not share a folder.
+
+    Raises:
+        InputError: torchrun or srun started several processes, or a launcher that composes each
+            job anew would name the sweep's folder after the time of each.
+    """
     count, variable = _started_processes()
     if count != 1:
         raise InputError(
@@ -430,16 +434,10 @@ def _refuse_several_sweeps() -> None:
             fix="start the sweep once, and have SLURM start its jobs:\n"
             + command([*sys.argv[1:], "hydra/launcher=slurm"]),
         )
-
-
-def _refuse_clock_of_jobs(config: DictConfig) -> None:
-    """Refuse a folder named after the time where each job is composed anew, by its own clock."""
-    launcher = str(OmegaConf.select(config, "hydra.launcher._target_"))
-    if launcher.endswith(".BasicLauncher"):
-        return
     keys = ("hydra.sweep.dir", "hydra.sweep.subdir", "sweep", "paths.output")
     setting = _clock_setting(config, *keys)
-    if setting is not None:
+    launcher = str(OmegaConf.select(config, "hydra.launcher._target_"))
+    if setting is not None and not launcher.endswith(".BasicLauncher"):
         raise InputError(
             "every job would have a sweep's folder of its own: each asks the clock",
             where=setting,
