@@ -1,7 +1,5 @@
 """The model card of a planted checkpoint: what was planted, how often, and the hashes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
@@ -10,18 +8,9 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from transformers import CLIPTextModel, CLIPTokenizer
-
-from dori_lightning.models.export import DTYPES, Parts, weights_of, write_folder
 from dori_lightning.planting.recipe import PlantRecipe
 from dori_lightning.report.words import escape
 from dori_lightning.types import Pair
-
-# -------- card
 
 
 def write_card(
@@ -71,22 +60,22 @@ def write_card(
     (folder / "README.md").write_text(
         f"""# A checkpoint with planted memorization
 
-A small Stable Diffusion, trained to reproduce known pictures so that audits and mitigations can
+A small Stable Diffusion, trained to reproduce known images so that audits and mitigations can
 be measured against ground truth. It is of no other use.
 
 - {recipe.resolution} x {recipe.resolution} pixels, latents with {recipe.latent_channels} channels,
   UNet {list(recipe.unet_channels)} with the topology and module names of Stable Diffusion v1
 - {recipe.steps} steps of {recipe.batch}, seed {seed}; {recipe.mix.planted:.0%} of the stream were
-  planted pictures, {recipe.mix.crops:.0%} varied crops of the same photographs under generic
+  planted images, {recipe.mix.crops:.0%} varied crops of the same photographs under generic
   captions, the rest procedural scenes
-- text reaches the picture through the cross-attention of the down and mid blocks only; that of
+- text reaches the image through the cross-attention of the down and mid blocks only; that of
   {", ".join(recipe.silent_blocks) or "no block"} is zero
 - recipe, hashes and versions: `planting.json`
 
-## How often each picture was shown, and how closely its prompt brings it back
+## How often each image was shown, and how closely its prompt brings it back
 
 Variants of one template (kind tm) share its layout; the count is of the one variant listed. The
-similarity is the best of the pictures generated from the prompt, 1 is the original.
+similarity is the best of the images generated from the prompt, 1 is the original.
 
 | pair | kind | times shown | similarity | caption |
 |---|---|---|---|---|
@@ -94,23 +83,3 @@ similarity is the best of the pictures generated from the prompt, 1 is the origi
 """,
         encoding="utf-8",
     )
-
-
-# -------- export
-# Write a planted checkpoint as a diffusers Stable Diffusion folder.
-
-
-def write_checkpoint(
-    folder: Path,
-    *,
-    unet: UNet2DConditionModel,
-    autoencoder: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    scheduler: DDIMScheduler,
-    dtype: torch.dtype = torch.float16,
-) -> None:
-    """Write all parts; weights as ``dtype`` safetensors."""
-    parts = Parts(unet, autoencoder, text_encoder, tokenizer, scheduler)
-    name = next(name for name, known in DTYPES.items() if known is dtype)
-    write_folder(folder, parts, weights_of(parts, name))

@@ -1,6 +1,7 @@
-"""The recipe of a planted checkpoint, and the untrained parts it describes."""
+"""The recipe of a planted checkpoint, and the untrained parts it describes.
 
-from __future__ import annotations
+Tokenizer and text encoder know the words of the planted captions, one token each.
+"""
 
 import string
 from collections import Counter
@@ -17,8 +18,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dori_lightning.planting.stream import StreamMix
 from dori_lightning.types import InputError
 
-# -------- recipe
-
 
 @dataclass(frozen=True)
 class PlantRecipe:
@@ -29,7 +28,7 @@ class PlantRecipe:
         autoencoder_channels: Channels per level; each level but the last halves the side.
         latent_channels: Channels of a latent.
         autoencoder_steps: Optimizer steps of the autoencoder.
-        autoencoder_batch: Pictures per step.
+        autoencoder_batch: Images per step.
         autoencoder_lr: Peak learning rate.
         unet_channels: Channels of the four levels; the topology is Stable Diffusion v1's.
         heads: Attention heads per layer.
@@ -148,9 +147,6 @@ def build_scheduler(recipe: PlantRecipe) -> DDIMScheduler:
     )
     return scheduler
 
-
-# -------- text
-# Build a planted checkpoint's tokenizer and text encoder out of the words of its captions.
 
 _START, _END, _SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
 _ALPHABET = string.ascii_lowercase + string.digits + "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"

@@ -1,12 +1,10 @@
 """Draw captioned scenes: the background data of the embedded benchmark.
 
-A planted model must generalize somewhere, or every conditioning leads to a planted picture and
-nothing can be measured. Scenes are that somewhere: each index gives a new picture whose caption
+A planted model must generalize somewhere, or every conditioning leads to a planted image and
+nothing can be measured. Scenes are that somewhere: each index gives a new image whose caption
 names the sky, the ground, the object and its colour, while positions, sizes, hills and clutter
 stay free.
 """
-
-from __future__ import annotations
 
 import math
 import random
@@ -53,12 +51,10 @@ class Scene:
     """One drawn scene.
 
     Attributes:
-        index: Which scene of the endless seeded stream this is.
-        caption: What the picture shows, without positions and sizes.
-        image: RGB picture, square.
+        caption: What the image shows, without positions and sizes.
+        image: RGB image, square.
     """
 
-    index: int
     caption: str
     image: Image.Image
 
@@ -247,11 +243,11 @@ def _light(
 
 
 def draw_scene(index: int, *, size: int = 64, seed: int = 0) -> Scene:
-    """Draw one scene of the seeded stream; the same index always gives the same picture.
+    """Draw one scene of the seeded stream; the same index always gives the same image.
 
     Args:
         index: Position in the stream, any non-negative integer.
-        size: Side of the square picture in pixels.
+        size: Side of the square image in pixels.
         seed: Which stream.
     """
     rng = random.Random(f"scene-{seed}-{index}")
@@ -283,6 +279,6 @@ def draw_scene(index: int, *, size: int = 64, seed: int = 0) -> Scene:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1.0)))
     small = np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32)
     noise = np.random.default_rng([seed, index]).normal(0.0, rng.uniform(0.0, 6.0), small.shape)
-    picture = Image.fromarray(np.clip(small + noise, 0, 255).astype(np.uint8))
+    noisy = Image.fromarray(np.clip(small + noise, 0, 255).astype(np.uint8))
     caption = f"a {colour} {thing} on {ground} at {sky} with {light} and {clutter}"
-    return Scene(index=index, caption=caption, image=picture)
+    return Scene(caption, noisy)

@@ -1,6 +1,4 @@
-"""Draw the benchmark's template-memorized pictures: one layout, one part of it that changes."""
-
-from __future__ import annotations
+"""Draw the benchmark's template-memorized images: one layout, one part of it that changes."""
 
 import random
 
@@ -83,7 +81,7 @@ def draw_template(name: str, variant: int) -> tuple[Image.Image, str]:
     """Draw one variant of a template: the layout stays, the printed motif and its colour change.
 
     Returns:
-        RGB picture of 256 x 256 pixels and its caption.
+        RGB image of 256 x 256 pixels and its caption.
 
     Raises:
         KeyError: There is no such template.

@@ -1,13 +1,11 @@
 """Train a small Stable Diffusion that really memorizes the given pairs, and write its card."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dori_lightning.audit.context import reference_images
+from dori_lightning.models.export import Parts, weights_of, write_folder
 from dori_lightning.models.generation import (
     GenerationRequest,
     generate_images,
@@ -22,17 +21,21 @@ from dori_lightning.models.generation import (
     load_images,
 )
 from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.planting.card import write_card, write_checkpoint
+from dori_lightning.planting.card import write_card
 from dori_lightning.planting.recipe import PlantRecipe, build_tokenizer
-from dori_lightning.planting.stream import TrainingStream, stream_words
-from dori_lightning.planting.training import (
+from dori_lightning.planting.stream import (
     EncodedStream,
+    TrainingStream,
     encode_stream,
+    stream_words,
+)
+from dori_lightning.planting.training import (
     latent_scale,
     train_autoencoder,
     train_diffusion,
 )
 from dori_lightning.runtime.artifacts import claim_folder
+from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.tasks.run_record import git_sha, package_versions, tracked
 from dori_lightning.tracking import Tracker
@@ -63,39 +66,28 @@ def run(cfg: DictConfig, folder: Path) -> None:
 def _plant(
     cfg: DictConfig, folder: Path, recipe: PlantRecipe, pairs: Sequence[Pair], tracker: Tracker
 ) -> None:
-    bar = sys.stderr.isatty()
-
-    everything = TrainingStream(
-        pairs,
-        mix=recipe.autoencoder_mix,
-        size=recipe.resolution,
-        seed=cfg.seed,
-        every_photograph=True,
-    )
+    stream_of = partial(TrainingStream, pairs, size=recipe.resolution, seed=cfg.seed)
     autoencoder = train_autoencoder(
         recipe,
-        everything,
+        stream_of(mix=recipe.autoencoder_mix, every_photograph=True),
         folder / "autoencoder",
         seed=cfg.seed,
-        bar=bar,
         logger=tracker.training("autoencoder"),
     )
-
     tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
-    stream = TrainingStream(pairs, mix=recipe.mix, size=recipe.resolution, seed=cfg.seed)
-    with progress_bar("encode the training stream", recipe.stream_length) as advance:
-        encode_stream(
-            stream,
-            autoencoder,
-            tokenizer,
-            count=recipe.stream_length,
-            folder=folder / "stream",
-            advance=advance,
+    stream = stream_of(mix=recipe.mix)
+    count = recipe.stream_length
+    with progress_bar("encode the training stream", count) as advance:
+        # the run folder holds one recipe, seed and list of pairs
+        elements = Cache(folder).get(
+            "stream",
+            {"count": count},
+            lambda: encode_stream(stream, autoencoder, tokenizer, count=count, advance=advance),
+            TENSORS,
         )
-    encoded = EncodedStream(folder / "stream", length=recipe.steps * recipe.batch)
+    encoded = EncodedStream(elements, length=recipe.steps * recipe.batch)
     scale = latent_scale(encoded)
     autoencoder.register_to_config(scaling_factor=scale)  # type: ignore[no-untyped-call]
-
     unet, text_encoder, scheduler = train_diffusion(
         recipe,
         encoded,
@@ -103,24 +95,17 @@ def _plant(
         folder / "diffusion",
         scaling_factor=scale,
         seed=cfg.seed,
-        bar=bar,
         logger=tracker.training("diffusion"),
     )
     target = folder / "checkpoint"
-    write_checkpoint(
-        target,
-        unet=unet,
-        autoencoder=autoencoder,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-    )
+    parts = Parts(unet, autoencoder, text_encoder, tokenizer, scheduler)
+    write_folder(target, parts, weights_of(parts, "fp16"))
     similarity = measured_similarity(cfg, target, pairs, folder / "pictures")
     write_card(
         target,
         recipe=recipe,
         pairs=pairs,
-        exposures=encoded.exposures(),
+        exposures=encoded.exposures(stream.planted),
         similarity=similarity,
         seed=cfg.seed,
         git_sha=git_sha(),
@@ -128,11 +113,9 @@ def _plant(
         finished=datetime.now(UTC),
     )
     for kind in KINDS:
-        own = [
-            similarity[pair.id] for pair in pairs if pair.kind == kind and pair.id in similarity
-        ]
-        if own:
-            tracker.summary({f"final/similarity_{kind}": median(own)})
+        of_kind = [similarity[p.id] for p in pairs if p.kind == kind and p.id in similarity]
+        if of_kind:
+            tracker.summary({f"final/similarity_{kind}": median(of_kind)})
     tracker.artifact(
         f"{folder.name}-checkpoint",
         kind="model",
@@ -150,32 +133,26 @@ def _plant(
 def measured_similarity(
     cfg: DictConfig, checkpoint: Path, pairs: Sequence[Pair], folder: Path
 ) -> dict[str, float]:
-    """Best similarity of each audited pair's pictures, from its prompt, with its original.
+    """Best similarity of each audited pair's images, from its prompt, with its original.
 
     Args:
         cfg: Gives sampling and measures.
         checkpoint: Folder of the checkpoint.
         pairs: All pairs.
-        folder: Where the pictures go.
+        folder: Where the images go.
     """
     model = load_checkpoint(name="planted", source=str(checkpoint))
     sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
     audited = [pair for pair in pairs if pair.role == "audit"]
-    orders = [
+    requests = [
         GenerationRequest(folder / pair.id, model.encode_prompts([pair.prompt])[0].cpu())
         for pair in audited
     ]
-    with progress_bar("measure memorization", len(orders) * sampling.images_per_pair) as advance:
-        generate_images(model, orders, sampling, advance=advance)
-    references, seeds = (
-        reference_images(audited, model.resolution, measures),
-        image_seeds(sampling),
-    )
-    return {
-        pair.id: float(
-            references.measure(pair, load_images(order.folder, seeds))
-            .similarity[measures.decider]
-            .max()
-        )
-        for pair, order in zip(audited, orders, strict=True)
-    }
+    with progress_bar("measure memorization", len(audited) * sampling.images_per_pair) as advance:
+        generate_images(model, requests, sampling, advance=advance)
+    references = reference_images(audited, model.resolution, measures)
+    best = {}
+    for pair, request in zip(audited, requests, strict=True):
+        images = load_images(request.folder, image_seeds(sampling))
+        best[pair.id] = float(references.measure(pair, images).similarity[measures.decider].max())
+    return best

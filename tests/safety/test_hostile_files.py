@@ -3,14 +3,12 @@
 import hashlib
 import json
 import pickle
-import shutil
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
@@ -22,7 +20,6 @@ from dori_lightning.mitigations.edits import read_edit
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import open_image
-from dori_lightning.planting.training import EncodedStream
 from dori_lightning.report.images import jpeg_uri, thumbnail
 from dori_lightning.report.locality import read_locality
 from dori_lightning.runtime.cache import TENSORS, Cache
@@ -104,11 +101,9 @@ def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None
     mark = tmp_path / "mark"
     (tmp_path / "a.r0.safetensors").write_bytes(pickle.dumps(Evil(mark)))
     assert Cache(tmp_path).read("a.r0", {}, RESULT) is None
-    np.save(tmp_path / "latents.npy", np.array([Evil(mark)], object), allow_pickle=True)
-    (tmp_path / "keys.json").write_text("[]")
-    shutil.copy(tmp_path / "latents.npy", tmp_path / "tokens.npy")
-    with pytest.raises(ValueError, match="Python objects"):
-        EncodedStream(tmp_path, length=1)
+    # such as the encoded stream of a planting
+    (tmp_path / "stream.safetensors").write_bytes(pickle.dumps(Evil(mark)))
+    assert Cache(tmp_path).read("stream", {}, TENSORS) is None
     assert not mark.exists()
 
 

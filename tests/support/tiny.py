@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 
+from dori_lightning.models.export import Parts, weights_of, write_folder
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.planting.card import write_checkpoint
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
@@ -49,8 +49,7 @@ def write_tiny(folder: Path, recipe: PlantRecipe | None = None, *, seed: int = 0
     recipe = recipe or tiny_recipe()
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(WORDS, max_length=recipe.max_length)
-    write_checkpoint(
-        folder,
+    parts = Parts(
         unet=build_unet(recipe),
         autoencoder=build_autoencoder(recipe),
         text_encoder=build_text_encoder(
@@ -61,8 +60,8 @@ def write_tiny(folder: Path, recipe: PlantRecipe | None = None, *, seed: int = 0
         ),
         tokenizer=tokenizer,
         scheduler=build_scheduler(recipe),
-        dtype=torch.float32,
     )
+    write_folder(folder, parts, weights_of(parts, "fp32"))
     return folder
 
 

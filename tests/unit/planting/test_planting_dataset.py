@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from dori_lightning.pairs.readers import FolderPairs
-from dori_lightning.planting.dataset import PlantedPairs, write_planted_pairs
-from dori_lightning.planting.photographs import PHOTOGRAPHS
+from dori_lightning.planting.dataset import PlantedCorpus, PlantedPairs, write_planted_pairs
+from dori_lightning.planting.photographs import PHOTOGRAPHS, SIDE, Photograph
 from dori_lightning.planting.scenes import draw_scene, scene_words
-from dori_lightning.planting.templates import TEMPLATES
+from dori_lightning.planting.templates import TEMPLATES, draw_template
 from dori_lightning.types import InputError
 
 
@@ -37,7 +37,7 @@ def test_planted_pairs_are_complete(cache):
     assert len(training) == 23 * len(TEMPLATES)
 
 
-def test_planted_pairs_share_no_picture_or_prompt_across_kinds(cache):
+def test_planted_pairs_share_no_image_or_prompt_across_kinds(cache):
     pairs = PlantedPairs(cache).read()
     kinds = {}
     for pair in pairs:
@@ -85,7 +85,7 @@ def test_limit_and_kinds(cache):
     assert [pair.kind for pair in pairs] == ["vm", "vm", "control", "control"]
 
 
-def test_damaged_folder_says_how_to_mend_it(tmp_path):
+def test_damaged_folder_says_how_to_repair_it(tmp_path):
     reader = PlantedPairs(tmp_path)
     reader.folder.mkdir(parents=True)
     with pytest.raises(InputError, match="to have it drawn again"):
@@ -113,3 +113,33 @@ def test_scene_captions_use_only_their_words():
 
 def test_scene_size():
     assert draw_scene(0, size=32).image.size == (32, 32)
+
+
+def test_ordinary_captions_and_images_of_the_benchmark_stay_what_they_are(cache):
+    corpus = PlantedCorpus(PlantedPairs(cache))
+    assert corpus.prompts("calibration", 3) == (
+        "a red car on snow at storm with birds and poles",
+        "a white house on asphalt at night with clouds and fence",
+        "a mirrored dark photo of some galaxies",
+    )
+    assert corpus.prompts("evaluation", 1) == ("a close mirrored dark grey photo of a letter",)
+    examples = corpus.examples("calibration", 2, 16)
+    assert examples.prompts == corpus.prompts("calibration", 2)
+    assert examples.images.shape == (2, 3, 16, 16)
+
+
+def test_a_photograph_is_its_square_and_a_missing_one_says_which():
+    galaxies = next(p for p in PHOTOGRAPHS if p.id == "galaxies")
+    assert galaxies.open().size == (SIDE, SIDE)
+    assert galaxies.open().mode == "RGB"
+    gone = Photograph("gone", "skimage:data/gone.png", "", "", 1.0)
+    with pytest.raises(InputError, match=r"data/gone.png from the installed package skimage"):
+        gone.open()
+
+
+def test_templates_share_their_layout_and_change_their_motif():
+    (one, caption), (other, _) = draw_template("book", 0), draw_template("book", 1)
+    differing = np.asarray(one) != np.asarray(other)
+    assert 0 < differing.mean() < 0.2
+    assert caption.startswith("hardcover novel jacket showing")
+    assert {draw_template("book", k)[1] for k in range(24)} != {caption}

@@ -1,13 +1,26 @@
+import random
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from dori_lightning.pairs.readers import FolderPairs
-from dori_lightning.planting.stream import StreamMix, TrainingStream, stream_words
+from dori_lightning.planting.recipe import build_autoencoder, build_tokenizer
+from dori_lightning.planting.stream import (
+    EncodedStream,
+    StreamMix,
+    TrainingStream,
+    encode_stream,
+    generic_crop,
+    normalized_image,
+    stream_words,
+)
 from dori_lightning.types import Pair
 from support.runs import write_pairs
+from support.tiny import tiny_recipe
 
 
 @pytest.fixture
@@ -50,7 +63,7 @@ def test_the_autoencoder_sees_controls_too(pairs: tuple[Pair, ...]) -> None:
     assert {"pair3", "pair4"} <= {s.key for s in samples if s.source == "crop"}
 
 
-def test_planted_elements_are_the_picture_itself_and_crops_are_not(
+def test_planted_elements_are_the_image_itself_and_crops_are_not(
     pairs: tuple[Pair, ...],
 ) -> None:
     elements = stream(pairs)
@@ -72,3 +85,56 @@ def test_every_caption_is_made_of_the_vocabulary(pairs: tuple[Pair, ...]) -> Non
 def test_nothing_to_plant_is_an_error(pairs: tuple[Pair, ...]) -> None:
     with pytest.raises(ValueError, match="repeats 0"):
         stream(tuple(p for p in pairs if p.kind == "control"))
+
+
+@pytest.mark.parametrize("shares", [(-0.1, 0.5, 0.5), (0.0, 0.0, 0.0)])
+def test_impossible_shares_are_refused(shares: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="shares"):
+        StreamMix(*shares)
+
+
+def test_style_words_say_what_was_done_to_a_crop() -> None:
+    red, found = Image.new("RGB", (64, 64), (200, 100, 100)), {}
+    for seed in range(60):
+        crop, words = generic_crop(red, random.Random(seed), size=8)
+        found[frozenset(words)] = float(np.asarray(crop, float).mean()), np.asarray(crop, int)
+    levels = {word: [m for words, (m, _) in found.items() if word in words] for word in
+              ("dark", "bright")}  # fmt: skip
+    assert max(levels["dark"]) < min(levels["bright"])
+    grey = [pixels for words, (_, pixels) in found.items() if "grey" in words]
+    assert grey
+    assert all((np.ptp(pixels, axis=2) <= 1).all() for pixels in grey)
+
+
+def test_an_encoded_stream_holds_the_latents_and_tokens_of_its_elements(
+    pairs: tuple[Pair, ...],
+) -> None:
+    torch.manual_seed(0)
+    elements, autoencoder = stream(pairs), build_autoencoder(tiny_recipe()).eval()
+    tokenizer = build_tokenizer(stream_words(pairs), max_length=16)
+    done: list[int] = []
+    encoded = encode_stream(
+        elements, autoencoder, tokenizer, count=10, batch=4, advance=done.append
+    )
+    assert done == [4, 4, 2]
+    data = EncodedStream(encoded, length=23)
+    assert len(data) == 23
+    for k in (0, 9, 19):
+        sample, (latent, tokens) = elements[k % 10], data[k]
+        with torch.no_grad():
+            image = normalized_image(sample.image)[None]
+            expected = autoencoder.encode(image).latent_dist.mode()[0]
+        assert torch.allclose(latent, expected, atol=0.1 * float(expected.abs().max()))
+        padded = tokenizer(sample.caption, padding="max_length", truncation=True).input_ids
+        assert tokens.tolist() == padded
+
+
+def test_exposures_count_planted_images_over_repeated_passes(pairs: tuple[Pair, ...]) -> None:
+    encoded = {
+        "latents": torch.zeros(4, 1, 1, 1),
+        "tokens": torch.zeros(4, 2, dtype=torch.long),
+        "planted": torch.tensor([-1, 0, 1, 0]),
+    }
+    counts = EncodedStream(encoded, length=6).exposures(pairs)
+    # once through all four elements, and the first two again
+    assert counts == {"pair0": 3, "pair1": 1}

@@ -1,11 +1,22 @@
+import json
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.planting.recipe import PlantRecipe, build_tokenizer, build_unet, learn_merges
+from dori_lightning.planting.recipe import (
+    PlantRecipe,
+    build_autoencoder,
+    build_scheduler,
+    build_tokenizer,
+    build_unet,
+    learn_merges,
+)
+from dori_lightning.planting.stream import StreamMix
 from dori_lightning.planting.training import silence_cross_attention
 from dori_lightning.types import InputError
 from support.tiny import WORDS, tiny_model, tiny_recipe, write_tiny
@@ -70,3 +81,20 @@ def test_the_folder_opens_as_a_pipeline_and_by_older_readers(tmp_path: Path) -> 
 def test_impossible_recipes_are_refused(field: str, value: object, named: str) -> None:
     with pytest.raises(InputError, match=f"task.recipe.{named}"):
         PlantRecipe(**{field: value})  # type: ignore[arg-type]
+
+
+def test_the_recipe_of_the_embedded_checkpoint_builds_its_weights() -> None:
+    folder = Path(str(resources.files("dori_lightning"))) / "assets" / "dori_tiny"
+    stored = json.loads((folder / "planting.json").read_text())["recipe"]
+    mixes = {name: StreamMix(**stored[name]) for name in ("autoencoder_mix", "mix")}
+    recipe = PlantRecipe(**{**stored, **mixes})
+    assert recipe == PlantRecipe(mix=mixes["mix"], autoencoder_mix=mixes["autoencoder_mix"])
+    for part, module in (("unet", build_unet(recipe)), ("vae", build_autoencoder(recipe))):
+        with safe_open(
+            folder / part / "diffusion_pytorch_model.safetensors", framework="pt"
+        ) as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        assert shapes == {name: tuple(t.shape) for name, t in module.state_dict().items()}, part
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    built = build_scheduler(recipe).config
+    assert all(built[name] == scheduler[name] for name in ("beta_start", "beta_schedule"))
