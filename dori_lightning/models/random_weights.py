@@ -1,6 +1,4 @@
-"""Stable Diffusion 1.4's architecture with random weights: its cost without its download."""
-
-from __future__ import annotations
+"""Stable Diffusion 1.4's UNet with random weights: its cost without its download."""
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -9,26 +7,6 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dori_lightning.models.stable_diffusion import StableDiffusion
-
-
-def sd14_unet(*, latent: int = 64) -> UNet2DConditionModel:
-    """UNet of Stable Diffusion 1.x, untrained, on the device that is in force.
-
-    Args:
-        latent: Side of a latent.
-    """
-    unet: UNet2DConditionModel = UNet2DConditionModel(
-        sample_size=latent,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-    )
-    return unet
 
 
 def random_sd14(
@@ -41,7 +19,10 @@ def random_sd14(
     channels_last: bool = False,
     seed: int = 0,
 ) -> StableDiffusion:
-    """Model of Stable Diffusion 1.4's shape that knows nothing.
+    """Model with the UNet of Stable Diffusion 1.4, untrained, to time attacks on.
+
+    Autoencoder and text encoder have the right shapes of latents and embeddings, and hardly any
+    layers: an attack uses neither.
 
     Args:
         tokenizer: Any tokenizer of 77 tokens; the text encoder gets its vocabulary.
@@ -49,18 +30,28 @@ def random_sd14(
         dtype: Of the weights.
         autocast: Compute the denoiser in this dtype; None for the weights' own.
         device: Where.
-        channels_last: Memory format of the UNet's and autoencoder's weights.
+        channels_last: Memory format of the UNet's weights.
         seed: Of the weights.
     """
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        unet = sd14_unet(latent=latent)
+        unet: UNet2DConditionModel = UNet2DConditionModel(
+            sample_size=latent,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+        )
         autoencoder: AutoencoderKL = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
+            block_out_channels=(32,) * 4,
+            layers_per_block=1,
             latent_channels=4,
             sample_size=8 * latent,
         )
@@ -68,9 +59,8 @@ def random_sd14(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=768,
-                intermediate_size=3072,
-                projection_dim=768,
-                num_hidden_layers=12,
+                intermediate_size=768,
+                num_hidden_layers=1,
                 num_attention_heads=12,
                 max_position_embeddings=tokenizer.model_max_length,
                 bos_token_id=tokenizer.bos_token_id,
@@ -81,10 +71,9 @@ def random_sd14(
     # as plain modules: type checkers take the libraries' wrapped methods for others
     parts: tuple[torch.nn.Module, ...] = (unet, autoencoder, text_encoder)
     for module in parts:
-        module.to(dtype).requires_grad_(False)
-        if channels_last and module is not text_encoder:
-            module.to(memory_format=torch.channels_last)
-    unet.requires_grad_(True)
+        module.to(dtype).requires_grad_(module is unet)
+    if channels_last:
+        parts[0].to(memory_format=torch.channels_last)
     return StableDiffusion(
         name="sd14_shape",
         fingerprint=f"random{seed}",

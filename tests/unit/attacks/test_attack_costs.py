@@ -1,7 +1,7 @@
 """What the attack and the sampler ask of a device, without a clock."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import pytest
@@ -62,12 +62,12 @@ def test_the_sampler_fetches_no_values_between_its_steps(
 ) -> None:
     sampling = Sampling(sampler, 5, 2.0, 2)  # type: ignore[arg-type]
     context, noise = model.encode_prompts(["a cat", "a boat"]), torch.randn(2, *model.latent_shape)
-    with counted(model) as counts, Fetches(context, noise) as methods:
+    with counted(model.unet) as counts, Fetches(context, noise) as methods:
         latents = model.denoise(context, noise, sampling)
         assert methods.found == []
         float(latents.sum())
         assert methods.found == ["__float__"], "it looks"
-    assert counts.unet_passes == 5, "both halves of the guidance in one pass"
+    assert counts.passes == 5, "both halves of the guidance in one pass"
 
 
 def test_scheduler_arithmetic_stays_on_the_host(
@@ -113,15 +113,18 @@ def test_nothing_before_the_first_cross_attention_is_differentiated(
 def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(
     model: StableDiffusion, problem: AttackProblem
 ) -> None:
-    with counted(model) as counts:
+    others = (model.autoencoder.encoder, model.autoencoder.decoder, model.text_encoder)
+    with ExitStack() as stack:
+        counts = stack.enter_context(counted(model.unet))
+        unused = [stack.enter_context(counted(module)) for module in others]
         solve(
             model,
             problem,
             budget=Budget(steps=3),
             settings=AttackSettings(noise_batch=2, snapshots=(1, 2)),
         )
-    assert (counts.unet_passes, counts.unet) == (3 * 2, 3 * 2 * PARALLEL_PAIRS * 2)
-    assert (counts.encoded, counts.decoded, counts.prompts) == (0, 0, 0)
+    assert (counts.passes, counts.samples) == (3 * 2, 3 * 2 * PARALLEL_PAIRS * 2)
+    assert [each.passes for each in unused] == [0, 0, 0]
 
 
 @pytest.mark.slow
