@@ -66,12 +66,12 @@ def mitigation_of(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, ...]:
+def pairs(tmp_path_factory):
     return read_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> StableDiffusion:
+def model(tmp_path):
     return tiny_model(tmp_path / "model")
 
 
@@ -130,21 +130,19 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert before[key] == after[key], key
 
 
-def test_there_are_mitigations() -> None:
+def test_there_are_mitigations():
     assert {"none", "nemo", "wanda", "random_pruning", "adversarial_finetuning"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_those_of_the_files_and_settings_are_plain(name: str) -> None:
+def test_names_are_those_of_the_files_and_settings_are_plain(name):
     made = mitigation_of(name)
     assert made.name == name
     assert settings_fingerprint(made)["name"] == name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_contract(
-    name: str, tmp_path: Path, model: StableDiffusion, pairs: tuple[Pair, ...]
-) -> None:
+def test_contract(name, tmp_path, model, pairs):
     check_contract(mitigation_of(name), tmp_path, model, pairs)
 
 
@@ -209,12 +207,8 @@ def readme_block(language: str) -> str:
 
 
 def test_a_new_mitigation_is_one_python_file_and_one_yaml(
-    tmp_path: Path,
-    model: StableDiffusion,
-    pairs: tuple[Pair, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path, model, pairs, monkeypatch, capsys
+):
     """The README's example passes the contract, is planned and is audited; nothing else knows."""
     code, conf = readme_block("python"), tmp_path / "conf"
     assert len([line for line in code.splitlines() if line.strip()]) <= 22

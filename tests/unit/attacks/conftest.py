@@ -4,18 +4,17 @@ import pytest
 import torch
 
 from dori_lightning.attacks.solver import AttackProblem
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
+def model(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("tiny")
     return tiny_model(folder)
 
 
 @pytest.fixture
-def problem(model: StableDiffusion) -> AttackProblem:
+def problem(model):
     generator = torch.Generator().manual_seed(3)
     names = ("boat", "house", "cat", "night", "sea")
     prompts = [f"a red {name}" for name in names]

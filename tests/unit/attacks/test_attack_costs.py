@@ -1,19 +1,17 @@
 """What the attack and the sampler ask of a device, without a clock."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
 
 from dori_lightning.attacks.budget import AttackSettings
-from dori_lightning.attacks.solver import AttackProblem, solve
+from dori_lightning.attacks.solver import solve
 from dori_lightning.bench.measure import counted
 from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import Budget
 from support.fetches import Fetches, FetchingKernels
 
@@ -28,7 +26,7 @@ def watched() -> Iterator[tuple[Fetches, FetchingKernels]]:
         yield methods, kernels
 
 
-def test_values_are_noticed_where_they_are_fetched() -> None:
+def test_values_are_noticed_where_they_are_fetched():
     with watched() as (methods, kernels):
         value = torch.ones(3)
         float(value.sum())
@@ -42,8 +40,8 @@ def test_values_are_noticed_where_they_are_fetched() -> None:
 
 @pytest.mark.parametrize("snapshots", [(), (1, 2)])
 def test_the_attack_fetches_values_at_its_beginning_and_at_snapshots_alone(
-    model: StableDiffusion, problem: AttackProblem, snapshots: tuple[int, ...]
-) -> None:
+    model, problem, snapshots
+):
     seen: list[int] = []
     with watched() as (methods, kernels):
         solve(
@@ -57,10 +55,8 @@ def test_the_attack_fetches_values_at_its_beginning_and_at_snapshots_alone(
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_the_sampler_fetches_no_values_between_its_steps(
-    model: StableDiffusion, sampler: str
-) -> None:
-    sampling = Sampling(sampler, 5, 2.0, 2)  # type: ignore[arg-type]
+def test_the_sampler_fetches_no_values_between_its_steps(model, sampler):
+    sampling = Sampling(sampler, 5, 2.0, 2)
     context, noise = model.encode_prompts(["a cat", "a boat"]), torch.randn(2, *model.latent_shape)
     with counted(model.unet) as counts, Fetches(context, noise) as methods:
         latents = model.denoise(context, noise, sampling)
@@ -70,30 +66,26 @@ def test_the_sampler_fetches_no_values_between_its_steps(
     assert counts.passes == 5, "both halves of the guidance in one pass"
 
 
-def test_scheduler_arithmetic_stays_on_the_host(
-    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scheduler_arithmetic_stays_on_the_host(model, monkeypatch):
     """A step number that lies on a device has to be waited for."""
     monkeypatch.setattr(model, "device", torch.device("meta"))
     for sampler in ("ddim", "dpm++"):
-        scheduler = model._sampler(Sampling(sampler, 5, 2.0, 2))  # type: ignore[arg-type]
+        scheduler = model._sampler(Sampling(sampler, 5, 2.0, 2))
         assert scheduler.timesteps.device.type == "cpu"
 
 
-def test_nothing_before_the_first_cross_attention_is_differentiated(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_nothing_before_the_first_cross_attention_is_differentiated(model, problem):
     """The backward pass ends there by itself, unless the noised latent needs a gradient."""
     needs: dict[str, bool] = {}
     inputs: list[bool] = []
 
-    def note(name: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
-        def look(_: nn.Module, __: object, output: torch.Tensor) -> None:
+    def note(name):
+        def look(_, __, output):
             needs[name] = output.requires_grad
 
         return look
 
-    def enter(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def enter(_, arguments):
         inputs.append(arguments[0].requires_grad)
 
     names = dict(model.unet.named_modules())
@@ -110,9 +102,7 @@ def test_nothing_before_the_first_cross_attention_is_differentiated(
     assert inputs == [False, False]
 
 
-def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(model, problem):
     others = (model.autoencoder.encoder, model.autoencoder.decoder, model.text_encoder)
     with ExitStack() as stack:
         counts = stack.enter_context(counted(model.unet))
@@ -128,16 +118,14 @@ def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(
 
 
 @pytest.mark.slow
-def test_a_compiled_denoiser_is_compiled_once(
-    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_denoiser_is_compiled_once(model, problem, monkeypatch):
     """Neither steps nor a second attack, with its flags put back in between, compile again.
 
     With the backend that generates no code: which graphs there are does not depend on it.
     """
     compiled: list[object] = []
 
-    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+    def backend(graph, _):
         compiled.append(graph)
         return graph.forward
 

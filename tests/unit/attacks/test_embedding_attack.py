@@ -23,7 +23,6 @@ from dori_lightning.attacks.embedding_attack import (
     stop_at_success,
 )
 from dori_lightning.attacks.solver import BrokenAttackError
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
 from dori_lightning.types import Budget, Condition, Pair
@@ -40,13 +39,13 @@ SETTINGS = AttackSettings(
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, ...]:
+def pairs(tmp_path_factory):
     """Two suspected images and three controls."""
     return read_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture
-def context(model: StableDiffusion, pairs: tuple[Pair, ...], tmp_path: Path) -> AttackContext:
+def context(model, pairs, tmp_path):
     data = PairsDataModule(pairs, model)
     controls = [pair for pair in pairs if pair.kind == "control"]
     return AttackContext(
@@ -76,12 +75,12 @@ def by_key(found: list[Conditioning]) -> dict[tuple[object, ...], torch.Tensor]:
 
 
 @pytest.fixture
-def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+def solved(monkeypatch):
     """Pairs of every batch that is solved."""
     batches: list[tuple[str, ...]] = []
     solve: Callable[..., Any] = module.solve
 
-    def spy(model: Any, problem: Any, **options: Any) -> Any:
+    def spy(model, problem, **options):
         batches.append(problem.ids)
         return solve(model, problem, **options)
 
@@ -89,9 +88,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return batches
 
 
-def test_jobs_are_every_pair_from_every_initial_point_it_is_attacked_from(
-    pairs: tuple[Pair, ...],
-) -> None:
+def test_jobs_are_every_pair_from_every_initial_point_it_is_attacked_from(pairs):
     rounds = attack_rounds(SETTINGS, pairs[:3])
     assert [[job.name for job in jobs] for jobs in rounds] == [
         [f"{init}/{pair.id}.r{restart}" for pair in pairs[:few]]
@@ -101,8 +98,8 @@ def test_jobs_are_every_pair_from_every_initial_point_it_is_attacked_from(
 
 
 def test_rounds_one_by_one_or_all_together_give_the_same_bits_and_are_not_solved_again(
-    context: AttackContext, pairs: tuple[Pair, ...], solved: list[tuple[str, ...]], tmp_path: Path
-) -> None:
+    context, pairs, solved, tmp_path
+):
     rounds, seen = attack_rounds(SETTINGS, pairs[:3]), []
     apart = run_attacks(context, rounds, trainer=trainer(), on_round=seen.append)
     assert [len(ids) for ids in solved] == [3, 3, 2, 2, 2, 2]
@@ -127,11 +124,8 @@ def test_rounds_one_by_one_or_all_together_give_the_same_bits_and_are_not_solved
 
 
 def test_each_process_attacks_its_own_jobs_once_without_padding(
-    context: AttackContext,
-    pairs: tuple[Pair, ...],
-    solved: list[tuple[str, ...]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    context, pairs, solved, monkeypatch
+):
     settings = replace(SETTINGS, pairs_per_forward=2)
     context, jobs = replace(context, settings=settings), [Job(p, "random", 0) for p in pairs]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -144,9 +138,7 @@ def test_each_process_attacks_its_own_jobs_once_without_padding(
     assert solved == [(ids[0], ids[2]), (ids[4],), (ids[1], ids[3])]
 
 
-def test_batches_are_of_jobs_at_the_same_step_and_no_sampler_is_put_in(
-    context: AttackContext, pairs: tuple[Pair, ...]
-) -> None:
+def test_batches_are_of_jobs_at_the_same_step_and_no_sampler_is_put_in(context, pairs):
     settings = replace(SETTINGS, pairs_per_forward=2)
     context, jobs = replace(context, settings=settings), [Job(p, "random", 0) for p in pairs]
     module._attack(context, jobs[1:3], range(1), trainer=None, strict=False)
@@ -164,10 +156,8 @@ def test_batches_are_of_jobs_at_the_same_step_and_no_sampler_is_put_in(
     assert len(JobBatches(context, jobs[1:3], stop_at=1).batches) == 0
 
 
-def test_an_attack_without_a_gradient_is_marked_or_raises(
-    context: AttackContext, pairs: tuple[Pair, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def deaf(latents: torch.Tensor, *args: torch.Tensor, **_: Any) -> torch.Tensor:
+def test_an_attack_without_a_gradient_is_marked_or_raises(context, pairs, monkeypatch):
+    def deaf(latents, *args, **_):
         return latents.flatten(1).mean(1) + 0 * args[2].flatten(1).sum(1)
 
     monkeypatch.setattr(context.model, "denoising_loss", deaf)
@@ -177,13 +167,13 @@ def test_an_attack_without_a_gradient_is_marked_or_raises(
     assert [c.status for c in run_attacks(context, [jobs])] == ["ok"] + 2 * ["no_gradient"]
 
 
-def test_who_came_back_is_left_out_and_stands_for_later_budgets() -> None:
+def test_who_came_back_is_left_out_and_stands_for_later_budgets():
     taken: list[tuple[tuple[str, ...], range]] = []
 
-    def attack(jobs: Any, steps: range) -> None:
+    def attack(jobs, steps):
         taken.append((tuple(job.pair.id for job in jobs), steps))
 
-    def read(job: Job) -> list[Conditioning]:
+    def read(job):
         return [
             Conditioning(
                 job.pair, Condition("dori", "prompt", Budget(steps=k)), 0, torch.tensor(float(k))
@@ -191,7 +181,7 @@ def test_who_came_back_is_left_out_and_stands_for_later_budgets() -> None:
             for k in (0, 3, 7, 9)
         ]
 
-    def reproduced(found: Any) -> set[str]:
+    def reproduced(found):
         step = found[0].condition.budget.steps
         return {c.pair.id for c in found} & {0: {"a"}, 3: {"c"}, 7: set[str](), 9: {"b"}}[step]
 

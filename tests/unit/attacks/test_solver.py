@@ -18,7 +18,7 @@ from dori_lightning.attacks.solver import (
 from dori_lightning.mitigations.edits import Origin, PairMaskEdit
 from dori_lightning.models.memory import PARALLEL_PAIRS, pairs_at_once
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.types import Budget, InputError, Norm
+from dori_lightning.types import Budget, InputError
 from support.threads import threads
 
 FIVE = Budget("none", None, 5)
@@ -43,9 +43,7 @@ def attack(model: StableDiffusion, problem: AttackProblem, **options: Any) -> At
     return solve(model, problem, settings=AttackSettings(**settings), **options)
 
 
-def test_a_pair_gets_the_same_bits_alone_and_in_company(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_a_pair_gets_the_same_bits_alone_and_in_company(model, problem):
     together = attack(model, problem)
     for k in range(5):
         alone = attack(model, rows(problem, k))
@@ -55,9 +53,7 @@ def test_a_pair_gets_the_same_bits_alone_and_in_company(
     assert torch.equal(backwards.embeddings, together.embeddings[[4, 2, 0]])
 
 
-def test_parallel_batches_give_the_same_bits_and_keep_pairs_apart(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_parallel_batches_give_the_same_bits_and_keep_pairs_apart(model, problem):
     name = next(iter(model.layers("cross_attention.value"))) + ".weight"
     rows_of = len(dict(model.unet.named_parameters())[name])
     generator = torch.Generator().manual_seed(1)
@@ -75,9 +71,7 @@ def test_parallel_batches_give_the_same_bits_and_keep_pairs_apart(
     assert not torch.allclose(attack(model, problem).losses, parallel.losses, atol=1e-4)
 
 
-def test_the_attack_lowers_the_loss_and_moves_the_embedding(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_the_attack_lowers_the_loss_and_moves_the_embedding(model, problem):
     few = rows(problem, 0, 1)
     result = attack(model, few, budget=Budget("none", None, 40), noise_batch=8, snapshots=())
     assert (result.losses[:, -5:].mean(1) < result.losses[:, :5].mean(1)).all()
@@ -85,9 +79,7 @@ def test_the_attack_lowers_the_loss_and_moves_the_embedding(
     assert not result.diverged.any()
 
 
-def test_weights_and_their_flags_are_untouched(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_weights_and_their_flags_are_untouched(model, problem):
     before = copy.deepcopy(model.unet.state_dict())
     flags = [p.requires_grad for p in model.parameters()]
     attack(model, problem)
@@ -98,7 +90,7 @@ def test_weights_and_their_flags_are_untouched(
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_snapshots_lie_on_one_trajectory(model: StableDiffusion, problem: AttackProblem) -> None:
+def test_snapshots_lie_on_one_trajectory(model, problem):
     long = attack(model, problem)
     short = attack(model, problem, budget=Budget("none", None, 2), snapshots=())
     assert long.snapshots == (0, 2, 5)
@@ -106,9 +98,7 @@ def test_snapshots_lie_on_one_trajectory(model: StableDiffusion, problem: Attack
     assert torch.equal(long.embeddings[:, 1], short.embeddings[:, 0])
 
 
-def test_rows_go_on_in_other_company_to_the_same_bits(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_rows_go_on_in_other_company_to_the_same_bits(model, problem):
     budget = Budget("l2", 1.5, 5)
     whole = attack(model, problem, budget=budget)
     begun = {
@@ -127,9 +117,7 @@ def test_rows_go_on_in_other_company_to_the_same_bits(
     assert ended.state is None
 
 
-def test_the_offset_is_kept_and_not_what_rounding_left_of_it(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_the_offset_is_kept_and_not_what_rounding_left_of_it(model, problem):
     begun = attack(model, problem, stop_at=2)
     assert begun.state is not None
     difference = begun.embeddings[:, -1] - problem.initial
@@ -139,44 +127,32 @@ def test_the_offset_is_kept_and_not_what_rounding_left_of_it(
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_radius_zero_gives_the_prompt_itself(
-    model: StableDiffusion, problem: AttackProblem, norm: Norm
-) -> None:
+def test_radius_zero_gives_the_prompt_itself(model, problem, norm):
     result = attack(model, problem, budget=Budget(norm, 0.0, 3), snapshots=())
     assert torch.equal(result.embeddings[:, -1], problem.initial)
 
 
-def test_the_ball_is_kept(model: StableDiffusion, problem: AttackProblem) -> None:
+def test_the_ball_is_kept(model, problem):
     result = attack(model, problem, budget=Budget("l2", 0.3, 5), snapshots=())
     length = (result.embeddings[:, -1] - problem.initial).flatten(1).norm(dim=1)
     assert (length <= 0.3 * (1 + 1e-5)).all()
     assert (length > 0.2).all(), "lr 0.1 on every number leaves a ball of 0.3 at once"
 
 
-def test_the_first_token_can_be_kept(model: StableDiffusion, problem: AttackProblem) -> None:
+def test_the_first_token_can_be_kept(model, problem):
     result = attack(model, problem, keep_first_token=True, snapshots=())
     assert torch.equal(result.embeddings[:, -1, 0], problem.initial[:, 0])
     assert not torch.equal(result.embeddings[:, -1, 1], problem.initial[:, 1])
 
 
-def test_restarts_and_seeds_draw_other_noise(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_restarts_and_seeds_draw_other_noise(model, problem):
     base = attack(model, problem).embeddings
     assert not torch.equal(base, attack(model, replace(problem, restarts=(1,) * 5)).embeddings)
     assert not torch.equal(base, attack(model, problem, seed=1).embeddings)
 
 
-def test_no_gradient_is_an_error_and_not_a_safe_model(
-    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def deaf(
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: torch.Tensor,
-        emb: torch.Tensor,
-        **_: object,
-    ) -> torch.Tensor:
+def test_no_gradient_is_an_error_and_not_a_safe_model(model, problem, monkeypatch):
+    def deaf(latents, noise, timesteps, emb, **_):
         return (noise**2).flatten(1).mean(1) + 0.0 * emb.flatten(1).sum(1)
 
     monkeypatch.setattr(model, "denoising_loss", deaf)
@@ -199,11 +175,11 @@ def test_no_gradient_is_an_error_and_not_a_safe_model(
 
 
 def test_one_row_without_a_gradient_stands_still_and_leaves_the_others_alone(
-    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model, problem, monkeypatch
+):
     healthy, real = attack(model, problem), model.denoising_loss
 
-    def deaf_to_one(*args: torch.Tensor, pair_ids: Any, **_: Any) -> torch.Tensor:
+    def deaf_to_one(*args, pair_ids, **_):
         loss = real(*args, pair_ids=pair_ids)
         own = torch.tensor([name == "house" for name in pair_ids])
         return torch.where(own, loss.detach(), loss)
@@ -218,14 +194,11 @@ def test_one_row_without_a_gradient_stands_still_and_leaves_the_others_alone(
 
 
 def test_nothing_finite_ends_after_the_first_step_and_says_what_to_try(
-    model: StableDiffusion,
-    problem: AttackProblem,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    model, problem, monkeypatch, caplog
+):
     real, calls = model.denoising_loss, []
 
-    def broken(*args: torch.Tensor, **options: Any) -> torch.Tensor:
+    def broken(*args, **options):
         calls.append(1)
         return real(*args, **options) * torch.nan
 
@@ -247,14 +220,11 @@ def test_nothing_finite_ends_after_the_first_step_and_says_what_to_try(
 
 
 def test_out_of_memory_takes_fewer_pairs_and_all_their_noise_and_finds_the_same(
-    model: StableDiffusion,
-    problem: AttackProblem,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    model, problem, monkeypatch, caplog
+):
     healthy, real, widths = attack(model, problem), model.denoising_loss, []
 
-    def small_memory(latents: torch.Tensor, *args: torch.Tensor, **options: Any) -> torch.Tensor:
+    def small_memory(latents, *args, **options):
         widths.append(len(latents))
         if len(latents) > 1 * 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
@@ -273,19 +243,11 @@ def test_out_of_memory_takes_fewer_pairs_and_all_their_noise_and_finds_the_same(
     assert widths.count(4 * 3) == 1, "what was found is remembered"
 
 
-def test_passes_of_any_width_give_the_same_bits_where_kernels_do(
-    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passes_of_any_width_give_the_same_bits_where_kernels_do(model, problem, monkeypatch):
     """With a loss whose arithmetic does not depend on the shape, halving changes no bit."""
     room = [99]
 
-    def by_rows(
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        times: torch.Tensor,
-        emb: torch.Tensor,
-        **_: Any,
-    ) -> torch.Tensor:
+    def by_rows(latents, noise, times, emb, **_):
         if len(latents) > room[0]:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         scale = 1 + latents.flatten(1)[:, 0] + noise.flatten(1)[:, 1] + times / 1000
@@ -305,13 +267,11 @@ def test_passes_of_any_width_give_the_same_bits_where_kernels_do(
         attack(model, problem)
 
 
-def test_a_row_that_diverges_stops_and_leaves_the_others_alone(
-    model: StableDiffusion, problem: AttackProblem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_diverges_stops_and_leaves_the_others_alone(model, problem, monkeypatch):
     healthy = attack(model, problem)
     real, calls = model.denoising_loss, []
 
-    def breaks(*args: torch.Tensor, **options: Any) -> torch.Tensor:
+    def breaks(*args, **options):
         calls.append(1)
         loss = real(*args, **options)
         if len(calls) == 5:  # five rows take two passes a step: third step
@@ -327,9 +287,7 @@ def test_a_row_that_diverges_stops_and_leaves_the_others_alone(
     assert torch.equal(result.embeddings[others], healthy.embeddings[others])
 
 
-def test_the_backward_pass_ends_before_the_first_cross_attention(
-    model: StableDiffusion, problem: AttackProblem
-) -> None:
+def test_the_backward_pass_ends_before_the_first_cross_attention(model, problem):
     seen: list[bool] = []
     hook = model.unet.conv_in.register_forward_hook(
         lambda _m, _i, output: seen.append(output.requires_grad)
@@ -342,7 +300,7 @@ def test_the_backward_pass_ends_before_the_first_cross_attention(
     assert not any(seen)
 
 
-def test_row_adam_is_adam_and_standing_rows_keep_their_state() -> None:
+def test_row_adam_is_adam_and_standing_rows_keep_their_state():
     torch.manual_seed(0)
     start, gradients = torch.randn(3, 4, 5), torch.randn(6, 3, 4, 5)
     reference = start.clone().requires_grad_(True)

@@ -1,6 +1,3 @@
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -23,7 +20,7 @@ def result(*, on_its_way: bool = False) -> AttackResult:
 
 
 @pytest.mark.parametrize("on_its_way", [True, False])
-def test_what_is_written_comes_back(tmp_path: Path, on_its_way: bool) -> None:
+def test_what_is_written_comes_back(tmp_path, on_its_way):
     store, made = Cache(tmp_path), result(on_its_way=on_its_way)
     assert store.read("prompt/a.r1", {"seed": 0}, RESULT) is None
     path = store.write("prompt/a.r1", made, {"seed": 0}, RESULT)
@@ -40,9 +37,7 @@ def test_what_is_written_comes_back(tmp_path: Path, on_its_way: bool) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda _: b"", lambda _: b"hello"])
-def test_a_damaged_file_is_computed_anew(
-    tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_file_is_computed_anew(tmp_path, damage, caplog):
     path = Cache(tmp_path).write("a", result(), {"seed": 0}, RESULT)
     path.write_bytes(damage(path.read_bytes()))
     assert Cache(tmp_path).read("a", {"seed": 0}, RESULT) is None

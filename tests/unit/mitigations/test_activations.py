@@ -1,6 +1,5 @@
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from dori_lightning.mitigations.activations import (
     layer_influence,
 )
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
 from support.context import FakeCorpus
 from support.tiny import tiny_model
@@ -23,7 +21,7 @@ SAMPLING = Sampling("ddim", 2, 2.0)
 
 
 @pytest.fixture(scope="module")
-def statistics(model: StableDiffusion) -> ActivationStatistics:
+def statistics(model):
     return activation_statistics(model, PROMPTS)
 
 
@@ -31,9 +29,7 @@ def made_up(mean: list[float], std: list[float]) -> ActivationStatistics:
     return ActivationStatistics({"l": torch.tensor(mean)}, {"l": torch.tensor(std)}, 9, "f")
 
 
-def test_statistics_are_those_of_all_prompts_at_once(
-    model: StableDiffusion, statistics: ActivationStatistics
-) -> None:
+def test_statistics_are_those_of_all_prompts_at_once(model, statistics):
     embeddings = model.encode_prompts(PROMPTS)
     layers = model.layers("cross_attention.value")
     assert list(statistics.means) == list(layers)
@@ -46,35 +42,35 @@ def test_statistics_are_those_of_all_prompts_at_once(
     assert statistics.prompts == len(PROMPTS)
 
 
-def test_the_denoiser_does_not_run_and_nothing_changes(model: StableDiffusion) -> None:
+def test_the_denoiser_does_not_run_and_nothing_changes(model):
     before, evaluations = copy.deepcopy(model.unet.state_dict()), model.unet_evaluations
     activation_statistics(model, PROMPTS[:5])
     assert model.unet_evaluations == evaluations
     assert all(torch.equal(value, before[n]) for n, value in model.unet.state_dict().items())
 
 
-def test_half_precision_weights_are_computed_with_in_full(model: StableDiffusion) -> None:
+def test_half_precision_weights_are_computed_with_in_full(model):
     layer = next(iter(model.layers("cross_attention.value").values()))
     embeddings = model.encode_prompts(PROMPTS[:3])
     half = copy.deepcopy(layer).half()
     assert torch.equal(activations(half, embeddings), activations(half.float(), embeddings))
 
 
-def test_scores_count_standard_deviations_on_both_sides_or_one() -> None:
+def test_scores_count_standard_deviations_on_both_sides_or_one():
     statistics = made_up([1.0, 1.0, 1.0], [0.5, 0.5, 2.0])
     value = torch.tensor([2.0, 0.0, 0.0])
     assert statistics.z_scores("l", value).tolist() == [2.0, 2.0, 0.5]
     assert statistics.z_scores("l", value, two_sided=False).tolist() == [2.0, -2.0, -0.5]
 
 
-def test_a_neuron_without_spread_scores_zero_at_its_mean_and_infinity_elsewhere() -> None:
+def test_a_neuron_without_spread_scores_zero_at_its_mean_and_infinity_elsewhere():
     statistics = made_up([0.0, 0.0, 3.0], [0.0, 0.0, 0.0])
     assert statistics.z_scores("l", torch.tensor([0.0, 1e-6, 2.0])).tolist() == [
         0.0, float("inf"), float("inf"),
     ]  # fmt: skip
 
 
-def test_a_constant_neuron_has_exactly_no_spread(tmp_path: Path) -> None:
+def test_a_constant_neuron_has_exactly_no_spread(tmp_path):
     model = tiny_model(tmp_path)
     name, layer = next(iter(model.layers("cross_attention.value").items()))
     layer.weight.data[3] = 0
@@ -84,9 +80,7 @@ def test_a_constant_neuron_has_exactly_no_spread(tmp_path: Path) -> None:
     assert float(statistics.z_scores(name, own)[3]) == 0
 
 
-def test_files_give_back_what_was_written(
-    model: StableDiffusion, statistics: ActivationStatistics, tmp_path: Path
-) -> None:
+def test_files_give_back_what_was_written(model, statistics, tmp_path):
     found = ActivationStatistics.load(statistics.save(tmp_path / "s.safetensors"), model)
     assert found.identity == statistics.identity
     assert (found.prompts, found.fingerprint) == (statistics.prompts, model.fingerprint)
@@ -95,9 +89,7 @@ def test_files_give_back_what_was_written(
         assert torch.equal(found.stds[name], statistics.stds[name])
 
 
-def test_files_of_another_checkpoint_or_damaged_ones_are_refused(
-    model: StableDiffusion, statistics: ActivationStatistics, tmp_path: Path
-) -> None:
+def test_files_of_another_checkpoint_or_damaged_ones_are_refused(model, statistics, tmp_path):
     path = tmp_path / "s.safetensors"
     replace(statistics, fingerprint="another").save(path)
     with pytest.raises(InputError, match=f"fingerprint another.*{model.fingerprint}"):
@@ -114,12 +106,12 @@ def test_files_of_another_checkpoint_or_damaged_ones_are_refused(
         ActivationStatistics.load(tmp_path / "nowhere", model)
 
 
-def test_one_prompt_has_no_spread(model: StableDiffusion) -> None:
+def test_one_prompt_has_no_spread(model):
     with pytest.raises(InputError, match="at least 2 prompts, got 1"):
         activation_statistics(model, PROMPTS[:1])
 
 
-def test_layer_influence_is_that_of_the_empty_prompt_in_one_layer(tmp_path: Path) -> None:
+def test_layer_influence_is_that_of_the_empty_prompt_in_one_layer(tmp_path):
     model = tiny_model(tmp_path)
     layers = model.layers("cross_attention.value")
     deaf, *_, only = layers
@@ -137,6 +129,6 @@ def test_layer_influence_is_that_of_the_empty_prompt_in_one_layer(tmp_path: Path
     assert not any(layer._forward_hooks for layer in layers.values())
 
 
-def test_layer_influence_wants_a_timestep_of_the_schedule(model: StableDiffusion) -> None:
+def test_layer_influence_wants_a_timestep_of_the_schedule(model):
     with pytest.raises(InputError, match=r"task.timestep must be in 0..999, got 1000"):
         layer_influence(model, PROMPTS[:1], sampling=SAMPLING, timestep=1000)

@@ -48,11 +48,11 @@ def method(**changes: object) -> AdversarialFinetuning:
         ordinary_batch=2,
         ordinary_examples=4,
     )
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> StableDiffusion:
+def model(tmp_path):
     return tiny_model(tmp_path / "model")
 
 
@@ -73,9 +73,7 @@ def weights(model: StableDiffusion) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.denoiser().named_parameters()}
 
 
-def test_every_weight_is_trained_and_the_model_is_put_back(
-    tmp_path: Path, model: StableDiffusion
-) -> None:
+def test_every_weight_is_trained_and_the_model_is_put_back(tmp_path, model):
     before = weights(model)
     edit = method().apply(model, suspected(tmp_path), make_context(tmp_path, model))
     after = weights(model)
@@ -87,9 +85,7 @@ def test_every_weight_is_trained_and_the_model_is_put_back(
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_progress_counts_the_rows_of_searches_and_updates(
-    tmp_path: Path, model: StableDiffusion, warm: bool
-) -> None:
+def test_progress_counts_the_rows_of_searches_and_updates(tmp_path, model, warm):
     pool = PoolSettings(attack=ATTACK, warm=warm)
     told: list[tuple[str, int, int]] = []
     with listening(lambda *what: told.append(what)):
@@ -103,7 +99,7 @@ def test_progress_counts_the_rows_of_searches_and_updates(
     assert done[-1] == 2 * search + 4 * update
 
 
-def test_it_is_deterministic_and_follows_the_seed(tmp_path: Path, model: StableDiffusion) -> None:
+def test_it_is_deterministic_and_follows_the_seed(tmp_path, model):
     pairs = suspected(tmp_path)
     first = method().apply(model, pairs, make_context(tmp_path, model))
     again = method().apply(model, pairs, make_context(tmp_path, model))
@@ -113,13 +109,13 @@ def test_it_is_deterministic_and_follows_the_seed(tmp_path: Path, model: StableD
 
 
 def test_an_interrupted_fit_goes_on_with_its_triggers_to_the_same_weights(
-    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, model, monkeypatch
+):
     pairs, context = suspected(tmp_path), make_context(tmp_path, model)
     whole = method().apply(model, pairs, replace(context, folder=tmp_path / "whole"))
     before, step = weights(model), AdversarialTraining.training_step
 
-    def cut(self: AdversarialTraining, *args: object) -> torch.Tensor:
+    def cut(self, *args):
         if self.global_step == 3:
             raise KeyboardInterrupt
         return step(self, *args)
@@ -139,9 +135,7 @@ def test_an_interrupted_fit_goes_on_with_its_triggers_to_the_same_weights(
     assert searches == [], "the second round's triggers were in the checkpoint"
 
 
-def test_the_low_rank_variant_changes_linear_layers_only_and_leaves_plain_ones(
-    tmp_path: Path, model: StableDiffusion
-) -> None:
+def test_the_low_rank_variant_changes_linear_layers_only_and_leaves_plain_ones(tmp_path, model):
     edit = method(low_rank=2).apply(model, suspected(tmp_path), make_context(tmp_path, model))
     linear = {
         f"{name}.weight"
@@ -156,7 +150,7 @@ def test_the_low_rank_variant_changes_linear_layers_only_and_leaves_plain_ones(
     assert not any("parametriz" in name for name, _ in model.denoiser().named_modules())
 
 
-def test_low_rank_updates_change_nothing_before_they_are_trained() -> None:
+def test_low_rank_updates_change_nothing_before_they_are_trained():
     layer = torch.nn.Sequential(torch.nn.Linear(4, 3))
     x, before = torch.randn(2, 4), layer[0].weight.detach().clone()
     expected = layer(x)
@@ -167,9 +161,7 @@ def test_low_rank_updates_change_nothing_before_they_are_trained() -> None:
     assert torch.equal(layer[0].weight, before)
 
 
-def test_a_surrogate_that_resembles_any_memorized_picture_is_refused(
-    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_surrogate_that_resembles_any_memorized_picture_is_refused(tmp_path, model, monkeypatch):
     """A model that draws pair 1 whatever it is asked must not give pair 0 its surrogates."""
     context, pairs = make_context(tmp_path, model), suspected(tmp_path)
     picture = context.references.images[context.references.places[pairs[1].id]]
@@ -182,9 +174,7 @@ def test_a_surrogate_that_resembles_any_memorized_picture_is_refused(
     assert all(len(found.latents[pair.id]) == 2 for pair in pairs)
 
 
-def test_without_a_source_surrogates_come_from_neighbours(
-    tmp_path: Path, model: StableDiffusion
-) -> None:
+def test_without_a_source_surrogates_come_from_neighbours(tmp_path, model):
     context, pairs = make_context(tmp_path, model), suspected(tmp_path)
     settings = replace(SURROGATES, source=None, max_similarity=0.999)
     found = find_surrogates(model, pairs, context, settings)
@@ -192,15 +182,13 @@ def test_without_a_source_surrogates_come_from_neighbours(
     assert not list(context.folder.glob("*.safetensors")), "nothing was pruned"
 
 
-def test_a_search_that_is_left_half_way_leaves_the_pool_as_it_was(
-    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_that_is_left_half_way_leaves_the_pool_as_it_was(tmp_path, model, monkeypatch):
     pool, _ = pool_of(tmp_path, model, PoolSettings(attack=ATTACK, warm=True))
     pool.search(0)
     before, warm = pool.found, dict(pool.warm)
     asked: list[int] = []
 
-    def left(*args: object, **settings: object) -> object:
+    def left(*args, **settings):
         asked.append(1)
         if len(asked) == 2:
             raise KeyboardInterrupt
@@ -213,9 +201,7 @@ def test_a_search_that_is_left_half_way_leaves_the_pool_as_it_was(
     assert all(torch.equal(pool.warm[name], row) for name, row in warm.items())
 
 
-def test_no_surrogate_at_all_is_an_error_not_an_empty_training(
-    tmp_path: Path, model: StableDiffusion
-) -> None:
+def test_no_surrogate_at_all_is_an_error_not_an_empty_training(tmp_path, model):
     strict = replace(SURROGATES, max_similarity=1e-9)
     context = make_context(tmp_path, model)
     picture = context.references.images[:1]
@@ -236,9 +222,7 @@ def test_no_surrogate_at_all_is_an_error_not_an_empty_training(
             find_surrogates(model, suspected(tmp_path), context, strict)
 
 
-def test_a_pool_draws_pairs_evenly_and_holds_prompts_and_the_path_of_each_search(
-    tmp_path: Path, model: StableDiffusion
-) -> None:
+def test_a_pool_draws_pairs_evenly_and_holds_prompts_and_the_path_of_each_search(tmp_path, model):
     pool, pairs = pool_of(tmp_path, model, PoolSettings(attack=ATTACK))
     pool.search(0)
     assert len(pool.found) == len(pairs) * 2, "snapshots 1 and 2 of each search"
@@ -248,9 +232,7 @@ def test_a_pool_draws_pairs_evenly_and_holds_prompts_and_the_path_of_each_search
     assert all(any(torch.equal(row, k) for k in known) for row in rows)
 
 
-def test_old_rounds_leave_the_pool_unless_they_are_replayed(
-    tmp_path: Path, model: StableDiffusion
-) -> None:
+def test_old_rounds_leave_the_pool_unless_they_are_replayed(tmp_path, model):
     for replay, kept in ((1, {1}), (2, {0, 1})):
         pool, _ = pool_of(tmp_path, model, PoolSettings(attack=ATTACK, replay=replay))
         pool.search(0)
@@ -259,8 +241,8 @@ def test_old_rounds_leave_the_pool_unless_they_are_replayed(
 
 
 def test_a_warm_pool_goes_on_from_its_last_trigger_and_adds_a_random_one(
-    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, model, monkeypatch
+):
     pool, pairs = pool_of(tmp_path, model, PoolSettings(attack=ATTACK, warm=True))
     pool.search(0)
     last = {name: row.clone() for name, row in pool.warm.items()}
@@ -270,10 +252,10 @@ def test_a_warm_pool_goes_on_from_its_last_trigger_and_adds_a_random_one(
 
     solve = adversarial_finetuning.solve
 
-    def spy(model: object, problem: object, **settings: object) -> object:
-        seen.append(problem.initial)  # type: ignore[attr-defined]
-        assert problem.restart >= FIRST_RESTART  # type: ignore[attr-defined]
-        return solve(model, problem, **settings)  # type: ignore[arg-type]
+    def spy(model, problem, **settings):
+        seen.append(problem.initial)
+        assert problem.restart >= FIRST_RESTART
+        return solve(model, problem, **settings)
 
     monkeypatch.setattr(adversarial_finetuning, "solve", spy)
     pool.search(1)
@@ -282,7 +264,7 @@ def test_a_warm_pool_goes_on_from_its_last_trigger_and_adds_a_random_one(
     assert abs(float(seen[1].std()) - 1) < 0.3, "standard normal"
 
 
-def test_robust_pairs_rest_for_one_round(tmp_path: Path, model: StableDiffusion) -> None:
+def test_robust_pairs_rest_for_one_round(tmp_path, model):
     pool, _ = pool_of(tmp_path, model, PoolSettings(attack=ATTACK, skip_robust=0.5))
     assert set(pool._limits) == {"pair0", "pair1"}
     pool._limits = {"pair0": -1.0, "pair1": 1e9}
@@ -292,7 +274,7 @@ def test_robust_pairs_rest_for_one_round(tmp_path: Path, model: StableDiffusion)
     assert [r["robust"] for r in pool.rounds] == [1, 0, 1]
 
 
-def test_a_pool_survives_a_checkpoint(tmp_path: Path, model: StableDiffusion) -> None:
+def test_a_pool_survives_a_checkpoint(tmp_path, model):
     settings = PoolSettings(attack=ATTACK, warm=True, skip_robust=0.5)
     pool, _ = pool_of(tmp_path, model, settings)
     pool.search(0)
@@ -315,28 +297,24 @@ def test_a_pool_survives_a_checkpoint(tmp_path: Path, model: StableDiffusion) ->
         ({"low_rank": 0}, "low_rank"),
     ],
 )
-def test_bad_settings_are_named(change: dict[str, float], said: str) -> None:
+def test_bad_settings_are_named(change, said):
     with pytest.raises(InputError, match=said):
         method(**change)
 
 
-def test_nothing_to_forget_is_refused(tmp_path: Path, model: StableDiffusion) -> None:
+def test_nothing_to_forget_is_refused(tmp_path, model):
     with pytest.raises(InputError, match="nothing to forget"):
         method().apply(model, [], make_context(tmp_path, model))
 
 
-def test_redirecting_is_no_loss_for_a_model_that_sees_the_surrogate(
-    tmp_path: Path, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_redirecting_is_no_loss_for_a_model_that_sees_the_surrogate(tmp_path, model, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     memorized, surrogate, noise = (torch.randn(2, 4, 16, 16, generator=draw) for _ in range(3))
     times = torch.tensor([100, 900])
     embeddings = model.encode_prompts(["a cat", "a boat"])
 
-    def sees(what: torch.Tensor) -> None:
-        def predict(
-            noised: torch.Tensor, t: torch.Tensor, *_: object, **__: object
-        ) -> torch.Tensor:
+    def sees(what):
+        def predict(noised, t, *_, **__):
             alpha = model.alphas_cumprod[t][:, None, None, None]
             return (noised - alpha.sqrt() * what) / (1 - alpha).sqrt()
 
@@ -352,7 +330,7 @@ def test_redirecting_is_no_loss_for_a_model_that_sees_the_surrogate(
     torch.testing.assert_close(loss, (alpha / (1 - alpha)).clamp(max=1) * distance)
 
 
-def test_redirecting_changes_what_is_trained(tmp_path: Path, model: StableDiffusion) -> None:
+def test_redirecting_changes_what_is_trained(tmp_path, model):
     pairs, context = suspected(tmp_path), make_context(tmp_path, model)
     plain = method(epochs=1).apply(model, pairs, context)
     turned = method(epochs=1, redirect=0.5).apply(model, pairs, context)

@@ -4,13 +4,7 @@ import pytest
 import torch
 
 from dori_lightning.locality import layers as module
-from dori_lightning.locality.layers import (
-    agreement,
-    agreement_of,
-    iou,
-    overlap,
-    selected,
-)
+from dori_lightning.locality.layers import agreement, agreement_of, iou, overlap, selected
 from dori_lightning.mitigations.edits import (
     EVERYBODY,
     EmptyEdit,
@@ -75,7 +69,7 @@ def test_one_mask_has_nothing_to_agree_with():
         agreement([])
 
 
-def test_many_masks_agree_as_two_at_a_time(monkeypatch: pytest.MonkeyPatch):
+def test_many_masks_agree_as_two_at_a_time(monkeypatch):
     # several parts, the last one shorter
     monkeypatch.setattr(module, "COLUMNS", 64)
     generator = torch.Generator().manual_seed(0)

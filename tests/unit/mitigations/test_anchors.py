@@ -1,20 +1,16 @@
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from dori_lightning.metrics.calibration import Measures
 from dori_lightning.metrics.descriptors import Descriptor
-from dori_lightning.mitigations.base import Context
-from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, find_anchors
+from dori_lightning.mitigations.replacements import AnchorSettings, find_anchors
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import neighbour_prompts
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 
 SETTINGS = AnchorSettings(prompts=3, images=2, max_similarity=0.5, ordinary=4)
 FIRST = [[0.1, 0.2], [0.2, 0.1], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.1]]
@@ -41,13 +37,8 @@ class Scripted(Descriptor):
 
 
 @pytest.fixture
-def find(
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context_of: Callable[..., Context],
-    tmp_path: Path,
-) -> Callable[..., Anchors]:
-    def call(*script: Any, settings: AnchorSettings = SETTINGS) -> Anchors:
+def find(model, suspected, context_of, tmp_path):
+    def call(*script, settings=SETTINGS):
         measures = Measures({"scripted": Scripted(list(script))}, "scripted")
         context = context_of(tmp_path, measures=measures)
         return find_anchors(model, suspected, context, settings, key="edit")
@@ -61,9 +52,7 @@ def drawn(model: StableDiffusion, prompts: torch.Tensor, name: str, place: int) 
     return model.denoise(prompts[None], noise[None], Sampling("ddim", 2, 2.0, 2))[0]
 
 
-def test_pictures_that_resemble_any_pair_are_no_anchors(
-    find: Callable[..., Anchors], model: StableDiffusion, suspected: tuple[Pair, ...]
-) -> None:
+def test_pictures_that_resemble_any_pair_are_no_anchors(find, model, suspected):
     one, two = suspected
     anchors = find(FIRST, ALL_OVER, ORDINARY)
     texts = model.encode_prompts(neighbour_prompts(one, 3, split="calibration"))
@@ -81,29 +70,20 @@ def test_pictures_that_resemble_any_pair_are_no_anchors(
 
 
 def test_a_pair_without_anchors_gets_vetted_pictures_of_ordinary_prompts(
-    find: Callable[..., Anchors],
-    model: StableDiffusion,
-    context: Context,
-    suspected: tuple[Pair, ...],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    find, model, context, suspected, caplog
+):
     anchors = find(FIRST, ALL_OVER, ORDINARY)
     texts = model.encode_prompts(context.corpus.prompts("calibration", 4))
     assert torch.equal(anchors.embeddings[suspected[1].id], texts[[0, 3]])
     assert f"no anchor for {suspected[1].id}" in caplog.text
 
 
-def test_no_anchor_at_all_is_an_error(find: Callable[..., Anchors]) -> None:
+def test_no_anchor_at_all_is_an_error(find):
     with pytest.raises(InputError, match="no anchor for pair1"):
         find(FIRST, ALL_OVER, [[0.9, 0.1]] * 4)
 
 
-def test_only_pairs_to_forget_are_compared_with(
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context_of: Callable[..., Context],
-    tmp_path: Path,
-) -> None:
+def test_only_pairs_to_forget_are_compared_with(model, suspected, context_of, tmp_path):
     descriptor = Scripted([[[0.1]] * 6])
     context = context_of(tmp_path, measures=Measures({"scripted": descriptor}, "scripted"))
     find_anchors(model, suspected[1:], context, SETTINGS, key="edit")
@@ -111,11 +91,8 @@ def test_only_pairs_to_forget_are_compared_with(
 
 
 def test_what_a_cut_run_made_is_read_and_damaged_files_are_made_again(
-    find: Callable[..., Anchors],
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    tmp_path: Path,
-) -> None:
+    find, model, suspected, tmp_path
+):
     first = find(FIRST, ALL_OVER, ORDINARY)
     used = model.unet_evaluations
     again = find()
@@ -132,7 +109,7 @@ def test_what_a_cut_run_made_is_read_and_damaged_files_are_made_again(
             assert torch.equal(other.embeddings[name], first.embeddings[name])
 
 
-def test_draws_keep_pictures_and_prompts_together(find: Callable[..., Anchors]) -> None:
+def test_draws_keep_pictures_and_prompts_together(find):
     anchors = find(FIRST, ALL_OVER, ORDINARY)
     ids = ["pair1", "pair0"] * 20
     latents, embeddings = anchors.draw(ids, torch.Generator().manual_seed(0))
@@ -156,6 +133,6 @@ def test_draws_keep_pictures_and_prompts_together(find: Callable[..., Anchors]) 
         {"anchor_rate": -0.1},
     ],
 )
-def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+def test_bad_settings_are_refused(wrong):
     with pytest.raises(InputError, match=f"anchors.*{next(iter(wrong))}"):
         AnchorSettings(**wrong)

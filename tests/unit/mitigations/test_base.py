@@ -1,7 +1,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +11,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dori_lightning.mitigations.base import (
-    Context,
-    EditResult,
-    edit_key,
-    settings_fingerprint,
-)
+from dori_lightning.mitigations.base import Context, edit_key, settings_fingerprint
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError, Pair
 from support.context import FakeCorpus
 
@@ -51,7 +45,7 @@ class Pruned:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Path:
+def log(tmp_path):
     return tmp_path / "log"
 
 
@@ -59,9 +53,7 @@ def made(log: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def test_a_second_find_reads_what_the_first_made(
-    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
-) -> None:
+def test_a_second_find_reads_what_the_first_made(context, model, suspected, log):
     mitigation = Pruned(str(log))
     first = context.find(mitigation, model, suspected)
     second = context.find(mitigation, model, suspected)
@@ -73,9 +65,7 @@ def test_a_second_find_reads_what_the_first_made(
     assert first.edit.origin == second.edit.origin
 
 
-def test_an_edit_says_what_made_it_and_what_that_cost(
-    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
-) -> None:
+def test_an_edit_says_what_made_it_and_what_that_cost(context, model, suspected, log):
     context.find(Pruned(str(log), delay=0.02), model, suspected)
     origin = context.find(Pruned(str(log), delay=0.02), model, suspected).edit.origin
     assert origin is not None
@@ -87,9 +77,7 @@ def test_an_edit_says_what_made_it_and_what_that_cost(
     assert origin.cost["unet_evaluations"] == 5, "what the mitigation says itself stays"
 
 
-def test_the_edit_that_changes_nothing_is_not_kept(
-    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...]
-) -> None:
+def test_the_edit_that_changes_nothing_is_not_kept(context, model, suspected):
     found = context.find(NoMitigation(), model, suspected)
     assert found.path is None
     assert found.made
@@ -97,12 +85,8 @@ def test_the_edit_that_changes_nothing_is_not_kept(
 
 
 def test_what_decides_an_edit_gives_it_another_key_and_nothing_else_does(
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context_of: Callable[..., Context],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    model, suspected, context_of, tmp_path, monkeypatch
+):
     base, plain = context_of(tmp_path), Pruned("log")
     key = edit_key(plain, model, suspected, base)
     first = suspected[0]
@@ -133,9 +117,7 @@ def test_what_decides_an_edit_gives_it_another_key_and_nothing_else_does(
     assert set(same) == {key}
 
 
-def test_another_setting_makes_another_edit(
-    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
-) -> None:
+def test_another_setting_makes_another_edit(context, model, suspected, log):
     one = context.find(Pruned(str(log)), model, suspected)
     two = context.find(Pruned(str(log), share=0.2), model, suspected)
     assert made(log) == 2
@@ -143,22 +125,18 @@ def test_another_setting_makes_another_edit(
     assert context.find(Pruned(str(log), name="alias"), model, suspected).made is False
 
 
-def test_settings_are_plain_values_all_the_way_down(log: Path) -> None:
+def test_settings_are_plain_values_all_the_way_down(log):
     settings = settings_fingerprint(Pruned("x", inner=NoMitigation()))
     assert settings["inner"] == {"kind": "NoMitigation", "name": "none"}
     assert json.loads(json.dumps(settings)) == settings
     with pytest.raises(TypeError, match="plain values"):
-        settings_fingerprint(Pruned(torch.ones(1)))  # type: ignore[arg-type]
+        settings_fingerprint(Pruned(torch.ones(1)))
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda _: b"", lambda _: b"hello"])
 def test_a_damaged_file_is_an_error_and_not_made_again_silently(
-    context: Context,
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    log: Path,
-    damage: Callable[[bytes], bytes],
-) -> None:
+    context, model, suspected, log, damage
+):
     path = context.find(Pruned(str(log)), model, suspected).path
     assert path is not None
     path.write_bytes(damage(path.read_bytes()))
@@ -170,12 +148,8 @@ def test_a_damaged_file_is_an_error_and_not_made_again_silently(
 
 
 def test_an_edit_of_another_checkpoint_under_this_key_is_refused(
-    context: Context,
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    log: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    context, model, suspected, log, monkeypatch
+):
     mitigation = Pruned(str(log))
     key = edit_key(mitigation, model, suspected, context)
     with monkeypatch.context() as patch:
@@ -188,8 +162,8 @@ def test_an_edit_of_another_checkpoint_under_this_key_is_refused(
 
 
 def test_a_mitigation_that_fails_leaves_nothing_and_lets_the_next_one_try(
-    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
-) -> None:
+    context, model, suspected, log
+):
     broken = Pruned(str(log), fails=True)
     with pytest.raises(RuntimeError, match="power cut"):
         context.find(broken, model, suspected)
@@ -200,13 +174,11 @@ def test_a_mitigation_that_fails_leaves_nothing_and_lets_the_next_one_try(
         pass  # Timeout here: the failure would have kept the lock
 
 
-def test_two_jobs_that_ask_at_once_make_it_once(
-    context: Context, model: StableDiffusion, suspected: tuple[Pair, ...], log: Path
-) -> None:
+def test_two_jobs_that_ask_at_once_make_it_once(context, model, suspected, log):
     """Each job opens the lock's file by itself, so that threads exclude each other like jobs."""
     start = threading.Barrier(2)
 
-    def job(_: int) -> EditResult:
+    def job(_):
         start.wait()
         return context.find(Pruned(str(log), delay=0.3), model, suspected)
 

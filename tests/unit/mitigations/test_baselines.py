@@ -1,6 +1,5 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from dori_lightning.mitigations.baselines import NoMitigation, RandomPruning
 from dori_lightning.mitigations.edits import Edit, MaskEdit, Origin, PairMaskEdit, WeightEdit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.models.protocol import TextToImage
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError, Pair
 from support.runs import configuration
 
@@ -41,9 +39,7 @@ class Fixed:
         return PairMaskEdit(origin, dict(zip([p.id for p in pairs], masks, strict=True)))
 
 
-def test_each_pair_loses_as_many_of_each_parameter_but_others(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-) -> None:
+def test_each_pair_loses_as_many_of_each_parameter_but_others(model, context, suspected):
     like = context.find(Fixed(), model, suspected).edit
     edit = RandomPruning(Fixed()).apply(model, suspected, context)
     assert isinstance(edit, PairMaskEdit)
@@ -60,9 +56,7 @@ def test_each_pair_loses_as_many_of_each_parameter_but_others(
     assert edit.origin.notes == {"like": "fixed", "like_edit": like.identity}
 
 
-def test_a_mask_for_everybody_stays_one(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-) -> None:
+def test_a_mask_for_everybody_stays_one(model, context, suspected):
     like = Fixed("union")
     edit = RandomPruning(like).apply(model, suspected, context)
     assert isinstance(edit, MaskEdit)
@@ -70,9 +64,7 @@ def test_a_mask_for_everybody_stays_one(
     assert not context.find(like, model, suspected).made
 
 
-def test_the_seed_decides_the_draw(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-) -> None:
+def test_the_seed_decides_the_draw(model, context, suspected):
     edits = [
         RandomPruning(Fixed()).apply(model, suspected, replace(context, seed=seed)).identity
         for seed in (0, 0, 1)
@@ -81,17 +73,12 @@ def test_the_seed_decides_the_draw(
 
 
 @pytest.mark.parametrize("like", [NoMitigation(), Fixed("weights")])
-def test_a_method_that_does_not_prune_is_refused(
-    model: StableDiffusion,
-    context: Context,
-    suspected: tuple[Pair, ...],
-    like: NoMitigation | Fixed,
-) -> None:
+def test_a_method_that_does_not_prune_is_refused(model, context, suspected, like):
     with pytest.raises(InputError, match=r"needs a method that prunes.*\n.*mitigation\.like"):
         RandomPruning(like).apply(model, suspected, context)
 
 
-def test_the_preset_matches_nemo_and_any_other_method_on_request() -> None:
+def test_the_preset_matches_nemo_and_any_other_method_on_request():
     for preset, like in (("random_pruning_nemo", "nemo"), ("random_pruning", "nemo_replication")):
         cfg = configuration(f"mitigation={preset}")
         config.check_signatures(cfg)
@@ -104,14 +91,14 @@ def test_the_preset_matches_nemo_and_any_other_method_on_request() -> None:
     assert instantiate(other).like == NeMo(name="nemo_union", scope="union")
 
 
-def test_presets_of_nemo_are_the_defaults_but_for_what_their_names_say() -> None:
+def test_presets_of_nemo_are_the_defaults_but_for_what_their_names_say():
     assert instantiate(configuration("mitigation=nemo").mitigation) == NeMo()
     assert instantiate(configuration("mitigation=nemo_all_layers").mitigation) == NeMo(
         name="nemo_all_layers", stages=("down", "mid", "up")
     )
 
 
-def test_statistics_that_were_written_anew_make_another_edit(tmp_path: Path) -> None:
+def test_statistics_that_were_written_anew_make_another_edit(tmp_path):
     file = tmp_path / "statistics.safetensors"
     method = RandomPruning(NeMo(statistics=str(file)))
     with pytest.raises(InputError, match="cannot read the statistics"):

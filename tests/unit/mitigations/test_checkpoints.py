@@ -43,16 +43,14 @@ def load(folder: Path) -> int | None:
     return None if path is None else int(FitCheckpoints().load_checkpoint(path)["step"])
 
 
-def test_the_last_two_are_kept_and_the_last_is_read(tmp_path: Path) -> None:
+def test_the_last_two_are_kept_and_the_last_is_read(tmp_path):
     assert load(tmp_path / "none") is None
     save(tmp_path, 1, 2, 3)
     assert sorted(checkpoint_step(path) for path in tmp_path.iterdir()) == [2, 3]
     assert load(tmp_path) == 3
 
 
-def test_a_flipped_bit_is_noticed_and_the_one_before_is_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_flipped_bit_is_noticed_and_the_one_before_is_used(tmp_path, caplog):
     save(tmp_path, 1, 2)
     path = path_of(tmp_path, 2)
     data = bytearray(path.read_bytes())
@@ -67,9 +65,7 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_is_used(
     assert "begins anew" in caplog.text
 
 
-def test_what_was_cut_while_it_was_written_does_not_count_and_does_not_stay(
-    tmp_path: Path,
-) -> None:
+def test_what_was_cut_while_it_was_written_does_not_count_and_does_not_stay(tmp_path):
     save(tmp_path, 1, 9)
     cut = path_of(tmp_path, 9)
     cut.write_bytes(b"half")
@@ -79,9 +75,7 @@ def test_what_was_cut_while_it_was_written_does_not_count_and_does_not_stay(
     assert not cut.exists()
 
 
-def test_killed_while_saving_the_one_before_is_there_wherever_the_temporary_folder_is(
-    tmp_path: Path,
-) -> None:
+def test_killed_while_saving_the_one_before_is_there_wherever_the_temporary_folder_is(tmp_path):
     """Lightning's own moves the file from the temporary folder, over the last good one."""
     other = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
     root = str(Path(__file__).resolve().parents[3])
@@ -94,10 +88,10 @@ def test_killed_while_saving_the_one_before_is_there_wherever_the_temporary_fold
     assert load(tmp_path) == 1
 
 
-def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full(*_: object) -> None:
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -1,18 +1,14 @@
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.concept_ablation import ConceptAblation, ConceptAblationTraining
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 
 METHOD = ConceptAblation(
     "ablation",
@@ -25,7 +21,7 @@ METHOD = ConceptAblation(
 
 
 @pytest.fixture
-def anchors(model: StableDiffusion, suspected: tuple[Pair, ...]) -> Anchors:
+def anchors(model, suspected):
     """Random anchors; the first pair has one further target."""
     latents, embeddings = {}, {}
     for k, pair in enumerate(suspected):
@@ -38,20 +34,16 @@ def anchors(model: StableDiffusion, suspected: tuple[Pair, ...]) -> Anchors:
 
 
 @pytest.fixture
-def training(
-    model: StableDiffusion, suspected: tuple[Pair, ...], context: Context, anchors: Anchors
-) -> Iterator[ConceptAblationTraining]:
+def training(model, suspected, context, anchors):
     """A training that no Trainer runs: its step is 0."""
     module = ConceptAblationTraining(model, METHOD, suspected, context, anchors=anchors)
-    module.log = lambda *_: None  # type: ignore[method-assign,assignment]
+    module.log = lambda *_: None
     yield module
     for parameter in model.parameters():
         parameter.grad = None
 
 
-def test_captions_and_what_replicates_like_them_are_targets(
-    training: ConceptAblationTraining, model: StableDiffusion, suspected: tuple[Pair, ...]
-) -> None:
+def test_captions_and_what_replicates_like_them_are_targets(training, model, suspected):
     one, two = suspected
     wanted = [(one.id, one.prompt), (one.id, "red cat"), (two.id, two.prompt)]
     assert [name for name, _ in training.targets] == [name for name, _ in wanted]
@@ -59,13 +51,11 @@ def test_captions_and_what_replicates_like_them_are_targets(
         assert torch.equal(found, model.encode_prompts([prompt])[0])
 
 
-def test_a_step_pulls_the_caption_to_the_anchor_and_keeps_the_anchor(
-    training: ConceptAblationTraining, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_pulls_the_caption_to_the_anchor_and_keeps_the_anchor(training, model, monkeypatch):
     seen: list[Any] = []
     predict = model.predict_noise
 
-    def noting(latents: Any, timesteps: Any, prompts: Any, **_: Any) -> torch.Tensor:
+    def noting(latents, timesteps, prompts, **_):
         seen.append((latents, timesteps, prompts))
         return predict(latents, timesteps, prompts)
 
@@ -110,12 +100,10 @@ def test_a_step_pulls_the_caption_to_the_anchor_and_keeps_the_anchor(
     }
 
 
-def test_a_caption_is_drawn_with_anchors_of_its_own_pair(
-    training: ConceptAblationTraining, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_caption_is_drawn_with_anchors_of_its_own_pair(training, model, monkeypatch):
     seen: list[torch.Tensor] = []
 
-    def noting(latents: Any, _t: Any, prompts: torch.Tensor) -> torch.Tensor:
+    def noting(latents, _t, prompts):
         seen.append(prompts)
         return latents
 
@@ -129,11 +117,8 @@ def test_a_caption_is_drawn_with_anchors_of_its_own_pair(
 
 
 def test_a_run_trains_all_weights_repeats_and_says_how_many_anchors(
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context_of: Callable[..., Context],
-    tmp_path: Path,
-) -> None:
+    model, suspected, context_of, tmp_path
+):
     edit = METHOD.apply(model, suspected, context_of(tmp_path / "first"))
     again = METHOD.apply(model, suspected, context_of(tmp_path / "again"))
     assert set(edit.weights) == {n for n, _ in model.denoiser().named_parameters()}
@@ -143,11 +128,11 @@ def test_a_run_trains_all_weights_repeats_and_says_how_many_anchors(
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"prior_weight": -1.0}])
-def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+def test_bad_settings_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         ConceptAblation("ablation", **wrong)
 
 
-def test_nothing_to_forget_is_an_error(model: StableDiffusion, context: Context) -> None:
+def test_nothing_to_forget_is_an_error(model, context):
     with pytest.raises(InputError, match="nothing to forget"):
         METHOD.apply(model, (), context)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,21 +9,15 @@ import pytest
 import torch
 
 from dori_lightning.mitigations import finetuning
-from dori_lightning.mitigations.base import Context
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime import artifacts, checkpoints
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 from support.distributed_fits import METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_too_little_disk_is_refused_before_anything_is_drawn(
-    name: str,
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context: Context,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    name, model, suspected, context, monkeypatch
+):
     monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     used = model.unet_evaluations
     with pytest.raises(InputError, match=r"0\.1 MB free(.|\n)*unfinished(.|\n)*paths\.cache="):
@@ -34,29 +27,25 @@ def test_too_little_disk_is_refused_before_anything_is_drawn(
 
 @pytest.mark.parametrize("name", ["all", "some", "averaged", "low rank"])
 def test_as_much_is_asked_for_as_three_checkpoints_take(
-    name: str,
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context: Context,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    name, model, suspected, context, monkeypatch
+):
     esd: Any = METHODS["esd"]
     esd = replace(esd, steps=3, finetune=replace(esd.finetune, checkpoint_every=1))
     method = {
         "all": esd,
         "some": replace(esd, variant="x"),
         "averaged": replace(esd, finetune=replace(esd.finetune, ema=0.5)),
-        "low rank": replace(METHODS["adversarial"], low_rank=2, updates=3),  # type: ignore[arg-type]
+        "low rank": replace(METHODS["adversarial"], low_rank=2, updates=3),
     }[name]
     asked: list[int] = []
     numbers: list[int] = []
     files: list[int] = []
 
-    def ask(_: Path, needed: int, *, fix: str) -> None:
+    def ask(_, needed, *, fix):
         del fix
         asked.append(needed)
 
-    def measure(folder: Path) -> None:
+    def measure(folder):
         paths = list(folder.glob("*.ckpt"))
         held = [t for path in paths for t in tensors(checkpoints.read_checkpoint(path))]
         numbers.append(sum(t.nbytes for t in held))

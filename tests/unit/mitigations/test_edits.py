@@ -74,7 +74,7 @@ KINDS: dict[str, Callable[[StableDiffusion], Edit]] = {
 
 
 @pytest.fixture(params=KINDS)
-def edit(request: pytest.FixtureRequest, model: StableDiffusion) -> Edit:
+def edit(request, model):
     return KINDS[request.param](model)
 
 
@@ -96,9 +96,7 @@ def forwards(model: StableDiffusion) -> list[str]:
     return [name for name, module in model.unet.named_modules() if "forward" in vars(module)]
 
 
-def test_an_applied_edit_changes_the_prediction_and_leaves_no_bit_behind(
-    model: StableDiffusion, edit: Edit
-) -> None:
+def test_an_applied_edit_changes_the_prediction_and_leaves_no_bit_behind(model, edit):
     before, batch = bits(model), inputs(model, 3)
     with torch.no_grad():
         plain = model.predict_noise(**batch, pair_ids=PAIRS)
@@ -111,7 +109,7 @@ def test_an_applied_edit_changes_the_prediction_and_leaves_no_bit_behind(
     assert not forwards(model)
 
 
-def test_an_error_under_an_edit_leaves_no_bit_behind(model: StableDiffusion, edit: Edit) -> None:
+def test_an_error_under_an_edit_leaves_no_bit_behind(model, edit):
     before = bits(model)
     with pytest.raises(KeyError, match="power cut"), edit.applied(model):
         raise KeyError("power cut")
@@ -119,14 +117,14 @@ def test_an_error_under_an_edit_leaves_no_bit_behind(model: StableDiffusion, edi
     assert not forwards(model)
 
 
-def test_the_empty_edit_changes_nothing(model: StableDiffusion) -> None:
+def test_the_empty_edit_changes_nothing(model):
     before = bits(model)
     with EmptyEdit().applied(model):
         assert bits(model) == before
     assert EmptyEdit().counts() == {}
 
 
-def test_masks_zero_what_they_count_and_nothing_else(model: StableDiffusion) -> None:
+def test_masks_zero_what_they_count_and_nothing_else(model):
     whole, single = KINDS["rows"](model), KINDS["weights"](model)
     before = {n: p.detach().clone() for n, p in model.unet.named_parameters()}
     for edit in (whole, single):
@@ -147,9 +145,7 @@ def _named(model: StableDiffusion, names: Mapping[str, Any]) -> list[tuple[str, 
     return [(name, weights[name].detach()) for name in names]
 
 
-def test_counts_of_a_per_pair_edit_are_means_and_of_trained_weights_all_of_them(
-    model: StableDiffusion,
-) -> None:
+def test_counts_of_a_per_pair_edit_are_means_and_of_trained_weights_all_of_them(model):
     name = value_names(model)[0]
     masks = {
         "boat": {name: torch.tensor([True] * 3 + [False] * 5)},
@@ -160,13 +156,11 @@ def test_counts_of_a_per_pair_edit_are_means_and_of_trained_weights_all_of_them(
 
 
 @pytest.mark.parametrize("masks", [rows, singles])
-def test_each_row_of_a_mixed_batch_is_as_under_its_own_pairs_mask(
-    model: StableDiffusion, masks: Masks
-) -> None:
+def test_each_row_of_a_mixed_batch_is_as_under_its_own_pairs_mask(model, masks):
     edit, owners = per_pair(model, masks), ("cat", "boat", "boat", "house", "cat")
     batch = inputs(model, len(owners))
 
-    def run(applied: Edit) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(applied):
         point = batch["embeddings"].clone().requires_grad_(True)
         with applied.applied(model):
             noise = model.predict_noise(**{**batch, "embeddings": point}, pair_ids=owners)
@@ -192,9 +186,7 @@ def close(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("masks", [rows, singles])
-def test_guided_pictures_under_a_per_pair_edit_are_those_of_each_pairs_own(
-    model: StableDiffusion, masks: Masks
-) -> None:
+def test_guided_pictures_under_a_per_pair_edit_are_those_of_each_pairs_own(model, masks):
     edit, sampling = per_pair(model, masks), Sampling("ddim", 2, 3.0, 1)
     batch = inputs(model, 3)
     with edit.applied(model):
@@ -206,7 +198,7 @@ def test_guided_pictures_under_a_per_pair_edit_are_those_of_each_pairs_own(
         assert not close(mixed[k], own[k - 1])
 
 
-def test_a_layer_without_a_mask_of_a_pair_is_as_it_is_for_it(model: StableDiffusion) -> None:
+def test_a_layer_without_a_mask_of_a_pair_is_as_it_is_for_it(model):
     name = value_names(model)[0]
     edit = PairMaskEdit(
         Origin(model.fingerprint), {"boat": {name: rows(model, "x")[name]}, "x": {}}
@@ -220,7 +212,7 @@ def test_a_layer_without_a_mask_of_a_pair_is_as_it_is_for_it(model: StableDiffus
     assert torch.equal(mixed[1], plain[1])
 
 
-def test_a_pruned_row_with_a_bias_gives_the_bias(model: StableDiffusion) -> None:
+def test_a_pruned_row_with_a_bias_gives_the_bias(model):
     name = next(n for n in model.layers("feed_forward.out"))
     layer = dict(model.unet.named_modules())[name]
     assert isinstance(layer, torch.nn.Linear)
@@ -236,7 +228,7 @@ def test_a_pruned_row_with_a_bias_gives_the_bias(model: StableDiffusion) -> None
     assert torch.equal(y[0, :, :3], layer.bias.detach()[:3].expand(5, -1))
 
 
-def test_a_control_sees_the_mask_of_its_owner(model: StableDiffusion) -> None:
+def test_a_control_sees_the_mask_of_its_owner(model):
     edit, batch = per_pair(model, rows), inputs(model, 2)
     owner = owner_of("some control", PAIRS)
     with torch.no_grad():
@@ -248,7 +240,7 @@ def test_a_control_sees_the_mask_of_its_owner(model: StableDiffusion) -> None:
     assert edit.for_pair("some control").identity == edit.for_pair(owner).identity
 
 
-def test_owners_follow_from_names_alone_and_are_spread_over_the_pairs() -> None:
+def test_owners_follow_from_names_alone_and_are_spread_over_the_pairs():
     names = [f"control{k}" for k in range(60)]
     owners = {name: owner_of(name, PAIRS) for name in names}
     assert owners == {name: owner_of(name, PAIRS[::-1]) for name in names[::-1]}
@@ -262,9 +254,7 @@ GOLDEN_OWNERS = ["house", "house", "house", "boat"]
 
 
 @pytest.mark.parametrize("masks", [rows, singles])
-def test_a_per_pair_edit_insists_on_knowing_whose_rows_these_are(
-    model: StableDiffusion, masks: Masks
-) -> None:
+def test_a_per_pair_edit_insists_on_knowing_whose_rows_these_are(model, masks):
     with per_pair(model, masks).applied(model):
         with pytest.raises(RuntimeError, match="whose rows"):
             model.predict_noise(**inputs(model, 2))
@@ -272,9 +262,7 @@ def test_a_per_pair_edit_insists_on_knowing_whose_rows_these_are(
             model.predict_noise(**inputs(model, 2), pair_ids=["boat"])
 
 
-def test_another_checkpoint_is_refused_and_both_are_named(
-    model: StableDiffusion, edit: Edit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_checkpoint_is_refused_and_both_are_named(model, edit, monkeypatch):
     before, made_for = bits(model), model.fingerprint
     monkeypatch.setattr(model, "fingerprint", "another")
     with pytest.raises(InputError, match=f"{made_for}.*another"), edit.applied(model):
@@ -285,8 +273,8 @@ def test_another_checkpoint_is_refused_and_both_are_named(
 @pytest.mark.parametrize("kind", ["mask", "pair", "trained"])
 @pytest.mark.parametrize("wrong", ["name", "shape"])
 def test_weights_that_the_model_does_not_have_are_refused_before_anything_changes(
-    model: StableDiffusion, kind: str, wrong: str
-) -> None:
+    model, kind, wrong
+):
     good, name = value_names(model)[:2]
     bad = "no.such.weight" if wrong == "name" else name
     masks = {good: torch.ones(8, dtype=torch.bool), bad: torch.ones(1, 3, dtype=torch.bool)}
@@ -304,7 +292,7 @@ def test_weights_that_the_model_does_not_have_are_refused_before_anything_change
     assert not forwards(model)
 
 
-def test_a_second_per_pair_edit_is_refused_and_the_first_stays(model: StableDiffusion) -> None:
+def test_a_second_per_pair_edit_is_refused_and_the_first_stays(model):
     first, batch = per_pair(model, rows), inputs(model, 3)
     with torch.no_grad(), first.applied(model):
         alone = model.predict_noise(**batch, pair_ids=PAIRS)
@@ -313,7 +301,7 @@ def test_a_second_per_pair_edit_is_refused_and_the_first_stays(model: StableDiff
         assert torch.equal(model.predict_noise(**batch, pair_ids=PAIRS), alone)
 
 
-def test_masks_that_are_not_boolean_or_of_no_pair_are_refused() -> None:
+def test_masks_that_are_not_boolean_or_of_no_pair_are_refused():
     with pytest.raises(TypeError, match="masks are boolean"):
         MaskEdit(Origin("x"), {"w": torch.ones(2)})
     with pytest.raises(TypeError, match="masks are boolean"):
@@ -322,23 +310,19 @@ def test_masks_that_are_not_boolean_or_of_no_pair_are_refused() -> None:
         PairMaskEdit(Origin("x"), {})
 
 
-def test_per_pair_masks_of_other_layers_than_linear_ones_are_refused(
-    model: StableDiffusion,
-) -> None:
+def test_per_pair_masks_of_other_layers_than_linear_ones_are_refused(model):
     masks = {"conv_in.weight": torch.ones(8, dtype=torch.bool)}
     edit = PairMaskEdit(Origin(model.fingerprint), {"boat": masks})
     with pytest.raises(TypeError, match="linear"), edit.applied(model):
         pytest.fail("it was applied")
 
 
-def test_identity_follows_content_and_not_where_it_comes_from(
-    model: StableDiffusion, edit: Edit
-) -> None:
+def test_identity_follows_content_and_not_where_it_comes_from(model, edit):
     assert (
         edit.identity
         == type(edit)(
             Origin(model.fingerprint, mitigation="other", cost={"seconds": 3.0}),
-            *([edit.weights] if isinstance(edit, WeightEdit) else [edit.masks]),  # type: ignore[attr-defined]
+            *([edit.weights] if isinstance(edit, WeightEdit) else [edit.masks]),
         ).identity
     )
     others = {kind: make(model).identity for kind, make in KINDS.items()}
@@ -346,7 +330,7 @@ def test_identity_follows_content_and_not_where_it_comes_from(
     assert len(set(others.values())) == len(KINDS)
 
 
-def test_identity_of_a_per_pair_edit_knows_pairs_without_a_mask() -> None:
+def test_identity_of_a_per_pair_edit_knows_pairs_without_a_mask():
     mask = {"w": torch.ones(2, dtype=torch.bool)}
     one = PairMaskEdit(Origin("x"), {"boat": mask})
     two = PairMaskEdit(Origin("x"), {"boat": mask, "cat": {}})
@@ -354,7 +338,7 @@ def test_identity_of_a_per_pair_edit_knows_pairs_without_a_mask() -> None:
 
 
 def problem(model: StableDiffusion, ids: tuple[str, ...]) -> AttackProblem:
-    def draw(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def draw(kind, shape):
         return torch.stack(
             [torch.randn(shape, generator=keyed_generator(kind, name)) for name in ids]
         )
@@ -374,9 +358,7 @@ def attack(model: StableDiffusion, edit: Edit, *ids: str) -> AttackResult:
 
 
 @pytest.mark.parametrize("masks", [rows, singles])
-def test_pairs_attacked_together_under_their_own_masks_get_the_bits_of_each_alone(
-    model: StableDiffusion, masks: Masks
-) -> None:
+def test_pairs_attacked_together_under_their_own_masks_get_the_bits_of_each_alone(model, masks):
     edit, ids = per_pair(model, masks), ("house", "some control")
     together = attack(model, edit, *ids)
     assert not torch.equal(together.embeddings, attack(model, EmptyEdit(), *ids).embeddings)
@@ -388,9 +370,7 @@ def test_pairs_attacked_together_under_their_own_masks_get_the_bits_of_each_alon
     assert torch.equal(backwards.embeddings[1:], together.embeddings.flip(0))
 
 
-def test_an_attack_under_a_per_pair_edit_is_the_attack_under_the_pairs_own(
-    model: StableDiffusion,
-) -> None:
+def test_an_attack_under_a_per_pair_edit_is_the_attack_under_the_pairs_own(model):
     edit = per_pair(model, rows)
     together = attack(model, edit, "house", "boat")
     for k, name in enumerate(("house", "boat")):
@@ -429,13 +409,11 @@ EDITS: dict[str, Callable[[], Edit]] = {
 
 
 @pytest.fixture(params=EDITS)
-def stored(request: pytest.FixtureRequest) -> Edit:
+def stored(request):
     return EDITS[request.param]()
 
 
-def test_what_is_written_comes_back_with_its_identity_and_origin(
-    tmp_path: Path, stored: Edit
-) -> None:
+def test_what_is_written_comes_back_with_its_identity_and_origin(tmp_path, stored):
     path = write_edit(tmp_path / "below" / "edit.safetensors", stored)
     again = read_edit(path)
     assert type(again) is type(stored)
@@ -451,14 +429,14 @@ def test_what_is_written_comes_back_with_its_identity_and_origin(
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_masks_take_the_place_of_what_is_pruned_only(tmp_path: Path) -> None:
+def test_masks_take_the_place_of_what_is_pruned_only(tmp_path):
     mask = torch.zeros(1000, 1000, dtype=torch.bool)
     mask[3, 4] = True
     path = write_edit(tmp_path / "edit.safetensors", MaskEdit(ORIGIN, {"w": mask}))
     assert path.stat().st_size < 2000
 
 
-def test_an_edit_that_changes_nothing_has_nothing_to_write(tmp_path: Path, stored: Edit) -> None:
+def test_an_edit_that_changes_nothing_has_nothing_to_write(tmp_path, stored):
     assert stored.kind
     assert not EmptyEdit().kind
     with pytest.raises(TypeError, match="nothing to write"):
@@ -467,14 +445,14 @@ def test_an_edit_that_changes_nothing_has_nothing_to_write(tmp_path: Path, store
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_cut_file_is_refused_by_its_path(tmp_path: Path, stored: Edit, share: float) -> None:
+def test_a_cut_file_is_refused_by_its_path(tmp_path, stored, share):
     path = write_edit(tmp_path / "edit.safetensors", stored)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     refused(path)
 
 
-def test_a_changed_byte_among_the_tensors_is_noticed(tmp_path: Path, stored: Edit) -> None:
+def test_a_changed_byte_among_the_tensors_is_noticed(tmp_path, stored):
     path = write_edit(tmp_path / "edit.safetensors", stored)
     data = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(data[:8], "little")
@@ -485,14 +463,14 @@ def test_a_changed_byte_among_the_tensors_is_noticed(tmp_path: Path, stored: Edi
         refused(path)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"cannot read the edit .*nothing\.safetensors: No such"):
         read_edit(tmp_path / "nothing.safetensors")
     with pytest.raises(InputError, match="cannot read the edit"):
         read_edit(tmp_path)
 
 
-def test_foreign_tensors_are_refused(tmp_path: Path) -> None:
+def test_foreign_tensors_are_refused(tmp_path):
     path = tmp_path / "edit.safetensors"
     save_file({"weight": torch.ones(3)}, path)
     assert "does not say of which edit" in refused(path)
@@ -500,11 +478,11 @@ def test_foreign_tensors_are_refused(tmp_path: Path) -> None:
     assert "does not say of which edit" in refused(path)
 
 
-def test_a_pickle_is_refused_and_not_loaded(tmp_path: Path) -> None:
+def test_a_pickle_is_refused_and_not_loaded(tmp_path):
     path, mark = tmp_path / "edit.safetensors", tmp_path / "executed"
 
     class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
+        def __reduce__(self):
             return (Path.touch, (mark,))
 
     path.write_bytes(pickle.dumps(Evil()))
@@ -534,7 +512,7 @@ def test_a_pickle_is_refused_and_not_loaded(tmp_path: Path) -> None:
         ("pairs", "7"),
     ],
 )
-def test_a_note_that_does_not_fit_is_refused(tmp_path: Path, key: str, value: str) -> None:
+def test_a_note_that_does_not_fit_is_refused(tmp_path, key, value):
     path = write_edit(tmp_path / "edit.safetensors", EDITS["rows"]())
     if key == "pairs":
         write_edit(path, EDITS["of each pair"]())
@@ -545,7 +523,7 @@ def test_a_note_that_does_not_fit_is_refused(tmp_path: Path, key: str, value: st
     refused(path)
 
 
-def test_a_missing_part_of_the_note_is_refused(tmp_path: Path) -> None:
+def test_a_missing_part_of_the_note_is_refused(tmp_path):
     path = write_edit(tmp_path / "edit.safetensors", EDITS["of each pair"]())
     with safe_open(path, framework="pt") as file:
         note = file.metadata()
@@ -561,9 +539,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def test_weights_are_counted_where_they_differ(
-    model: StableDiffusion, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_are_counted_where_they_differ(model, caplog):
     origin, weights = Origin(model.fingerprint), dict(model.unet.named_parameters())
     name = next(f"{n}.weight" for n in model.layers("cross_attention.value"))
     value = weights[name]
@@ -583,9 +559,7 @@ def test_weights_are_counted_where_they_differ(
     assert f"the edit changes {2 * width} of " in caplog.text
 
 
-def test_masks_of_zeros_and_weights_as_they_were_change_nothing(
-    model: StableDiffusion, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_masks_of_zeros_and_weights_as_they_were_change_nothing(model, caplog):
     origin, weights = Origin(model.fingerprint), dict(model.unet.named_parameters())
     name = next(f"{n}.weight" for n in model.layers("cross_attention.value"))
     nothing = torch.zeros(len(weights[name]), dtype=torch.bool)
@@ -605,7 +579,5 @@ def test_masks_of_zeros_and_weights_as_they_were_change_nothing(
     assert caplog.text.count("the edit changes 0 of") == 4
 
 
-def test_a_defence_at_inference_changes_no_weight_and_is_none_the_less(
-    model: StableDiffusion,
-) -> None:
+def test_a_defence_at_inference_changes_no_weight_and_is_none_the_less(model):
     assert changed_weights(PromptAdjustmentEdit(Origin(model.fingerprint), 1.0), model) is None

@@ -1,19 +1,14 @@
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.esd import ESD, ESDTraining, is_trained, partly_denoised
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 from support.tiny import tiny_model, tiny_recipe
 
 SETTINGS = FinetuneSettings(lr=1e-3, weight_decay=0.0, clip=None)
@@ -21,20 +16,18 @@ METHOD = ESD("esd", steps=2, batch=2, eta=2.0, sampling_steps=4, finetune=SETTIN
 
 
 @pytest.fixture
-def training(
-    model: StableDiffusion, suspected: tuple[Pair, ...], context: Context
-) -> Iterator[ESDTraining]:
+def training(model, suspected, context):
     """A training that no Trainer runs: its step is 0."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     module = ESDTraining(model, METHOD, suspected, context)
-    module.log = lambda *_: None  # type: ignore[method-assign,assignment]
+    module.log = lambda *_: None
     yield module
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
         parameter.grad = None
 
 
-def test_variants_name_the_published_groups(model: StableDiffusion) -> None:
+def test_variants_name_the_published_groups(model):
     names = [name for name, _ in model.denoiser().named_parameters()]
     x = {name for name in names if is_trained(name, "x")}
     u = {name for name in names if is_trained(name, "u")}
@@ -57,7 +50,7 @@ def test_variants_name_the_published_groups(model: StableDiffusion) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_partial_sampling_is_the_samplers_way_cut_short(tmp_path: Path, prediction: Any) -> None:
+def test_partial_sampling_is_the_samplers_way_cut_short(tmp_path, prediction):
     model = tiny_model(tmp_path, tiny_recipe(prediction_type=prediction))
     prompts = model.encode_prompts(["a red boat", "a blue house", "a cat"])
     noise = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -83,9 +76,7 @@ def test_partial_sampling_is_the_samplers_way_cut_short(tmp_path: Path, predicti
     assert model.unet_evaluations - before == 2 * (0 + 3 + 1)
 
 
-def test_timesteps_lie_between_where_the_sampler_stopped_and_the_step_before(
-    training: ESDTraining,
-) -> None:
+def test_timesteps_lie_between_where_the_sampler_stopped_and_the_step_before(training):
     assert training.visited.tolist() == [751, 501, 251, 1]
     reached = torch.arange(4).repeat(400)
     drawn = training._timesteps(reached, torch.Generator().manual_seed(0)).view(400, 4)
@@ -95,12 +86,10 @@ def test_timesteps_lie_between_where_the_sampler_stopped_and_the_step_before(
         assert high - 10 < int(drawn[:, column].max()) < high
 
 
-def test_the_loss_is_zero_where_the_model_gives_the_target(
-    training: ESDTraining, model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_is_zero_where_the_model_gives_the_target(training, model, monkeypatch):
     teacher, asked = training._teacher[0], []
 
-    def targets(latents: Any, timesteps: Any, prompts: Any, **_: Any) -> torch.Tensor:
+    def targets(latents, timesteps, prompts, **_):
         asked.append((latents, timesteps, prompts))
         empty = model.empty_embedding().expand_as(prompts)
         without = teacher.predict_noise(latents, timesteps, empty)
@@ -117,9 +106,7 @@ def test_the_loss_is_zero_where_the_model_gives_the_target(
     assert prompts == {tuple(row.flatten().tolist()) for row in training.prompts}
 
 
-def test_the_teacher_stays_what_it_was_and_its_evaluations_count(
-    training: ESDTraining, model: StableDiffusion
-) -> None:
+def test_the_teacher_stays_what_it_was_and_its_evaluations_count(training, model):
     before = {n: p.clone() for n, p in training._teacher[0].denoiser().named_parameters()}
     used = model.unet_evaluations
     loss = training.training_step()
@@ -136,12 +123,7 @@ def test_the_teacher_stays_what_it_was_and_its_evaluations_count(
     assert not any("teacher" in name for name in training.state_dict())
 
 
-def test_only_the_variants_weights_change_and_runs_repeat(
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context_of: Callable[..., Context],
-    tmp_path: Path,
-) -> None:
+def test_only_the_variants_weights_change_and_runs_repeat(model, suspected, context_of, tmp_path):
     edits: dict[str, WeightEdit] = {}
     short = replace(METHOD, variant="strict", batch=1, sampling_steps=2)
     for name, method, seed in (
@@ -157,9 +139,7 @@ def test_only_the_variants_weights_change_and_runs_repeat(
     assert len({edit.identity for edit in edits.values()}) == 3
 
 
-def test_mixed_precision_trains_the_same_weights(
-    model: StableDiffusion, suspected: tuple[Pair, ...], context: Context
-) -> None:
+def test_mixed_precision_trains_the_same_weights(model, suspected, context):
     settings = replace(SETTINGS, precision="bf16-mixed")
     method = replace(METHOD, variant="strict", batch=1, steps=1, finetune=settings)
     edit = method.apply(model, suspected, context)
@@ -178,11 +158,11 @@ def test_mixed_precision_trains_the_same_weights(
         ({"sampling_steps": 0}, "sampling_steps"),
     ],
 )
-def test_bad_settings_are_refused(wrong: dict[str, Any], named: str) -> None:
+def test_bad_settings_are_refused(wrong, named):
     with pytest.raises(InputError, match=named):
         ESD("esd", **wrong)
 
 
-def test_nothing_to_forget_is_an_error(model: StableDiffusion, context: Context) -> None:
+def test_nothing_to_forget_is_an_error(model, context):
     with pytest.raises(InputError, match="nothing to forget"):
         METHOD.apply(model, (), context)

@@ -1,7 +1,6 @@
 import copy
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -19,7 +18,7 @@ from dori_lightning.mitigations.finetuning import (
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.checkpoints import checkpoint_step
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 from support.context import make_context
 
 STEPS = 3
@@ -36,7 +35,7 @@ class Plain(Finetuning):
         loss = plain_loss(self.model, self.global_step)
         if self.global_step == self.broken_at:
             loss = loss * torch.nan
-        self.dtype = self.model.denoiser().conv_in(torch.zeros(1, 4, 16, 16)).dtype  # type: ignore[operator]
+        self.dtype = self.model.denoiser().conv_in(torch.zeros(1, 4, 16, 16)).dtype
         return loss
 
 
@@ -69,7 +68,7 @@ def stopping(context: Context, step: int | None, error: BaseException) -> Contex
 
 
 def with_callback(context: Context, callback: L.Callback) -> Context:
-    def trainer(**settings: Any) -> L.Trainer:
+    def trainer(**settings):
         settings["callbacks"] = [*settings["callbacks"], callback]
         return context.trainer(**settings)
 
@@ -87,7 +86,7 @@ def run(
     prepare: Callable[[Plain], None] = lambda _: None,
     **settings: Any,
 ) -> WeightEdit:
-    def make() -> Plain:
+    def make():
         module = Plain(model, FinetuneSettings(**{**FAST, **settings}), trained=trained)
         prepare(module)
         return module
@@ -122,16 +121,12 @@ def by_hand(
 
 
 @pytest.fixture(scope="module")
-def written_out(model: StableDiffusion) -> list[dict[str, torch.Tensor]]:
+def written_out(model):
     return by_hand(model, clip=None)
 
 
 @pytest.fixture(scope="module")
-def whole(
-    model: StableDiffusion,
-    pairs: tuple[Pair, ...],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[float | None, WeightEdit]:
+def whole(model, pairs, tmp_path_factory):
     """What uninterrupted fits give, without and with an average."""
     context = make_context(tmp_path_factory.mktemp("whole"), model, pairs)
     return {ema: run(model, context, ema=ema) for ema in (None, 0.5)}
@@ -159,12 +154,7 @@ def assert_put_back(model: StableDiffusion, before: dict[str, Any]) -> None:
     assert all(p.grad is None for p in model.denoiser().parameters())
 
 
-def test_a_fit_is_adamw_with_warm_up_and_clipping(
-    model: StableDiffusion,
-    context: Context,
-    whole: dict[float | None, WeightEdit],
-    written_out: list[dict[str, torch.Tensor]],
-) -> None:
+def test_a_fit_is_adamw_with_warm_up_and_clipping(model, context, whole, written_out):
     assert set(whole[None].weights) == {n for n, _ in model.denoiser().named_parameters()}
     assert same(whole[None], written_out[-1])
     # Adam's step does not depend on the gradient's length, but on how it changes between steps
@@ -173,9 +163,7 @@ def test_a_fit_is_adamw_with_warm_up_and_clipping(
     assert not same(clipped, by_hand(model, clip=None, warmup=1)[-1])
 
 
-def test_the_average_of_the_weights_is_kept_where_asked_for(
-    whole: dict[float | None, WeightEdit], written_out: list[dict[str, torch.Tensor]]
-) -> None:
+def test_the_average_of_the_weights_is_kept_where_asked_for(whole, written_out):
     average = written_out[0]
     for weights in written_out[1:]:
         average = {n: 0.5 * average[n] + 0.5 * w for n, w in weights.items()}
@@ -183,22 +171,22 @@ def test_the_average_of_the_weights_is_kept_where_asked_for(
     assert not same(whole[0.5], written_out[-1])
 
 
-def test_an_average_copies_the_weights_and_not_the_model(model: StableDiffusion) -> None:
+def test_an_average_copies_the_weights_and_not_the_model(model):
     module = Plain(model, FinetuneSettings())
     twin = copy.deepcopy(module)
     assert list(twin.state_dict()) == list(module.state_dict())
     assert not hasattr(twin, "_unregistered")
 
 
-def test_the_model_is_put_back_bit_for_bit(model: StableDiffusion, context: Context) -> None:
-    model.denoiser().conv_in.weight.requires_grad_(False)  # type: ignore[union-attr]
-    model.denoiser().mid_block.train()  # type: ignore[union-attr,operator]
+def test_the_model_is_put_back_bit_for_bit(model, context):
+    model.denoiser().conv_in.weight.requires_grad_(False)
+    model.denoiser().mid_block.train()
     try:
         before = state(model)
         edit = run(model, context, steps=1)
         assert_put_back(model, before)
     finally:
-        model.denoiser().conv_in.weight.requires_grad_(True)  # type: ignore[union-attr]
+        model.denoiser().conv_in.weight.requires_grad_(True)
         model.denoiser().eval()
     with edit.applied(model):
         now = state(model)["weights"]
@@ -206,9 +194,7 @@ def test_the_model_is_put_back_bit_for_bit(model: StableDiffusion, context: Cont
     assert any(not torch.equal(now[n], before["weights"][n]) for n in edit.weights)
 
 
-def test_half_precision_weights_are_trained_in_fp32_and_narrowed_again(
-    model: StableDiffusion, context: Context
-) -> None:
+def test_half_precision_weights_are_trained_in_fp32_and_narrowed_again(model, context):
     half = model.frozen_copy()
     half.denoiser().half()
     before = state(half)
@@ -219,14 +205,14 @@ def test_half_precision_weights_are_trained_in_fp32_and_narrowed_again(
     assert {value.dtype for value in edit.weights.values()} == {torch.float16}
 
 
-def test_only_chosen_weights_change(model: StableDiffusion, context: Context) -> None:
+def test_only_chosen_weights_change(model, context):
     edit = run(model, context, trained=lambda name: "attn2.to_v" in name, ema=0.9, steps=2)
     assert set(edit.weights) == {
         f"{name}.weight" for name in model.layers("cross_attention.value")
     }
 
 
-def test_a_choice_of_no_weights_is_an_error(model: StableDiffusion, context: Context) -> None:
+def test_a_choice_of_no_weights_is_an_error(model, context):
     before = state(model)
     with pytest.raises(InputError, match="no weights"):
         run(model, context, trained=lambda _: False)
@@ -234,23 +220,13 @@ def test_a_choice_of_no_weights_is_an_error(model: StableDiffusion, context: Con
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
-def test_an_interrupted_fit_goes_on_to_the_same_bits(
-    model: StableDiffusion,
-    context: Context,
-    whole: dict[float | None, WeightEdit],
-    ema: float | None,
-) -> None:
+def test_an_interrupted_fit_goes_on_to_the_same_bits(model, context, whole, ema):
     cut, before = context, state(model)
     evaluations = []
     for step in (2, None):  # more than once: a resumed fit's checkpoints count too
         used = model.unet_evaluations
         with pytest.raises(RuntimeError, match="power cut"):
-            run(
-                model,
-                stopping(cut, step, RuntimeError("power cut")),
-                ema=ema,
-                checkpoint_every=1,
-            )
+            run(model, stopping(cut, step, RuntimeError("power cut")), ema=ema, checkpoint_every=1)
         evaluations.append((model.unet_evaluations - used) // 2)
         assert_put_back(model, before)
         assert kept_steps(cut) == ([1] if step == 2 else [2, 3])
@@ -262,19 +238,14 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
     assert not cut.scratch("fit").exists()
 
 
-def test_ctrl_c_stays_ctrl_c(model: StableDiffusion, context: Context) -> None:
+def test_ctrl_c_stays_ctrl_c(model, context):
     before = state(model)
     with pytest.raises(KeyboardInterrupt):
         run(model, stopping(context, 2, KeyboardInterrupt()))
     assert_put_back(model, before)
 
 
-def test_a_damaged_checkpoint_is_not_used(
-    model: StableDiffusion,
-    context: Context,
-    whole: dict[float | None, WeightEdit],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_damaged_checkpoint_is_not_used(model, context, whole, caplog):
     cut = context
     with pytest.raises(RuntimeError, match="power cut"):
         run(model, stopping(cut, 2, RuntimeError("power cut")), checkpoint_every=1)
@@ -287,10 +258,8 @@ def test_a_damaged_checkpoint_is_not_used(
     assert again.identity == whole[None].identity
 
 
-def test_a_loss_that_is_no_number_is_an_error_and_leaves_no_checkpoint(
-    model: StableDiffusion, context: Context
-) -> None:
-    def break_first(module: Plain) -> None:
+def test_a_loss_that_is_no_number_is_an_error_and_leaves_no_checkpoint(model, context):
+    def break_first(module):
         module.broken_at = 0
 
     before = state(model)
@@ -300,25 +269,19 @@ def test_a_loss_that_is_no_number_is_an_error_and_leaves_no_checkpoint(
     assert kept_steps(context) == []
 
 
-def test_a_fit_that_ends_early_is_no_edit(model: StableDiffusion, context: Context) -> None:
+def test_a_fit_that_ends_early_is_no_edit(model, context):
     class Enough(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = True
 
     with pytest.raises(RuntimeError, match="ended after 1 of 3 steps"):
         run(model, with_callback(context, Enough()))
 
 
-def test_mixed_precision_reaches_the_denoiser(
-    model: StableDiffusion, context_of: Callable[[Path], Context], tmp_path: Path
-) -> None:
+def test_mixed_precision_reaches_the_denoiser(model, context_of, tmp_path):
     modules: list[Plain] = []
     mixed = run(
-        model,
-        context_of(tmp_path / "a"),
-        precision="bf16-mixed",
-        prepare=modules.append,
-        steps=1,
+        model, context_of(tmp_path / "a"), precision="bf16-mixed", prepare=modules.append, steps=1
     )
     full = run(model, context_of(tmp_path / "b"), prepare=modules.append, steps=1)
     assert [module.dtype for module in modules] == [torch.bfloat16, torch.float32]
@@ -326,7 +289,7 @@ def test_mixed_precision_reaches_the_denoiser(
     assert mixed.identity != full.identity
 
 
-def test_a_frozen_copy_has_weights_of_its_own(model: StableDiffusion) -> None:
+def test_a_frozen_copy_has_weights_of_its_own(model):
     twin, evaluations = model.frozen_copy(), model.unet_evaluations
     assert not any(p.requires_grad for p in twin.parameters())
     assert all(p.requires_grad for p in model.parameters())
@@ -340,7 +303,7 @@ def test_a_frozen_copy_has_weights_of_its_own(model: StableDiffusion) -> None:
     assert torch.equal(found, wanted)
 
 
-def test_turns_take_every_element_once_a_round() -> None:
+def test_turns_take_every_element_once_a_round():
     drawn = [k for step in range(6) for k in shuffled_indices("x", 0, step, batch=4, count=6)]
     rounds = [drawn[start : start + 6] for start in range(0, 24, 6)]
     assert all(sorted(one) == list(range(6)) for one in rounds)
@@ -362,6 +325,6 @@ def test_turns_take_every_element_once_a_round() -> None:
         {"ema": 1.0},
     ],
 )
-def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+def test_bad_settings_are_refused(wrong):
     with pytest.raises(InputError, match="finetune"):
         FinetuneSettings(**wrong)

@@ -1,13 +1,11 @@
 import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
-from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit, read_edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.nemo_criteria import (
@@ -20,10 +18,9 @@ from dori_lightning.mitigations.nemo_criteria import (
     noise_difference,
 )
 from dori_lightning.mitigations.nemo_search import Levels
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import NoCorpus
 from dori_lightning.pairs.datamodule import Encoded
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 from support.context import make_context
 from support.threads import threads
 from support.tiny import tiny_model
@@ -39,7 +36,7 @@ SMALL = NeMo(
 
 
 @pytest.fixture(scope="module")
-def loud(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
+def loud(tmp_path_factory):
     """A random model whose noise depends on the text."""
     model = tiny_model(tmp_path_factory.mktemp("loud"))
     for layer in model.layers("cross_attention.value").values():
@@ -49,14 +46,12 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
 
 
 @pytest.fixture(scope="module")
-def shop(
-    loud: StableDiffusion, tmp_path_factory: pytest.TempPathFactory, pairs: tuple[Pair, ...]
-) -> Context:
+def shop(loud, tmp_path_factory, pairs):
     return make_context(tmp_path_factory.mktemp("shop"), loud, pairs)
 
 
 @pytest.fixture(scope="module")
-def edit(loud: StableDiffusion, shop: Context, pairs: tuple[Pair, ...]) -> PairMaskEdit:
+def edit(loud, shop, pairs):
     """What the small settings find, made once."""
     found = SMALL.apply(loud, [pair for pair in pairs if pair.kind != "control"], shop)
     assert isinstance(found, PairMaskEdit)
@@ -70,9 +65,7 @@ def sets(edit: Any) -> dict[str, list[tuple[str, int]]]:
     }
 
 
-def test_pairs_that_share_batches_get_the_neurons_of_one_pair_at_a_time(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
-) -> None:
+def test_pairs_that_share_batches_get_the_neurons_of_one_pair_at_a_time(loud, shop, suspected):
     sizes = set()
     for settings in (
         replace(SMALL, criterion=replace(NOISE, threshold=0.99), refine_group=4),
@@ -89,7 +82,7 @@ def test_pairs_that_share_batches_get_the_neurons_of_one_pair_at_a_time(
     assert len(sizes) > 1
 
 
-def test_blocking_a_row_is_what_its_edit_does(loud: StableDiffusion) -> None:
+def test_blocking_a_row_is_what_its_edit_does(loud):
     layers = loud.layers("cross_attention.value", ("down", "mid"))
     generator = torch.Generator().manual_seed(2)
     neurons = sum(layer.weight.shape[0] for layer in layers.values())
@@ -116,7 +109,7 @@ def test_blocking_a_row_is_what_its_edit_does(loud: StableDiffusion) -> None:
     assert (found - free).abs().max() > 1e-2
 
 
-def test_answers_are_the_same_bits_in_any_company(loud: StableDiffusion) -> None:
+def test_answers_are_the_same_bits_in_any_company(loud):
     layers = loud.layers("cross_attention.value")
     generator = torch.Generator().manual_seed(4)
     neurons = sum(layer.weight.shape[0] for layer in layers.values())
@@ -145,9 +138,7 @@ def test_answers_are_the_same_bits_in_any_company(loud: StableDiffusion) -> None
         assert all(torch.equal(together[k], parallel[n]) for n in range(k, 18, 3))
 
 
-def test_similarities_do_not_depend_on_what_else_is_asked(
-    loud: StableDiffusion, shop: Context
-) -> None:
+def test_similarities_do_not_depend_on_what_else_is_asked(loud, shop):
     """The range of values is that of one question's samples, as if it were asked alone."""
     layers = loud.layers("cross_attention.value")
     generator = torch.Generator().manual_seed(6)
@@ -162,7 +153,7 @@ def test_similarities_do_not_depend_on_what_else_is_asked(
             for pair, share in (("a", 0.2), ("a", 0.9), ("b", 0.5), ("b", 1.0))
         ]
 
-        def answers(questions: list[Question]) -> list[float]:
+        def answers(questions):
             outputs = model.run(questions)
             return [probes[q.pair].similarity(x) for q, x in zip(questions, outputs, strict=True)]
 
@@ -173,9 +164,7 @@ def test_similarities_do_not_depend_on_what_else_is_asked(
     assert together[-1] == pytest.approx(1, abs=1e-6)  # nothing is blocked
 
 
-def test_the_model_is_left_as_it_was(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
-) -> None:
+def test_the_model_is_left_as_it_was(loud, shop, suspected):
     before = copy.deepcopy(loud.unet.state_dict())
     flags = [p.requires_grad for p in loud.parameters()]
     SMALL.apply(loud, suspected, shop)
@@ -185,8 +174,8 @@ def test_the_model_is_left_as_it_was(
 
 
 def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its_file(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...], edit: PairMaskEdit
-) -> None:
+    loud, shop, suspected, edit
+):
     found = shop.find(SMALL, loud, suspected)
     assert found.made
     assert isinstance(found.edit, PairMaskEdit)
@@ -209,9 +198,7 @@ def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its
     )
 
 
-def test_a_similarity_noted_is_that_under_the_edit(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...], edit: PairMaskEdit
-) -> None:
+def test_a_similarity_noted_is_that_under_the_edit(loud, shop, suspected, edit):
     assert loud.sampling_timesteps(replace(shop.sampling, steps=50))[1] == 961
     latents = torch.randn((2, *loud.latent_shape), generator=torch.Generator().manual_seed(1))
     for pair in suspected:
@@ -226,27 +213,21 @@ def test_a_similarity_noted_is_that_under_the_edit(
         assert float(value) == pytest.approx(noted, abs=1e-5)
 
 
-def test_union_blocks_what_any_pair_needs(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...], edit: PairMaskEdit
-) -> None:
+def test_union_blocks_what_any_pair_needs(loud, shop, suspected, edit):
     union = replace(SMALL, scope="union").apply(loud, suspected, shop)
     assert isinstance(union, MaskEdit)
     for name, mask in union.masks.items():
         assert torch.equal(mask, torch.stack([own[name] for own in edit.masks.values()]).any(0))
 
 
-def test_refinement_only_takes_away(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...], edit: PairMaskEdit
-) -> None:
+def test_refinement_only_takes_away(loud, shop, suspected, edit):
     whole = sets(replace(SMALL, refine=False).apply(loud, suspected, shop))
     fewer = sets(edit)
     assert all(set(fewer[pair]) <= set(whole[pair]) for pair in whole)
     assert fewer != whole
 
 
-def test_a_prompt_without_memorization_is_left_alone(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
-) -> None:
+def test_a_prompt_without_memorization_is_left_alone(loud, shop, suspected):
     criterion = replace(NOISE, when_not_memorized="leave", threshold=0.999)
     settings = replace(SMALL, criterion=criterion)
     edit = settings.apply(loud, suspected, shop)
@@ -255,10 +236,8 @@ def test_a_prompt_without_memorization_is_left_alone(
     assert not any("tests" in own for own in edit.origin.notes["pairs"].values())
 
 
-def test_the_threshold_is_calibrated_on_ordinary_prompts(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
-) -> None:
-    def calibrated(stds: float) -> float:
+def test_the_threshold_is_calibrated_on_ordinary_prompts(loud, shop, suspected):
+    def calibrated(stds):
         criterion = replace(NOISE, threshold=None, threshold_stds=stds)
         levels = replace(SMALL.levels, z_step=2.0)
         settings = replace(SMALL, criterion=criterion, levels=levels, refine=False)
@@ -278,9 +257,7 @@ def test_the_threshold_is_calibrated_on_ordinary_prompts(
     assert calibrated(2.0) == pytest.approx(float(values.mean() + 2 * values.std()), abs=1e-5)
 
 
-def test_losses_are_suppressed_by_the_share_asked_for(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
-) -> None:
+def test_losses_are_suppressed_by_the_share_asked_for(loud, shop, suspected):
     settings = replace(SMALL, criterion=DenoisingLoss(suppressed_share=0.3))
     notes = settings.apply(loud, suspected, shop).origin.notes
     assert notes["threshold"] == pytest.approx(0.7)
@@ -293,12 +270,8 @@ def test_losses_are_suppressed_by_the_share_asked_for(
 
 
 def test_stored_statistics_are_used_and_those_of_another_checkpoint_refused(
-    loud: StableDiffusion,
-    shop: Context,
-    suspected: tuple[Pair, ...],
-    edit: PairMaskEdit,
-    tmp_path: Path,
-) -> None:
+    loud, shop, suspected, edit, tmp_path
+):
     prompts = shop.corpus.prompts("calibration", SMALL.statistics_prompts)
     statistics = activation_statistics(loud, prompts)
     path = statistics.save(tmp_path / "statistics.safetensors")
@@ -310,7 +283,7 @@ def test_stored_statistics_are_used_and_those_of_another_checkpoint_refused(
         replace(SMALL, statistics=str(path)).apply(loud, suspected, shop)
 
 
-def test_levels_hold_outliers_by_number_and_then_the_most_active() -> None:
+def test_levels_hold_outliers_by_number_and_then_the_most_active():
     statistics = ActivationStatistics(
         {"a": torch.zeros(4), "b": torch.zeros(3)}, {"a": torch.ones(4), "b": torch.ones(3)}, 9, ""
     )
@@ -322,7 +295,7 @@ def test_levels_hold_outliers_by_number_and_then_the_most_active() -> None:
     assert levels[1].blocked.tolist() == [True, False, True, True, True, True, False]
 
 
-def test_the_published_levels_end_at_a_quarter_above_one() -> None:
+def test_the_published_levels_end_at_a_quarter_above_one():
     steps = Levels().steps(1280)
     assert len(steps) == 16
     assert (steps[0], steps[-1]) == ((5.0, 0), (1.25, 15))
@@ -351,14 +324,12 @@ def test_the_published_levels_end_at_a_quarter_above_one() -> None:
         (Replication, {"limit": 1.0}, r"limit must be in \(0, 1\)"),
     ],
 )
-def test_bad_settings_are_refused(make: Any, settings: dict[str, Any], rule: str) -> None:
+def test_bad_settings_are_refused(make, settings, rule):
     with pytest.raises(InputError, match=rule):
         make(**settings)
 
 
-def test_a_window_that_does_not_fit_and_an_empty_list_are_refused(
-    loud: StableDiffusion, shop: Context, suspected: tuple[Pair, ...]
-) -> None:
+def test_a_window_that_does_not_fit_and_an_empty_list_are_refused(loud, shop, suspected):
     with pytest.raises(InputError, match="do not fit into a latent of 16 pixels"):
         replace(SMALL, criterion=replace(NOISE, scales=3)).apply(loud, suspected, shop)
     with pytest.raises(InputError, match="nothing to forget"):

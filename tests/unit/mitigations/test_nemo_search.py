@@ -3,7 +3,7 @@
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def places(mask: torch.Tensor) -> frozenset[int]:
 
 
 @pytest.mark.parametrize("steps", [4, 12, 1000])
-def test_searches_in_company_find_what_one_pair_at_a_time_finds(steps: int) -> None:
+def test_searches_in_company_find_what_one_pair_at_a_time_finds(steps):
     refined = 0
     for seed in range(25):
         draw = random.Random(seed)
@@ -82,9 +82,7 @@ def test_searches_in_company_find_what_one_pair_at_a_time_finds(steps: int) -> N
         threshold = draw.choice([0.25, 0.5, 0.75, 0.4])
         batches: list[int] = []
 
-        def measure(
-            blocked: Mapping[str, torch.Tensor], seed: int = seed, batches: list[int] = batches
-        ) -> dict[str, float]:
+        def measure(blocked, seed=seed, batches=batches):
             batches.append(len(blocked))
             return {n: similarity_of(seed, n, places(m), steps) for n, m in blocked.items()}
 
@@ -92,7 +90,7 @@ def test_searches_in_company_find_what_one_pair_at_a_time_finds(steps: int) -> N
         found = run_searches(
             {name: search_neurons(levels_of(seed, name), threshold) for name in names},
             measure,
-            finished=lambda ended=ended: ended.append(True),  # type: ignore[misc]
+            finished=lambda ended=ended: ended.append(True),
         )
         assert len(ended) == len(names)
         for name in names:
@@ -117,14 +115,14 @@ def answered(
     """What one search finds, and the sets that it asked about."""
     asked: list[frozenset[int]] = []
 
-    def measure(blocked: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def measure(blocked):
         asked.append(places(blocked["a"]))
         return {"a": similarity(asked[-1])}
 
     return run_searches({"a": search}, measure)["a"], asked
 
 
-def test_where_no_level_is_enough_refinement_keeps_what_was_reached() -> None:
+def test_where_no_level_is_enough_refinement_keeps_what_was_reached():
     levels = [
         Level(2.0, 0, ((0,), (4,), ()), NEURONS),
         Level(1.0, 1, ((0, 1), (4,), (9,)), NEURONS),
@@ -138,7 +136,7 @@ def test_where_no_level_is_enough_refinement_keeps_what_was_reached() -> None:
     assert places(found.blocked) == {0, 1, 4, 9}
 
 
-def test_the_published_rules_differ_where_similarity_equals_the_threshold() -> None:
+def test_the_published_rules_differ_where_similarity_equals_the_threshold():
     """At the threshold selection is content, and refinement is not."""
     levels = [Level(2.0, 0, ((0, 1), (), ()), NEURONS)]
     found, _ = answered(search_neurons(levels, 0.5), lambda _: 0.5)
@@ -146,19 +144,19 @@ def test_the_published_rules_differ_where_similarity_equals_the_threshold() -> N
     assert places(found.blocked) == {0, 1}
 
 
-def test_without_refinement_the_selection_stays() -> None:
+def test_without_refinement_the_selection_stays():
     search = search_neurons(levels_of(3, "a"), 0.6, refine=False)
     found, asked = answered(search, lambda blocked: similarity_of(3, "a", blocked, 100))
     assert places(found.blocked) == places(found.level.blocked) == asked[-1]
     assert found.questions == len(asked) <= len(levels_of(3, "a"))
 
 
-def test_a_similarity_that_is_no_number_stops_the_search() -> None:
+def test_a_similarity_that_is_no_number_stops_the_search():
     with pytest.raises(RuntimeError, match="the similarity of a under blocked neurons is nan"):
         answered(search_neurons(levels_of(0, "a"), 0.5), lambda _: math.nan)
 
 
-def test_groups_of_neurons_are_tried_together() -> None:
+def test_groups_of_neurons_are_tried_together():
     levels = [Level(2.0, 0, ((0, 1, 2), (3,), ()), NEURONS)]
     search = search_neurons(levels, 0.5, group=2)
     _, asked = answered(search, lambda blocked: 0.1 if len(blocked) == 4 else 0.9)

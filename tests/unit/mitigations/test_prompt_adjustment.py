@@ -1,12 +1,9 @@
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import Origin
 from dori_lightning.mitigations.prompt_adjustment import (
     AdjustmentSettings,
@@ -16,27 +13,27 @@ from dori_lightning.mitigations.prompt_adjustment import (
 )
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 
 SAMPLING = Sampling("ddim", 2, 2.0, 2)
 
 
 def edit_of(model: StableDiffusion, target: float, **how: float) -> PromptAdjustmentEdit:
-    return PromptAdjustmentEdit(Origin(model.fingerprint), target, AdjustmentSettings(**how))  # type: ignore[arg-type]
+    return PromptAdjustmentEdit(Origin(model.fingerprint), target, AdjustmentSettings(**how))
 
 
 @pytest.fixture(scope="module")
-def rows(model: StableDiffusion) -> torch.Tensor:
+def rows(model):
     return model.encode_prompts(["a red boat on sea", "a blue house", "a photo of a cat"])
 
 
 @pytest.fixture(scope="module")
-def noise(model: StableDiffusion) -> torch.Tensor:
+def noise(model):
     return torch.randn((3, *model.latent_shape), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")
-def scores(model: StableDiffusion, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def scores(model, rows, noise):
     return memorization_score(model, rows, noise, SAMPLING)
 
 
@@ -67,7 +64,7 @@ def test_score_does_not_depend_on_company(model, rows, noise, scores):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_samplers_start_from_unscaled_noise(model: StableDiffusion, sampler):
+def test_samplers_start_from_unscaled_noise(model, sampler):
     """What the score takes for granted."""
     scheduler = model._sampler(replace(SAMPLING, sampler=sampler))
     assert scheduler.init_noise_sigma == 1
@@ -213,9 +210,7 @@ def test_another_checkpoint_is_refused(model):
 # -- mitigation ----------------------------------------------------------------------------------
 
 
-def test_target_is_a_quantile_of_ordinary_scores(
-    model, context: Context, suspected: tuple[Pair, ...]
-):
+def test_target_is_a_quantile_of_ordinary_scores(model, context, suspected):
     settings = PromptAdjustment(calibration_prompts=5)
     before = model.unet_evaluations
     middle = settings.apply(model, suspected, context)
@@ -231,9 +226,7 @@ def test_target_is_a_quantile_of_ordinary_scores(
     assert settings.apply(model, suspected, context).identity == middle.identity
 
 
-def test_target_depends_on_the_run_seed_alone(
-    model, context_of: Callable[..., Context], tmp_path: Path, pairs, suspected
-):
+def test_target_depends_on_the_run_seed_alone(model, context_of, tmp_path, pairs, suspected):
     settings = PromptAdjustment(calibration_prompts=3)
     first = settings.apply(model, suspected, context_of(tmp_path))
     fewer = settings.apply(model, suspected[:1], context_of(tmp_path))
@@ -241,7 +234,7 @@ def test_target_depends_on_the_run_seed_alone(
     assert first.identity == fewer.identity != other.identity
 
 
-def test_given_target_needs_no_prompts(model, context: Context, suspected):
+def test_given_target_needs_no_prompts(model, context, suspected):
     before = model.unet_evaluations
     found = context.find(PromptAdjustment(target=1.5), model, suspected)
     assert model.unet_evaluations == before
@@ -252,9 +245,7 @@ def test_given_target_needs_no_prompts(model, context: Context, suspected):
     assert found.edit.origin.settings["adjusting"]["iterations"] == 10
 
 
-def test_scores_that_are_not_finite_give_no_target(
-    model, context: Context, suspected, monkeypatch: pytest.MonkeyPatch
-):
+def test_scores_that_are_not_finite_give_no_target(model, context, suspected, monkeypatch):
     monkeypatch.setattr(model, "predict_noise", lambda x, t, y: torch.full_like(x, torch.nan))
     with pytest.raises(RuntimeError, match="not finite"):
         PromptAdjustment(calibration_prompts=2).apply(model, suspected, context)
@@ -264,12 +255,12 @@ def test_scores_that_are_not_finite_give_no_target(
     "bad",
     [{"target": -1.0}, {"target": float("nan")}, {"quantile": 1.5}, {"calibration_prompts": 0}],
 )
-def test_bad_settings_are_refused(bad: dict):
+def test_bad_settings_are_refused(bad):
     with pytest.raises(InputError, match=f"mitigation.{next(iter(bad))}"):
         PromptAdjustment(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"lr": 0.0}, {"iterations": 0}, {"weight_decay": -1.0}])
-def test_bad_ways_to_adjust_are_refused(bad: dict):
+def test_bad_ways_to_adjust_are_refused(bad):
     with pytest.raises(InputError, match=r"mitigation\.adjusting"):
         AdjustmentSettings(**bad)

@@ -1,28 +1,23 @@
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from dori_lightning.mitigations.base import Context, edit_key
+from dori_lightning.mitigations.base import edit_key
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings
 from dori_lightning.mitigations.siss import (
     SISS,
     Draws,
     SISSTraining,
-    Variant,
     combined,
     importance_weights,
     length,
     losses,
 )
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.checkpoints import last_checkpoint
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 
 METHOD = SISS(
     "siss",
@@ -36,7 +31,7 @@ METHOD = SISS(
 
 
 @pytest.fixture
-def anchors(model: StableDiffusion, suspected: tuple[Pair, ...]) -> Anchors:
+def anchors(model, suspected):
     """Random anchors, no further targets."""
     latents, embeddings = {}, {}
     for k, pair in enumerate(suspected):
@@ -47,12 +42,10 @@ def anchors(model: StableDiffusion, suspected: tuple[Pair, ...]) -> Anchors:
 
 
 @pytest.fixture
-def make(
-    model: StableDiffusion, suspected: tuple[Pair, ...], context: Context, anchors: Anchors
-) -> Iterator[Callable[..., SISSTraining]]:
+def make(model, suspected, context, anchors):
     """Make trainings that no Trainer runs."""
 
-    def call(**changes: Any) -> SISSTraining:
+    def call(**changes):
         return SISSTraining(model, replace(METHOD, **changes), suspected, context, anchors=anchors)
 
     yield call
@@ -60,7 +53,7 @@ def make(
 
 
 @pytest.fixture
-def draws(model: StableDiffusion) -> Draws:
+def draws(model):
     """Four elements, two of them to forget, at two timesteps."""
     generator = keyed_generator("draws of a test")
     shape = (4, *model.latent_shape)
@@ -78,7 +71,7 @@ def draws(model: StableDiffusion) -> Draws:
 
 
 @pytest.mark.parametrize("mixture", [0.1, 0.5, 0.8])
-def test_weights_are_the_published_ratios_and_never_overflow(mixture: float) -> None:
+def test_weights_are_the_published_ratios_and_never_overflow(mixture):
     excess = torch.tensor([-600.0, -3.0, -1e-3, 0.0, 0.5, 4.0, 600.0], dtype=torch.float64)
     keep, forget = importance_weights(excess, mixture)
     naive_keep = 1 / ((1 - mixture) + mixture * excess.exp())
@@ -93,7 +86,7 @@ def test_weights_are_the_published_ratios_and_never_overflow(mixture: float) -> 
     assert torch.allclose(forget, torch.tensor([0.0, 1 / mixture]))
 
 
-def test_siss_losses_are_the_published_ones(model: StableDiffusion, draws: Draws) -> None:
+def test_siss_losses_are_the_published_ones(model, draws):
     share = 0.3
     with torch.no_grad():
         keep, forget = losses(model, draws, variant="siss", mixture=share)
@@ -120,10 +113,8 @@ def test_siss_losses_are_the_published_ones(model: StableDiffusion, draws: Draws
 
 
 @pytest.mark.parametrize("variant", ["no_importance", "erase_diff", "neg_grad", "naive"])
-def test_baselines_take_a_pass_for_each_picture(
-    model: StableDiffusion, draws: Draws, variant: Any
-) -> None:
-    def squares(latents: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def test_baselines_take_a_pass_for_each_picture(model, draws, variant):
+    def squares(latents, wanted):
         noised = model.noised(latents, draws.noise, draws.timesteps)
         return ((model.predict_noise(noised, draws.timesteps, draws.prompts) - wanted) ** 2).sum()
 
@@ -140,7 +131,7 @@ def test_baselines_take_a_pass_for_each_picture(
             assert torch.allclose(forget, squares(draws.forgotten, wanted))
 
 
-def test_the_forget_gradient_is_subtracted_at_a_fixed_length() -> None:
+def test_the_forget_gradient_is_subtracted_at_a_fixed_length():
     keep = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
     forget = [torch.tensor([30.0, 0.0]), torch.tensor([[40.0]])]
     for variant in ("siss", "no_importance"):
@@ -154,7 +145,7 @@ def test_the_forget_gradient_is_subtracted_at_a_fixed_length() -> None:
     assert all(torch.equal(a, -b) for a, b in zip(found, forget, strict=True))
 
 
-def test_erase_diff_never_climbs_the_erasing_loss() -> None:
+def test_erase_diff_never_climbs_the_erasing_loss():
     keep, forget = [torch.tensor([-2.0, 1.0])], [torch.tensor([4.0, 0.0])]
     (found,) = combined(keep, forget, variant="erase_diff", eta=0.25)
     assert torch.allclose(found, torch.tensor([-2.0 + (0.25 + 0.5) * 4, 1.0]))
@@ -163,7 +154,7 @@ def test_erase_diff_never_climbs_the_erasing_loss() -> None:
     assert torch.equal(found, -keep[0]), "descends by enough already"
 
 
-def test_micro_batches_change_no_gradient(make: Callable[..., SISSTraining]) -> None:
+def test_micro_batches_change_no_gradient(make):
     one, two = (make(micro_batch=size) for size in (1, 3))
     first, second = (module._gradients(module._draws("siss", 0)) for module in (one, two))
     assert torch.allclose(first[2], second[2], rtol=1e-4)
@@ -173,9 +164,7 @@ def test_micro_batches_change_no_gradient(make: Callable[..., SISSTraining]) -> 
         assert float(length(apart)) < 1e-3 * float(length(first[k]))
 
 
-def test_the_mean_over_the_batch_is_taken_once(
-    make: Callable[..., SISSTraining], model: StableDiffusion
-) -> None:
+def test_the_mean_over_the_batch_is_taken_once(make, model):
     module = make(variant="no_importance")
     drawn = module._draws("siss", 0)
     _, _, total = module._gradients(drawn)
@@ -184,9 +173,7 @@ def test_the_mean_over_the_batch_is_taken_once(
     assert torch.allclose(total, (keep + forget) / METHOD.batch, rtol=1e-4)
 
 
-def test_the_length_is_a_tenth_of_the_naive_deletion_gradients(
-    make: Callable[..., SISSTraining], model: StableDiffusion
-) -> None:
+def test_the_length_is_a_tenth_of_the_naive_deletion_gradients(make, model):
     found = make(scaling_norm=None)
     norms = []
     for k in range(4):
@@ -199,9 +186,7 @@ def test_the_length_is_a_tenth_of_the_naive_deletion_gradients(
     assert make(scaling_norm=None, variant="neg_grad").notes == {}
 
 
-def test_draws_follow_the_settings(
-    make: Callable[..., SISSTraining], suspected: tuple[Pair, ...], context: Context
-) -> None:
+def test_draws_follow_the_settings(make, suspected, context):
     module = make(batch=64)
     drawn = module._draws("siss", 0)
     assert set(drawn.timesteps.tolist()) == {999}
@@ -223,14 +208,8 @@ def test_draws_follow_the_settings(
 
 @pytest.mark.parametrize("variant", ["siss", "neg_grad"])
 def test_a_run_is_adamw_along_the_combined_gradient(
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context_of: Callable[..., Context],
-    tmp_path: Path,
-    anchors: Anchors,
-    monkeypatch: pytest.MonkeyPatch,
-    variant: Variant,
-) -> None:
+    model, suspected, context_of, tmp_path, anchors, monkeypatch, variant
+):
     monkeypatch.setattr("dori_lightning.mitigations.siss.find_anchors", lambda *_, **__: anchors)
     method, context = replace(METHOD, variant=variant), context_of(tmp_path)
     edit = method.apply(model, suspected, context)
@@ -253,18 +232,14 @@ def test_a_run_is_adamw_along_the_combined_gradient(
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    model: StableDiffusion,
-    suspected: tuple[Pair, ...],
-    context_of: Callable[..., Context],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    model, suspected, context_of, tmp_path, monkeypatch
+):
     method = replace(METHOD, scaling_norm=None, batch=1)
     whole = method.apply(model, suspected, context_of(tmp_path / "whole"))
     cut = context_of(tmp_path / "cut")
     step = SISSTraining.training_step
 
-    def fails(self: SISSTraining, *args: Any) -> Any:
+    def fails(self, *args):
         if self.global_step == 1:
             raise RuntimeError("power cut")
         return step(self, *args)
@@ -296,16 +271,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         {"scaling_norm": -1.0},
     ],
 )
-def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+def test_bad_settings_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         SISS("siss", **wrong)
 
 
-def test_half_precision_training_is_refused() -> None:
+def test_half_precision_training_is_refused():
     with pytest.raises(InputError, match="32-true or bf16-mixed"):
         SISS("siss", finetune=FinetuneSettings(precision="16-mixed"))
 
 
-def test_nothing_to_forget_is_an_error(model: StableDiffusion, context: Context) -> None:
+def test_nothing_to_forget_is_an_error(model, context):
     with pytest.raises(InputError, match="nothing to forget"):
         METHOD.apply(model, (), context)

@@ -1,12 +1,9 @@
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit, read_edit, write_edit
 from dori_lightning.mitigations.wanda import (
     Wanda,
@@ -48,7 +45,7 @@ def test_steps_are_joined_by_how_often_a_weight_is_chosen():
     norms = torch.tensor([[4.0, 1, 1, 1], [4, 1, 1, 1], [1, 4, 1, 1], [1, 1, 1, 4]])
     base = torch.zeros(4, 4)
 
-    def joined(ratio: float) -> list[bool]:
+    def joined(ratio):
         return select_over_time(weight, norms, base, fraction=0.25, select_ratio=ratio)[0].tolist()
 
     assert joined(0.0) == [True, True, False, True]
@@ -66,7 +63,7 @@ def hooks(model: StableDiffusion) -> int:
     )
 
 
-def test_norms_are_those_of_inputs_whose_tokens_have_length_one(model: StableDiffusion):
+def test_norms_are_those_of_inputs_whose_tokens_have_length_one(model):
     """The first step done by hand: the layer's inputs, both guidance halves."""
     rows = model.encode_prompts(["a red boat", "a blue house at night"])
     norms = input_norms(model, rows, SAMPLING, steps=2)
@@ -96,7 +93,7 @@ def test_norms_are_those_of_inputs_whose_tokens_have_length_one(model: StableDif
         assert torch.allclose(total, torch.full((2,), 2.0 * x.shape[1]), rtol=1e-4)
 
 
-def test_only_the_first_steps_are_run(model: StableDiffusion):
+def test_only_the_first_steps_are_run(model):
     rows = model.encode_prompts(["a red boat"])
     before = model.unet_evaluations
     short = input_norms(model, rows, SAMPLING, steps=1)
@@ -111,7 +108,7 @@ def test_only_the_first_steps_are_run(model: StableDiffusion):
     assert model.unet_evaluations - before == 8
 
 
-def test_seeds_are_pooled(model: StableDiffusion):
+def test_seeds_are_pooled(model):
     rows = model.encode_prompts(["a red boat"])
     one, two = (input_norms(model, rows, SAMPLING, steps=1, seed=seed) for seed in (0, 1))
     both = input_norms(model, rows, SAMPLING, steps=1, seeds=2)
@@ -126,7 +123,7 @@ def test_one_embedding_pools_to_itself_and_several_to_their_root_mean_square():
     assert torch.allclose(pooled(norms), (norms**2).mean(0) ** 0.5)
 
 
-def test_an_error_on_the_way_leaves_no_hooks(model: StableDiffusion):
+def test_an_error_on_the_way_leaves_no_hooks(model):
     before = hooks(model)
 
     def fail(*_):
@@ -141,7 +138,7 @@ def test_an_error_on_the_way_leaves_no_hooks(model: StableDiffusion):
         breaking.remove()
 
 
-def test_norms_do_not_depend_on_company_beyond_one_pass(model: StableDiffusion):
+def test_norms_do_not_depend_on_company_beyond_one_pass(model):
     prompts = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in THINGS]
     rows = model.encode_prompts(prompts)
     many = input_norms(model, rows, SAMPLING, steps=2)
@@ -158,7 +155,7 @@ def test_zero_tokens_do_not_break_the_norms():
     assert torch.equal(_squares(F.pad(x, (0, 0, 0, 2)), 1), _squares(x, 1))
 
 
-def test_more_steps_than_the_sampler_takes_are_refused(model: StableDiffusion):
+def test_more_steps_than_the_sampler_takes_are_refused(model):
     with pytest.raises(InputError, match="first 5 steps, but the sampler takes 4"):
         input_norms(model, model.empty_embedding(), SAMPLING, steps=5)
 
@@ -168,12 +165,12 @@ TWO_STEPS = replace(WANDA, steps=2)
 
 
 @pytest.fixture
-def context(context_of: Callable[..., Context], tmp_path: Path) -> Context:
+def context(context_of, tmp_path):
     return context_of(tmp_path, sampling=SAMPLING)
 
 
 @pytest.fixture
-def three(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
+def three(pairs):
     """Three pairs to forget: two suspected ones and one that plays along."""
     return pairs[:3]
 
@@ -190,7 +187,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 
 def test_masks_cover_every_feed_forward_layer_and_stay_within_the_fraction(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
+    model, context, suspected
 ):
     edit = WANDA.apply(model, suspected, context)
     parameters = dict(model.denoiser().named_parameters())
@@ -204,9 +201,7 @@ def test_masks_cover_every_feed_forward_layer_and_stay_within_the_fraction(
             assert int(mask.sum(1).max()) <= int(0.1 * mask.shape[1])
 
 
-def test_the_model_is_left_as_it_was(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-):
+def test_the_model_is_left_as_it_was(model, context, suspected):
     unet = model.denoiser()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     flags, count = [p.requires_grad for p in unet.parameters()], hooks(model)
@@ -223,18 +218,14 @@ def test_the_model_is_left_as_it_was(
     assert model.embedding_filter is None
 
 
-def test_same_seed_same_edit_and_other_noise_another(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-):
+def test_same_seed_same_edit_and_other_noise_another(model, context, suspected):
     first, again, other = (
         wanda.apply(model, suspected, context) for wanda in (WANDA, WANDA, replace(WANDA, seed=1))
     )
     assert first.identity == again.identity != other.identity
 
 
-def test_a_pairs_mask_does_not_depend_on_its_company(
-    model: StableDiffusion, context: Context, three: tuple[Pair, ...]
-):
+def test_a_pairs_mask_does_not_depend_on_its_company(model, context, three):
     together = TWO_STEPS.apply(model, three, context)
     backwards = TWO_STEPS.apply(model, three[::-1], context)
     for pair in three:
@@ -245,9 +236,7 @@ def test_a_pairs_mask_does_not_depend_on_its_company(
     assert not torch.equal(*(next(iter(masks_of(together, p).values())) for p in three[:2]))
 
 
-def test_union_is_what_any_pair_has(
-    model: StableDiffusion, context: Context, three: tuple[Pair, ...]
-):
+def test_union_is_what_any_pair_has(model, context, three):
     own = WANDA.apply(model, three, context)
     union = replace(WANDA, scope="union").apply(model, three, context)
     assert isinstance(union, MaskEdit)
@@ -256,9 +245,7 @@ def test_union_is_what_any_pair_has(
         assert torch.equal(mask, parts[0] | parts[1] | parts[2])
 
 
-def test_shared_mask_comes_from_pooled_norms(
-    model: StableDiffusion, context: Context, three: tuple[Pair, ...]
-):
+def test_shared_mask_comes_from_pooled_norms(model, context, three):
     shared = replace(WANDA, scope="shared").apply(model, three, context)
     assert isinstance(shared, MaskEdit)
     norms = input_norms(model, model.encode_prompts([p.prompt for p in three]), SAMPLING, steps=1)
@@ -269,9 +256,7 @@ def test_shared_mask_comes_from_pooled_norms(
         assert torch.equal(shared.masks[f"{name}.weight"], wanted)
 
 
-def test_given_embeddings_do_what_their_prompts_do(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-):
+def test_given_embeddings_do_what_their_prompts_do(model, context, suspected):
     edit = WANDA.apply(model, suspected, context)
     embeddings = model.encode_prompts([pair.prompt for pair in suspected])
     masks = list(WANDA.find(model, embeddings, context))
@@ -279,9 +264,7 @@ def test_given_embeddings_do_what_their_prompts_do(
         assert_same(masks_of(edit, pair), own)
 
 
-def test_base_of_ordinary_prompts_gives_another_mask(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-):
+def test_base_of_ordinary_prompts_gives_another_mask(model, context, suspected):
     empty = WANDA.apply(model, suspected, context)
     wanda = replace(WANDA, base="corpus", base_prompts=3)
     ordinary = wanda.apply(model, suspected, context)
@@ -296,7 +279,7 @@ def test_base_of_ordinary_prompts_gives_another_mask(
 
 
 def test_a_target_that_is_the_base_has_an_empty_mask_and_a_note(
-    model: StableDiffusion, context_of: Callable[..., Context], tmp_path: Path, pairs
+    model, context_of, tmp_path, pairs
 ):
     blank = replace(pairs[0], id="blank", prompt="")
     context = context_of(tmp_path, sampling=SAMPLING)
@@ -305,9 +288,7 @@ def test_a_target_that_is_the_base_has_an_empty_mask_and_a_note(
     assert edit.origin.notes["pairs_without_mask"] == ["blank"]
 
 
-def test_notes_tell_the_share_that_is_pruned(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-):
+def test_notes_tell_the_share_that_is_pruned(model, context, suspected):
     edit = WANDA.apply(model, suspected, context)
     notes = edit.origin.notes
     assert edit.origin.fingerprint == model.fingerprint
@@ -321,18 +302,14 @@ def test_notes_tell_the_share_that_is_pruned(
         assert share == pytest.approx(float(sum(layer)) / len(layer))
 
 
-def test_stages_restrict_the_layers(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-):
+def test_stages_restrict_the_layers(model, context, suspected):
     wanda = replace(WANDA, stages=["down", "mid"])
     assert wanda.stages == ("down", "mid")
     own = masks_of(wanda.apply(model, suspected, context), suspected[0])
     assert {name.split("_")[0] for name in own} == {"down", "mid"}
 
 
-def test_own_sampler_instead_of_the_runs(
-    model: StableDiffusion, context_of: Callable[..., Context], tmp_path: Path, suspected
-):
+def test_own_sampler_instead_of_the_runs(model, context_of, tmp_path, suspected):
     short = context_of(tmp_path, sampling=Sampling("ddim", 1, 2.0))
     with pytest.raises(InputError, match="takes 1\n"):
         TWO_STEPS.apply(model, suspected, short)
@@ -341,9 +318,7 @@ def test_own_sampler_instead_of_the_runs(
     assert fixed.identity == run.identity
 
 
-def test_edit_survives_its_file_and_the_store(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...], tmp_path: Path
-):
+def test_edit_survives_its_file_and_the_store(model, context, suspected, tmp_path):
     edit = WANDA.apply(model, suspected, context)
     back = read_edit(write_edit(tmp_path / "edit.safetensors", edit))
     for pair in suspected:
@@ -358,9 +333,7 @@ def test_edit_survives_its_file_and_the_store(
     assert again.edit.identity == found.edit.identity
 
 
-def test_mixed_rows_see_their_own_pairs_mask(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-):
+def test_mixed_rows_see_their_own_pairs_mask(model, context, suspected):
     edit = WANDA.apply(model, suspected, context)
     assert isinstance(edit, PairMaskEdit)
     names = [suspected[0].id, suspected[1].id, suspected[0].id]
@@ -368,7 +341,7 @@ def test_mixed_rows_see_their_own_pairs_mask(
     noise = torch.randn((3, *model.latent_shape), generator=torch.Generator().manual_seed(1))
     t = torch.tensor([900, 500, 100])
 
-    def predicted(row: int | None = None) -> torch.Tensor:
+    def predicted(row=None):
         # the same shape every time: kernels are chosen by it
         with torch.no_grad():
             ids = names if row is None else None
@@ -384,16 +357,14 @@ def test_mixed_rows_see_their_own_pairs_mask(
     assert torch.equal(predicted(0), plain)
 
 
-def test_a_share_below_one_weight_is_refused(
-    model: StableDiffusion, context: Context, suspected: tuple[Pair, ...]
-):
+def test_a_share_below_one_weight_is_refused(model, context, suspected):
     before = model.unet_evaluations
     with pytest.raises(InputError, match="less than one weight"):
         replace(WANDA, fraction=0.001).apply(model, suspected, context)
     assert model.unet_evaluations == before
 
 
-def test_nothing_to_forget_is_refused(model: StableDiffusion, context: Context):
+def test_nothing_to_forget_is_refused(model, context):
     with pytest.raises(InputError, match="nothing to forget"):
         WANDA.apply(model, [], context)
 
@@ -414,6 +385,6 @@ def test_nothing_to_forget_is_refused(model: StableDiffusion, context: Context):
         {"stages": ["middle"]},
     ],
 )
-def test_bad_settings_are_refused(bad: dict):
+def test_bad_settings_are_refused(bad):
     with pytest.raises(InputError, match=f"mitigation.{next(iter(bad))}"):
         Wanda(**bad)

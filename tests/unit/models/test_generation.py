@@ -1,8 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
 from dori_lightning.models.generation import GenerationRequest, generate_images, load_images
@@ -24,9 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_second_call_draws_nothing_and_a_lost_image_comes_back_the_same(
-    model: StableDiffusion, tmp_path: Path
-) -> None:
+def test_a_second_call_draws_nothing_and_a_lost_image_comes_back_the_same(model, tmp_path):
     assert generate_images(model, requests(model, tmp_path), SAMPLING) == 6
     first = contents(tmp_path)
     assert sorted(first) == [f"{k}/{seed}.png" for k in range(3) for seed in (5, 6)]
@@ -37,16 +33,14 @@ def test_a_second_call_draws_nothing_and_a_lost_image_comes_back_the_same(
     assert contents(tmp_path) == first
 
 
-def test_the_order_and_company_of_requests_change_no_bit(
-    model: StableDiffusion, tmp_path: Path
-) -> None:
+def test_the_order_and_company_of_requests_change_no_bit(model, tmp_path):
     generate_images(model, requests(model, tmp_path / "a"), SAMPLING)
     for request in reversed(requests(model, tmp_path / "b")):
         generate_images(model, [request], replace(SAMPLING, batch=3))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_images_made_otherwise_are_drawn_again(model: StableDiffusion, tmp_path: Path) -> None:
+def test_images_made_otherwise_are_drawn_again(model, tmp_path):
     generate_images(model, requests(model, tmp_path), SAMPLING)
     assert generate_images(model, requests(model, tmp_path), replace(SAMPLING, guidance=3.0)) == 6
     assert (
@@ -57,7 +51,7 @@ def test_images_made_otherwise_are_drawn_again(model: StableDiffusion, tmp_path:
     )
 
 
-def test_they_are_read_back_as_written(model: StableDiffusion, tmp_path: Path) -> None:
+def test_they_are_read_back_as_written(model, tmp_path):
     request = requests(model, tmp_path)[0]
     generate_images(model, [request], SAMPLING)
     images = load_images(request.folder, (5, 6))
@@ -65,13 +59,11 @@ def test_they_are_read_back_as_written(model: StableDiffusion, tmp_path: Path) -
     assert not torch.equal(images[0], images[1])
 
 
-def test_out_of_memory_takes_fewer_images_a_batch(
-    model: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_takes_fewer_images_a_batch(model, tmp_path, monkeypatch):
     generate_images(model, requests(model, tmp_path / "whole"), SAMPLING)
     real, widths = model.denoise, []
 
-    def small_memory(embeddings: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def small_memory(embeddings, *rest):
         widths.append(len(embeddings))
         if len(embeddings) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")

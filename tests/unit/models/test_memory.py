@@ -1,7 +1,6 @@
 """What a pass of the attack holds, and how many pairs are chosen by it."""
 
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -22,7 +21,7 @@ from dori_lightning.models.memory import (
 from dori_lightning.models.stable_diffusion import StableDiffusion
 
 
-def test_tensors_count_while_they_are_alive() -> None:
+def test_tensors_count_while_they_are_alive():
     outside = torch.ones(1000)
     with PeakMemory() as seen:
         kept = torch.ones(100)
@@ -34,7 +33,7 @@ def test_tensors_count_while_they_are_alive() -> None:
     del view
 
 
-def test_a_graph_keeps_its_tensors_alive() -> None:
+def test_a_graph_keeps_its_tensors_alive():
     start = torch.ones(100, requires_grad=True)
     with PeakMemory() as seen:
         value = start
@@ -43,7 +42,7 @@ def test_a_graph_keeps_its_tensors_alive() -> None:
     assert seen.peak == 4 * 5 * 100
 
 
-def test_a_pass_is_measured_and_scales_with_its_samples(model: StableDiffusion) -> None:
+def test_a_pass_is_measured_and_scales_with_its_samples(model):
     evaluations = model.unet_evaluations
     found = measure_batch(model)
     assert model.unet_evaluations == evaluations
@@ -54,8 +53,8 @@ def test_a_pass_is_measured_and_scales_with_its_samples(model: StableDiffusion) 
     assert found.sample > 10 * 4 * torch.Size(model.latent_shape).numel()
 
 
-def test_checkpointing_takes_less_and_gives_the_same_gradient(model: StableDiffusion) -> None:
-    def gradient() -> torch.Tensor:
+def test_checkpointing_takes_less_and_gives_the_same_gradient(model):
+    def gradient():
         torch.manual_seed(0)
         rows = torch.randn(2, *model.embedding_shape, requires_grad=True)
         latents = torch.randn(2, *model.latent_shape)
@@ -90,11 +89,11 @@ def gpu_pairs(gib: float, wanted: int | None = None) -> int:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+def measured(monkeypatch):
     """Passes take 1 GiB whatever the number and 0.5 GiB a sample; by whom it was measured."""
     whose: list[str | None] = []
 
-    def measure(_: StableDiffusion, *, pair_id: str | None) -> BatchMemory:
+    def measure(_, *, pair_id):
         whose.append(pair_id)
         return BatchMemory(2**30, 2**29)
 
@@ -102,9 +101,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return whose
 
 
-def test_pairs_are_chosen_by_what_is_free(
-    measured: list[str | None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pairs_are_chosen_by_what_is_free(measured, caplog):
     with caplog.at_level(logging.INFO):
         # a fifth is left alone
         assert [gpu_pairs(gib) for gib in (6.3, 11.3, 16.3, 1000)] == [1, 2, 3, MAX_PAIRS]
@@ -120,10 +117,8 @@ def test_pairs_are_chosen_by_what_is_free(
     assert len(measured) == 5, "nothing is measured where it is fixed"
 
 
-def test_on_the_cpu_the_one_shape_of_all_batches_follows_memory(
-    measured: list[str | None],
-) -> None:
-    def limit(gib: float, wanted: int | None) -> int | None:
+def test_on_the_cpu_the_one_shape_of_all_batches_follows_memory(measured):
+    def limit(gib, wanted):
         model = on("cpu")
         for _ in range(2):
             size = estimate_batch_size(
@@ -142,7 +137,7 @@ def test_on_the_cpu_the_one_shape_of_all_batches_follows_memory(
     assert measured == ["boat"] * 6, "once for each model"
 
 
-def test_more_noise_is_measured_again_and_never_widens(measured: list[str | None]) -> None:
+def test_more_noise_is_measured_again_and_never_widens(measured):
     model = on("cpu")
     for samples, pairs in ((2, 3), (8, 1), (2, 1)):
         estimate_batch_size(model, noise_batch=samples, wanted=None, free=6 * 2**30)
@@ -150,7 +145,7 @@ def test_more_noise_is_measured_again_and_never_widens(measured: list[str | None
     assert len(measured) == 2
 
 
-def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
+def test_free_memory_is_what_a_container_leaves(tmp_path):
     free = free_memory(torch.device("cpu"))
     assert free is not None
     assert free > 2**20

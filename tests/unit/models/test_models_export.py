@@ -24,7 +24,7 @@ from support.tiny import tiny_model, tiny_recipe
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
+def model(tmp_path_factory):
     """A tiny checkpoint whose weights fit half precision, as those of released ones do."""
     made = tiny_model(tmp_path_factory.mktemp("tiny"))
     halve(made)
@@ -59,9 +59,7 @@ def file_dtypes(path: Path) -> set[str]:
         return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
-def test_a_folder_reads_back_bit_for_bit_in_the_narrowest_exact_dtype(
-    model: StableDiffusion, tmp_path: Path
-) -> None:
+def test_a_folder_reads_back_bit_for_bit_in_the_narrowest_exact_dtype(model, tmp_path):
     parts, folder = parts_of(model), tmp_path / "diffusers"
     weights = weights_of(parts)
     write_folder(folder, parts, weights)
@@ -79,9 +77,7 @@ def test_a_folder_reads_back_bit_for_bit_in_the_narrowest_exact_dtype(
     check_written(folder, weights)
 
 
-def test_one_weight_that_needs_more_keeps_its_part_in_full_precision(
-    model: StableDiffusion, tmp_path: Path
-) -> None:
+def test_one_weight_that_needs_more_keeps_its_part_in_full_precision(model, tmp_path):
     weight = model.unet.conv_in.bias
     before = weight.detach().clone()
     try:
@@ -102,7 +98,7 @@ def test_one_weight_that_needs_more_keeps_its_part_in_full_precision(
             weight.copy_(before)
 
 
-def test_a_dtype_that_is_asked_for_is_used_and_rounding_is_told(model: StableDiffusion) -> None:
+def test_a_dtype_that_is_asked_for_is_used_and_rounding_is_told(model):
     wide, narrow = weights_of(parts_of(model), "fp32"), weights_of(parts_of(model), "bf16")
     assert (wide.exact, narrow.exact) == (True, False)
     assert set(narrow.dtypes.values()) == {"bf16"}
@@ -113,13 +109,11 @@ def test_a_dtype_that_is_asked_for_is_used_and_rounding_is_told(model: StableDif
 
 
 @pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
-def test_plain_diffusers_opens_and_runs_the_folder(
-    model: StableDiffusion, tmp_path: Path, dtype: str | None
-) -> None:
+def test_plain_diffusers_opens_and_runs_the_folder(model, tmp_path, dtype):
     parts = parts_of(model)
     weights = weights_of(parts, dtype)
     write_folder(tmp_path, parts, weights)
-    pipeline = StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+    pipeline = StableDiffusionPipeline.from_pretrained(
         tmp_path, safety_checker=None, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -132,7 +126,7 @@ def test_plain_diffusers_opens_and_runs_the_folder(
     assert image.images.shape == (1, 3, 32, 32)
 
 
-def test_a_single_file_reads_back_bit_for_bit(model: StableDiffusion, tmp_path: Path) -> None:
+def test_a_single_file_reads_back_bit_for_bit(model, tmp_path):
     parts, path, config = parts_of(model), tmp_path / "x.safetensors", tmp_path / "config"
     weights = weights_of(parts)
     write_configs(config, parts)
@@ -146,14 +140,12 @@ def test_a_single_file_reads_back_bit_for_bit(model: StableDiffusion, tmp_path: 
     check_written(path, weights, config=config)
 
 
-def test_plain_diffusers_opens_the_single_file_with_a_local_configuration(
-    model: StableDiffusion, tmp_path: Path
-) -> None:
+def test_plain_diffusers_opens_the_single_file_with_a_local_configuration(model, tmp_path):
     parts, path, config = parts_of(model), tmp_path / "x.safetensors", tmp_path / "config"
     weights = weights_of(parts)
     write_configs(config, parts)
     write_single(path, parts, weights, {"edit": "abc", "fingerprint": "def"})
-    pipeline = StableDiffusionPipeline.from_single_file(  # type: ignore[no-untyped-call]
+    pipeline = StableDiffusionPipeline.from_single_file(
         str(path), config=str(config), local_files_only=True, safety_checker=None
     )
     unet, encoder = pipeline.unet.state_dict(), pipeline.text_encoder.state_dict()
@@ -161,9 +153,7 @@ def test_plain_diffusers_opens_the_single_file_with_a_local_configuration(
     assert all(torch.equal(encoder[n].float(), t.float()) for n, t in weights.text_encoder.items())
 
 
-def test_an_open_clip_encoder_gets_the_layout_of_version_2(
-    model: StableDiffusion, tmp_path: Path
-) -> None:
+def test_an_open_clip_encoder_gets_the_layout_of_version_2(model, tmp_path):
     config = CLIPTextConfig(**{**model.text_encoder.config.to_dict(), "hidden_act": "gelu"})
     torch.manual_seed(1)
     parts = replace(parts_of(model), text_encoder=CLIPTextModel(config).eval())
@@ -180,7 +170,7 @@ def test_an_open_clip_encoder_gets_the_layout_of_version_2(
     assert again.fingerprint == weights.fingerprint
 
 
-def test_a_v_predicting_checkpoint_stays_one(tmp_path: Path) -> None:
+def test_a_v_predicting_checkpoint_stays_one(tmp_path):
     made = tiny_model(tmp_path / "tiny", tiny_recipe(prediction_type="v_prediction"))
     write_folder(tmp_path / "out", parts_of(made), weights_of(parts_of(made)))
     again = load(tmp_path / "out")
@@ -188,9 +178,7 @@ def test_a_v_predicting_checkpoint_stays_one(tmp_path: Path) -> None:
     assert same(again, made)
 
 
-def test_the_folder_names_no_place_of_this_machine_and_no_code(
-    model: StableDiffusion, tmp_path: Path
-) -> None:
+def test_the_folder_names_no_place_of_this_machine_and_no_code(model, tmp_path):
     source = tmp_path / "source"
     write_folder(source, parts_of(model), weights_of(parts_of(model)))
     for part in ("unet", "vae", "text_encoder", "scheduler"):
@@ -212,7 +200,7 @@ def test_the_folder_names_no_place_of_this_machine_and_no_code(
             assert "auto_map" not in text
 
 
-def test_what_reads_back_differently_is_an_error(model: StableDiffusion, tmp_path: Path) -> None:
+def test_what_reads_back_differently_is_an_error(model, tmp_path):
     parts = parts_of(model)
     write_folder(tmp_path, parts, weights_of(parts))
     other = weights_of(parts, "bf16")

@@ -1,21 +1,18 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from support.tiny import tiny_model, tiny_recipe
 
 
-def test_it_is_described_by_its_own_configuration(model: StableDiffusion) -> None:
+def test_it_is_described_by_its_own_configuration(model):
     assert model.resolution == 32
     assert model.latent_shape == (4, 16, 16)
     assert model.embedding_shape == (8, 12)
     assert model.num_train_timesteps == 1000
 
 
-def test_layers_have_the_names_and_order_of_stable_diffusion_v1(model: StableDiffusion) -> None:
+def test_layers_have_the_names_and_order_of_stable_diffusion_v1(model):
     values = list(model.layers("cross_attention.value"))
     assert len(values) == 16
     assert values[:7] == [
@@ -33,7 +30,7 @@ def test_layers_have_the_names_and_order_of_stable_diffusion_v1(model: StableDif
     assert len(model.layers("cross_attention.key")) == 16
 
 
-def test_the_epsilon_loss_is_the_error_of_the_predicted_noise(model: StableDiffusion) -> None:
+def test_the_epsilon_loss_is_the_error_of_the_predicted_noise(model):
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
     timesteps, context = torch.tensor([10, 700]), model.encode_prompts(["a cat", "a boat"])
@@ -46,7 +43,7 @@ def test_the_epsilon_loss_is_the_error_of_the_predicted_noise(model: StableDiffu
     assert torch.allclose(loss, ((output - noise) ** 2).mean((1, 2, 3)), atol=1e-5)
 
 
-def test_the_v_loss_is_the_error_of_the_predicted_velocity(tmp_path: Path) -> None:
+def test_the_v_loss_is_the_error_of_the_predicted_velocity(tmp_path):
     model = tiny_model(tmp_path, tiny_recipe(prediction_type="v_prediction"))
     assert model.prediction_type == "v_prediction"
     torch.manual_seed(0)
@@ -64,13 +61,13 @@ def test_the_v_loss_is_the_error_of_the_predicted_velocity(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_sampling_recovers_the_picture_that_an_oracle_predicts(
-    tmp_path: Path, prediction_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, prediction_type, monkeypatch
+):
     """With a denoiser that knows x0, sampling must end at x0: checks the v conversion."""
-    model = tiny_model(tmp_path, tiny_recipe(prediction_type=prediction_type))  # type: ignore[arg-type]
+    model = tiny_model(tmp_path, tiny_recipe(prediction_type=prediction_type))
     truth = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
-    def oracle(noised: torch.Tensor, timesteps: torch.Tensor, *_: object) -> torch.Tensor:
+    def oracle(noised, timesteps, *_):
         alpha = model.alphas_cumprod[timesteps][:, None, None, None]
         noise = (noised - alpha.sqrt() * truth) / (1 - alpha).sqrt()
         return (
@@ -81,7 +78,7 @@ def test_sampling_recovers_the_picture_that_an_oracle_predicts(
 
     ended: list[torch.Tensor] = []
 
-    def keep(latents: torch.Tensor) -> torch.Tensor:
+    def keep(latents):
         ended.append(latents)
         return torch.zeros(1, 3, 32, 32)
 
@@ -93,7 +90,7 @@ def test_sampling_recovers_the_picture_that_an_oracle_predicts(
         assert (ended[-1] - truth).abs().max() < 0.15, sampler
 
 
-def test_pictures_depend_on_their_neighbours_by_rounding_only(model: StableDiffusion) -> None:
+def test_pictures_depend_on_their_neighbours_by_rounding_only(model):
     torch.manual_seed(0)
     context = model.encode_prompts(["a cat", "a boat", "a red house"])
     noise, sampling = torch.randn(3, 4, 16, 16), Sampling("ddim", 3, 2.0, 1, batch=2)
@@ -106,7 +103,7 @@ def test_pictures_depend_on_their_neighbours_by_rounding_only(model: StableDiffu
     assert 0 <= together.min() <= together.max() <= 1
 
 
-def test_guidance_one_needs_no_unconditional_branch(model: StableDiffusion) -> None:
+def test_guidance_one_needs_no_unconditional_branch(model):
     context, noise = model.encode_prompts(["a cat"]), torch.randn(1, 4, 16, 16)
     before = model.unet_evaluations
     model.generate(context, noise, Sampling("ddim", 4, 1.0, 1))
@@ -115,7 +112,7 @@ def test_guidance_one_needs_no_unconditional_branch(model: StableDiffusion) -> N
     assert model.unet_evaluations - before == 4 + 8
 
 
-def test_frozen_puts_everything_back(model: StableDiffusion) -> None:
+def test_frozen_puts_everything_back(model):
     weights = list(model.parameters())
     weights[0].requires_grad_(False)
     model.unet.train()
@@ -129,6 +126,6 @@ def test_frozen_puts_everything_back(model: StableDiffusion) -> None:
     weights[0].requires_grad_(True)
 
 
-def test_tokens_are_counted_before_truncation(model: StableDiffusion) -> None:
+def test_tokens_are_counted_before_truncation(model):
     assert model.token_count("a red boat") == 5
     assert model.token_count("a red boat on sea at night a cat") == 11
