@@ -2,20 +2,22 @@
 
 Reference: Finding DoRI (2507.16880), section on locality: final embeddings are as scattered as the
 initial ones. Random starts alone would make them so, as long as the attack does not go far: so
-what the attack adds, the displacement, is looked at by itself too.
+what the attack adds, the displacement, is compared by itself too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from torch.nn import functional as F
 
 from dori_lightning.locality.estimates import (
     Estimate,
@@ -26,62 +28,15 @@ from dori_lightning.locality.estimates import (
 )
 from dori_lightning.types import Init, Pair
 
-# -------- distances
-# Pairwise distances and cosines of long rows, a stretch of columns at a time.
-
 COLUMNS = 1 << 16
 """Columns that are compared at once: 500 rows of them are 260 MB in double precision."""
 
+PERPLEXITY = 30.0
+"""Of t-SNE; at most a third of the points. The paper does not give its own."""
 
-def distances(rows: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances (N, N), float64, of rows (N, ...) taken as flat vectors."""
-    flat = rows.flatten(1)
-    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for part in torch.split(flat, COLUMNS, dim=1):
-        own = part.double()
-        # not by way of products: near rows would lose their digits
-        total += torch.cdist(own, own, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return total.sqrt().cpu()
-
-
-def cosines(rows: torch.Tensor) -> torch.Tensor:
-    """Cosines (N, N) in [-1, 1], float64, of rows (N, ...) taken as flat vectors.
-
-    A row of zeros has a cosine of 0 with every other.
-    """
-    products = _products(rows)
-    length = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    return (products / length[:, None] / length[None]).clamp(-1, 1)
-
-
-def relative_distances(distance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Distances (N, N) divided by the root mean square of the two rows' lengths, in [0, 2].
-
-    The square root of 2 where two rows are orthogonal, whatever their scale.
-
-    Args:
-        distance: Euclidean distances (N, N).
-        lengths: Euclidean lengths of the rows (N,).
-    """
-    square = lengths.double().square()
-    scale = ((square[:, None] + square[None]) / 2).sqrt()
-    return distance / scale.clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _products(rows: torch.Tensor) -> torch.Tensor:
-    flat = rows.flatten(1)
-    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for part in torch.split(flat, COLUMNS, dim=1):
-        own = part.double()
-        total += own @ own.T
-    return total.cpu()
-
-
-# -------- groups
-# Sets of text embeddings that are compared with each other.
-
-GroupName = Literal["triggers", "starts", "memorized_prompts", "control_prompts"]
-GROUPS: tuple[GroupName, ...] = ("triggers", "starts", "memorized_prompts", "control_prompts")
+ImageKind = Literal["memorized", "control"]
+PlaceKind = Literal["start", "end", "own_prompt", "memorized_prompt", "control_prompt"]
+SpreadGroup = Literal["starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +50,7 @@ class TriggerSet:
         restarts: Number of each attack, length N.
         starts: Initial embeddings (N, T, D).
         ends: Final embeddings (N, T, D).
-        working: Whether each end draws the image on the model it was searched on, length N.
+        working: Whether each end replicates the image on the model it was searched on, length N.
     """
 
     pair: Pair
@@ -107,16 +62,14 @@ class TriggerSet:
     working: tuple[bool, ...]
 
     def only_working(self) -> TriggerSet:
-        """The attacks that succeeded: an embedding that draws something else is no trigger."""
-        kept = [k for k, works in enumerate(self.working) if works]
-        return TriggerSet(
-            self.pair,
-            self.start,
-            self.prompt,
-            tuple(self.restarts[k] for k in kept),
-            self.starts[kept],
-            self.ends[kept],
-            tuple(True for _ in kept),
+        """The attacks that succeeded: an embedding that gives another image is no trigger."""
+        chosen = [k for k, works in enumerate(self.working) if works]
+        return replace(
+            self,
+            restarts=tuple(self.restarts[k] for k in chosen),
+            starts=self.starts[chosen],
+            ends=self.ends[chosen],
+            working=(True,) * len(chosen),
         )
 
 
@@ -134,107 +87,6 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Embeddings that are compared with each other, layer by layer.
-
-    Attributes:
-        name: ``triggers`` of the images under study, the ``starts`` that those began with,
-            ``memorized_prompts`` of other memorized images, ``control_prompts``.
-        labels: Which image's each is, length N; one label for all prompts.
-        pairs: The pair that each is asked about, length N.
-        embeddings: Embeddings (N, T, D).
-    """
-
-    name: GroupName
-    labels: tuple[str, ...]
-    pairs: tuple[Pair, ...]
-    embeddings: torch.Tensor
-
-
-# -------- maps
-# A picture of many embeddings in two dimensions.
-
-PERPLEXITY = 30.0
-"""Of t-SNE; at most a third of the points. The paper does not give its own."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One embedding in the picture.
-
-    Attributes:
-        what: ``start``, ``end``, ``own_prompt``, ``memorized_prompt`` or ``control_prompt``.
-        pair: Whose.
-        start: Where the attack began; None for prompts.
-        restart: Which attack; an end and its start share it.
-        pca: First two principal components.
-        tsne: The two coordinates of t-SNE; distances between clusters mean little there.
-    """
-
-    what: Literal["start", "end", "own_prompt", "memorized_prompt", "control_prompt"]
-    pair: str
-    start: Init | None
-    restart: int
-    pca: tuple[float, float]
-    tsne: tuple[float, float]
-
-
-def places_of(
-    triggers: Sequence[TriggerSet],
-    *,
-    memorized_prompts: PromptSet,
-    control_prompts: PromptSet,
-    seed: int = 0,
-) -> tuple[Place, ...]:
-    """Project starts, ends and prompts together.
-
-    Args:
-        triggers: Triggers of memorized images.
-        memorized_prompts: Of other memorized images.
-        control_prompts: Of control images.
-        seed: Of t-SNE.
-
-    Returns:
-        One place per embedding; none where there are fewer than four.
-    """
-    names: list[tuple[Literal["start", "end", "own_prompt", "memorized_prompt", "control_prompt"],
-                      str, Init | None, int]] = []  # fmt: skip
-    rows: list[torch.Tensor] = []
-    for own in triggers:
-        for restart, start, end in zip(own.restarts, own.starts, own.ends, strict=True):
-            names += [("start", own.pair.id, own.start, restart),
-                      ("end", own.pair.id, own.start, restart)]  # fmt: skip
-            rows += [start, end]
-    for own in {own.pair.id: own for own in triggers}.values():
-        names.append(("own_prompt", own.pair.id, None, 0))
-        rows.append(own.prompt)
-    names += [("memorized_prompt", pair.id, None, 0) for pair in memorized_prompts.pairs]
-    names += [("control_prompt", pair.id, None, 0) for pair in control_prompts.pairs]
-    rows += [*memorized_prompts.embeddings, *control_prompts.embeddings]
-    if len(rows) < 4:
-        return ()
-    stacked = torch.stack(rows).flatten(1)
-    pca = PCA(2, svd_solver="full").fit_transform(stacked.double().numpy())
-    tsne = TSNE(
-        2,
-        perplexity=min(PERPLEXITY, (len(rows) - 1) / 3),
-        metric="precomputed",
-        init="random",
-        random_state=seed,
-    ).fit_transform(distances(stacked).numpy().astype(np.float32))
-    return tuple(
-        Place(what, pair, start, restart, (float(a), float(b)), (float(c), float(d)))
-        for (what, pair, start, restart), (a, b), (c, d) in zip(names, pca, tsne, strict=True)
-    )
-
-
-# -------- embeddings
-
-Held = Literal["memorized", "control"]
-SpreadGroup = Literal["starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"]
-
-
-@dataclass(frozen=True)
 class Spread:
     """How far embeddings of one group are apart.
 
@@ -244,8 +96,8 @@ class Spread:
         start: Where the attacks began; None for prompts.
         images: Images whose embeddings these are; 0 for prompts.
         count: Embeddings.
-        length: Mean Euclidean length of an embedding, over all T x D numbers.
-        distance: Mean Euclidean distance of two embeddings of one image (of two prompts).
+        length: Mean Euclidean length.
+        distance: Mean distance of two embeddings of one image (of two prompts).
         distance_between: The same for two images.
         cosine: Mean cosine of two embeddings of one image (of two prompts).
         cosine_between: The same for two images.
@@ -264,11 +116,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Move:
-    """What attacks change about their starts.
+    """What attacks change.
 
     Attributes:
         held: Whether the images are ``memorized`` or ``control``.
-        start: Where they began.
+        start: Where the attacks began.
         displacement: Mean ||end - start||.
         share: Displacement divided by the mean distance of two starts of one image; None where
             all starts are the same.
@@ -280,7 +132,7 @@ class Move:
             starts are the same.
     """
 
-    held: Held
+    held: ImageKind
     start: Init
     displacement: Estimate
     share: float | None
@@ -313,6 +165,27 @@ class Nearest:
 
 
 @dataclass(frozen=True)
+class Place:
+    """One embedding in two dimensions.
+
+    Attributes:
+        what: ``start``, ``end``, ``own_prompt``, ``memorized_prompt`` or ``control_prompt``.
+        pair: Id of the pair it belongs to.
+        start: Where the attack began; None for prompts.
+        restart: Which attack; an end and its start share it.
+        pca: First two principal components.
+        tsne: The two coordinates of t-SNE; distances between clusters mean little there.
+    """
+
+    what: PlaceKind
+    pair: str
+    start: Init | None
+    restart: int
+    pca: tuple[float, float]
+    tsne: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class EmbeddingFindings:
     """Where triggers lie.
 
@@ -322,7 +195,7 @@ class EmbeddingFindings:
         spreads: How far embeddings are apart.
         moves: What attacks change.
         nearest: Which prompt is nearest.
-        places: A picture of it in two dimensions.
+        places: Every embedding in two dimensions.
     """
 
     shape: tuple[int, int]
@@ -348,46 +221,76 @@ def embedding_findings(
         controls: Attacks on control images, whatever they gave.
         memorized_prompts: Of other memorized images.
         control_prompts: Of images that the checkpoint does not hold.
-        seed: Of resampling and picture.
+        seed: Of resampling and t-SNE.
     """
     length, width = (int(side) for side in control_prompts.embeddings.shape[1:])
     spreads: list[Spread] = []
     moves: list[Move] = []
     nearest: list[Nearest] = []
-    attacked: dict[Held, Sequence[TriggerSet]] = {"memorized": triggers, "control": controls}
-    for held, sets in attacked.items():
-        for start in dict.fromkeys(own.start for own in sets):
-            chosen = [own for own in sets if own.start == start and len(own.ends)]
+    attacked: dict[ImageKind, Sequence[TriggerSet]] = {"memorized": triggers, "control": controls}
+    for kind, sets in attacked.items():
+        for start in dict.fromkeys(one.start for one in sets):
+            chosen = [one for one in sets if one.start == start and len(one.ends)]
             if not chosen:
                 continue
-            ended = {own.pair.id: own.ends for own in chosen}
-            if held == "memorized":
-                begun = {own.pair.id: own.starts for own in chosen}
-                spreads += [
-                    _spread("starts", begun, start=start, seed=seed),
-                    _spread("triggers", ended, start=start, seed=seed),
-                ]
+            ends = {one.pair.id: one.ends for one in chosen}
+            if kind == "memorized":
+                starts = {one.pair.id: one.starts for one in chosen}
+                spreads.append(_spread("starts", starts, start=start, seed=seed))
+                spreads.append(_spread("triggers", ends, start=start, seed=seed))
                 nearest += _nearest(chosen, memorized_prompts, control_prompts)
             else:
-                spreads.append(_spread("control_ends", ended, start=start, seed=seed))
-            moves.append(_move(held, chosen, seed=seed))
-    spreads += [
-        _spread("memorized_prompts", {"prompts": memorized_prompts.embeddings}, seed=seed),
-        _spread("control_prompts", {"prompts": control_prompts.embeddings}, seed=seed),
-    ]
+                spreads.append(_spread("control_ends", ends, start=start, seed=seed))
+            moves.append(_move(kind, chosen, seed=seed))
+    by_prompt = {"prompts": memorized_prompts.embeddings}
+    spreads.append(_spread("memorized_prompts", by_prompt, seed=seed))
+    by_prompt = {"prompts": control_prompts.embeddings}
+    spreads.append(_spread("control_prompts", by_prompt, seed=seed))
     return EmbeddingFindings(
         shape=(length, width),
         random_distance=math.sqrt(2 * length * width),
         spreads=tuple(spreads),
         moves=tuple(moves),
         nearest=tuple(nearest),
-        places=places_of(
-            triggers,
-            memorized_prompts=memorized_prompts,
-            control_prompts=control_prompts,
-            seed=seed,
-        ),
+        places=_places(triggers, memorized_prompts, control_prompts, seed=seed),
     )
+
+
+def distances(rows: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances (N, N), float64, of rows (N, ...) taken as flat vectors."""
+    flat = rows.flatten(1)
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    for part in torch.split(flat, COLUMNS, dim=1):
+        columns = part.double()
+        # not by way of products: near rows would lose their digits
+        exact = "donot_use_mm_for_euclid_dist"
+        total += torch.cdist(columns, columns, compute_mode=exact).square()
+    return total.sqrt().cpu()
+
+
+def cosines(rows: torch.Tensor) -> torch.Tensor:
+    """Cosines (N, N) in [-1, 1], float64, of rows (N, ...) taken as flat vectors.
+
+    A row of zeros has a cosine of 0 with every other.
+    """
+    flat = rows.flatten(1).double()
+    products = (flat @ flat.T).cpu()
+    length = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return (products / length[:, None] / length[None]).clamp(-1, 1)
+
+
+def relative_distances(distance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Distances (N, N) divided by the root mean square of the two rows' lengths, in [0, 2].
+
+    The square root of 2 where two rows are orthogonal, whatever their scale.
+
+    Args:
+        distance: Euclidean distances (N, N).
+        lengths: Euclidean lengths of the rows (N,).
+    """
+    square = lengths.double().square()
+    scale = ((square[:, None] + square[None]) / 2).sqrt()
+    return distance / scale.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _spread(
@@ -395,14 +298,14 @@ def _spread(
 ) -> Spread:
     """How far embeddings are apart: of each image (n, T, D), or of ``prompts``."""
     labels = [name for name, part in rows.items() for _ in part]
-    everything = torch.cat(list(rows.values()))
-    distance, distance_between = pair_estimates(distances(everything), labels, seed=seed)
-    cosine, cosine_between = pair_estimates(cosines(everything), labels, seed=seed)
+    pooled = torch.cat(list(rows.values()))
+    distance, distance_between = pair_estimates(distances(pooled), labels, seed=seed)
+    cosine, cosine_between = pair_estimates(cosines(pooled), labels, seed=seed)
     return Spread(
         group=group,
         start=start,
         images=0 if start is None else len(rows),
-        count=len(everything),
+        count=len(pooled),
         length=mean_estimate({name: _lengths(part) for name, part in rows.items()}, seed=seed),
         distance=distance,
         distance_between=distance_between,
@@ -411,74 +314,98 @@ def _spread(
     )
 
 
-def _move(held: Held, sets: Sequence[TriggerSet], *, seed: int) -> Move:
-    moved = [own.ends - own.starts for own in sets]
-    labels = [own.pair.id for own, part in zip(sets, moved, strict=True) for _ in part]
-    cosine, cosine_between = pair_estimates(cosines(torch.cat(moved)), labels, seed=seed)
-    displacement = mean_estimate(
-        {own.pair.id: _lengths(part) for own, part in zip(sets, moved, strict=True)}, seed=seed
+def _move(kind: ImageKind, sets: Sequence[TriggerSet], *, seed: int) -> Move:
+    moves = {one.pair.id: one.ends - one.starts for one in sets}
+    labels = [name for name, part in moves.items() for _ in part]
+    cosine, cosine_between = pair_estimates(
+        cosines(torch.cat(list(moves.values()))), labels, seed=seed
     )
-    starts = torch.cat([own.starts for own in sets])
+    displacement = mean_estimate({name: _lengths(m) for name, m in moves.items()}, seed=seed)
+    starts, ends = (torch.cat([getattr(one, side) for one in sets]) for side in ("starts", "ends"))
     apart, _ = pair_estimates(distances(starts), labels, seed=seed)
-    differ = len(torch.unique(starts.flatten(1), dim=0)) == len(starts)
+    own_start = None
+    if 1 < len(starts) == len(torch.unique(starts.flatten(1), dim=0)):
+        nearest = torch.cdist(ends.flatten(1).double(), starts.flatten(1).double()).argmin(1)
+        is_own = nearest == torch.arange(len(ends))
+        parts = torch.split(is_own, [len(one.ends) for one in sets])
+        own_start = rate_of({name: p.tolist() for name, p in zip(moves, parts, strict=True)})
     return Move(
-        held=held,
+        held=kind,
         start=sets[0].start,
         displacement=displacement,
         share=displacement.value / apart.value if apart.value > 0 else None,
         cosine=cosine,
         cosine_between=cosine_between,
-        own_start=_own_start(sets, starts) if differ and len(starts) > 1 else None,
+        own_start=own_start,
     )
-
-
-def _own_start(sets: Sequence[TriggerSet], starts: torch.Tensor) -> Rate:
-    ends = torch.cat([own.ends for own in sets])
-    own = torch.cdist(ends.flatten(1).double(), starts.flatten(1).double()).argmin(1)
-    right = iter((own == torch.arange(len(ends))).tolist())
-    return rate_of({part.pair.id: [next(right) for _ in part.ends] for part in sets})
 
 
 def _nearest(
     sets: Sequence[TriggerSet], memorized: PromptSet, control: PromptSet
 ) -> list[Nearest]:
-    found = []
-    prompts = torch.cat([memorized.embeddings, control.embeddings]).flatten(1).double()
-    others = len(memorized.pairs)
-    for what in ("triggers", "starts"):
-        if what == "starts" and sets[0].start == "prompt":
-            continue  # they are the own prompt
-        for measure in ("distance", "cosine"):
-            winners: dict[str, list[int]] = {}
-            for own in sets:
-                rows = (own.ends if what == "triggers" else own.starts).flatten(1).double()
-                # place 0 is the own prompt; the image's is not among the others
-                all_prompts = torch.cat([own.prompt.flatten()[None].double(), prompts])
-                winners[own.pair.id] = _closeness(rows, all_prompts, measure).argmax(1).tolist()
-            found.append(
-                Nearest(
-                    what=what,
-                    start=sets[0].start,
-                    measure=measure,
-                    own=rate_of({k: [w == 0 for w in v] for k, v in winners.items()}),
-                    memorized=rate_of(
-                        {k: [0 < w <= others for w in v] for k, v in winners.items()}
-                    ),
-                    control=rate_of({k: [w > others for w in v] for k, v in winners.items()}),
-                    chance=1 / (1 + len(prompts)),
-                )
+    start = sets[0].start
+    others = torch.cat([memorized.embeddings, control.embeddings]).flatten(1).double()
+    findings = []
+    whats: tuple[Literal["triggers", "starts"], ...] = ("triggers", "starts")
+    measures: tuple[Literal["distance", "cosine"], ...] = ("distance", "cosine")
+    for what, measure in product(whats, measures):
+        if what == "starts" and start == "prompt":
+            continue  # they are the image's own prompt
+        # number of the nearest prompt: 0 is the image's own
+        nearest: dict[str, torch.Tensor] = {}
+        for one in sets:
+            rows = (one.ends if what == "triggers" else one.starts).flatten(1).double()
+            prompts = torch.cat([one.prompt.flatten()[None].double(), others])
+            if measure == "cosine":
+                nearest[one.pair.id] = (F.normalize(rows) @ F.normalize(prompts).T).argmax(1)
+            else:
+                nearest[one.pair.id] = torch.cdist(rows, prompts).argmin(1)
+        own, by_memorized, by_control = (
+            rate_of({k: ((low <= v) & (v < high)).tolist() for k, v in nearest.items()})
+            for low, high in (
+                (0, 1),
+                (1, 1 + len(memorized.pairs)),
+                (1 + len(memorized.pairs), 1 + len(others)),
             )
-    return found
+        )
+        chance = 1 / (1 + len(others))
+        findings.append(Nearest(what, start, measure, own, by_memorized, by_control, chance))
+    return findings
 
 
-def _closeness(
-    rows: torch.Tensor, prompts: torch.Tensor, measure: Literal["distance", "cosine"]
-) -> torch.Tensor:
-    if measure == "distance":
-        return -torch.cdist(rows, prompts)
-    return (
-        torch.nn.functional.normalize(rows, dim=1)
-        @ torch.nn.functional.normalize(prompts, dim=1).T
+def _places(
+    triggers: Sequence[TriggerSet], memorized: PromptSet, control: PromptSet, *, seed: int
+) -> tuple[Place, ...]:
+    """Project starts, ends and prompts together; nothing where there are fewer than four."""
+    rows: list[tuple[PlaceKind, str, Init | None, int, torch.Tensor]] = []
+    for one in triggers:
+        for restart, start, end in zip(one.restarts, one.starts, one.ends, strict=True):
+            rows.append(("start", one.pair.id, one.start, restart, start))
+            rows.append(("end", one.pair.id, one.start, restart, end))
+    prompts = {one.pair.id: one.prompt for one in triggers}
+    rows += [("own_prompt", pair, None, 0, row) for pair, row in prompts.items()]
+    rows += [
+        ("memorized_prompt", pair.id, None, 0, row)
+        for pair, row in zip(memorized.pairs, memorized.embeddings, strict=True)
+    ]
+    rows += [
+        ("control_prompt", pair.id, None, 0, row)
+        for pair, row in zip(control.pairs, control.embeddings, strict=True)
+    ]
+    if len(rows) < 4:
+        return ()
+    flat = torch.stack([row[-1] for row in rows]).flatten(1)
+    pca = PCA(2, svd_solver="full").fit_transform(flat.double().numpy())
+    tsne = TSNE(
+        2,
+        perplexity=min(PERPLEXITY, (len(rows) - 1) / 3),
+        metric="precomputed",
+        init="random",
+        random_state=seed,
+    ).fit_transform(distances(flat).numpy().astype(np.float32))
+    return tuple(
+        Place(what, pair, start, restart, (float(a), float(b)), (float(c), float(d)))
+        for (what, pair, start, restart, _), (a, b), (c, d) in zip(rows, pca, tsne, strict=True)
     )
 
 

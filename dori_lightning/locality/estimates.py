@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -37,14 +38,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Rate:
-    """How many triggers draw their image.
+    """How many embeddings replicate their image.
 
     Attributes:
-        hits: Triggers that do.
-        n: Triggers that were asked.
+        hits: Embeddings that do.
+        n: Embeddings that were tried.
         rate: ``hits / n``, NaN where n is 0.
-        ci95: Wilson interval over triggers: what another trigger of these images would do.
-        images: Image to its own (hits, n).
+        ci95: Wilson interval over embeddings: what another trigger of these images would do.
+        images: Image to its share of (hits, n).
         ci95_images: Bootstrap interval over images: what another image would do; NaN below two
             images, and of no width where all images agree.
     """
@@ -61,7 +62,8 @@ def rate_of(outcomes: Mapping[str, Sequence[bool]]) -> Rate:
     """Count successes.
 
     Args:
-        outcomes: Image to whether each of its triggers draws it; images without any are left out.
+        outcomes: Image to whether each of its embeddings replicates it; images without any are
+            left out.
     """
     images = {name: (sum(own), len(own)) for name, own in outcomes.items() if own}
     hits = sum(own[0] for own in images.values())
@@ -118,59 +120,45 @@ def pair_estimates(
     np.fill_diagonal(full, 0.0)
     names = list(dict.fromkeys(labels))
     rows = [np.flatnonzero([label == name for label in labels]) for name in names]
-    whole = [np.ones((1, len(own))) for own in rows]
+    sizes = [len(own) for own in rows]
     rng = np.random.default_rng(seed)
-    resampled = [
-        rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=DRAWS).astype(float)
-        for own in rows
-    ]
-    # one image is always drawn
-    picked = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS).astype(
-        float
-    )
-    once = np.ones((1, len(names)))
-    answers = []
-    for means, pairs in (
-        (_within, sum(len(own) * (len(own) - 1) // 2 for own in rows)),
-        (_between, (len(labels) ** 2 - sum(len(own) ** 2 for own in rows)) // 2),
-    ):
-        value = float(means(full, rows, whole, once)[0]) if pairs else math.nan
-        draws = means(full, rows, resampled, picked) if pairs else np.array([])
-        draws = draws[np.isfinite(draws)]
-        low, high = np.quantile(draws, [0.025, 0.975]) if draws.size else (math.nan, math.nan)
-        answers.append(Estimate(value, float(low), float(high), pairs))
-    return answers[0], answers[1]
+
+    def resample(size: int) -> np.ndarray:
+        return rng.multinomial(size, np.full(size, 1 / size), size=DRAWS).astype(float)
+
+    items = [resample(size) for size in sizes]
+    draws = _means(full, rows, items, resample(len(names)))
+    values = _means(full, rows, [np.ones((1, size)) for size in sizes], np.ones((1, len(names))))
+    within = sum(size * (size - 1) // 2 for size in sizes)
+    counts = (within, len(labels) * (len(labels) - 1) // 2 - within)
+    return _estimate(values[0], draws[0], counts[0]), _estimate(values[1], draws[1], counts[1])
 
 
-def _within(
+def _estimate(value: np.ndarray, draws: np.ndarray, count: int) -> Estimate:
+    draws = draws[np.isfinite(draws)]
+    low, high = np.quantile(draws, [0.025, 0.975]) if draws.size else (math.nan, math.nan)
+    return Estimate(float(value[0]), float(low), float(high), count)
+
+
+def _means(
     matrix: np.ndarray, rows: list[np.ndarray], items: list[np.ndarray], images: np.ndarray
 ) -> np.ndarray:
-    """Mean within images (draws,) under ``items`` counts (draws, n_g) and ``images`` counts."""
-    total = np.zeros(len(images))
-    weight = np.zeros(len(images))
-    for place, (own, counts) in enumerate(zip(rows, items, strict=True)):
-        summed = ((counts @ matrix[np.ix_(own, own)]) * counts).sum(1)
-        pairs = counts.sum(1) ** 2 - (counts**2).sum(1)
-        known = pairs > 0
-        total += np.where(known, summed / np.where(known, pairs, 1), 0) * images[:, place]
-        weight += known * images[:, place]
-    return _quotient(total, weight)
+    """Means within and between images (2, draws); NaN where a draw has no pair.
 
-
-def _between(
-    matrix: np.ndarray, rows: list[np.ndarray], items: list[np.ndarray], images: np.ndarray
-) -> np.ndarray:
-    """Mean between images (draws,), as ``_within``."""
-    total = np.zeros(len(images))
-    weight = np.zeros(len(images))
-    for a, (own, counts) in enumerate(zip(rows, items, strict=True)):
-        for b in range(a + 1, len(rows)):
-            summed = ((counts @ matrix[np.ix_(own, rows[b])]) * items[b]).sum(1)
-            times = images[:, a] * images[:, b]
-            total += summed / (counts.sum(1) * items[b].sum(1)) * times
-            weight += times
-    return _quotient(total, weight)
-
-
-def _quotient(total: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return np.where(weight > 0, total / np.where(weight > 0, weight, 1), np.nan)
+    Args:
+        matrix: (N, N) with zeros on the diagonal.
+        rows: Where the items of each image stand in it.
+        items: How often each draw holds them, (draws, n) for each image.
+        images: How often each draw holds each image (draws, images).
+    """
+    total, weight = np.zeros((2, 2, len(images)))
+    for a, b in combinations_with_replacement(range(len(rows)), 2):
+        summed = ((items[a] @ matrix[np.ix_(rows[a], rows[b])]) * items[b]).sum(1)
+        if a == b:
+            pairs, times = items[a].sum(1) ** 2 - (items[a] ** 2).sum(1), images[:, a]
+        else:
+            pairs, times = items[a].sum(1) * items[b].sum(1), images[:, a] * images[:, b]
+        times = times * (pairs > 0)
+        total[int(a != b)] += summed / np.maximum(pairs, 1) * times
+        weight[int(a != b)] += times
+    return np.where(weight > 0, total / np.maximum(weight, 1), np.nan)

@@ -1,59 +1,74 @@
-"""How differently embeddings activate the layers that pruning methods look at.
+"""What embeddings activate, and which weights pruning methods select with them.
 
-Reference: Finding DoRI (2507.16880), section on locality: the mean over pairs of embeddings of
-||A(y_i) - A(y_j)||_2 at one fixed starting noise and timestep. Which tensor A is, and how it is
-reduced, is not published; here it is all numbers of the layer, flattened: the output of NeMo's
-value layers (T x C, independent of noise), the input of Wanda's feed-forward layers (tokens x C).
+Always on the checkpoint as it is, whatever model the triggers were searched on: the question is
+where *it* holds the image.
+
+Reference: Finding DoRI (2507.16880), section on locality. Activations: the mean over pairs of
+embeddings of ||A(y_i) - A(y_j)||_2 at one fixed starting noise and timestep. Which tensor A is,
+and how it is reduced, is not published; here it is all numbers of the layer, flattened: the output
+of NeMo's value layers (T x C, independent of noise), the input of Wanda's feed-forward layers
+(tokens x C). Weights: the mean over pairs of |A and B| / |A or B|, 1 where both selections are
+empty. Two empty selections agree trivially and say nothing: how many there are is given beside
+every mean, and so is what random selections of the same sizes would give.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
-from dori_lightning.locality.embeddings import Group, GroupName, distances, relative_distances
+from dori_lightning.locality.embeddings import distances, relative_distances
 from dori_lightning.locality.estimates import Estimate, mean_estimate, pair_estimates
-from dori_lightning.mitigations.edits import EVERYBODY, Edit
 from dori_lightning.models.protocol import Stage, TextToImage
-from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.cache import TENSORS, Tensors
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.types import InputError
-
-# -------- activations
+from dori_lightning.types import Pair
 
 MEMORY = 4 << 30
-"""Bytes of activations that are held at once; layers beyond it get passes of their own."""
+"""Bytes of activations in memory at once; layers beyond it get passes of their own."""
 
 ROWS = 8
 """Embeddings of a pass."""
 
+BYTES = 1 << 15
+"""Bytes of selections that are compared at once: 100 rows of their bits are 100 MB as floats."""
+
+Method = Literal["nemo", "wanda"]
+GroupName = Literal["triggers", "starts", "memorized_prompts", "control_prompts"]
+GROUPS: tuple[GroupName, ...] = ("triggers", "starts", "memorized_prompts", "control_prompts")
+
 
 @dataclass(frozen=True)
-class Compared:
-    """Activations of N embeddings in one layer, compared with each other.
+class Group:
+    """Embeddings that are compared with each other, layer by layer.
 
     Attributes:
-        distance: Euclidean distances (N, N).
-        length: Euclidean lengths (N,).
+        name: ``triggers`` of the images under study, the ``starts`` that those began with,
+            ``memorized_prompts`` of other memorized images, ``control_prompts``.
+        labels: Image of each, length N; one label for all prompts.
+        pairs: The pair that each should replicate, length N.
+        embeddings: Embeddings (N, T, D).
     """
 
-    distance: torch.Tensor
-    length: torch.Tensor
+    name: GroupName
+    labels: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    embeddings: torch.Tensor
+
+
+def _places(groups: Sequence[Group]) -> Iterator[tuple[Group, slice]]:
+    """Each group with its place among the embeddings of all groups, one after the other."""
+    first = 0
+    for group in groups:
+        yield group, slice(first, first + len(group.labels))
+        first += len(group.labels)
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ class LayerActivation:
         relative_between: The same for two images.
     """
 
-    method: Literal["nemo", "wanda"]
+    method: Method
     layer: str
     group: GroupName
     count: int
@@ -88,7 +103,7 @@ class ActivationFindings:
     """How differently embeddings activate layers, on the checkpoint as it is.
 
     Attributes:
-        timestep: Where Wanda's layers are looked at.
+        timestep: Where Wanda's layers are traced.
         noise_seed: Seed of the starting noise, which is the denoiser's input.
         layers: One entry per method, layer and group.
     """
@@ -100,25 +115,28 @@ class ActivationFindings:
 
 def value_distances(
     model: TextToImage, embeddings: torch.Tensor, stages: Sequence[Stage]
-) -> dict[str, Compared]:
+) -> Tensors:
     """Compare outputs of the cross-attention value layers; the denoiser does not run.
 
     Args:
         model: Checkpoint.
         embeddings: Text embeddings (N, T, D).
-        stages: Which layers.
+        stages: Which layers; L of them.
 
     Returns:
-        Layer name, in execution order, to how far the N are apart.
+        ``distance`` (L, N, N) and ``length`` (L, N), float64, layers in execution order.
     """
-    found = {}
-    for name, layer in model.layers("cross_attention.value", stages).items():
-        weight = _tensor(layer.weight)
-        bias = None if layer.bias is None else _tensor(layer.bias).float()
+    compared = []
+    for layer in model.layers("cross_attention.value", stages).values():
+        weight, bias = _tensor(layer.weight), layer.bias
         with torch.no_grad():
-            values = F.linear(embeddings.to(weight.device, torch.float32), weight.float(), bias)
-        found[name] = _compared(values)
-    return found
+            values = F.linear(
+                embeddings.to(weight.device, torch.float32),
+                weight.float(),
+                None if bias is None else _tensor(bias).float(),
+            )
+        compared.append(_distances_and_lengths(values))
+    return _stacked(compared)
 
 
 def feed_forward_distances(
@@ -128,40 +146,39 @@ def feed_forward_distances(
     *,
     noise: torch.Tensor,
     timestep: torch.Tensor,
-) -> dict[str, Compared]:
+) -> Tensors:
     """Compare inputs of the feed-forward output layers in one pass of the denoiser.
 
     Args:
         model: Checkpoint; left as it was.
         embeddings: Text embeddings (N, T, D).
-        stages: Which layers.
+        stages: Which layers; L of them.
         noise: What the denoiser is given (C, h, w), the same for every embedding.
         timestep: Scalar.
 
     Returns:
-        Layer name, in execution order, to how far the N are apart.
+        ``distance`` (L, N, N) and ``length`` (L, N), float64, layers in execution order.
     """
     layers = model.layers("feed_forward.out", stages)
     first = _inputs(model, layers, embeddings[:1], noise=noise, timestep=timestep)
     sizes = {name: 4 * value.numel() * len(embeddings) for name, value in first.items()}
-    found: dict[str, Compared] = {}
-    batches = list(_within_memory(sizes))
-    with progress_bar("trace activations", len(batches) * len(embeddings)) as advance:
-        for names in batches:
+    parts = list(_within_memory(sizes))
+    compared = []
+    with progress_bar("trace activations", len(parts) * len(embeddings)) as advance:
+        for names in parts:
             chosen = {name: layers[name] for name in names}
-            parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+            traced: dict[str, list[torch.Tensor]] = {name: [] for name in names}
             for rows in torch.split(embeddings, ROWS):
-                own = _inputs(model, chosen, rows, noise=noise, timestep=timestep)
-                for name, value in own.items():
-                    parts[name].append(value.cpu())
+                inputs = _inputs(model, chosen, rows, noise=noise, timestep=timestep)
+                for name, value in inputs.items():
+                    traced[name].append(value.cpu())
                 advance(len(rows))
-            for name in names:
-                found[name] = _compared(torch.cat(parts.pop(name)))
-    return {name: found[name] for name in layers}
+            compared += [_distances_and_lengths(torch.cat(traced.pop(name))) for name in names]
+    return _stacked(compared)
 
 
 def activation_findings(
-    compared: Mapping[Literal["nemo", "wanda"], Mapping[str, Compared]],
+    compared: Mapping[Method, tuple[Sequence[str], Tensors]],
     groups: Sequence[Group],
     *,
     timestep: int,
@@ -171,68 +188,56 @@ def activation_findings(
     """Average distances within groups.
 
     Args:
-        compared: Method to layer name to distances among the embeddings of all groups, one group
-            after the other.
+        compared: Method to the names of its L layers and to ``distance`` (L, N, N) and ``length``
+            (L, N) of the embeddings of all groups, one group after the other.
         groups: The groups.
         timestep: For the record.
         noise_seed: For the record.
         seed: Of the resampling.
     """
     rows = []
-    for method, layers in compared.items():
-        for layer, values in layers.items():
-            first = 0
-            for group in groups:
-                own = slice(first, first + len(group.labels))
-                first += len(group.labels)
-                rows.append(_row(method, layer, group, values, own, seed=seed))
+    for method, (names, tensors) in compared.items():
+        for name, distance, length in zip(
+            names, tensors["distance"], tensors["length"], strict=True
+        ):
+            for group, place in _places(groups):
+                apart, sizes = distance[place, place], length[place]
+                lengths: dict[str, list[float]] = {}
+                for label, size in zip(group.labels, sizes.tolist(), strict=True):
+                    lengths.setdefault(label, []).append(size)
+                rows.append(
+                    LayerActivation(
+                        method,
+                        name,
+                        group.name,
+                        len(group.labels),
+                        mean_estimate(lengths, seed=seed),
+                        *pair_estimates(apart, group.labels, seed=seed),
+                        *pair_estimates(relative_distances(apart, sizes), group.labels, seed=seed),
+                    )
+                )
     return ActivationFindings(timestep, noise_seed, tuple(rows))
 
 
-def _row(
-    method: Literal["nemo", "wanda"],
-    layer: str,
-    group: Group,
-    values: Compared,
-    own: slice,
-    *,
-    seed: int,
-) -> LayerActivation:
-    distance, length = values.distance[own, own], values.length[own]
-    mean, between = pair_estimates(distance, group.labels, seed=seed)
-    relative, relative_between = pair_estimates(
-        relative_distances(distance, length), group.labels, seed=seed
-    )
-    lengths: dict[str, list[float]] = {}
-    for label, value in zip(group.labels, length.tolist(), strict=True):
-        lengths.setdefault(label, []).append(value)
-    return LayerActivation(
-        method=method,
-        layer=layer,
-        group=group.name,
-        count=len(group.labels),
-        length=mean_estimate(lengths, seed=seed),
-        distance=mean,
-        distance_between=between,
-        relative=relative,
-        relative_between=relative_between,
-    )
+def _distances_and_lengths(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return distances(rows), rows.flatten(1).double().norm(dim=1).cpu()
 
 
-def _compared(rows: torch.Tensor) -> Compared:
-    return Compared(distances(rows), rows.flatten(1).double().norm(dim=1).cpu())
+def _stacked(compared: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
+    distance, length = zip(*compared, strict=True)
+    return {"distance": torch.stack(distance), "length": torch.stack(length)}
 
 
 def _within_memory(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Layers that are held together; at least one."""
+    """Layers whose activations are in memory together; at least one."""
     names: list[str] = []
-    held = 0
+    total = 0
     for name, size in sizes.items():
-        if names and held + size > MEMORY:
+        if names and total + size > MEMORY:
             yield names
-            names, held = [], 0
+            names, total = [], 0
         names.append(name)
-        held += size
+        total += size
     if names:
         yield names
 
@@ -246,11 +251,11 @@ def _inputs(
     timestep: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Inputs (n, tokens, C) of layers in one pass of n embeddings, fp32."""
-    seen: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
 
     def listener(name: str) -> Any:
-        def listen(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen[name] = inputs[0].detach().float()
+        def listen(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            inputs[name] = args[0].detach().float()
 
         return listen
 
@@ -266,7 +271,7 @@ def _inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return inputs
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -274,387 +279,56 @@ def _tensor(value: Any) -> torch.Tensor:
     return value
 
 
-# -------- selections
-# Selections of weights on disk: one file per method and embedding, a bit per weight.
-
-log = logging.getLogger(__name__)
-
-LAYOUT = "1"
-
-
 @dataclass(frozen=True)
-class SelectionStore:
-    """Selections of one method, valid for one checkpoint and one set of settings.
+class Selection:
+    """What a pruning method selects with one embedding.
+
+    Bits rather than masks, since hundreds of selections are compared: 6 MB each on Stable
+    Diffusion 1.4.
 
     Attributes:
-        folder: Where the files are.
-        identity: Hash of what decides a selection besides the embedding.
+        bits: Weight's name to its flattened mask, eight units a byte, uint8, padded with zeros.
+        units: Weight's name to what could be selected: output rows, or single weights.
+        memorized: Whether the method took the embedding for memorized; None where it does not
+            ask.
     """
 
-    folder: Path
-    identity: str
+    bits: dict[str, torch.Tensor]
+    units: dict[str, int]
+    memorized: bool | None
 
-    def identity_of(self, embedding: torch.Tensor, pair: str) -> str:
-        """Hash of everything that decides one selection.
-
-        Args:
-            embedding: Text embedding (T, D).
-            pair: Hash of the picture that the method may be shown.
-        """
-        digest = hashlib.sha256(f"{LAYOUT}|{self.identity}|{pair}|".encode())
-        digest.update(embedding.detach().cpu().contiguous().float().numpy().tobytes())
-        return digest.hexdigest()[:24]
-
-    def path(self, name: str) -> Path:
-        """Where the selection of an embedding lies."""
-        return self.folder / f"{name}.safetensors"
-
-    def write(
-        self,
-        name: str,
-        identity: str,
-        masks: Mapping[str, torch.Tensor],
-        *,
-        memorized: bool | None,
-    ) -> None:
-        """Keep one selection.
-
-        Args:
-            name: Of the embedding.
-            identity: From ``identity_of``.
-            masks: Weight's name to boolean mask.
-            memorized: Whether the method found the embedding memorized; None if it does not ask.
-        """
-        shapes = {weight: list(mask.shape) for weight, mask in masks.items()}
-        tensors = {
-            weight: torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
-            for weight, mask in masks.items()
-        }
-        note = {
-            "identity": identity,
-            "shapes": json.dumps(shapes),
-            "memorized": json.dumps(memorized),
-        }
-        write_atomically(self.path(name), save(tensors, metadata=note))
-
-    def holds(self, name: str, identity: str) -> bool:
-        """Whether a whole selection with this identity is there."""
-        path = self.path(name)
-        if not path.is_file():
-            return False
-        try:
-            with safe_open(path, framework="pt") as file:
-                return bool((file.metadata() or {}).get("identity") == identity)
-        except (SafetensorError, OSError) as error:
-            log.warning("%s is damaged and is computed anew: %s", path, error)
-            return False
-
-    def parameters(self, name: str) -> tuple[str, ...]:
-        """Weights that a selection is about, in their order."""
-        with safe_open(self.path(name), framework="pt") as file:
-            return tuple(json.loads(file.metadata()["shapes"]))
-
-    def memorized(self, name: str) -> bool | None:
-        """Whether the method found the embedding memorized; None if it does not ask."""
-        with safe_open(self.path(name), framework="pt") as file:
-            answer: bool | None = json.loads(file.metadata()["memorized"])
-            return answer
-
-    def masks(self, names: Sequence[str], parameter: str) -> list[torch.Tensor]:
-        """Masks of one weight for several embeddings."""
-        found = []
-        for name in names:
-            with safe_open(self.path(name), framework="pt") as file:
-                shape = json.loads(file.metadata()["shapes"])[parameter]
-                bits = np.unpackbits(file.get_tensor(parameter).numpy(), count=math.prod(shape))
-            found.append(torch.from_numpy(bits.astype(bool)).view(*shape))
-        return found
-
-
-# -------- agreement
-# How far edits choose the same weights: intersection over union, by layer.
-#
-# Two edits that choose nothing agree perfectly and say nothing, so how often that happens is told
-# beside every mean.
-#
-# Reference: Finding DoRI (2507.16880), section on locality: the mean over pairs of embeddings of
-# |A and B| / |A or B|, 1 where both are empty.
-
-COLUMNS = 1 << 18
-"""Weights that are compared at once: 100 masks of them are 100 MB as floats."""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerAgreement:
-    """How far N masks of one layer agree.
-
-    Attributes:
-        parameter: Name of the layer's weight.
-        shape: Shape of its masks: whole rows (C_out,) or single weights (C_out, C_in).
-        sizes: How much each mask chooses (N,).
-        iou: Intersection over union of every two masks, (N, N) in [0, 1], 1 where both are empty.
-        mean: Mean over the pairs i < j, NaN where N < 2.
-        mean_nonempty: The same over pairs that are not both empty, NaN where there is none.
-        both_empty: How many pairs i < j are both empty.
-        compared: How many pairs i < j there are.
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    sizes: tuple[int, ...]
-    iou: torch.Tensor
-    mean: float
-    mean_nonempty: float
-    both_empty: int
-    compared: int
-
-
-@dataclass(frozen=True)
-class LayerOverlap:
-    """How far two edits agree in one layer, on average over the pairs they were compared for.
-
-    Attributes:
-        parameter: Name of the layer's weight.
-        first: Mean size of the first edit's masks.
-        second: Mean size of the second's.
-        shared: Mean size of what both choose.
-        iou: Mean intersection over union, 1 where both are empty.
-        both_empty: For how many pairs both are empty.
-    """
-
-    parameter: str
-    first: float
-    second: float
-    shared: float
-    iou: float
-    both_empty: int
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How far two edits agree.
-
-    Attributes:
-        pairs: Pairs they were compared for; ``EVERYBODY`` alone where neither differs by pair.
-        layers: One entry per weight that both edits have masks of, in the first edit's order.
-        only_first: Weights that only the first edit has masks of.
-        only_second: Weights that only the second has masks of.
-    """
-
-    pairs: tuple[str, ...]
-    layers: tuple[LayerOverlap, ...]
-    only_first: tuple[str, ...]
-    only_second: tuple[str, ...]
-
-
-def selected(edit: Edit) -> dict[str, dict[str, torch.Tensor]]:
-    """What an edit chooses: pair id, or ``EVERYBODY``, to parameter name to boolean mask.
-
-    Raises:
-        InputError: It is no mask: trained weights choose nothing.
-    """
-    masks = edit.masks_by_pair()
-    if not masks:
-        raise InputError(
-            f"{_name(edit)} chooses no weights, so it cannot be compared by what it chooses\n"
-            f"  fix:   compare pruning methods"
+    @classmethod
+    def of(cls, masks: Mapping[str, torch.Tensor], *, memorized: bool | None) -> Selection:
+        """Pack boolean masks of any shape."""
+        bits = {name: np.packbits(mask.flatten().cpu().numpy()) for name, mask in masks.items()}
+        return cls(
+            {name: torch.from_numpy(packed) for name, packed in bits.items()},
+            {name: mask.numel() for name, mask in masks.items()},
+            memorized,
         )
-    return masks
 
 
-def iou(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Intersection over union of two boolean masks of one shape; 1 where both are empty.
-
-    Raises:
-        InputError: Their shapes differ.
-    """
-    _check_shapes(first, second, "two masks")
-    union = int((first | second).sum())
-    return int((first & second).sum()) / union if union else 1.0
-
-
-def agreement_of(parameter: str, masks: Sequence[torch.Tensor]) -> LayerAgreement:
-    """Compare every two of N masks of one layer.
-
-    Args:
-        parameter: Name of the layer's weight.
-        masks: N boolean masks of one shape, at least one.
-
-    Raises:
-        InputError: There is none, or their shapes differ.
-    """
-    if not masks:
-        raise InputError(f"there is no mask of {parameter} to compare")
-    for mask in masks:
-        _check_shapes(masks[0], mask, parameter)
-    both = _intersections([mask.flatten() for mask in masks])
-    sizes = both.diagonal()
-    union = sizes[:, None] + sizes[None] - both
-    empty = union == 0
-    value = torch.where(empty, 1.0, both / union.clamp_min(1))
-    # pairs i < j
-    i, j = torch.triu_indices(len(masks), len(masks), offset=1)
-    pairs, void = value[i, j], empty[i, j]
-    return LayerAgreement(
-        parameter=parameter,
-        shape=tuple(masks[0].shape),
-        sizes=tuple(int(size) for size in sizes.tolist()),
-        iou=value,
-        mean=_mean_agreement(pairs),
-        mean_nonempty=_mean_agreement(pairs[~void]),
-        both_empty=int(void.sum()),
-        compared=len(pairs),
-    )
-
-
-def agreement(masks: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, LayerAgreement]:
-    """Compare N choices layer by layer.
-
-    Args:
-        masks: For each of N embeddings or pairs: parameter name to boolean mask. Where one lacks
-            a parameter that another has, it chooses nothing there.
-
-    Returns:
-        Parameter name, in the order of first appearance, to how far the N agree.
-
-    Raises:
-        InputError: There is none, or shapes of one parameter differ.
-    """
-    if not masks:
-        raise InputError("there are no masks to compare")
-    shapes: dict[str, torch.Tensor] = {}
-    for own in masks:
-        for name, mask in own.items():
-            shapes.setdefault(name, mask)
+def _encode(selection: Selection) -> Tensors:
+    # files sort tensors by name: the number in front keeps the order of layers
+    bits = {f"{k:04}|{name}": row for k, (name, row) in enumerate(selection.bits.items())}
+    memorized = -1 if selection.memorized is None else int(selection.memorized)
     return {
-        name: agreement_of(
-            name, [own[name] if name in own else torch.zeros_like(like) for own in masks]
-        )
-        for name, like in shapes.items()
+        **bits,
+        "units": torch.tensor(list(selection.units.values())),
+        "memorized": torch.tensor(memorized),
     }
 
 
-def overlap(first: Edit, second: Edit) -> Overlap:
-    """Compare two edits, of any checkpoints of one architecture.
-
-    Edits that differ by pair are compared pair by pair, for the pairs that both have; one that is
-    the same for everybody is compared with every pair's.
-
-    Raises:
-        InputError: One is no mask, they have no pair or no weight in common, or masks of a weight
-            have different shapes, such as whole rows and single weights.
-    """
-    ours, theirs = selected(first), selected(second)
-    pairs = _common_pairs(ours, theirs)
-    if not pairs:
-        raise InputError(
-            f"{_name(first)} and {_name(second)} have no pair in common\n"
-            f"  fix:   compare edits for the same pairs"
-        )
-    chosen = [(_of(ours, pair), _of(theirs, pair)) for pair in pairs]
-    names = [list(dict.fromkeys(n for row in chosen for n in row[side])) for side in (0, 1)]
-    common = [name for name in names[0] if name in names[1]]
-    if not common:
-        raise InputError(
-            f"{_name(first)} and {_name(second)} have no weight in common: the first chooses in "
-            f"{_some(names[0])}, the second in {_some(names[1])}\n"
-            f"  fix:   compare edits of the same layers"
-        )
-    return Overlap(
-        pairs=pairs,
-        layers=tuple(_layer_overlap(name, chosen) for name in common),
-        only_first=tuple(name for name in names[0] if name not in common),
-        only_second=tuple(name for name in names[1] if name not in common),
+def _decode(tensors: Tensors) -> Selection:
+    units, memorized = tensors.pop("units").tolist(), int(tensors.pop("memorized"))
+    bits = {name.split("|", 1)[1]: tensors[name] for name in sorted(tensors)}
+    return Selection(
+        bits, dict(zip(bits, units, strict=True)), None if memorized < 0 else bool(memorized)
     )
 
 
-def _common_pairs(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tuple[str, ...]:
-    if EVERYBODY in ours:
-        return tuple(theirs)
-    return tuple(ours) if EVERYBODY in theirs else tuple(pair for pair in ours if pair in theirs)
-
-
-def _of(chosen: Mapping[str, dict[str, torch.Tensor]], pair: str) -> Mapping[str, torch.Tensor]:
-    return chosen[EVERYBODY] if EVERYBODY in chosen else chosen[pair]
-
-
-def _layer_overlap(
-    name: str,
-    chosen: Sequence[tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]],
-) -> LayerOverlap:
-    like = next(row[name] for both in chosen for row in both if name in row)
-    none = torch.zeros_like(like)
-    sizes, values, empty = [], [], 0
-    for ours, theirs in chosen:
-        a, b = ours.get(name, none), theirs.get(name, none)
-        _check_shapes(a, b, name)
-        values.append(iou(a, b))
-        sizes.append((int(a.sum()), int(b.sum()), int((a & b).sum())))
-        empty += not (sizes[-1][0] or sizes[-1][1])
-    first, second, shared = (sum(column) / len(sizes) for column in zip(*sizes, strict=True))
-    return LayerOverlap(name, first, second, shared, sum(values) / len(values), empty)
-
-
-def _intersections(masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sizes of what every two of N flat masks share, (N, N), float64, exact."""
-    total = torch.zeros(len(masks), len(masks), dtype=torch.float64, device=masks[0].device)
-    for start in range(0, len(masks[0]), COLUMNS):
-        part = torch.stack([mask[start : start + COLUMNS] for mask in masks])
-        # most weights are in no mask; counts below 2**24 are exact in float32
-        rows = part[:, part.any(0)].float()
-        total += rows @ rows.T
-    return total.cpu()
-
-
-def _mean_agreement(values: torch.Tensor) -> float:
-    return float(values.mean()) if len(values) else math.nan
-
-
-def _check_shapes(first: torch.Tensor, second: torch.Tensor, what: str) -> None:
-    if first.dtype != torch.bool or second.dtype != torch.bool:
-        raise TypeError(f"masks must be boolean, got {first.dtype} and {second.dtype}")
-    if first.shape != second.shape:
-        raise InputError(
-            f"{what}: masks of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be "
-            f"compared (one dimension: whole rows; two: single weights)\n"
-            f"  fix:   compare edits that prune in the same way"
-        )
-
-
-def _name(edit: Edit) -> str:
-    origin = edit.origin
-    return (origin.mitigation if origin is not None else "") or type(edit).__name__
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-# -------- weights
-# Whether a pruning method, run with each embedding, selects the same weights for one image.
-#
-# Reference: Finding DoRI (2507.16880), section on locality. Two empty selections agree trivially
-# and say nothing: how many there are is told beside every mean, and so is what random selections
-# of the same sizes would give.
-
-Method = Literal["nemo", "wanda"]
-
-
-@dataclass(frozen=True)
-class Selections:
-    """What a method selects with each of N embeddings.
-
-    Attributes:
-        parameters: Names of the weights it selects in, in order.
-        masks: From a weight's name to N boolean masks of one shape; a function, because together
-            they may not fit into memory.
-        memorized: For each embedding, whether the method found it memorized at all; None where
-            the method does not ask.
-    """
-
-    parameters: tuple[str, ...]
-    masks: Callable[[str], Sequence[torch.Tensor]]
-    memorized: tuple[bool | None, ...]
+SELECTION = TENSORS.mapped(_encode, _decode)
+"""File format of a `Selection`."""
 
 
 @dataclass(frozen=True)
@@ -734,7 +408,7 @@ class WeightFindings:
     Attributes:
         settings: Method to its settings, plain values.
         layers: One entry per method, layer and group.
-        memorized: Method to group to (embeddings it found memorized, embeddings); a method that
+        memorized: Method to group to (embeddings it took for memorized, embeddings); a method that
             does not ask is not there.
         agreement: NeMo against Wanda, per group.
     """
@@ -746,7 +420,7 @@ class WeightFindings:
 
 
 def weight_findings(
-    selections: Mapping[Method, Selections],
+    selections: Mapping[Method, Sequence[Selection]],
     groups: Sequence[Group],
     *,
     settings: Mapping[str, Mapping[str, object]],
@@ -755,36 +429,37 @@ def weight_findings(
     """Compare selections within groups, layer by layer.
 
     Args:
-        selections: Method to selections for the embeddings of all groups, one group after the
-            other.
+        selections: Method to its selections with the N embeddings of all groups, one group after
+            the other.
         groups: The groups.
         settings: For the record.
         seed: Of the resampling.
     """
     layers: list[LayerSelection] = []
-    counts: dict[Method, list[Counter[str]]] = {}
+    sizes: dict[Method, dict[str, np.ndarray]] = {}
+    memorized: dict[str, dict[str, tuple[int, int]]] = {}
     for method, chosen in selections.items():
-        counts[method] = [Counter() for _ in chosen.memorized]
-        for parameter in chosen.parameters:
-            masks = chosen.masks(parameter)
-            first = 0
-            for group in groups:
-                count = len(group.labels)
-                found = agreement_of(parameter, masks[first : first + count])
-                layers.append(_layer(method, group, found, seed=seed))
-                for place, size in enumerate(found.sizes):
-                    counts[method][first + place][parameter] = size
-                first += count
-    return WeightFindings(
-        settings=settings,
-        layers=tuple(layers),
-        memorized={
-            method: _memorized(chosen.memorized, groups)
-            for method, chosen in selections.items()
-            if any(value is not None for value in chosen.memorized)
-        },
-        agreement=_agreements(selections, counts, groups, seed=seed),
-    )
+        sizes[method] = {}
+        for parameter, units in chosen[0].units.items():
+            shared = [
+                _intersections([one.bits[parameter] for one in chosen[place]])
+                for _, place in _places(groups)
+            ]
+            layers += [
+                _layer(method, parameter, group, both, units=units, seed=seed)
+                for group, both in zip(groups, shared, strict=True)
+            ]
+            sizes[method][parameter] = np.concatenate([both.diagonal() for both in shared])
+        if any(one.memorized is not None for one in chosen):
+            memorized[method] = {
+                group.name: (
+                    sum(one.memorized is True for one in chosen[place]),
+                    len(group.labels),
+                )
+                for group, place in _places(groups)
+            }
+    agreement = _block_agreements(sizes, groups, seed=seed) if len(sizes) == 2 else ()
+    return WeightFindings(settings, tuple(layers), memorized, agreement)
 
 
 def block_of(parameter: str) -> str:
@@ -792,115 +467,100 @@ def block_of(parameter: str) -> str:
     return parameter.split(".transformer_blocks.")[0]
 
 
-def _memorized(
-    asked: Sequence[bool | None], groups: Sequence[Group]
-) -> dict[str, tuple[int, int]]:
-    found, first = {}, 0
-    for group in groups:
-        own = asked[first : first + len(group.labels)]
-        first += len(group.labels)
-        found[str(group.name)] = (sum(value is True for value in own), len(own))
-    return found
+def _intersections(bits: Sequence[torch.Tensor]) -> np.ndarray:
+    """Units that every two of N selections share (N, N), float64; their sizes on the diagonal."""
+    total = torch.zeros(len(bits), len(bits), dtype=torch.float64)
+    for part in torch.split(torch.stack(list(bits)), BYTES, dim=1):
+        units = torch.from_numpy(np.unpackbits(part.numpy(), axis=1)).bool()
+        # most weights are in no selection; counts below 2**24 are exact in float32
+        rows = units[:, units.any(0)].float()
+        total += rows @ rows.T
+    return total.numpy()
 
 
-def _layer(method: Method, group: Group, found: LayerAgreement, *, seed: int) -> LayerSelection:
-    iou, between = pair_estimates(found.iou.numpy(), group.labels, seed=seed)
-    units = math.prod(found.shape)
-    inside = [
-        (i, j)
-        for i, j in combinations(range(len(group.labels)), 2)
-        if group.labels[i] == group.labels[j]
-    ]
-    full = [(i, j) for i, j in inside if found.sizes[i] or found.sizes[j]]
-    expected = [_chance(found.sizes[i], found.sizes[j], units) for i, j in inside]
+def _layer(
+    method: Method, parameter: str, group: Group, shared: np.ndarray, *, units: int, seed: int
+) -> LayerSelection:
+    sizes = shared.diagonal()
+    both = sizes[:, None] + sizes[None]
+    empty = both == 0
+    iou = np.where(empty, 1.0, shared / np.maximum(both - shared, 1))
+    # of random selections, by their expected intersection
+    expected = sizes[:, None] * sizes[None] / units
+    chance = np.where(empty, 1.0, expected / np.maximum(both - expected, 1e-300))
+    within, between = pair_estimates(iou, group.labels, seed=seed)
+    labels = np.array(group.labels)
+    i, j = np.triu_indices(len(labels), 1)
+    inside = labels[i] == labels[j]
+    i, j = i[inside], j[inside]
     return LayerSelection(
         method=method,
-        parameter=found.parameter,
+        parameter=parameter,
         group=group.name,
-        count=len(group.labels),
+        count=len(labels),
         units=units,
-        size=float(np.mean(found.sizes)),
-        smallest=min(found.sizes),
-        largest=max(found.sizes),
-        iou=iou,
+        size=float(sizes.mean()),
+        smallest=int(sizes.min()),
+        largest=int(sizes.max()),
+        iou=within,
         iou_between=between,
-        iou_nonempty=_mean([float(found.iou[i, j]) for i, j in full]),
-        chance=_mean(expected),
-        compared=len(inside),
-        both_empty=len(inside) - len(full),
+        iou_nonempty=_mean(iou[i, j][~empty[i, j]]),
+        chance=_mean(chance[i, j]),
+        compared=len(i),
+        both_empty=int(empty[i, j].sum()),
     )
 
 
-def _chance(first: int, second: int, units: int) -> float:
-    """Intersection over union that two random selections have, by expected intersection."""
-    if not first and not second:
-        return 1.0
-    shared = first * second / units
-    return shared / (first + second - shared)
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else math.nan
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else math.nan
-
-
-def _agreements(
-    selections: Mapping[Method, Selections],
-    counts: Mapping[Method, Sequence[Counter[str]]],
-    groups: Sequence[Group],
-    *,
-    seed: int,
+def _block_agreements(
+    sizes: Mapping[Method, Mapping[str, np.ndarray]], groups: Sequence[Group], *, seed: int
 ) -> tuple[BlockAgreement, ...]:
-    if not {"nemo", "wanda"} <= set(selections):
-        return ()
-    names = {m: list(dict.fromkeys(map(block_of, s.parameters))) for m, s in selections.items()}
-    blocks = tuple(name for name in names["nemo"] if name in names["wanda"])
-    shared = set(selections["nemo"].parameters) & set(selections["wanda"].parameters)
-    found, first = [], 0
-    for group in groups:
-        own = slice(first, first + len(group.labels))
-        first += len(group.labels)
-        shares = {method: _shares(rows[own], blocks) for method, rows in counts.items()}
-        found.append(_agreement(group, blocks, shares, shared=len(shared), seed=seed))
-    return tuple(found)
+    """Compare in which blocks NeMo and Wanda select.
+
+    Args:
+        sizes: Method to weight's name to the sizes of its N selections (N,).
+        groups: The groups.
+        seed: Of the resampling.
+    """
+    by_method = {m: dict.fromkeys(map(block_of, names)) for m, names in sizes.items()}
+    blocks = tuple(name for name in by_method["nemo"] if name in by_method["wanda"])
+    shared = len(set(sizes["nemo"]) & set(sizes["wanda"]))
+    nemo, wanda = (_shares(sizes[method], blocks) for method in ("nemo", "wanda"))
+    findings = []
+    for group, place in _places(groups):
+        ours, theirs = nemo[place], wanda[place]
+        defined = np.isfinite(ours).all(1) & np.isfinite(theirs).all(1)
+        ours, theirs = ours[defined], theirs[defined]
+        labels = [label for label, known in zip(group.labels, defined, strict=True) if known]
+        overlaps = np.minimum(ours[:, None], theirs[None]).sum(2)
+        same: dict[str, list[float]] = {}
+        for label, overlap in zip(labels, overlaps.diagonal(), strict=True):
+            same.setdefault(label, []).append(float(overlap))
+        within, between = pair_estimates((overlaps + overlaps.T) / 2, labels, seed=seed)
+        findings.append(
+            BlockAgreement(
+                group=group.name,
+                blocks=blocks,
+                nemo=tuple(map(float, ours.mean(0))) if labels else (),
+                wanda=tuple(map(float, theirs.mean(0))) if labels else (),
+                shared_parameters=shared,
+                overlap=mean_estimate(same, seed=seed),
+                overlap_other=between if between.count else within,
+                overlap_other_images=between.count > 0,
+                undefined=len(group.labels) - len(labels),
+            )
+        )
+    return tuple(findings)
 
 
-def _shares(rows: Sequence[Counter[str]], blocks: Sequence[str]) -> np.ndarray:
+def _shares(sizes: Mapping[str, np.ndarray], blocks: Sequence[str]) -> np.ndarray:
     """Share of each selection by block (N, blocks); NaN where nothing is selected there."""
-    sizes = np.zeros((len(rows), len(blocks)))
-    for place, row in enumerate(rows):
-        for parameter, size in row.items():
-            if block_of(parameter) in blocks:
-                sizes[place, blocks.index(block_of(parameter))] += size
-    total = sizes.sum(1, keepdims=True)
-    return np.where(total > 0, sizes / np.where(total > 0, total, 1), np.nan)
-
-
-def _agreement(
-    group: Group,
-    blocks: tuple[str, ...],
-    shares: Mapping[Method, np.ndarray],
-    *,
-    shared: int,
-    seed: int,
-) -> BlockAgreement:
-    nemo, wanda = shares["nemo"], shares["wanda"]
-    defined = np.isfinite(nemo).all(1) & np.isfinite(wanda).all(1)
-    places = np.flatnonzero(defined)
-    labels = [group.labels[k] for k in places]
-    overlaps = np.minimum(nemo[places][:, None], wanda[places][None]).sum(2)
-    same: dict[str, list[float]] = {}
-    for k, label in enumerate(labels):
-        same.setdefault(label, []).append(float(overlaps[k, k]))
-    symmetric = (overlaps + overlaps.T) / 2
-    within, between = pair_estimates(symmetric, labels, seed=seed)
-    return BlockAgreement(
-        group=group.name,
-        blocks=blocks,
-        nemo=tuple(map(float, nemo[places].mean(0))) if len(places) else (),
-        wanda=tuple(map(float, wanda[places].mean(0))) if len(places) else (),
-        shared_parameters=shared,
-        overlap=mean_estimate(same, seed=seed),
-        overlap_other=between if between.count else within,
-        overlap_other_images=between.count > 0,
-        undefined=len(group.labels) - len(places),
-    )
+    by_block = np.zeros((len(next(iter(sizes.values()))), len(blocks)))
+    for name, size in sizes.items():
+        if block_of(name) in blocks:
+            by_block[:, blocks.index(block_of(name))] += size
+    total = by_block.sum(1, keepdims=True)
+    return np.where(total > 0, by_block / np.where(total > 0, total, 1), np.nan)

@@ -1,38 +1,47 @@
-"""How often embeddings draw the image: against budget, between two triggers, on other models."""
+"""The locality study: search triggers of a few images, and find out where they work.
+
+A trigger is the end of an attack that replicates its image on the model that it was searched on.
+How far it transfers is asked of that model (with fewer steps, and on lines between two triggers)
+and of others.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 from urllib.parse import quote
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from torch import nn
 
-from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.embedding_attack import (
     AttackContext,
     Conditioning,
-    ControlPrompts,
     attack_rounds,
     run_attacks,
 )
 from dori_lightning.audit.context import AuditContext
-from dori_lightning.audit.evaluation import calibrate, generate, measure, prompt_conditionings
-from dori_lightning.locality.embeddings import Group, GroupName, PromptSet, TriggerSet
+from dori_lightning.audit.evaluation import (
+    calibrate,
+    generate,
+    image_folder,
+    measure,
+    prompt_conditionings,
+)
+from dori_lightning.locality.embeddings import ImageKind, PromptSet, TriggerSet
 from dori_lightning.locality.estimates import Rate, rate_of
 from dori_lightning.locality.layers import (
+    SELECTION,
     ActivationFindings,
-    Compared,
-    Selections,
-    SelectionStore,
+    Group,
+    GroupName,
+    Method,
+    Selection,
     WeightFindings,
     activation_findings,
     feed_forward_distances,
@@ -40,14 +49,8 @@ from dori_lightning.locality.layers import (
     weight_findings,
 )
 from dori_lightning.metrics.calibration import ReferenceImages
-from dori_lightning.metrics.replication import per_pair
-from dori_lightning.mitigations.base import (
-    Context,
-    EditResult,
-    Mitigation,
-    edit_key,
-    settings_fingerprint,
-)
+from dori_lightning.metrics.replication import is_copy
+from dori_lightning.mitigations.base import EditResult, Mitigation, edit_key, settings_fingerprint
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
@@ -55,23 +58,27 @@ from dori_lightning.models.generation import (
     GenerationRequest,
     generate_images,
     generation_noise,
-    image_seeds,
-    load_images,
 )
-from dori_lightning.models.protocol import Sampling, TextToImage
-from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.datamodule import Encoded, PairsDataModule
-from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.pairs.datamodule import Encoded
+from dori_lightning.runtime.cache import TENSORS, Cache, Tensors
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import Budget, Init, InputError, Pair
+from dori_lightning.types import Calibration, Condition, Init, InputError, Pair
 
+log = logging.getLogger(__name__)
+
+AT_ONCE = 32
+"""Embeddings that NeMo is run with before its selections are stored."""
+
+K = TypeVar("K")
 Part = Literal["embeddings", "activations", "weights", "triggers"]
+Toward = Literal["same_image", "other_image", "random"]
+TOWARDS: tuple[Toward, ...] = ("same_image", "other_image", "random")
 
 
 @dataclass(frozen=True)
 class LocalitySettings:
-    """What is looked at; see ``conf/task/locality.yaml``.
+    """The task's settings; see ``conf/task/locality.yaml``.
 
     Attributes:
         parts: Which questions are answered.
@@ -106,12 +113,6 @@ class LocalitySettings:
     transfer_to: tuple[Mitigation, ...]
 
 
-# -------- large
-
-Toward = Literal["same_image", "other_image", "random"]
-TOWARDS: tuple[Toward, ...] = ("same_image", "other_image", "random")
-
-
 @dataclass(frozen=True)
 class BudgetPoint:
     """Success after some steps, on the model that was attacked.
@@ -120,11 +121,11 @@ class BudgetPoint:
         held: Whether the images are ``memorized`` or ``control``.
         start: Where the attacks began.
         steps: Steps spent.
-        rate: Attacks that draw their image.
+        rate: Attacks that replicate their image.
         diverged: Attacks that stopped being finite; left out of the rate.
     """
 
-    held: Literal["memorized", "control"]
+    held: ImageKind
     start: Init
     steps: int
     rate: Rate
@@ -132,33 +133,14 @@ class BudgetPoint:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A straight line from one trigger to another embedding.
-
-    Attributes:
-        pair: The image whose trigger it begins with, and whose picture is looked for.
-        toward: Where it ends: another trigger of the ``same_image``, a trigger of an
-            ``other_image``, or a ``random`` embedding, both as controls.
-        number: Which line of the image.
-        first: Where it begins (T, D).
-        last: Where it ends (T, D).
-    """
-
-    pair: str
-    toward: Toward
-    number: int
-    first: torch.Tensor
-    last: torch.Tensor
-
-
-@dataclass(frozen=True)
 class LinePoint:
     """Success at one place of lines.
 
     Attributes:
-        toward: Which lines.
+        toward: Where the lines end: at another trigger of the ``same_image``, at a trigger of an
+            ``other_image``, or at a ``random`` embedding, both as controls.
         place: Share of the way, 0 at the trigger.
-        rate: Embeddings there that draw the image of the line's beginning.
+        rate: Embeddings there that replicate the image of the line's beginning.
     """
 
     toward: Toward
@@ -175,30 +157,269 @@ class Transfer:
         searched: Whether this is the model that the triggers were searched on.
         held: Whether the images are ``memorized`` or ``control``.
         start: Where the attacks began; ``prompt_itself`` for the unattacked prompt.
-        rate: Embeddings that draw their image. Of memorized images only triggers that work on the
-            searched model are asked.
+        rate: Embeddings that replicate their image. Of memorized images only triggers that work
+            on the searched model are tried.
     """
 
     model: str
     searched: bool
-    held: Literal["memorized", "control"]
+    held: ImageKind
     start: Init | Literal["prompt_itself"]
     rate: Rate
 
 
 @dataclass(frozen=True)
-class Transfers:
-    """How often embeddings draw the image.
+class TransferFindings:
+    """How often embeddings replicate the image.
 
     Attributes:
         budget: Success against steps.
         lines: Success between two triggers.
-        transfers: Success on other models.
+        transfers: Success by model.
     """
 
     budget: tuple[BudgetPoint, ...]
     lines: tuple[LinePoint, ...]
     transfers: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied and with what.
+
+    Attributes:
+        audit: Model, pairs, attack and sampling, as an audit has them; snapshots of the attack
+            hold 0, the start.
+        settings: The task's settings.
+        studied: Memorized images whose triggers are searched.
+        controls: Control images that are attacked in the same way.
+        memorized: Prompts of other memorized images.
+        ordinary: Control prompts.
+        calibration: What counts as replicating an image.
+        replications: Folder of images to whether they replicate their image, as far as judged.
+    """
+
+    audit: AuditContext
+    settings: LocalitySettings
+    studied: tuple[Pair, ...]
+    controls: tuple[Pair, ...]
+    memorized: PromptSet
+    ordinary: PromptSet
+    calibration: Calibration
+    replications: dict[Path, bool] = field(default_factory=dict)
+
+    def find_edit(self, mitigation: Mitigation) -> EditResult:
+        """A mitigation's edit: read from the cache, or made and stored there."""
+        forgotten = self.studied if self.settings.forget == "studied" else self.audit.suspected
+        return self.audit.for_mitigations.find(mitigation, self.audit.model, forgotten)
+
+    def replicates(
+        self, queries: Sequence[tuple[str, Conditioning]], *, edit: str, title: str
+    ) -> list[bool]:
+        """Generate from embeddings on the model as it is now, and decide as an audit does.
+
+        Args:
+            queries: Folder of the images, below the run's, one for each model and kind of
+                embedding; and what to generate from.
+            edit: Identity of the edit that the model carries.
+            title: What the progress line says.
+
+        Returns:
+            Whether each embedding replicates its image.
+        """
+        audit, known = self.audit, self.replications
+        folders = [audit.folder / "pictures" / name for name, _ in queries]
+        requests = [
+            GenerationRequest(image_folder(folder, one), one.embedding, one.pair.id)
+            for folder, (_, one) in zip(folders, queries, strict=True)
+        ]
+        with progress_bar(title, len(requests) * audit.sampling.images_per_pair) as advance:
+            generate_images(audit.model, requests, audit.sampling, edit=edit, advance=advance)
+        for folder, request, (_, one) in zip(folders, requests, queries, strict=True):
+            if request.folder not in known:
+                outcome = measure(audit, one, folder)
+                aggregation = audit.references.measures.aggregation
+                known[request.folder] = is_copy(outcome, self.calibration, aggregation)
+        return [known[request.folder] for request in requests]
+
+
+def find_threshold(audit: AuditContext) -> Calibration:
+    """What counts as replicating an image: the list's fixed threshold, or as an audit sets it.
+
+    Raises:
+        InputError: No threshold separates.
+    """
+    measures = audit.references.measures
+    fixed = measures.descriptors[measures.decider].threshold
+    if fixed is not None:
+        return Calibration(measures.decider, fixed, "fixed", (), (), float("nan"), ())
+    prompts, folder = prompt_conditionings(audit), audit.unmitigated
+    generate(audit, prompts, folder, title="calibrate")
+    return calibrate(audit, [measure(audit, prompt, folder) for prompt in prompts])
+
+
+@dataclass(frozen=True)
+class SearchedTriggers:
+    """What the attacks found.
+
+    Attributes:
+        attacks: One per image, start, restart and snapshot, those of controls too.
+        memorized: Attacks on memorized images, one set per image and start, those that diverged
+            left out.
+        controls: The same for control images.
+    """
+
+    attacks: tuple[Conditioning, ...]
+    memorized: tuple[TriggerSet, ...]
+    controls: tuple[TriggerSet, ...]
+
+    def working(self, start: Init) -> tuple[TriggerSet, ...]:
+        """Triggers of memorized images from one start."""
+        return tuple(one.only_working() for one in self.memorized if one.start == start)
+
+
+def search(study: Study, *, edit: str) -> SearchedTriggers:
+    """Attack the images under study and the controls, and see which ends replicate their image.
+
+    Args:
+        study: The study; its model carries the edit.
+        edit: Identity of the edit.
+    """
+    audit = study.audit
+    pairs = [*study.studied, *study.controls]
+    attack = AttackContext(
+        model=audit.model,
+        data=audit.data,
+        settings=audit.attack,
+        budget=audit.budget,
+        controls=audit.control_prompts,
+        folder=audit.folder / "attacks",
+        seed=audit.seed,
+        edit=edit,
+    )
+    # few pairs and many restarts: attacks of one pair share batches, too
+    jobs = list(chain.from_iterable(attack_rounds(audit.attack, pairs)))
+    attacks = run_attacks(attack, [jobs], strict=True)
+    order = {pair.id: k for k, pair in enumerate(pairs)}
+    attacks.sort(key=lambda attack: order[attack.pair.id])
+    finite = [
+        a for a in attacks if a.condition.budget.steps == audit.budget.steps and not a.diverged
+    ]
+    queries = [("searched", attack) for attack in finite]
+    works = study.replicates(queries, edit=edit, title="generate from ends")
+    starts = {_attack(a): a.embedding for a in attacks if a.condition.budget.steps == 0}
+    sets: dict[ImageKind, list[TriggerSet]] = {"memorized": [], "control": []}
+    for init in audit.attack.inits:
+        for pair in pairs:
+            chosen = [
+                (attack, success)
+                for attack, success in zip(finite, works, strict=True)
+                if attack.pair.id == pair.id and attack.condition.init == init
+            ]
+            if chosen:
+                sets[_kind(pair)].append(
+                    TriggerSet(
+                        pair=pair,
+                        start=init,
+                        prompt=audit.data.encoded(pair).embedding,
+                        restarts=tuple(attack.restart for attack, _ in chosen),
+                        starts=torch.stack([starts[_attack(attack)] for attack, _ in chosen]),
+                        ends=torch.stack([attack.embedding for attack, _ in chosen]),
+                        working=tuple(success for _, success in chosen),
+                    )
+                )
+    return SearchedTriggers(tuple(attacks), tuple(sets["memorized"]), tuple(sets["control"]))
+
+
+def _attack(attack: Conditioning) -> tuple[str, str | None, int]:
+    return attack.pair.id, attack.condition.init, attack.restart
+
+
+def _kind(pair: Pair) -> ImageKind:
+    return "control" if pair.kind == "control" else "memorized"
+
+
+def _rates(
+    keys: Iterable[K], embeddings: Iterable[Conditioning], works: Iterable[bool]
+) -> dict[K, Rate]:
+    """Success rates by key, in the order of first appearance."""
+    outcomes: dict[K, dict[str, list[bool]]] = {}
+    for key, embedding, success in zip(keys, embeddings, works, strict=True):
+        outcomes.setdefault(key, {}).setdefault(embedding.pair.id, []).append(success)
+    return {key: rate_of(by_image) for key, by_image in outcomes.items()}
+
+
+def transfer_findings(
+    study: Study, triggers: SearchedTriggers, models: Mapping[str, Edit]
+) -> TransferFindings:
+    """How often embeddings replicate their image: with fewer steps, on lines, on other models.
+
+    Args:
+        study: The study; its model carries no edit.
+        triggers: What the attacks found.
+        models: Name of each model to its edit; the first is the one that was searched.
+    """
+    (searched, edit), *others = models.items()
+    with edit.applied(study.audit.model):
+        budget = _budget_points(study, triggers, edit=edit.identity)
+        lines = _line_points(study, triggers, edit=edit.identity)
+        transfers = _transfers(study, triggers, model=searched, edit=edit.identity)
+    for name, other in others:
+        with other.applied(study.audit.model):
+            transfers += _transfers(study, triggers, model=name, edit=other.identity)
+    return TransferFindings(budget, lines, transfers)
+
+
+def _budget_points(
+    study: Study, triggers: SearchedTriggers, *, edit: str
+) -> tuple[BudgetPoint, ...]:
+    """Success against steps from ``settings.start``, and after all steps from every start."""
+
+    def key(attack: Conditioning) -> tuple[ImageKind, Init | None, int]:
+        return _kind(attack.pair), attack.condition.init, attack.condition.budget.steps
+
+    steps = study.audit.budget.steps
+    attacks = [
+        attack
+        for attack in triggers.attacks
+        if attack.condition.init == study.settings.start or attack.condition.budget.steps == steps
+    ]
+    finite = [attack for attack in attacks if not attack.diverged]
+    queries = [("searched", attack) for attack in finite]
+    works = study.replicates(queries, edit=edit, title="generate against budget")
+    rates = _rates(map(key, finite), finite, works)
+    diverged = [key(attack) for attack in attacks if attack.diverged]
+    kinds: tuple[ImageKind, ...] = ("memorized", "control")
+    return tuple(
+        BudgetPoint(kind, init, spent, rates.get(point) or rate_of({}), diverged.count(point))
+        for kind in kinds
+        for init in study.audit.attack.inits
+        for spent in sorted({attack.condition.budget.steps for attack in attacks})
+        if (point := (kind, init, spent)) in rates or point in diverged
+    )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line from one trigger to another embedding.
+
+    Attributes:
+        pair: The image whose trigger it begins with.
+        toward: Where it ends.
+        number: Which line of the image.
+        first: Where it begins (T, D).
+        last: Where it ends (T, D).
+    """
+
+    pair: Pair
+    toward: Toward
+    number: int
+    first: torch.Tensor
+    last: torch.Tensor
+
+    def at(self, place: float) -> torch.Tensor:
+        """Embedding (T, D) at a share of the way, 0 at the beginning and 1 at the end."""
+        return (1 - place) * self.first + place * self.last
 
 
 def lines_between(triggers: Sequence[TriggerSet], *, count: int, seed: int = 0) -> list[Line]:
@@ -214,43 +435,64 @@ def lines_between(triggers: Sequence[TriggerSet], *, count: int, seed: int = 0) 
         seed: Of the random embeddings.
     """
     lines = []
-    sets = [own for own in triggers if len(own.ends)]
+    sets = [one for one in triggers if len(one.ends)]
     for place, own in enumerate(sets):
         # a line there and the same line back would be counted twice
         pairs = 1 if len(own.ends) == 2 else len(own.ends)
-        for k in range(min(count, pairs)):
+        for k, first in enumerate(own.ends[: min(count, pairs)]):
             if len(own.ends) > 1:
-                other = own.ends[(k + 1) % len(own.ends)]
-                lines.append(Line(own.pair.id, "same_image", k, own.ends[k], other))
+                last = own.ends[(k + 1) % len(own.ends)]
+                lines.append(Line(own.pair, "same_image", k, first, last))
             if len(sets) > 1:
-                stranger = sets[(place + 1) % len(sets)]
-                last = stranger.ends[k % len(stranger.ends)]
-                lines.append(Line(own.pair.id, "other_image", k, own.ends[k], last))
-            noise = torch.randn(
-                own.ends[k].shape, generator=keyed_generator("line", seed, own.pair.id, k)
-            )
-            lines.append(Line(own.pair.id, "random", k, own.ends[k], noise))
+                other = sets[(place + 1) % len(sets)].ends
+                lines.append(Line(own.pair, "other_image", k, first, other[k % len(other)]))
+            generator = keyed_generator("line", seed, own.pair.id, k)
+            noise = torch.randn(first.shape, generator=generator)
+            lines.append(Line(own.pair, "random", k, first, noise))
     return lines
 
 
-def points_on(line: Line, places: Sequence[float]) -> torch.Tensor:
-    """Embeddings (P, T, D) at shares of the way, 0 at the line's beginning and 1 at its end."""
-    way = torch.tensor(places, dtype=line.first.dtype)[:, None, None]
-    return (1 - way) * line.first + way * line.last
+def _line_points(study: Study, triggers: SearchedTriggers, *, edit: str) -> tuple[LinePoint, ...]:
+    """Success on lines from triggers."""
+    settings, audit = study.settings, study.audit
+    condition = Condition("dori", settings.start, audit.budget)
+    lines = lines_between(triggers.working(settings.start), count=settings.lines, seed=audit.seed)
+    points = [(toward, place) for toward in TOWARDS for place in settings.places]
+    queries, keys = [], []
+    for toward, place in points:
+        for line in lines:
+            if line.toward == toward:
+                one = Conditioning(line.pair, condition, line.number, line.at(place))
+                queries.append((f"lines/{toward}/{place:g}", one))
+                keys.append((toward, place))
+    works = study.replicates(queries, edit=edit, title="generate on lines")
+    rates = _rates(keys, [one for _, one in queries], works)
+    return tuple(LinePoint(*point, rates[point]) for point in points if point in rates)
 
 
-# -------- locality_layers
-# Run the checkpoint with each embedding: activations of its layers, selections of its weights.
-#
-# Always the checkpoint as it is, whatever model the triggers were searched on: what is asked is
-# where *it* holds the image.
-
-log = logging.getLogger(__name__)
-
-AT_ONCE = 32
-"""Embeddings that NeMo is run with before its selections are kept."""
-
-Method = Literal["nemo", "wanda"]
+def _transfers(
+    study: Study, triggers: SearchedTriggers, *, model: str, edit: str
+) -> tuple[Transfer, ...]:
+    """Success of prompts and of triggers on one model, which carries the edit."""
+    audit = study.audit
+    searched = model == audit.mitigation.name
+    prompts = {prompt.pair.id: prompt for prompt in prompt_conditionings(audit)}
+    embeddings = [prompts[pair.id] for pair in (*study.studied, *study.controls)]
+    keys: list[tuple[ImageKind, Init | Literal["prompt_itself"]]] = [
+        (_kind(prompt.pair), "prompt_itself") for prompt in embeddings
+    ]
+    for own in (*(own.only_working() for own in triggers.memorized), *triggers.controls):
+        for restart, end in zip(own.restarts, own.ends, strict=True):
+            condition = Condition("dori", own.start, audit.budget)
+            embeddings.append(Conditioning(own.pair, condition, restart, end))
+            keys.append((_kind(own.pair), own.start))
+    folder = "searched" if searched else f"on_{quote(model, safe='')}"
+    queries = [(folder, one) for one in embeddings]
+    works = study.replicates(queries, edit=edit, title=f"generate on {model}")
+    return tuple(
+        Transfer(model, searched, kind, start, rate)
+        for (kind, start), rate in _rates(keys, embeddings, works).items()
+    )
 
 
 def groups_of(study: Study, triggers: SearchedTriggers) -> tuple[Group, ...]:
@@ -270,574 +512,137 @@ def groups_of(study: Study, triggers: SearchedTriggers) -> tuple[Group, ...]:
             len(labels),
             study.settings.start,
         )
-    asked: dict[GroupName, PromptSet] = {
+    prompts: dict[GroupName, PromptSet] = {
         "memorized_prompts": study.memorized,
         "control_prompts": study.ordinary,
     }
-    for name, prompts in asked.items():
-        everybody = ("prompts",) * len(prompts.pairs)
-        groups.append(Group(name, everybody, prompts.pairs, prompts.embeddings))
+    for name, own in prompts.items():
+        groups.append(Group(name, ("prompts",) * len(own.pairs), own.pairs, own.embeddings))
     return tuple(groups)
 
 
-def look_at_activations(study: Study, groups: Sequence[Group]) -> ActivationFindings:
-    """Compare what embeddings activate in the layers that NeMo and Wanda look at."""
-    settings, model = study.settings, study.model
-    steps = model.sampling_timesteps(study.desk.sampling)
+def compare_activations(study: Study, groups: Sequence[Group]) -> ActivationFindings:
+    """Compare what embeddings activate in the layers that NeMo and Wanda look at.
+
+    Raises:
+        InputError: The sampler has no step ``settings.activation_step``.
+    """
+    settings, model = study.settings, study.audit.model
+    steps = model.sampling_timesteps(study.audit.sampling)
     if not 0 <= settings.activation_step < len(steps):
         raise InputError(
             f"task.activation_step must be in 0..{len(steps) - 1}, the sampler's steps, got "
             f"{settings.activation_step}"
         )
     timestep = steps[settings.activation_step]
-    everything = torch.cat([group.embeddings for group in groups])
+    embeddings = torch.cat([group.embeddings for group in groups])
     noise = generation_noise(settings.noise_seed, model.latent_shape)
-    digest = hashlib.sha256(
-        f"{model.fingerprint}|{model.latent_shape}|{int(timestep)}|{settings.noise_seed}|"
-        f"{settings.nemo.stages}|{settings.wanda.stages}".encode()
-    )
-    digest.update(everything.contiguous().float().numpy().tobytes())
-    path, identity = study.folder / "activations.safetensors", digest.hexdigest()[:24]
-    compared = _read_compared(path, identity)
-    if compared is None:
-        compared = {
-            "nemo": value_distances(model, everything, settings.nemo.stages),
-            "wanda": feed_forward_distances(
-                model, everything, settings.wanda.stages, noise=noise, timestep=timestep
-            ),
-        }
-        _write_compared(path, identity, compared)
+    nemo, wanda = settings.nemo.stages, settings.wanda.stages
+    layers: dict[Method, Mapping[str, nn.Module]] = {
+        "nemo": model.layers("cross_attention.value", nemo),
+        "wanda": model.layers("feed_forward.out", wanda),
+    }
+    compare: dict[Method, Callable[[], Tensors]] = {
+        "nemo": lambda: value_distances(model, embeddings, nemo),
+        "wanda": lambda: feed_forward_distances(
+            model, embeddings, wanda, noise=noise, timestep=timestep
+        ),
+    }
+    key: dict[str, str | int] = {
+        "checkpoint": model.fingerprint,
+        "latents": str(model.latent_shape),
+        "timestep": int(timestep),
+        "noise_seed": settings.noise_seed,
+        "embeddings": _hash(embeddings),
+    }
+    cache = Cache(study.audit.folder / "activations")
+    compared = {
+        method: (
+            list(own),
+            cache.get(method, {**key, "layers": ",".join(own)}, compare[method], TENSORS),
+        )
+        for method, own in layers.items()
+    }
     return activation_findings(
         compared,
         groups,
         timestep=int(timestep),
         noise_seed=settings.noise_seed,
-        seed=study.seed,
+        seed=study.audit.seed,
     )
 
 
-def look_at_weights(study: Study, groups: Sequence[Group]) -> WeightFindings:
+def compare_weights(study: Study, groups: Sequence[Group]) -> WeightFindings:
     """Run NeMo and Wanda with each embedding and compare what they select."""
-    settings = study.settings
+    audit, settings = study.audit, study.settings
     names = [f"{g.name}.{label}.{k}" for g in groups for k, label in enumerate(g.labels)]
     pairs = [pair for group in groups for pair in group.pairs]
     embeddings = torch.cat([group.embeddings for group in groups])
-    methods: dict[Method, Any] = {"nemo": settings.nemo, "wanda": settings.wanda}
-    found: dict[Method, Selections] = {}
-    for method, own in methods.items():
-        store = SelectionStore(
-            study.folder / "selections" / method,
-            edit_key(own, study.model, (), study.context),
-        )
-        identities = [
-            store.identity_of(embedding, pair.sha256)
+    methods: dict[Method, Mitigation] = {"nemo": settings.nemo, "wanda": settings.wanda}
+    selections: dict[Method, list[Selection]] = {}
+    for method, mitigation in methods.items():
+        cache = Cache(audit.folder / "selections" / method)
+        identity = edit_key(mitigation, audit.model, (), audit.for_mitigations)
+        keys = [
+            {"method": identity, "image": pair.sha256, "embedding": _hash(embedding)}
             for embedding, pair in zip(embeddings, pairs, strict=True)
         ]
-        missing = [k for k, i in enumerate(identities) if not store.holds(names[k], i)]
-        select = _run_nemo if method == "nemo" else _run_wanda
-        select(study, store, names, identities, pairs, embeddings, missing)
-        found[method] = Selections(
-            parameters=store.parameters(names[0]),
-            masks=_Masks(store, names),
-            memorized=tuple(store.memorized(name) for name in names),
-        )
+        found = [cache.read(name, key, SELECTION) for name, key in zip(names, keys, strict=True)]
+        missing = [k for k, selection in enumerate(found) if selection is None]
+        if method == "nemo":
+            made = _run_nemo(study, names, pairs, embeddings, missing)
+        else:
+            made = _run_wanda(study, embeddings, missing)
+        for k, selection in zip(missing, made, strict=True):
+            cache.write(names[k], selection, keys[k], SELECTION)
+            found[k] = selection
+        selections[method] = [selection for selection in found if selection is not None]
     return weight_findings(
-        found,
+        selections,
         groups,
         settings={method: settings_fingerprint(own) for method, own in methods.items()},
-        seed=study.seed,
+        seed=audit.seed,
     )
-
-
-class _Masks:
-    """Masks of one weight for all embeddings, read as they are asked for."""
-
-    def __init__(self, store: SelectionStore, names: Sequence[str]) -> None:
-        self.store, self.names = store, names
-
-    def __call__(self, parameter: str) -> list[torch.Tensor]:
-        return self.store.masks(self.names, parameter)
 
 
 def _run_nemo(
     study: Study,
-    store: SelectionStore,
     names: Sequence[str],
-    identities: Sequence[str],
     pairs: Sequence[Pair],
     embeddings: torch.Tensor,
     missing: Sequence[int],
-) -> None:
-    nemo = study.settings.nemo
+) -> Iterator[Selection]:
+    """Select with the ``missing`` embeddings; each is a pair of its own to NeMo."""
+    audit, nemo = study.audit, study.settings.nemo
+    references = audit.references
     for first in range(0, len(missing), AT_ONCE):
         chunk = missing[first : first + AT_ONCE]
-        # one embedding each, where NeMo knows pairs: the same image under as many names
-        twins = [replace(pairs[k], id=names[k]) for k in chunk]
-        references = study.context.references
         images = references.images[[references.places[pairs[k].id] for k in chunk]]
-        context = replace(
-            study.context, references=ReferenceImages(twins, images, references.measures)
-        )
+        renamed = [replace(pairs[k], id=names[k]) for k in chunk]
+        own_references = ReferenceImages(renamed, images, references.measures)
         found = nemo.find(
-            study.model,
-            {names[k]: Encoded(study.data.encoded(pairs[k]).latent, embeddings[k]) for k in chunk},
-            context,
+            audit.model,
+            {names[k]: Encoded(audit.data.encoded(pairs[k]).latent, embeddings[k]) for k in chunk},
+            replace(audit.for_mitigations, references=own_references),
         )
         for k in chunk:
-            store.write(
-                names[k],
-                identities[k],
-                found.masks[names[k]],
-                memorized=bool(found.notes[names[k]]["memorized"]),
-            )
+            memorized = bool(found.notes[names[k]]["memorized"])
+            yield Selection.of(found.masks[names[k]], memorized=memorized)
         # calibrated once is enough
         nemo = replace(nemo, criterion=nemo.criterion.calibrated(found.threshold))
 
 
 def _run_wanda(
-    study: Study,
-    store: SelectionStore,
-    names: Sequence[str],
-    identities: Sequence[str],
-    pairs: Sequence[Pair],
-    embeddings: torch.Tensor,
-    missing: Sequence[int],
-) -> None:
-    del pairs
-    if not missing:
-        return
-    masks = study.settings.wanda.find(study.model, embeddings[list(missing)], study.context)
-    for k, own in zip(missing, masks, strict=True):
-        store.write(names[k], identities[k], own, memorized=None)
-
-
-def _write_compared(
-    path: Path, identity: str, compared: Mapping[Method, Mapping[str, Compared]]
-) -> None:
-    tensors, order = {}, []
-    for method, layers in compared.items():
-        for layer, values in layers.items():
-            order.append([method, layer])
-            tensors[f"{method}|{layer}|distance"] = values.distance.contiguous()
-            tensors[f"{method}|{layer}|length"] = values.length.contiguous()
-    note = {"identity": identity, "order": json.dumps(order)}
-    write_atomically(path, save(tensors, metadata=note))
-
-
-def _read_compared(path: Path, identity: str) -> dict[Method, dict[str, Compared]] | None:
-    """What was compared before, None where nothing was or something else."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata() or {}
-            if note.get("identity") != identity:
-                return None
-            found: dict[Method, dict[str, Compared]] = {}
-            for method, layer in json.loads(note["order"]):
-                found.setdefault(method, {})[layer] = Compared(
-                    file.get_tensor(f"{method}|{layer}|distance"),
-                    file.get_tensor(f"{method}|{layer}|length"),
-                )
-            return found
-    except (SafetensorError, OSError) as error:
-        log.warning("%s is damaged and is computed anew: %s", path, error)
-        return None
-
-
-# -------- locality_pictures
-# Ask models for pictures, and whether those show the image; what was asked once is kept.
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What counts as drawing an image.
-
-    Attributes:
-        descriptor: Name of the deciding descriptor.
-        threshold: Similarity above which an embedding draws the image.
-    """
-
-    descriptor: str
-    threshold: float
-
-
-@dataclass(frozen=True)
-class Query:
-    """An embedding whose pictures are looked at.
-
-    Attributes:
-        place: Folder of the pictures below the desk's.
-        pair: The image that is looked for.
-        embedding: Text embedding (T, D).
-    """
-
-    place: str
-    pair: Pair
-    embedding: torch.Tensor
-
-
-@dataclass
-class ReplicationJudge:
-    """Draws pictures and compares them with references.
-
-    Attributes:
-        model: Model that draws, with whatever edit is applied when it is asked.
-        sampling: How.
-        references: What pictures are compared with.
-        rule: What counts as drawing an image.
-        folder: Where pictures go.
-        record: File that keeps similarities of pictures by their content.
-        known: What that file holds.
-    """
-
-    model: TextToImage
-    sampling: Sampling
-    references: ReferenceImages
-    rule: Rule
-    folder: Path
-    record: Path
-    known: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.record.is_file():
-            try:
-                self.known = dict(json.loads(self.record.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                log.warning("%s is damaged and is computed anew: %s", self.record, error)
-
-    def draws(self, asked: Sequence[Query], *, edit: str, title: str) -> list[bool]:
-        """Whether each embedding draws its image on the model as it is now.
-
-        Args:
-            asked: What to draw.
-            edit: Identity of the edit that is applied.
-            title: What is being done.
-        """
-        orders = [GenerationRequest(self.folder / a.place, a.embedding, a.pair.id) for a in asked]
-        with progress_bar(title, len(orders) * self.sampling.images_per_pair) as advance:
-            generate_images(self.model, orders, self.sampling, edit=edit, advance=advance)
-        return [value > self.rule.threshold for value in self._similarities(asked)]
-
-    def _similarities(self, asked: Sequence[Query]) -> list[float]:
-        seeds = image_seeds(self.sampling)
-        values = []
-        for one in asked:
-            folder = self.folder / one.place
-            digest = hashlib.sha256(f"{self.rule.descriptor}|{one.pair.sha256}".encode())
-            for seed in seeds:
-                digest.update((folder / f"{seed}.png").read_bytes())
-            key = digest.hexdigest()[:24]
-            if key not in self.known:
-                self.known[key] = self._similarity(one.pair, load_images(folder, seeds))
-            values.append(self.known[key])
-        write_atomically(self.record, (json.dumps(self.known) + "\n").encode())
-        return values
-
-    def _similarity(self, pair: Pair, pictures: torch.Tensor) -> float:
-        measures = self.references.measures
-        descriptor = measures.descriptors[self.rule.descriptor]
-        place = self.references.places[pair.id]
-        original = self.references.features[self.rule.descriptor][place : place + 1]
-        values = descriptor.compare(descriptor.describe(pictures), original)[:, 0]
-        return float(per_pair(values.numpy(), measures.aggregation))
-
-
-def rule_of(context: AuditContext) -> Rule:
-    """The threshold as an audit of the same list sets it: fixed, or calibrated on all its pairs.
-
-    Raises:
-        InputError: No threshold separates.
-    """
-    measures = context.references.measures
-    fixed = measures.descriptors[measures.decider].threshold
-    if fixed is not None:
-        return Rule(measures.decider, fixed)
-    prompts, folder = prompt_conditionings(context), context.unmitigated
-    generate(context, prompts, folder, title="calibrate")
-    calibration = calibrate(context, [measure(context, c, folder) for c in prompts])
-    return Rule(calibration.descriptor, calibration.threshold)
-
-
-# -------- locality_study
-# Everything that the questions about locality share: images, model, edit, triggers.
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is studied and with what.
-
-    Attributes:
-        folder: Run folder.
-        seed: Run seed.
-        settings: The task's settings.
-        attack: Attack settings; snapshots hold 0, the start.
-        budget: The attack's budget, resolved.
-        control_prompts: Where attacks from ``control_prompt`` begin.
-        pairs: Every pair of the list.
-        studied: Memorized images whose triggers are searched.
-        controls: Control images that are attacked in the same way.
-        memorized: Prompts of other memorized images.
-        ordinary: Control prompts.
-        model: The checkpoint.
-        data: Encoded pairs.
-        context: What mitigations work with.
-        desk: Draws and judges pictures.
-        mitigation: Whose model triggers are searched on.
-    """
-
-    folder: Path
-    seed: int
-    settings: LocalitySettings
-    attack: AttackSettings
-    budget: Budget
-    control_prompts: ControlPrompts
-    pairs: tuple[Pair, ...]
-    studied: tuple[Pair, ...]
-    controls: tuple[Pair, ...]
-    memorized: PromptSet
-    ordinary: PromptSet
-    model: StableDiffusion
-    data: PairsDataModule
-    context: Context
-    desk: ReplicationJudge
-    mitigation: Mitigation
-
-    def edit_of(self, mitigation: Mitigation) -> EditResult:
-        """A mitigation's edit: read from the cache, or made and kept there."""
-        suspected = [pair for pair in self.pairs if pair.kind != "control"]
-        forgotten = self.studied if self.settings.forget == "studied" else suspected
-        return self.context.find(mitigation, self.model, forgotten)
-
-
-@dataclass(frozen=True)
-class SearchedTriggers:
-    """What the attacks found.
-
-    Attributes:
-        everything: One per image, start, restart and snapshot, those of controls too.
-        memorized: Attacks on memorized images, one set per image and start, those that diverged
-            left out.
-        controls: The same for control images.
-    """
-
-    everything: tuple[Conditioning, ...]
-    memorized: tuple[TriggerSet, ...]
-    controls: tuple[TriggerSet, ...]
-
-    def working(self, start: Init) -> tuple[TriggerSet, ...]:
-        """Triggers of memorized images from one start that draw their image."""
-        return tuple(own.only_working() for own in self.memorized if own.start == start)
-
-
-def search(study: Study, *, edit: str) -> SearchedTriggers:
-    """Attack the images under study and the controls, and see which ends draw their image.
-
-    Args:
-        study: The study; its model carries the edit.
-        edit: Identity of the edit.
-    """
-    context = AttackContext(
-        model=study.model,
-        data=study.data,
-        settings=study.attack,
-        budget=study.budget,
-        controls=study.control_prompts,
-        folder=study.folder / "attacks",
-        seed=study.seed,
-        edit=edit,
-    )
-    # few pairs and many restarts: attacks of one pair share batches, too
-    rounds = attack_rounds(study.attack, [*study.studied, *study.controls])
-    found = run_attacks(context, [list(chain.from_iterable(rounds))], strict=True)
-    last = [t for t in found if t.condition.budget.steps == study.budget.steps]
-    finite = [t for t in last if not t.diverged]
-    asked = [Query(searched_folder(t, "searched"), t.pair, t.embedding) for t in finite]
-    works = study.desk.draws(asked, edit=edit, title="draw from ends")
-    drawn = dict(zip(map(_key, finite), works, strict=True))
-    starts = {_key(t): t.embedding for t in found if t.condition.budget.steps == 0}
-    return SearchedTriggers(
-        everything=tuple(found),
-        memorized=_sets(study, study.studied, finite, starts, drawn),
-        controls=_sets(study, study.controls, finite, starts, drawn),
-    )
-
-
-def searched_folder(trigger: Conditioning, model: str) -> str:
-    """Folder for the pictures of a trigger on a model."""
-    condition = trigger.condition
-    return (
-        f"{model}/{condition.init}/s{condition.budget.steps}/{trigger.pair.id}.r{trigger.restart}"
-    )
-
-
-def _key(trigger: Conditioning) -> tuple[str, str, int]:
-    return trigger.pair.id, str(trigger.condition.init), trigger.restart
-
-
-def _sets(
-    study: Study,
-    pairs: Sequence[Pair],
-    ends: Sequence[Conditioning],
-    starts: dict[tuple[str, str, int], torch.Tensor],
-    works: dict[tuple[str, str, int], bool],
-) -> tuple[TriggerSet, ...]:
-    sets = []
-    for init in study.attack.inits:
-        for pair in pairs:
-            own = [t for t in ends if t.pair == pair and t.condition.init == init]
-            if own:
-                sets.append(
-                    TriggerSet(
-                        pair=pair,
-                        start=init,
-                        prompt=study.data.encoded(pair).embedding,
-                        restarts=tuple(t.restart for t in own),
-                        starts=torch.stack([starts[_key(t)] for t in own]),
-                        ends=torch.stack([t.embedding for t in own]),
-                        working=tuple(works[_key(t)] for t in own),
-                    )
-                )
-    return tuple(sets)
-
-
-# -------- locality_large
-# Ask the searched model and others how often embeddings draw the image.
-
-Held = Literal["memorized", "control"]
-HELD: tuple[Held, ...] = ("memorized", "control")
-
-
-@dataclass(frozen=True)
-class OnSearched:
-    """What was asked of the model that triggers were searched on."""
-
-    budget: tuple[BudgetPoint, ...]
-    lines: tuple[LinePoint, ...]
-    transfers: tuple[Transfer, ...]
-
-
-def ask_searched_model(study: Study, triggers: SearchedTriggers, *, edit: str) -> OnSearched:
-    """Success against budget and on lines; the model carries the edit."""
-    return OnSearched(
-        budget=_budget(study, triggers, edit=edit),
-        lines=_lines(study, triggers, edit=edit),
-        transfers=_transfers(
-            study, triggers, model=study.mitigation.name, searched=True, edit=edit
-        ),
-    )
-
-
-def ask_other_models(
-    study: Study, triggers: SearchedTriggers, others: Sequence[tuple[str, Edit]]
-) -> tuple[Transfer, ...]:
-    """Success on models that the triggers were not searched on.
-
-    Args:
-        study: The study; its model carries no edit.
-        triggers: What was found.
-        others: Name and edit of each model.
-    """
-    found: list[Transfer] = []
-    for name, edit in others:
-        with edit.applied(study.model):
-            found += _transfers(study, triggers, model=name, searched=False, edit=edit.identity)
-    return tuple(found)
-
-
-def join(searched: OnSearched, others: Sequence[Transfer]) -> Transfers:
-    """Everything in one record."""
-    return Transfers(searched.budget, searched.lines, (*searched.transfers, *others))
-
-
-def _budget(study: Study, triggers: SearchedTriggers, *, edit: str) -> tuple[BudgetPoint, ...]:
-    start = study.settings.start
-    # ends were drawn already, from every start
-    own = [
-        t
-        for t in triggers.everything
-        if t.condition.init == start or t.condition.budget.steps == study.budget.steps
-    ]
-    finite = [t for t in own if not t.diverged]
-    works = study.desk.draws(
-        [Query(searched_folder(t, "searched"), t.pair, t.embedding) for t in finite],
-        edit=edit,
-        title="draw against budget",
-    )
-    points = []
-    for held, pairs in zip(HELD, (study.studied, study.controls), strict=True):
-        ids = [pair.id for pair in pairs]
-        for init in study.attack.inits:
-            for steps in sorted({t.condition.budget.steps for t in own}):
-                outcomes: dict[str, list[bool]] = {name: [] for name in ids}
-                diverged = 0
-                for trigger, success in zip(finite, works, strict=True):
-                    condition = trigger.condition
-                    if (condition.init, condition.budget.steps) == (init, steps):
-                        outcomes.get(trigger.pair.id, []).append(success)
-                for trigger in own:
-                    condition = trigger.condition
-                    if (condition.init, condition.budget.steps) == (init, steps):
-                        diverged += trigger.diverged and trigger.pair.id in ids
-                rate = rate_of(outcomes)
-                if rate.n or diverged:
-                    points.append(BudgetPoint(held, init, steps, rate, diverged))
-    return tuple(points)
-
-
-def _lines(study: Study, triggers: SearchedTriggers, *, edit: str) -> tuple[LinePoint, ...]:
-    settings = study.settings
-    sets = triggers.working(settings.start)
-    lines = lines_between(sets, count=settings.lines, seed=study.seed)
-    by_id = {pair.id: pair for pair in study.studied}
-    asked, keys = [], []
-    for line in lines:
-        for place, embedding in zip(
-            settings.places, points_on(line, settings.places), strict=True
-        ):
-            name = f"lines/{line.toward}/{place:g}/{line.pair}.{line.number}"
-            asked.append(Query(name, by_id[line.pair], embedding))
-            keys.append((line.toward, place, line.pair))
-    works = study.desk.draws(asked, edit=edit, title="draw on lines")
-    points = []
-    for toward in TOWARDS:
-        for place in settings.places:
-            outcomes: dict[str, list[bool]] = {name: [] for name in by_id}
-            for key, success in zip(keys, works, strict=True):
-                if key[:2] == (toward, place):
-                    outcomes[key[2]].append(success)
-            rate = rate_of(outcomes)
-            if rate.n:
-                points.append(LinePoint(toward, place, rate))
-    return tuple(points)
-
-
-def _transfers(
-    study: Study, triggers: SearchedTriggers, *, model: str, searched: bool, edit: str
-) -> tuple[Transfer, ...]:
-    place = "searched" if searched else f"on_{quote(model, safe='')}"
-    asked: list[Query] = []
-    keys: list[tuple[Held, Init | Literal["prompt_itself"]]] = []
-    for held, pairs in zip(HELD, (study.studied, study.controls), strict=True):
-        for pair in pairs:
-            embedding = study.data.encoded(pair).embedding
-            asked.append(Query(f"{place}/prompt_itself/{pair.id}", pair, embedding))
-            keys.append((held, "prompt_itself"))
-    steps = study.budget.steps
-    for held, sets in zip(HELD, (triggers.memorized, triggers.controls), strict=True):
-        for own in sets:
-            chosen = own.only_working() if held == "memorized" else own
-            for restart, embedding in zip(chosen.restarts, chosen.ends, strict=True):
-                name = f"{place}/{own.start}/s{steps}/{own.pair.id}.r{restart}"
-                asked.append(Query(name, own.pair, embedding))
-                keys.append((held, own.start))
-    works = study.desk.draws(asked, edit=edit, title=f"draw on {model}")
-    found = []
-    for key in dict.fromkeys(keys):
-        held, start = key
-        outcomes: dict[str, list[bool]] = {}
-        for one, own_key, success in zip(asked, keys, works, strict=True):
-            if own_key == key:
-                outcomes.setdefault(one.pair.id, []).append(success)
-        found.append(Transfer(model, searched, held, start, rate_of(outcomes)))
-    return tuple(found)
+    study: Study, embeddings: torch.Tensor, missing: Sequence[int]
+) -> Iterator[Selection]:
+    if missing:
+        audit = study.audit
+        masks = study.settings.wanda.find(
+            audit.model, embeddings[list(missing)], audit.for_mitigations
+        )
+        for own in masks:
+            yield Selection.of(own, memorized=None)
+
+
+def _hash(embeddings: torch.Tensor) -> str:
+    return hashlib.sha256(embeddings.detach().cpu().float().numpy().tobytes()).hexdigest()

@@ -278,7 +278,7 @@ def track_locality(
     """
     if not tracker.loggers:
         return
-    large = report.at_large
+    large = report.transfer
     if large is not None:
         tracker.scalars(
             _by_step(

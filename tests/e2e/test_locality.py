@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dori_lightning.locality import study
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.report.locality import read_locality_record
 from dori_lightning.types import InputError
 from support.context import FakeCorpus
 from support.runs import run_task, write_pairs
@@ -70,6 +70,11 @@ def overrides(material: Path, *more: str) -> tuple[str, ...]:
     )
 
 
+def record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "locality.json").read_text(encoding="utf-8"))
+    return record
+
+
 @pytest.fixture(scope="module")
 def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
@@ -78,7 +83,7 @@ def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_record_answers_every_question(finished: Path) -> None:
-    record = read_locality_record(finished)
+    record = record_of(finished)
     assert record["mitigation"] == "wanda_10"
     assert [image["id"] for image in record["images"]] == ["pair0", "pair1", "pair4"]
     assert record["images"][0]["working"] == {"random": 3, "prompt": 3, "control_prompt": 3}
@@ -115,7 +120,7 @@ def test_the_record_answers_every_question(finished: Path) -> None:
 
 
 def test_figures_page_and_summary_are_there(finished: Path) -> None:
-    record = read_locality_record(finished)
+    record = record_of(finished)
     names = [Path(figure["file"]).stem for figure in record["figures"]]
     assert names == [
         f"locality_{name}"
@@ -134,13 +139,13 @@ def test_figures_page_and_summary_are_there(finished: Path) -> None:
 def test_running_again_computes_nothing_and_finds_the_same(
     material: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = read_locality_record(finished)
+    before = record_of(finished)
     calls: list[int] = []
     monkeypatch.setattr(
         StableDiffusion, "_denoise", lambda *_, **__: calls.append(1) or pytest.fail("computed")
     )
     run_task(finished, *overrides(material), experiment="locality")
-    after = read_locality_record(finished)
+    after = record_of(finished)
     assert not calls
     for key in before.keys() - {"provenance"}:
         assert before[key] == after[key], key
@@ -148,10 +153,10 @@ def test_running_again_computes_nothing_and_finds_the_same(
 
 @pytest.mark.slow
 def test_a_part_alone_takes_what_is_kept(material: Path, finished: Path, tmp_path: Path) -> None:
-    whole, folder = read_locality_record(finished), tmp_path / "runs" / "copy"
+    whole, folder = record_of(finished), tmp_path / "runs" / "copy"
     shutil.copytree(finished, folder)
     run_task(folder, *overrides(material, "task.parts=[weights]"), experiment="locality")
-    part = read_locality_record(folder)
+    part = record_of(folder)
     assert part["weights"] == whole["weights"]
     assert part["embeddings"] is None
     assert part["at_large"] is None
@@ -175,7 +180,7 @@ def test_an_interrupted_run_goes_on(
     assert len(kept) == (3 * 2 * 3 + 3) + 16
     run_task(folder, *overrides(material), experiment="locality")
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
-    whole, resumed = read_locality_record(finished), read_locality_record(folder)
+    whole, resumed = record_of(finished), record_of(folder)
     assert resumed["weights"] == whole["weights"]
     assert resumed["at_large"] == whole["at_large"]
 
@@ -208,9 +213,3 @@ def test_bad_settings_are_named_before_a_model_loads(
             *overrides(material, change, "checkpoint.source=nowhere"),
             experiment="locality",
         )
-
-
-def test_record_of_another_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "locality.json").write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(InputError, match="schema_version 99"):
-        read_locality_record(tmp_path)

@@ -11,22 +11,22 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from dori_lightning.locality.embeddings import Group, distances, embedding_findings
+from dori_lightning.locality.embeddings import distances, embedding_findings
 from dori_lightning.locality.estimates import rate_of
 from dori_lightning.locality.layers import (
-    Compared,
-    Selections,
+    Group,
+    Selection,
     activation_findings,
     weight_findings,
 )
-from dori_lightning.locality.study import BudgetPoint, LinePoint, Transfer, Transfers
+from dori_lightning.locality.study import BudgetPoint, LinePoint, Transfer, TransferFindings
 from dori_lightning.report.locality import (
     LocalityReport,
     StudiedImage,
     answers,
     draw_locality,
+    findings,
     read_locality,
-    read_locality_record,
     render_locality_page,
     verdict,
     write_locality_files,
@@ -34,17 +34,17 @@ from dori_lightning.report.locality import (
 from dori_lightning.report.record import Provenance
 from dori_lightning.tasks.results_logging import track_locality
 from dori_lightning.tracking import Tracker
-from dori_lightning.types import Budget, InputError
+from dori_lightning.types import Budget
 from support.locality import pair, prompt_sets, rows, triggers
 
 LAYERS = [f"down_blocks.0.attentions.{k}.transformer_blocks.0" for k in range(2)]
 NOW = datetime(2026, 11, 24, 8, 0, tzinfo=UTC)
 
 
-def large() -> Transfers:
+def transfer() -> TransferFindings:
     half = rate_of({"a": [True, False], "b": [True, True]})
     none = rate_of({"c0": [False, False]})
-    return Transfers(
+    return TransferFindings(
         budget=(
             BudgetPoint("memorized", "random", 1, none, 0),
             BudgetPoint("memorized", "random", 50, half, 1),
@@ -82,8 +82,18 @@ def report(*, working: bool = True) -> LocalityReport:
     memorized, control = prompt_sets()
     chosen = groups() if working else groups()[2:]
     everything = torch.cat([group.embeddings for group in chosen])
-    compared = Compared(distances(everything), everything.flatten(1).norm(dim=1))
-    masks = list(torch.rand(len(everything), 12, generator=torch.Generator().manual_seed(0)) > 0.7)
+    compared = {
+        "distance": distances(everything).expand(len(LAYERS), -1, -1),
+        "length": everything.flatten(1).double().norm(dim=1).expand(len(LAYERS), -1),
+    }
+    masks = torch.rand(len(everything), 12, generator=torch.Generator().manual_seed(0)) > 0.7
+    nemo, wanda = (
+        [
+            Selection.of({f"{name}.{end}": mask for name in LAYERS}, memorized=memorized)
+            for mask in masks
+        ]
+        for end, memorized in (("attn2.to_v.weight", True), ("ff.net.2.weight", None))
+    )
     return LocalityReport(
         checkpoint="tiny",
         mitigation="nemo",
@@ -103,28 +113,17 @@ def report(*, working: bool = True) -> LocalityReport:
             sets, [], memorized_prompts=memorized, control_prompts=control
         ),
         activations=activation_findings(
-            {"nemo": dict.fromkeys(LAYERS, compared), "wanda": dict.fromkeys(LAYERS, compared)},
+            {"nemo": (LAYERS, compared), "wanda": (LAYERS, compared)},
             chosen,
             timestep=981,
             noise_seed=0,
         ),
         weights=weight_findings(
-            {
-                "nemo": Selections(
-                    tuple(f"{name}.attn2.to_v.weight" for name in LAYERS),
-                    lambda _: masks,
-                    (True,) * len(masks),
-                ),
-                "wanda": Selections(
-                    tuple(f"{name}.ff.net.2.weight" for name in LAYERS),
-                    lambda _: masks,
-                    (None,) * len(masks),
-                ),
-            },
+            {"nemo": nemo, "wanda": wanda},
             chosen,
             settings={"nemo": {}, "wanda": {}},
         ),
-        at_large=large() if working else Transfers((), (), ()),
+        transfer=transfer() if working else TransferFindings((), (), ()),
         provenance=Provenance(
             git_sha=None, packages={}, python="3.11", platform="Linux", device="cpu", seed=0,
             config={"logger": {"token": "hush"}}, checkpoint="tiny", fingerprint="f" * 16,
@@ -138,25 +137,41 @@ def whole() -> LocalityReport:
     return report()
 
 
-def test_every_answer_gives_its_control(whole: LocalityReport) -> None:
+def test_every_answer_has_its_control(whole: LocalityReport) -> None:
+    found = {name: values or {} for name, values in findings(whole).items()}
+    budget = found["budget"]
+    assert (budget["memorized"].hits, budget["control"].hits, budget["others"]) == (3, 0, {})
+    assert found["spread"]["starts"].group == "starts"
+    assert found["spread"]["nearest"]["triggers"].chance == pytest.approx(1 / 7)
+    assert found["map"] == {"triggers": 6, "prompts": 8}
+    for own in found["activations"]["methods"].values():
+        assert own["layers"] == 2
+        assert {"apart", "closer", "closer_within"} <= own.keys()
+    for own in found["weights"]["methods"].values():
+        assert (own["both_empty"], own["compared"]) == (0, 12)
+        assert 0 < own["chance"] < 1
+        assert 0 <= own["starts"] <= 1
+    assert found["methods"]["triggers"].shared_parameters == 0
+    assert found["lines"]["same_image"].place == found["lines"]["random"].place == 0.5
+    assert {name: own["triggers"].hits for name, own in found["transfer"]["models"].items()} == {
+        "nemo": 3,
+        "none": 3,
+    }
+
+
+def test_answers_say_the_numbers(whole: LocalityReport) -> None:
     said = {answer.name: answer.text for answer in answers(whole)}
-    assert "3 of 4 (75 %" in said["budget"]
-    assert "Control images, which the checkpoint does not hold: 0 of 2" in said["budget"]
-    assert "their starts" in said["spread"]
-    assert "random selections of these sizes" in said["weights"]
-    assert "counts as 1, in 0 of 12 comparisons" in said["weights"]
-    assert "no weight can be selected by both" in said["methods"]
-    assert "towards a random embedding" in said["lines"]
-    assert "nemo (searched): triggers 3 of 4" in said["transfer"]
-    assert "the checkpoint as it is" in said["transfer"]
-    assert "3 of 4" in verdict(whole)
-    assert "by chance" in verdict(whole)
+    assert said.keys() == findings(whole).keys()
+    assert "3 of 4 (75 %, interval 30 to 95 %)" in said["budget"]
+    assert "0 of 12 comparisons" in said["weights"]
+    assert len(verdict(whole).splitlines()) == 3
+    assert all(answer.caption and "  " not in answer.text for answer in answers(whole))
 
 
 def test_files_are_written_and_read_back(whole: LocalityReport, tmp_path: Path) -> None:
     page = write_locality_files(whole, tmp_path)
     assert page == tmp_path / "locality.html"
-    record = read_locality_record(tmp_path)
+    record = json.loads((tmp_path / "locality.json").read_text())
     assert record["at_large"]["budget"][1]["rate"]["images"] == {"a": [1, 2], "b": [2, 2]}
     assert "hush" not in (tmp_path / "locality.json").read_text()
     figures = sorted((tmp_path / "figures").iterdir())
@@ -183,33 +198,18 @@ def test_the_page_stands_alone_and_escapes(whole: LocalityReport) -> None:
 
 def test_no_working_trigger_is_said_rather_than_drawn(tmp_path: Path) -> None:
     nothing = report(working=False)
-    said = {answer.name: answer.text for answer in answers(nothing)}
+    found = findings(nothing)
     for name in ("spread", "weights", "activations", "methods", "lines", "transfer"):
-        assert said[name] == "Too few triggers worked to say."
+        assert found[name] is None
+    assert len(answers(nothing)) == 8
     write_locality_files(nothing, tmp_path)
-    assert read_locality_record(tmp_path)["weights"]["layers"]
+    assert json.loads((tmp_path / "locality.json").read_text())["weights"]["layers"]
 
 
 def test_parts_that_were_not_asked_are_not_answered(whole: LocalityReport) -> None:
-    alone = replace(whole, embeddings=None, activations=None, at_large=None)
+    alone = replace(whole, embeddings=None, activations=None, transfer=None)
     assert [answer.name for answer in answers(alone)] == ["weights", "methods"]
     assert 'id="methods"' in render_locality_page(alone, draw_locality(alone))
-
-
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        (None, "does not exist"),
-        ("{", "is not valid JSON"),
-        (json.dumps({"schema_version": 99}), "schema_version 99"),
-        (json.dumps({"schema_version": 1}), "lacks checkpoint"),
-    ],
-)
-def test_bad_records_are_refused(tmp_path: Path, content: str | None, part: str) -> None:
-    if content is not None:
-        (tmp_path / "locality.json").write_text(content)
-    with pytest.raises(InputError, match=part):
-        read_locality_record(tmp_path)
 
 
 class Told(Tracker):

@@ -1,13 +1,13 @@
 import torch
 
-from dori_lightning.locality.study import lines_between, points_on
+from dori_lightning.locality.study import lines_between
 from support.locality import rows, triggers
 
 
 def test_lines_go_to_another_trigger_another_image_and_noise() -> None:
     sets = [triggers(name, rows(3, k), rows(3, 10 + k)) for k, name in enumerate("ab")]
     lines = lines_between(sets, count=2)
-    assert [(line.pair, line.toward, line.number) for line in lines] == [
+    assert [(line.pair.id, line.toward, line.number) for line in lines] == [
         (name, toward, k)
         for name in "ab"
         for k in range(2)
@@ -26,7 +26,7 @@ def test_lines_go_to_another_trigger_another_image_and_noise() -> None:
 def test_two_triggers_have_one_line_and_one_has_none() -> None:
     two, one = triggers("a", rows(2, 0), rows(2, 1)), triggers("b", rows(1, 2), rows(1, 3))
     lines = lines_between([two, one], count=5)
-    assert [(line.pair, line.toward) for line in lines] == [
+    assert [(line.pair.id, line.toward) for line in lines] == [
         ("a", "same_image"), ("a", "other_image"), ("a", "random"),
         ("b", "other_image"), ("b", "random"),
     ]  # fmt: skip
@@ -39,7 +39,6 @@ def test_points_lie_on_the_line() -> None:
         line for line in lines_between([triggers("a", rows(2, 0), rows(2, 1))], count=1)
         if line.toward == "same_image"
     ]  # fmt: skip
-    points = points_on(line, [0.0, 0.25, 1.0])
-    assert torch.allclose(points[0], line.first)
-    assert torch.allclose(points[2], line.last)
-    assert torch.allclose(points[1], 0.75 * line.first + 0.25 * line.last)
+    assert torch.allclose(line.at(0.0), line.first)
+    assert torch.allclose(line.at(1.0), line.last)
+    assert torch.allclose(line.at(0.25), 0.75 * line.first + 0.25 * line.last)
