@@ -278,12 +278,12 @@ def track_locality(
     """
     if not tracker.loggers:
         return
-    large = report.transfer
-    if large is not None:
+    transfer = report.transfer
+    if transfer is not None:
         tracker.scalars(
             _by_step(
                 (p.steps, _rate("locality/rate", f"{p.start}/{p.held}", p.rate.rate, p.rate.ci95))
-                for p in large.budget
+                for p in transfer.budget
                 if p.rate.n
             ),
             step_metric="locality/steps",
@@ -294,7 +294,7 @@ def track_locality(
                     round(100 * p.place),
                     _rate("locality/line_rate", p.toward, p.rate.rate, p.rate.ci95),
                 )
-                for p in large.lines
+                for p in transfer.lines
                 if p.rate.n
             ),
             step_metric="locality/percent_of_line",
@@ -313,7 +313,7 @@ def track_locality(
                     "low": row.rate.ci95[0],
                     "high": row.rate.ci95[1],
                 }
-                for row in large.transfers
+                for row in transfer.transfers
             ],
         )
     if report.weights is not None:
