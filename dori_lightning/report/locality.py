@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dori_lightning.locality.embeddings import EmbeddingFindings
-from dori_lightning.locality.estimates import Estimate, Rate
+from dori_lightning.locality.estimates import Rate
 from dori_lightning.locality.layers import ActivationFindings, WeightFindings
 from dori_lightning.locality.study import TransferFindings
 from dori_lightning.pairs.validation import PARSER_ERRORS, ImageError, resolve_inside
@@ -38,10 +38,12 @@ from dori_lightning.report.words import (
     START_WORDS,
     budget_words,
     escape,
+    estimate_words,
     interval_words,
+    mean_words,
     number_words,
     percent_words,
-    render_text,
+    text_macro,
 )
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
@@ -51,6 +53,8 @@ LOCALITY_SCHEMA_VERSION = 1
 
 R = TypeVar("R")
 Columns = Mapping[str, Callable[[R], str]]
+
+_TEMPLATE = "locality.txt.j2"
 
 _WIDEST = 1600
 """Pixels; wider figures are made smaller, for the page's weight."""
@@ -320,22 +324,22 @@ def answers(report: LocalityReport) -> tuple[Answer, ...]:
     said = []
     for name, (label, question) in _QUESTIONS.items():
         if name in found:
-            values = found[name]
-            block = "too_few" if values is None else name
-            text = _say(block, report, values)
-            said.append(
-                Answer(name, label, question, text, _say(f"{block}_caption", report, values))
+            macro = name if found[name] is not None else "too_few"
+            text, caption = (
+                text_macro(_TEMPLATE, part, report, found[name])
+                for part in (macro, f"{macro}_caption")
             )
+            said.append(Answer(name, label, question, text, caption))
     return tuple(said)
 
 
 def verdict(report: LocalityReport) -> str:
     """What a reader should take away: a line for each of the questions asked."""
     found = findings(report)
-    blocks = {"budget": "budget", "spread": "spread_verdict", "weights": "weights_verdict"}
+    macros = {"budget": "budget", "spread": "spread_verdict", "weights": "weights_verdict"}
     return "\n".join(
-        _say(block, report, found[name])
-        for name, block in blocks.items()
+        text_macro(_TEMPLATE, macro, report, found[name])
+        for name, macro in macros.items()
         if found.get(name) is not None
     )
 
@@ -472,45 +476,6 @@ def _transfer(report: LocalityReport, found: TransferFindings) -> dict[str, Any]
 def _mean(values: Iterable[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
-
-
-def _mean_words(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.2f}"
-
-
-def estimate_words(estimate: Estimate, digits: int = 2) -> str:
-    """Write a mean with its interval: ``1.23 [1.10, 1.31]``; ``n/a`` for NaN."""
-    if math.isnan(estimate.value):
-        return "n/a"
-    if math.isnan(estimate.low):
-        return f"{estimate.value:.{digits}f}"
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-
-
-def rate_words(rate: Rate | None) -> str:
-    """Write a rate: ``5 of 6 (83 %, interval 44 to 97 %)``."""
-    if rate is None:
-        return "not attacked"
-    if not rate.n:
-        return "none asked"
-    share, interval = percent_words(rate.rate), interval_words(rate.ci95)
-    return f"{rate.hits} of {rate.n} ({share}, interval {interval})"
-
-
-def _say(part: str, report: LocalityReport, values: Mapping[str, Any] | None) -> str:
-    """Render a part of the text template on one line."""
-    text = render_text(
-        "locality_text.j2",
-        part=part,
-        report=report,
-        METHOD_WORDS=METHOD_WORDS,
-        START_WORDS=START_WORDS,
-        estimate_words=estimate_words,
-        mean_words=_mean_words,
-        rate_words=rate_words,
-        **(values or {}),
-    )
-    return " ".join(text.split())
 
 
 def image_table(report: LocalityReport) -> TextTable:
@@ -654,8 +619,8 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
                 "selected": lambda r: f"{r.size:.1f} ({r.smallest} to {r.largest})",
                 "IoU": lambda r: estimate_words(r.iou),
                 "IoU, two images": lambda r: estimate_words(r.iou_between),
-                "not both empty": lambda r: _mean_words(r.iou_nonempty),
-                "chance": lambda r: _mean_words(r.chance),
+                "not both empty": lambda r: mean_words(r.iou_nonempty),
+                "chance": lambda r: mean_words(r.chance),
                 "both empty": lambda r: f"{r.both_empty} of {r.compared}",
             },
         )

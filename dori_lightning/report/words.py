@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dori_lightning.types import Budget, Cell, Condition, Init, Kind
+
+if TYPE_CHECKING:
+    from dori_lightning.locality.estimates import Estimate, Rate
 
 METHOD_WORDS = {"nemo": "NeMo", "wanda": "Wanda"}
 
@@ -81,6 +84,29 @@ def condition_words(condition: Condition) -> str:
     return f"attack {start}, {budget_words(condition.budget)}"
 
 
+def rate_words(rate: Rate | None) -> str:
+    """Write a rate of embeddings: ``5 of 6 (83 %, interval 44 to 97 %)``."""
+    if rate is None:
+        return "not attacked"
+    if not rate.n:
+        return "none tried"
+    share, interval = percent_words(rate.rate), interval_words(rate.ci95)
+    return f"{rate.hits} of {rate.n} ({share}, interval {interval})"
+
+
+def estimate_words(estimate: Estimate, digits: int = 2) -> str:
+    """Write a mean with its interval: ``1.23 [1.10, 1.31]``; ``n/a`` for NaN."""
+    centre = mean_words(estimate.value, digits)
+    if math.isnan(estimate.low):
+        return centre
+    return f"{centre} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def mean_words(value: float, digits: int = 2) -> str:
+    """Write a mean without an interval; ``n/a`` for NaN."""
+    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
+
+
 def counts_words(cell: Cell | None) -> str:
     """Write how many images came back: ``3/16 +1 failed``."""
     if cell is None:
@@ -141,6 +167,11 @@ def environment(*, html: bool) -> Environment:
         "similarity": similarity_words,
         "kind": KIND_WORDS.__getitem__,
         "kinds": lambda kind: plural_words(KIND_WORDS[kind]),
+        "rate": rate_words,
+        "estimate": estimate_words,
+        "mean": mean_words,
+        "method": METHOD_WORDS.__getitem__,
+        "start": START_WORDS.__getitem__,
     }
     return made
 
