@@ -68,7 +68,7 @@ def test_stopping_needs_a_snapshot_before_the_end(snapshots):
         AttackSettings(budget=BudgetSettings(steps=5), snapshots=snapshots, early_stop=True)
 
 
-def test_who_does_not_look_at_pictures_cannot_stop():
+def test_who_evaluates_no_images_cannot_stop():
     settings = AttackSettings(snapshots=(1,), early_stop=True)
     with pytest.raises(InputError, match=r"attack\.early_stop is for audits"):
         PoolSettings(attack=settings)

@@ -60,7 +60,7 @@ def test_the_v_loss_is_the_error_of_the_predicted_velocity(tmp_path):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_sampling_recovers_the_picture_that_an_oracle_predicts(
+def test_sampling_recovers_the_image_that_an_oracle_predicts(
     tmp_path, prediction_type, monkeypatch
 ):
     """With a denoiser that knows x0, sampling must end at x0: checks the v conversion."""
@@ -90,7 +90,7 @@ def test_sampling_recovers_the_picture_that_an_oracle_predicts(
         assert (ended[-1] - truth).abs().max() < 0.15, sampler
 
 
-def test_pictures_depend_on_their_neighbours_by_rounding_only(model):
+def test_images_depend_on_their_neighbours_by_rounding_only(model):
     torch.manual_seed(0)
     context = model.encode_prompts(["a cat", "a boat", "a red house"])
     noise, sampling = torch.randn(3, 4, 16, 16), Sampling("ddim", 3, 2.0, 1, batch=2)
