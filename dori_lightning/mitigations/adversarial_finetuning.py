@@ -18,7 +18,13 @@ from torch.nn.utils import parametrize
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, random_embedding, refuse_broken, solve
-from dori_lightning.mitigations.base import Context, CostEstimate, Encodings, Evaluations
+from dori_lightning.mitigations.base import (
+    Context,
+    CostEstimate,
+    Encodings,
+    Evaluations,
+    require_at_least_one,
+)
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, train_edit
 from dori_lightning.mitigations.replacements import (
@@ -69,8 +75,7 @@ class PoolSettings:
 
     def __post_init__(self) -> None:
         self.attack.check_whole()
-        if self.replay < 1:
-            raise InputError(f"mitigation.pool.replay must be >= 1, got {self.replay}")
+        require_at_least_one(self, "replay", where="mitigation.pool")
         if self.skip_robust is not None and not 0 < self.skip_robust <= 1:
             raise InputError(
                 f"mitigation.pool.skip_robust must be in (0, 1] or null, got {self.skip_robust}"
@@ -118,11 +123,9 @@ class AdversarialFinetuning:
     low_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs", "updates", "adversarial_batch", "ordinary_batch", "ordinary_examples",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"mitigation.{name} must be >= 1, got {getattr(self, name)}")
+        require_at_least_one(
+            self, "epochs", "updates", "adversarial_batch", "ordinary_batch", "ordinary_examples"
+        )
         if self.adversarial_weight <= 0:
             raise InputError(
                 f"mitigation.adversarial_weight must be > 0, got {self.adversarial_weight}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import lightning.pytorch as L
 import torch
@@ -261,6 +261,31 @@ def edit_key(
         "decider": context.references.measures.decider,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def require_at_least_one(settings: Any, *names: str, where: str = "mitigation") -> None:
+    """Refuse settings below 1.
+
+    Raises:
+        InputError: Names the first of them as ``where.name``.
+    """
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise InputError(f"{where}.{name} must be >= 1, got {getattr(settings, name)}")
+
+
+def require_choices(settings: Any, **choices: Any) -> None:
+    """Refuse settings that are none of a ``Literal``'s values.
+
+    Raises:
+        InputError: Names the first of them and its choices.
+    """
+    for name, literal in choices.items():
+        if getattr(settings, name) not in get_args(literal):
+            raise InputError(
+                f"mitigation.{name} must be one of {', '.join(get_args(literal))}, "
+                f"got {getattr(settings, name)!r}"
+            )
 
 
 def require_pairs(pairs: Sequence[Pair], name: str) -> None:

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
+from dori_lightning.mitigations.base import (
+    Context,
+    CostEstimate,
+    Evaluations,
+    require_at_least_one,
+)
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -55,11 +60,7 @@ class ConceptAblation:
     finetune: FinetuneSettings = field(default_factory=lambda: FinetuneSettings(lr=2e-6))
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise InputError(
-                f"mitigation.steps and mitigation.batch must be >= 1, got {self.steps} and "
-                f"{self.batch}"
-            )
+        require_at_least_one(self, "steps", "batch")
         if self.prior_weight < 0:
             raise InputError(f"mitigation.prior_weight must be >= 0, got {self.prior_weight}")
 

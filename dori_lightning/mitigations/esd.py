@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -17,6 +17,8 @@ from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
     Evaluations,
+    require_at_least_one,
+    require_choices,
 )
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
@@ -73,17 +75,8 @@ class ESD:
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("variant", Variant), ("latents_from", LatentSource)):
-            if getattr(self, name) not in get_args(known):
-                raise InputError(
-                    f"mitigation.{name} must be one of {', '.join(get_args(known))}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        if self.steps < 1 or self.batch < 1:
-            raise InputError(
-                f"mitigation.steps and mitigation.batch must be >= 1, got {self.steps} and "
-                f"{self.batch}"
-            )
+        require_choices(self, variant=Variant, latents_from=LatentSource)
+        require_at_least_one(self, "steps", "batch")
         if self.eta <= 0:
             raise InputError(f"mitigation.eta must be > 0, got {self.eta}")
         if self.sampling_steps is not None and self.sampling_steps < 1:

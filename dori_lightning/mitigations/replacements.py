@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dori_lightning.mitigations.base import Context, Evaluations, Mitigation
+from dori_lightning.mitigations.base import Context, Evaluations, Mitigation, require_at_least_one
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
@@ -73,11 +73,7 @@ class AnchorSettings:
     ordinary: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "images", "ordinary"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"mitigation.anchors.{name} must be >= 1, got {getattr(self, name)}"
-                )
+        require_at_least_one(self, "prompts", "images", "ordinary", where="mitigation.anchors")
         if not 0 < self.max_similarity < 1:
             raise InputError(
                 f"mitigation.anchors.max_similarity must be in (0, 1), got {self.max_similarity}"

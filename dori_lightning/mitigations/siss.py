@@ -9,12 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
+from dori_lightning.mitigations.base import (
+    Context,
+    CostEstimate,
+    Evaluations,
+    require_at_least_one,
+    require_choices,
+)
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,
@@ -85,19 +91,8 @@ class SISS:
     finetune: FinetuneSettings = field(default_factory=lambda: FinetuneSettings(lr=1e-5))
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("variant", Variant),
-            ("timesteps", Timesteps),
-            ("condition", Condition),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(
-                    f"mitigation.{name} must be one of {', '.join(get_args(kind))}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        for name in ("steps", "batch", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"mitigation.{name} must be >= 1, got {getattr(self, name)}")
+        require_choices(self, variant=Variant, timesteps=Timesteps, condition=Condition)
+        require_at_least_one(self, "steps", "batch", "micro_batch")
         if not 0 < self.mixture < 1:
             raise InputError(f"mitigation.mixture must be in (0, 1), got {self.mixture}")
         if self.scaling_norm is not None and self.scaling_norm < 0:

@@ -150,7 +150,7 @@ def test_what_is_not_finite_is_left_with_a_warning(model, rows, noise, caplog):
 # -- edit ----------------------------------------------------------------------------------------
 
 
-def test_pictures_are_made_from_adjusted_embeddings_while_applied(model, rows, noise):
+def test_images_are_made_from_adjusted_embeddings_while_applied(model, rows, noise):
     edit = edit_of(model, 0.0, iterations=1)
     before = model.generate(rows, noise, SAMPLING)
     with edit.applied(model):
@@ -186,7 +186,7 @@ def test_model_is_as_before_and_an_earlier_filter_works_on(model, rows, noise):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_identity_follows_from_what_decides_the_pictures(model):
+def test_identity_follows_from_what_decides_the_images(model):
     edit = edit_of(model, 1.0)
     assert edit.identity == replace(edit, origin=replace(edit.origin, notes={"a": 1})).identity
     others = [
