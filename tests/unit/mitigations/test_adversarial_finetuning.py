@@ -254,7 +254,7 @@ def test_a_warm_pool_goes_on_from_its_last_trigger_and_adds_a_random_one(
 
     def spy(model, problem, **settings):
         seen.append(problem.initial)
-        assert problem.restart >= FIRST_RESTART
+        assert min(problem.restarts) >= FIRST_RESTART
         return solve(model, problem, **settings)
 
     monkeypatch.setattr(adversarial_finetuning, "solve", spy)
