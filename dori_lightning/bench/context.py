@@ -41,10 +41,7 @@ class BenchContext:
         return place
 
     def generate(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Images as an audit makes them, in batches, written to files and read back.
-
-        Args:
-            embeddings: Of the first N pairs (N, T, D).
+        """Images from the first N pairs' embeddings (N, T, D), in batches and to files as in an audit.
 
         Returns:
             K images of each pair (N, K, 3, H, W) in [0, 1].
