@@ -41,7 +41,7 @@ class BenchContext:
         return place
 
     def generate(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Images from the first N pairs' embeddings (N, T, D), in batches and to files as in an audit.
+        """Images from the first pairs' embeddings (N, T, D), in batches and files, as in an audit.
 
         Returns:
             K images of each pair (N, K, 3, H, W) in [0, 1].
