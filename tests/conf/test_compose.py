@@ -2,12 +2,11 @@
 
 import copy
 import functools
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from dori_lightning import config
 from dori_lightning.types import InputError
@@ -21,13 +20,13 @@ GROUPS = {
 }  # fmt: skip
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides):
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         return compose("config", list(overrides))
 
 
 @functools.cache
-def chosen(group: str, option: str) -> DictConfig:
+def chosen(group, option):
     """A config that several tests look at, and that none may change."""
     above = ["mitigation=nemo"] if group.startswith("mitigation/") else []
     return composed(*above, f"{'+' if group == 'experiment' else ''}{group}={option}")
@@ -39,26 +38,26 @@ def test_every_group_is_found():
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_option_composes_and_resolves(group: str, option: str):
+def test_option_composes_and_resolves(group, option):
     cfg = copy.deepcopy(chosen(group, option))
     OmegaConf.resolve(cfg)
     assert OmegaConf.get_type(cfg) is config.Config
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_option_binds_to_what_it_builds(group: str, option: str):
+def test_option_binds_to_what_it_builds(group, option):
     cfg = chosen(group, option)
     config.check_targets(cfg)
     config.check_signatures(cfg)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_option_says_what_it_is(group: str, option: str):
+def test_option_says_what_it_is(group, option):
     assert config.groups()[group][option], f"conf/{group}/{option}.yaml begins without a comment"
 
 
 @pytest.mark.parametrize("option", config.groups()["mitigation"])
-def test_mitigations_have_the_name_that_run_folders_are_called_by(option: str):
+def test_mitigations_have_the_name_that_run_folders_are_called_by(option):
     assert chosen("mitigation", option).mitigation.name
 
 
@@ -81,7 +80,7 @@ def test_no_task_needs_a_config_of_its_own():
         *((name, 10, 7.0) for name in ("sd14", "sd15", "sd20", "sd20_base", "sd21")),
     ],
 )
-def test_checkpoint_brings_its_sampling(checkpoint: str, images: int, guidance: float):
+def test_checkpoint_brings_its_sampling(checkpoint, images, guidance):
     sampling = composed(f"checkpoint={checkpoint}").sampling
     assert (sampling.images_per_pair, sampling.guidance) == (images, guidance)
 
@@ -108,7 +107,7 @@ def test_name_is_deterministic_and_needs_no_hydra():
     "override",
     ["seeed=1", "sampling.stepz=1", "attack.budget.radios=1", "seed=one", "report.images=some"],
 )
-def test_unknown_keys_and_wrong_types_do_not_compose(override: str):
+def test_unknown_keys_and_wrong_types_do_not_compose(override):
     with pytest.raises(HydraException):
         composed(override)
 
@@ -122,7 +121,7 @@ def test_unknown_keys_and_wrong_types_do_not_compose(override: str):
         ("sampling._target_", ["os.system"], "refused to build"),
     ],
 )
-def test_targets_outside_the_allow_list(key: str, value: Any, part: str):
+def test_targets_outside_the_allow_list(key, value, part):
     cfg = composed()
     OmegaConf.update(cfg, key, value)
     with pytest.raises(InputError, match=part) as refused:
@@ -157,7 +156,7 @@ def test_nested_targets_are_checked():
         ("sampling._target_=dori_lightning.types.Pair", "unknown key sampling.sampler"),
     ],
 )
-def test_values_against_signatures(override: str, part: str | None):
+def test_values_against_signatures(override, part):
     cfg = composed(override)
     sampling = OmegaConf.create({"sampling": cfg.sampling})
     if part is None:
@@ -186,7 +185,7 @@ def test_missing_values_are_all_named():
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_what_an_option_leaves_open_is_explained(group: str, option: str):
+def test_what_an_option_leaves_open_is_explained(group, option):
     cfg = chosen(group, option)
     missing = OmegaConf.missing_keys(cfg)
     if missing:
@@ -200,7 +199,7 @@ def test_what_an_option_leaves_open_is_explained(group: str, option: str):
 @pytest.mark.parametrize(
     "text", ["", "attack/budget=l2_small,seed=1", "a=/x/../y", "k=" + "v" * 500]
 )
-def test_folder_names_are_one_safe_part(text: str):
+def test_folder_names_are_one_safe_part(text):
     name = config._folder_name(text)
     assert name
     assert "/" not in name

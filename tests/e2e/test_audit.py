@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,14 +29,14 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     place = tmp_path_factory.mktemp("material")
     write_tiny(place / "checkpoint")
     write_pairs(place / "pairs")
     return place
 
 
-def overrides(material: Path) -> tuple[str, ...]:
+def overrides(material):
     return (
         *SMALL,
         f"pairs.path={material / 'pairs'}",
@@ -46,13 +45,13 @@ def overrides(material: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     run_task(folder, *overrides(material))
     return folder
 
 
-def comparable(folder: Path) -> dict[str, object]:
+def comparable(folder):
     """What must not depend on interruptions: cells, pictures, embeddings, losses."""
     report = report_json(folder)
     pictures = {
@@ -72,7 +71,7 @@ def comparable(folder: Path) -> dict[str, object]:
     }
 
 
-def test_the_run_folder_holds_what_the_contract_names(finished: Path) -> None:
+def test_the_run_folder_holds_what_the_contract_names(finished):
     report = json.loads((finished / "report.json").read_text())
     conditions = {
         (c["attack"], c["init"], c["budget"]["steps"], c["kind"], c["n"]) for c in report["cells"]
@@ -105,7 +104,7 @@ def test_the_run_folder_holds_what_the_contract_names(finished: Path) -> None:
     assert 'id="cost"' not in page
 
 
-def test_the_embeddings_are_kept_with_what_they_were_made_from(finished: Path) -> None:
+def test_the_embeddings_are_kept_with_what_they_were_made_from(finished):
     with safe_open(
         finished / "attacks" / "random" / "pair1.r0.safetensors", framework="pt"
     ) as file:
@@ -116,7 +115,7 @@ def test_the_embeddings_are_kept_with_what_they_were_made_from(finished: Path) -
     assert {"checkpoint", "edit", "attack", "seed", "pair", "init"} <= metadata.keys()
 
 
-def test_golden_numbers_of_a_tiny_audit(finished: Path) -> None:
+def test_golden_numbers_of_a_tiny_audit(finished):
     """Losses of the first attack steps on fixed random weights: a change of the method shows."""
     losses = []
     for name in ("pair0", "pair3"):
@@ -131,9 +130,7 @@ def test_golden_numbers_of_a_tiny_audit(finished: Path) -> None:
 GOLDEN_LOSSES = [[1.124319, 1.084437, 1.060386], [1.109535, 1.096017, 1.169250]]
 
 
-def test_running_again_computes_nothing_and_changes_nothing(
-    material: Path, finished: Path
-) -> None:
+def test_running_again_computes_nothing_and_changes_nothing(material, finished):
     before = comparable(finished)
     times = {p: p.stat().st_mtime_ns for p in finished.glob("attacks/**/*.safetensors")}
     run_task(finished, *overrides(material))
@@ -143,22 +140,18 @@ def test_running_again_computes_nothing_and_changes_nothing(
 
 
 @pytest.mark.parametrize("width", [1, 3])  # the finished run has all in one
-def test_batch_width_changes_no_bit(
-    material: Path, finished: Path, tmp_path: Path, width: int
-) -> None:
+def test_batch_width_changes_no_bit(material, finished, tmp_path, width):
     widths = (f"attack.pairs_per_forward={width}", f"sampling.batch={width}")
     run_task(tmp_path / "narrow", *overrides(material), *widths)
     assert comparable(tmp_path / "narrow") == comparable(finished)
 
 
-def test_other_settings_in_the_same_folder_are_refused_by_name(
-    material: Path, finished: Path
-) -> None:
+def test_other_settings_in_the_same_folder_are_refused_by_name(material, finished):
     with pytest.raises(InputError, match=r"attack\.lr: 0\.1 there, 0\.2 now"):
         run_task(finished, *overrides(material), "attack.lr=0.2")
 
 
-def command(material: Path, output: Path, *more: str) -> list[str]:
+def command(material, output, *more):
     return [
         sys.executable, "-m", "dori_lightning", "+experiment=audit", *overrides(material),
         "attack.other_inits=null", f"paths.output={output}", "name=run", *more,
@@ -166,7 +159,7 @@ def command(material: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(material: Path, finished: Path, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(material, finished, tmp_path):
     ended = subprocess.run(
         command(material, tmp_path, "trainer=ddp", "trainer.accelerator=cpu"),
         capture_output=True,
@@ -179,7 +172,7 @@ def test_two_processes_find_what_one_finds(material: Path, finished: Path, tmp_p
     assert comparable(tmp_path / "run") == comparable(finished)
 
 
-def test_no_controls_and_no_threshold_is_explained(material: Path, tmp_path: Path) -> None:
+def test_no_controls_and_no_threshold_is_explained(material, tmp_path):
     pairs = write_pairs(tmp_path / "none", control=0)
     with pytest.raises(InputError, match="add pairs of kind control"):
         run_task(

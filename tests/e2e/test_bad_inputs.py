@@ -35,9 +35,8 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -58,7 +57,7 @@ LONG = "a red boat on sea at night on sea"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory):
     """A checkpoint, pairs (one prompt too long, one picture twice), and an audit of them."""
     folder = tmp_path_factory.mktemp("place")
     write_tiny(folder / "checkpoint")
@@ -69,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(place: Path) -> list[str]:
+def arguments(place):
     return [
         "pairs=folder", f"pairs.path={place / 'pairs'}", "corpus=none", "utility=none",
         "checkpoint.name=tiny", f"checkpoint.source={place / 'checkpoint'}",
@@ -85,11 +84,11 @@ Program = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def program(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Program]:
+def program(place, tmp_path, capsys):
     """The program in this process: exit code, and what it says on standard error."""
     with program_in(tmp_path) as run:
 
-        def call(*more: str, without: str = "") -> tuple[int, str]:
+        def call(*more, without=""):
             given = [a for a in arguments(place) if not without or not a.startswith(without)]
             code = run(*given, *more, task=None)
             said = capsys.readouterr()
@@ -101,7 +100,7 @@ def program(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
-def finished(place: Path, program: Program) -> Path:
+def finished(place, program):
     folder = place / "run"
     if not (folder / "report.json").is_file():
         code, said = program()
@@ -109,7 +108,7 @@ def finished(place: Path, program: Program) -> Path:
     return folder
 
 
-def kept(folder: Path) -> dict[str, tuple[bytes, int]]:
+def kept(folder):
     """Results of a run, and when they were written."""
     files = [*folder.glob("*.parquet"), *folder.glob("*.json"), *folder.glob("*.html")]
     files += [*folder.glob("attacks/**/*.safetensors"), *folder.glob("pictures/**/*.png")]
@@ -120,12 +119,12 @@ def kept(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def elsewhere(tmp_path: Path) -> list[str]:
+def elsewhere(tmp_path):
     """A folder of its own: else its being another audit would be all that is noticed."""
     return [f"paths.output={tmp_path / 'out'}", "name=other"]
 
 
-def refused(program: Program, folder: Path, *parts: str, more: list[str]) -> None:
+def refused(program, folder, *parts, more):
     before = kept(folder)
     assert len(before) > 10
     code, said = program(*more)
@@ -141,22 +140,22 @@ def refused(program: Program, folder: Path, *parts: str, more: list[str]) -> Non
 # --- lists and pictures
 
 
-def listed(folder: Path, change: Callable[[Path], None]) -> str:
+def listed(folder, change):
     """Pairs with something wrong."""
     pairs = write_pairs(folder / "bad")
     change(pairs)
     return f"pairs.path={pairs}"
 
 
-def rewritten(old: str, new: str) -> Callable[[Path], None]:
-    def change(pairs: Path) -> None:
+def rewritten(old, new):
+    def change(pairs):
         table = pairs / "metadata.csv"
         table.write_text(table.read_text().replace(old, new))
 
     return change
 
 
-def halved(pairs: Path) -> None:
+def halved(pairs):
     Image.new("RGB", (64, 64), "red").save(pairs / "1.png", "JPEG")
     data = (pairs / "1.png").read_bytes()
     (pairs / "1.png").write_bytes(data[: len(data) // 2])
@@ -187,16 +186,14 @@ LISTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", LISTS)
-def test_lists(program: Program, finished: Path, tmp_path: Path, case: str) -> None:
+def test_lists(program, finished, tmp_path, case):
     change, parts = LISTS[case]
     # no checkpoint there: it is found before a model loads
     more = [listed(tmp_path, change), "checkpoint.source=nowhere", *elsewhere(tmp_path)]
     refused(program, finished, *parts, more=more)
 
 
-def test_a_skipped_row_is_in_no_rate_and_in_the_report(
-    program: Program, place: Path, tmp_path: Path
-) -> None:
+def test_a_skipped_row_is_in_no_rate_and_in_the_report(program, place, tmp_path):
     more = [listed(tmp_path, LISTS["missing"][0]), "pairs.on_missing=skip", "name=skipped"]
     code, said = program(*more, without="pairs.path")
     assert code == 0, said
@@ -207,15 +204,13 @@ def test_a_skipped_row_is_in_no_rate_and_in_the_report(
     assert "(pair1)" in flag["text"]
 
 
-def test_a_decompression_bomb(
-    program: Program, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decompression_bomb(program, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 48 - 1)
     more = [listed(tmp_path, lambda _: None), *elsewhere(tmp_path)]
     refused(program, finished, "more than 2,303 pixels", "scale the image down", more=more)
 
 
-def test_long_prompts_and_repeated_pictures_are_columns_and_flags(finished: Path) -> None:
+def test_long_prompts_and_repeated_pictures_are_columns_and_flags(finished):
     rows = pd.read_parquet(finished / "pairs.parquet").drop_duplicates("pair_id")
     assert dict(zip(rows.pair_id, rows.truncated, strict=True)) == {
         "pair0": True, "pair1": False, "pair2": False, "pair3": False, "pair4": False,
@@ -229,7 +224,7 @@ def test_long_prompts_and_repeated_pictures_are_columns_and_flags(finished: Path
     assert "pair0 loses its end 'on sea'" in log or "pair0 loses its end" in log
 
 
-def test_a_long_prompt_when_strict(program: Program, finished: Path) -> None:
+def test_a_long_prompt_when_strict(program, finished):
     refused(program, finished, "pair0 (", "8 tokens", more=["task.strict_prompts=true"])
 
 
@@ -255,27 +250,25 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("override", VALUES)
-def test_values(program: Program, finished: Path, tmp_path: Path, override: str) -> None:
+def test_values(program, finished, tmp_path, override):
     more = [override, *elsewhere(tmp_path)]
     refused(program, finished, *VALUES[override], more=more)
     method = tmp_path / "out" / "other" / "method.json"
     assert not method.exists(), "the mended command may have the same folder"
 
 
-def test_other_settings_in_a_finished_folder(program: Program, finished: Path) -> None:
+def test_other_settings_in_a_finished_folder(program, finished):
     more = ["attack.lr=0.2", "sampling.seed=5"]
     parts = ("attack.lr: 0.1 there, 0.2 now", "sampling.seed: 2 there, 5 now", "name=NAME")
     refused(program, finished, *parts, more=more)
 
 
-def test_a_second_writer(program: Program, finished: Path) -> None:
+def test_a_second_writer(program, finished):
     with one_writer(finished):
         refused(program, finished, f"process {os.getpid()} on ", "another run writes", more=[])
 
 
-def test_a_hub_checkpoint_without_a_network(
-    program: Program, finished: Path, tmp_path: Path
-) -> None:
+def test_a_hub_checkpoint_without_a_network(program, finished, tmp_path):
     more = ["checkpoint.source=owner/model", "checkpoint.revision=abc", *elsewhere(tmp_path)]
     parts = ("owner/model", "hf download owner/model --revision abc")
     refused(program, finished, *parts, more=more)
@@ -284,9 +277,7 @@ def test_a_hub_checkpoint_without_a_network(
 @pytest.mark.parametrize(
     ("weights", "parts"), [("gone.pt", ("gone.pt",)), ("wrong.safetensors", ("SSCD",))]
 )
-def test_descriptor_weights(
-    program: Program, finished: Path, tmp_path: Path, weights: str, parts: tuple[str, ...]
-) -> None:
+def test_descriptor_weights(program, finished, tmp_path, weights, parts):
     (tmp_path / "wrong.safetensors").write_bytes(b"no weights")
     more = [
         "metrics=sscd", f"metrics.descriptors.sscd.weights={tmp_path / weights}",
@@ -303,7 +294,7 @@ def test_descriptor_weights(
 # --- what happens on the way: the audit ends, and says that it answers nothing
 
 
-def invalid(folder: Path) -> tuple[list[str], pd.DataFrame]:
+def invalid(folder):
     document = json.loads((folder / "report.json").read_text())
     assert document["verdict"].startswith("INVALID AUDIT")
     assert "no proof of absence" not in document["verdict"]
@@ -322,12 +313,10 @@ BROKEN: dict[str, Loss] = {
 
 
 @pytest.mark.parametrize("status", BROKEN)
-def test_an_attack_that_cannot_search(
-    program: Program, place: Path, monkeypatch: pytest.MonkeyPatch, status: str
-) -> None:
+def test_an_attack_that_cannot_search(program, place, monkeypatch, status):
     real = StableDiffusion.denoising_loss
 
-    def broken(self: StableDiffusion, *tensors: Any, pair_ids: list[str], **_: Any) -> Any:
+    def broken(self, *tensors, pair_ids, **_):
         return BROKEN[status](real(self, *tensors, pair_ids=pair_ids), pair_ids)
 
     monkeypatch.setattr(StableDiffusion, "denoising_loss", broken)
@@ -343,10 +332,8 @@ def test_an_attack_that_cannot_search(
     assert set(ok.pair_id).isdisjoint(failed)
 
 
-def test_an_edit_that_changes_nothing(
-    program: Program, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def nothing(self: RandomPruning, model: StableDiffusion, *_: Any) -> MaskEdit:
+def test_an_edit_that_changes_nothing(program, place, monkeypatch):
+    def nothing(self, model, *_):
         name = next(iter(model.layers("feed_forward.out")))
         shape = model.unet.get_parameter(f"{name}.weight").shape
         mask = torch.zeros(shape, dtype=torch.bool)
@@ -361,10 +348,8 @@ def test_an_edit_that_changes_nothing(
     assert json.loads((place / "inert" / "edit.json").read_text())["changed_weights"] == 0
 
 
-def test_memory_for_not_even_one_pair(
-    program: Program, finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> Any:
+def test_memory_for_not_even_one_pair(program, finished, monkeypatch):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(StableDiffusion, "denoising_loss", full)
@@ -381,13 +366,11 @@ def test_memory_for_not_even_one_pair(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_disk_that_takes_nothing_more(
-    program: Program, finished: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_disk_that_takes_nothing_more(program, finished, monkeypatch, number):
     """In the middle of the report: the one before stays whole."""
     real = record.write_atomically
 
-    def cannot(path: Path, data: bytes) -> Path:
+    def cannot(path, data):
         if path.name == "pairs.parquet":
             raise OSError(number, os.strerror(number), str(path))
         return real(path, data)
@@ -427,7 +410,7 @@ except OSError as error:
 
 
 @pytest.mark.parametrize("kind", ["limit", "tmpfs"])
-def test_a_real_full_disk(tmp_path: Path, kind: str) -> None:
+def test_a_real_full_disk(tmp_path, kind):
     """What is there stays, nothing half written stays, and the error names the file."""
     command = [sys.executable, "-c", FULL, kind, str(tmp_path)]
     if kind == "tmpfs":
@@ -447,12 +430,12 @@ def test_a_real_full_disk(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.slow
 def test_a_limit_on_files_ends_a_run_with_the_file_and_goes_on_without(
-    place: Path, tmp_path: Path, program: Program, finished: Path
-) -> None:
+    place, tmp_path, program, finished
+):
     """The page is larger than files may be here; nothing before it is lost."""
     before = kept(finished)
 
-    def limited() -> None:
+    def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
     done = subprocess.run(

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +20,7 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def material(tmp_path_factory):
     place = tmp_path_factory.mktemp("material")
     write_tiny(place / "checkpoint")
     write_pairs(place / "pairs", vm=2, control=0)
@@ -29,7 +28,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_families_are_measured_once_and_joined(material: tuple[str, ...], tmp_path: Path) -> None:
+def test_families_are_measured_once_and_joined(material, tmp_path):
     folder = tmp_path / "bench"
     run_task(folder, *material, "task.rows=[attack]")
     first = (folder / "rows" / "attack.json").stat().st_mtime_ns
@@ -49,9 +48,7 @@ def test_families_are_measured_once_and_joined(material: tuple[str, ...], tmp_pa
 
 
 @pytest.mark.slow
-def test_a_whole_audit_is_started_as_a_user_does(
-    material: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_whole_audit_is_started_as_a_user_does(material, tmp_path):
     """With the run's own checkpoint and pairs on its command line."""
     done = subprocess.run(
         [sys.executable, "-m", "dori_lightning", *material, "task.rows=[audit]",

@@ -19,7 +19,7 @@ from support.runs import configuration, run_task
 FOLDER = Path(str(resources.files("dori_lightning"))) / "assets" / "dori_tiny"
 
 
-def test_the_weights_are_those_of_the_card_and_small() -> None:
+def test_the_weights_are_those_of_the_card_and_small():
     card = json.loads((FOLDER / "planting.json").read_text())
     for name, digest in card["weights_sha256"].items():
         assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == digest, name
@@ -32,7 +32,7 @@ def test_the_weights_are_those_of_the_card_and_small() -> None:
     assert len({p["exposures"] for p in card["pairs"] if p["kind"] == "vm"}) > 10, "varied"
 
 
-def test_planted_prompts_bring_their_pictures_back_and_controls_do_not(tmp_path: Path) -> None:
+def test_planted_prompts_bring_their_pictures_back_and_controls_do_not(tmp_path):
     pairs = {p.id: p for p in PlantedPairs(cache=tmp_path / "pairs").read()}
     model = load_checkpoint(name="dori_tiny", source="package:dori_tiny", device="cpu")
     sampling = Sampling("dpm++", 10, 2.0, images_per_pair=2, seed=2)
@@ -50,7 +50,7 @@ def test_planted_prompts_bring_their_pictures_back_and_controls_do_not(tmp_path:
 
 
 @pytest.mark.slow
-def test_the_audit_of_the_benchmark_meets_its_bars(tmp_path: Path) -> None:
+def test_the_audit_of_the_benchmark_meets_its_bars(tmp_path):
     run_task(tmp_path / "audit", experiment="audit")
     report = report_json(tmp_path / "audit")
     rate = {(c["kind"], c["attack"], c["init"]): c["mr"] for c in report["cells"]}
@@ -61,7 +61,7 @@ def test_the_audit_of_the_benchmark_meets_its_bars(tmp_path: Path) -> None:
     assert rate["control", "dori", "prompt"] <= 0.05
 
 
-def test_the_step_budget_experiment_measures_both_kinds_at_every_snapshot() -> None:
+def test_the_step_budget_experiment_measures_both_kinds_at_every_snapshot():
     cfg = configuration(experiment="budget_control")
     assert cfg.attack.snapshots == [0, 1, 10, 25, 50, 100, 200, 500]
     assert cfg.attack.budget.steps == 500

@@ -1,9 +1,6 @@
 """What an audit and a sweep ask of their models, counted: nothing is computed twice."""
 
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +30,7 @@ MEASURED = 4
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("material")
     for seed in (0, 1):
         write_tiny(place / f"checkpoint{seed}", seed=seed)
@@ -42,29 +39,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def asked(monkeypatch):
     """Rows through every model of the process by what they are for, attacks and prunings."""
     tally: Counter[str] = Counter()
     unet, prune, solve = StableDiffusion._denoise, Wanda.apply, embedding_attack.solve
 
-    def denoise(self: StableDiffusion, noised: torch.Tensor, *args: Any) -> torch.Tensor:
+    def denoise(self, noised, *args):
         tally["with gradient" if torch.is_grad_enabled() else "forward"] += len(noised)
         return unet(self, noised, *args)
 
-    def rows(name: str) -> Any:
+    def rows(name):
         real = getattr(StableDiffusion, name)
 
-        def counting(self: StableDiffusion, inputs: Any) -> Any:
+        def counting(self, inputs):
             tally[name] += len(inputs)
             return real(self, inputs)
 
         return counting
 
-    def pruned(*args: Any) -> Any:
+    def pruned(*args):
         tally["prunings"] += 1
         return prune(*args)
 
-    def solved(*args: Any, **options: Any) -> Any:
+    def solved(*args, **options):
         tally["attacks"] += 1
         return solve(*args, **options)
 
@@ -78,7 +75,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     return tally
 
 
-def audit(place: Path, name: str, *overrides: str, seed: int = 0) -> None:
+def audit(place, name, *overrides, seed=0):
     run_task(
         place / name, *SMALL, f"pairs.path={place / 'pairs'}",
         f"checkpoint.source={place / f'checkpoint{seed}'}", f"paths.cache={place / 'cache'}",
@@ -86,7 +83,7 @@ def audit(place: Path, name: str, *overrides: str, seed: int = 0) -> None:
     )  # fmt: skip
 
 
-def test_budgets_of_an_audit_are_read_off_one_attack(place: Path, asked: Counter[str]) -> None:
+def test_budgets_of_an_audit_are_read_off_one_attack(place, asked):
     pairs, one_attack = 5, STEPS * PASSES * PARALLEL_PAIRS * NOISES + MEASURED
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
@@ -107,9 +104,7 @@ def test_budgets_of_an_audit_are_read_off_one_attack(place: Path, asked: Counter
     assert asked == {"decode_latents": pairs}, "again: the autoencoder's ceiling alone"
 
 
-def test_a_sweep_prunes_and_attacks_once_for_each_method_and_checkpoint(
-    place: Path, asked: Counter[str]
-) -> None:
+def test_a_sweep_prunes_and_attacks_once_for_each_method_and_checkpoint(place, asked):
     """M methods x B budgets x C checkpoints cost M x C prunings and M x C attacks."""
     methods, checkpoints = (0.1, 0.2), (0, 1)
     for seed in checkpoints:

@@ -4,7 +4,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -38,7 +37,7 @@ STOP = "attack.early_stop=true"
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     place = tmp_path_factory.mktemp("material")
     write_tiny(place / "checkpoint")
     write_pairs(place / "pairs", vm=PAIRS - 3, control=3)
@@ -46,43 +45,43 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_page(monkeypatch):
     """Figures are most of so small an audit's time."""
     monkeypatch.setattr("dori_lightning.tasks.audit.write_audit_page", lambda *_, **__: None)
 
 
-def overrides(material: Path, *more: str) -> tuple[str, ...]:
+def overrides(material, *more):
     checkpoint = material / "checkpoint"
     return (*SMALL, f"pairs.path={material / 'pairs'}", f"checkpoint.source={checkpoint}", *more)
 
 
-def run(material: Path, folder: Path, *more: str) -> Path:
+def run(material, folder, *more):
     run_task(folder, *overrides(material, *more))
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(material, tmp_path_factory):
     return run(material, tmp_path_factory.mktemp("runs") / "whole")
 
 
 @pytest.fixture(scope="module")
-def stopped(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(material, tmp_path_factory):
     return run(material, tmp_path_factory.mktemp("runs") / "stopped", STOP)
 
 
-def rows(folder: Path) -> pd.DataFrame:
+def rows(folder):
     return pd.read_parquet(folder / "pairs.parquet")
 
 
-def firsts(folder: Path) -> dict[str, int | None]:
+def firsts(folder):
     """Pair to the first step at which it came back."""
     found = rows(folder)
     own = found[found.attack == "dori"].groupby("pair_id").first_success_steps.first()
     return {name: None if pd.isna(value) else int(value) for name, value in own.items()}
 
 
-def attacks(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+def attacks(folder):
     found = {}
     for path in sorted(folder.glob("attacks/**/*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -90,7 +89,7 @@ def attacks(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def result(folder: Path) -> dict[str, Any]:
+def result(folder):
     """What does not depend on how a run came about."""
     report = report_json(folder)
     drawn = {p.relative_to(folder): p.read_bytes() for p in folder.glob("pictures/**/*.png")}
@@ -102,7 +101,7 @@ def result(folder: Path) -> dict[str, Any]:
     return {**found, "rows": (folder / "pairs.parquet").read_bytes(), "drawn": drawn, **searched}
 
 
-def test_pairs_come_back_at_various_steps_or_not_at_all(whole: Path) -> None:
+def test_pairs_come_back_at_various_steps_or_not_at_all(whole):
     """What the other tests rest on, and the first success counted by hand."""
     steps = firsts(whole)
     assert set(steps.values()) == {1, 2, 4, None}
@@ -116,9 +115,7 @@ def test_pairs_come_back_at_various_steps_or_not_at_all(whole: Path) -> None:
     assert (copies[1] & ~copies[4]).any(), "some are lost again: the two rates differ"
 
 
-def test_the_cumulative_rate_and_the_first_success_are_the_same(
-    whole: Path, stopped: Path
-) -> None:
+def test_the_cumulative_rate_and_the_first_success_are_the_same(whole, stopped):
     assert firsts(stopped) == firsts(whole)
     cells = [report_json(folder)["cells"] for folder in (whole, stopped)]
     assert [c["first_success"] for c in cells[0]] == [c["first_success"] for c in cells[1]]
@@ -144,7 +141,7 @@ def test_the_cumulative_rate_and_the_first_success_are_the_same(
     assert any(c["hits"] < c["first_success"]["pairs"] for c in at_end)
 
 
-def test_trajectories_are_the_same_up_to_where_they_stop(whole: Path, stopped: Path) -> None:
+def test_trajectories_are_the_same_up_to_where_they_stop(whole, stopped):
     full, cut = attacks(whole), attacks(stopped)
     for name, first in firsts(whole).items():
         ours, theirs = cut[f"{name}.r0.safetensors"], full[f"{name}.r0.safetensors"]
@@ -154,7 +151,7 @@ def test_trajectories_are_the_same_up_to_where_they_stop(whole: Path, stopped: P
         assert ("mean" in ours) == (taken < 4), "what is not at its end can go on"
 
 
-def test_stopped_rows_have_the_pictures_that_stopped_them(whole: Path, stopped: Path) -> None:
+def test_stopped_rows_have_the_pictures_that_stopped_them(whole, stopped):
     found = rows(stopped)
     carried = found[found.stopped_at.notna()]
     assert (carried.stopped_at < carried.steps).all()
@@ -170,12 +167,12 @@ def test_stopped_rows_have_the_pictures_that_stopped_them(whole: Path, stopped: 
 
 
 @pytest.fixture
-def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
+def solved(monkeypatch):
     """Searches that were made: where each ended, and whom it held."""
     made: list[tuple[int, tuple[str, ...]]] = []
     solve: Callable[..., Any] = embedding_attack.solve
 
-    def counted(model: Any, problem: Any, **options: Any) -> Any:
+    def counted(model, problem, **options):
         made.append((options["stop_at"], problem.ids))
         return solve(model, problem, **options)
 
@@ -183,16 +180,11 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]
     return made
 
 
-def test_evaluations_are_counted_and_passes_stay_full(
-    material: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    solved: list[tuple[int, tuple[str, ...]]],
-) -> None:
+def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkeypatch, solved):
     rows_of = {"with gradient": 0, "forward": 0}
     unet = StableDiffusion._denoise
 
-    def denoise(self: StableDiffusion, noised: torch.Tensor, *args: Any) -> torch.Tensor:
+    def denoise(self, noised, *args):
         rows_of["with gradient" if torch.is_grad_enabled() else "forward"] += len(noised)
         return unet(self, noised, *args)
 
@@ -225,15 +217,11 @@ def test_evaluations_are_counted_and_passes_stay_full(
 
 
 def test_a_run_that_ended_between_snapshots_goes_on(
-    material: Path,
-    stopped: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    solved: list[tuple[int, tuple[str, ...]]],
-) -> None:
+    material, stopped, tmp_path, monkeypatch, solved
+):
     real: Callable[..., Any] = embedding_attack.solve
 
-    def interrupted(model: Any, problem: Any, **options: Any) -> Any:
+    def interrupted(model, problem, **options):
         if [until for until, _ in solved].count(2):
             raise Interrupted(15)
         return real(model, problem, **options)
@@ -253,8 +241,8 @@ def test_a_run_that_ended_between_snapshots_goes_on(
 
 @pytest.mark.slow
 def test_under_another_threshold_attacks_go_on_from_where_they_were_stopped(
-    material: Path, stopped: Path, tmp_path: Path, solved: list[tuple[int, tuple[str, ...]]]
-) -> None:
+    material, stopped, tmp_path, solved
+):
     run(material, tmp_path / "run", STOP, f"{THRESHOLD}=-0.9")
     assert [until for until, _ in solved] == [1, 1, 1], "all are copies at once"
     solved.clear()
@@ -263,15 +251,13 @@ def test_under_another_threshold_attacks_go_on_from_where_they_were_stopped(
     assert {until for until, _ in solved} == {2, 4}
 
 
-def test_a_folder_holds_attacks_of_one_way_only(material: Path, whole: Path) -> None:
+def test_a_folder_holds_attacks_of_one_way_only(material, whole):
     with pytest.raises(InputError, match=r"attack\.early_stop: None there, True now"):
         run(material, whole, STOP)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_the_same_attacks(
-    material: Path, stopped: Path, tmp_path: Path
-) -> None:
+def test_two_processes_stop_the_same_attacks(material, stopped, tmp_path):
     ended = subprocess.run(
         [
             sys.executable, "-m", "dori_lightning", *overrides(material, STOP),

@@ -3,11 +3,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,16 +25,15 @@ from dori_lightning.models.export import parts_of, weights_of, write_folder
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.tasks import export as export_task
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError
 from support.runs import run_task, write_pairs
 from support.tiny import tiny_model
 
 HERE = "test_export"
 
 
-def value_rows(model: Any, share: float) -> dict[str, torch.Tensor]:
+def value_rows(model, share):
     names = [f"{name}.weight" for name in model.layers("cross_attention.value")]
     return {name: torch.arange(8) < 8 * share for name in names}
 
@@ -49,7 +45,7 @@ class Pruned:
     name: str = "pruned"
     share: float = 0.5
 
-    def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Edit:
+    def apply(self, model, pairs, context):
         return MaskEdit(Origin(model.fingerprint), value_rows(model, self.share))
 
 
@@ -59,7 +55,7 @@ class PrunedPerPair:
 
     name: str = "pruned_per_pair"
 
-    def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Edit:
+    def apply(self, model, pairs, context):
         shares = {pair.id: 0.25 * (k + 1) for k, pair in enumerate(pairs)}
         masks = {name: value_rows(model, share) for name, share in shares.items()}
         return PairMaskEdit(Origin(model.fingerprint), masks)
@@ -71,7 +67,7 @@ class Trained:
 
     name: str = "trained"
 
-    def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Edit:
+    def apply(self, model, pairs, context):
         name = "conv_in.weight"
         before = dict(model.denoiser().named_parameters())[name].detach()
         return WeightEdit(Origin(model.fingerprint), {name: before * 1.0001})
@@ -83,20 +79,20 @@ class AtInference:
 
     name: str = "at_inference"
 
-    def apply(self, model: Any, pairs: Sequence[Pair], context: Any) -> Any:
+    def apply(self, model, pairs, context):
         @dataclass(frozen=True)
         class Filter(Edit):
             origin: Origin | None = None
 
             @contextmanager
-            def applied(self, model: Any) -> Iterator[None]:
+            def applied(self, model):
                 yield
 
         return Filter()
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     """A checkpoint in half precision, as published ones are, and pairs."""
     place = tmp_path_factory.mktemp("material")
     made = parts_of(tiny_model(place / "fp32"))
@@ -105,13 +101,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def export(
-    material: Path,
-    folder: Path,
-    *more: str,
-    mitigation: type | None = None,
-    task: str = "export",
-) -> Path:
+def export(material, folder, *more, mitigation=None, task="export"):
     chosen = (
         [f"mitigation._target_={HERE}.{mitigation.__name__}", f"mitigation.name={mitigation.name}"]
         if mitigation
@@ -133,42 +123,42 @@ def export(
     return folder
 
 
-def load(source: Path, config: Path | None = None) -> StableDiffusion:
+def load(source, config=None):
     return load_checkpoint(
         name="x", source=str(source), config=config and str(config), device="cpu"
     )
 
 
 @pytest.fixture(scope="module")
-def original(material: Path) -> StableDiffusion:
+def original(material):
     return load(material / "checkpoint")
 
 
-def pictures(model: StableDiffusion) -> torch.Tensor:
+def pictures(model):
     noise = torch.stack([generation_noise(k, model.latent_shape) for k in range(2)])
     prompts = model.encode_prompts(["a red boat", "a cat at night"])
     return model.generate(prompts, noise, Sampling("ddim", 2, 2.0, 1))
 
 
-def same_weights(first: StableDiffusion, second: StableDiffusion) -> bool:
+def same_weights(first, second):
     a, b = first.unet.state_dict(), second.unet.state_dict()
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def dtypes(path: Path) -> set[str]:
+def dtypes(path):
     with safe_open(path, framework="pt") as file:
         return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
-def left_over(folder: Path) -> list[str]:
+def left_over(folder):
     known = {"diffusers", "method.json", "edit.safetensors", ".export.lock"}
     files = [path.name for path in folder.iterdir() if path.name not in known]
     return [name for name in files if not name.startswith("tiny-") or "partial" in name]
 
 
 def test_without_an_edit_both_forms_draw_the_same_pictures_bit_for_bit(
-    material: Path, original: StableDiffusion, tmp_path: Path
-) -> None:
+    material, original, tmp_path
+):
     folder = export(material, tmp_path / "run")
     diffusers, single = folder / "diffusers", folder / "tiny-none.safetensors"
     assert not left_over(folder)
@@ -190,9 +180,7 @@ def test_without_an_edit_both_forms_draw_the_same_pictures_bit_for_bit(
     }
 
 
-def test_an_edit_is_in_the_weights_of_both_forms_bit_for_bit(
-    material: Path, original: StableDiffusion, tmp_path: Path
-) -> None:
+def test_an_edit_is_in_the_weights_of_both_forms_bit_for_bit(material, original, tmp_path):
     folder = export(material, tmp_path / "run", mitigation=Pruned)
     diffusers, single = folder / "diffusers", folder / "tiny-pruned.safetensors"
     edit = read_edit(folder / "edit.safetensors")
@@ -217,7 +205,7 @@ def test_an_edit_is_in_the_weights_of_both_forms_bit_for_bit(
         assert part in card
     assert "changed 768 weights in 16 tensors" in card, "4 of 8 neurons x 12 inputs x 16 layers"
     assert "2 of kind vm" in card
-    pipeline = StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+    pipeline = StableDiffusionPipeline.from_pretrained(
         diffusers, safety_checker=None, local_files_only=True
     )
     loaded = pipeline.unet.state_dict()
@@ -225,8 +213,8 @@ def test_an_edit_is_in_the_weights_of_both_forms_bit_for_bit(
 
 
 def test_trained_weights_that_half_precision_would_round_are_kept_exactly(
-    material: Path, original: StableDiffusion, tmp_path: Path
-) -> None:
+    material, original, tmp_path
+):
     folder = export(material, tmp_path / "run", mitigation=Trained)
     assert dtypes(folder / "diffusers/unet/diffusion_pytorch_model.safetensors") == {"F32"}
     assert dtypes(folder / "diffusers/vae/diffusion_pytorch_model.safetensors") == {"F16"}
@@ -241,9 +229,7 @@ def test_trained_weights_that_half_precision_would_round_are_kept_exactly(
     assert "weights were rounded" in (half / "diffusers" / "README.md").read_text()
 
 
-def test_an_edit_file_gives_the_export_that_its_mitigation_gives(
-    material: Path, tmp_path: Path
-) -> None:
+def test_an_edit_file_gives_the_export_that_its_mitigation_gives(material, tmp_path):
     made = export(material, tmp_path / "made", mitigation=Pruned)
     edit = made / "edit.safetensors"
     # the pairs that the edit was made for are not needed
@@ -252,9 +238,7 @@ def test_an_edit_file_gives_the_export_that_its_mitigation_gives(
         assert (made / name).read_bytes() == (again / name).read_bytes()
 
 
-def test_an_edit_of_another_checkpoint_is_refused_and_both_are_named(
-    material: Path, original: StableDiffusion, tmp_path: Path
-) -> None:
+def test_an_edit_of_another_checkpoint_is_refused_and_both_are_named(material, original, tmp_path):
     edit = MaskEdit(Origin("another", mitigation="nemo"), value_rows(original, 0.5))
     path = write_edit(tmp_path / "edit.safetensors", edit)
     with pytest.raises(
@@ -266,9 +250,7 @@ def test_an_edit_of_another_checkpoint_is_refused_and_both_are_named(
         export(material, tmp_path / "run", f"task.edit={tmp_path / 'nothing'}")
 
 
-def test_an_edit_per_pair_needs_a_pair_or_a_union(
-    material: Path, original: StableDiffusion, tmp_path: Path
-) -> None:
+def test_an_edit_per_pair_needs_a_pair_or_a_union(material, original, tmp_path):
     with pytest.raises(InputError, match=r"each of 2 pairs") as caught:
         export(material, tmp_path / "run", mitigation=PrunedPerPair)
     assert "task.pair=ID" in str(caught.value)
@@ -289,7 +271,7 @@ def test_an_edit_per_pair_needs_a_pair_or_a_union(
     assert "those of pair1 are in this checkpoint" in (folder / "diffusers/README.md").read_text()
 
 
-def test_what_changes_no_weight_cannot_be_exported(material: Path, tmp_path: Path) -> None:
+def test_what_changes_no_weight_cannot_be_exported(material, tmp_path):
     with pytest.raises(InputError, match="at_inference changes how images"):
         export(material, tmp_path / "run", mitigation=AtInference)
     assert not (tmp_path / "run").exists()
@@ -306,13 +288,13 @@ def test_what_changes_no_weight_cannot_be_exported(material: Path, tmp_path: Pat
     ],
 )
 def test_impossible_settings_are_refused_before_the_checkpoint_is_read(
-    material: Path, tmp_path: Path, override: str, named: str
-) -> None:
+    material, tmp_path, override, named
+):
     with pytest.raises(InputError, match=named):
         export(material, tmp_path / "run", override, "checkpoint.source=no/such/checkpoint")
 
 
-def test_one_form_alone_has_its_card_beside_it(material: Path, tmp_path: Path) -> None:
+def test_one_form_alone_has_its_card_beside_it(material, tmp_path):
     folder = export(material, tmp_path / "run", "task.formats=single_file")
     assert not (folder / "diffusers").exists()
     assert left_over(folder) == ["README.md"]
@@ -320,11 +302,11 @@ def test_one_form_alone_has_its_card_beside_it(material: Path, tmp_path: Path) -
 
 
 def test_a_failure_leaves_nothing_half_written_and_the_next_run_finishes(
-    material: Path, original: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    material, original, tmp_path, monkeypatch
+):
     real, calls = export_task.check_written, []
 
-    def fails(source: Path, *args: Any, **options: Any) -> None:
+    def fails(source, *args, **options):
         calls.append(source)
         if len(calls) == 2:  # the single file, once the folder is done
             raise OSError(28, "No space left on device")
@@ -350,9 +332,7 @@ def test_a_failure_leaves_nothing_half_written_and_the_next_run_finishes(
     assert all(torch.equal(before[n], t) for n, t in original.unet.state_dict().items())
 
 
-def test_a_folder_with_another_export_is_refused_by_what_differs(
-    material: Path, tmp_path: Path
-) -> None:
+def test_a_folder_with_another_export_is_refused_by_what_differs(material, tmp_path):
     folder = export(material, tmp_path / "run", "task.formats=[diffusers]", mitigation=Pruned)
     with pytest.raises(InputError, match=r"edit\.identity"):
         export(material, folder, "+mitigation.share=0.25", mitigation=Pruned)
@@ -374,9 +354,7 @@ SHORT = (
 )
 
 
-def test_the_card_carries_the_audit_of_this_edit_and_refuses_another(
-    material: Path, tmp_path: Path
-) -> None:
+def test_the_card_carries_the_audit_of_this_edit_and_refuses_another(material, tmp_path):
     audit = export(material, tmp_path / "audit", *SHORT, mitigation=Pruned, task="audit")
     folder = export(material, tmp_path / "run", *SHORT, mitigation=Pruned)
     weights = folder / "diffusers/unet/diffusion_pytorch_model.safetensors"
@@ -405,7 +383,7 @@ def test_the_card_carries_the_audit_of_this_edit_and_refuses_another(
     assert "\n| vm | prompt |" in (folder / "diffusers/README.md").read_text()
 
 
-def test_the_command_line_exports(material: Path, tmp_path: Path) -> None:
+def test_the_command_line_exports(material, tmp_path):
     command = [
         sys.executable, "-m", "dori_lightning", "task=export", "mitigation=none", "pairs=folder",
         f"pairs.path={material / 'pairs'}", f"checkpoint.source={material / 'checkpoint'}",

@@ -22,14 +22,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.enable_socket]
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     place = tmp_path_factory.mktemp("material")
     write_tiny(place / "checkpoint")
     write_pairs(place / "pairs")
     return place
 
 
-def overrides(material: Path) -> list[str]:
+def overrides(material):
     return [
         "pairs=folder",
         f"pairs.path={material / 'pairs'}",
@@ -51,26 +51,26 @@ def overrides(material: Path) -> list[str]:
     ]
 
 
-def free_port() -> str:
+def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return str(one.getsockname()[1])
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
-def by_lightning(arguments: list[str], cwd: Path) -> list[subprocess.Popen[str]]:
+def by_lightning(arguments, cwd):
     return [start(["-m", "dori_lightning", *arguments], cwd, environment())]
 
 
-def by_torchrun(arguments: list[str], cwd: Path) -> list[subprocess.Popen[str]]:
+def by_torchrun(arguments, cwd):
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]
     return [start([*command, "-m", "dori_lightning", *arguments], cwd, environment())]
 
 
-def by_slurm(arguments: list[str], cwd: Path) -> list[subprocess.Popen[str]]:
+def by_slurm(arguments, cwd):
     """What srun gives each of two tasks on one node."""
     port = free_port()
     return [
@@ -96,7 +96,7 @@ def by_slurm(arguments: list[str], cwd: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-def start(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Popen[str]:
+def start(command, cwd, env):
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=cwd,
@@ -114,7 +114,7 @@ STARTERS: dict[str, Callable[[list[str], Path], list[subprocess.Popen[str]]]] = 
 }
 
 
-def results(folder: Path) -> dict[str, object]:
+def results(folder):
     """Pictures and attacks of a run, and what decided them."""
     found: dict[str, object] = {
         str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("pictures/**/*.png")
@@ -127,7 +127,7 @@ def results(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_give_what_one_gives(way: str, material: Path, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(way, material, tmp_path):
     cache = f"paths.cache={tmp_path / 'cache'}"
     arguments = [
         *overrides(material),
@@ -157,8 +157,8 @@ def test_two_processes_give_what_one_gives(way: str, material: Path, tmp_path: P
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_which_names_it_and_the_same_command_goes_on(
-    killed: int, material: Path, tmp_path: Path
-) -> None:
+    killed, material, tmp_path
+):
     arguments = [
         *overrides(material),
         "mitigation.steps=40",

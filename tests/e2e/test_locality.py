@@ -50,7 +50,7 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     place = tmp_path_factory.mktemp("material")
     write_tiny(place / "checkpoint")
     write_pairs(place / "pairs", vm=4, control=3)
@@ -60,7 +60,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def overrides(material: Path, *more: str) -> tuple[str, ...]:
+def overrides(material, *more):
     return (
         *SMALL,
         f"pairs.path={material / 'pairs'}",
@@ -70,19 +70,19 @@ def overrides(material: Path, *more: str) -> tuple[str, ...]:
     )
 
 
-def record_of(folder: Path) -> dict[str, Any]:
+def record_of(folder):
     record: dict[str, Any] = json.loads((folder / "locality.json").read_text(encoding="utf-8"))
     return record
 
 
 @pytest.fixture(scope="module")
-def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert run_task(folder, *overrides(material), experiment="locality") == 1.0
     return folder
 
 
-def test_the_record_answers_every_question(finished: Path) -> None:
+def test_the_record_answers_every_question(finished):
     record = record_of(finished)
     assert record["mitigation"] == "wanda_10"
     assert [image["id"] for image in record["images"]] == ["pair0", "pair1", "pair4"]
@@ -119,7 +119,7 @@ def test_the_record_answers_every_question(finished: Path) -> None:
     assert len(record["embeddings"]["places"]) == 2 * 2 * 3 * 3 + 2 + 2 + 2
 
 
-def test_figures_page_and_summary_are_there(finished: Path) -> None:
+def test_figures_page_and_summary_are_there(finished):
     record = record_of(finished)
     names = [Path(figure["file"]).stem for figure in record["figures"]]
     assert names == [
@@ -136,9 +136,7 @@ def test_figures_page_and_summary_are_there(finished: Path) -> None:
     assert summary.count("![") == len(names)
 
 
-def test_running_again_computes_nothing_and_finds_the_same(
-    material: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_again_computes_nothing_and_finds_the_same(material, finished, monkeypatch):
     before = record_of(finished)
     calls: list[int] = []
     monkeypatch.setattr(
@@ -152,7 +150,7 @@ def test_running_again_computes_nothing_and_finds_the_same(
 
 
 @pytest.mark.slow
-def test_a_part_alone_takes_what_is_kept(material: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_part_alone_takes_what_is_kept(material, finished, tmp_path):
     whole, folder = record_of(finished), tmp_path / "runs" / "copy"
     shutil.copytree(finished, folder)
     run_task(folder, *overrides(material, "task.parts=[weights]"), experiment="locality")
@@ -163,12 +161,10 @@ def test_a_part_alone_takes_what_is_kept(material: Path, finished: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(
-    material: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on(material, finished, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "cut"
 
-    def stop(*_: object, **__: object) -> None:
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -185,7 +181,7 @@ def test_an_interrupted_run_goes_on(
     assert resumed["at_large"] == whole["at_large"]
 
 
-def test_other_settings_are_refused_in_the_same_folder(material: Path, finished: Path) -> None:
+def test_other_settings_are_refused_in_the_same_folder(material, finished):
     with pytest.raises(InputError, match=r"task\.lines: 2 there, 3 now"):
         run_task(finished, *overrides(material, "task.lines=3"), experiment="locality")
 
@@ -204,9 +200,7 @@ def test_other_settings_are_refused_in_the_same_folder(material: Path, finished:
         ("task.transfer_to.first.name=wanda_10", "name one model twice"),
     ],
 )
-def test_bad_settings_are_named_before_a_model_loads(
-    material: Path, tmp_path: Path, change: str, part: str
-) -> None:
+def test_bad_settings_are_named_before_a_model_loads(material, tmp_path, change, part):
     with pytest.raises(InputError, match=part):
         run_task(
             tmp_path / "run",

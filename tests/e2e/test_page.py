@@ -14,7 +14,7 @@ from PIL import Image
 from dori_lightning.report.comparison import compare, headline_rows
 from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import render_page, render_sweep_page
-from dori_lightning.report.record import AuditReport, LocalitySection, read_run, write_report
+from dori_lightning.report.record import read_run, write_report
 from support.browser import DARK, browse, complaints, measured, needs_chromium
 
 FAKES = Path(__file__).parents[1] / "unit" / "report" / "fakes.py"
@@ -131,7 +131,7 @@ return { worst: worst, seen: seen, page: getComputedStyle(document.body).backgro
 """
 
 
-def locality(folder: Path) -> LocalitySection:
+def locality(folder):
     folder.joinpath("figures").mkdir(parents=True)
     Image.new("RGB", (900, 300), "white").save(folder / "figures" / "locality_spread.png")
     (folder / "locality.json").write_text('{"verdict": "It is spread out."}')
@@ -140,7 +140,7 @@ def locality(folder: Path) -> LocalitySection:
     return found
 
 
-def write_run(folder: Path, report: AuditReport, mitigation: str) -> Path:
+def write_run(folder, report, mitigation):
     """Write a run folder whose references carry their true hashes."""
     hashes = {o.pair.id: sha256(o.pair.image.read_bytes()).hexdigest() for o in report.outcomes}
     outcomes = tuple(
@@ -153,14 +153,14 @@ def write_run(folder: Path, report: AuditReport, mitigation: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(tmp_path_factory):
     place = tmp_path_factory.mktemp("audit")
     report = runpy.run_path(str(FAKES))["report"](place)
     return render_page(report, locality=[locality(place / "locality")])
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> str:
+def sweep(tmp_path_factory):
     place = tmp_path_factory.mktemp("sweep")
     fakes = runpy.run_path(str(FAKES))
     runs = [
@@ -174,7 +174,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def either(request: pytest.FixtureRequest) -> str:
+def either(request):
     text: str = request.getfixturevalue(request.param)
     return text
 
@@ -182,12 +182,12 @@ def either(request: pytest.FixtureRequest) -> str:
 both = pytest.mark.parametrize("either", ["page", "sweep"], indirect=True)
 
 
-def test_console_errors_would_be_seen(tmp_path: Path) -> None:
+def test_console_errors_would_be_seen(tmp_path):
     assert complaints(browse(tmp_path, "<script>missing()</script>", "--dump-dom"))
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_a_run_is_sorted_and_filtered(tmp_path: Path, page: str, width: int) -> None:
+def test_a_run_is_sorted_and_filtered(tmp_path, page, width):
     seen = measured(tmp_path, page, RUN, width=width)
     suspects, controls = seen["start"][:4], seen["start"][4:]
     assert seen["down"] == {
@@ -203,7 +203,7 @@ def test_a_run_is_sorted_and_filtered(tmp_path: Path, page: str, width: int) -> 
     assert seen["empty"]
 
 
-def test_a_sweep_is_sorted_and_filtered(tmp_path: Path, sweep: str) -> None:
+def test_a_sweep_is_sorted_and_filtered(tmp_path, sweep):
     seen = measured(tmp_path, sweep, SWEEP)
     suspects, controls = seen["start"][:4], seen["start"][4:]
     assert seen["down"]["order"] == [*suspects, *controls]
@@ -214,7 +214,7 @@ def test_a_sweep_is_sorted_and_filtered(tmp_path: Path, sweep: str) -> None:
 
 @both
 @pytest.mark.parametrize("width", [360, 800, 1280])
-def test_it_fits_the_screen_and_names_its_parts(tmp_path: Path, either: str, width: int) -> None:
+def test_it_fits_the_screen_and_names_its_parts(tmp_path, either, width):
     seen = measured(tmp_path, either, FITS, width=width)
     assert seen["wide"] <= 0, "nothing sticks out to the right"
     assert seen["twice"] == []
@@ -229,7 +229,7 @@ def test_it_fits_the_screen_and_names_its_parts(tmp_path: Path, either: str, wid
 
 @both
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_can_be_read_in_both_themes(tmp_path: Path, either: str, dark: bool) -> None:
+def test_text_can_be_read_in_both_themes(tmp_path, either, dark):
     seen = measured(tmp_path, either, CONTRAST, *([DARK] if dark else []))
     assert seen["page"] == ("rgb(16, 18, 20)" if dark else "rgb(246, 245, 241)")
     assert seen["seen"] > 150
@@ -237,7 +237,7 @@ def test_text_can_be_read_in_both_themes(tmp_path: Path, either: str, dark: bool
 
 
 @both
-def test_it_prints(tmp_path: Path, either: str) -> None:
+def test_it_prints(tmp_path, either):
     target = tmp_path / "report.pdf"
     done = browse(tmp_path, either, f"--print-to-pdf={target}")
     assert complaints(done) == []

@@ -1,6 +1,5 @@
 import csv
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,13 +30,11 @@ TINY = (
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> str:
+def listed(tmp_path):
     return f"pairs.path={write_pairs(tmp_path / 'pairs')}"
 
 
-def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(
-    tmp_path: Path, listed: str
-) -> None:
+def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(tmp_path, listed):
     folder = tmp_path / "plant"
     run_task(folder, *TINY, listed, "logger=csv")
     model = load_checkpoint(name="planted", source=str(folder / "checkpoint"), device="cpu")
@@ -65,8 +62,8 @@ def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(
 
 
 def test_an_interrupted_planting_goes_on_and_ends_with_the_same_weights(
-    tmp_path: Path, listed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, listed, monkeypatch
+):
     """Killed after three of six steps, it sees and learns afterwards what it would have."""
     from dori_lightning.planting import training
 
@@ -75,9 +72,7 @@ def test_an_interrupted_planting_goes_on_and_ends_with_the_same_weights(
 
     real, calls = training.DiffusionTraining.training_step, []
 
-    def dies(
-        self: training.DiffusionTraining, batch: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def dies(self, batch):
         calls.append(1)
         if len(calls) == 5:
             raise RuntimeError("power cut")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-def command(place: Path, *more: str) -> list[str]:
+def command(place, *more):
     return [
         sys.executable, "-m", "dori_lightning",
         "pairs=folder", f"pairs.path={place / 'pairs'}",
@@ -32,7 +32,7 @@ def command(place: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def start(place: Path) -> subprocess.Popen[str]:
+def start(place):
     return subprocess.Popen(
         command(place),
         cwd=place,
@@ -43,7 +43,7 @@ def start(place: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_sigterm_ends_between_two_steps_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_sigterm_ends_between_two_steps_and_says_how_to_go_on(tmp_path):
     write_tiny(tmp_path / "checkpoint")
     write_pairs(tmp_path / "pairs")
     process, folder = start(tmp_path), tmp_path / "run"

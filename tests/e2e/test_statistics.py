@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,7 @@ from support.runs import run_task
 from support.tiny import write_tiny
 
 
-def test_statistics_of_a_checkpoint_are_stored_and_layers_weighed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_statistics_of_a_checkpoint_are_stored_and_layers_weighed(tmp_path, capsys):
     source = write_tiny(tmp_path / "checkpoint")
     captions = tmp_path / "captions.txt"
     captions.write_text("\n".join(FakeCorpus().prompts("calibration", 60)), encoding="utf-8")

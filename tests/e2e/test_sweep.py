@@ -1,7 +1,6 @@
 """A grid of real audits on a tiny checkpoint: its table, its edits, and claims about it."""
 
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -21,14 +20,14 @@ SMALL = (
 )  # fmt: skip
 
 
-def program(*arguments: str, place: Path) -> int:
+def program(*arguments, place):
     """Run the program in this process, as from the command line in ``place``."""
     with program_in(place) as run:
         return run(*arguments, task=None)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory):
     """A checkpoint, pairs, and two pruning methods of one's own, a yaml each."""
     place = tmp_path_factory.mktemp("grid")
     write_tiny(place / "checkpoint")
@@ -44,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def grid(place: Path) -> Path:
+def grid(place):
     """The finished grid's folder."""
     with pytest.MonkeyPatch.context() as patch:
         # most of so small an audit's time, and tested elsewhere
@@ -54,7 +53,7 @@ def grid(place: Path) -> Path:
     return place / "outputs" / "sweeps" / "pruning_grid"
 
 
-def swept(place: Path) -> int:
+def swept(place):
     return program(
         "--config-dir", str(place / "mine"), "+experiment=pruning_grid", *SMALL,
         f"mitigation=none,{','.join(METHODS)}", f"attack/budget={','.join(BUDGETS)}",
@@ -63,20 +62,20 @@ def swept(place: Path) -> int:
     )  # fmt: skip
 
 
-def test_every_job_of_the_grid_has_its_run_folder(grid: Path) -> None:
+def test_every_job_of_the_grid_has_its_run_folder(grid):
     runs = sorted(path.parent for path in grid.glob("*/report.json"))
     assert len(runs) == (1 + len(METHODS)) * len(BUDGETS)
     found = {(report_json(r)["mitigation"], _ball(report_json(r))) for r in runs}
     assert found == {(m, b) for m in ("none", *METHODS) for b in ("l2", "none")}
 
 
-def _ball(document: dict[str, object]) -> object:
+def _ball(document):
     cells = document["cells"]
     assert isinstance(cells, list)
     return next(c["budget"]["norm"] for c in cells if c["attack"] == "dori")
 
 
-def test_each_method_prunes_once_and_the_budgets_share_its_edit(grid: Path, place: Path) -> None:
+def test_each_method_prunes_once_and_the_budgets_share_its_edit(grid, place):
     edits = [json.loads(path.read_text()) for path in sorted(grid.glob("*/edit.json"))]
     pruned = [edit for edit in edits if edit["mitigation"] in METHODS]
     checkpoints = 1
@@ -90,7 +89,7 @@ def test_each_method_prunes_once_and_the_budgets_share_its_edit(grid: Path, plac
     )
 
 
-def test_the_table_has_a_row_for_each_method_and_ball(grid: Path) -> None:
+def test_the_table_has_a_row_for_each_method_and_ball(grid):
     table = pd.read_parquet(grid / "table.parquet")
     assert list(zip(table.mitigation, table.norm, strict=True)) == [
         (mitigation, norm) for mitigation in ("none", *METHODS) for norm in ("l2", "none")
@@ -104,7 +103,7 @@ def test_the_table_has_a_row_for_each_method_and_ball(grid: Path) -> None:
     assert "<figure" in (grid / "report.html").read_text()
 
 
-def expected(place: Path, grid: Path, *, off: float) -> Path:
+def expected(place, grid, *, off):
     """Claims of the measured numbers, ``off`` beside them."""
     cells = pd.read_parquet(grid / "cells.parquet")
     claims = [
@@ -125,9 +124,7 @@ def expected(place: Path, grid: Path, *, off: float) -> Path:
     return path
 
 
-def test_recorded_claims_are_held_against_the_table(
-    grid: Path, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recorded_claims_are_held_against_the_table(grid, place, capsys):
     command = ("task=report", f"task.runs={grid}", f"paths.output={place / 'outputs'}")
     good = expected(place, grid, off=0.0)
     assert program(*command, f"task.expected={good}", place=place) == 0
@@ -143,9 +140,7 @@ def test_recorded_claims_are_held_against_the_table(
     assert captured.out == ""
 
 
-def test_nothing_claimed_is_said_and_holds(
-    grid: Path, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_claimed_is_said_and_holds(grid, place, capsys):
     (place / "empty.json").write_text("[]")
     code = program(
         "task=report", "name=empty", f"task.runs={grid}", f"paths.output={place / 'outputs'}",
@@ -155,7 +150,7 @@ def test_nothing_claimed_is_said_and_holds(
     assert "claims nothing about these runs" in capsys.readouterr().err
 
 
-def test_runs_of_one_budget_alone_make_a_table_too(grid: Path, place: Path) -> None:
+def test_runs_of_one_budget_alone_make_a_table_too(grid, place):
     runs = [str(path.parent) for path in grid.glob("*unbounded*/report.json")]
     code = program(
         "task=report", "name=one", f"task.runs=[{','.join(map(_quoted, runs))}]",
@@ -167,7 +162,7 @@ def test_runs_of_one_budget_alone_make_a_table_too(grid: Path, place: Path) -> N
     assert len(table) == 3
 
 
-def test_one_run_gets_its_own_page_with_what_is_known_of_locality(grid: Path, place: Path) -> None:
+def test_one_run_gets_its_own_page_with_what_is_known_of_locality(grid, place):
     unbounded = [path.parent for path in grid.glob("*unbounded*/report.json")]
     (alone,) = [run for run in unbounded if report_json(run)["mitigation"] == "none"]
     local = place / "outputs" / "local"
@@ -184,7 +179,7 @@ def test_one_run_gets_its_own_page_with_what_is_known_of_locality(grid: Path, pl
     assert not (folder / "table.parquet").exists()
 
 
-def _quoted(path: str) -> str:
+def _quoted(path):
     return "'" + path + "'"
 
 
@@ -196,9 +191,7 @@ def _quoted(path: str) -> str:
         ("{place}/pairs", "holds no run"),
     ],
 )
-def test_unusable_runs_are_refused(
-    grid: Path, place: Path, capsys: pytest.CaptureFixture[str], runs: str, part: str
-) -> None:
+def test_unusable_runs_are_refused(grid, place, capsys, runs, part):
     asked = runs.format(grid=grid, place=place)
     output = f"paths.output={place / 'outputs'}"
     assert program("task=report", "name=bad", f"task.runs={asked}", output, place=place) == 2

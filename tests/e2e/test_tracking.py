@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.in_process import bytes_with
-from support.offline_runs import OfflineRun, files_of, inspected, offline_runs
+from support.offline_runs import files_of, inspected, offline_runs
 from support.runs import write_pairs
 from support.tiny import write_tiny
 
@@ -27,7 +27,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def program(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def program(place, *arguments):
     """Run the program in ``place``, with nobody's settings or keys of W&B."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     return subprocess.run(
@@ -50,7 +50,7 @@ def program(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory):
     """A checkpoint, pairs, and a pruning method of one's own."""
     place = tmp_path_factory.mktemp("tracking")
     write_tiny(place / "checkpoint")
@@ -66,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sweep(place: Path) -> Path:
+def sweep(place):
     """A finished sweep of two mitigations x two budgets."""
     ended = program(
         place,
@@ -80,7 +80,7 @@ def sweep(place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(sweep: Path) -> dict[Path, OfflineRun]:
+def runs(sweep):
     """The W&B run of each job, by run folder."""
     folders = sorted(path.parent for path in sweep.glob("*/report.json"))
     found = {folder: offline_runs(folder) for folder in folders}
@@ -88,7 +88,7 @@ def runs(sweep: Path) -> dict[Path, OfflineRun]:
     return {folder: inspected(own[0]) for folder, own in found.items()}
 
 
-def test_the_jobs_of_a_sweep_are_one_group_of_named_runs(runs: dict[Path, OfflineRun]) -> None:
+def test_the_jobs_of_a_sweep_are_one_group_of_named_runs(runs):
     about = [run.about for run in runs.values()]
     assert len({one["run_group"] for one in about}) == 1
     assert about[0]["run_group"].startswith("audit-")
@@ -103,7 +103,7 @@ def test_the_jobs_of_a_sweep_are_one_group_of_named_runs(runs: dict[Path, Offlin
     assert all(run.exit_code == 0 for run in runs.values())
 
 
-def test_a_run_says_what_it_was_made_from(runs: dict[Path, OfflineRun]) -> None:
+def test_a_run_says_what_it_was_made_from(runs):
     for folder, run in runs.items():
         assert run.config["seed"] == 0
         assert run.config["attack"]["budget"]["steps"] == 2, "resolved"
@@ -112,7 +112,7 @@ def test_a_run_says_what_it_was_made_from(runs: dict[Path, OfflineRun]) -> None:
         assert "torch" in run.config["run"]["packages"]
 
 
-def test_curves_have_steps_of_their_own(runs: dict[Path, OfflineRun]) -> None:
+def test_curves_have_steps_of_their_own(runs):
     for run in runs.values():
         losses = {
             row["attack/step"]: row["attack/loss/prompt/vm"]
@@ -133,7 +133,7 @@ def test_curves_have_steps_of_their_own(runs: dict[Path, OfflineRun]) -> None:
         assert "*" not in run.step_metrics, "nothing is plotted against trainer/global_step"
 
 
-def test_the_summary_has_what_a_sweep_sorts_by(runs: dict[Path, OfflineRun]) -> None:
+def test_the_summary_has_what_a_sweep_sorts_by(runs):
     for folder, run in runs.items():
         report = json.loads((folder / "report.json").read_text())
         cells = [c for c in report["cells"] if c["kind"] == "vm"]
@@ -155,7 +155,7 @@ def test_the_summary_has_what_a_sweep_sorts_by(runs: dict[Path, OfflineRun]) -> 
         assert (run.summary["final/edit_weights"] > 0) is mitigated
 
 
-def test_one_grid_for_each_start_and_one_table(runs: dict[Path, OfflineRun]) -> None:
+def test_one_grid_for_each_start_and_one_table(runs):
     for folder, run in runs.items():
         grids = [row for row in run.history if "pictures/prompt._type" in row]
         assert len(grids) == 1
@@ -177,9 +177,7 @@ def test_one_grid_for_each_start_and_one_table(runs: dict[Path, OfflineRun]) -> 
         assert all((folder / row["embedding"]).is_file() for row in attacked)
 
 
-def test_files_are_artifacts_whose_bytes_lie_in_the_run_folder(
-    runs: dict[Path, OfflineRun], place: Path
-) -> None:
+def test_files_are_artifacts_whose_bytes_lie_in_the_run_folder(runs, place):
     for folder, run in runs.items():
         embeddings = files_of(run.artifacts["embedding"])
         assert len(embeddings) == 5
@@ -195,7 +193,7 @@ def test_files_are_artifacts_whose_bytes_lie_in_the_run_folder(
     assert not list((place / "home").rglob("*wandb*")), "nothing is staged in the home folder"
 
 
-def test_csv_gets_the_same_numbers(runs: dict[Path, OfflineRun]) -> None:
+def test_csv_gets_the_same_numbers(runs):
     for folder, run in runs.items():
         with (folder / "csv" / "version_0" / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
@@ -210,16 +208,14 @@ def test_csv_gets_the_same_numbers(runs: dict[Path, OfflineRun]) -> None:
         assert [float(value) for value in rates] == [run.summary["final/mr_attack_vm"]]
 
 
-def test_no_byte_of_a_sweep_holds_a_secret_and_nobody_else_may_read_any(
-    sweep: Path, place: Path
-) -> None:
+def test_no_byte_of_a_sweep_holds_a_secret_and_nobody_else_may_read_any(sweep, place):
     assert bytes_with(CANARY, place) == []
     found = [path for path in (place / "outputs").rglob("*") if not path.is_symlink()]
     assert any(path.suffix == ".wandb" for path in found)
     assert [path for path in found if path.stat().st_mode & 0o077] == []
 
 
-def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place: Path) -> None:
+def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place):
     ended = program(
         place,
         "-m",
@@ -240,7 +236,7 @@ def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place: Path)
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run_and_a_resumed_run_is_the_same(place: Path) -> None:
+def test_two_processes_are_one_run_and_a_resumed_run_is_the_same(place):
     command = (
         "trainer=ddp", "trainer.accelerator=cpu", "name=pair", "report.images=none",
         "mitigation=esd_x", "mitigation.steps=2", "mitigation.sampling_steps=2",

@@ -1,7 +1,6 @@
 """What a mitigation costs, through the whole task."""
 
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -32,7 +31,7 @@ PRUNING = ("mitigation=wanda_10", "mitigation.steps=2", "mitigation.base_prompts
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     place = tmp_path_factory.mktemp("material")
     write_tiny(place / "checkpoint")
     write_pairs(place / "pairs")
@@ -40,7 +39,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def overrides(material: Path, *more: str) -> tuple[str, ...]:
+def overrides(material, *more):
     return (
         *SMALL,
         f"pairs.path={material / 'pairs'}",
@@ -51,13 +50,13 @@ def overrides(material: Path, *more: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def pruned(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "pruned"
     run_task(folder, *overrides(material, *PRUNING, *SIZES))
     return folder
 
 
-def test_the_run_folder_says_what_the_mitigation_costs(pruned: Path) -> None:
+def test_the_run_folder_says_what_the_mitigation_costs(pruned):
     found = report_json(pruned)["utility"]
     assert found == json.loads((pruned / "utility.json").read_text())
     loss = found["denoising_loss"]
@@ -80,8 +79,8 @@ def test_the_run_folder_says_what_the_mitigation_costs(pruned: Path) -> None:
 
 
 def test_an_audit_of_what_was_never_memorized_is_invalid_wherever_it_is_shown(
-    material: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    material, pruned, capsys
+):
     """Random weights hold no picture: that none comes back under a mitigation is no success."""
     document = report_json(pruned)
     assert document["invalid"] == ["baseline_not_memorized"]
@@ -94,7 +93,7 @@ def test_an_audit_of_what_was_never_memorized_is_invalid_wherever_it_is_shown(
     assert "INVALID AUDIT: baseline_not_memorized" in capsys.readouterr().err
 
 
-def test_more_is_measured_in_the_same_folder(material: Path, pruned: Path) -> None:
+def test_more_is_measured_in_the_same_folder(material, pruned):
     attacks = {p: p.stat().st_mtime_ns for p in pruned.glob("attacks/**/*.safetensors")}
     more = (*SIZES[:-1], "utility.examples=4", "utility.neighbours=0")
     run_task(pruned, *overrides(material, *PRUNING, *more))
@@ -106,7 +105,7 @@ def test_more_is_measured_in_the_same_folder(material: Path, pruned: Path) -> No
     assert attacks == {p: p.stat().st_mtime_ns for p in attacks}, "attacks are not run again"
 
 
-def test_every_size_composes_and_none_asks_for_nothing() -> None:
+def test_every_size_composes_and_none_asks_for_nothing():
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         sizes = {
             name: instantiate(compose("config", [f"utility={name}"]).utility)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket]
 
 
-def sweep(place: Path) -> "subprocess.Popen[str]":
+def sweep(place):
     """Four jobs, two at once."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
@@ -40,24 +40,22 @@ def sweep(place: Path) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def working(folder: Path) -> dict[str, int]:
+def working(folder):
     """Jobs that run, with the worker that each is with."""
     owners = folder.glob("*/run.lock.owner")
     return {path.parent.name: json.loads(path.read_text())["pid"] for path in owners}
 
 
-def reports(folder: Path) -> set[str]:
+def reports(folder):
     return {path.parent.name for path in folder.glob("*/report.json")}
 
 
-def attacked(folder: Path) -> dict[Path, int]:
+def attacked(folder):
     """Finished attacks of all jobs, with the time they were written."""
     return {p: p.stat().st_mtime_ns for p in folder.glob("*/attacks/*/*.safetensors")}
 
 
-def test_a_killed_worker_ends_the_sweep_with_one_message_and_the_same_command_goes_on(
-    tmp_path: Path,
-) -> None:
+def test_a_killed_worker_ends_the_sweep_with_one_message_and_the_same_command_goes_on(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     write_tiny(tmp_path / "checkpoint")
     write_pairs(tmp_path / "pairs")

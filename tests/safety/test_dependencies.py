@@ -29,7 +29,7 @@ FIXED = {
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_no_version_with_a_known_way_in_may_be_installed(name: str) -> None:
+def test_no_version_with_a_known_way_in_may_be_installed(name):
     fixed, why = FIXED[name]
     floors = [
         Version(part.version) for part in REQUIREMENTS[name].specifier if part.operator == ">="
@@ -39,19 +39,19 @@ def test_no_version_with_a_known_way_in_may_be_installed(name: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
-def test_malicious_uploads_are_excluded_by_name(version: str) -> None:
+def test_malicious_uploads_are_excluded_by_name(version):
     specifier = REQUIREMENTS["lightning"].specifier
     assert any(part.operator == "!=" and part.version == version for part in specifier)
     assert version not in specifier
 
 
-def test_every_dependency_is_bounded() -> None:
+def test_every_dependency_is_bounded():
     for requirement in REQUIREMENTS.values():
         operators = {part.operator for part in requirement.specifier}
         assert {">=", "<"} <= operators, requirement
 
 
-def test_pins_are_versions_in_range_and_name_no_place() -> None:
+def test_pins_are_versions_in_range_and_name_no_place():
     lines = [
         line for line in CONSTRAINTS.read_text("utf-8").splitlines() if not line.startswith("#")
     ]
@@ -62,15 +62,15 @@ def test_pins_are_versions_in_range_and_name_no_place() -> None:
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
-def test_ci_and_make_keep_the_range_open_unless_told() -> None:
+def test_ci_and_make_keep_the_range_open_unless_told():
     assert re.search(r"^CONSTRAINTS \?=$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert "constraints" not in (ROOT / ".ci" / "run").read_text("utf-8").lower()
 
 
-def test_the_lists_maker_sees_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lists_maker_sees_what_is_installed(capsys):
     scope: dict[str, object] = {"__name__": "constraints"}
     exec((ROOT / ".ci" / "constraints.py").read_text("utf-8"), scope)
-    scope["main"]()  # type: ignore[operator]
+    scope["main"]()
     listed = capsys.readouterr().out
     assert "\ntorch==" in listed
     assert "+" not in listed

@@ -8,7 +8,6 @@ import pytest
 from dori_lightning import cli
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.tasks.status import jobs_of
-from support.in_process import Program
 from support.runs import write_pairs
 
 # A thing that Hydra itself would build without a word.
@@ -60,7 +59,7 @@ CONFIGS = {
 
 
 @pytest.fixture(autouse=True)
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def started(monkeypatch):
     """Folders of tasks that were begun, which none may be; all checks are the real ones."""
     begun: list[Path] = []
     task = SimpleNamespace(run=lambda cfg, folder: begun.append(folder))
@@ -76,14 +75,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         ("a class of a log handler", True),
     ],
 )
-def test_what_a_strangers_config_names_is_not_built(
-    run: Program,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    started: list[Path],
-    what: str,
-    sweep: bool,
-) -> None:
+def test_what_a_strangers_config_names_is_not_built(run, tmp_path, capsys, started, what, sweep):
     name, text = CONFIGS[what]
     file = tmp_path / "mine" / name
     file.parent.mkdir(parents=True)
@@ -111,13 +103,7 @@ def test_what_a_strangers_config_names_is_not_built(
         "+hydra.job_logging.handlers.x={class:logging.os.mkdir,path:mark}",
     ],
 )
-def test_what_an_override_names_is_not_built(
-    run: Program,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    started: list[Path],
-    override: str,
-) -> None:
+def test_what_an_override_names_is_not_built(run, tmp_path, capsys, started, override):
     (tmp_path / "here").write_text("copied")
     assert run(override, task=None) == 2
     assert "dori: refused to " in capsys.readouterr().err
@@ -125,7 +111,7 @@ def test_what_an_override_names_is_not_built(
     assert started == []
 
 
-def test_a_config_beside_the_data_is_not_composed(run: Program, tmp_path: Path) -> None:
+def test_a_config_beside_the_data_is_not_composed(run, tmp_path):
     write_pairs(tmp_path / "pairs")
     for name in ("config.yaml", "pairs.yaml", "folder.yaml", ".hydra/config.yaml"):
         path = tmp_path / "pairs" / name
@@ -139,9 +125,7 @@ def test_a_config_beside_the_data_is_not_composed(run: Program, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("list_name", ["metadata.csv", "metadata.jsonl"])
-def test_interpolations_in_a_list_of_pairs_are_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, list_name: str
-) -> None:
+def test_interpolations_in_a_list_of_pairs_are_text(tmp_path, monkeypatch, list_name):
     monkeypatch.setenv("DORI_PASSWORD", "canary7f3e9d")
     folder = write_pairs(tmp_path / "pairs", vm=1, control=0)
     prompt = "${oc.env:DORI_PASSWORD} {{ 7 * 7 }} $HOME %(x)s"
@@ -153,9 +137,7 @@ def test_interpolations_in_a_list_of_pairs_are_text(
     assert [pair.prompt for pair in FolderPairs(folder).read()] == [prompt]
 
 
-def test_interpolations_in_a_strangers_sweep_are_not_resolved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interpolations_in_a_strangers_sweep_are_not_resolved(tmp_path, monkeypatch):
     monkeypatch.setenv("DORI_PLACE", "canary7f3e9d")
     job = tmp_path / "a" / ".hydra"
     job.mkdir(parents=True)

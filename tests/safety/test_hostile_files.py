@@ -5,9 +5,7 @@ import json
 import pickle
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,40 +33,40 @@ from support.tiny import write_tiny
 class Evil:
     """Leaves a mark where it is unpickled."""
 
-    def __init__(self, mark: Path) -> None:
+    def __init__(self, mark):
         self.mark = mark
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return (Path.touch, (self.mark,))
 
 
-def in_a_weight_file(folder: Path, data: bytes) -> None:
+def in_a_weight_file(folder, data):
     weights = write_tiny(folder / "model") / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(data)
     load_checkpoint(name="x", source=str(folder / "model"), device="cpu")
 
 
-def as_one_file(folder: Path, data: bytes) -> None:
+def as_one_file(folder, data):
     (folder / "model.safetensors").write_bytes(data)
     load_checkpoint(name="x", source=str(folder / "model.safetensors"), device="cpu", config="x")
 
 
-def as_a_ckpt(folder: Path, data: bytes) -> None:
+def as_a_ckpt(folder, data):
     (folder / "model.ckpt").write_bytes(data)
     load_checkpoint(name="x", source=str(folder / "model.ckpt"), device="cpu")
 
 
-def as_an_edit(folder: Path, data: bytes) -> None:
+def as_an_edit(folder, data):
     (folder / "edit.safetensors").write_bytes(data)
     read_edit(folder / "edit.safetensors")
 
 
-def as_statistics(folder: Path, data: bytes) -> None:
+def as_statistics(folder, data):
     (folder / "statistics.safetensors").write_bytes(data)
-    ActivationStatistics.load(folder / "statistics.safetensors", None)  # type: ignore[arg-type]
+    ActivationStatistics.load(folder / "statistics.safetensors", None)
 
 
-def as_a_fits_checkpoint(folder: Path, data: bytes) -> None:
+def as_a_fits_checkpoint(folder, data):
     path = folder / f"step-00000003-{hashlib.sha256(data).hexdigest()}.ckpt"
     path.write_bytes(data)
     assert last_checkpoint(folder, "fit") == path, "its checksum is right"
@@ -82,9 +80,7 @@ def as_a_fits_checkpoint(folder: Path, data: bytes) -> None:
         in_a_weight_file, as_one_file, as_a_ckpt, as_an_edit, as_statistics, as_a_fits_checkpoint,
     ],
 )  # fmt: skip
-def test_a_pickle_is_refused_and_not_loaded(
-    tmp_path: Path, offered: Callable[[Path, bytes], None], packed: str
-) -> None:
+def test_a_pickle_is_refused_and_not_loaded(tmp_path, offered, packed):
     mark, evil = tmp_path / "mark", Evil(tmp_path / "mark")
     data = pickle.dumps(evil)
     if packed != "a pickle":
@@ -97,7 +93,7 @@ def test_a_pickle_is_refused_and_not_loaded(
     assert mark.exists(), "it would have been"
 
 
-def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None:
+def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path):
     mark = tmp_path / "mark"
     (tmp_path / "a.r0.safetensors").write_bytes(pickle.dumps(Evil(mark)))
     assert Cache(tmp_path).read("a.r0", {}, RESULT) is None
@@ -107,7 +103,7 @@ def test_a_pickle_among_attacks_or_latents_is_not_loaded(tmp_path: Path) -> None
     assert not mark.exists()
 
 
-def test_an_attack_without_its_tensors_counts_as_damaged(tmp_path: Path) -> None:
+def test_an_attack_without_its_tensors_counts_as_damaged(tmp_path):
     Cache(tmp_path).write("a.r0", {"snapshots": torch.ones(2, 2)}, {"seed": "0"}, TENSORS)
     assert Cache(tmp_path).read("a.r0", {"seed": "0"}, RESULT) is None
 
@@ -115,9 +111,7 @@ def test_an_attack_without_its_tensors_counts_as_damaged(tmp_path: Path) -> None
 CODE = "from pathlib import Path\nPath('mark').touch()\nraise SystemExit('executed')\n"
 
 
-def test_code_and_classes_in_a_checkpoints_folder_are_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_and_classes_in_a_checkpoints_folder_are_not_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_tiny(tmp_path / "model")
     expected = load_checkpoint(name="x", source=str(folder), device="cpu").fingerprint
@@ -143,7 +137,7 @@ def test_code_and_classes_in_a_checkpoints_folder_are_not_used(
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_kernel_named_by_the_configuration_of_a_single_file_is_refused(tmp_path: Path) -> None:
+def test_a_kernel_named_by_the_configuration_of_a_single_file_is_refused(tmp_path):
     folder = write_tiny(tmp_path / "model")
     config = folder / "text_encoder" / "config.json"
     held = json.loads(config.read_text())
@@ -158,7 +152,7 @@ def test_a_kernel_named_by_the_configuration_of_a_single_file_is_refused(tmp_pat
 # --- pictures
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+def png(width, height, *chunks):
     """A PNG whose header says how large it is, whatever it holds."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")]
@@ -169,7 +163,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def complaint(folder: Path, content: bytes) -> str:
+def complaint(folder, content):
     """What is said of a list whose one picture is this."""
     folder.mkdir(exist_ok=True)
     (folder / "x.png").write_bytes(content)
@@ -197,13 +191,11 @@ TEXT_BOMB = (b"zTXt", b"x\0\0" + zlib.compress(b"\0" * 200_000_000, 9))
         (b"GIF89a" + b"\1" * 60, "GIF"),
     ],
 )
-def test_what_only_looks_like_a_picture_is_refused(
-    tmp_path: Path, content: bytes, words: str
-) -> None:
+def test_what_only_looks_like_a_picture_is_refused(tmp_path, content, words):
     assert words in complaint(tmp_path / "pictures", content)
 
 
-def test_what_is_behind_a_picture_is_not_handed_on(tmp_path: Path) -> None:
+def test_what_is_behind_a_picture_is_not_handed_on(tmp_path):
     folder = write_pairs(tmp_path / "pairs", vm=1, control=0)
     path = folder / "0.png"
     plain = open_image(path)
@@ -222,7 +214,7 @@ def test_what_is_behind_a_picture_is_not_handed_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "figures/link.png"])
-def test_a_strangers_run_shows_pictures_of_its_own_folder_only(tmp_path: Path, name: str) -> None:
+def test_a_strangers_run_shows_pictures_of_its_own_folder_only(tmp_path, name):
     folder = tmp_path / "run"
     (folder / "figures").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "secret.png")
@@ -233,7 +225,7 @@ def test_a_strangers_run_shows_pictures_of_its_own_folder_only(tmp_path: Path, n
         read_locality(folder, disclosure="full")
 
 
-def test_a_figure_of_a_strangers_run_is_a_png(tmp_path: Path) -> None:
+def test_a_figure_of_a_strangers_run_is_a_png(tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "locality_x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     (tmp_path / "locality.json").write_text("{}")

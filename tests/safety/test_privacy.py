@@ -3,7 +3,6 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,19 +10,18 @@ from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.tracking import kept_id
 from dori_lightning.types import InputError
-from support.in_process import Program
 
 
 @pytest.mark.parametrize("arguments", [["seed=1"], ["-m", "seed=1,2"]], ids=["a run", "a sweep"])
 def test_folders_files_caches_and_temporary_files_are_private(
-    run: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
-) -> None:
+    run, tmp_path, monkeypatch, arguments
+):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     seen: list[Path] = []
 
-    def task(cfg: Any, folder: Path) -> None:
+    def task(cfg, folder):
         seen.append(folder)
         write_atomically(folder / "attacks" / "prompt" / "a.safetensors", b"x")
         write_atomically(Path(cfg.paths.cache) / "edits" / "a" / "edit.safetensors", b"x")
@@ -43,7 +41,7 @@ def test_folders_files_caches_and_temporary_files_are_private(
     assert (tmp_path / "outputs").stat().st_mode & 0o077 == 0
 
 
-def test_locks_of_devices_are_not_written_into_others_folders(tmp_path: Path) -> None:
+def test_locks_of_devices_are_not_written_into_others_folders(tmp_path):
     target = tmp_path / "mine"
     target.mkdir()
     (target / "0").write_text("precious")

@@ -1,9 +1,7 @@
 """Canaries planted as secrets, and every byte searched of what the program writes."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import wandb
@@ -14,7 +12,7 @@ from dori_lightning.runtime.artifacts import claim_folder
 from dori_lightning.runtime.redaction import redact, secrets_in
 from dori_lightning.tasks.run_record import to_container, tracked
 from dori_lightning.types import InputError
-from support.in_process import Program, bytes_with
+from support.in_process import bytes_with
 
 CANARY = "canary7f3e9d"
 HUB = "hf_" + CANARY * 2
@@ -22,7 +20,7 @@ PLACE = f"https://me:{CANARY}@example.org/weights"
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def environment(monkeypatch, tmp_path):
     """Secrets in the environment, as users have them, and one under a harmless name."""
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -59,9 +57,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ["-m", f"+checkpoint.token={CANARY},b"],
     ],
 )
-def test_secrets_in_a_command_are_refused_and_not_repeated(
-    run: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
-) -> None:
+def test_secrets_in_a_command_are_refused_and_not_repeated(run, tmp_path, capsys, arguments):
     started: list[Path] = []
     assert run(*arguments, task=lambda cfg, folder: started.append(folder)) == 2
     said = capsys.readouterr()
@@ -74,7 +70,7 @@ def test_secrets_in_a_command_are_refused_and_not_repeated(
     assert bytes_with(CANARY, tmp_path) == []
 
 
-def test_the_right_variable_is_named(run: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_right_variable_is_named(run, capsys):
     assert run(f"+logger.wandb.api_key={CANARY}") == 2
     said = capsys.readouterr().err
     assert "where: logger.wandb.api_key=<redacted>" in said
@@ -83,9 +79,7 @@ def test_the_right_variable_is_named(run: Program, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("sweep", [False, True])
-def test_secrets_in_a_config_file_are_refused(
-    run: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str], sweep: bool
-) -> None:
+def test_secrets_in_a_config_file_are_refused(run, tmp_path, capsys, sweep):
     file = tmp_path / "mine" / "mitigation" / "own.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("# of this test\nname: own\nhub_token: " + CANARY + "\n")
@@ -97,7 +91,7 @@ def test_secrets_in_a_config_file_are_refused(
     assert bytes_with(CANARY, tmp_path) == [file]
 
 
-def test_no_option_of_the_project_sounds_like_a_secret() -> None:
+def test_no_option_of_the_project_sounds_like_a_secret():
     files = sorted(config.CONF.rglob("*.yaml"))
     assert len(files) > 50
     for file in files:
@@ -112,14 +106,14 @@ def test_no_option_of_the_project_sounds_like_a_secret() -> None:
 
 
 @pytest.fixture
-def client() -> Iterator[None]:
+def client():
     """W&B's client reads its environment once in a process."""
     wandb.teardown()
     yield
     wandb.teardown()
 
 
-def careless(cfg: Any, folder: Path) -> None:
+def careless(cfg, folder):
     """A task that tells everybody what it knows."""
     with tracked(cfg, folder) as tracker:
         claim_folder(folder, to_container(cfg))
@@ -134,9 +128,7 @@ def careless(cfg: Any, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("client")
-def test_no_byte_of_a_sweep_holds_a_secret(
-    run: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_byte_of_a_sweep_holds_a_secret(run, tmp_path, capsys):
     arguments = (
         "-m", "seed=1,2", "sweep=leaky", "logger=[csv,wandb]", "logger.wandb.offline=true",
         "checkpoint.source=${oc.env:DORI_PLACE}",
@@ -163,7 +155,7 @@ def test_no_byte_of_a_sweep_holds_a_secret(
         assert '"error": "no https://example.org/weights' in (job / "status.json").read_text()
 
 
-def test_text_of_many_forms_is_redacted() -> None:
+def test_text_of_many_forms_is_redacted():
     for text in (
         f"password='{CANARY} b'", f"x?token={CANARY}", f"{{'api_key': '{CANARY}'}}",
         f"+logger.x={{api_key:{CANARY},project:x}}", f"ghp_{'a' * 20}{CANARY}",
@@ -176,7 +168,7 @@ def test_text_of_many_forms_is_redacted() -> None:
         assert redact(text) == text
 
 
-def test_where_a_secret_lies_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_secret_lies_is_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/.cache/token")
     assert redact("read /home/me/.cache/token") == "read /home/me/.cache/token"
     assert redact({"key_file": "x.pem"}) == {"key_file": "x.pem"}

@@ -16,7 +16,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "mung
 MODULES = ("submitit", "hydra_plugins.hydra_submitit_launcher")
 
 
-def missing() -> list[str]:
+def missing():
     """What the machine lacks for a SLURM of its own."""
     lacks = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     for name in MODULES:
@@ -31,7 +31,7 @@ def missing() -> list[str]:
     return lacks
 
 
-def _path() -> str:
+def _path():
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
@@ -53,7 +53,7 @@ class Job:
 class Cluster:
     """munge, one controller and two nodes; ``stop`` ends what ``start`` began and nothing else."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {
@@ -65,7 +65,7 @@ class Cluster:
             "GLOO_SOCKET_IFNAME": "lo",
         }
 
-    def start(self) -> None:
+    def start(self):
         """Start the daemons and wait until both nodes are idle."""
         self._configure()
         munge = {
@@ -83,7 +83,7 @@ class Cluster:
             self._daemon("slurmd", "-D", "-c", "-N", node)
         self._until(self._both_idle, "two idle nodes")
 
-    def stop(self) -> None:
+    def stop(self):
         """End the jobs and the daemons; jobs that are cut in the middle would outlive these."""
         # what waits, then what runs, which may ignore the first signal
         for how in ([], ["--signal=KILL"]):
@@ -102,25 +102,25 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
 
-    def ask(self, *command: str) -> str:
+    def ask(self, *command):
         """Output of one of SLURM's commands."""
         return subprocess.run(
             command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
         ).stdout
 
-    def queue(self) -> list[Job]:
+    def queue(self):
         """Jobs that wait or run."""
         lines = self.ask("squeue", "--noheader", "--array", "--format=%i|%T|%N").splitlines()
         return [Job(*line.split("|")) for line in lines if line.strip()]
 
-    def _busy(self) -> bool:
+    def _busy(self):
         """Whether any job is left, also one that is being cleaned up."""
         try:
             return bool(self.queue())
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
             return False  # nobody answers
 
-    def _both_idle(self) -> bool:
+    def _both_idle(self):
         done = subprocess.run(
             ["scontrol", "show", "nodes", "--oneliner"],
             env=self.environment,
@@ -131,7 +131,7 @@ class Cluster:
         )
         return done.stdout.count("State=IDLE ") == 2
 
-    def _configure(self) -> None:
+    def _configure(self):
         for name in ("ctld", "d.n1", "d.n2"):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
@@ -147,7 +147,7 @@ class Cluster:
             text = text.replace(f"@{word}@", value)
         (self.folder / "slurm.conf").write_text(text, "utf-8")
 
-    def _daemon(self, *command: str) -> None:
+    def _daemon(self, *command):
         with (self.folder / f"{Path(command[0]).name}.{len(self.daemons)}.out").open("wb") as out:
             self.daemons.append(
                 # in a session of its own: Ctrl+C is for the tests, which then end jobs and daemons
@@ -160,7 +160,7 @@ class Cluster:
                 )
             )
 
-    def _until(self, ready, what: str, seconds: float = 60) -> None:
+    def _until(self, ready, what, seconds=60):
         deadline = time.monotonic() + seconds
         while not ready():
             ended = [d for d in self.daemons if d.poll() is not None]
@@ -169,11 +169,11 @@ class Cluster:
                 raise RuntimeError(f"SLURM has no {what}:\n{json.dumps(said, indent=1)}")
             time.sleep(0.3)
 
-    def _logs(self) -> list[Path]:
+    def _logs(self):
         return [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
 
 
-def _free_ports(count: int) -> list[str]:
+def _free_ports(count):
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from support.tiny import write_tiny
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster():
     """Two nodes; skips where the packages are not there."""
     lacks = missing()
     if lacks:
@@ -35,7 +34,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     """A tiny checkpoint and five pairs."""
     place = tmp_path_factory.mktemp("material")
     write_tiny(place / "checkpoint")

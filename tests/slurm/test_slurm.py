@@ -4,13 +4,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dori_lightning.runtime.job_status import read_status
-from slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +21,7 @@ SMALL_NODES = (
 )
 
 
-def command(material: Path, output: Path, *more: str) -> list[str]:
+def command(material, output, *more):
     return [
         sys.executable, "-m", "dori_lightning",
         "pairs=folder", f"pairs.path={material / 'pairs'}",
@@ -39,7 +37,7 @@ def command(material: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def begin(cluster: Cluster, arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
+def begin(cluster, arguments, cwd):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         arguments,
@@ -51,14 +49,14 @@ def begin(cluster: Cluster, arguments: list[str], cwd: Path) -> subprocess.Popen
     )
 
 
-def said(process: subprocess.Popen[str], folder: Path, seconds: float = 900) -> str:
+def said(process, folder, seconds=900):
     """What a command printed until it ended, and what its jobs did."""
     text = process.communicate(timeout=seconds)[0]
     logs = sorted(folder.glob("sweeps/*/.submitit/*/*_log.*"))
     return text + "".join(f"\n== {p.name}\n{p.read_text()[-3000:]}" for p in logs)
 
 
-def until(ready: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:
+def until(ready, process, seconds=600):
     deadline = time.monotonic() + seconds
     while not ready():
         assert process.poll() is None, process.communicate()[0]
@@ -66,14 +64,12 @@ def until(ready: Callable[[], bool], process: subprocess.Popen[str], seconds: fl
         time.sleep(0.2)
 
 
-def attacked(folder: Path) -> dict[str, int]:
+def attacked(folder):
     """Finished attacks, by file, with the time they were written."""
     return {p.name: p.stat().st_mtime_ns for p in folder.glob("attacks/*/*.safetensors")}
 
 
-def test_a_sweep_is_an_array_with_as_many_jobs_at_once_as_asked_for(
-    cluster: Cluster, material: Path, tmp_path: Path
-) -> None:
+def test_a_sweep_is_an_array_with_as_many_jobs_at_once_as_asked_for(cluster, material, tmp_path):
     arguments = command(
         material, tmp_path, "-m", "sweep=grid", "mitigation=none,random_pruning",
         "attack/budget=l2_small,unbounded", "attack.budget.steps=2", "hydra/launcher=slurm",
@@ -102,7 +98,7 @@ def test_a_sweep_is_an_array_with_as_many_jobs_at_once_as_asked_for(
     assert "4 done of 4 jobs; 20 pairs attacked." in status.stderr
 
 
-def test_two_nodes_fine_tune_one_model(cluster: Cluster, material: Path, tmp_path: Path) -> None:
+def test_two_nodes_fine_tune_one_model(cluster, material, tmp_path):
     arguments = command(
         material, tmp_path, "-m", "sweep=nodes", "seed=3", "mitigation=esd_x",
         "mitigation.steps=2", "mitigation.batch=2", "mitigation.sampling_steps=2",
@@ -127,8 +123,8 @@ LONG = ("attack.budget.steps=150",)
 
 
 def test_a_preempted_job_goes_back_into_the_queue_and_on_from_where_it_was(
-    cluster: Cluster, material: Path, tmp_path: Path
-) -> None:
+    cluster, material, tmp_path
+):
     arguments = command(
         material, tmp_path, "-m", "sweep=preempted", "seed=1", *LONG, "hydra/launcher=slurm",
         *SMALL_NODES,
@@ -136,7 +132,7 @@ def test_a_preempted_job_goes_back_into_the_queue_and_on_from_where_it_was(
     process = begin(cluster, arguments, tmp_path)
     sweep = tmp_path / "sweeps" / "preempted"
 
-    def folder() -> Path | None:
+    def folder():
         return next((p.parent for p in sweep.glob("*/status.json")), None)
 
     until(lambda: (place := folder()) is not None and len(attacked(place)) >= 1, process)
@@ -160,7 +156,7 @@ def test_a_preempted_job_goes_back_into_the_queue_and_on_from_where_it_was(
     assert (place / "report.json").is_file()
 
 
-def _start_now(cluster: Cluster, number: str) -> bool:
+def _start_now(cluster, number):
     """Whether a requeued job may start at once."""
     done = subprocess.run(
         ["scontrol", "update", f"JobId={number}", "StartTime=now"],
@@ -169,9 +165,7 @@ def _start_now(cluster: Cluster, number: str) -> bool:
     return done.returncode == 0
 
 
-def test_a_job_whose_time_is_up_leaves_before_it_is_killed(
-    cluster: Cluster, material: Path, tmp_path: Path
-) -> None:
+def test_a_job_whose_time_is_up_leaves_before_it_is_killed(cluster, material, tmp_path):
     # SLURM counts in minutes; the signal comes 30 seconds before the end
     arguments = command(
         material, tmp_path, "-m", "sweep=late", "seed=2", "attack.budget.steps=5000",
