@@ -237,10 +237,10 @@ def _load_folder(place: Path | tuple[str, str | None]) -> dict[str, Any]:
     try:
         parts = {
             "unet": UNet2DConditionModel.from_pretrained(
-                where, subfolder="unet", low_cpu_mem_usage=False, **common
+                where, subfolder="unet", low_cpu_mem_usage=True, **common
             ),
             "vae": AutoencoderKL.from_pretrained(
-                where, subfolder="vae", low_cpu_mem_usage=False, **common
+                where, subfolder="vae", low_cpu_mem_usage=True, **common
             ),
             # said here, or the folder could name a kernel that is fetched and run
             "text_encoder": CLIPTextModel.from_pretrained(
