@@ -40,8 +40,6 @@ class Separation:
             fits in between.
         positive_low: 5 % quantile of the replicas.
         null_high: 99 % quantile of the null.
-        n_positive: Replicas.
-        n_null: Images that are no replicas.
     """
 
     descriptor: str
@@ -49,8 +47,6 @@ class Separation:
     margin: float
     positive_low: float
     null_high: float
-    n_positive: int
-    n_null: int
 
     @property
     def decides(self) -> bool:
@@ -97,10 +93,8 @@ def separation_table(samples: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tupl
     """
     rows = []
     for name, (replicas, others) in samples.items():
-        positives, null = (
-            _finite(replicas, f"replicas by {name}"),
-            _finite(others, f"non-replicas by {name}"),
-        )
+        positives = _finite(replicas, f"replicas by {name}")
+        null = _finite(others, f"non-replicas by {name}")
         if positives.size == 0 or null.size == 0:
             raise ValueError(
                 f"{name} needs replicas and non-replicas, got {positives.size} and {null.size}"
@@ -114,8 +108,6 @@ def separation_table(samples: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tupl
                 margin=(low - high) / max(spread, 1e-6),
                 positive_low=low,
                 null_high=high,
-                n_positive=int(positives.size),
-                n_null=int(null.size),
             )
         )
     return tuple(sorted(rows, key=lambda row: -row.margin))
@@ -332,19 +324,11 @@ class ReferenceImages:
         )
         return Measured(similarity, spread, distances, scores)
 
-    def best(self, name: str, images: torch.Tensor) -> torch.Tensor:
-        """Best similarity (N,) that any of the images has with each original.
-
-        Args:
-            name: Descriptor.
-            images: Images (K, 3, H, W) in [0, 1].
-        """
-        descriptor = self.measures.descriptors[name]
-        return descriptor.compare(descriptor.describe(images), self.features[name]).amax(0)
-
-    def similarities(self, images: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
-        """Similarities (K, N) of images (K, 3, H, W) with N pairs by the deciding descriptor."""
-        name = self.measures.decider
+    def similarities(
+        self, images: torch.Tensor, pairs: Sequence[Pair], *, name: str | None = None
+    ) -> torch.Tensor:
+        """Similarities (K, N) of images (K, 3, H, W) with N pairs; by the decider without name."""
+        name = name or self.measures.decider
         descriptor = self.measures.descriptors[name]
         own = self.features[name][[self.places[pair.id] for pair in pairs]]
         return descriptor.compare(descriptor.describe(images), own)
@@ -366,8 +350,8 @@ def null_similarities(
     """
     values: list[float] = []
     for pair in references.pairs:
-        best = references.best(name, images[pair.id]).tolist()
-        for other, value in zip(references.pairs, best, strict=True):
+        similarities = references.similarities(images[pair.id], references.pairs, name=name)
+        for other, value in zip(references.pairs, similarities.amax(0).tolist(), strict=True):
             copy = other.id != pair.id and other.sha256 != "" and other.sha256 == pair.sha256
             if other.kind == "control" and not copy:
                 values.append(value)

@@ -1,9 +1,8 @@
 """Image descriptors: turn images into features and compare them.
 
-All of them answer in [-1, 1], higher
-is closer, so that thresholds, tables and calibration need not know which one is at work. Features
-live on the CPU: there the order of a sum never depends on how many images came along, so a
-pair's similarity is the same in any batch, on any rank.
+All of them answer in [-1, 1], higher is closer, so that thresholds, tables and calibration need
+not know which one is at work. Features live on the CPU: there the order of a sum never depends on
+how many images came along, so a pair's similarity is the same in any batch, on any rank.
 
 The structural descriptors of this file compare pixels: nothing to download, nothing learned. They
 see a copy at the same place and scale, which is what a memorizing diffusion model draws; they do
@@ -17,15 +16,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import product
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dori_lightning.runtime.batching import fixed_batches
-
-Channels = Literal["luminance", "rgb"]
 
 CHUNK_IMAGES = 8
 """Images that are scaled down at once."""
@@ -53,12 +50,13 @@ class Descriptor(ABC):
         threshold: Similarity above which an image counts as a replica: published, or fixed by the
             user; None where it must be calibrated on the list of pairs (see
             ``calibration.calibrate``).
-        higher_is_better: Higher similarity is closer, for every descriptor.
     """
 
     name: str
-    threshold: float | None
-    higher_is_better: ClassVar[bool] = True
+
+    def __init__(self, *, threshold: float | None = None) -> None:
+        """Take a fixed threshold in [-1, 1]; None calibrates it."""
+        self.threshold = threshold
 
     @abstractmethod
     def describe(self, images: Tensor) -> Tensor:
@@ -135,30 +133,25 @@ def _box_average(images: Tensor, size: int, axis: int) -> Tensor:
 
 
 @torch.no_grad()
-def thumbnails(images: Tensor, size: int, channels: Channels) -> Tensor:
-    """Average images down to squares.
+def thumbnails(images: Tensor, size: int) -> Tensor:
+    """Average images down to squares of luminance.
 
     Args:
         images: Images, (N, 3, H, W), in [0, 1], on any device.
         size: Side of the squares in pixels; aspect ratios are not kept.
-        channels: ``luminance`` (BT.601 weights) or ``rgb``.
 
     Returns:
-        (N, 1 or 3, size, size) float64 on the CPU, in [0, 1].
+        (N, 1, size, size) float64 on the CPU, in [0, 1].
 
     Raises:
-        ValueError: Wrong shape, type, range or channels.
+        ValueError: Wrong shape, type or range.
     """
     check_images(images)
-    if channels not in ("luminance", "rgb"):
-        raise ValueError(f"channels must be luminance or rgb, got {channels!r}")
     small = []
     for chunk in torch.split(images, CHUNK_IMAGES):
-        pixels = chunk.cpu().double()
-        if channels == "luminance":
-            red, green, blue = pixels.unbind(1)
-            pixels = (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
-        small.append(_box_average(_box_average(pixels, size, -1), size, -2))
+        red, green, blue = chunk.cpu().double().unbind(1)
+        grey = (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
+        small.append(_box_average(_box_average(grey, size, -1), size, -2))
     return torch.cat(small)
 
 
@@ -268,22 +261,13 @@ class NormalizedCorrelation(Descriptor):
         1995.
     """
 
-    def __init__(
-        self, size: int = 32, channels: Channels = "luminance", *, threshold: float | None = None
-    ) -> None:
-        """Choose the thumbnail.
-
-        Args:
-            size: Side in pixels.
-            channels: ``luminance``, or ``rgb`` where a change of hue must not count as a copy.
-            threshold: Fixed threshold in [-1, 1]; None calibrates it.
-        """
-        self.name = "normalized_correlation" + ("_rgb" if channels == "rgb" else "")
-        self.size, self.channels, self.threshold = size, channels, threshold
+    name = "normalized_correlation"
+    size = 32
+    """Side of the thumbnail in pixels."""
 
     def describe(self, images: Tensor) -> Tensor:
-        """Centred, unit thumbnails, (N, C * size**2); see ``Descriptor.describe``."""
-        return unit_rows(thumbnails(images, self.size, self.channels), centred=True)
+        """Centred, unit thumbnails, (N, size**2); see ``Descriptor.describe``."""
+        return unit_rows(thumbnails(images, self.size), centred=True)
 
 
 class LocalCorrelation(Descriptor):
@@ -294,40 +278,22 @@ class LocalCorrelation(Descriptor):
     structure.
 
     Reference: local contrast normalisation, Jarrett et al., "What is the best multi-stage
-        architecture for object
-    recognition?", ICCV 2009.
+        architecture for object recognition?", ICCV 2009.
     """
 
-    def __init__(
-        self,
-        size: int = 20,
-        window: int = 7,
-        *,
-        noise: float = 0.03,
-        threshold: float | None = None,
-    ) -> None:
-        """Choose the scale of structure that counts.
+    name = "local_correlation"
+    size = 20
+    """Side of the thumbnail in pixels."""
 
-        Args:
-            size: Side of the thumbnail in pixels.
-            window: Width of the window in thumbnail pixels, odd; the Gaussian's sigma is a quarter
-                of it.
-            noise: Contrast, as a share of the range [0, 1], that counts as noise.
-            threshold: Fixed threshold in [-1, 1]; None calibrates it.
+    window = 7
+    """Width of the window in thumbnail pixels; the Gaussian's sigma is a quarter of it."""
 
-        Raises:
-            ValueError: Even or too wide window, or a noise floor that is not positive.
-        """
-        if window % 2 == 0 or not 3 <= window <= size:
-            raise ValueError(f"window must be odd and between 3 and size {size}, got {window}")
-        if noise <= 0:
-            raise ValueError(f"noise must be > 0, got {noise}")
-        self.name = "local_correlation"
-        self.size, self.window, self.noise, self.threshold = size, window, noise, threshold
+    noise = 0.03
+    """Contrast, as a share of the range [0, 1], that counts as noise."""
 
     def describe(self, images: Tensor) -> Tensor:
         """Locally normalised unit thumbnails, (N, size**2); see ``Descriptor.describe``."""
-        grey = thumbnails(images, self.size, "luminance")
+        grey = thumbnails(images, self.size)
         taps = gaussian_taps(self.window, self.window / 4)
         # Mirrored borders would give every ramp the same two edges, and thus all ramps a likeness.
         detail = grey - blur(grey, taps, border="continue")
@@ -344,40 +310,15 @@ class TiledCorrelation(Descriptor):
     original has no tile that counts.
     """
 
-    def __init__(
-        self,
-        size: int = 32,
-        tiles: int = 4,
-        *,
-        noise: float = 0.02,
-        quantile: float | None = None,
-        threshold: float | None = None,
-    ) -> None:
-        """Choose the grid.
+    name = "tiled_correlation"
+    size = 32
+    """Side of the thumbnail in pixels."""
 
-        Args:
-            size: Side of the thumbnail in pixels.
-            tiles: Tiles along each side; divides ``size``.
-            noise: Standard deviation, as a share of the range [0, 1], below which a tile does not
-                count.
-            quantile: Weighted quantile over tiles in (0, 1) that is the similarity, low values
-                asking for every part to be copied; None takes the weighted mean.
-            threshold: Fixed threshold in [-1, 1]; None calibrates it.
+    tiles = 4
+    """Tiles along each side."""
 
-        Raises:
-            ValueError: ``tiles`` does not divide ``size``, or noise or quantile is out of range.
-        """
-        if tiles < 1 or size % tiles or size // tiles < 2:
-            raise ValueError(
-                f"tiles must divide size {size} into tiles of 2 pixels or more, got {tiles}"
-            )
-        if noise <= 0:
-            raise ValueError(f"noise must be > 0, got {noise}")
-        if quantile is not None and not 0 < quantile < 1:
-            raise ValueError(f"quantile must lie in (0, 1) or be null, got {quantile}")
-        self.name = "tiled_correlation"
-        self.size, self.tiles, self.noise = size, tiles, noise
-        self.quantile, self.threshold = quantile, threshold
+    noise = 0.02
+    """Standard deviation, as a share of the range [0, 1], below which a tile does not count."""
 
     def describe(self, images: Tensor) -> Tensor:
         """Unit tiles, then their standard deviations; see ``Descriptor.describe``.
@@ -385,7 +326,7 @@ class TiledCorrelation(Descriptor):
         Returns:
             (N, size**2 + tiles**2) fp32.
         """
-        grey = thumbnails(images, self.size, "luminance")
+        grey = thumbnails(images, self.size)
         count, side = self.tiles, self.size // self.tiles
         tiles = (
             grey.reshape(-1, count, side, count, side)
@@ -398,22 +339,14 @@ class TiledCorrelation(Descriptor):
         return torch.cat([unit.flatten(1), spread], 1).float()
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """Weighted mean or quantile of the tiles' correlations, (N, M), weighted by ``b``."""
+        """Weighted mean of the tiles' correlations, (N, M), weighted by ``b``."""
         count, pixels = self.tiles**2, self.size**2
         pairs = zip(a[:, :pixels].chunk(count, 1), b[:, :pixels].chunk(count, 1), strict=True)
         per_tile = torch.stack([all_pairs_dot(x, y) for x, y in pairs], -1).double()
         weight = (1 - (self.noise / b[:, pixels:].double().clamp_min(self.noise)) ** 2).expand_as(
             per_tile
         )
-        total = weight.sum(-1)
-        if self.quantile is None:
-            value = (per_tile * weight).sum(-1)
-            value = value / total.clamp_min(1e-9)
-        else:
-            order = per_tile.argsort(dim=-1, stable=True)
-            reached = weight.gather(-1, order).cumsum(-1) >= self.quantile * total.unsqueeze(-1)
-            picked = order.gather(-1, reached.int().argmax(-1, keepdim=True))
-            value = torch.where(total > 1e-9, per_tile.gather(-1, picked).squeeze(-1), 0.0)
+        value = (per_tile * weight).sum(-1) / weight.sum(-1).clamp_min(1e-9)
         # A NaN image is NaN in every tile, also where the weights would hide it.
         return torch.where(per_tile.isnan().any(-1), torch.nan, value).float().clamp(-1, 1)
 
@@ -422,37 +355,21 @@ class StructuralSimilarity(Descriptor):
     """SSIM of thumbnails, all pairs; strict about contrast, lenient about flat areas.
 
     Reference: Wang et al., "Image quality assessment: from error visibility to structural
-        similarity", 2004;
-    torchmetrics' implementation with its 11-pixel Gaussian window.
+        similarity", 2004; torchmetrics' implementation with its 11-pixel Gaussian window.
     """
 
-    def __init__(
-        self, size: int = 64, channels: Channels = "luminance", *, threshold: float | None = None
-    ) -> None:
-        """Choose the thumbnail.
-
-        Args:
-            size: Side in pixels, at least 16.
-            channels: ``luminance``, or ``rgb`` (mean over channels; three times the work).
-            threshold: Fixed threshold in [-1, 1]; None calibrates it.
-
-        Raises:
-            ValueError: Too small for the window.
-        """
-        if size < 16:
-            raise ValueError(f"size must be 16 or more for SSIM's 11-pixel window, got {size}")
-        self.name = "ssim" + ("_rgb" if channels == "rgb" else "")
-        self.size, self.channels, self.threshold = size, channels, threshold
+    name = "ssim"
+    size = 64
+    """Side of the thumbnail in pixels."""
 
     def describe(self, images: Tensor) -> Tensor:
-        """Pixels, (N, C * size**2), in [0, 1], *not* unit rows; see ``Descriptor.describe``."""
-        return thumbnails(images, self.size, self.channels).flatten(1).float()
+        """Pixels, (N, size**2), in [0, 1], *not* unit rows; see ``Descriptor.describe``."""
+        return thumbnails(images, self.size).flatten(1).float()
 
     @torch.no_grad()
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """SSIM of every generated image with every original, (N, M) fp32 in [-1, 1]."""
-        shape = (-1, 3 if self.channels == "rgb" else 1, self.size, self.size)
-        first, second = a.cpu().reshape(shape), b.cpu().reshape(shape)
+        first, second = (rows.cpu().reshape(-1, 1, self.size, self.size) for rows in (a, b))
         places = list(product(range(len(a)), range(len(b))))
         values = []
         for batch, valid in fixed_batches(places, CHUNK_PAIRS):
@@ -471,41 +388,19 @@ class GradientOrientation(Descriptor):
     edge, and little where there is only noise.
 
     Reference: gradient correlation as in Argyriou and Vlachos, "Estimation of sub-pixel motion
-        using gradient
-    cross-correlation", 2003; the noise floor is ours.
+        using gradient cross-correlation", 2003; the noise floor is ours.
     """
 
-    def __init__(
-        self,
-        size: int = 32,
-        *,
-        sigma: float = 1.0,
-        noise: float = 0.03,
-        threshold: float | None = None,
-    ) -> None:
-        """Choose the scale of edges that count.
+    name = "gradient_orientation"
+    size = 32
+    """Side of the thumbnail in pixels."""
 
-        Args:
-            size: Side of the thumbnail in pixels, at least 8.
-            sigma: Blur before differentiating, in thumbnail pixels.
-            noise: Gradient, in range [0, 1] per pixel, that counts as noise.
-            threshold: Fixed threshold in [-1, 1]; None calibrates it.
-
-        Raises:
-            ValueError: An argument is out of range.
-        """
-        if size < 8 or not 0 < sigma <= size / 8 or noise <= 0:
-            raise ValueError(
-                f"need size >= 8, 0 < sigma <= size / 8 and noise > 0, got {size}, {sigma}, "
-                f"{noise}"
-            )
-        self.name = "gradient_orientation"
-        self.size, self.sigma, self.noise, self.threshold = size, sigma, noise, threshold
+    noise = 0.03
+    """Gradient, in range [0, 1] per pixel, that counts as noise."""
 
     def describe(self, images: Tensor) -> Tensor:
         """Stacked dx and dy, unit rows, (N, 2 * (size - 2)**2); see ``Descriptor.describe``."""
-        grey = thumbnails(images, self.size, "luminance")
-        grey = blur(grey, gaussian_taps(2 * math.ceil(2 * self.sigma) + 1, self.sigma))
+        grey = blur(thumbnails(images, self.size), gaussian_taps(5, 1.0))
         dx = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2
         dy = (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]) / 2
         strength = (dx.square() + dy.square() + self.noise**2).sqrt()

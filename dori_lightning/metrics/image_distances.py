@@ -37,12 +37,7 @@ _PADDED = ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b")
 
 
 class Features(Protocol):
-    """What turns images into the numbers that are compared.
-
-    Attributes:
-        name: How reports call it.
-        dimension: Features of an image.
-    """
+    """What turns images into the numbers that are compared."""
 
     @property
     def name(self) -> str:

@@ -19,6 +19,9 @@ from dori_lightning.metrics.sscd import parse_weights, read_weights
 from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.types import InputError
 
+BATCH = 8
+"""Images per forward pass on an accelerator."""
+
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -30,8 +33,7 @@ class LPIPSDistance:
     offered.
 
     Reference: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual
-        Metric", CVPR 2018,
-    https://arxiv.org/abs/1801.03924.
+        Metric", CVPR 2018, https://arxiv.org/abs/1801.03924.
     """
 
     def __init__(
@@ -40,7 +42,6 @@ class LPIPSDistance:
         *,
         net: Literal["alex", "vgg", "squeeze"] = "alex",
         sha256: str | None = None,
-        batch: int = 8,
     ) -> None:
         """Load the backbone.
 
@@ -49,15 +50,12 @@ class LPIPSDistance:
                 ``.safetensors``.
             net: Which of them.
             sha256: Expected hash of the file.
-            batch: Images per forward pass.
 
         Raises:
             InputError: Missing or wrong file, or unknown net.
         """
-        if net not in ("alex", "vgg", "squeeze") or batch < 1:
-            raise InputError(
-                f"LPIPS: net must be alex, vgg or squeeze and batch >= 1, got {net!r} and {batch}"
-            )
+        if net not in ("alex", "vgg", "squeeze"):
+            raise InputError(f"LPIPS: net must be alex, vgg or squeeze, got {net!r}")
         path = Path(backbone)
         state = parse_weights(read_weights(path, sha256, what="LPIPS"), path, what="LPIPS")
         layers = {
@@ -80,7 +78,6 @@ class LPIPSDistance:
                 f"tensors are missing or differ in shape; give torchvision's ImageNet weights"
             )
         self.network.net.load_state_dict(renamed)
-        self.name, self.batch = f"lpips_{net}", batch
 
     @torch.no_grad()
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
@@ -103,7 +100,7 @@ class LPIPSDistance:
         return in_fixed_batches(
             lambda batch: self.network(*batch.unbind(1), normalize=True).flatten(),
             couples,
-            self.batch,
+            BATCH,
         )
 
 
@@ -118,17 +115,15 @@ class ClipAlignment:
     """Cosine of CLIP's image and text embeddings: does an image still show what was asked for?
 
     Reference: Radford et al., "Learning Transferable Visual Models From Natural Language
-        Supervision", 2021,
-    https://arxiv.org/abs/2103.00020; A_CLIP of Finding NeMo uses ViT-B/32.
+        Supervision", 2021, https://arxiv.org/abs/2103.00020; A_CLIP of Finding NeMo uses ViT-B/32.
     """
 
-    def __init__(self, model_path: str | Path, *, batch: int = 16) -> None:
+    def __init__(self, model_path: str | Path) -> None:
         """Load the model.
 
         Args:
             model_path: Local transformers folder of a CLIP model with safetensors weights and a
                 tokenizer.
-            batch: Images per forward pass.
 
         Raises:
             InputError: Not such a folder.
@@ -152,7 +147,6 @@ class ClipAlignment:
         config: Any = self.model.config
         self.side: int = config.vision_config.image_size
         self.length: int = config.text_config.max_position_embeddings
-        self.name, self.batch = "clip_alignment", batch
 
     @torch.no_grad()
     def alignment(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -179,9 +173,7 @@ class ClipAlignment:
         couples = list(zip(images.float(), prompts, strict=True))
         rows = []
         # one by one on a CPU, see ``in_fixed_batches``
-        for batch, valid in fixed_batches(
-            couples, 1 if images.device.type == "cpu" else self.batch
-        ):
+        for batch, valid in fixed_batches(couples, 1 if images.device.type == "cpu" else BATCH):
             chunk, texts = zip(*batch, strict=True)
             pixels = F.interpolate(
                 torch.stack(chunk), (self.side, self.side), mode="bicubic", antialias=True

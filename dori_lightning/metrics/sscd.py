@@ -23,6 +23,9 @@ from dori_lightning.types import InputError
 
 Preprocessing = Literal["nemo_320", "wen_224", "membench_288"]
 
+BATCH = 8
+"""Images per forward pass on an accelerator."""
+
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -171,6 +174,8 @@ class SSCD(Descriptor):
     squares to 288 with ImageNet statistics.
     """
 
+    name = "sscd"
+
     def __init__(
         self,
         weights: str | Path,
@@ -178,7 +183,6 @@ class SSCD(Descriptor):
         sha256: str | None = None,
         preprocessing: Preprocessing = "nemo_320",
         threshold: float | None = 0.7,
-        batch: int = 8,
     ) -> None:
         """Load the network, before anything expensive starts.
 
@@ -188,7 +192,6 @@ class SSCD(Descriptor):
             sha256: Expected hash of the file.
             preprocessing: ``nemo_320``, ``wen_224`` or ``membench_288``.
             threshold: Fixed threshold in [-1, 1]; None calibrates it.
-            batch: Images per forward pass.
 
         Raises:
             InputError: Missing or wrong file, TorchScript without hash, unknown preprocessing.
@@ -198,10 +201,8 @@ class SSCD(Descriptor):
                 f"SSCD: preprocessing must be nemo_320, wen_224 or membench_288, got "
                 f"{preprocessing!r}"
             )
-        if batch < 1:
-            raise InputError(f"SSCD: batch must be >= 1, got {batch}")
-        self.name = "sscd"
-        self.preprocessing, self.threshold, self.batch = preprocessing, threshold, batch
+        super().__init__(threshold=threshold)
+        self.preprocessing = preprocessing
         self.network = _network(Path(weights), sha256)
 
     @torch.no_grad()
@@ -212,6 +213,6 @@ class SSCD(Descriptor):
         rows = in_fixed_batches(
             lambda batch: self.network(_prepare(batch, self.preprocessing)).float(),
             images,
-            self.batch,
+            BATCH,
         )
         return F.normalize(rows, dim=1)

@@ -43,31 +43,28 @@ class Roc:
     auc: float
 
 
-def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Bound a rate; unlike the normal interval it is honest near 0 and 1 and for few pairs.
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """Bound a rate with 95 % confidence; honest near 0 and 1 and for few pairs, too.
 
     Args:
         hits: Successes, 0 to ``n``.
         n: Trials; 0 gives (0, 1), nothing being known.
-        confidence: Two-sided level in (0, 1).
 
     Returns:
         Lower and upper bound in [0, 1].
 
     Raises:
-        ValueError: Counts or level out of range.
+        ValueError: Counts out of range.
 
     Reference: Wilson, "Probable inference, the law of succession, and statistical inference",
         1927; recommended for small n by Brown, Cai and DasGupta, "Interval estimation for a
         binomial proportion", 2001.
     """
-    if not 0 <= hits <= n or not 0 < confidence < 1:
-        raise ValueError(
-            f"need 0 <= hits <= n and 0 < confidence < 1, got {hits}, {n} and {confidence}"
-        )
+    if not 0 <= hits <= n:
+        raise ValueError(f"need 0 <= hits <= n, got {hits} and {n}")
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(hits, n).proportion_ci(confidence, method="wilson")
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
     # at the ends the formula is exact up to rounding; say so
     return (
         0.0 if hits == 0 else float(interval.low),
@@ -147,19 +144,14 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean())
-
-
 def cluster_bootstrap(
     clusters: Sequence[ArrayLike],
     *,
-    statistic: Callable[[np.ndarray], float] = _mean,
+    statistic: Callable[[np.ndarray], float] = np.mean,
     draws: int = 2000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic, resampling whole pairs with all their images.
+    """95 % percentile interval of a statistic, resampling whole pairs with all their images.
 
     For a paired comparison of two conditions pass each pair's differences.
 
@@ -167,17 +159,14 @@ def cluster_bootstrap(
         clusters: One array of finite values per pair, of any length >= 1.
         statistic: Maps the pooled values, (V,), to a number.
         draws: Resamples.
-        confidence: Two-sided level in (0, 1).
         seed: Of the resampling.
 
     Returns:
         Lower and upper bound; both NaN where there are no pairs.
 
     Raises:
-        ValueError: An empty cluster, a value that is not finite, or an argument out of range.
+        ValueError: An empty cluster, or a value that is not finite.
     """
-    if draws < 1 or not 0 < confidence < 1:
-        raise ValueError(f"need draws >= 1 and 0 < confidence < 1, got {draws} and {confidence}")
     arrays = [np.asarray(cluster, np.float64).ravel() for cluster in clusters]
     if not arrays:
         return math.nan, math.nan
@@ -190,5 +179,5 @@ def cluster_bootstrap(
         statistic(np.concatenate([arrays[k] for k in rng.integers(len(arrays), size=len(arrays))]))
         for _ in range(draws)
     ]
-    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = np.quantile(values, [0.5 - 0.95 / 2, 0.5 + 0.95 / 2])
     return float(low), float(high)

@@ -18,10 +18,8 @@ from dori_lightning.planting.scenes import draw_scene
 
 STRUCTURAL = {
     "normalized": NormalizedCorrelation,
-    "normalized_rgb": lambda: NormalizedCorrelation(channels="rgb"),
     "local": LocalCorrelation,
     "tiled": TiledCorrelation,
-    "tiled_quantile": lambda: TiledCorrelation(quantile=0.25),
     "gradient": GradientOrientation,
     "ssim": StructuralSimilarity,
 }

@@ -57,8 +57,8 @@ def test_fixed_threshold_must_be_a_similarity(fixed):
 
 def test_overlap_is_refused_and_names_who_could_decide():
     offered = [
-        Separation("ssim", 0.6, -1.0, 0.2, 0.8, 10, 10),
-        Separation("gradient_orientation", 1.0, 2.0, 0.9, 0.4, 10, 10),
+        Separation("ssim", 0.6, -1.0, 0.2, 0.8),
+        Separation("gradient_orientation", 1.0, 2.0, 0.9, 0.4),
     ]
     with pytest.raises(InputError, match=r"that could: gradient_orientation \(metrics.decider"):
         calibrate("ssim", null=CEILING, ceiling=NULL, offered=offered, **SCORES)

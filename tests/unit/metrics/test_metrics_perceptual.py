@@ -21,7 +21,7 @@ def backbone(tmp_path_factory):
 
 
 def test_lpips_of_a_copy_is_zero_and_of_others_is_not(backbone, photographs):
-    lpips = LPIPSDistance(backbone, batch=3)
+    lpips = LPIPSDistance(backbone)
     assert torch.equal(lpips.distance(photographs, photographs), torch.zeros(8))
     distances = lpips.distance(photographs[1:], photographs[:1])
     assert distances.shape == (7,)
@@ -78,7 +78,7 @@ def clip_folder(tmp_path_factory):
 
 
 def test_clip_scores_each_picture_with_its_prompt(clip_folder, photographs):
-    clip = ClipAlignment(clip_folder, batch=3)
+    clip = ClipAlignment(clip_folder)
     prompts = [
         "a cat",
         "a dog on a very long walk through town",
