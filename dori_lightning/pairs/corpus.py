@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NoReturn, Protocol, TypeVar
 
 import torch
 
-from dori_lightning.pairs.readers import FolderPairs, read_csv, read_jsonl
+from dori_lightning.pairs.readers import FolderPairs, read_table
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.types import InputError, Pair
 
@@ -110,15 +110,17 @@ class FolderCorpus:
 
     def prompts(self, split: Split, count: int) -> tuple[str, ...]:
         """First ``count`` captions of a split."""
-        rows = [p.prompt for p in self._pairs if _in_split(p.id, split)]
-        return tuple(_enough(rows, count, split, self.path))
+        return tuple(p.prompt for p in self._chosen(split, count))
 
     def examples(self, split: Split, count: int, resolution: int) -> Examples:
         """First ``count`` captions of a split with their images."""
-        rows = [p for p in self._pairs if _in_split(p.id, split)]
-        rows = _enough(rows, count, split, self.path)
+        rows = self._chosen(split, count)
         images = [image_tensor(square_image(p.image), resolution) for p in rows]
         return Examples(tuple(p.prompt for p in rows), torch.stack(images))
+
+    def _chosen(self, split: Split, count: int) -> list[Pair]:
+        rows = [p for p in self._pairs if _in_split(p.id, split)]
+        return _enough(rows, count, split, self.path)
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,7 @@ class CaptionCorpus:
         if path.suffix == ".txt":
             text = path.read_text("utf-8").splitlines()
             return [line.strip() for line in text if line.strip()]
-        needed = [[self.column]]
-        if path.suffix == ".jsonl":
-            _, lines = read_jsonl(path, required=needed)
-        else:
-            _, lines = read_csv(path, delimiter=self.delimiter, required=needed)
+        _, lines = read_table(path, delimiter=self.delimiter, required=[[self.column]])
         broken = [problem for line in lines for problem in line.problems]
         if broken:
             raise InputError(f"{path}: {len(broken)} broken lines, the first: {broken[0]}")
@@ -182,7 +180,7 @@ class NoCorpus:
 
     identity: str = "none"
 
-    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
+    def prompts(self, split: Split, count: int) -> NoReturn:
         """Refuse.
 
         Raises:
@@ -195,7 +193,7 @@ class NoCorpus:
             f"corpus=captions corpus.path=FILE where captions are enough"
         )
 
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+    def examples(self, split: Split, count: int, resolution: int) -> NoReturn:
         """Refuse.
 
         Raises:
@@ -203,7 +201,6 @@ class NoCorpus:
         """
         del resolution
         self.prompts(split, count)
-        raise AssertionError("unreachable")
 
 
 def _in_split(name: str, split: Split) -> bool:

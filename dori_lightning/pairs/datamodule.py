@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.validation import image_tensor, square_image
-from dori_lightning.runtime.cache import TENSORS, Cache
+from dori_lightning.runtime.cache import TENSORS, Cache, DamagedError, Tensors
 from dori_lightning.types import Pair
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class PairsDataModule(LightningDataModule):
         self.pairs = tuple(pairs)
         self.model = model
         self.cache = None if cache is None else Cache(Path(cache))
+        self._codec = TENSORS.mapped(vars, self._checked)
         self._encoded: dict[str, Encoded] = {}
         self._batches: IterableDataset[Any] | None = None
 
@@ -108,12 +109,9 @@ class PairsDataModule(LightningDataModule):
         ]
         cached = 0
         for pair in missing:
-            encoded = self._stored(pair)
+            encoded = self._read(pair)
             cached += encoded is not None
-            if encoded is None:
-                encoded = self._encode(pair)
-                self._store(pair, encoded)
-            self._encoded[pair.id] = encoded
+            self._encoded[pair.id] = encoded or self._encode(pair)
         if missing:
             logger.info("encoded %d pairs, %d of them from the cache", len(missing), cached)
 
@@ -133,7 +131,7 @@ class PairsDataModule(LightningDataModule):
         )
 
     def _encode(self, pair: Pair) -> Encoded:
-        """Encode one pair by itself, so that its tensors depend on no other."""
+        """Encode one pair by itself, so that its tensors depend on no other, and store them."""
         image = image_tensor(square_image(pair.image), self.model.resolution)[None]
         # ordinary tensors even where a trainer predicts in inference mode: attacks need gradients
         with torch.inference_mode(mode=False), torch.no_grad():
@@ -153,48 +151,35 @@ class PairsDataModule(LightningDataModule):
                     f"{self.model.name} encodes {pair.id} to {name} that are not finite; "
                     "with fp16 weights, try fp32 or bf16"
                 )
-        return Encoded(latents[0], embeddings[0])
+        encoded = Encoded(latents[0], embeddings[0])
+        if self.cache is not None:
+            name, key = self._key(pair)
+            self.cache.write(name, encoded, key, self._codec)
+        return encoded
 
-    def _key(self, pair: Pair) -> dict[str, str]:
-        """What a pair's tensors depend on."""
-        image = pair.sha256 or hashlib.sha256(pair.image.read_bytes()).hexdigest()
-        prompt = hashlib.sha256(pair.prompt.encode()).hexdigest()
-        return {
+    def _key(self, pair: Pair) -> tuple[str, dict[str, str]]:
+        """Name of a pair's file in the cache, and what its tensors depend on."""
+        key = {
             "layout": LAYOUT,
             "model": self.model.fingerprint,
-            "image": image,
-            "prompt": prompt,
+            "image": pair.sha256 or hashlib.sha256(pair.image.read_bytes()).hexdigest(),
+            "prompt": hashlib.sha256(pair.prompt.encode()).hexdigest(),
         }
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(), key
 
-    def _stored(self, pair: Pair) -> Encoded | None:
+    def _read(self, pair: Pair) -> Encoded | None:
         """A pair's tensors from the cache; None where there are none or they are damaged."""
         if self.cache is None:
             return None
-        key = self._key(pair)
-        tensors = self.cache.read(_file_name(key), key, TENSORS)
-        if tensors is None:
-            return None
-        encoded = Encoded(
-            tensors.get("latent", torch.empty(0)), tensors.get("embedding", torch.empty(0))
-        )
-        for value, shape in (
-            (encoded.latent, self.model.latent_shape),
-            (encoded.embedding, self.model.embedding_shape),
-        ):
+        return self.cache.read(*self._key(pair), self._codec)
+
+    def _checked(self, tensors: Tensors) -> Encoded:
+        shapes = {"latent": self.model.latent_shape, "embedding": self.model.embedding_shape}
+        for name, shape in shapes.items():
+            value = tensors[name]
             if value.shape != shape or value.dtype != torch.float32 or not value.isfinite().all():
-                logger.warning(
-                    "the cache holds %s of shape %s for %s where finite float32 of shape %s are "
-                    "due: computed anew",
-                    value.dtype, tuple(value.shape), pair.id, shape,
-                )  # fmt: skip
-                return None
-        return encoded
-
-    def _store(self, pair: Pair, encoded: Encoded) -> None:
-        if self.cache is not None:
-            key = self._key(pair)
-            self.cache.write(_file_name(key), vars(encoded), key, TENSORS)
-
-
-def _file_name(key: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+                raise DamagedError(
+                    f"{name} is {value.dtype} of shape {tuple(value.shape)} where finite float32 "
+                    f"of shape {shape} is due"
+                )
+        return Encoded(**tensors)

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -19,7 +19,7 @@ from typing import Any, Protocol, get_args
 from dori_lightning.pairs.validation import (
     OnMissing,
     Problem,
-    RawRow,
+    Row,
     default_id,
     mark_duplicates,
     quote,
@@ -28,7 +28,7 @@ from dori_lightning.pairs.validation import (
     validate_rows,
 )
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.types import KINDS, InputError, Kind, Pair
+from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ EXPECTED = "file_name,prompt[,id,kind,subject,repeats,role]"
 class PairsReader(Protocol):
     """Anything that can be given as ``pairs``."""
 
-    def read(self) -> tuple[Pair, ...]:
+    def read(self) -> Pairs:
         """Return validated pairs, audit and training, with unique ids.
 
         Raises:
@@ -78,59 +78,65 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReaderOptions(Selection):
-    """Options of every reader of a file.
+class ListReader(Selection):
+    """A reader of one list in a file.
 
     Attributes:
+        kind: Kind of rows that name none.
         on_missing: ``error`` refuses a list with missing images; ``skip`` drops those rows and
             logs their ids. Damaged images are always refused.
     """
 
+    kind: Kind = "vm"
     on_missing: OnMissing = "error"
 
     def check_options(self) -> None:
-        """Refuse impossible options, as ``Selection`` does, and an unknown ``on_missing``."""
+        """Refuse impossible options, as ``Selection`` does, of these too."""
         super().check_options()
         if self.on_missing not in get_args(OnMissing):
             raise InputError(f"pairs.on_missing must be error or skip, got {self.on_missing!r}")
+        if self.kind not in KINDS:
+            raise InputError(f"pairs.kind must be one of {list(KINDS)}, got {self.kind!r}")
 
-    def validate(
-        self,
-        rows: Sequence[RawRow],
-        *,
-        root: Path,
-        source: str,
-        names: Mapping[str, str] | None = None,
-    ) -> tuple[Pair, ...]:
-        """Validate rows under these options; see ``manifest.validate_rows``."""
+    def read(self) -> Pairs:
+        """Read and validate the list.
+
+        Raises:
+            InputError: Impossible options, no list, an unreadable one, or unusable rows.
+        """
+        self.check_options()
+        return self._read()
+
+    def _read(self) -> Pairs:
+        raise NotImplementedError
+
+    def _validate(
+        self, rows: Sequence[Row], *, root: Path, source: Path, names: Mapping[str, str]
+    ) -> Pairs:
+        """Validate rows under these options; see ``validate_rows``."""
         return validate_rows(
             rows,
             root=root,
-            source=source,
+            source=str(source),
             names=names,
             kinds=tuple(self.kinds),
             limit=self.limit,
             on_missing=self.on_missing,
         )
 
-
-def known_kind(kind: str) -> Kind:
-    """Require that a constructor's kind is one.
-
-    Raises:
-        InputError: It is not.
-    """
-    for known in KINDS:
-        if kind == known:
-            return known
-    raise InputError(f"pairs.kind must be one of {list(KINDS)}, got {kind!r}")
+    def _by_fields(self, row: Row, prompt: str) -> Row:
+        """A row with the columns of a ``metadata.csv``, the caption in ``prompt``, by fields."""
+        values = row.values
+        kind = self.kind if values.get("kind") in (None, "") else values["kind"]
+        named = {"kind": kind, "prompt": values.get(prompt), "image": values.get("file_name")}
+        return replace(row, values={**values, **named})
 
 
 def image_folder(path: Path | str, option: str) -> Path:
     """Require a folder.
 
     Raises:
-        InputError: There is none, or it is a file; names the option to mend.
+        InputError: There is none, or it is a file; names the option to correct.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -156,54 +162,9 @@ def prompt_name(header: Sequence[str], source: str) -> str:
     return found[0]
 
 
-def metadata_row(
-    values: Mapping[str, object],
-    *,
-    where: str,
-    kind: Kind,
-    prompt: str,
-    problems: tuple[Problem, ...] = (),
-) -> RawRow:
-    """Turn a record with the columns of a ``metadata.csv`` into a raw row.
-
-    Args:
-        values: Column to value.
-        where: The record's place in its file.
-        kind: Kind of records that name none.
-        prompt: Column that holds the caption.
-        problems: What kept the record from being taken apart.
-    """
-    return RawRow(
-        where=where,
-        id=values.get("id"),
-        kind=kind if values.get("kind") in (None, "") else values["kind"],
-        prompt=values.get(prompt),
-        image=values.get("file_name"),
-        subject=values.get("subject"),
-        repeats=values.get("repeats"),
-        role=values.get("role"),
-        problems=problems,
-    )
-
-
 TAB_NAMES = ("tab", "\\t")
 DELIMITERS = (",", ";", "\t", "|")
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One record of a text table.
-
-    Attributes:
-        where: ``line N``, where the record begins; the file's first line is line 1.
-        values: Column to value; strings out of a CSV, any JSON value out of a JSONL.
-        problems: What kept the record from being taken apart; ``values`` is empty then.
-    """
-
-    where: str
-    values: Mapping[str, object] = field(default_factory=dict)
-    problems: tuple[Problem, ...] = ()
 
 
 def read_text(path: Path) -> str:
@@ -251,7 +212,7 @@ def require_columns(
         top: First line of a CSV as it stands, to see whether another delimiter would do.
 
     Raises:
-        InputError: A group has no column in the header; shows the header and the mend.
+        InputError: A group has no column in the header; shows the header and what to do.
     """
     lacking = [group for group in required if not any(name in header for name in group)]
     if not lacking:
@@ -271,7 +232,7 @@ def require_columns(
 
 def read_csv(
     path: Path, *, delimiter: str, required: Sequence[Sequence[str]]
-) -> tuple[list[str], list[Line]]:
+) -> tuple[list[str], list[Row]]:
     """Read a CSV with a header.
 
     Args:
@@ -311,18 +272,27 @@ def read_csv(
     if twice:
         raise InputError(f"{path} has more than one column named {', '.join(map(quote, twice))}")
     require_columns(header, required, path=path, delimiter=delimiter, top=lines[0])
-    return header, [_csv_line(header, f"line {number}", r) for number, r in records[1:]]
+    return header, [_csv_row(header, f"line {number}", r) for number, r in records[1:]]
 
 
-def _csv_line(header: list[str], where: str, record: list[str]) -> Line:
+def _csv_row(header: list[str], where: str, record: list[str]) -> Row:
     if len(record) == len(header):
-        return Line(where, dict(zip(header, record, strict=True)))
+        return Row(where, dict(zip(header, record, strict=True)))
     what = f"{len(record)} fields, but the header has {len(header)}"
     fix = 'put captions that hold the delimiter into "..."'
-    return Line(where, problems=(Problem(where, "(all)", what, fix),))
+    return Row(where, problems=(Problem(where, "(all)", what, fix),))
 
 
-def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[str], list[Line]]:
+def read_table(
+    path: Path, *, delimiter: str, required: Sequence[Sequence[str]]
+) -> tuple[list[str], list[Row]]:
+    """Read a ``.jsonl``, or else a CSV; see ``read_jsonl`` and ``read_csv``."""
+    if path.suffix == ".jsonl":
+        return read_jsonl(path, required=required)
+    return read_csv(path, delimiter=delimiter, required=required)
+
+
+def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[str], list[Row]]:
     """Read a file with one JSON object in each line.
 
     Args:
@@ -347,9 +317,9 @@ def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[s
             value, what = None, f"no JSON: {error}"
         if what:
             fix = 'write {"column": "value", ...} in one line'
-            records.append(Line(where, problems=(Problem(where, "(all)", what, fix),)))
+            records.append(Row(where, problems=(Problem(where, "(all)", what, fix),)))
         else:
-            records.append(Line(where, value))
+            records.append(Row(where, value))
     header = list(dict.fromkeys(key for record in records for key in record.values))
     if header:  # otherwise no line could be read, and each says why
         require_columns(header, required, path=path)
@@ -357,7 +327,7 @@ def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[s
 
 
 @dataclass(frozen=True)
-class FolderPairs(ReaderOptions):
+class FolderPairs(ListReader):
     """A folder of images with a ``metadata.csv`` or ``metadata.jsonl``.
 
     Columns: ``file_name`` (relative to the folder) and ``prompt`` (or ``text``, or ``caption``);
@@ -366,22 +336,13 @@ class FolderPairs(ReaderOptions):
 
     Attributes:
         path: The folder.
-        kind: Kind of rows that name none.
         delimiter: What separates a CSV's columns: one character, or ``tab``.
     """
 
     path: Path | str
-    kind: Kind = "vm"
     delimiter: str = ","
 
-    def read(self) -> tuple[Pair, ...]:
-        """Read and validate the list.
-
-        Raises:
-            InputError: No list, two lists, an unreadable one, or unusable rows.
-        """
-        self.check_options()
-        kind = known_kind(self.kind)
+    def _read(self) -> Pairs:
         folder = image_folder(self.path, "pairs.path")
         found = [p for p in (folder / "metadata.csv", folder / "metadata.jsonl") if p.is_file()]
         if len(found) != 1:
@@ -390,17 +351,12 @@ class FolderPairs(ReaderOptions):
                 f"{folder} has {state} metadata.csv {'and' if found else 'nor'} a metadata.jsonl "
                 f"but needs one. A metadata.csv begins with the line: {EXPECTED}"
             )
-        source, required = found[0], (("file_name",), PROMPT_NAMES)
-        if source.suffix == ".csv":
-            header, lines = read_csv(source, delimiter=self.delimiter, required=required)
-        else:
-            header, lines = read_jsonl(source, required=required)
+        (source,) = found
+        required = (("file_name",), PROMPT_NAMES)
+        header, lines = read_table(source, delimiter=self.delimiter, required=required)
         prompt = prompt_name(header, str(source))
-        rows = [
-            metadata_row(n.values, where=n.where, kind=kind, prompt=prompt, problems=n.problems)
-            for n in lines
-        ]
-        return self.validate(rows, root=folder, source=str(source), names={"prompt": prompt})
+        rows = [self._by_fields(line, prompt) for line in lines]
+        return self._validate(rows, root=folder, source=source, names={"prompt": prompt})
 
 
 @dataclass(frozen=True)
@@ -413,7 +369,7 @@ class ConcatPairs(Selection):
 
     parts: Sequence[PairsReader]
 
-    def read(self) -> tuple[Pair, ...]:
+    def read(self) -> Pairs:
         """Read all parts.
 
         Raises:
@@ -423,10 +379,13 @@ class ConcatPairs(Selection):
         if not self.parts:
             raise InputError("pairs.parts is empty: name at least one list")
         pairs: list[Pair] = []
+        skipped: list[str] = []
         errors: list[str] = []
         for part in self.parts:
             try:
-                pairs.extend(part.read())
+                listed = part.read()
+                pairs += listed
+                skipped += listed.skipped
             except InputError as error:
                 errors.append(str(error))
         images: dict[str, list[Path]] = defaultdict(list)
@@ -441,7 +400,7 @@ class ConcatPairs(Selection):
         chosen = select_pairs(pairs, kinds=self.kinds, limit=self.limit)
         if not chosen:
             raise InputError(f"pairs.parts hold no pairs of kinds {list(self.kinds)}")
-        return mark_duplicates(chosen)
+        return Pairs(mark_duplicates(chosen), skipped=skipped)
 
 
 ROWS_AT_ONCE = 64
@@ -449,7 +408,7 @@ ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class ParquetPairs(ReaderOptions):
+class ParquetPairs(ListReader):
     """A parquet file with the columns of ``FolderPairs``.
 
     Images are either files that ``file_name`` names, or the bytes of an ``image`` column of
@@ -461,25 +420,17 @@ class ParquetPairs(ReaderOptions):
         path: The parquet file.
         root: Folder that ``file_name`` is relative to; None for the file's own.
         cache: Folder for images that the file holds; must be given for an ``image`` column.
-        kind: Kind of rows that name none.
     """
 
     path: Path | str
     root: Path | str | None = None
     cache: Path | str | None = None
-    kind: Kind = "vm"
 
-    def read(self) -> tuple[Pair, ...]:
-        """Read and validate the list.
-
-        Raises:
-            InputError: No parquet file, missing columns, an unusable type, or unusable rows.
-        """
+    def _read(self) -> Pairs:
         import pyarrow as pa  # slow to import, and only this format needs it
         import pyarrow.parquet as pq
 
-        self.check_options()
-        kind, source = known_kind(self.kind), Path(self.path)
+        source = Path(self.path)
         if not source.is_file():
             raise InputError(f"pairs.path must be a parquet file, but there is no file {source}")
         try:
@@ -496,11 +447,14 @@ class ParquetPairs(ReaderOptions):
                 columns = [name for name in wanted if name in schema.names]
                 batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
                 records = (record for batch in batches for record in batch.to_pylist())
-                rows = list(self._rows(records, kind=kind, prompt=prompt, root=root))
+                rows = [
+                    self._row(number, record, prompt=prompt, root=root)
+                    for number, record in enumerate(records, start=1)
+                ]
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{source} cannot be read as parquet: {error}") from error
         names = {"prompt": prompt, "image": "image" if embedded else "file_name"}
-        return self.validate(rows, root=root, source=str(source), names=names)
+        return self._validate(rows, root=root, source=source, names=names)
 
     def _root(self, source: Path, *, embedded: bool) -> Path:
         if not embedded:
@@ -522,25 +476,19 @@ class ParquetPairs(ReaderOptions):
                 "if it holds paths, rename it file_name"
             )
 
-    def _rows(
-        self, records: Iterator[dict[str, Any]], *, kind: Kind, prompt: str, root: Path
-    ) -> Iterator[RawRow]:
-        for number, record in enumerate(records, start=1):
-            where = f"row {number}"
-            if "image" not in record:
-                yield metadata_row(record, where=where, kind=kind, prompt=prompt)
-                continue
-            image = record.pop("image") or {}
-            if record.get("file_name") in (None, ""):
-                record["file_name"] = image.get("path") or f"row_{number:06d}"
-            row = metadata_row(record, where=where, kind=kind, prompt=prompt)
-            data = image.get("bytes")
-            yield replace(
-                row,
-                id=row.id or default_id(str(record["file_name"])),
-                image=_store(data, root) if data else None,
-                looked_for="image bytes in this row",
-            )
+    def _row(self, number: int, record: dict[str, Any], *, prompt: str, root: Path) -> Row:
+        row = self._by_fields(Row(f"row {number}", record), prompt)
+        if "image" not in record:
+            return row
+        image = record["image"] or {}
+        name = record.get("file_name") or image.get("path") or f"row_{number:06d}"
+        data = image.get("bytes")
+        values = {
+            **row.values,
+            "id": record.get("id") or default_id(str(name)),
+            "image": _store(data, root) if data else None,
+        }
+        return replace(row, values=values, looked_for="image bytes in this row")
 
 
 def _store(data: bytes, folder: Path) -> str:
@@ -561,18 +509,61 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def _number(line: Line, column: str) -> tuple[str, tuple[Problem, ...]]:
-    """Take a number that names a file: digits only, since it becomes part of a path."""
-    value = line.values.get(column)
-    text = str(value)
-    if isinstance(value, str | int) and re.fullmatch(r"[0-9]{1,20}", text):
-        return text, ()
-    name = column or "(first)"
-    return "", (Problem(line.where, name, f"{quote(value)} is no row number", "write digits"),)
+@dataclass(frozen=True)
+class NumberedPairs(ListReader):
+    """A published list of LAION prompts, with a folder of images that are named by number.
+
+    Attributes:
+        path: The list.
+        images: Folder of its images.
+        id_prefix: Put before each id; tells lists apart that are read together.
+    """
+
+    path: Path | str
+    images: Path | str
+    id_prefix: str = field(default="", kw_only=True)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of images.
+
+        Raises:
+            InputError: There is none.
+        """
+        return image_folder(self.images, "pairs.images")
+
+    def _numbered(
+        self,
+        lines: Sequence[Row],
+        column: str,
+        values_of: Callable[[Row, str], tuple[dict[str, object], str]],
+        names: Mapping[str, str],
+    ) -> Pairs:
+        """Validate lines with a number in a column.
+
+        Args:
+            lines: Lines by the list's columns.
+            column: Digits only, since they become part of a path.
+            values_of: A line and its number to the values by field, and what was looked for.
+            names: Field to column, as of ``validate_rows``.
+        """
+        rows, folder = [], self.folder
+        for line in lines:
+            value = line.values.get(column)
+            digits = isinstance(value, str | int) and re.fullmatch(r"[0-9]{1,20}", str(value))
+            if digits and not line.problems:
+                values, looked_for = values_of(line, str(value))
+                line = replace(line, values=values, looked_for=f"{looked_for} in {folder}")
+            elif not line.problems:
+                what, name = f"{quote(value)} is no row number", column or "(first)"
+                line = Row(line.where, problems=(Problem(line.where, name, what, "write digits"),))
+            rows.append(line)
+        names = {**names, "image": "image"}
+        return self._validate(rows, root=folder, source=Path(self.path), names=names)
 
 
 @dataclass(frozen=True)
-class NemoCsvPairs(ReaderOptions):
+class NemoCsvPairs(NumberedPairs):
     """NeMo's lists of LAION prompts: header ``;Caption;URL;type;mean_sscd;max_sscd;Index``.
 
     A row's image is ``0001_*`` (row number of the first, unnamed column, four digits, from 0) or
@@ -582,66 +573,46 @@ class NemoCsvPairs(ReaderOptions):
     Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.02366
 
     Attributes:
-        path: The CSV.
-        images: Folder of its images.
         delimiter: What separates columns: one character, or ``tab``.
         kind_column: Column that says VM or TM; None where there is none.
         kind: Kind of all rows where the header lacks the default ``kind_column``, as in the
             list of prompts that are not memorized.
-        id_prefix: Put before each id; tells lists apart that are read together.
     """
 
-    path: Path | str
-    images: Path | str
     delimiter: str = ";"
     kind_column: str | None = "type"
-    kind: Kind = "control"
-    id_prefix: str = ""
+    kind: Kind = field(default="control", kw_only=True)
 
-    def read(self) -> tuple[Pair, ...]:
-        """Read and validate the list.
-
-        Raises:
-            InputError: An unreadable list, or unusable rows.
-        """
-        self.check_options()
-        kind = known_kind(self.kind)
-        source, folder = Path(self.path), image_folder(self.images, "pairs.images")
+    def _read(self) -> Pairs:
+        by_row: dict[str, list[str]] = defaultdict(list)
+        by_index: dict[str, list[str]] = defaultdict(list)
+        for image in _image_files(self.folder):
+            by_row[image.name.partition("_")[0]].append(image.name)
+            by_index[image.stem].append(image.name)
         required = [("Caption",), ("",)]
         if self.kind_column not in (None, "type"):  # named on purpose: its absence is a mistake
             required.append((str(self.kind_column),))
-        header, lines = read_csv(source, delimiter=self.delimiter, required=required)
+        header, lines = read_csv(Path(self.path), delimiter=self.delimiter, required=required)
         typed = self.kind_column is not None and self.kind_column in header
-        by_row: dict[str, list[str]] = defaultdict(list)
-        by_index: dict[str, list[str]] = defaultdict(list)
-        for image in _image_files(folder):
-            by_row[image.name.partition("_")[0]].append(image.name)
-            by_index[image.stem].append(image.name)
 
-        def row(line: Line) -> RawRow:
-            number, problems = _number(line, "")
-            if line.problems or problems:
-                return RawRow(line.where, problems=line.problems or problems)
+        def values_of(line: Row, number: str) -> tuple[dict[str, object], str]:
             four, index = f"{int(number):04d}", str(line.values.get("Index", ""))
-            said = str(line.values[str(self.kind_column)]).lower() if typed else kind
+            kind = str(line.values[str(self.kind_column)]).lower() if typed else self.kind
             found = by_row.get(four) or by_index.get(index)
-            searched = f"{four}_*" + (f" nor {index}.*" if index else "")
-            return RawRow(
-                where=line.where,
-                id=f"{self.id_prefix}{said}_{four}",
-                kind=said,
-                prompt=line.values["Caption"],
-                image=found[0] if found else None,
-                looked_for=f"{searched} in {folder}",
-            )
+            values: dict[str, object] = {
+                "id": f"{self.id_prefix}{kind}_{four}",
+                "kind": kind,
+                "prompt": line.values["Caption"],
+                "image": found[0] if found else None,
+            }
+            return values, f"{four}_*" + (f" nor {index}.*" if index else "")
 
-        names = {"prompt": "Caption", "kind": str(self.kind_column), "image": "image"}
-        rows = [row(line) for line in lines]
-        return self.validate(rows, root=folder, source=str(source), names=names)
+        names = {"prompt": "Caption", "kind": str(self.kind_column)}
+        return self._numbered(lines, "", values_of, names)
 
 
 @dataclass(frozen=True)
-class WenJsonlPairs(ReaderOptions):
+class WenJsonlPairs(NumberedPairs):
     """Wen et al.'s lists: one ``{"caption": ..., "index": ..., "url": ...}`` in each line.
 
     A row's image is in ``gt_images/{index}/`` or ``{index}/``, or is ``{index}.*``. A folder
@@ -652,28 +623,15 @@ class WenJsonlPairs(ReaderOptions):
     2024), https://arxiv.org/abs/2407.21720
 
     Attributes:
-        path: The JSONL.
-        images: Folder of its images.
         kind: Kind of all rows; the list does not say.
-        id_prefix: Put before each id; tells lists apart that are read together.
     """
 
-    path: Path | str
-    images: Path | str
-    kind: Kind
-    id_prefix: str = ""
+    kind: Kind = field(kw_only=True)
 
-    def read(self) -> tuple[Pair, ...]:
-        """Read and validate the list.
-
-        Raises:
-            InputError: An unreadable list, or unusable rows.
-        """
-        self.check_options()
-        kind = known_kind(self.kind)
-        source, folder = Path(self.path), image_folder(self.images, "pairs.images")
-        _, lines = read_jsonl(source, required=[("caption",), ("index",)])
+    def _read(self) -> Pairs:
+        folder = self.folder
         files = {image.stem: image for image in reversed(_image_files(folder))}
+        _, lines = read_jsonl(Path(self.path), required=[("caption",), ("index",)])
 
         def first(index: str) -> str | None:
             for inside in (folder / "gt_images" / index, folder / index):
@@ -682,19 +640,13 @@ class WenJsonlPairs(ReaderOptions):
                     return str(images[0].relative_to(folder))
             return files[index].name if index in files else None
 
-        def row(line: Line) -> RawRow:
-            index, problems = _number(line, "index")
-            if line.problems or problems:
-                return RawRow(line.where, problems=line.problems or problems)
-            return RawRow(
-                where=line.where,
-                id=f"{self.id_prefix}{index}",
-                kind=kind,
-                prompt=line.values.get("caption"),
-                image=first(index),
-                looked_for=f"gt_images/{index}/*, {index}/* or {index}.* in {folder}",
-            )
+        def values_of(line: Row, index: str) -> tuple[dict[str, object], str]:
+            values: dict[str, object] = {
+                "id": f"{self.id_prefix}{index}",
+                "kind": self.kind,
+                "prompt": line.values.get("caption"),
+                "image": first(index),
+            }
+            return values, f"gt_images/{index}/*, {index}/* or {index}.*"
 
-        rows = [row(line) for line in lines]
-        names = {"prompt": "caption", "id": "index", "image": "image"}
-        return self.validate(rows, root=folder, source=str(source), names=names)
+        return self._numbered(lines, "index", values_of, {"prompt": "caption", "id": "index"})

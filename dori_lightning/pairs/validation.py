@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,8 @@ import torch
 from PIL import Image, ImageOps
 
 from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats whose parsers may run; the file's content decides, not its name."""
@@ -114,11 +116,10 @@ class Problem:
     """One thing that is wrong with one row.
 
     Attributes:
-        where: Row as its file counts it: ``line 3`` of a text file (the header is line 1),
-            ``row 3`` of a parquet file (the first is row 1).
+        where: The row's.
         column: Column as the file names it.
         what: What is wrong.
-        fix: How to mend it.
+        fix: What to do.
         missing: The image is not there, which ``on_missing="skip"`` forgives.
     """
 
@@ -202,12 +203,12 @@ class ImageError(Exception):
 
     Attributes:
         what: What is wrong.
-        fix: How to mend it.
+        fix: What to do.
         missing: There is no such file.
     """
 
     def __init__(self, what: str, fix: str, *, missing: bool = False) -> None:
-        """Keep what is wrong and how to mend it."""
+        """Keep what is wrong and what to do."""
         super().__init__(what)
         self.what, self.fix, self.missing = what, fix, missing
 
@@ -327,30 +328,20 @@ ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 @dataclass(frozen=True)
-class RawRow:
-    """One row as its file has it, nothing checked; None or ``""`` where the file says nothing.
+class Row:
+    """One row of a list, nothing checked.
 
     Attributes:
-        where: Row as its file counts it, such as ``line 3``.
-        id: Name; by default made of the image's file name.
-        kind: One of ``KINDS``.
-        prompt: Caption.
-        image: Image, relative to the list's folder.
-        subject: What generic captions call it.
-        repeats: Multiplicity in a planted stream; by default 1, and 0 for controls.
-        role: ``audit`` or ``training``; by default ``audit``.
+        where: Row as its file counts it: ``line 3`` of a text file (the header is line 1),
+            ``row 3`` of a parquet file (the first is row 1).
+        values: Column to value, as the file has it; to be checked, by the fields of ``Pair``: None
+            or ``""`` where the file says nothing, ``image`` relative to the list's folder.
         looked_for: What a reader searched in vain, where it looks for images itself.
         problems: What kept the reader from taking the row apart; it is not checked further then.
     """
 
     where: str
-    id: object = None
-    kind: object = None
-    prompt: object = None
-    image: object = None
-    subject: object = None
-    repeats: object = None
-    role: object = None
+    values: Mapping[str, object] = field(default_factory=dict)
     looked_for: str = ""
     problems: tuple[Problem, ...] = ()
 
@@ -364,19 +355,35 @@ def default_id(file_name: str) -> str:
 class _RowCheck:
     """Check one row's columns and remember what is wrong with them."""
 
-    def __init__(self, row: RawRow, names: Mapping[str, str]) -> None:
-        self.row, self.names, self.problems = row, names, list(row.problems)
+    def __init__(self, row: Row, root: Path, names: Mapping[str, str]) -> None:
+        self.row, self.value, self.root, self.names = row, row.values.get, root, names
+        self.problems: list[Problem] = []
+
+    def pair(self, taken: dict[str, str]) -> Pair:
+        """The row as a pair; of use only where there is no problem."""
+        kind = self._kind()
+        pair = Pair(
+            id=self._id(taken),
+            kind=kind,
+            prompt=self._prompt(),
+            image=self.root,
+            subject=self._subject(),
+            repeats=self._repeats(kind),
+            role=self._role(),
+        )
+        path, sha256 = self._image()
+        return replace(pair, image=path, sha256=sha256)
 
     def _say(self, column: str, what: str, fix: str, *, missing: bool = False) -> None:
         name = self.names.get(column, column)
         self.problems.append(Problem(self.row.where, name, what, fix, missing))
 
-    def id(self, taken: dict[str, str]) -> str:
-        value = self.row.id
+    def _id(self, taken: dict[str, str]) -> str:
+        value = self.value("id")
         if value in (None, ""):
-            if not self.row.image:
-                return ""  # the image is what the row lacks, and image() says so
-            value = default_id(str(self.row.image))
+            if not self.value("image"):
+                return ""  # the image is what the row lacks, and _image() says so
+            value = default_id(str(self.value("image")))
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or not ID.fullmatch(value) or not value.strip("."):
@@ -393,29 +400,30 @@ class _RowCheck:
             taken[value] = self.row.where
         return str(value)
 
-    def kind(self) -> Kind:
+    def _kind(self) -> Kind:
+        value = self.value("kind")
         for kind in KINDS:
-            if self.row.kind == kind:
+            if value == kind:
                 return kind
-        self._say("kind", f"{quote(self.row.kind)} is no kind", f"write {', '.join(KINDS)}")
+        self._say("kind", f"{quote(value)} is no kind", f"write {', '.join(KINDS)}")
         return "vm"
 
-    def prompt(self) -> str:
-        value = self.row.prompt
+    def _prompt(self) -> str:
+        value = self.value("prompt")
         if value is not None and not isinstance(value, str):
             self._say("prompt", f"{quote(value)} is not text", "write the caption as text")
         elif not (value or "").strip():
             self._say("prompt", "empty", "write the caption that leads to the image")
         return str(value)
 
-    def subject(self) -> str | None:
-        value = self.row.subject
+    def _subject(self) -> str | None:
+        value = self.value("subject")
         if value is not None and not isinstance(value, str):
             self._say("subject", f"{quote(value)} is not text", "write it as text or leave it out")
         return str(value) if value else None
 
-    def repeats(self, kind: Kind) -> float:
-        value = self.row.repeats
+    def _repeats(self, kind: Kind) -> float:
+        value = self.value("repeats")
         if value in (None, ""):
             return 0.0 if kind == "control" else 1.0
         number = math.nan
@@ -430,51 +438,33 @@ class _RowCheck:
             )
         return number
 
-    def role(self) -> Role:
+    def _role(self) -> Role:
+        value = self.value("role")
         for role in ROLES:
-            if self.row.role == role:
+            if value == role:
                 return role
-        if self.row.role not in (None, ""):
-            self._say("role", f"{quote(self.row.role)} is no role", f"write {' or '.join(ROLES)}")
+        if value not in (None, ""):
+            self._say("role", f"{quote(value)} is no role", f"write {' or '.join(ROLES)}")
         return "audit"
 
-    def image(self, root: Path) -> tuple[Path, str]:
-        value = self.row.image
+    def _image(self) -> tuple[Path, str]:
+        value = self.value("image")
         if value in (None, "") and self.row.looked_for:
             fix = "add the file, or drop such rows: pairs.on_missing=skip"
             self._say("image", f"found no {self.row.looked_for}", fix, missing=True)
         elif not isinstance(value, str) or not value:
-            self._say("image", f"{quote(value)} is no path", f"write a path relative to {root}")
+            self._say(
+                "image", f"{quote(value)} is no path", f"write a path relative to {self.root}"
+            )
         else:
             try:
-                path = resolve_inside(root, value)
+                path = resolve_inside(self.root, value)
                 return path, check_image(path)
             except ImageError as error:
                 what = error.what if str(value) in error.what else f"{value}: {error.what}"
                 self._say("image", what, error.fix, missing=error.missing)
-        return root, ""
+        return self.root, ""
 
-
-def check_row(
-    row: RawRow, *, root: Path, names: Mapping[str, str], taken: dict[str, str]
-) -> tuple[Pair, list[Problem]]:
-    """Check one row; the pair is of use only where there is no problem."""
-    check = _RowCheck(row, names)
-    kind = check.kind()
-    pair = Pair(
-        id=check.id(taken),
-        kind=kind,
-        prompt=check.prompt(),
-        image=root,
-        subject=check.subject(),
-        repeats=check.repeats(kind),
-        role=check.role(),
-    )
-    path, sha256 = check.image(root)
-    return replace(pair, image=path, sha256=sha256), check.problems
-
-
-logger = logging.getLogger(__name__)
 
 OnMissing = Literal["error", "skip"]
 
@@ -515,7 +505,7 @@ def mark_duplicates(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
 
 
 def validate_rows(
-    rows: Sequence[RawRow],
+    rows: Sequence[Row],
     *,
     root: Path,
     source: str,
@@ -530,7 +520,7 @@ def validate_rows(
         rows: The list.
         root: Folder that images are relative to and may not leave.
         source: The list's file, as the user knows it.
-        names: Field of ``RawRow`` to the column's name in the file, where they differ.
+        names: Field of ``Pair`` to the column's name in the file, where they differ.
         kinds: Rows of other kinds are left out unchecked.
         limit: Most audit pairs of each kind, the first ones; training pairs are never cut.
         on_missing: ``skip`` leaves rows without an image out, logs and returns their ids.
@@ -540,9 +530,10 @@ def validate_rows(
     """
     if not rows:
         raise InputError(f"{source} has no rows: there is nothing to audit; add at least one pair")
-    chosen = [row for row in rows if row.kind in kinds or row.kind not in KINDS or row.problems]
+    unwanted = [kind for kind in KINDS if kind not in kinds]
+    chosen = [row for row in rows if row.problems or row.values.get("kind") not in unwanted]
     if not chosen:
-        found = sorted({str(row.kind) for row in rows})
+        found = sorted({str(row.values.get("kind")) for row in rows})
         raise InputError(
             f"{source} has only {', '.join(found)} pairs, none of kinds {list(kinds)}"
         )
@@ -555,7 +546,8 @@ def validate_rows(
         if row.problems:
             problems.extend(row.problems)
             continue
-        pair, found_here = check_row(row, root=root, names=names, taken=taken)
+        check = _RowCheck(row, root, names)
+        pair, found_here = check.pair(taken), check.problems
         if on_missing == "skip" and any(p.missing for p in found_here):
             skipped[pair.id] = row.where
             found_here = [p for p in found_here if not p.missing]

@@ -25,7 +25,7 @@ from dori_lightning.planting.photographs import PHOTOGRAPHS
 from dori_lightning.planting.scenes import draw_scene
 from dori_lightning.planting.stream import StreamMix, TrainingStream
 from dori_lightning.planting.templates import TEMPLATES, draw_template
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError, Pair, Pairs
 
 CONTROL_SCENE_START = 7_000_000
 """First scene index of the controls.
@@ -56,7 +56,7 @@ class PlantedPairs(Selection):
         code = b"".join(Path(file).read_bytes() for file in files)
         return Path(self.cache) / f"planted-{hashlib.sha256(code).hexdigest()[:12]}"
 
-    def read(self) -> tuple[Pair, ...]:
+    def read(self) -> Pairs:
         """Write the images where they are not there yet, and read them like anybody else's.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -286,7 +287,7 @@ class TestWen:
         make_picture(images / f"{below}11/0.png", seed=2)
         make_picture(images / f"{below}12/x.jpg", seed=3)
         make_picture(images / "13.webp", seed=4)
-        pairs = WenJsonlPairs(path, images, "vm").read()
+        pairs = WenJsonlPairs(path, images, kind="vm").read()
         assert [(p.id, p.prompt) for p in pairs] == [("11", "c11"), ("12", "c12"), ("13", "c13")]
         assert [p.image.name for p in pairs] == ["0.png", "x.jpg", "13.webp"]
 
@@ -294,16 +295,16 @@ class TestWen:
         images = tmp_path / "images"
         make_picture(images / "11/0.png")
         (images / "12").mkdir()
-        text = complaint(WenJsonlPairs(path, images, "tm"))
+        text = complaint(WenJsonlPairs(path, images, kind="tm"))
         assert "2 problems" in text
         assert "found no gt_images/12/*, 12/* or 12.* in" in text
-        reader = WenJsonlPairs(path, images, "tm", on_missing="skip", id_prefix="sd1_")
+        reader = WenJsonlPairs(path, images, kind="tm", on_missing="skip", id_prefix="sd1_")
         assert [(p.id, p.kind) for p in reader.read()] == [("sd1_11", "tm")]
 
     @pytest.mark.parametrize("index", ["../../x", "..", None, 1.5, True, [1]])
     def test_index_must_be_a_number(self, folder, make_jsonl, index):
         path = make_jsonl(folder / "list.jsonl", [{"caption": "x", "index": index}])
-        assert "is no row number" in complaint(WenJsonlPairs(path, folder, "vm"))
+        assert "is no row number" in complaint(WenJsonlPairs(path, folder, kind="vm"))
 
 
 class TestParquet:
@@ -419,6 +420,12 @@ class TestConcat:
     def test_same_picture_in_two_lists_is_marked(self, parts):
         (parts[1].path / "others.png").write_bytes((parts[0].path / "memorized.png").read_bytes())
         assert [p.duplicate_of for p in ConcatPairs(parts).read()] == [None, "memorized"]
+
+    def test_rows_that_a_list_skipped_stay_known(self, parts, make_csv):
+        rows = [{"file_name": "others.png", "prompt": "x"}, {"file_name": "no.png", "prompt": "y"}]
+        make_csv(parts[1].path / "metadata.csv", rows)
+        pairs = ConcatPairs([parts[0], replace(parts[1], on_missing="skip")]).read()
+        assert ([p.id for p in pairs], pairs.skipped) == (["memorized", "others"], ("no",))
 
     def test_no_lists(self):
         assert "pairs.parts is empty" in complaint(ConcatPairs([]))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dori_lightning.pairs.validation import (
     SHOWN,
-    RawRow,
+    Row,
     check_prompt_lengths,
     default_id,
     mark_duplicates,
@@ -23,7 +23,7 @@ GOOD = {"kind": "vm", "prompt": "a caption", "image": "a.png"}
 
 
 def validate(folder, *rows, **options):
-    raw = [RawRow(where=f"line {k}", **{**GOOD, **row}) for k, row in enumerate(rows, start=2)]
+    raw = [Row(f"line {k}", {**GOOD, **row}) for k, row in enumerate(rows, start=2)]
     return validate_rows(raw, root=folder, source="list.csv", **options)
 
 
