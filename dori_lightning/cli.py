@@ -128,10 +128,8 @@ def _run_hydra(cfg: DictConfig) -> float | None:
     except Exception as error:
         code = _report(error, errors.explain_in_task(error))
         # Hydra keeps the exceptions of a sweep; their frames would keep every failed job's model
-        link: BaseException | None = error
-        while link is not None:
+        for link in errors.chain(error):
             traceback.clear_frames(link.__traceback__)
-            link = link.__cause__ or link.__context__
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         raise JobFailed(code)
     sys.exit(code)
@@ -297,10 +295,7 @@ def refuse_sweep_over_processes(cfg: DictConfig, settings: HydraConf) -> None:
     # submitit starts one task per rank itself: nothing is relaunched
     if key is None and (one_process or _launched_tasks(cfg, settings) == (devices, nodes)):
         return
-    what, where = (
-        f"{key} cannot be swept: jobs of one sweep share a process",
-        "hydra.sweeper.params",
-    )
+    what, where = f"{key} {_NOT_SWEPT}", "hydra.sweeper.params"
     if key is None:
         asked = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
         what, where = f"a sweep runs one device per job, not {asked}", "trainer"

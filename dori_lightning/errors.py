@@ -42,8 +42,8 @@ def explain(error: BaseException, arguments: list[str]) -> str | None:
     Returns:
         One message, or None where the user is not at fault.
     """
-    chain = list(_chain(error))
-    for link in chain:
+    links = list(chain(error))
+    for link in links:
         if isinstance(link, InputError):
             return str(link)
         if isinstance(link, OverrideParseException):
@@ -54,7 +54,7 @@ def explain(error: BaseException, arguments: list[str]) -> str | None:
             )
         if isinstance(link, MissingConfigException):
             return _unknown_option(link)
-    for link in chain:
+    for link in links:
         if isinstance(link, OSError):
             return _message(
                 f"cannot write the run folder: {link.strerror or link}",
@@ -62,7 +62,7 @@ def explain(error: BaseException, arguments: list[str]) -> str | None:
                 "choose another place with paths.output=FOLDER, or free this one",
             )
     if isinstance(error, ConfigCompositionException):
-        return _composition(error, chain, arguments)
+        return _composition(error, links, arguments)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _message(first_line(error), _COMPOSED, _HELP)
     return None
@@ -70,7 +70,7 @@ def explain(error: BaseException, arguments: list[str]) -> str | None:
 
 def explain_in_task(error: BaseException) -> str | None:
     """Explain an exception from inside a task; None where the program is at fault."""
-    for link in _chain(error):
+    for link in chain(error):
         if isinstance(link, InputError):
             return str(link)
         if isinstance(link, MissingMandatoryValue):
@@ -90,7 +90,7 @@ def explain_in_task(error: BaseException) -> str | None:
 
 def lost_process(error: BaseException) -> str | None:
     """Explain a broken connection to another process of the run; None for other errors."""
-    for link in _chain(error):
+    for link in chain(error):
         if isinstance(link, RuntimeError) and _GONE.search(str(link)):
             who, log = peers.dead_peers()
             return _message(
@@ -102,15 +102,15 @@ def lost_process(error: BaseException) -> str | None:
 
 
 def _composition(
-    error: ConfigCompositionException, chain: list[BaseException], arguments: list[str]
+    error: ConfigCompositionException, links: list[BaseException], arguments: list[str]
 ) -> str:
     text = str(error)
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(
-        r"Key '([^']+)' not in 'Config'", "\n".join(map(str, chain))
+        r"Key '([^']+)' not in 'Config'", "\n".join(map(str, links))
     )
     if unknown is not None:
         return _unknown_key(unknown[1], arguments)
-    cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), error)
+    cause = next((link for link in links if isinstance(link, OmegaConfBaseException)), error)
     merging = re.search(r"Error merging override (.*)", text)
     if merging is not None and cause is not error:
         return _message(first_line(cause), merging[1], "give a value of that type")
@@ -167,7 +167,8 @@ def _known_keys(arguments: list[str]) -> list[str]:
     return []
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it."""
     link: BaseException | None = error
     while link is not None:
         yield link

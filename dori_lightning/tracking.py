@@ -25,8 +25,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.types import InputError
+from dori_lightning.runtime.artifacts import write_json
+from dori_lightning.types import InputError, first_line
 
 _FILE = "tracking.json"
 _LONGEST_TAG = 64
@@ -257,7 +257,7 @@ def kept_id(folder: Path, purpose: str, *, prefix: str = "") -> str:
         ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if purpose not in ids:
             ids[purpose] = f"{prefix}{secrets.token_hex(4)}"
-            write_atomically(path, (json.dumps(ids, indent=2, sort_keys=True) + "\n").encode())
+            write_json(path, ids)
         return str(ids[purpose])
 
 
@@ -316,7 +316,7 @@ class WeightsAndBiases:
             )
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:
             raise InputError(
-                f"no online run in Weights & Biases: {str(error).strip().partition(chr(10))[0]}\n"
+                f"no online run in Weights & Biases: {first_line(error)}\n"
                 f"  where: logger.wandb\n"
                 f"  fix:   wandb login, or logger.wandb.offline=true and later: wandb sync FOLDER"
             ) from error

@@ -1,9 +1,9 @@
-"""The context of an audit: its inputs, built and checked before any expensive step."""
+"""The context of an audit: its inputs, checked before any expensive step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import Corpus
 from dori_lightning.pairs.datamodule import PairsDataModule
-from dori_lightning.pairs.validation import check_prompt_lengths, image_tensor, square_image
+from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.types import Budget, InputError, Pair, Pairs
 
 PNG_BYTES_PER_PIXEL = 3
@@ -106,76 +106,6 @@ class AuditContext:
     def find_edit(self) -> EditResult:
         """The mitigation's edit for the suspected pairs, out of the cache or made now."""
         return self.for_mitigations.find(self.mitigation, self.model, self.suspected)
-
-
-def build_context(
-    pairs: Sequence[Pair],
-    load_model: Callable[[], StableDiffusion],
-    *,
-    folder: Path,
-    cache: Path,
-    seed: int,
-    measures: Measures,
-    corpus: Corpus,
-    sampling: Sampling,
-    attack: AttackSettings,
-    mitigation: Mitigation,
-    utility: UtilitySettings,
-    make_trainer: Callable[..., L.Trainer],
-    strict_prompts: bool = False,
-) -> AuditContext:
-    """Build and check the inputs of an audit; what can fail without the model fails before it.
-
-    Args:
-        pairs: The list of pairs; those of role ``training`` are left out.
-        load_model: Loads the checkpoint.
-        folder: Run folder.
-        cache: Folder shared by the jobs of a sweep.
-        seed: Run seed.
-        measures: Descriptors, and how images are scored by them.
-        corpus: Ordinary prompts and images.
-        sampling: How images are generated.
-        attack: Attack settings.
-        mitigation: What is done to the checkpoint.
-        utility: How much of the mitigation's cost is measured.
-        make_trainer: Makes a Trainer from keyword arguments.
-        strict_prompts: Refuse prompts that the text encoder would cut, instead of marking them.
-
-    Raises:
-        InputError: The list lacks control pairs, a prompt is too long, or the model has fewer
-            sampling steps than asked for.
-    """
-    audited = [pair for pair in pairs if pair.role == "audit"]
-    check_controls(audited, attack, measures)
-    model = load_model()
-    model.sampling_timesteps(sampling)  # raises where the schedule has fewer steps
-    cut = check_prompt_lengths(
-        audited,
-        model.token_count,
-        model.embedding_shape[0],
-        strict=strict_prompts,
-        cut_off=model.cut_off,
-    )
-    audited = [replace(pair, truncated=pair.id in cut) for pair in audited]
-    data = PairsDataModule(audited, model, cache=cache / "encoded")
-    controls = control_prompts(audited, data)
-    return AuditContext(
-        folder=folder,
-        cache=cache,
-        seed=seed,
-        pairs=Pairs(audited, skipped=getattr(pairs, "skipped", ())),
-        model=model,
-        data=data,
-        references=reference_images(audited, model.resolution, measures),
-        corpus=corpus,
-        sampling=sampling,
-        attack=attack,
-        budget=attack.budget.resolve(controls.embeddings),
-        control_prompts=controls,
-        mitigation=mitigation,
-        utility=utility,
-        make_trainer=make_trainer,
-    )
 
 
 def check_controls(pairs: Sequence[Pair], attack: AttackSettings, measures: Measures) -> None:

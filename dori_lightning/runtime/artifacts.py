@@ -59,6 +59,12 @@ def write_atomically(path: Path, data: bytes) -> Path:
     return path
 
 
+def write_json(path: Path, record: Mapping[str, Any], *, sort_keys: bool = True) -> None:
+    """Replace a file by a record, readably indented, in one step."""
+    text = json.dumps(record, indent=2, sort_keys=sort_keys) + "\n"
+    write_atomically(path, text.encode())
+
+
 def remove_partials(folder: Path) -> int:
     """Remove what killed processes were writing, below a folder to which no other one writes.
 
@@ -125,8 +131,7 @@ def claim_folder(folder: Path, method: Mapping[str, Any]) -> None:
         InputError: The folder holds results of another method; names every setting that differs.
     """
     if not check_folder(folder, method):
-        record = json.dumps(redact(method), indent=2, sort_keys=True) + "\n"
-        write_atomically(folder / METHOD, record.encode())
+        write_json(folder / METHOD, redact(method))
 
 
 def check_folder(folder: Path, method: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.artifacts import write_json
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import first_line
 
@@ -71,7 +71,7 @@ class StatusFile:
         self._written = time.monotonic()
         status = asdict(replace(self._status, changed=_now()))
         try:
-            write_atomically(self._path, (json.dumps(status, indent=2) + "\n").encode())
+            write_json(self._path, status, sort_keys=False)
         except OSError as error:
             # no result: what ends the run, such as a signal, must not be lost over it
             log.warning("%s cannot be written: %s", self._path, error)

@@ -34,6 +34,11 @@ _listeners: list[Callable[[str, int, int], None]] = []
 _disabled: list[None] = []
 
 
+def answer_console(columns: int = 120) -> Console:
+    """Console for a task's answer: standard error, so wide where no terminal says how wide."""
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else columns)
+
+
 @contextmanager
 def listening(listener: Callable[[str, int, int], None]) -> Iterator[None]:
     """Call ``listener`` at every step of every progress bar while open: title, steps, total."""

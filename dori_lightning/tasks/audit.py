@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,14 @@ from typing import Any
 import lightning.pytorch as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 
-from dori_lightning.audit.context import AuditContext, audit_bytes, build_context
+from dori_lightning.audit.context import (
+    AuditContext,
+    audit_bytes,
+    check_controls,
+    control_prompts,
+    reference_images,
+)
 from dori_lightning.audit.evaluation import attack_and_generate, evaluate
 from dori_lightning.audit.utility import measure_utility
 from dori_lightning.metrics.calibration import ReferenceImages
@@ -23,6 +27,7 @@ from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.edits import changed_weights
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.validation import check_prompt_lengths
 from dori_lightning.report.findings import attack_effort
 from dori_lightning.report.pages import write_audit_page
 from dori_lightning.report.record import AuditReport, write_report, write_utility
@@ -34,13 +39,14 @@ from dori_lightning.runtime.artifacts import (
     check_space,
     claim_folder,
     drop_keys,
-    write_atomically,
+    write_json,
 )
+from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.plan import plan
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
 from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
 from dori_lightning.tracking import Tracker
-from dori_lightning.types import BASELINE, Pair
+from dori_lightning.types import BASELINE, Pairs
 
 CURVE_POINTS = 500
 """Points of a training's curves."""
@@ -121,30 +127,53 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
 
 
 def audit_context(
-    cfg: DictConfig, folder: Path, pairs: Sequence[Pair], *, tracker: Tracker | None = None
+    cfg: DictConfig, folder: Path, pairs: Pairs, *, tracker: Tracker | None = None
 ) -> AuditContext:
-    """Build the context that a configuration describes.
+    """Build and check the inputs of an audit; what can fail without the model fails before it.
 
     Args:
         cfg: Composed configuration of a task with pairs, attack and mitigation.
         folder: Run folder.
-        pairs: The list of pairs, as it was read.
+        pairs: The list of pairs, as it was read; those of role ``training`` are left out.
         tracker: Loggers of the run, which also log fits.
+
+    Raises:
+        InputError: The list lacks control pairs, a prompt is too long, or the model has fewer
+            sampling steps than asked for.
     """
-    return build_context(
-        pairs,
-        partial(instantiate, cfg.checkpoint),
+    measures, corpus, sampling = map(instantiate, (cfg.metrics, cfg.corpus, cfg.sampling))
+    attack, mitigation, utility = map(instantiate, (cfg.attack, cfg.mitigation, cfg.utility))
+    audited = [pair for pair in pairs if pair.role == "audit"]
+    check_controls(audited, attack, measures)
+    model = instantiate(cfg.checkpoint)
+    model.sampling_timesteps(sampling)  # raises where the schedule has fewer steps
+    cut = check_prompt_lengths(
+        audited,
+        model.token_count,
+        model.embedding_shape[0],
+        strict=cfg.task.get("strict_prompts", False),
+        cut_off=model.cut_off,
+    )
+    audited = [replace(pair, truncated=pair.id in cut) for pair in audited]
+    cache = Path(cfg.paths.cache)
+    data = PairsDataModule(audited, model, cache=cache / "encoded")
+    controls = control_prompts(audited, data)
+    return AuditContext(
         folder=folder,
-        cache=Path(cfg.paths.cache),
+        cache=cache,
         seed=cfg.seed,
-        measures=instantiate(cfg.metrics),
-        corpus=instantiate(cfg.corpus),
-        sampling=instantiate(cfg.sampling),
-        attack=instantiate(cfg.attack),
-        mitigation=instantiate(cfg.mitigation),
-        utility=instantiate(cfg.utility),
+        pairs=Pairs(audited, skipped=pairs.skipped),
+        model=model,
+        data=data,
+        references=reference_images(audited, model.resolution, measures),
+        corpus=corpus,
+        sampling=sampling,
+        attack=attack,
+        budget=attack.budget.resolve(controls.embeddings),
+        control_prompts=controls,
+        mitigation=mitigation,
+        utility=utility,
         make_trainer=trainer_factory(cfg, tracker),
-        strict_prompts=cfg.task.get("strict_prompts", False),
     )
 
 
@@ -209,7 +238,7 @@ def _write_edit_record(
 ) -> None:
     """Write ``edit.json``; ``changed`` is None for an edit that works without changing weights."""
     origin = found.edit.origin
-    record = {
+    record: dict[str, Any] = {
         "mitigation": mitigation,
         "identity": found.edit.identity,
         "key": found.key,
@@ -219,8 +248,7 @@ def _write_edit_record(
         "counts": found.edit.counts(),
         "notes": dict(origin.notes) if origin else {},
     }
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    write_atomically(folder / "edit.json", text.encode())
+    write_json(folder / "edit.json", record)
 
 
 def _publish(cfg: DictConfig, report: AuditReport, folder: Path) -> None:
@@ -228,7 +256,7 @@ def _publish(cfg: DictConfig, report: AuditReport, folder: Path) -> None:
     images = cfg.report.images.value
     write_report(report, folder)
     page = write_audit_page(report, folder, images=images, max_pairs=cfg.report.max_pairs)
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
+    console = answer_console()
     title = f"{INVALID}: {', '.join(report.invalid)}" if report.invalid else ""
     console.print(rich_table(cells_table(report.cells, title=title)))
     console.print(report.verdict, markup=False)

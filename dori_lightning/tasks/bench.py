@@ -1,10 +1,8 @@
 """How fast an audit's parts are on this machine, against loops written without the package."""
 
-import json
 import logging
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
@@ -16,7 +14,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.markdown import Markdown
 
 from dori_lightning.audit.context import reference_images
@@ -35,8 +32,9 @@ from dori_lightning.bench.settings import FAMILIES, BenchSettings, ShapeSettings
 from dori_lightning.models.random_weights import random_sd14
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.planting.recipe import build_tokenizer
-from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically
+from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically, write_json
 from dori_lightning.runtime.cache import JSON, Cache
+from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.audit import make_context
 from dori_lightning.tasks.run_record import git_sha, logged, package_versions, to_container
 from dori_lightning.types import InputError
@@ -68,14 +66,13 @@ def run(cfg: DictConfig, folder: Path) -> None:
         "provenance": _provenance(cfg),
         "families": {family.name: asdict(family) for family in families},
     }
-    document = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    write_atomically(folder / "bench.json", document.encode())
+    write_json(folder / "bench.json", record)
     table = markdown(families)
     write_atomically(folder / "bench.md", table.encode())
     figure = speed_figure(families)
     if figure is not None:
         write_atomically(folder / "figures" / "speed.png", figure)
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 190)
+    console = answer_console(190)
     console.print(Markdown(table))
     console.print(f"record: {folder / 'bench.json'}", soft_wrap=True)
 

@@ -7,9 +7,9 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,11 +21,7 @@ from omegaconf import DictConfig
 from dori_lightning.audit.context import reference_images
 from dori_lightning.config import groups
 from dori_lightning.mitigations.base import Mitigation
-from dori_lightning.mitigations.edits import (
-    Edit,
-    read_edit,
-    write_edit,
-)
+from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
 from dori_lightning.models.export import (
     DTYPES,
     Parts,
@@ -40,17 +36,8 @@ from dori_lightning.models.export import (
 from dori_lightning.models.loading import resolve_source
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
-from dori_lightning.report.model_card import (
-    Changed,
-    Exported,
-    model_card,
-)
-from dori_lightning.report.record import (
-    EDIT_FILE,
-    AuditRecord,
-    read_edit_record,
-    read_record,
-)
+from dori_lightning.report.model_card import Changed, Exported, model_card
+from dori_lightning.report.record import EDIT_FILE, AuditRecord, read_edit_record, read_record
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import claim_folder, write_atomically
 from dori_lightning.runtime.logging import progress_bar
@@ -121,7 +108,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model.name}-{chosen.mitigation}").strip(".-")
         with progress_bar("export", len(formats)) as advance:
             if "diffusers" in formats:
-                _export_folder(folder / "diffusers", parts, weights, card)
+                _write_once(folder / "diffusers", partial(_write_folder, parts, weights, card))
                 advance(1)
             if "single_file" in formats:
                 notes = {
@@ -130,7 +117,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
                     "edit": exported.edit,
                 }
                 single = folder / f"{name or 'checkpoint'}.safetensors"
-                _export_single(single, parts, weights, notes)
+                _write_once(single, partial(_write_single, parts, weights, notes))
                 advance(1)
         home = folder / "diffusers"
         write_atomically((home if home.is_dir() else folder) / "README.md", card)
@@ -157,12 +144,8 @@ def _from_mitigation(
     sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
     data = PairsDataModule(pairs, model, cache=Path(cfg.paths.cache) / "encoded")
     data.prepare()
-    context = make_context(
-        cfg,
-        data=data,
-        references=reference_images(pairs, model.resolution, measures),
-        sampling=sampling,
-    )
+    references = reference_images(pairs, model.resolution, measures)
+    context = make_context(cfg, data=data, references=references, sampling=sampling)
     suspected = [pair for pair in pairs if pair.kind != "control"]
     edit = context.find(mitigation, model, suspected).edit
     return _Chosen(
@@ -234,12 +217,7 @@ def _changed(model: StableDiffusion, edit: Edit, mitigation: str) -> dict[str, C
 
 
 def _check_audit(
-    folder: Path,
-    record: AuditRecord,
-    *,
-    model: StableDiffusion,
-    edit: Edit,
-    weights: Weights,
+    folder: Path, record: AuditRecord, *, model: StableDiffusion, edit: Edit, weights: Weights
 ) -> None:
     """Refuse the audit of anything but this edit of this checkpoint, or the exported weights.
 
@@ -309,45 +287,40 @@ def _describe(
     )
 
 
-def _export_folder(place: Path, parts: Parts, weights: Weights, card: bytes) -> None:
-    """Write a diffusers folder with its card, unless it is there."""
-    if place.is_dir():
-        log.info("%s is there already", place)
-        return
-    with _complete_or_absent(place) as partial:
-        write_folder(partial, parts, weights)
-        (partial / "README.md").write_bytes(card)
-        check_written(partial, weights)
+def _write_folder(parts: Parts, weights: Weights, card: bytes, place: Path) -> None:
+    """Write a diffusers folder with its card."""
+    write_folder(place, parts, weights)
+    (place / "README.md").write_bytes(card)
+    check_written(place, weights)
 
 
-def _export_single(place: Path, parts: Parts, weights: Weights, notes: Mapping[str, str]) -> None:
-    """Write a single file with ``notes`` in its header, unless it is there."""
-    if place.is_file():
-        log.info("%s is there already", place)
-        return
-    with _complete_or_absent(place) as partial, TemporaryDirectory() as config:
+def _write_single(parts: Parts, weights: Weights, notes: Mapping[str, str], place: Path) -> None:
+    """Write a single file with ``notes`` in its header."""
+    with TemporaryDirectory() as config:
         write_configs(Path(config), parts)
-        write_single(partial, parts, weights, notes)
-        check_written(partial, weights, config=Path(config))
+        write_single(place, parts, weights, notes)
+        check_written(place, weights, config=Path(config))
 
 
-@contextmanager
-def _complete_or_absent(place: Path) -> Iterator[Path]:
-    """A private place to write to, which becomes ``place`` in one step once it is complete.
+def _write_once(place: Path, write: Callable[[Path], None]) -> None:
+    """Have a file or folder written, unless it is there; it appears in one step, once complete.
 
-    Whoever uses it holds the folder's lock, so what is there already was left by a killed run.
+    Whoever calls this holds the folder's lock, so a private place in use was left by a killed run.
     """
-    partial = place.with_name(f".partial-{place.name}")
-    _remove(partial)
+    if place.exists():
+        log.info("%s is there already", place)
+        return
+    private = place.with_name(f".partial-{place.name}")
+    _remove(private)
     try:
-        yield partial
-        for path in sorted(partial.rglob("*")) if partial.is_dir() else [partial]:
+        write(private)
+        for path in (private, *sorted(private.rglob("*"))):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())  # before its name says that it is complete
-        partial.rename(place)
+        private.rename(place)
     finally:
-        _remove(partial)
+        _remove(private)
 
 
 def _remove(path: Path) -> None:

@@ -5,7 +5,6 @@ Reference: Finding DoRI (2507.16880), section on locality.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,7 +13,6 @@ from typing import Literal, get_args
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.locality.embeddings import PromptSet, TriggerSet, embedding_findings
@@ -41,6 +39,7 @@ from dori_lightning.report.locality import (
 )
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import claim_folder, drop_keys
+from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.audit import audit_context, method_of
 from dori_lightning.tasks.results_logging import track_locality
 from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
@@ -102,7 +101,7 @@ def _study(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         provenance=provenance_of(cfg, audit.model, audit.pairs, started=started),
     )
     page = write_locality_files(report, folder)
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
+    console = answer_console()
     for answer in answers(report):
         console.print(f"{answer.question} {answer.text}")
     console.print(f"page: {page}", soft_wrap=True)

@@ -9,7 +9,6 @@ is listed as not counted. What finding an edit takes, each mitigation says itsel
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,17 +19,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.runtime.artifacts import drop_keys, write_atomically
+from dori_lightning.runtime.artifacts import drop_keys, write_json
+from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import to_container
 from dori_lightning.tasks.status import jobs_of
-from dori_lightning.types import KINDS, InputError, Kind
+from dori_lightning.types import KINDS, InputError, Kind, first_line
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +152,7 @@ def plan(cfg: DictConfig, folder: Path) -> None:
     A job of a sweep whose end adds up the plans leaves the printing to that.
     """
     job = plan_of(cfg)
-    _write(folder, asdict(job))
+    write_json(folder / PLAN_FILE, asdict(job), sort_keys=False)
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     if hydra is None or hydra.mode is not RunMode.MULTIRUN or not hydra.callbacks:
         _print({folder.name: job}, title=f"Plan of {folder.name}: nothing is computed")
@@ -182,7 +181,8 @@ def sum_plans(folder: Path) -> None:
     if missing:
         log.warning("%d jobs have no plan: the sum is without them", missing)
     total = _print(plans, title=f"Plan of the sweep {folder.name}: nothing is computed")
-    _write(folder, {"jobs": len(plans), "without_plan": missing, **asdict(total)})
+    record = {"jobs": len(plans), "without_plan": missing, **asdict(total)}
+    write_json(folder / PLAN_FILE, record, sort_keys=False)
 
 
 def plan_of(cfg: DictConfig) -> JobPlan:
@@ -261,7 +261,7 @@ def _count_pairs(cfg: DictConfig) -> tuple[dict[Kind, int], str]:
             raise InputError(f"{sorted(missing)[0]} is not given")
         kinds = [pair.kind for pair in instantiate(cfg.pairs).read() if pair.role == "audit"]
     except InputError as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
     else:
         return {kind: kinds.count(kind) for kind in KINDS}, "as listed"
     assumed: Any = OmegaConf.to_container(cfg.task.assume_pairs, resolve=True)
@@ -327,10 +327,6 @@ def _key(*decides: Any) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _write(folder: Path, record: dict[str, Any]) -> None:
-    write_atomically(folder / PLAN_FILE, (json.dumps(record, indent=2) + "\n").encode())
-
-
 def _read(path: Path) -> JobPlan:
     def part(record: dict[str, Any]) -> Part:
         return Part(**{**record, "work": Evaluations(**record["work"])})
@@ -375,7 +371,7 @@ def _print(plans: Mapping[str, JobPlan], *, title: str) -> Part:
     table.add_section()
     attacks = sum(job.attacks for job in plans.values())
     table.add_row("total", "", f"{attacks:,}", *cells(total))
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 150)
+    console = answer_console(150)
     console.print(table)
     remarks = [text for job in plans.values() for text in job.remarks]
     remarks += [f"not counted: {p.what}: {p.not_counted}" for p in shared if p.not_counted]

@@ -29,11 +29,7 @@ from dori_lightning.planting.stream import (
     encode_stream,
     stream_words,
 )
-from dori_lightning.planting.training import (
-    latent_scale,
-    train_autoencoder,
-    train_diffusion,
-)
+from dori_lightning.planting.training import latent_scale, train_autoencoder, train_diffusion
 from dori_lightning.runtime.artifacts import claim_folder
 from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.logging import progress_bar

@@ -6,21 +6,14 @@ A single audit gets its own page again, for instance with its images blurred.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from omegaconf import DictConfig
-from rich.console import Console
 
-from dori_lightning.report.claims import (
-    Claim,
-    ClaimsFailedError,
-    check_claims,
-    read_claims,
-)
+from dori_lightning.report.claims import Claim, ClaimsFailedError, check_claims, read_claims
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
 from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import write_page, write_table
@@ -36,15 +29,12 @@ from dori_lightning.report.record import (
 from dori_lightning.report.tables import claims_table, headline_tables, remarks, rich_table
 from dori_lightning.report.verdict import sweep_verdict
 from dori_lightning.runtime.artifacts import claim_folder
+from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import tracked
-from dori_lightning.tasks.status import Jobs, jobs_of
+from dori_lightning.tasks.status import Jobs, jobs_of, places_of
 from dori_lightning.tracking import Tracker
-from dori_lightning.types import InputError
 
 log = logging.getLogger(__name__)
-
-_WIDTH = 150
-"""Columns of the tables where no terminal says how many there are."""
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -57,12 +47,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
         InputError: The audits are missing, damaged, or do not belong together.
         ClaimsFailedError: ``cfg.task.expected`` claims numbers that the table does not bear out.
     """
-    places = _places(cfg.task.runs)
+    places = places_of(cfg.task.runs)
     expected = cfg.task.expected
     claims = read_claims(Path(expected)) if expected is not None else ()
     inputs = _collect(places, images=cfg.report.images.value)
     comparison = None
-    if expected is not None or not inputs.alone:
+    if expected is not None or len(inputs.runs) != 1 or inputs.unfinished:
         comparison = compare(inputs.runs, unfinished=inputs.unfinished)
     # after the runs were checked: a mistaken name must not occupy the folder
     claim_folder(folder, {"runs": [str(place.resolve()) for place in places]})
@@ -126,11 +116,6 @@ class _Inputs:
     sweeps: tuple[str, ...]
     images: Disclosure
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is one audit, and nothing that it would have to be compared with."""
-        return len(self.runs) == 1 and not self.unfinished
-
 
 def _collect(places: Sequence[Path], *, images: Disclosure) -> _Inputs:
     """Read the runs that places stand for."""
@@ -168,7 +153,7 @@ def _publish_one(inputs: _Inputs, folder: Path, *, max_pairs: int) -> None:
         max_pairs=max_pairs,
         locality=inputs.locality,
     )
-    _console().print(f"page: {page}", soft_wrap=True, markup=False)
+    answer_console(150).print(f"page: {page}", soft_wrap=True, markup=False)
 
 
 def _publish(
@@ -184,7 +169,7 @@ def _publish(
         max_pairs=max_pairs,
         locality=inputs.locality,
     )[-1]
-    console = _console()
+    console = answer_console(150)
     for table in headline_tables(rows):
         console.print(rich_table(table))
     console.print(sweep_verdict(rows).answer, markup=False)
@@ -192,21 +177,6 @@ def _publish(
         console.print(f"- {text}", markup=False, highlight=False)
     console.print(f"page: {page}", soft_wrap=True, markup=False)
     return rows
-
-
-def _places(runs: object) -> list[Path]:
-    """Folders as the configuration gives them: one, or a list."""
-    given = [runs] if isinstance(runs, str) else list(runs) if hasattr(runs, "__iter__") else []
-    if not given or not all(isinstance(place, str) and place for place in given):
-        raise InputError(
-            f"task.runs cannot be {runs!r}\n  where: task.runs\n"
-            f"  fix:   name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
-        )
-    return [Path(place) for place in given]
-
-
-def _console() -> Console:
-    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else _WIDTH)
 
 
 def _check_claims(
@@ -226,7 +196,7 @@ def _check_claims(
     if not checked:
         log.warning("%s claims nothing about these runs", source)
         return
-    _console().print(rich_table(claims_table(checked)))
+    answer_console(150).print(rich_table(claims_table(checked)))
     failed = sum(not item.holds for item in checked)
     if failed:
         raise ClaimsFailedError(

@@ -31,7 +31,7 @@ from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks.status import sweep_overrides
 from dori_lightning.tracking import RunIdentity, Tracker, WeightsAndBiases, kept_id
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError, Pair, first_line
 
 _PACKAGES = (
     "dori_lightning", "torch", "lightning", "diffusers", "transformers", "torchmetrics",
@@ -127,8 +127,7 @@ def tracked(cfg: DictConfig, folder: Path, *, tags: Sequence[str] = ()) -> Itera
     except BaseException as error:
         code = _exit_code(error)
         if code:
-            line = str(error).partition("\n")[0]
-            tracker.summary({"error": redact(f"{type(error).__name__}: {line}")})
+            tracker.summary({"error": redact(f"{type(error).__name__}: {first_line(error)}")})
         tracker.finish(code)
         raise
     tracker.finish()

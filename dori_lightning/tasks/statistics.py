@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from dori_lightning.mitigations.activations import (
@@ -20,11 +16,10 @@ from dori_lightning.mitigations.activations import (
     activation_statistics,
     layer_influence,
 )
-from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically
+from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_json
+from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import logged, to_container
 from dori_lightning.types import InputError
-
-log = logging.getLogger(__name__)
 
 
 @logged
@@ -52,9 +47,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
         "identity": statistics.identity,
         "layers": _rows(statistics, influence),
     }
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(folder / "statistics.json", text.encode())
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
+    write_json(folder / "statistics.json", summary, sort_keys=False)
+    console = answer_console()
     console.print(_table(summary["layers"]))
     console.print(f"statistics: {path}", soft_wrap=True)
     console.print(f"use them with mitigation=nemo mitigation.statistics={path}", soft_wrap=True)

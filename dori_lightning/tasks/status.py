@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,13 +13,13 @@ from typing import Any, Literal
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from dori_lightning.report.record import LOCALITY_FILE
 from dori_lightning.runtime.artifacts import is_held
 from dori_lightning.runtime.job_status import read_status
+from dori_lightning.runtime.logging import answer_console
 from dori_lightning.types import InputError
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
@@ -34,8 +33,7 @@ _STYLES: dict[State, str] = {
 }
 _SWEEP = "multirun.yaml"
 _OVERRIDES = Path(".hydra") / "overrides.yaml"
-_WIDTH = 150
-"""Columns where no terminal says how many there are."""
+_NAME_RUNS = "name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]"
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -45,12 +43,11 @@ def run(cfg: DictConfig, folder: Path) -> None:
         InputError: There is no such sweep or run.
     """
     del folder
-    places = [cfg.task.runs] if isinstance(cfg.task.runs, str) else cfg.task.runs
-    found = jobs_of([Path(place) for place in places])
+    found = jobs_of(places_of(cfg.task.runs))
     now = datetime.now(UTC)
     jobs = [job_of(place, now) for place in found.folders]
     jobs += [Job(name, "waiting") for name in found.unstarted]
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else _WIDTH)
+    console = answer_console(150)
     console.print(_table(jobs))
     console.print(summary(jobs), soft_wrap=True)
 
@@ -169,6 +166,14 @@ class Jobs:
     sweeps: tuple[str, ...] = ()
 
 
+def places_of(runs: object) -> list[Path]:
+    """Folders as ``task.runs`` gives them: one, or a list."""
+    given = [runs] if isinstance(runs, str) else list(runs) if hasattr(runs, "__iter__") else []
+    if not given or not all(isinstance(place, str) and place for place in given):
+        raise InputError(f"task.runs cannot be {runs!r}", where="task.runs", fix=_NAME_RUNS)
+    return [Path(place) for place in given]
+
+
 def jobs_of(places: Sequence[Path], *, planned: bool = False) -> Jobs:
     """Find the run folders that some places stand for.
 
@@ -201,7 +206,7 @@ def _jobs(place: Path, *, planned: bool) -> Jobs:
         raise InputError(
             f"{place} holds no run" if place.is_dir() else f"no folder {place}",
             where="task.runs",
-            fix="name the folder of a sweep, or run folders: task.runs=[FOLDER,FOLDER]",
+            fix=_NAME_RUNS,
         )
     return Jobs(below, sweeps=(place.resolve().name,))
 
