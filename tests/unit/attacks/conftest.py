@@ -13,7 +13,7 @@ def model(tmp_path_factory):
     return tiny_model(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def problem(model):
     generator = torch.Generator().manual_seed(3)
     names = ("boat", "house", "cat", "night", "sea")

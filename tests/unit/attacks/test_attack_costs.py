@@ -107,12 +107,8 @@ def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(model, problem)
     with ExitStack() as stack:
         counts = stack.enter_context(counted(model.unet))
         unused = [stack.enter_context(counted(module)) for module in others]
-        solve(
-            model,
-            problem,
-            budget=Budget(steps=3),
-            settings=AttackSettings(noise_batch=2, snapshots=(1, 2)),
-        )
+        settings = AttackSettings(noise_batch=2, snapshots=(1, 2))
+        solve(model, problem, budget=Budget(steps=3), settings=settings)
     assert (counts.passes, counts.samples) == (3 * 2, 3 * 2 * PARALLEL_PAIRS * 2)
     assert [each.passes for each in unused] == [0, 0, 0]
 

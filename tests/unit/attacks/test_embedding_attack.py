@@ -26,7 +26,7 @@ from dori_lightning.attacks.solver import BrokenAttackError
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
 from dori_lightning.types import Budget, Condition, Pair
-from support.context import read_pairs
+from support.context import quiet_trainer, read_pairs
 
 SETTINGS = AttackSettings(
     inits=("random", "prompt", "control_prompt"),
@@ -61,10 +61,7 @@ def context(model, pairs, tmp_path):
 
 
 def trainer() -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu", devices=1, logger=False, inference_mode=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    return quiet_trainer(inference_mode=False, enable_checkpointing=False)
 
 
 def by_key(found: list[Conditioning]) -> dict[tuple[object, ...], torch.Tensor]:

@@ -1,5 +1,8 @@
 import pytest
+import torch
 
+from dori_lightning.mitigations.replacements import Anchors
+from dori_lightning.runtime.seeding import keyed_generator
 from support.context import make_context, read_pairs
 from support.tiny import tiny_model
 
@@ -36,3 +39,16 @@ def context_of(model, pairs):
         return make_context(folder, model, pairs, **options)
 
     return make
+
+
+@pytest.fixture
+def anchors(model, suspected):
+    """Two random anchors for each pair; the first pair has one further target."""
+    latents, embeddings = {}, {}
+    for k, pair in enumerate(suspected):
+        generator = keyed_generator("anchors of a test", k)
+        latents[pair.id] = torch.randn(2, *model.latent_shape, generator=generator)
+        embeddings[pair.id] = torch.randn(2, *model.embedding_shape, generator=generator)
+    one, two = (pair.id for pair in suspected)
+    targets = {one: model.encode_prompts(["red cat"]), two: torch.zeros(0, *model.embedding_shape)}
+    return Anchors(latents, embeddings, targets, {})

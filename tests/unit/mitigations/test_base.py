@@ -117,14 +117,6 @@ def test_what_decides_an_edit_gives_it_another_key_and_nothing_else_does(
     assert set(same) == {key}
 
 
-def test_another_setting_makes_another_edit(context, model, suspected, log):
-    one = context.find(Pruned(str(log)), model, suspected)
-    two = context.find(Pruned(str(log), share=0.2), model, suspected)
-    assert made(log) == 2
-    assert one.edit.identity != two.edit.identity
-    assert context.find(Pruned(str(log), name="alias"), model, suspected).made is False
-
-
 def test_settings_are_plain_values_all_the_way_down(log):
     settings = settings_fingerprint(Pruned("x", inner=NoMitigation()))
     assert settings["inner"] == {"kind": "NoMitigation", "name": "none"}

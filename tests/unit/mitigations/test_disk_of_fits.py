@@ -30,12 +30,17 @@ def test_as_much_is_asked_for_as_three_checkpoints_take(
     name, model, suspected, context, monkeypatch
 ):
     esd: Any = METHODS["esd"]
-    esd = replace(esd, steps=3, finetune=replace(esd.finetune, checkpoint_every=1))
+    adversarial: Any = METHODS["adversarial"]
+    esd = replace(
+        esd, steps=3, batch=1, sampling_steps=1, finetune=replace(esd.finetune, checkpoint_every=1)
+    )
     method = {
         "all": esd,
         "some": replace(esd, variant="x"),
         "averaged": replace(esd, finetune=replace(esd.finetune, ema=0.5)),
-        "low rank": replace(METHODS["adversarial"], low_rank=2, updates=3),
+        "low rank": replace(
+            adversarial, low_rank=2, epochs=1, updates=3, adversarial_batch=1, ordinary_batch=1
+        ),
     }[name]
     asked: list[int] = []
     numbers: list[int] = []

@@ -20,6 +20,7 @@ from dori_lightning.runtime.checkpoints import checkpoint_step
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
 from support.context import make_context
+from support.unchanged import unchanged
 
 STEPS = 3
 FAST = {"lr": 1e-2, "weight_decay": 0.0, "clip": None}
@@ -136,24 +137,6 @@ def same(found: WeightEdit, wanted: dict[str, torch.Tensor]) -> bool:
     return all(torch.allclose(v, wanted[n], atol=1e-6) for n, v in found.weights.items())
 
 
-def state(model: StableDiffusion) -> dict[str, Any]:
-    parts = {n: p.detach().clone() for n, p in model.denoiser().named_parameters()}
-    flags = {n: p.requires_grad for n, p in model.denoiser().named_parameters()}
-    modes = [module.training for module in model.denoiser().modules()]
-    return {"weights": parts, "flags": flags, "modes": modes}
-
-
-def assert_put_back(model: StableDiffusion, before: dict[str, Any]) -> None:
-    after = state(model)
-    assert after["flags"] == before["flags"]
-    assert after["modes"] == before["modes"]
-    assert after["weights"].keys() == before["weights"].keys()
-    for name, weight in after["weights"].items():
-        assert weight.dtype == before["weights"][name].dtype
-        assert torch.equal(weight, before["weights"][name])
-    assert all(p.grad is None for p in model.denoiser().parameters())
-
-
 def test_a_fit_is_adamw_with_warm_up_and_clipping(model, context, whole, written_out):
     assert set(whole[None].weights) == {n for n, _ in model.denoiser().named_parameters()}
     assert same(whole[None], written_out[-1])
@@ -182,26 +165,26 @@ def test_the_model_is_put_back_bit_for_bit(model, context):
     model.denoiser().conv_in.weight.requires_grad_(False)
     model.denoiser().mid_block.train()
     try:
-        before = state(model)
-        edit = run(model, context, steps=1)
-        assert_put_back(model, before)
+        with unchanged(model):
+            edit = run(model, context, steps=1)
     finally:
         model.denoiser().conv_in.weight.requires_grad_(True)
         model.denoiser().eval()
+    now = dict(model.denoiser().named_parameters())
+    assert any(not torch.equal(now[name], value) for name, value in edit.weights.items())
     with edit.applied(model):
-        now = state(model)["weights"]
-    assert all(torch.equal(now[name], value) for name, value in edit.weights.items())
-    assert any(not torch.equal(now[n], before["weights"][n]) for n in edit.weights)
+        assert all(torch.equal(now[name], value) for name, value in edit.weights.items())
 
 
 def test_half_precision_weights_are_trained_in_fp32_and_narrowed_again(model, context):
     half = model.frozen_copy()
     half.denoiser().half()
-    before = state(half)
     seen: list[torch.dtype] = []
-    edit = run(half, context, steps=1, prepare=lambda m: seen.append(next(m.parameters()).dtype))
+    with unchanged(half):
+        edit = run(
+            half, context, steps=1, prepare=lambda m: seen.append(next(m.parameters()).dtype)
+        )
     assert seen == [torch.float32]
-    assert_put_back(half, before)
     assert {value.dtype for value in edit.weights.values()} == {torch.float16}
 
 
@@ -213,46 +196,44 @@ def test_only_chosen_weights_change(model, context):
 
 
 def test_a_choice_of_no_weights_is_an_error(model, context):
-    before = state(model)
-    with pytest.raises(InputError, match="no weights"):
+    with unchanged(model), pytest.raises(InputError, match="no weights"):
         run(model, context, trained=lambda _: False)
-    assert_put_back(model, before)
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_an_interrupted_fit_goes_on_to_the_same_bits(model, context, whole, ema):
-    cut, before = context, state(model)
     evaluations = []
     for step in (2, None):  # more than once: a resumed fit's checkpoints count too
         used = model.unet_evaluations
-        with pytest.raises(RuntimeError, match="power cut"):
-            run(model, stopping(cut, step, RuntimeError("power cut")), ema=ema, checkpoint_every=1)
+        with unchanged(model), pytest.raises(RuntimeError, match="power cut"):
+            run(
+                model,
+                stopping(context, step, RuntimeError("power cut")),
+                ema=ema,
+                checkpoint_every=1,
+            )
         evaluations.append((model.unet_evaluations - used) // 2)
-        assert_put_back(model, before)
-        assert kept_steps(cut) == ([1] if step == 2 else [2, 3])
+        assert kept_steps(context) == ([1] if step == 2 else [2, 3])
     assert evaluations == [2, 2], "what is in a checkpoint is not done again"
     used = model.unet_evaluations
-    resumed = run(model, cut, ema=ema, checkpoint_every=1)
+    resumed = run(model, context, ema=ema, checkpoint_every=1)
     assert model.unet_evaluations == used
     assert resumed.identity == whole[ema].identity
-    assert not cut.scratch("fit").exists()
+    assert not context.scratch("fit").exists()
 
 
 def test_ctrl_c_stays_ctrl_c(model, context):
-    before = state(model)
-    with pytest.raises(KeyboardInterrupt):
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
         run(model, stopping(context, 2, KeyboardInterrupt()))
-    assert_put_back(model, before)
 
 
 def test_a_damaged_checkpoint_is_not_used(model, context, whole, caplog):
-    cut = context
     with pytest.raises(RuntimeError, match="power cut"):
-        run(model, stopping(cut, 2, RuntimeError("power cut")), checkpoint_every=1)
-    (last,) = cut.scratch("fit").glob("step-00000001-*.ckpt")
+        run(model, stopping(context, 2, RuntimeError("power cut")), checkpoint_every=1)
+    (last,) = context.scratch("fit").glob("step-00000001-*.ckpt")
     last.write_bytes(last.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        again = run(model, cut)
+        again = run(model, context)
     assert "IS DAMAGED" in caplog.text
     assert "begins anew" in caplog.text
     assert again.identity == whole[None].identity
@@ -262,10 +243,11 @@ def test_a_loss_that_is_no_number_is_an_error_and_leaves_no_checkpoint(model, co
     def break_first(module):
         module.broken_at = 0
 
-    before = state(model)
-    with pytest.raises(RuntimeError, match="loss stopped being finite at step 1"):
+    with (
+        unchanged(model),
+        pytest.raises(RuntimeError, match="loss stopped being finite at step 1"),
+    ):
         run(model, context, prepare=break_first, checkpoint_every=1)
-    assert_put_back(model, before)
     assert kept_steps(context) == []
 
 
@@ -312,19 +294,3 @@ def test_turns_take_every_element_once_a_round():
         "the batch does not decide the order"
     )
     assert drawn[:6] != shuffled_indices("x", 1, 0, batch=6, count=6)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"lr": 0.0},
-        {"clip": 0.0},
-        {"weight_decay": -1.0},
-        {"warmup": -1},
-        {"checkpoint_every": 0},
-        {"ema": 1.0},
-    ],
-)
-def test_bad_settings_are_refused(wrong):
-    with pytest.raises(InputError, match="finetune"):
-        FinetuneSettings(**wrong)

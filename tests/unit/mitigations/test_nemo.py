@@ -1,4 +1,3 @@
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -46,14 +45,14 @@ def loud(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shop(loud, tmp_path_factory, pairs):
-    return make_context(tmp_path_factory.mktemp("shop"), loud, pairs)
+def context(loud, tmp_path_factory, pairs):
+    return make_context(tmp_path_factory.mktemp("context"), loud, pairs)
 
 
 @pytest.fixture(scope="module")
-def edit(loud, shop, pairs):
+def edit(loud, context, pairs):
     """What the small settings find, made once."""
-    found = SMALL.apply(loud, [pair for pair in pairs if pair.kind != "control"], shop)
+    found = SMALL.apply(loud, [pair for pair in pairs if pair.kind != "control"], context)
     assert isinstance(found, PairMaskEdit)
     return found
 
@@ -65,21 +64,23 @@ def sets(edit: Any) -> dict[str, list[tuple[str, int]]]:
     }
 
 
-def test_pairs_that_share_batches_get_the_neurons_of_one_pair_at_a_time(loud, shop, suspected):
-    sizes = set()
-    for settings in (
-        replace(SMALL, criterion=replace(NOISE, threshold=0.99), refine_group=4),
-        replace(SMALL, criterion=DenoisingLoss(), refine_group=4),
-        replace(SMALL, criterion=Replication(limit=0.01), refine_group=16),
-    ):
-        many = settings.apply(loud, suspected, shop)
-        for pair in suspected:
-            alone = settings.apply(loud, [pair], shop)
-            assert sets(alone)[pair.id] == sets(many)[pair.id]
-            mine, theirs = (e.origin.notes["pairs"][pair.id] for e in (alone, many))
-            assert mine == theirs
-            sizes.add((mine.get("selected"), mine.get("refined")))
-    assert len(sizes) > 1
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        replace(NOISE, threshold=0.99),
+        pytest.param(DenoisingLoss(), marks=pytest.mark.slow),
+        pytest.param(Replication(limit=0.01), marks=pytest.mark.slow),
+    ],
+)
+def test_pairs_that_share_batches_get_the_neurons_of_one_pair_at_a_time(
+    loud, context, suspected, criterion
+):
+    settings = replace(SMALL, criterion=criterion, refine_group=4)
+    many, alone = (settings.apply(loud, some, context) for some in (suspected, suspected[1:]))
+    pair = suspected[1].id
+    assert sets(alone)[pair] == sets(many)[pair]
+    mine, theirs = (edit.origin.notes["pairs"][pair] for edit in (alone, many))
+    assert mine == theirs
 
 
 def test_blocking_a_row_is_what_its_edit_does(loud):
@@ -138,7 +139,7 @@ def test_answers_are_the_same_bits_in_any_company(loud):
         assert all(torch.equal(together[k], parallel[n]) for n in range(k, 18, 3))
 
 
-def test_similarities_do_not_depend_on_what_else_is_asked(loud, shop):
+def test_similarities_do_not_depend_on_what_else_is_asked(loud, context):
     """The range of values is that of one question's samples, as if it were asked alone."""
     layers = loud.layers("cross_attention.value")
     generator = torch.Generator().manual_seed(6)
@@ -147,7 +148,7 @@ def test_similarities_do_not_depend_on_what_else_is_asked(loud, shop):
     encoded = [Encoded(torch.zeros(loud.latent_shape), embedding) for embedding in prompts]
     pairs = dict(zip("ab", encoded, strict=True))
     with blockable(loud, layers, loud.predict_noise) as model:
-        probes, _ = NOISE.probes(model.run, loud, pairs=pairs, context=shop, samples=2)
+        probes, _ = NOISE.probes(model.run, loud, pairs=pairs, context=context, samples=2)
         questions = [
             Question(pair, probes[pair].inputs, torch.rand(neurons, generator=generator) > share)
             for pair, share in (("a", 0.2), ("a", 0.9), ("b", 0.5), ("b", 1.0))
@@ -164,19 +165,10 @@ def test_similarities_do_not_depend_on_what_else_is_asked(loud, shop):
     assert together[-1] == pytest.approx(1, abs=1e-6)  # nothing is blocked
 
 
-def test_the_model_is_left_as_it_was(loud, shop, suspected):
-    before = copy.deepcopy(loud.unet.state_dict())
-    flags = [p.requires_grad for p in loud.parameters()]
-    SMALL.apply(loud, suspected, shop)
-    assert all(torch.equal(value, before[n]) for n, value in loud.unet.state_dict().items())
-    assert flags == [p.requires_grad for p in loud.parameters()]
-    assert not any(module._forward_hooks for module in loud.unet.modules())
-
-
 def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its_file(
-    loud, shop, suspected, edit
+    loud, context, suspected, edit
 ):
-    found = shop.find(SMALL, loud, suspected)
+    found = context.find(SMALL, loud, suspected)
     assert found.made
     assert isinstance(found.edit, PairMaskEdit)
     assert found.edit.identity == edit.identity  # the same neurons when made again
@@ -198,11 +190,11 @@ def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its
     )
 
 
-def test_a_similarity_noted_is_that_under_the_edit(loud, shop, suspected, edit):
-    assert loud.sampling_timesteps(replace(shop.sampling, steps=50))[1] == 961
+def test_a_similarity_noted_is_that_under_the_edit(loud, context, suspected, edit):
+    assert loud.sampling_timesteps(replace(context.sampling, steps=50))[1] == 961
     latents = torch.randn((2, *loud.latent_shape), generator=torch.Generator().manual_seed(1))
     for pair in suspected:
-        rows = shop.data.encoded(pair).embedding.expand(2, -1, -1)
+        rows = context.data.encoded(pair).embedding.expand(2, -1, -1)
         inputs = (latents, torch.full((2,), 961), rows)
         with torch.no_grad():
             free = noise_difference(loud.predict_noise(*inputs), latents)
@@ -213,41 +205,41 @@ def test_a_similarity_noted_is_that_under_the_edit(loud, shop, suspected, edit):
         assert float(value) == pytest.approx(noted, abs=1e-5)
 
 
-def test_union_blocks_what_any_pair_needs(loud, shop, suspected, edit):
-    union = replace(SMALL, scope="union").apply(loud, suspected, shop)
+def test_union_blocks_what_any_pair_needs(loud, context, suspected, edit):
+    union = replace(SMALL, scope="union").apply(loud, suspected, context)
     assert isinstance(union, MaskEdit)
     for name, mask in union.masks.items():
         assert torch.equal(mask, torch.stack([own[name] for own in edit.masks.values()]).any(0))
 
 
-def test_refinement_only_takes_away(loud, shop, suspected, edit):
-    whole = sets(replace(SMALL, refine=False).apply(loud, suspected, shop))
+def test_refinement_only_takes_away(loud, context, suspected, edit):
+    whole = sets(replace(SMALL, refine=False).apply(loud, suspected, context))
     fewer = sets(edit)
     assert all(set(fewer[pair]) <= set(whole[pair]) for pair in whole)
     assert fewer != whole
 
 
-def test_a_prompt_without_memorization_is_left_alone(loud, shop, suspected):
+def test_a_prompt_without_memorization_is_left_alone(loud, context, suspected):
     criterion = replace(NOISE, when_not_memorized="leave", threshold=0.999)
     settings = replace(SMALL, criterion=criterion)
-    edit = settings.apply(loud, suspected, shop)
+    edit = settings.apply(loud, suspected, context)
     assert not any(sets(edit).values())
     assert all(not own["memorized"] for own in edit.origin.notes["pairs"].values())
     assert not any("tests" in own for own in edit.origin.notes["pairs"].values())
 
 
-def test_the_threshold_is_calibrated_on_ordinary_prompts(loud, shop, suspected):
+def test_the_threshold_is_calibrated_on_ordinary_prompts(loud, context, suspected):
     def calibrated(stds):
         criterion = replace(NOISE, threshold=None, threshold_stds=stds)
         levels = replace(SMALL.levels, z_step=2.0)
         settings = replace(SMALL, criterion=criterion, levels=levels, refine=False)
-        value = settings.apply(loud, suspected[:1], shop).origin.notes["threshold"]
+        value = settings.apply(loud, suspected[:1], context).origin.notes["threshold"]
         assert isinstance(value, float)
         return value
 
     latents = torch.randn((2, *loud.latent_shape), generator=torch.Generator().manual_seed(1))
     largest = []
-    for row in shop.prompts(loud, "calibration", 4):
+    for row in context.prompts(loud, "calibration", 4):
         with torch.no_grad():
             noise = loud.predict_noise(latents, torch.full((2,), 961), row.expand(2, -1, -1))
         maps = noise_difference(noise, latents)
@@ -257,30 +249,30 @@ def test_the_threshold_is_calibrated_on_ordinary_prompts(loud, shop, suspected):
     assert calibrated(2.0) == pytest.approx(float(values.mean() + 2 * values.std()), abs=1e-5)
 
 
-def test_losses_are_suppressed_by_the_share_asked_for(loud, shop, suspected):
+def test_losses_are_suppressed_by_the_share_asked_for(loud, context, suspected):
     settings = replace(SMALL, criterion=DenoisingLoss(suppressed_share=0.3))
-    notes = settings.apply(loud, suspected, shop).origin.notes
+    notes = settings.apply(loud, suspected, context).origin.notes
     assert notes["threshold"] == pytest.approx(0.7)
     for own in notes["pairs"].values():
         assert own["memorized"] == (own["loss"] < own["loss_empty_prompt"])
         if own.get("suppressed"):
             assert own["similarity_refined"] <= 0.7
-    other = replace(shop, seed=1)
+    other = replace(context, seed=1)
     assert settings.apply(loud, suspected, other).origin.notes["pairs"] != notes["pairs"]
 
 
 def test_stored_statistics_are_used_and_those_of_another_checkpoint_refused(
-    loud, shop, suspected, edit, tmp_path
+    loud, context, suspected, edit, tmp_path
 ):
-    prompts = shop.corpus.prompts("calibration", SMALL.statistics_prompts)
+    prompts = context.corpus.prompts("calibration", SMALL.statistics_prompts)
     statistics = activation_statistics(loud, prompts)
     path = statistics.save(tmp_path / "statistics.safetensors")
-    silent = replace(shop, corpus=NoCorpus())
+    silent = replace(context, corpus=NoCorpus())
     stored = replace(SMALL, statistics=str(path)).apply(loud, suspected, silent)
     assert sets(stored) == sets(edit)
     replace(statistics, fingerprint="another").save(path)
     with pytest.raises(InputError, match="fingerprint another"):
-        replace(SMALL, statistics=str(path)).apply(loud, suspected, shop)
+        replace(SMALL, statistics=str(path)).apply(loud, suspected, context)
 
 
 def test_levels_hold_outliers_by_number_and_then_the_most_active():
@@ -302,35 +294,6 @@ def test_the_published_levels_end_at_a_quarter_above_one():
     assert Levels().steps(6)[-1] == (3.75, 5)
 
 
-@pytest.mark.parametrize(
-    ("make", "settings", "rule"),
-    [
-        (NeMo, {"scope": "all"}, "scope must be pair or union"),
-        (NeMo, {"stages": []}, "stages must be some of down, mid, up"),
-        (NeMo, {"stages": ["side"]}, "stages must be some of"),
-        (NeMo, {"samples": 1}, "samples must be >= 2"),
-        (NeMo, {"samples": 0, "criterion": Replication()}, "samples must be >= 1"),
-        (NeMo, {"statistics_prompts": 1}, "statistics_prompts must be >= 2"),
-        (NeMo, {"refine_group": 0}, "refine_group must be >= 1"),
-        (NeMo, {"criterion": "replication"}, "fix:   mitigation/criterion="),
-        (Levels, {"min_z": 5.0}, "start_z must be above min_z"),
-        (Levels, {"z_step": 0.0}, "z_step must be positive"),
-        (Levels, {"k_step": -1}, "k_step must be >= 0"),
-        (NoiseDifference, {"threshold": 1.0}, r"threshold must be in \(0, 1\)"),
-        (NoiseDifference, {"threshold_prompts": 1}, "threshold_prompts must be >= 2"),
-        (NoiseDifference, {"timestep": 50}, r"timestep must be in 0..49"),
-        (NoiseDifference, {"when_not_memorized": "x"}, "must be leave or block"),
-        (DenoisingLoss, {"suppressed_share": 0.0}, r"suppressed_share must be in \(0, 1\]"),
-        (Replication, {"limit": 1.0}, r"limit must be in \(0, 1\)"),
-    ],
-)
-def test_bad_settings_are_refused(make, settings, rule):
-    with pytest.raises(InputError, match=rule):
-        make(**settings)
-
-
-def test_a_window_that_does_not_fit_and_an_empty_list_are_refused(loud, shop, suspected):
+def test_a_window_that_does_not_fit_is_refused(loud, context, suspected):
     with pytest.raises(InputError, match="do not fit into a latent of 16 pixels"):
-        replace(SMALL, criterion=replace(NOISE, scales=3)).apply(loud, suspected, shop)
-    with pytest.raises(InputError, match="nothing to forget"):
-        SMALL.apply(loud, [], shop)
+        replace(SMALL, criterion=replace(NOISE, scales=3)).apply(loud, suspected, context)

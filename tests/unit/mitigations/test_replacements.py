@@ -120,19 +120,3 @@ def test_draws_keep_pictures_and_prompts_together(find):
         assert torch.equal(embedding, anchors.embeddings[name][own.index(True)])
         seen[name].add(own.index(True))
     assert seen == {"pair0": {0, 1, 2}, "pair1": {0, 1}}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"prompts": 0},
-        {"images": 0},
-        {"ordinary": 0},
-        {"max_similarity": 1.0},
-        {"anchor_rate": 0.7},
-        {"anchor_rate": -0.1},
-    ],
-)
-def test_bad_settings_are_refused(wrong):
-    with pytest.raises(InputError, match=f"anchors.*{next(iter(wrong))}"):
-        AnchorSettings(**wrong)

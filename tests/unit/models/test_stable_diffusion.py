@@ -30,33 +30,22 @@ def test_layers_have_the_names_and_order_of_stable_diffusion_v1(model):
     assert len(model.layers("cross_attention.key")) == 16
 
 
-def test_the_epsilon_loss_is_the_error_of_the_predicted_noise(model):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_the_error_of_the_predicted_noise_or_velocity(tmp_path, prediction_type):
+    model = tiny_model(tmp_path, tiny_recipe(prediction_type=prediction_type))
+    assert model.prediction_type == prediction_type
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
     timesteps, context = torch.tensor([10, 700]), model.encode_prompts(["a cat", "a boat"])
-    with torch.no_grad():
-        loss = model.denoising_loss(latents, noise, timesteps, context)
-        beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-        alpha = torch.cumprod(1 - beta, 0)[timesteps][:, None, None, None]
-        noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        output = model.unet(noised, timesteps, encoder_hidden_states=context).sample
-    assert torch.allclose(loss, ((output - noise) ** 2).mean((1, 2, 3)), atol=1e-5)
-
-
-def test_the_v_loss_is_the_error_of_the_predicted_velocity(tmp_path):
-    model = tiny_model(tmp_path, tiny_recipe(prediction_type="v_prediction"))
-    assert model.prediction_type == "v_prediction"
-    torch.manual_seed(0)
-    latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
-    timesteps, context = torch.tensor([10, 700]), model.encode_prompts(["a cat", "a boat"])
-    alpha = model.alphas_cumprod[timesteps][:, None, None, None]
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha = torch.cumprod(1 - beta, 0)[timesteps][:, None, None, None]
+    noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    wanted = noise if prediction_type == "epsilon" else velocity
     with torch.no_grad():
         loss = model.denoising_loss(latents, noise, timesteps, context)
-        output = model.unet(
-            model.noised(latents, noise, timesteps), timesteps, encoder_hidden_states=context
-        ).sample
-    assert torch.allclose(loss, ((output - velocity) ** 2).mean((1, 2, 3)), atol=1e-5)
+        output = model.unet(noised, timesteps, encoder_hidden_states=context).sample
+    assert torch.allclose(loss, ((output - wanted) ** 2).mean((1, 2, 3)), atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -1,30 +1,13 @@
 import logging
 import os
-import subprocess
-import sys
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from dori_lightning.runtime.checkpoints import FitCheckpoints, checkpoint_step, last_checkpoint
-
-SAVING = """
-import os, sys, threading
-from pathlib import Path
-import torch
-from dori_lightning.runtime.checkpoints import FitCheckpoints
-folder = Path(sys.argv[1])
-io = FitCheckpoints()
-io.save_checkpoint({"step": 1, "x": torch.ones(4)}, folder / "step-00000001.ckpt")
-write = torch.save
-def cut(what, file):
-    file.write(b"half")
-    file.flush()
-    os.kill(os.getpid(), 9)
-torch.save = cut
-io.save_checkpoint({"step": 2}, folder / "step-00000002.ckpt")
-"""
 
 
 def save(folder: Path, *steps: int) -> None:
@@ -75,16 +58,27 @@ def test_what_was_cut_while_it_was_written_does_not_count_and_does_not_stay(tmp_
     assert not cut.exists()
 
 
-def test_killed_while_saving_the_one_before_is_there_wherever_the_temporary_folder_is(tmp_path):
+def test_killed_while_saving_the_one_before_is_there_wherever_the_temporary_folder_is(
+    tmp_path, monkeypatch
+):
     """Lightning's own moves the file from the temporary folder, over the last good one."""
     other = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
-    root = str(Path(__file__).resolve().parents[3])
-    done = subprocess.run(
-        [sys.executable, "-c", SAVING, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": root, "TMPDIR": str(other)},
-        check=False,
-    )
-    assert done.returncode == -9
+    monkeypatch.setattr(tempfile, "tempdir", str(other))
+    save(tmp_path, 1)
+
+    def cut(what, file):
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        torch.save = cut
+        try:
+            save(tmp_path, 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert load(tmp_path) == 1
 
 
