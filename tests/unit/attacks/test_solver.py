@@ -78,7 +78,7 @@ def test_parallel_batches_give_the_same_bits_and_keep_pairs_apart(model, problem
 
 def test_the_attack_lowers_the_loss_and_moves_the_embedding(model, problem):
     few = rows(problem, 0, 1)
-    result = attack(model, few, budget=Budget("none", None, 20), noise_batch=4, snapshots=())
+    result = attack(model, few, budget=Budget("none", None, 40), noise_batch=8, snapshots=())
     assert (result.losses[:, -5:].mean(1) < result.losses[:, :5].mean(1)).all()
     assert not torch.equal(result.embeddings[:, -1], few.initial)
     assert not result.diverged.any()
