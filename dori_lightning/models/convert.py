@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from dori_lightning.runtime.artifacts import partial_file
 from dori_lightning.types import InputError
 
 
@@ -38,10 +39,9 @@ def convert(source: Path, target: Path) -> int:
     tensors = {k: v.contiguous().clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise InputError(f"{source} holds no tensors")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.tmp")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(target)
+    with partial_file(target) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(target)
     return len(tensors)
 
 

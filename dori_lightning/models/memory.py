@@ -100,10 +100,11 @@ def _fitting_pairs(
     parallel = parallel_batches(model)
     fit = memory.pairs(int(_SHARE * free), noise_batch, parallel=parallel)
     chosen = max(1, min(most, fit))
+    taken = memory.total(chosen * noise_batch, parallel=min(parallel, chosen))
     text = (
         f"a sample takes {_size(memory.sample)} and every batch {_size(memory.fixed)} besides, "
         f"{_size(free)} are free: {chosen} pairs of {noise_batch} samples at once, "
-        f"{_size(memory.total(chosen * noise_batch, parallel=min(parallel, chosen)))}"
+        f"{_size(taken)}"
     )
     if fit < 1:
         log.warning(
@@ -117,7 +118,6 @@ def _fitting_pairs(
 
 
 def _size(count: int) -> str:
-    """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
@@ -210,15 +210,13 @@ class PeakMemory(TorchDispatchMode):
         """Run an operation and look at what is alive after it."""
         del types
         # of arguments too: what was there before is not counted when a view of it is made
-        known = {_storage(x).data_ptr() for x in tree_leaves((args, kwargs)) if _is_plain(x)}
+        known = {storage.data_ptr() for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if _is_plain(value):
-                storage = _storage(value)
-                if storage.nbytes() and storage.data_ptr() not in known:
-                    reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                    self._alive[reference.cdata] = (reference, storage.nbytes())
-                    self._upper += storage.nbytes()
+        for storage in _storages(result):
+            if storage.nbytes() and storage.data_ptr() not in known:
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._alive[reference.cdata] = (reference, storage.nbytes())
+                self._upper += storage.nbytes()
         if self._upper > self.peak:  # looking through all of them at every operation takes long
             self._alive = {
                 key: alive
@@ -230,12 +228,12 @@ class PeakMemory(TorchDispatchMode):
         return result
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided
-
-
-def _storage(value: torch.Tensor) -> torch.UntypedStorage:
-    return value.untyped_storage()
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [
+        value.untyped_storage()
+        for value in tree_leaves(values)
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided
+    ]
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -42,21 +42,27 @@ def write_atomically(path: Path, data: bytes) -> Path:
     Returns:
         ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
+    with partial_file(path) as partial:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        return partial.replace(path)
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Where to write what is renamed to ``path`` once it is whole, or removed where it is not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        yield partial
     except OSError as error:
         # errors of an open file do not say which
         error.filename = error.filename or str(path)
         raise
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def write_json(path: Path, record: Mapping[str, Any], *, sort_keys: bool = True) -> None:
@@ -65,16 +71,11 @@ def write_json(path: Path, record: Mapping[str, Any], *, sort_keys: bool = True)
     write_atomically(path, text.encode())
 
 
-def remove_partials(folder: Path) -> int:
-    """Remove what killed processes were writing, below a folder to which no other one writes.
-
-    Returns:
-        How many files went.
-    """
-    partials = [path for path in folder.rglob(".*.tmp") if _PARTIAL.fullmatch(path.name)]
-    for path in partials:
-        path.unlink(missing_ok=True)
-    return len(partials)
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes were writing, below a folder to which no other one writes."""
+    for path in folder.rglob(".*.tmp"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -164,10 +164,10 @@ class OomBackoff:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            items = f"{size} {self.noun}{'' if size == 1 else 's'}"
             log.warning(
-                "%s: out of memory (%s); going on with batches of %d %s%s",
-                self.kind, said, size, self.noun, "" if size == 1 else "s",
-            )  # fmt: skip
+                "%s: out of memory (%s); going on with batches of %s", self.kind, said, items
+            )
 
 
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "not enough memory", "ALLOC_FAILED")

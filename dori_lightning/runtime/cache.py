@@ -138,7 +138,7 @@ class Cache:
         path = self.path(name, codec)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            value = self.read(name, key, codec) if path.is_file() else None
+            value = self.read(name, key, codec)
             if value is None:
                 value = compute()
                 self.write(name, value, key, codec)

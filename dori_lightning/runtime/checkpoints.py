@@ -13,7 +13,6 @@ import pickle
 import re
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import lightning.pytorch as L
 import torch
@@ -21,9 +20,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from dori_lightning.runtime import distributed, signals
-from dori_lightning.runtime.artifacts import sync_folder
+from dori_lightning.runtime.artifacts import partial_file, sync_folder
 from dori_lightning.runtime.signals import Interrupted
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +46,13 @@ class Saving(Checkpoint):
 
     def on_before_backward(self, *_: Any) -> None:
         """Meet those that may have left during a search."""
-        distributed.sync_interrupt()
+        distributed.barrier()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Write every so many steps, then meet, and leave together where one is to leave."""
         if trainer.global_step % self.every == 0:
             self._save(trainer)
-        distributed.sync_interrupt(signals.received())
+        distributed.barrier(signals.received())
 
     def on_exception(
         self, trainer: L.Trainer, _module: L.LightningModule, error: BaseException
@@ -87,22 +86,14 @@ class FitCheckpoints(CheckpointIO):
         """
         del storage_options
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-        try:
+        with partial_file(path) as partial:
             with partial.open("w+b") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
                 file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            path = path.with_stem(f"{path.stem}-{digest}")
-            partial.replace(path)
-        except OSError as error:
-            error.filename = error.filename or str(path)
-            raise
-        finally:
-            partial.unlink(missing_ok=True)
+            path = partial.replace(path.with_stem(f"{path.stem}-{digest}"))
         sync_folder(path.parent)
         others = [other for other in _checkpoints(path.parent) if other != path]
         # later ones are damaged: the fit went on from before them
@@ -159,7 +150,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors, or is damaged, and is not opened\n"
-            f"  where: {str(error).strip().partition(chr(10))[0]}\n"
+            f"  where: {first_line(error)}\n"
             f"  fix:   remove it; the fit then begins anew"
         ) from error
     return checkpoint

@@ -30,7 +30,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from dori_lightning.runtime import peers, signals
 from dori_lightning.runtime.signals import Interrupted
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def broadcast_object(value: T) -> T:
     """
     if world_size() == 1:
         return value
-    sync_interrupt()
+    barrier()
     values = [value]
     dist.broadcast_object_list(values, src=0, group=_control())
     return values[0]
@@ -125,14 +125,14 @@ def all_gather_dict(own: dict[str, T]) -> dict[str, T]:
     """
     if world_size() == 1:
         return own
-    sync_interrupt()
+    barrier()
     parts: list[dict[str, T] | None] = [None] * world_size()
     dist.all_gather_object(parts, own, group=_control())
     return {key: value for part in parts if part for key, value in part.items()}
 
 
-def sync_interrupt(signum: int = 0) -> None:
-    """Wait for all other processes here, and leave with them if any is to leave.
+def barrier(signum: int = 0) -> None:
+    """Wait until every process is here, and leave with all of them if any is to leave.
 
     Args:
         signum: Signal that tells this process to leave; 0 for none.
@@ -147,15 +147,6 @@ def sync_interrupt(signum: int = 0) -> None:
         told = int(votes.item())
     if told:
         raise Interrupted(told, shared=True)
-
-
-def barrier() -> None:
-    """Wait until every process is here.
-
-    Raises:
-        Interrupted: Some process leaves.
-    """
-    sync_interrupt()
 
 
 def check() -> None:
@@ -285,7 +276,7 @@ class Trainer(L.Trainer):
         except MisconfigurationException as error:
             # settings that contradict each other or the machine, such as a GPU that is not there
             raise InputError(
-                f"no Trainer can be made: {str(error).splitlines()[0]}\n"
+                f"no Trainer can be made: {first_line(error)}\n"
                 f"  where: trainer.*\n"
                 f"  fix:   trainer=cpu where there is no GPU; else change what it names"
             ) from error
@@ -308,11 +299,6 @@ def start(trainer: L.Trainer) -> None:
     launcher = trainer.strategy.launcher
     assert launcher is not None
     launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
-    register()
-
-
-def register() -> None:
-    """Make the group for agreement, and tell all processes who they are."""
     processes = [peers.this_process()] * world_size()
     dist.all_gather_object(processes, peers.this_process(), group=_control())
     peers.register_peers(processes)
@@ -320,27 +306,23 @@ def register() -> None:
 
 def _check_started(trainer: L.Trainer) -> None:
     """Refuse a number of tasks that is not the trainer's: the processes would wait for ever."""
-    wanted = trainer.num_devices * trainer.num_nodes
-    asked = f"trainer.devices={trainer.num_devices} trainer.num_nodes={trainer.num_nodes}"
-    for variable, what in (("SLURM_NTASKS", "SLURM tasks"), ("WORLD_SIZE", "processes")):
-        started = os.environ.get(variable)
-        if started is None or not _external(trainer):
-            continue
-        if int(started) != wanted:
-            raise InputError(
-                f"{started} {what} were started for {wanted} processes\n"
-                f"  where: {variable}={started} and {asked}\n"
-                f"  fix:   start one for each process: srun --nodes={trainer.num_nodes} "
-                f"--ntasks-per-node={trainer.num_devices} python -m dori_lightning ..., or "
-                f"torchrun --nnodes={trainer.num_nodes} --nproc-per-node={trainer.num_devices} "
-                f"-m dori_lightning ..., or set trainer.devices and trainer.num_nodes to match"
-            )
-        return
-
-
-def _external(trainer: L.Trainer) -> bool:
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    return environment is not None and environment.creates_processes_externally
+    if environment is None or not environment.creates_processes_externally:
+        return
+    asked = f"trainer.devices={trainer.num_devices} trainer.num_nodes={trainer.num_nodes}"
+    slurm = "SLURM_NTASKS" in os.environ
+    variable, what = ("SLURM_NTASKS", "SLURM tasks") if slurm else ("WORLD_SIZE", "processes")
+    wanted = trainer.num_devices * trainer.num_nodes
+    started = os.environ.get(variable)
+    if started is not None and int(started) != wanted:
+        raise InputError(
+            f"{started} {what} were started for {wanted} processes\n"
+            f"  where: {variable}={started} and {asked}\n"
+            f"  fix:   start one for each process: srun --nodes={trainer.num_nodes} "
+            f"--ntasks-per-node={trainer.num_devices} python -m dori_lightning ..., or "
+            f"torchrun --nnodes={trainer.num_nodes} --nproc-per-node={trainer.num_devices} "
+            f"-m dori_lightning ..., or set trainer.devices and trainer.num_nodes to match"
+        )
 
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -356,13 +338,9 @@ def pin() -> None:
     Raises:
         InputError: There are more workers than GPUs.
     """
-    if _claimed:
-        return
-    names = _gpus()
-    if names:
-        os.environ[_VISIBLE] = claim(
-            names, Path(tempfile.gettempdir()) / f"dori-gpus-{os.getuid()}"
-        )
+    if not _claimed and (names := _gpus()):
+        folder = Path(tempfile.gettempdir()) / f"dori-gpus-{os.getuid()}"
+        os.environ[_VISIBLE] = claim(names, folder)
 
 
 def claim(names: Sequence[str], folder: Path) -> str:

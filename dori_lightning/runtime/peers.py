@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-RANKS = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID",
-)  # fmt: skip
+_AMONG_ALL = ("RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID")
+RANKS = (*_AMONG_ALL, "LOCAL_RANK", "GROUP_RANK", "NODE_RANK")
 """How Lightning, torchrun, SLURM and submitit number a process; the first one is 0 in all."""
 
 
@@ -35,7 +34,7 @@ def label() -> str:
     """
     if speaks():
         return ""
-    for name in ("RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID"):
+    for name in _AMONG_ALL:
         if int(os.environ.get(name, 0)):
             return os.environ[name]
     node, place = (os.environ.get(name, "0") for name in ("NODE_RANK", "LOCAL_RANK"))

@@ -13,24 +13,11 @@ from typing import Any
 REDACTED = "<redacted>"
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_ALWAYS = {
-    "secret",
-    "secrets",
-    "password",
-    "passwords",
-    "passwd",
-    "passphrase",
-    "credential",
-    "credentials",
-    "apikey",
-}
-_USUALLY = {"key", "keys", "token"}
+_ALWAYS = re.compile(r"secrets?|passwords?|passwd|passphrase|credentials?|apikey")
+_USUALLY = re.compile(r"keys?|token")
 # A text encoder is full of tokens that are no secret: these words after "token" or "key" make the
 # name harmless. So do "file" and "path": where a secret lies is none.
-_HARMLESS_NEXT = {
-    "count", "dim", "embedding", "file", "index", "length", "limit", "mask", "path", "size",
-    "type",
-}  # fmt: skip
+_HARMLESS_NEXT = re.compile(r"count|dim|embedding|file|index|length|limit|mask|path|size|type")
 
 # One slash too: that is what remains of a URL that was taken for a path.
 _USER_INFO = re.compile(r"\b([a-z][a-z0-9+.\-]+://?)[^\s/?#]*@", re.IGNORECASE)
@@ -55,10 +42,9 @@ like ``test`` would take innocent text with it."""
 def is_secret_name(name: str) -> bool:
     """Whether what has this name is a secret: a key of a config, an environment variable."""
     words = [word.lower() for word in _WORDS.findall(name)]
-    if _ALWAYS.intersection(words):
-        return True
     return any(
-        word in _USUALLY and following not in _HARMLESS_NEXT
+        _ALWAYS.fullmatch(word)
+        or (_USUALLY.fullmatch(word) and not _HARMLESS_NEXT.fullmatch(following))
         for word, following in pairwise([*words, ""])
     )
 
