@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models.loading import fingerprint_of_states, load_checkpoint
+from dori_lightning.models.loading import fingerprint_of, load_checkpoint
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.runtime.artifacts import drop_keys
 from dori_lightning.types import InputError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -33,10 +34,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Dtypes that weights are written in, the narrowest first."""
 
-_UNWANTED = {
-    "_name_or_path", "name_or_path", "is_local", "local_files_only",  # this machine's
-    "auto_map", "custom_pipelines", "trust_remote_code",  # name code to fetch and run
-}  # fmt: skip
+_OF_THIS_MACHINE = {"_name_or_path", "name_or_path", "is_local", "local_files_only"}
+_NAMES_CODE = {"auto_map", "custom_pipelines", "trust_remote_code"}
+"""Keys of configurations that name code to fetch and run; left out, as are this machine's."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Weights:
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint that the loader will find."""
-        return fingerprint_of_states((self.unet, self.autoencoder, self.text_encoder))
+        return fingerprint_of((self.unet, self.autoencoder, self.text_encoder))
 
 
 def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
@@ -109,24 +109,18 @@ def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
         wanted = DTYPES[chosen[part]]
         exact = exact and _holds(wanted, state)
         states[part] = {name: tensor.to(wanted).contiguous() for name, tensor in state.items()}
-        _check_finite(state, states[part], chosen[part])
+        for name, tensor in states[part].items():
+            if not tensor.isfinite().all() and state[name].isfinite().all():
+                raise InputError(
+                    f"{name} has weights that are too large for {chosen[part]}\n"
+                    f"  fix:   export in bf16 or fp32, or let the weights decide (dtype null)"
+                )
     return Weights(states["unet"], states["vae"], states["text_encoder"], chosen, exact)
 
 
 def _holds(dtype: torch.dtype, state: Mapping[str, torch.Tensor]) -> bool:
     """Whether a dtype holds every value exactly."""
     return all(torch.equal(t.to(dtype).float(), t.float()) for t in state.values())
-
-
-def _check_finite(
-    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], dtype: str
-) -> None:
-    for name, tensor in after.items():
-        if not tensor.isfinite().all() and before[name].isfinite().all():
-            raise InputError(
-                f"{name} has weights that are too large for {dtype}\n"
-                f"  fix:   export in bf16 or fp32, or let the weights decide (dtype null)"
-            )
 
 
 def write_folder(folder: Path, parts: Parts, weights: Weights) -> None:
@@ -170,7 +164,7 @@ def write_configs(folder: Path, parts: Parts) -> None:
     parts.scheduler.save_config(folder / "scheduler")
     for path in folder.glob("*/*config.json"):
         config = json.loads(path.read_text("utf-8"))
-        config = {key: value for key, value in config.items() if key not in _UNWANTED}
+        config = drop_keys(config, *_OF_THIS_MACHINE, *_NAMES_CODE)
         if path.parent.name == "text_encoder":
             config = {**config, "architectures": ["CLIPTextModel"], "dtype": "float32"}
         _write_json(path, config)

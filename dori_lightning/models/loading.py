@@ -79,17 +79,17 @@ def load_checkpoint(
         InputError: The source is missing, incomplete, pickled or does not fit together; says how
             to fix it.
     """
-    place = resolve_source(source, revision)
+    place = resolve_source(source)
     target = _choose_device(device)
-    dtype, autocast = _choose_dtype(precision, target)
+    autocast = _choose_autocast(precision, target)
     if isinstance(place, Path) and place.is_file():
         parts = load_single_file(place, config)
     else:
-        parts = _load_folder(place)
-    unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
-    fingerprint = fingerprint_of((unet, vae, text_encoder))
-    for module in (unet, vae, text_encoder):
-        module.to(target, dtype).requires_grad_(False)
+        parts = _load_folder(place, revision or "main")
+    unet, vae, text_encoder = modules = [parts[k] for k in ("unet", "vae", "text_encoder")]
+    fingerprint = fingerprint_of(module.state_dict() for module in modules)
+    for module in modules:
+        module.to(target, torch.float32).requires_grad_(False)
     unet.requires_grad_(True)
     if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
         unet.to(memory_format=torch.channels_last)
@@ -114,13 +114,12 @@ def load_checkpoint(
         raise InputError(f"checkpoint {source} does not fit together: {error}") from error
 
 
-def fingerprint_of(modules: Iterable[torch.nn.Module]) -> str:
-    """Fingerprint of a checkpoint: UNet, autoencoder and text encoder, in this order."""
-    return fingerprint_of_states(module.state_dict() for module in modules)
+def fingerprint_of(states: Iterable[Mapping[str, torch.Tensor]]) -> str:
+    """First 16 hex digits of the SHA-256 over names, shapes and fp32 values of all weights.
 
-
-def fingerprint_of_states(states: Iterable[Mapping[str, torch.Tensor]]) -> str:
-    """First 16 hex digits of the SHA-256 over names, shapes and fp32 values of all weights."""
+    Args:
+        states: Weights of UNet, autoencoder and text encoder, in this order.
+    """
     digest = hashlib.sha256()
     for state in states:
         for name, tensor in sorted(state.items()):
@@ -129,23 +128,19 @@ def fingerprint_of_states(states: Iterable[Mapping[str, torch.Tensor]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def resolve_source(source: str, revision: str | None = None) -> Path | tuple[str, str | None]:
-    """Tell what a source is: a folder, a single file, or a hub id with its revision.
+def resolve_source(source: str) -> Path | str:
+    """Tell what a source is: the path of a folder or a single file, or a hub id.
 
     Args:
         source: Path of a diffusers folder, path of a ``.safetensors`` file, ``package:NAME`` for
             a checkpoint that ships with this package, or a hub id ``owner/name``.
-        revision: Pinned commit of a hub id.
 
     Raises:
         InputError: Nothing is there, or it is a pickle.
     """
     if source.startswith("package:"):
-        folder = (
-            Path(str(resources.files("dori_lightning")))
-            / "assets"
-            / source.removeprefix("package:")
-        )
+        assets = Path(str(resources.files("dori_lightning"))) / "assets"
+        folder = assets / source.removeprefix("package:")
         if not (folder / "unet").is_dir():
             raise InputError(
                 f"checkpoint {source} is not installed at {folder}; reinstall the package or "
@@ -163,7 +158,7 @@ def resolve_source(source: str, revision: str | None = None) -> Path | tuple[str
             f"checkpoint {source!r} is neither a diffusers folder, a .safetensors file nor a hub "
             f"id 'owner/name'; checkpoint.source must name one of them"
         )
-    return source, revision
+    return source
 
 
 def _pickle_message(path: Path) -> str:
@@ -201,8 +196,8 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
-    """Storage and autocast dtype of a precision on a device.
+def _choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """What the denoiser computes in where it is not the weights' own fp32.
 
     Raises:
         InputError: fp16 on the CPU, which has no fast or safe kernels for it.
@@ -213,8 +208,7 @@ def _choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, to
         raise InputError(
             "checkpoint.precision=fp16 needs a GPU; on the CPU use fp32 (exact) or bf16"
         )
-    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.float32, autocast
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _choose_device(device: str) -> torch.device:
@@ -226,16 +220,14 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def _load_folder(place: Path | tuple[str, str | None]) -> dict[str, Any]:
-    options: dict[str, Any]
+def _load_folder(place: Path | str, revision: str) -> dict[str, Any]:
+    where, options = str(place), dict[str, Any](revision=revision)
     if isinstance(place, Path):
         _check_folder(place)
-        where, options = str(place), {"local_files_only": True}
-    else:
-        where, options = place[0], {"revision": place[1] or "main"}
+        options = {"local_files_only": True}
     common = {**options, "use_safetensors": True}
     try:
-        parts = {
+        return {
             "unet": UNet2DConditionModel.from_pretrained(
                 where, subfolder="unet", low_cpu_mem_usage=True, **common
             ),
@@ -252,14 +244,13 @@ def _load_folder(place: Path | tuple[str, str | None]) -> dict[str, Any]:
     except (OSError, ValueError, json.JSONDecodeError) as error:
         hint = (
             f"download it first where there is a network: "
-            f"hf download {where} --revision {place[1] or 'main'}"
-            if isinstance(place, tuple)
+            f"hf download {where} --revision {revision}"
+            if isinstance(place, str)
             else "get it again: the folder is damaged or not a Stable Diffusion folder"
         )
         raise InputError(
             f"checkpoint {where} cannot be loaded: {first_line(error)}\n  fix:   {hint}"
         ) from error
-    return parts
 
 
 def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
@@ -303,32 +294,23 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
     try:
         if local:
             _refuse_kernels(Path(config) / "text_encoder" / "config.json")
-        unet = UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **options)
-        vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", **options)
-        text_encoder = create_diffusers_clip_model_from_ldm(  # type: ignore[no-untyped-call]
-            CLIPTextModel,
-            checkpoint=load_file(path),
-            subfolder="text_encoder",
-            config=config,
-            local_files_only=local,
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(
-            config, subfolder="tokenizer", local_files_only=local
-        )
-        scheduler = DDIMScheduler.from_pretrained(
-            config, subfolder="scheduler", local_files_only=local
-        )
+        return {
+            "unet": UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **options),
+            "vae": AutoencoderKL.from_single_file(str(path), subfolder="vae", **options),
+            "text_encoder": create_diffusers_clip_model_from_ldm(  # type: ignore[no-untyped-call]
+                CLIPTextModel, checkpoint=load_file(path), subfolder="text_encoder", **options
+            ),
+            "tokenizer": CLIPTokenizer.from_pretrained(
+                config, subfolder="tokenizer", local_files_only=local
+            ),
+            "scheduler": DDIMScheduler.from_pretrained(
+                config, subfolder="scheduler", local_files_only=local
+            ),
+        }
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"{path} does not load with the configuration of {config}: {first_line(error)}"
         ) from error
-    return {
-        "unet": unet,
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "tokenizer": tokenizer,
-        "scheduler": scheduler,
-    }
 
 
 def _refuse_kernels(path: Path) -> None:

@@ -12,12 +12,11 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 def random_sd14(
     tokenizer: CLIPTokenizer,
     *,
-    latent: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    autocast: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    channels_last: bool = False,
-    seed: int = 0,
+    latent: int,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    device: torch.device,
+    seed: int,
 ) -> StableDiffusion:
     """Model with the UNet of Stable Diffusion 1.4, untrained, to time attacks on.
 
@@ -29,11 +28,9 @@ def random_sd14(
         latent: Side of a latent; 64 is the checkpoint's own.
         dtype: Of the weights.
         autocast: Compute the denoiser in this dtype; None for the weights' own.
-        device: Where.
-        channels_last: Memory format of the UNet's weights.
+        device: Where; on a GPU the UNet's weights are in channels-last format.
         seed: Of the weights.
     """
-    device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         unet: UNet2DConditionModel = UNet2DConditionModel(
@@ -72,7 +69,7 @@ def random_sd14(
     parts: tuple[torch.nn.Module, ...] = (unet, autoencoder, text_encoder)
     for module in parts:
         module.to(dtype).requires_grad_(module is unet)
-    if channels_last:
+    if device.type == "cuda":
         parts[0].to(memory_format=torch.channels_last)
     return StableDiffusion(
         name="sd14_shape",

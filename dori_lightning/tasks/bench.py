@@ -156,8 +156,7 @@ def _shape(settings: ShapeSettings, seed: int) -> Family:
         latent=settings.latent,
         dtype=torch.bfloat16 if half else torch.float32,
         autocast=None if half or not gpu else torch.bfloat16,
-        device="cuda" if gpu else "cpu",
-        channels_last=gpu,
+        device=torch.device("cuda" if gpu else "cpu"),
         seed=seed,
     )
     return shape_family(model, settings, seed=seed)

@@ -264,7 +264,7 @@ def _describe(
     changed: Mapping[str, Changed],
 ) -> Exported:
     source, revision = str(cfg.checkpoint.source), cfg.checkpoint.get("revision")
-    public = source.startswith("package:") or isinstance(resolve_source(source, revision), tuple)
+    public = source.startswith("package:") or isinstance(resolve_source(source), str)
     origin = chosen.edit.origin
     return Exported(
         checkpoint=model.name,
