@@ -48,8 +48,7 @@ class Conditioning:
         condition: Prompt or attack, with the steps spent so far.
         restart: Which restart.
         embedding: Text embedding (T, D).
-        diverged: Whether the attack stopped being finite on the way.
-        no_gradient: Whether it had no gradient to follow.
+        status: What came of the attack; ``ok`` for a prompt.
         loss_first: Attack loss at the first step; None for a prompt.
         loss_last: Mean attack loss of the last five steps spent; None for a prompt.
         displacement: Euclidean distance to the initial embedding; None for a prompt.
@@ -62,8 +61,7 @@ class Conditioning:
     condition: Condition
     restart: int
     embedding: torch.Tensor
-    diverged: bool = False
-    no_gradient: bool = False
+    status: Status = "ok"
     loss_first: float | None = None
     loss_last: float | None = None
     displacement: float | None = None
@@ -74,11 +72,6 @@ class Conditioning:
     def spent(self) -> int:
         """Steps that led to the embedding."""
         return self.condition.budget.steps if self.stopped_at is None else self.stopped_at
-
-    @property
-    def status(self) -> Status:
-        """What came of the attack; ``ok`` for a prompt."""
-        return "no_gradient" if self.no_gradient else "diverged" if self.diverged else "ok"
 
 
 @dataclass(frozen=True)
@@ -222,16 +215,17 @@ class AttackContext:
         initial, found = self.initial(job), []
         for k, steps in enumerate(result.snapshots):
             losses, embedding = result.losses[0, :steps], result.embeddings[0, k]
+            status: Status = "diverged" if bool(losses.isnan().any()) else "ok"
             # the point where an attack begins is as good as its prompt
-            dead = steps > 0 and bool(result.no_gradient[0])
+            if steps > 0 and bool(result.no_gradient[0]):
+                status = "no_gradient"
             found.append(
                 Conditioning(
                     pair=job.pair,
                     condition=Condition("dori", job.init, replace(self.budget, steps=steps)),
                     restart=job.restart,
                     embedding=embedding,
-                    diverged=bool(losses.isnan().any()) and not dead,
-                    no_gradient=dead,
+                    status=status,
                     loss_first=float(losses[0]) if steps else None,
                     loss_last=float(losses[-5:].mean()) if steps else None,
                     displacement=float((embedding - initial).norm()),
@@ -247,19 +241,17 @@ class JobBatch:
 
     Attributes:
         jobs: B jobs.
-        latents: Latents of their images (B, C, h, w).
-        initial: Embeddings that they begin at (B, T, D).
+        problem: Their images, and embeddings that they begin at.
         resume_from: Their results so far; None at the beginning.
     """
 
     jobs: tuple[Job, ...]
-    latents: torch.Tensor
-    initial: torch.Tensor
+    problem: AttackProblem
     resume_from: AttackResult | None
 
-    def to(self, device: torch.device | str) -> JobBatch:
-        """Move the tensors; Lightning calls this, since it cannot rebuild a frozen dataclass."""
-        return replace(self, latents=self.latents.to(device), initial=self.initial.to(device))
+    def to(self, _device: torch.device) -> JobBatch:
+        """Let Lightning, which cannot rebuild a frozen dataclass, leave moving to the solver."""
+        return self
 
 
 class JobBatches(IterableDataset[JobBatch]):
@@ -293,12 +285,13 @@ class JobBatches(IterableDataset[JobBatch]):
     def __iter__(self) -> Iterator[JobBatch]:
         for step, jobs in self.batches:
             results = [result for job in jobs if step and (result := self.context.read(job))]
-            yield JobBatch(
-                tuple(jobs),
-                torch.stack([self.context.data.encoded(job.pair).latent for job in jobs]),
-                torch.stack([self.context.initial(job) for job in jobs]),
-                concat(results) if results else None,
+            problem = AttackProblem(
+                ids=tuple(job.pair.id for job in jobs),
+                restarts=tuple(job.restart for job in jobs),
+                latents=torch.stack([self.context.data.encoded(job.pair).latent for job in jobs]),
+                initial=torch.stack([self.context.initial(job) for job in jobs]),
             )
+            yield JobBatch(tuple(jobs), problem, concat(results) if results else None)
 
 
 class EmbeddingAttack(L.LightningModule):
@@ -313,15 +306,15 @@ class EmbeddingAttack(L.LightningModule):
         self,
         context: AttackContext,
         *,
-        stop_at: int | None = None,
-        on_step: Callable[[int], None] | None = None,
-        strict: bool = False,
+        stop_at: int,
+        on_step: Callable[[int], None],
+        strict: bool,
     ) -> None:
         """Prepare the attack.
 
         Args:
             context: What the jobs share; its model stays out of this module's state.
-            stop_at: Step to stop at; None takes all of the budget's.
+            stop_at: Step to stop at.
             on_step: Called after each step of a batch with its number.
             strict: Raise where an attack has no gradient, instead of marking its result.
         """
@@ -336,15 +329,9 @@ class EmbeddingAttack(L.LightningModule):
             BrokenAttackError: ``strict`` is set and an attack has no gradient.
         """
         context = self.context
-        problem = AttackProblem(
-            ids=tuple(job.pair.id for job in batch.jobs),
-            restarts=tuple(job.restart for job in batch.jobs),
-            latents=batch.latents,
-            initial=batch.initial,
-        )
         result = solve(
             context.model,
-            problem,
+            batch.problem,
             budget=context.budget,
             settings=context.settings,
             seed=context.seed,

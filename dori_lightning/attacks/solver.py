@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -100,10 +100,10 @@ class AttackResult:
     def row(self, index: int) -> AttackResult:
         """One search of them."""
         own, state = slice(index, index + 1), self.state
-        return AttackResult(
+        return replace(
+            self,
             ids=self.ids[own],
             embeddings=self.embeddings[own],
-            snapshots=self.snapshots,
             losses=self.losses[own],
             diverged=self.diverged[own],
             no_gradient=self.no_gradient[own],
@@ -113,7 +113,7 @@ class AttackResult:
 
 def concat(results: Sequence[AttackResult]) -> AttackResult:
     """Rows of searches that took the same steps and can all go on."""
-    states = [result.state for result in results if result.state is not None]
+    states = [vars(result.state) for result in results if result.state is not None]
     return AttackResult(
         ids=tuple(name for result in results for name in result.ids),
         embeddings=torch.cat([result.embeddings for result in results]),
@@ -121,12 +121,7 @@ def concat(results: Sequence[AttackResult]) -> AttackResult:
         losses=torch.cat([result.losses for result in results]),
         diverged=torch.cat([result.diverged for result in results]),
         no_gradient=torch.cat([result.no_gradient for result in results]),
-        state=OptimizerState(
-            **{
-                field.name: torch.cat([getattr(state, field.name) for state in states])
-                for field in fields(OptimizerState)
-            }
-        ),
+        state=OptimizerState(**{k: torch.cat([s[k] for s in states]) for k in states[0]}),
     )
 
 
@@ -135,7 +130,7 @@ def solve(
     problem: AttackProblem,
     *,
     budget: Budget,
-    settings: AttackSettings | None = None,
+    settings: AttackSettings,
     seed: int = 0,
     resume_from: AttackResult | None = None,
     stop_at: int | None = None,
@@ -158,8 +153,7 @@ def solve(
         model: Model under attack.
         problem: Images and initial embeddings.
         budget: Steps and radius.
-        settings: Learning rate, noise samples, snapshots and whether the first token is kept; None
-            for the paper's.
+        settings: Learning rate, noise samples, snapshots and whether the first token is kept.
         seed: Run seed for the draws.
         resume_from: Result of the same rows up to some step, with their state; None begins at 0.
         stop_at: Step to stop at; None takes all of the budget's.
@@ -169,7 +163,6 @@ def solve(
         InputError: Not even one pair fits into memory.
         Interrupted: The run was told to leave.
     """
-    settings = settings or AttackSettings()
     end = budget.steps if stop_at is None else stop_at
     snapshots = tuple(s for s in evaluation_steps(settings.snapshots, budget.steps) if s <= end)
     initial = problem.initial.to(model.device, torch.float32)
@@ -320,15 +313,10 @@ class RowAdam:
     and state.
     """
 
-    def __init__(
-        self,
-        rows: torch.Tensor,
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        self.lr, self.betas, self.eps = lr, betas, eps
+    betas, eps = (0.9, 0.999), 1e-8
+
+    def __init__(self, rows: torch.Tensor, *, lr: float) -> None:
+        self.lr = lr
         self.mean, self.square = torch.zeros_like(rows), torch.zeros_like(rows)
         # float64: 1 - 0.999 loses four digits in float32
         self.count = torch.zeros(

@@ -303,7 +303,7 @@ def search(study: Study, *, edit: str) -> SearchedTriggers:
     order = {pair.id: k for k, pair in enumerate(pairs)}
     attacks.sort(key=lambda attack: order[attack.pair.id])
     finite = [
-        a for a in attacks if a.condition.budget.steps == audit.budget.steps and not a.diverged
+        a for a in attacks if a.condition.budget.steps == audit.budget.steps and a.status == "ok"
     ]
     queries = [("searched", attack) for attack in finite]
     works = study.replicates(queries, edit=edit, title="generate from ends")
@@ -384,11 +384,11 @@ def _budget_points(
         for attack in triggers.attacks
         if attack.condition.init == study.settings.start or attack.condition.budget.steps == steps
     ]
-    finite = [attack for attack in attacks if not attack.diverged]
+    finite = [attack for attack in attacks if attack.status == "ok"]
     queries = [("searched", attack) for attack in finite]
     works = study.replicates(queries, edit=edit, title="generate against budget")
     rates = _rates(map(key, finite), finite, works)
-    diverged = [key(attack) for attack in attacks if attack.diverged]
+    diverged = [key(attack) for attack in attacks if attack.status == "diverged"]
     kinds: tuple[ImageKind, ...] = ("memorized", "control")
     return tuple(
         BudgetPoint(kind, init, spent, rates.get(point) or rate_of({}), diverged.count(point))

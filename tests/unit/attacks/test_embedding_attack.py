@@ -147,8 +147,6 @@ def test_batches_are_of_jobs_at_the_same_step_and_no_sampler_is_put_in(context, 
     last = [*batches][-1]
     assert last.resume_from is not None
     assert last.resume_from.ids == (ids[1], ids[2])
-    moved = last.to("meta")
-    assert (moved.latents.is_meta, moved.initial.is_meta, moved.jobs) == (True, True, last.jobs)
     assert has_iterable_dataset(context.data.serve(batches).predict_dataloader())
     assert len(JobBatches(context, jobs[1:3], stop_at=1).batches) == 0
 
