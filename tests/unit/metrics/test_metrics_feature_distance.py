@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from dori_lightning.metrics.image_distances import (
@@ -14,30 +14,29 @@ from dori_lightning.metrics.image_distances import (
 )
 
 
-def normal(count: int, seed: int, *, shift: float = 0.0, width: int = 6) -> Tensor:
+def normal(count, seed, *, shift=0.0, width=6):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, width, generator=generator, dtype=torch.float64) + shift
 
 
-def names(count: int) -> list[str]:
+def names(count):
     return [str(k) for k in range(count)]
 
 
-def torchmetrics_kid(size: int) -> KernelInceptionDistance:
+def torchmetrics_kid(size):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return KernelInceptionDistance(feature=nn.Identity(), subsets=1, subset_size=size)
 
 
-def test_equal_sets_are_exactly_zero_apart() -> None:
+def test_equal_sets_are_exactly_zero_apart():
     x = normal(12, 0)
     found = kernel_distance(x, x.clone(), names(12))
-    assert found is not None
     assert (found.mean, found.std) == (0.0, 0.0)
     assert (found.pictures, found.groups, found.subset) == (12, 12, 6)
 
 
-def test_it_is_torchmetrics_value_without_the_couples_of_one_prompt() -> None:
+def test_it_is_torchmetrics_value_without_the_couples_of_one_prompt():
     """On all prompts at once the two differ by what couples (i, i) add to the cross term."""
     x = normal(8, 0)
     y = x + 0.3
@@ -55,11 +54,10 @@ def test_it_is_torchmetrics_value_without_the_couples_of_one_prompt() -> None:
     assert mean - theirs > 0.5, "the correction is no rounding"
 
 
-def test_independent_sets_of_one_distribution_are_zero_apart_on_average() -> None:
+def test_independent_sets_of_one_distribution_are_zero_apart_on_average():
     values = []
     for seed in range(40):
         found = kernel_distance(normal(30, 2 * seed), normal(30, 2 * seed + 1), names(30))
-        assert found is not None
         values.append(found.mean)
     mean = sum(values) / len(values)
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) / len(values))
@@ -67,11 +65,10 @@ def test_independent_sets_of_one_distribution_are_zero_apart_on_average() -> Non
     assert min(values) < 0 < max(values), "unbiased, so it goes below zero too"
 
 
-def test_a_mild_change_of_paired_pictures_is_seen_where_torchmetrics_goes_below_zero() -> None:
+def test_a_mild_change_of_paired_pictures_is_seen_where_torchmetrics_goes_below_zero():
     x = normal(20, 0)
     y = x + 0.1
     found = kernel_distance(x, y, names(20))
-    assert found is not None
     assert found.mean > 0
     metric = torchmetrics_kid(20)
     metric.update(x, real=True)
@@ -79,30 +76,26 @@ def test_a_mild_change_of_paired_pictures_is_seen_where_torchmetrics_goes_below_
     assert float(metric.compute()[0]) < 0
 
 
-def test_a_larger_shift_is_further_away() -> None:
+def test_a_larger_shift_is_further_away():
     x = normal(40, 0)
     near, far = (kernel_distance(x, normal(40, 1, shift=s), names(40)) for s in (0.5, 1.5))
-    assert near is not None
-    assert far is not None
     assert 0 < near.mean < far.mean
 
 
-def test_pictures_of_one_group_are_not_compared_with_each_other() -> None:
+def test_pictures_of_one_group_are_not_compared_with_each_other():
     x, y = normal(6, 0), normal(6, 1)
     groups = [name for name in names(6) for _ in range(2)]
     once = kernel_distance(x, y, names(6), seed=3)
     twice = kernel_distance(x.repeat_interleave(2, 0), y.repeat_interleave(2, 0), groups, seed=3)
-    assert once is not None
-    assert twice is not None
     assert twice.mean == pytest.approx(once.mean, abs=1e-9)
     assert (twice.pictures, twice.groups) == (12, 6)
 
 
-def test_too_few_groups_give_nothing() -> None:
+def test_too_few_groups_give_nothing():
     assert kernel_distance(normal(6, 0), normal(6, 1), ["a", "a", "b", "b", "c", "c"]) is None
 
 
-def test_it_depends_on_its_seed_alone() -> None:
+def test_it_depends_on_its_seed_alone():
     x, y = normal(9, 0), normal(9, 1)
     torch.manual_seed(0)
     first = kernel_distance(x, y, names(9), seed=1)
@@ -111,20 +104,20 @@ def test_it_depends_on_its_seed_alone() -> None:
     assert kernel_distance(x, y, names(9), seed=2) != first
 
 
-def test_frechet_distance_by_hand() -> None:
+def test_frechet_distance_by_hand():
     """Equal covariances: the squared distance of the means."""
     x = normal(40, 0, width=4)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(x, x + 0.5) == pytest.approx(4 * 0.25, rel=1e-4)
 
 
-def test_frechet_distance_needs_twice_as_many_pictures_as_features() -> None:
+def test_frechet_distance_needs_twice_as_many_pictures_as_features():
     assert frechet_images(4) == 8
     assert frechet_distance(normal(7, 0, width=4), normal(7, 1, width=4)) is None
     assert frechet_distance(normal(8, 0, width=4), normal(8, 1, width=4)) is not None
 
 
-def test_latent_features_are_means_and_deviations_of_whole_and_quarters() -> None:
+def test_latent_features_are_means_and_deviations_of_whole_and_quarters():
     features = LatentFeatures(lambda images: images[:, :2], channels=2)
     images = torch.zeros(1, 3, 4, 4)
     images[0, 0, :2, 2:] = 1.0  # channel 0: upper right quarter
@@ -138,7 +131,7 @@ def test_latent_features_are_means_and_deviations_of_whole_and_quarters() -> Non
     assert cells[:, :, 1].abs().max() == 0
 
 
-def test_a_flipped_picture_has_other_latent_features() -> None:
+def test_a_flipped_picture_has_other_latent_features():
     features = LatentFeatures(lambda images: images, channels=3)
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert not torch.allclose(features.describe(image), features.describe(image.flip(-1)))

@@ -2,17 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dori_lightning.metrics.replication import cells, first_successes, search_of
-from dori_lightning.types import Budget, Calibration, Cell, Condition, FirstSuccess, Outcome, Pair
+from dori_lightning.types import Budget, Calibration, Condition, FirstSuccess, Outcome, Pair
 
 RULE = Calibration("local", 0.7, "fixed", (), (), math.nan, ())
 
 
-def outcome(name: str, steps: int, value: float, **more: Any) -> Outcome:
+def outcome(name, steps, value, **more):
     init, budget = more.pop("init", "prompt"), more.pop("budget", Budget(steps=steps))
     return Outcome(
         pair=Pair(name, "vm", "a caption", Path("picture.png")),
@@ -26,13 +25,13 @@ def outcome(name: str, steps: int, value: float, **more: Any) -> Outcome:
     )
 
 
-def at(outcomes: list[Outcome], steps: int) -> Cell:
+def at(outcomes, steps):
     found = cells(outcomes, RULE, checkpoint="tiny", mitigation="none")
     (cell,) = [c for c in found if c.condition == Condition("dori", "prompt", Budget(steps=steps))]
     return cell
 
 
-def test_what_came_back_and_is_lost_again_counts_up_to_the_budget_only() -> None:
+def test_what_came_back_and_is_lost_again_counts_up_to_the_budget_only():
     found = [outcome("a", 10, 0.9), outcome("a", 50, 0.2)]
     found += [outcome("b", 10, 0.2), outcome("b", 50, 0.8)]
     found += [outcome("c", 10, 0.2), outcome("c", 50, 0.7)]  # not above
@@ -40,29 +39,26 @@ def test_what_came_back_and_is_lost_again_counts_up_to_the_budget_only() -> None
     assert (cell.hits, cell.n, cell.counted) == (1, 3, "at_budget")
     assert cell.first_success == FirstSuccess(pairs=2, n=3, mr=2 / 3, median_steps=30.0)
     early = at(found, 10).first_success
-    assert early is not None
     assert (early.pairs, early.median_steps) == (1, 10.0)
 
 
-def test_the_first_of_any_restart_counts() -> None:
+def test_the_first_of_any_restart_counts():
     found = [outcome("a", 10, 0.2), outcome("a", 50, 0.9), outcome("a", 10, 0.8, restart=1)]
     firsts = first_successes(found, RULE, "max")
     assert firsts == {search_of(found[1]): 50, search_of(found[2]): 10}
     first = at(found, 50).first_success
-    assert first is not None
     assert (first.pairs, first.median_steps) == (1, 10.0)
 
 
-def test_another_start_or_ball_is_another_attack() -> None:
+def test_another_start_or_ball_is_another_attack():
     found = [outcome("a", 50, 0.2), outcome("a", 10, 0.9, init="random")]
     found += [outcome("a", 10, 0.9, budget=Budget("l2", 1.0, 10))]
     first = at(found, 50).first_success
-    assert first is not None
     assert first.pairs == 0
     assert math.isnan(first.median_steps)
 
 
-def test_a_success_counts_also_where_the_attack_diverged_later() -> None:
+def test_a_success_counts_also_where_the_attack_diverged_later():
     found = [outcome("a", 10, 0.9), outcome("a", 50, math.nan)]
     found += [outcome("b", 10, 0.2), outcome("b", 50, math.nan)]
     cell = at(found, 50)
@@ -70,14 +66,14 @@ def test_a_success_counts_also_where_the_attack_diverged_later() -> None:
     assert cell.first_success == FirstSuccess(pairs=1, n=1, mr=1.0, median_steps=10.0)
 
 
-def test_pictures_count_by_the_aggregation() -> None:
+def test_pictures_count_by_the_aggregation():
     found = [outcome("a", 10, 0.9)]
     for aggregation, firsts in (("max", [10]), ("median", [])):
         steps = first_successes(found, RULE, aggregation)
         assert [*steps.values()] == firsts
 
 
-def test_a_cell_with_stopped_rows_says_that_it_counts_up_to_its_budget() -> None:
+def test_a_cell_with_stopped_rows_says_that_it_counts_up_to_its_budget():
     found = [outcome("a", 10, 0.9), outcome("a", 50, 0.9, stopped_at=10)]
     found += [outcome("b", 10, 0.2), outcome("b", 50, 0.2)]
     assert at(found, 10).counted == "at_budget"
@@ -87,7 +83,7 @@ def test_a_cell_with_stopped_rows_says_that_it_counts_up_to_its_budget() -> None
     assert cell.hits == 1
 
 
-def test_prompts_have_no_first_success() -> None:
+def test_prompts_have_no_first_success():
     prompted = Outcome(
         Pair("a", "vm", "", Path()), Condition("prompt"), 0, "ok", (0,),
         {"local": np.array([0.9])}, 0.5,

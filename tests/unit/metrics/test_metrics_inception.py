@@ -14,7 +14,7 @@ from dori_lightning.types import InputError
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(tmp_path_factory):
     torch.manual_seed(0)
     network = fid_inception()
     for module in network.modules():
@@ -26,11 +26,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def features(weights: Path) -> InceptionFeatures:
+def features(weights):
     return InceptionFeatures(weights, batch=2)
 
 
-def test_padding_does_not_dilute_the_pooled_branches(features: InceptionFeatures) -> None:
+def test_padding_does_not_dilute_the_pooled_branches(features):
     network = features.network
     x = torch.ones(1, 192, 5, 5)
     seen = []
@@ -42,7 +42,7 @@ def test_padding_does_not_dilute_the_pooled_branches(features: InceptionFeatures
     assert plain[0, 0, 0, 0] == pytest.approx(4 / 9), "torchvision's own counts the padding"
 
 
-def test_the_last_block_pools_by_the_maximum(features: InceptionFeatures) -> None:
+def test_the_last_block_pools_by_the_maximum(features):
     network = features.network
     x = torch.rand(1, 2048, 8, 8, generator=torch.Generator().manual_seed(1))
     seen = []
@@ -52,14 +52,14 @@ def test_the_last_block_pools_by_the_maximum(features: InceptionFeatures) -> Non
     assert torch.equal(seen[0], F.max_pool2d(x, 3, 1, 1))
 
 
-def test_only_the_pooled_branches_differ_from_torchvision(weights: Path) -> None:
+def test_only_the_pooled_branches_differ_from_torchvision(weights):
     state = torch.load(weights, weights_only=True)
     theirs = Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 @pytest.mark.parametrize("side", [64, 512])
-def test_pictures_are_scaled_as_pillow_does_on_float_channels(side: int) -> None:
+def test_pictures_are_scaled_as_pillow_does_on_float_channels(side):
     generator = torch.Generator().manual_seed(side)
     pixels = torch.randint(0, 256, (1, 3, side, side), generator=generator, dtype=torch.uint8)
     ours = _prepare(pixels.float() / 255)[0] * 128 + 128
@@ -69,7 +69,7 @@ def test_pictures_are_scaled_as_pillow_does_on_float_channels(side: int) -> None
         assert np.abs(ours[channel].numpy() - theirs).max() < 0.01
 
 
-def test_a_picture_has_the_same_features_in_any_company(features: InceptionFeatures) -> None:
+def test_a_picture_has_the_same_features_in_any_company(features):
     images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(2))
     found = features.describe(images)
     assert found.shape == (2, features.dimension) == (2, 2048)
@@ -78,7 +78,7 @@ def test_a_picture_has_the_same_features_in_any_company(features: InceptionFeatu
     assert not torch.allclose(found[0], found[1])
 
 
-def test_wrong_files_are_refused_with_their_reason(weights: Path, tmp_path: Path) -> None:
+def test_wrong_files_are_refused_with_their_reason(weights, tmp_path):
     with pytest.raises(InputError, match="cannot read the weights"):
         InceptionFeatures(tmp_path / "nothing.pth")
     with pytest.raises(InputError, match="expected 00"):
@@ -95,9 +95,9 @@ def test_wrong_files_are_refused_with_their_reason(weights: Path, tmp_path: Path
         InceptionFeatures(weights, batch=0)
 
 
-def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     class Evil:
-        def __reduce__(self) -> tuple[object, ...]:
+        def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"fc.weight": Evil()}, tmp_path / "evil.pth")

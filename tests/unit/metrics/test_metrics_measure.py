@@ -13,46 +13,46 @@ from dori_lightning.metrics.calibration import (
     null_similarities,
 )
 from dori_lightning.metrics.descriptors import Descriptor
-from dori_lightning.types import Condition, InputError, Kind, Outcome, Pair
+from dori_lightning.types import Condition, InputError, Outcome, Pair
 
 
 class Brightness(Descriptor):
     """1 minus a gain times the difference of mean brightness: can be computed by hand."""
 
-    def __init__(self, name: str, gain: float = 1.0, threshold: float | None = None) -> None:
+    def __init__(self, name, gain=1.0, threshold=None):
         self.name, self.gain, self.threshold = name, gain, threshold
 
-    def describe(self, images: torch.Tensor) -> torch.Tensor:
+    def describe(self, images):
         return images.mean((1, 2, 3))[:, None]
 
-    def compare(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def compare(self, a, b):
         return 1 - self.gain * (a - b.T).abs()
 
 
-def pair(name: str, kind: Kind, sha256: str = "") -> Pair:
+def pair(name, kind, sha256=""):
     return Pair(name, kind, name, Path(f"{name}.png"), sha256=sha256 or name)
 
 
-def flat(*levels: float) -> torch.Tensor:
+def flat(*levels):
     return torch.stack([torch.full((3, 4, 4), level) for level in levels])
 
 
 PAIRS = (pair("v", "vm"), pair("a", "control"), pair("b", "control"))
 
 
-def references(*descriptors: Descriptor, decider: str = "one") -> ReferenceImages:
+def references(*descriptors, decider="one"):
     measures = Measures({d.name: d for d in descriptors}, decider)
     return ReferenceImages(PAIRS, flat(0.9, 0.1, 0.5), measures)
 
 
-def test_only_control_originals_are_known_not_to_be_held() -> None:
+def test_only_control_originals_are_known_not_to_be_held():
     images = {"v": flat(0.9, 0.8), "a": flat(0.9, 0.9), "b": flat(0.2, 0.3)}
     null = null_similarities(references(Brightness("one")), "one", images)
     # v against a and b; a (which drew v's picture) against a and b; b against a and b
     assert null == pytest.approx([0.3, 0.7, 0.2, 0.6, 0.9, 0.8])
 
 
-def test_the_same_file_under_another_name_is_no_null() -> None:
+def test_the_same_file_under_another_name_is_no_null():
     measures = Measures({"one": Brightness("one")}, "one")
     twins = (PAIRS[0], PAIRS[1], replace(PAIRS[2], sha256="v"))
     both = ReferenceImages(twins, flat(0.9, 0.1, 0.9), measures)
@@ -60,7 +60,7 @@ def test_the_same_file_under_another_name_is_no_null() -> None:
     assert len(null_similarities(both, "one", images)) == 5, "v against its twin b is left out"
 
 
-def test_a_failed_attack_has_no_similarity() -> None:
+def test_a_failed_attack_has_no_similarity():
     found = references(Brightness("one")).measure(PAIRS[0], flat(0.9, 0.7), failed=True)
     assert np.isnan(found.similarity["one"]).all()
     ok = references(Brightness("one")).measure(PAIRS[0], flat(0.9, 0.7))
@@ -69,7 +69,7 @@ def test_a_failed_attack_has_no_similarity() -> None:
     assert ok.lpips is None
 
 
-def outcome(which: Pair, values: list[float], names: tuple[str, ...]) -> Outcome:
+def outcome(which, values, names):
     return Outcome(
         pair=which,
         condition=Condition("prompt"),
@@ -81,9 +81,7 @@ def outcome(which: Pair, values: list[float], names: tuple[str, ...]) -> Outcome
     )
 
 
-def test_a_blind_decider_gives_way_to_one_that_sees_and_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_blind_decider_gives_way_to_one_that_sees_and_says_so(caplog):
     blind = Brightness("one", gain=0.0)
     sees = Brightness("two", gain=1.0)
     images = {"v": flat(0.9, 0.9), "a": flat(0.9, 0.9), "b": flat(0.9, 0.9)}
@@ -100,6 +98,6 @@ def test_a_blind_decider_gives_way_to_one_that_sees_and_says_so(
         calibrate_measures(references(blind), prompted, **arguments)
 
 
-def test_an_unknown_decider_is_refused() -> None:
+def test_an_unknown_decider_is_refused():
     with pytest.raises(InputError, match=r"metrics\.decider must be one of .*one"):
         Measures({"one": Brightness("one")}, "two")

@@ -18,7 +18,7 @@ PUBLISHED = MultiScaleSimilarity()
 
 
 @pytest.fixture
-def maps() -> tuple[torch.Tensor, torch.Tensor]:
+def maps():
     generator = torch.Generator().manual_seed(7)
     first = torch.rand(3, 4, 64, 64, generator=generator)
     second = 0.7 * first + 0.3 * torch.rand(3, 4, 64, 64, generator=generator)
@@ -26,7 +26,7 @@ def maps() -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
-def by_hand(first: torch.Tensor, second: torch.Tensor, scales: int, window: int) -> torch.Tensor:
+def by_hand(first, second, scales, window):
     """The definition, one pixel position at a time, without a library's windows or padding."""
     offsets = torch.arange(window, dtype=torch.float64) - window // 2
     taps = torch.exp(-offsets.square() / (2 * (1.5 * window / 11) ** 2))
@@ -37,7 +37,7 @@ def by_hand(first: torch.Tensor, second: torch.Tensor, scales: int, window: int)
         c1, c2 = (0.01 * width) ** 2, (0.03 * width) ** 2
         a, b = (x.unfold(2, window, 1).unfold(3, window, 1) for x in (first, second))
 
-        def mean(x: torch.Tensor) -> torch.Tensor:
+        def mean(x):
             return (x * kernel).sum((-2, -1))
 
         ma, mb = mean(a), mean(b)
@@ -50,26 +50,20 @@ def by_hand(first: torch.Tensor, second: torch.Tensor, scales: int, window: int)
     return result
 
 
-def test_values_are_those_of_the_released_library_version(
-    maps: tuple[torch.Tensor, torch.Tensor],
-) -> None:
+def test_values_are_those_of_the_released_library_version(maps):
     # torchmetrics 1.3.2, kernel_size=11, betas=(0.33,) * 3, reduction="none"
     pinned = torch.tensor([0.88662571, 0.58748704, 0.88281965])
     torch.testing.assert_close(PUBLISHED(*maps), pinned, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("scales", "window"), [(3, 11), (2, 7), (1, 5)])
-def test_values_are_those_of_the_definition(
-    maps: tuple[torch.Tensor, torch.Tensor], scales: int, window: int
-) -> None:
+def test_values_are_those_of_the_definition(maps, scales, window):
     found = MultiScaleSimilarity(scales, window)(*maps)
     wanted = by_hand(*maps, scales, window)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
 
 
-def test_the_installed_library_differs_by_the_border_of_the_last_scale_alone(
-    maps: tuple[torch.Tensor, torch.Tensor],
-) -> None:
+def test_the_installed_library_differs_by_the_border_of_the_last_scale_alone(maps):
     library = multiscale_structural_similarity_index_measure(
         *maps, reduction="none", kernel_size=11, betas=(0.33,) * 3
     )
@@ -85,15 +79,13 @@ def test_the_installed_library_differs_by_the_border_of_the_last_scale_alone(
     torch.testing.assert_close(found, swapped, rtol=0, atol=2e-6)
 
 
-def test_equal_maps_are_fully_similar_and_inverted_ones_not_at_all(
-    maps: tuple[torch.Tensor, torch.Tensor],
-) -> None:
+def test_equal_maps_are_fully_similar_and_inverted_ones_not_at_all(maps):
     first = maps[0]
     assert torch.equal(PUBLISHED(first, first), torch.ones(3))
     assert torch.equal(PUBLISHED(first, 1 - first), torch.zeros(3))
 
 
-def test_the_range_of_values_is_that_of_the_call(maps: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_the_range_of_values_is_that_of_the_call(maps):
     first, second = maps
     alone, together = PUBLISHED(first[:1], second[:1]), PUBLISHED(first[:2], second[:2])
     assert alone[0] != together[0] or alone[0] != PUBLISHED(first * 2, second)[0]
@@ -101,7 +93,7 @@ def test_the_range_of_values_is_that_of_the_call(maps: tuple[torch.Tensor, torch
     assert abs(PUBLISHED(first[:2], wide)[0] - alone[0]) > 1e-2
 
 
-def test_small_latents_get_fewer_scales_and_then_smaller_windows() -> None:
+def test_small_latents_get_fewer_scales_and_then_smaller_windows():
     assert [fitting(side).scales for side in (96, 64, 63, 32, 31, 16, 8)] == [3, 3, 2, 2, 1, 1, 1]
     windows = [fitting(side).window for side in (64, 48, 32, 24, 16, 12, 8, 4)]
     assert windows == [11, 11, 7, 11, 7, 5, 3, 3]
@@ -111,14 +103,14 @@ def test_small_latents_get_fewer_scales_and_then_smaller_windows() -> None:
         assert 0 <= float(fitting(side)(first, torch.rand(1, 2, side, side))) <= 1
 
 
-def test_what_does_not_fit_is_refused_with_what_would() -> None:
+def test_what_does_not_fit_is_refused_with_what_would():
     with pytest.raises(InputError, match=r"scales=1 window=7"):
         PUBLISHED.check(16)
     with pytest.raises(InputError, match="odd window"):
         MultiScaleSimilarity(1, 4)
 
 
-def test_noise_differences_fill_the_unit_range_by_sample_and_channel() -> None:
+def test_noise_differences_fill_the_unit_range_by_sample_and_channel():
     noise, latents = torch.randn(2, 3, 8, 8) * 5, torch.randn(2, 3, 8, 8)
     scaled = noise_difference(noise, latents)
     assert torch.equal(scaled.amin((-2, -1)), torch.zeros(2, 3))
@@ -128,7 +120,7 @@ def test_noise_differences_fill_the_unit_range_by_sample_and_channel() -> None:
     assert torch.equal(noise_difference(latents, latents), torch.zeros_like(latents))
 
 
-def test_pairwise_similarity_compares_each_two_samples_in_one_call() -> None:
+def test_pairwise_similarity_compares_each_two_samples_in_one_call():
     generator = torch.Generator().manual_seed(1)
     maps = torch.rand(4, 2, 16, 16, generator=generator)
     similarity = fitting(16)

@@ -7,12 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dori_lightning.metrics.replication import (
-    cells,
-    diversity,
-    pair_results,
-    per_pair,
-)
+from dori_lightning.metrics.replication import cells, diversity, pair_results, per_pair
 from dori_lightning.metrics.statistics import wilson_interval
 from dori_lightning.types import Budget, Calibration, Condition, Outcome, Pair
 

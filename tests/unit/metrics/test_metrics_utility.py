@@ -18,7 +18,7 @@ from dori_lightning.metrics.utility import (
 from dori_lightning.types import InputError
 
 
-def losses(*couples: tuple[float, float], draws: int = 1) -> list[LossRow]:
+def losses(*couples, draws=1):
     return [
         LossRow(f"corpus_{k:04d}", "a cat", r, 10, before, after)
         for k, (before, after) in enumerate(couples)
@@ -26,34 +26,34 @@ def losses(*couples: tuple[float, float], draws: int = 1) -> list[LossRow]:
     ]
 
 
-def picture(name: str, similarity: float = 1.0, **more: object) -> PictureRow:
-    values: dict[str, object] = {
+def picture(name, similarity=1.0, **more):
+    values = {
         "kind": "neighbour", "id": name, "group": name, "prompt": "a cat", "seed": 2,
         "similarity": similarity, "original_unmitigated": 0.0, "original_mitigated": 0.0,
         "alignment_unmitigated": None, "alignment_mitigated": None,
         "unmitigated": Path("a.png"), "mitigated": Path("b.png"),
     }  # fmt: skip
-    return PictureRow(**{**values, **more})  # type: ignore[arg-type]
+    return PictureRow(**{**values, **more})
 
 
-def features(count: int, seed: int = 0) -> torch.Tensor:
+def features(count, seed=0):
     return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def test_equal_losses_cost_exactly_nothing() -> None:
+def test_equal_losses_cost_exactly_nothing():
     found = compare_losses(losses((0.3, 0.3), (0.7, 0.7), (0.1, 0.1), draws=2))
     assert found.ratio == 1.0
     assert found.ratio_ci95 == (1.0, 1.0)
     assert (found.examples, found.draws) == (3, 2)
 
 
-def test_the_ratio_is_of_the_means_not_the_mean_of_ratios() -> None:
+def test_the_ratio_is_of_the_means_not_the_mean_of_ratios():
     found = compare_losses(losses((0.1, 0.2), (0.9, 0.9)))
     assert found.ratio == pytest.approx(1.1)
     assert (found.unmitigated, found.mitigated) == (pytest.approx(0.5), pytest.approx(0.55))
 
 
-def test_the_interval_is_paired() -> None:
+def test_the_interval_is_paired():
     """Examples differ a hundredfold, each costs about 10 %: pairing keeps the interval narrow."""
     values = [10.0 ** (k % 3 - 2) for k in range(30)]
     rows = losses(*((v, v * (1.1 + 0.001 * (k % 2))) for k, v in enumerate(values)))
@@ -61,7 +61,7 @@ def test_the_interval_is_paired() -> None:
     assert 1.099 < low < high < 1.102
 
 
-def test_one_broken_loss_breaks_the_ratio() -> None:
+def test_one_broken_loss_breaks_the_ratio():
     found = compare_losses(losses((0.3, 0.3), (0.7, math.nan)))
     assert math.isnan(found.ratio)
     assert math.isnan(found.mitigated)
@@ -70,7 +70,7 @@ def test_one_broken_loss_breaks_the_ratio() -> None:
     assert math.isnan(infinite.ratio)
 
 
-def test_similarity_is_the_median_over_prompts_of_the_median_over_seeds() -> None:
+def test_similarity_is_the_median_over_prompts_of_the_median_over_seeds():
     rows = [
         *(picture("a", s) for s in (0.1, 0.2, 0.9)),
         *(picture("b", s) for s in (0.4, 0.4, 0.4)),
@@ -86,13 +86,12 @@ def test_similarity_is_the_median_over_prompts_of_the_median_over_seeds() -> Non
     assert found.alignment is None
 
 
-def test_alignment_is_left_out_unless_every_picture_has_it() -> None:
+def test_alignment_is_left_out_unless_every_picture_has_it():
     scored = [
         picture(str(k), alignment_unmitigated=0.3, alignment_mitigated=0.3 - 0.01 * k)
         for k in range(4)
     ]
     found = compare_pictures(scored, features(4), features(4), features="").alignment
-    assert found is not None
     assert (found.unmitigated, found.mitigated) == (0.3, pytest.approx(0.285))
     assert found.change == pytest.approx(-0.015)
     assert found.change_ci95[0] < -0.015 < found.change_ci95[1] <= 0
@@ -100,7 +99,7 @@ def test_alignment_is_left_out_unless_every_picture_has_it() -> None:
     assert compare_pictures(mixed, features(4), features(4), features="").alignment is None
 
 
-def test_intervals_resample_groups_not_prompts() -> None:
+def test_intervals_resample_groups_not_prompts():
     """Prompts of one pair agree, so counting them as independent would fake certainty."""
     alone = [picture(f"{k}_{j}", 0.1 * k, group=f"{k}_{j}") for k in range(8) for j in range(5)]
     grouped = [picture(f"{k}_{j}", 0.1 * k, group=str(k)) for k in range(8) for j in range(5)]
@@ -111,7 +110,7 @@ def test_intervals_resample_groups_not_prompts() -> None:
     assert wide[1] - wide[0] > narrow[1] - narrow[0]
 
 
-def test_a_replica_exceeds_the_threshold_by_the_audits_aggregation() -> None:
+def test_a_replica_exceeds_the_threshold_by_the_audits_aggregation():
     rows = [
         *(
             picture("a", original_unmitigated=v, original_mitigated=w)
@@ -128,7 +127,7 @@ def test_a_replica_exceeds_the_threshold_by_the_audits_aggregation() -> None:
     assert replicated_before(rows, threshold=0.5, aggregation="median") == {"b"}
 
 
-def utility() -> Utility:
+def utility():
     rows = [picture(str(k), 0.8) for k in range(8)]
     sets = compare_pictures(rows, features(8), features(8, 1), features="three, 3 features")
     return Utility(
@@ -143,7 +142,7 @@ def utility() -> Utility:
     )
 
 
-def test_the_record_is_plain_and_has_the_promised_keys() -> None:
+def test_the_record_is_plain_and_has_the_promised_keys():
     found = utility().to_dict()
     assert json.loads(json.dumps(found))["left_out"] == {"alignment": "no CLIP"}
     assert found["denoising_loss"].keys() >= {
@@ -159,7 +158,7 @@ def test_the_record_is_plain_and_has_the_promised_keys() -> None:
     assert found["neighbours"]["replicating"]["prompts"] == 8
 
 
-def test_what_was_left_out_is_none_under_the_same_keys() -> None:
+def test_what_was_left_out_is_none_under_the_same_keys():
     whole = utility()
     empty = Utility("ncc", None, None, None, None, {"ordinary": "no corpus"}).to_dict()
     assert empty.keys() | {
@@ -173,12 +172,12 @@ def test_what_was_left_out_is_none_under_the_same_keys() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"examples": -1}, {"draws": 0}, {"pictures": 0}, {"neighbour_pictures": 0}]
 )
-def test_bad_sizes_are_refused(wrong: dict[str, int]) -> None:
+def test_bad_sizes_are_refused(wrong):
     with pytest.raises(InputError, match="utility needs"):
         UtilitySettings(**wrong)
 
 
-def test_zero_asks_for_nothing() -> None:
+def test_zero_asks_for_nothing():
     assert UtilitySettings().asked
     assert not UtilitySettings(examples=0, prompts=0, neighbours=0).asked
     assert UtilitySettings(examples=0, prompts=0, neighbours=1).asked

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
+from support.pairs import write_csv, write_image
 
 
 class FakeModel:
@@ -41,13 +42,13 @@ class FakeModel:
 
 
 @pytest.fixture
-def pairs(tmp_path, make_picture, make_csv):
+def pairs(tmp_path):
     folder = tmp_path / "seven"
     names = [f"p{k}" for k in range(7)]
     for seed, name in enumerate(names):
-        make_picture(folder / f"{name}.png", seed=seed)
+        write_image(folder / f"{name}.png", seed=seed)
     rows = [{"file_name": f"{name}.png", "prompt": f"prompt of {name}"} for name in names]
-    make_csv(folder / "metadata.csv", rows)
+    write_csv(folder / "metadata.csv", rows)
     return FolderPairs(folder).read()
 
 
@@ -105,12 +106,8 @@ def test_cache_is_not_shared_across_models_prompts_or_pictures(pairs, tmp_path):
     other_prompt = replace(pairs[0], prompt="other")
     other_picture = replace(pairs[0], image=pairs[1].image, sha256=pairs[1].sha256)
     unhashed = replace(other_picture, image=pairs[2].image, sha256="")
-    for fingerprint, pair in (
-        ("g", pairs[0]),
-        ("f", other_prompt),
-        ("f", other_picture),
-        ("f", unhashed),
-    ):
+    others = [("g", pairs[0]), ("f", other_prompt), ("f", other_picture), ("f", unhashed)]
+    for fingerprint, pair in others:
         model = FakeModel(fingerprint)
         PairsDataModule([pair], model, cache=tmp_path / "cache").prepare()
         assert model.calls == [[pair.prompt]]
@@ -119,49 +116,26 @@ def test_cache_is_not_shared_across_models_prompts_or_pictures(pairs, tmp_path):
     assert model.calls == []  # the id is not what the tensors depend on
 
 
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def _empty(path):
-    path.write_bytes(b"")
-
-
-def _wrong_shape(path):
-    _rewrite(path, latent=torch.zeros(4, 2, 3))
-
-
-def _wrong_dtype(path):
-    _rewrite(path, embedding=torch.zeros(3, 5, dtype=torch.float16))
-
-
-def _not_finite(path):
-    _rewrite(path, latent=torch.full((4, 2, 2), float("nan")))
-
-
-def _other_pair(path):
-    path.write_bytes(save(load(path.read_bytes()), metadata={"image": "another"}))
-
-
-def _no_embedding(path):
-    tensors = load(path.read_bytes())
-    path.write_bytes(save({"latent": tensors["latent"]}, metadata=_metadata(path)))
-
-
-def _metadata(path):
+def rewrite(path, metadata=None, **tensors):
     with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def _rewrite(path, **tensors):
+        metadata = metadata or file.metadata()
     whole = {**load(path.read_bytes()), **tensors}
-    path.write_bytes(save(whole, metadata=_metadata(path)))
+    held = {name: tensor for name, tensor in whole.items() if tensor is not None}
+    path.write_bytes(save(held, metadata=metadata))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [_truncate, _empty, _wrong_shape, _wrong_dtype, _not_finite, _other_pair, _no_embedding],
-)
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-10]),
+    "empty": lambda path: path.write_bytes(b""),
+    "wrong_shape": lambda path: rewrite(path, latent=torch.zeros(4, 2, 3)),
+    "wrong_dtype": lambda path: rewrite(path, embedding=torch.zeros(3, 5, dtype=torch.float16)),
+    "not_finite": lambda path: rewrite(path, latent=torch.full((4, 2, 2), float("nan"))),
+    "other_pair": lambda path: rewrite(path, {"image": "another"}),
+    "no_embedding": lambda path: rewrite(path, embedding=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_file_is_encoded_again_with_a_warning(pairs, tmp_path, caplog, damage):
     cache = tmp_path / "cache"
     PairsDataModule(pairs[:1], FakeModel(), cache=cache).prepare()
@@ -175,7 +149,7 @@ def test_damaged_file_is_encoded_again_with_a_warning(pairs, tmp_path, caplog, d
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "computed anew" in record.getMessage()
     assert torch.equal(module.encoded(pairs[0]).latent, whole["latent"])
-    assert torch.equal(load(path.read_bytes())["embedding"], whole["embedding"])  # mended on disk
+    assert torch.equal(load(path.read_bytes())["embedding"], whole["embedding"])
 
 
 def test_tensors_outlive_their_file(pairs, tmp_path):
@@ -192,9 +166,7 @@ def test_failed_write_leaves_neither_file_nor_remains(pairs, tmp_path, monkeypat
     def fail(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(
-        "dori_lightning.runtime.artifacts.os.fsync", fail
-    )  # the bytes are written by then
+    monkeypatch.setattr("os.fsync", fail)  # the bytes are written by then
     with pytest.raises(OSError, match="No space"):
         PairsDataModule(pairs, FakeModel(), cache=tmp_path / "cache").prepare()
     assert list((tmp_path / "cache").iterdir()) == []

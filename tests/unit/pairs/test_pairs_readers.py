@@ -18,6 +18,7 @@ from dori_lightning.pairs.readers import (
     WenJsonlPairs,
 )
 from dori_lightning.types import InputError
+from support.pairs import write_csv, write_image, write_jsonl
 
 ROWS = [
     {"file_name": "a.png", "prompt": 'one, "quoted"\nin two lines'},
@@ -32,36 +33,35 @@ def complaint(reader):
 
 
 class TestFolder:
-    def test_csv(self, folder, make_csv):
-        make_csv(folder / "metadata.csv", ROWS)
+    def test_csv(self, folder):
+        write_csv(folder / "metadata.csv", ROWS)
         pairs = FolderPairs(folder).read()
         assert [p.prompt for p in pairs] == [row["prompt"] for row in ROWS]
         assert [p.id for p in pairs] == ["a", "b"]
         assert {p.kind for p in pairs} == {"vm"}
         assert FolderPairs(str(folder)).read() == pairs  # as Hydra gives it
 
-    def test_every_column(self, folder, make_csv):
+    def test_every_column(self, folder):
         row = {"file_name": "a.png", "caption": "x", "id": "i", "kind": "tm", "subject": "s"}
-        make_csv(
-            folder / "metadata.csv", [{**row, "repeats": "0.5", "role": "training", "url": "u"}]
-        )
+        row |= {"repeats": "0.5", "role": "training", "url": "u"}
+        write_csv(folder / "metadata.csv", [row])
         (pair,) = FolderPairs(folder, kind="control").read()
         assert (pair.id, pair.kind, pair.prompt, pair.subject) == ("i", "tm", "x", "s")
         assert (pair.repeats, pair.role) == (0.5, "training")
 
-    def test_kind_of_rows_that_name_none(self, folder, make_csv):
+    def test_kind_of_rows_that_name_none(self, folder):
         rows = [{**ROWS[0], "kind": ""}, {**ROWS[1], "kind": "tm"}]
-        make_csv(folder / "metadata.csv", rows)
+        write_csv(folder / "metadata.csv", rows)
         assert [p.kind for p in FolderPairs(folder, kind="control").read()] == ["control", "tm"]
 
-    def test_jsonl(self, folder, make_jsonl):
-        make_jsonl(folder / "metadata.jsonl", [{"file_name": "a.png", "text": "x", "repeats": 2}])
+    def test_jsonl(self, folder):
+        write_jsonl(folder / "metadata.jsonl", [{"file_name": "a.png", "text": "x", "repeats": 2}])
         (pair,) = FolderPairs(folder).read()
         assert (pair.id, pair.prompt, pair.repeats) == ("a", "x", 2.0)
 
-    def test_a_caption_may_hold_unicode_line_separators(self, folder, make_csv, make_jsonl):
+    def test_a_caption_may_hold_unicode_line_separators(self, folder):
         row = {"file_name": "a.png", "prompt": "one\u2028two\x85three"}
-        make_csv(folder / "metadata.csv", [row])
+        write_csv(folder / "metadata.csv", [row])
         assert FolderPairs(folder).read()[0].prompt == row["prompt"]
         (folder / "metadata.csv").unlink()
         text = json.dumps(row, ensure_ascii=False)
@@ -77,25 +77,37 @@ class TestFolder:
         (folder / "metadata.csv").write_text("file_name,prompt\na.png,x\n", encoding="utf-16")
         assert "is UTF-16; save it as UTF-8" in complaint(FolderPairs(folder))
 
-    def test_latin1_is_refused_with_the_line(self, folder, make_csv):
-        make_csv(
-            folder / "metadata.csv",
-            [{"file_name": "a.png", "prompt": "x"}, *ROWS[1:]],
-            encoding="latin-1",
-        )
+    def test_latin1_is_refused_with_the_line(self, folder):
+        rows = [{"file_name": "a.png", "prompt": "x"}, *ROWS[1:]]
+        write_csv(folder / "metadata.csv", rows, encoding="latin-1")
         text = complaint(FolderPairs(folder))
         assert "is not UTF-8: byte 0xe4 in line 3" in text
         assert "iconv" in text
 
-    def test_nul_bytes_are_refused(self, folder):
-        (folder / "metadata.csv").write_bytes(b"file_name,prompt\na.png,\0\0\n")
-        assert "NUL bytes" in complaint(FolderPairs(folder))
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("", ["is empty"]),
+            ("file_name,prompt\n", ["no rows"]),
+            ("file_name,prompt\na.png,\0\0\n", ["NUL bytes"]),
+            ("file_name,text,caption\na.png,x,y\n", ["columns text and caption"]),
+            ("file_name,prompt,prompt\na.png,x,y\n", ["more than one column named 'prompt'"]),
+            ('file_name,prompt\na.png,"x\nb.png,y\n', ["begins in line 2 is badly quoted"]),
+            (
+                "file_name,prompt\na.png,x, y\nb.png,\nc.png,z\n",
+                ["2 problems in 3 rows", "line 2  (all)", "3 fields, but the header has 2",
+                 "line 3  prompt"],
+            ),
+        ],
+    )  # fmt: skip
+    def test_a_list_that_cannot_be_read_says_why(self, folder, content, words):
+        (folder / "metadata.csv").write_text(content)
+        text = complaint(FolderPairs(folder))
+        assert all(word in text for word in words)
 
     @pytest.mark.parametrize(("delimiter", "name"), [(";", ";"), ("\t", "tab"), ("|", "|")])
-    def test_wrong_delimiter_is_detected_and_its_mend_works(
-        self, folder, make_csv, delimiter, name
-    ):
-        make_csv(folder / "metadata.csv", ROWS, delimiter=delimiter)
+    def test_wrong_delimiter_is_detected_and_its_mend_works(self, folder, delimiter, name):
+        write_csv(folder / "metadata.csv", ROWS, delimiter=delimiter)
         text = complaint(FolderPairs(folder))
         fix = f"\"pairs.delimiter='{name}'\""
         assert fix in text
@@ -103,45 +115,25 @@ class TestFolder:
         value = OverridesParser.create().parse_override(fix.strip('"')).value()
         assert len(FolderPairs(folder, delimiter=str(value)).read()) == 2
 
-    def test_missing_column_shows_the_header(self, folder, make_csv):
-        make_csv(folder / "metadata.csv", [{"file": "a.png", "title": "x"}])
+    def test_missing_column_shows_the_header(self, folder):
+        write_csv(folder / "metadata.csv", [{"file": "a.png", "title": "x"}])
         text = complaint(FolderPairs(folder))
         assert "no column file_name, prompt or text or caption" in text
         assert "It has: 'file', 'title'" in text
         assert "pairs.delimiter" not in text
 
-    def test_missing_key_of_a_jsonl_shows_the_keys(self, folder, make_jsonl):
-        make_jsonl(folder / "metadata.jsonl", [{"image": "a.png", "text": "x"}])
+    def test_missing_key_of_a_jsonl_shows_the_keys(self, folder):
+        write_jsonl(folder / "metadata.jsonl", [{"image": "a.png", "text": "x"}])
         assert "no column file_name. It has: 'image', 'text'" in complaint(FolderPairs(folder))
 
-    def test_two_aliases_are_refused(self, folder, make_csv):
-        make_csv(folder / "metadata.csv", [{"file_name": "a.png", "text": "x", "caption": "y"}])
-        assert "columns text and caption" in complaint(FolderPairs(folder))
-
-    def test_prompt_goes_before_its_aliases(self, folder, make_csv):
+    def test_prompt_goes_before_its_aliases(self, folder):
         row = {"file_name": "a.png", "text": "x", "caption": "y", "prompt": "z"}
-        make_csv(folder / "metadata.csv", [row])
+        write_csv(folder / "metadata.csv", [row])
         assert FolderPairs(folder).read()[0].prompt == "z"
 
-    def test_column_twice_is_refused(self, folder):
-        (folder / "metadata.csv").write_text("file_name,prompt,prompt\na.png,x,y\n")
-        assert "more than one column named 'prompt'" in complaint(FolderPairs(folder))
-
-    def test_unquoted_comma_is_one_problem_of_that_row(self, folder):
-        (folder / "metadata.csv").write_text("file_name,prompt\na.png,x, y\nb.png,\nc.png,z\n")
-        text = complaint(FolderPairs(folder))
-        assert "2 problems in 3 rows" in text
-        assert "line 2  (all)" in text
-        assert "3 fields, but the header has 2" in text
-        assert "line 3  prompt" in text
-
-    def test_lines_count_from_the_header_also_after_a_caption_of_two_lines(self, folder, make_csv):
-        make_csv(folder / "metadata.csv", [ROWS[0], {"file_name": "gone.png", "prompt": "x"}])
+    def test_lines_count_from_the_header_also_after_a_caption_of_two_lines(self, folder):
+        write_csv(folder / "metadata.csv", [ROWS[0], {"file_name": "gone.png", "prompt": "x"}])
         assert "line 4  file_name" in complaint(FolderPairs(folder))
-
-    def test_open_quote_is_refused(self, folder):
-        (folder / "metadata.csv").write_text('file_name,prompt\na.png,"x\nb.png,y\n')
-        assert "begins in line 2 is badly quoted" in complaint(FolderPairs(folder))
 
     def test_broken_json_lines_are_all_named(self, folder):
         text = '{"file_name": "a.png", "text": "x"}\n{"file_name"\n\n[1]\n' + "[" * 100_000
@@ -155,21 +147,14 @@ class TestFolder:
         assert "neither a metadata.csv nor a metadata.jsonl" in text
         assert "file_name,prompt[,id,kind" in text
 
-    def test_two_lists(self, folder, make_csv, make_jsonl):
-        make_csv(folder / "metadata.csv", ROWS)
-        make_jsonl(folder / "metadata.jsonl", ROWS)
+    def test_two_lists(self, folder):
+        write_csv(folder / "metadata.csv", ROWS)
+        write_jsonl(folder / "metadata.jsonl", ROWS)
         assert "both a metadata.csv and a metadata.jsonl" in complaint(FolderPairs(folder))
 
     def test_no_folder(self, folder):
         assert "does not exist" in complaint(FolderPairs(folder / "gone"))
         assert "is a file" in complaint(FolderPairs(folder / "a.png"))
-
-    @pytest.mark.parametrize(
-        ("content", "words"), [("", "is empty"), ("file_name,prompt\n", "no rows")]
-    )
-    def test_empty_list(self, folder, content, words):
-        (folder / "metadata.csv").write_text(content)
-        assert words in complaint(FolderPairs(folder))
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -182,22 +167,22 @@ class TestFolder:
             ({"delimiter": ";;"}, "pairs.delimiter must be one character"),
         ],
     )
-    def test_impossible_options(self, folder, make_csv, options, words):
-        make_csv(folder / "metadata.csv", ROWS)
+    def test_impossible_options(self, folder, options, words):
+        write_csv(folder / "metadata.csv", ROWS)
         assert words in complaint(FolderPairs(folder, **options))
 
-    def test_options_reach_the_validation(self, folder, make_csv, caplog):
+    def test_options_reach_the_validation(self, folder, caplog):
         kinds = {"a": "vm", "x": "vm", "b": "vm", "c": "control"}
         rows = [{"file_name": f"{n}.png", "prompt": n, "kind": kind} for n, kind in kinds.items()]
-        make_csv(folder / "metadata.csv", rows)
+        write_csv(folder / "metadata.csv", rows)
         assert [p.id for p in FolderPairs(folder, on_missing="skip").read()] == ["a", "b", "c"]
         assert [p.id for p in FolderPairs(folder, on_missing="skip", limit=1).read()] == ["a", "c"]
         assert [p.id for p in FolderPairs(folder, kinds=["control"]).read()] == ["c"]
         assert "x (line 3)" in caplog.text
 
-    def test_columns_that_are_not_used_are_logged(self, folder, make_csv, caplog):
+    def test_columns_that_are_not_used_are_logged(self, folder, caplog):
         caplog.set_level(logging.INFO)
-        make_csv(folder / "metadata.csv", [{**ROWS[0], "repeat": "3"}])
+        write_csv(folder / "metadata.csv", [{**ROWS[0], "repeat": "3"}])
         FolderPairs(folder).read()
         assert "not used: 'repeat'" in caplog.text
 
@@ -206,65 +191,58 @@ class TestNemo:
     HEADER = ";Caption;URL;type;mean_sscd;max_sscd;Index\n"
 
     @pytest.fixture
-    def images(self, tmp_path, make_picture):
+    def images(self, tmp_path):
         folder = tmp_path / "images"
-        make_picture(folder / "0000_first.jpg", seed=1)
-        make_picture(folder / "0000_second.jpg", seed=2)
-        make_picture(folder / "77.PNG", seed=3)
+        write_image(folder / "0000_first.jpg", seed=1)
+        write_image(folder / "0000_second.jpg", seed=2)
+        write_image(folder / "77.PNG", seed=3)
         (folder / "0001_note.txt").write_text("no picture")
         return folder
 
-    def test_memorized_list(self, tmp_path, images):
-        path = tmp_path / "memorized.csv"
-        path.write_text(
-            self.HEADER + '0;"a ""b""; c";https://x.invalid/;VM;0.8;0.9;5\n1;d;;TM;;;77\n'
-        )
-        first, second = NemoCsvPairs(path, images).read()
+    @pytest.fixture
+    def reader(self, tmp_path, images):
+        """Write a list, and read it with options."""
+
+        def made(text, **options):
+            (tmp_path / "x.csv").write_text(text)
+            return NemoCsvPairs(tmp_path / "x.csv", images, **options)
+
+        return made
+
+    def test_memorized_list(self, reader):
+        text = self.HEADER + '0;"a ""b""; c";https://x.invalid/;VM;0.8;0.9;5\n1;d;;TM;;;77\n'
+        first, second = reader(text).read()
         assert (first.id, first.kind, first.prompt) == ("vm_0000", "vm", 'a "b"; c')
         assert first.image.name == "0000_first.jpg"
         assert (second.id, second.kind, second.image.name) == ("tm_0001", "tm", "77.PNG")
-        assert [p.id for p in NemoCsvPairs(path, images, kinds=["tm"]).read()] == ["tm_0001"]
+        assert [p.id for p in reader(text, kinds=["tm"]).read()] == ["tm_0001"]
 
-    def test_row_number_goes_before_the_index(self, tmp_path, images, make_picture):
-        make_picture(images / "5.png", seed=9)
-        (tmp_path / "x.csv").write_text(self.HEADER + "0;a;u;VM;;;5\n")
-        (pair,) = NemoCsvPairs(tmp_path / "x.csv", images).read()
+    def test_row_number_goes_before_the_index(self, images, reader):
+        write_image(images / "5.png", seed=9)
+        (pair,) = reader(self.HEADER + "0;a;u;VM;;;5\n").read()
         assert pair.image.name == "0000_first.jpg"
 
-    def test_list_without_types(self, tmp_path, images):
-        path = tmp_path / "unmemorized.csv"
-        path.write_text(";Caption;URL;Index\n0;a;u;396\n")
-        (pair,) = NemoCsvPairs(path, images, id_prefix="laion_").read()
+    def test_list_without_types(self, reader):
+        text = ";Caption;URL;Index\n0;a;u;396\n"
+        (pair,) = reader(text, id_prefix="laion_").read()
         assert (pair.id, pair.kind, pair.repeats) == ("laion_control_0000", "control", 0.0)
-        assert NemoCsvPairs(path, images, kind="tm").read()[0].kind == "tm"
+        assert reader(text, kind="tm").read()[0].kind == "tm"
+        assert "no column sort" in complaint(reader(text, kind_column="sort"))
 
-    def test_named_kind_column_must_be_there(self, tmp_path, images):
-        path = tmp_path / "x.csv"
-        path.write_text(";Caption;URL;Index\n0;a;u;396\n")
-        assert "no column sort" in complaint(NemoCsvPairs(path, images, kind_column="sort"))
-
-    def test_unknown_type(self, tmp_path, images):
-        path = tmp_path / "x.csv"
-        path.write_text(self.HEADER + "0;a;u;XX;;;5\n")
-        assert "'xx' is no kind" in complaint(NemoCsvPairs(path, images))
-
-    def test_missing_picture_says_what_was_looked_for(self, tmp_path, images, caplog):
-        path = tmp_path / "x.csv"
-        path.write_text(self.HEADER + "0;a;u;VM;;;5\n1;b;u;VM;;;6\n")
-        assert "found no 0001_* nor 6.* in" in complaint(NemoCsvPairs(path, images))
-        assert [p.id for p in NemoCsvPairs(path, images, on_missing="skip").read()] == ["vm_0000"]
+    def test_missing_image_says_what_was_looked_for(self, reader, caplog):
+        text = self.HEADER + "0;a;u;VM;;;5\n1;b;u;VM;;;6\n"
+        assert "found no 0001_* nor 6.* in" in complaint(reader(text))
+        assert [p.id for p in reader(text, on_missing="skip").read()] == ["vm_0000"]
         assert "vm_0001 (line 3)" in caplog.text
 
-    def test_row_number_must_be_digits(self, tmp_path, images):
-        path = tmp_path / "x.csv"
-        path.write_text(self.HEADER + "../0;a;u;VM;;;5\n")
-        assert "'../0' is no row number" in complaint(NemoCsvPairs(path, images))
+    def test_a_value_that_cannot_be(self, reader):
+        assert "'xx' is no kind" in complaint(reader(self.HEADER + "0;a;u;XX;;;5\n"))
+        assert "'../0' is no row" in complaint(reader(self.HEADER + "../0;a;u;VM;;;5\n"))
 
-    def test_comma_instead_of_semicolon(self, tmp_path, images):
-        path = tmp_path / "x.csv"
-        path.write_text(self.HEADER.replace(";", ",") + "0,a,u,VM,,,5\n")
-        assert "\"pairs.delimiter=','\"" in complaint(NemoCsvPairs(path, images))
-        assert len(NemoCsvPairs(path, images, delimiter=",").read()) == 1
+    def test_comma_instead_of_semicolon(self, reader):
+        text = self.HEADER.replace(";", ",") + "0,a,u,VM,,,5\n"
+        assert "\"pairs.delimiter=','\"" in complaint(reader(text))
+        assert len(reader(text, delimiter=",").read()) == 1
 
     def test_no_file(self, tmp_path, images):
         assert "cannot read the list of pairs" in complaint(
@@ -274,26 +252,25 @@ class TestNemo:
 
 class TestWen:
     @pytest.fixture
-    def path(self, tmp_path, make_jsonl):
-        rows = [
-            {"caption": f"c{k}", "index": k, "url": "https://x.invalid/"} for k in (11, 12, 13)
-        ]
-        return make_jsonl(tmp_path / "list.jsonl", rows)
+    def path(self, tmp_path):
+        url = "https://x.invalid/"
+        rows = [{"caption": f"c{k}", "index": k, "url": url} for k in (11, 12, 13)]
+        return write_jsonl(tmp_path / "list.jsonl", rows)
 
     @pytest.mark.parametrize("below", ["gt_images/", ""])
-    def test_pictures_in_folders_and_files(self, tmp_path, path, make_picture, below):
+    def test_pictures_in_folders_and_files(self, tmp_path, path, below):
         images = tmp_path / "images"
-        make_picture(images / f"{below}11/1.png", seed=1)
-        make_picture(images / f"{below}11/0.png", seed=2)
-        make_picture(images / f"{below}12/x.jpg", seed=3)
-        make_picture(images / "13.webp", seed=4)
+        write_image(images / f"{below}11/1.png", seed=1)
+        write_image(images / f"{below}11/0.png", seed=2)
+        write_image(images / f"{below}12/x.jpg", seed=3)
+        write_image(images / "13.webp", seed=4)
         pairs = WenJsonlPairs(path, images, kind="vm").read()
         assert [(p.id, p.prompt) for p in pairs] == [("11", "c11"), ("12", "c12"), ("13", "c13")]
         assert [p.image.name for p in pairs] == ["0.png", "x.jpg", "13.webp"]
 
-    def test_missing_picture(self, tmp_path, path, make_picture):
+    def test_missing_picture(self, tmp_path, path):
         images = tmp_path / "images"
-        make_picture(images / "11/0.png")
+        write_image(images / "11/0.png")
         (images / "12").mkdir()
         text = complaint(WenJsonlPairs(path, images, kind="tm"))
         assert "2 problems" in text
@@ -302,36 +279,29 @@ class TestWen:
         assert [(p.id, p.kind) for p in reader.read()] == [("sd1_11", "tm")]
 
     @pytest.mark.parametrize("index", ["../../x", "..", None, 1.5, True, [1]])
-    def test_index_must_be_a_number(self, folder, make_jsonl, index):
-        path = make_jsonl(folder / "list.jsonl", [{"caption": "x", "index": index}])
+    def test_index_must_be_a_number(self, folder, index):
+        path = write_jsonl(folder / "list.jsonl", [{"caption": "x", "index": index}])
         assert "is no row number" in complaint(WenJsonlPairs(path, folder, kind="vm"))
 
 
 class TestParquet:
     def test_paths(self, folder):
-        table = pa.table(
-            {"file_name": ["a.png", "b.png"], "text": ["x", "y"], "kind": ["tm", None]}
-        )
-        pq.write_table(table, folder / "list.parquet")
+        columns = {"file_name": ["a.png", "b.png"], "text": ["x", "y"], "kind": ["tm", None]}
+        pq.write_table(pa.table(columns), folder / "list.parquet")
         pairs = ParquetPairs(folder / "list.parquet").read()
         assert [(p.id, p.kind, p.prompt) for p in pairs] == [("a", "tm", "x"), ("b", "vm", "y")]
 
     def test_root(self, folder):
-        pq.write_table(
-            pa.table({"file_name": ["a.png"], "prompt": ["x"]}), folder.parent / "l.parquet"
-        )
         path = folder.parent / "l.parquet"
+        pq.write_table(pa.table({"file_name": ["a.png"], "prompt": ["x"]}), path)
         assert ParquetPairs(path, folder).read()[0].image == (folder / "a.png").resolve()
         assert "row 1  file_name" in complaint(ParquetPairs(path))
 
     def embedded(self, folder, images):
         path = folder.parent / "l.parquet"
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        columns = {
-            "image": pa.array(images, kind),
-            "prompt": [f"p{k}" for k in range(len(images))],
-        }
-        pq.write_table(pa.table(columns), path)
+        prompts = [f"p{k}" for k in range(len(images))]
+        pq.write_table(pa.table({"image": pa.array(images, kind), "prompt": prompts}), path)
         return path
 
     def test_bytes_are_written_under_their_hash(self, folder, tmp_path):
@@ -358,11 +328,8 @@ class TestParquet:
         assert pairs[149].image.read_bytes() == data[149 % 3]
 
     def test_rows_without_bytes_and_with_bad_bytes(self, folder, tmp_path):
-        images = [
-            {"bytes": None, "path": "../../a.png"},
-            None,
-            {"bytes": b"<html>", "path": "x.jpg"},
-        ]
+        web_page = {"bytes": b"<html>", "path": "x.jpg"}
+        images = [{"bytes": None, "path": "../../a.png"}, None, web_page]
         text = complaint(ParquetPairs(self.embedded(folder, images), cache=tmp_path / "cache"))
         assert "3 problems in 3 rows" in text
         assert text.count("found no image bytes in this row") == 2
@@ -374,9 +341,8 @@ class TestParquet:
 
     def test_image_column_of_another_type(self, folder):
         pq.write_table(pa.table({"image": ["a.png"], "prompt": ["x"]}), folder / "l.parquet")
-        assert "must be a struct of bytes" in complaint(
-            ParquetPairs(folder / "l.parquet", cache=folder)
-        )
+        text = complaint(ParquetPairs(folder / "l.parquet", cache=folder))
+        assert "must be a struct of bytes" in text
 
     def test_missing_columns(self, folder):
         pq.write_table(pa.table({"file_name": ["a.png"], "title": ["x"]}), folder / "l.parquet")
@@ -390,15 +356,13 @@ class TestParquet:
 
 class TestConcat:
     @pytest.fixture
-    def parts(self, tmp_path, make_picture, make_csv):
+    def parts(self, tmp_path):
         for seed, name in enumerate(("memorized", "others")):
-            make_picture(tmp_path / name / f"{name}.png", seed=seed)
-            make_csv(
-                tmp_path / name / "metadata.csv", [{"file_name": f"{name}.png", "prompt": name}]
-            )
-        return FolderPairs(tmp_path / "memorized"), FolderPairs(
-            tmp_path / "others", kind="control"
-        )
+            write_image(tmp_path / name / f"{name}.png", seed=seed)
+            row = {"file_name": f"{name}.png", "prompt": name}
+            write_csv(tmp_path / name / "metadata.csv", [row])
+        others = FolderPairs(tmp_path / "others", kind="control")
+        return FolderPairs(tmp_path / "memorized"), others
 
     def test_lists_follow_each_other(self, parts):
         pairs = ConcatPairs(parts).read()
@@ -421,9 +385,9 @@ class TestConcat:
         (parts[1].path / "others.png").write_bytes((parts[0].path / "memorized.png").read_bytes())
         assert [p.duplicate_of for p in ConcatPairs(parts).read()] == [None, "memorized"]
 
-    def test_rows_that_a_list_skipped_stay_known(self, parts, make_csv):
+    def test_rows_that_a_list_skipped_stay_known(self, parts):
         rows = [{"file_name": "others.png", "prompt": "x"}, {"file_name": "no.png", "prompt": "y"}]
-        make_csv(parts[1].path / "metadata.csv", rows)
+        write_csv(parts[1].path / "metadata.csv", rows)
         pairs = ConcatPairs([parts[0], replace(parts[1], on_missing="skip")]).read()
         assert ([p.id for p in pairs], pairs.skipped) == (["memorized", "others"], ("no",))
 
@@ -431,7 +395,7 @@ class TestConcat:
         assert "pairs.parts is empty" in complaint(ConcatPairs([]))
 
 
-def test_webp_is_read(folder, make_csv):
+def test_webp_is_read(folder):
     Image.new("RGB", (20, 20), "red").save(folder / "w.webp", lossless=True)
-    make_csv(folder / "metadata.csv", [{"file_name": "w.webp", "prompt": "x"}])
+    write_csv(folder / "metadata.csv", [{"file_name": "w.webp", "prompt": "x"}])
     assert FolderPairs(folder).read()[0].id == "w"

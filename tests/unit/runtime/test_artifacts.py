@@ -1,9 +1,6 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +15,7 @@ from dori_lightning.runtime.artifacts import (
     write_atomically,
 )
 from dori_lightning.types import InputError
+from support.processes import python
 
 HOLDER = """
 import sys, time
@@ -29,26 +27,17 @@ with one_writer(Path(sys.argv[1])):
 """
 
 
-def holder(folder: Path) -> subprocess.Popen[str]:
-    root = str(Path(__file__).resolve().parents[3])
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": root},
-    )
-    assert process.stdout is not None
+def holder(folder):
+    process = python(HOLDER, folder)
     assert process.stdout.readline() == "held\n"
     return process
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
 
-    def full(*_: object) -> None:
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
@@ -58,9 +47,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_too_little_is_refused_with_both_numbers_and_what_is_there_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_is_refused_with_both_numbers_and_what_is_there_counts(tmp_path, monkeypatch):
     (tmp_path / "kept").write_bytes(os.urandom(30_000))
     monkeypatch.setattr(
         artifacts.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000_000)
@@ -72,7 +59,7 @@ def test_too_little_is_refused_with_both_numbers_and_what_is_there_counts(
         check_space(tmp_path, 1_500_030_000, fix="pray")
 
 
-def test_the_same_method_finds_its_folder_again(tmp_path: Path) -> None:
+def test_the_same_method_finds_its_folder_again(tmp_path):
     method = {"attack": {"lr": 0.1, "inits": ("prompt",)}, "seed": 0}
     claim_folder(tmp_path / "run", method)
     before = (tmp_path / "run" / "method.json").read_bytes()
@@ -80,7 +67,7 @@ def test_the_same_method_finds_its_folder_again(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "method.json").read_bytes() == before
 
 
-def test_every_setting_that_differs_is_named(tmp_path: Path) -> None:
+def test_every_setting_that_differs_is_named(tmp_path):
     claim_folder(tmp_path, {"attack": {"lr": 0.1, "steps": 50}, "old": 1})
     with pytest.raises(InputError) as caught:
         claim_folder(tmp_path, {"attack": {"lr": 0.2, "steps": 50}, "new": 2})
@@ -92,11 +79,11 @@ def test_every_setting_that_differs_is_named(tmp_path: Path) -> None:
     assert "name=NAME" in message
 
 
-def test_settings_without_those_that_change_no_result() -> None:
+def test_settings_without_those_that_change_no_result():
     assert drop_keys({"batch": 3, "steps": 5}, "batch", "absent") == {"steps": 5}
 
 
-def test_a_second_writer_to_a_locked_folder_is_told_who_the_first_is(tmp_path: Path) -> None:
+def test_a_second_writer_to_a_locked_folder_is_told_who_the_first_is(tmp_path):
     other = holder(tmp_path)
     try:
         assert is_held(tmp_path)
@@ -110,9 +97,7 @@ def test_a_second_writer_to_a_locked_folder_is_told_who_the_first_is(tmp_path: P
         other.wait()
 
 
-def test_what_a_killed_run_left_is_taken_over_with_a_notice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_a_killed_run_left_is_taken_over_with_a_notice(tmp_path, caplog):
     other = holder(tmp_path)
     other.send_signal(signal.SIGKILL)
     other.wait()
@@ -126,7 +111,7 @@ def test_what_a_killed_run_left_is_taken_over_with_a_notice(
     assert not caplog.records, "a run that ended leaves nothing to take over"
 
 
-def test_a_sweeps_folder_has_a_lock_of_its_own(tmp_path: Path) -> None:
+def test_a_sweeps_folder_has_a_lock_of_its_own(tmp_path):
     with one_writer(tmp_path, "sweep.lock"), one_writer(tmp_path):
         again = one_writer(tmp_path, "sweep.lock")
         with pytest.raises(InputError, match="sweep=NAME"):

@@ -1,13 +1,10 @@
 import threading
-from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
 
-from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import batching
 from dori_lightning.runtime.batching import OomBackoff, map_batches
 from dori_lightning.types import InputError
@@ -15,28 +12,20 @@ from support.threads import threads
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def two_threads():
     with threads(2):
         yield
 
 
-def of_size(weights: int, device: str = "cpu") -> TextToImage:
+def of_size(weights, device="cpu"):
     """What is asked of a model; weights without memory."""
-    parameters = [
-        torch.empty(weights // 2, device="meta"),
-        torch.empty(weights // 2, device="meta"),
-    ]
-    return cast(
-        "TextToImage",
-        SimpleNamespace(
-            device=torch.device(device), parameters=lambda: iter(parameters), max_batch_sizes={}
-        ),
+    halves = [torch.empty(weights // 2, device="meta") for _ in range(2)]
+    return SimpleNamespace(
+        device=torch.device(device), parameters=lambda: iter(halves), max_batch_sizes={}
     )
 
 
-def test_a_small_model_has_a_parallel_batch_for_each_thread_and_others_one(
-    two_threads: None,
-) -> None:
+def test_a_small_model_has_a_parallel_batch_for_each_thread_and_others_one(two_threads):
     tiny = of_size(10)
     assert batching.parallel_batches(tiny) == 2
     assert batching.parallel_batches(of_size(batching.SMALL_WEIGHTS)) == 2
@@ -48,10 +37,10 @@ def test_a_small_model_has_a_parallel_batch_for_each_thread_and_others_one(
     assert batching.parallel_batches(tiny) == batching.MAX_PARALLEL
 
 
-def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads: None) -> None:
+def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads):
     both = threading.Barrier(2, timeout=60)
 
-    def work(number: int) -> tuple[int, int, str]:
+    def work(number):
         if number < 2:
             both.wait()  # breaks where the other one has not begun
         return number, torch.get_num_threads(), threading.current_thread().name
@@ -63,21 +52,19 @@ def test_two_are_done_at_the_same_time_in_order_on_a_thread_each(two_threads: No
     assert torch.get_num_threads() == 2
 
 
-def test_a_single_batch_is_in_the_callers_thread_with_all_its_threads(
-    two_threads: None,
-) -> None:
+def test_a_single_batch_is_in_the_callers_thread_with_all_its_threads(two_threads):
     found = batching.run_parallel([threading.get_ident, torch.get_num_threads], 1)
     assert found == [threading.get_ident(), 2]
 
 
-def test_what_fails_is_raised_when_nothing_runs_any_more(two_threads: None) -> None:
+def test_what_fails_is_raised_when_nothing_runs_any_more(two_threads):
     begun, done = threading.Event(), []
 
-    def slow() -> None:
+    def slow():
         begun.set()
         done.append(threading.Event().wait(0.2))
 
-    def fails() -> None:
+    def fails():
         assert begun.wait(60)
         raise MemoryError("no more")
 
@@ -90,12 +77,10 @@ def test_what_fails_is_raised_when_nothing_runs_any_more(two_threads: None) -> N
 @pytest.mark.parametrize(
     ("pad", "count", "shapes"), [(True, 1, [2] * 3), (False, 1, [2, 2, 1]), (True, 2, [2] * 3)]
 )
-def test_items_are_mapped_in_order_in_batches_of_one_shape(
-    pad: bool, count: int, shapes: list[int]
-) -> None:
-    model, seen = of_size(10), list[int]()
+def test_items_are_mapped_in_order_in_batches_of_one_shape(pad, count, shapes):
+    model, seen = of_size(10), []
 
-    def double(items: list[int]) -> list[int]:
+    def double(items):
         seen.append(len(items))
         return [2 * item for item in items]
 
@@ -120,12 +105,10 @@ def test_items_are_mapped_in_order_in_batches_of_one_shape(
         MemoryError(),
     ],
 )
-def test_batches_are_halved_once_where_memory_runs_out(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, seen, room = of_size(10, "cuda"), list[int](), 2
+def test_batches_are_halved_once_where_memory_runs_out(error, caplog):
+    model, seen, room = of_size(10, "cuda"), [], 2
 
-    def work(items: list[int]) -> list[int]:
+    def work(items):
         seen.append(len(items))
         if len(items) > room:
             raise error
@@ -141,9 +124,6 @@ def test_batches_are_halved_once_where_memory_runs_out(
     room = 0
     with pytest.raises(InputError, match=r"single number(.|\n)*fix:   buy memory"):
         again(range(2), at_once=1)
+    error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
-        backoff.run(lambda _: fail("something else"), 2, {})
-
-
-def fail(text: str) -> None:
-    raise RuntimeError(text)
+        again(range(2), at_once=1)

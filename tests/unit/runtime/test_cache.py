@@ -11,10 +11,10 @@ from dori_lightning.runtime.cache import JSON, TENSORS, Cache
 KEY = {"checkpoint": "abc", "steps": 50, "guidance": 7.5}
 
 
-def test_what_was_computed_once_is_read_again(tmp_path: Path) -> None:
+def test_what_was_computed_once_is_read_again(tmp_path):
     cache, calls = Cache(tmp_path), []
 
-    def compute() -> dict[str, torch.Tensor]:
+    def compute():
         calls.append(1)
         return {"x": torch.arange(3.0)}
 
@@ -25,9 +25,7 @@ def test_what_was_computed_once_is_read_again(tmp_path: Path) -> None:
     assert cache.path("part/a").is_file()
 
 
-def test_another_key_is_computed_anew_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_key_is_computed_anew_and_named(tmp_path, caplog):
     cache = Cache(tmp_path)
     cache.write("a", {"mean": 1.0}, KEY, JSON)
     assert cache.read("a", KEY, JSON) == {"mean": 1.0}
@@ -39,15 +37,15 @@ def test_another_key_is_computed_anew_and_named(
 
 @pytest.mark.parametrize("codec", [TENSORS, JSON])
 @pytest.mark.parametrize("data", [b"", b"garbage", b"[]", b'{"value": 1}', b"\xff\xfe"])
-def test_a_damaged_file_is_computed_anew(tmp_path: Path, codec: object, data: bytes) -> None:
+def test_a_damaged_file_is_computed_anew(tmp_path, codec, data):
     cache, value = Cache(tmp_path), {"x": torch.ones(2)} if codec is TENSORS else {"x": 1}
-    cache.path("a", codec).write_bytes(data)  # type: ignore[arg-type]
-    assert cache.read("a", KEY, codec) is None  # type: ignore[arg-type]
-    cache.get("a", KEY, lambda: value, codec)  # type: ignore[arg-type]
-    assert cache.read("a", KEY, codec) is not None  # type: ignore[arg-type]
+    cache.path("a", codec).write_bytes(data)
+    assert cache.read("a", KEY, codec) is None
+    cache.get("a", KEY, lambda: value, codec)
+    assert cache.read("a", KEY, codec) is not None
 
 
-def test_values_of_other_types_get_a_codec_by_two_functions(tmp_path: Path) -> None:
+def test_values_of_other_types_get_a_codec_by_two_functions(tmp_path):
     paths = JSON.mapped(str, Path)
     cache = Cache(tmp_path)
     cache.write("where", Path("x/y"), KEY, paths)
@@ -56,7 +54,7 @@ def test_values_of_other_types_get_a_codec_by_two_functions(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
-def test_batches_have_one_size_and_lose_nothing(count: int) -> None:
+def test_batches_have_one_size_and_lose_nothing(count):
     batches = list(fixed_batches(range(count), 4))
     assert [k for batch, valid in batches for k in batch[:valid]] == list(range(count))
     assert all(len(batch) == 4 for batch, _ in batches)

@@ -10,18 +10,18 @@ import torch
 from dori_lightning.runtime.checkpoints import FitCheckpoints, checkpoint_step, last_checkpoint
 
 
-def save(folder: Path, *steps: int) -> None:
+def save(folder, *steps):
     for step in steps:
         content = {"step": step, "x": torch.full((8,), float(step))}
         FitCheckpoints().save_checkpoint(content, folder / f"step-{step:08d}.ckpt")
 
 
-def path_of(folder: Path, step: int) -> Path:
+def path_of(folder, step):
     (path,) = folder.glob(f"step-{step:08d}-*.ckpt")
     return path
 
 
-def load(folder: Path) -> int | None:
+def load(folder):
     path = last_checkpoint(folder, "fit")
     return None if path is None else int(FitCheckpoints().load_checkpoint(path)["step"])
 

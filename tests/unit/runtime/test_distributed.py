@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from dori_lightning.runtime.checkpoints import checkpoint_step, last_checkpoint
 from dori_lightning.types import InputError
 from support.context import read_pairs
 from support.distributed_fits import LR, fit
+from support.processes import ROOT, python
 from support.tiny import write_tiny
-
-ROOT = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.enable_socket
 
@@ -32,20 +30,20 @@ time.sleep(120)
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     write_tiny(folder / "checkpoint")
     read_pairs(folder)
     return folder
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
-def two_processes(*arguments: str, seconds: float = 600) -> list[int]:
+def two_processes(*arguments, seconds=600):
     """Exit codes of two processes with the environment that torchrun gives."""
     port = str(free_port())
     started = []
@@ -71,19 +69,14 @@ def two_processes(*arguments: str, seconds: float = 600) -> list[int]:
             process.kill()
 
 
-def copy_of(material: Path, folder: Path) -> Path:
-    shutil.copytree(material, folder)
-    return folder
-
-
-def written(folder: Path) -> WeightEdit:
+def written(folder):
     (path,) = (folder / "edits").glob("*.safetensors")
     edit = read_edit(path)
     assert isinstance(edit, WeightEdit)
     return edit
 
 
-def assert_close(found: WeightEdit, wanted: WeightEdit) -> None:
+def assert_close(found, wanted):
     """Equal but for rounding: sums are taken in another order.
 
     Adam divides a gradient by its own size, so where that is rounding itself, so is the step: a
@@ -98,7 +91,7 @@ def assert_close(found: WeightEdit, wanted: WeightEdit) -> None:
     assert float(difference.max()) < 8 * LR
 
 
-def test_one_process_shares_with_nobody() -> None:
+def test_one_process_shares_with_nobody():
     assert distributed.shard(3) == distributed.Shard(slice(None), 1.0, whole=True)
     assert distributed.broadcast_object(5) == 5
     assert distributed.is_first()
@@ -108,9 +101,7 @@ def test_one_process_shares_with_nobody() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7])
 @pytest.mark.parametrize("world", [2, 3])
-def test_shares_average_to_the_mean_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, count: int, world: int
-) -> None:
+def test_shares_average_to_the_mean_of_the_whole(monkeypatch, count, world):
     values = torch.arange(count).double() ** 2
     monkeypatch.setattr(distributed, "world_size", lambda: world)
     means, taken = [], []
@@ -126,9 +117,9 @@ def test_shares_average_to_the_mean_of_the_whole(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["esd", "concept_ablation", "siss", "adversarial"])
-def test_two_processes_train_what_one_trains(material: Path, tmp_path: Path, name: str) -> None:
-    alone = fit(copy_of(material, tmp_path / "alone"), name)
-    shared = copy_of(material, tmp_path / "shared")
+def test_two_processes_train_what_one_trains(material, tmp_path, name):
+    alone = fit(shutil.copytree(material, tmp_path / "alone"), name)
+    shared = shutil.copytree(material, tmp_path / "shared")
     assert two_processes(str(shared), name) == [0, 0]
     assert_close(written(shared), alone)
     assert not list((shared / "edits" / "unfinished").glob("*"))
@@ -137,24 +128,21 @@ def test_two_processes_train_what_one_trains(material: Path, tmp_path: Path, nam
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "codes"), [("SIGTERM", [143, 143]), ("SIGKILL", [1, -9])])
 def test_one_process_that_goes_in_a_search_ends_both_and_they_go_on_to_the_same_bits(
-    material: Path, tmp_path: Path, signum: str, codes: list[int]
-) -> None:
-    whole = copy_of(material, tmp_path / "whole")
+    material, tmp_path, signum, codes
+):
+    whole = shutil.copytree(material, tmp_path / "whole")
     assert two_processes(str(whole), "adversarial") == [0, 0]
-    cut = copy_of(material, tmp_path / "cut")
+    cut = shutil.copytree(material, tmp_path / "cut")
     # it comes back at all: nobody waits for the one that left
     assert two_processes(str(cut), "adversarial", "2", signum) == codes
     (scratch,) = (cut / "edits" / "unfinished").iterdir()
     last = last_checkpoint(scratch, "adversarial")
-    assert last is not None
     assert checkpoint_step(last) == 2
     assert two_processes(str(cut), "adversarial") == [0, 0]
     assert written(cut).identity == written(whole).identity
 
 
-def test_a_wrong_number_of_tasks_is_refused_with_the_right_command(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_wrong_number_of_tasks_is_refused_with_the_right_command(monkeypatch):
     for name, value in {
         "SLURM_NTASKS": "1",
         "SLURM_JOB_ID": "1",
@@ -171,14 +159,12 @@ def test_a_wrong_number_of_tasks_is_refused_with_the_right_command(
     assert "srun --nodes=1 --ntasks-per-node=2 python -m dori_lightning" in str(caught.value)
 
 
-def test_a_trainer_that_the_machine_cannot_make_is_a_users_error() -> None:
+def test_a_trainer_that_the_machine_cannot_make_is_a_users_error():
     with pytest.raises(InputError, match=r"(?s)no Trainer can be made: .*trainer=cpu"):
         distributed.Trainer(accelerator="cpu", devices=1, fast_dev_run=-1)
 
 
-def test_a_task_of_submitits_local_executor_knows_its_place(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_task_of_submitits_local_executor_knows_its_place(monkeypatch, tmp_path):
     pytest.importorskip("submitit")
     for name, value in {
         "SUBMITIT_EXECUTOR": "local",
@@ -201,18 +187,10 @@ def test_a_task_of_submitits_local_executor_knows_its_place(
     assert not distributed.SubmititEnvironment.detect()
 
 
-def test_each_worker_has_a_device_of_its_own_until_it_ends(tmp_path: Path) -> None:
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        for _ in range(2)
-    ]
+def test_each_worker_has_a_device_of_its_own_until_it_ends(tmp_path):
+    workers = [python(WORKER, tmp_path) for _ in range(2)]
     try:
-        taken = [w.stdout.readline().strip() for w in workers if w.stdout is not None]
+        taken = [worker.stdout.readline().strip() for worker in workers]
         assert sorted(taken) == ["0", "1"]
         with pytest.raises(InputError, match=r"hydra\.launcher\.n_jobs=2"):
             distributed.claim(["0", "1"], tmp_path)
@@ -228,9 +206,7 @@ def test_each_worker_has_a_device_of_its_own_until_it_ends(tmp_path: Path) -> No
         distributed._claimed.clear()
 
 
-def test_a_worker_is_pinned_before_cuda_starts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_worker_is_pinned_before_cuda_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "_claimed", [])
     monkeypatch.setattr(distributed.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
@@ -242,7 +218,7 @@ def test_a_worker_is_pinned_before_cuda_starts(
         lock.release()
 
 
-def test_without_gpus_nothing_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gpus_nothing_is_pinned(monkeypatch):
     monkeypatch.setattr(distributed, "_claimed", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     distributed.pin()

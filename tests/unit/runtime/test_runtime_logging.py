@@ -16,9 +16,7 @@ from dori_lightning.runtime.logging import ProcessFileHandler, quiet_libraries
 RECORD = logging.LogRecord("x", logging.INFO, "file", 1, "a line", None, None)
 
 
-def test_a_log_gets_a_line_now_and_then_with_the_time_left(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_log_gets_a_line_now_and_then_with_the_time_left(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     clock = iter([0.0, 10.0, 31.0, 40.0, 50.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
@@ -32,9 +30,7 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(
     ]
 
 
-def test_other_processes_and_empty_stages_say_nothing(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_processes_and_empty_stages_say_nothing(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as patched:
         patched.setattr("dori_lightning.runtime.distributed.is_first", lambda: False)
@@ -57,9 +53,7 @@ def test_other_processes_and_empty_stages_say_nothing(
         ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, "dori-1.0.log"),
     ],
 )
-def test_every_launcher_numbers_its_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str
-) -> None:
+def test_every_launcher_numbers_its_processes(tmp_path, monkeypatch, environment, name):
     for variable in peers.RANKS:
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
@@ -72,7 +66,7 @@ def test_every_launcher_numbers_its_processes(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
-def test_a_full_disk_is_said_once_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_said_once_and_the_run_goes_on(capsys):
     handler = ProcessFileHandler("/dev/full")
     for _ in range(3):
         handler.handle(RECORD)
@@ -84,9 +78,7 @@ def test_a_full_disk_is_said_once_and_the_run_goes_on(capsys: pytest.CaptureFixt
         handler.close()
 
 
-def test_lightning_speaks_once_and_of_trouble_only(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lightning_speaks_once_and_of_trouble_only(caplog, capsys):
     quiet_libraries()
     with caplog.at_level(logging.INFO):
         L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -95,9 +87,7 @@ def test_lightning_speaks_once_and_of_trouble_only(
     assert "TPU" not in capsys.readouterr().err
 
 
-def test_writing_a_checkpoint_says_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_writing_a_checkpoint_says_nothing(tmp_path, caplog):
     quiet_libraries()
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=0)
     trainer.fit(BoringModel())
@@ -106,7 +96,7 @@ def test_writing_a_checkpoint_says_nothing(
     assert [record.getMessage() for record in caplog.records] == []
 
 
-def test_remarks_on_nothing_are_dropped_and_others_kept(caplog: pytest.LogCaptureFixture) -> None:
+def test_remarks_on_nothing_are_dropped_and_others_kept(caplog):
     quiet_libraries()
     diffusers = logging.getLogger("diffusers.models.modeling_utils")
     diffusers.warning("There are modules in UNet that should be kept in float32: []. Casting")
@@ -114,7 +104,7 @@ def test_remarks_on_nothing_are_dropped_and_others_kept(caplog: pytest.LogCaptur
     assert ["[norm]" in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_the_hint_at_srun_is_dropped_and_other_warnings_kept() -> None:
+def test_the_hint_at_srun_is_dropped_and_other_warnings_kept():
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         quiet_libraries()

@@ -1,14 +1,11 @@
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from dori_lightning.runtime import distributed, signals
 from dori_lightning.runtime.signals import Interrupted
+from support.processes import python
 
 TWICE = """
 import os, signal, time
@@ -21,7 +18,7 @@ with signals.handling():
 
 
 @pytest.fixture
-def as_usual() -> Iterator[None]:
+def as_usual():
     """Handlers as Python starts with; what runs in the background may ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -30,7 +27,7 @@ def as_usual() -> Iterator[None]:
 
 @pytest.mark.usefixtures("as_usual")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_a_flag_that_the_next_step_sees(signum: int, code: int) -> None:
+def test_a_signal_is_a_flag_that_the_next_step_sees(signum, code):
     before = signal.getsignal(signum)
     with signals.handling():
         distributed.check()
@@ -44,23 +41,16 @@ def test_a_signal_is_a_flag_that_the_next_step_sees(signum: int, code: int) -> N
         distributed.check()  # a new run begins without the old one's
 
 
-def test_the_second_signal_leaves_at_once() -> None:
-    root = str(Path(__file__).resolve().parents[3])
-    ended = subprocess.run(
-        [sys.executable, "-c", TWICE],
-        env={**os.environ, "PYTHONPATH": root},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
+def test_the_second_signal_leaves_at_once():
+    ended = python(TWICE)
+    _, said = ended.communicate(timeout=50)
     assert ended.returncode == 143
-    assert "SIGTERM: leaving after this step" in ended.stderr
-    assert "leaving at once" in ended.stderr
+    assert "SIGTERM: leaving after this step" in said
+    assert "leaving at once" in said
 
 
-def test_submitits_signal_is_handed_on_when_the_work_is_safe() -> None:
-    seen: list[int] = []
+def test_submitits_signal_is_handed_on_when_the_work_is_safe():
+    seen = []
     before = signal.signal(signal.SIGUSR2, lambda signum, _: seen.append(signum))
     ignored = signal.signal(signal.SIGTERM, lambda *_: seen.append(-1))
     try:
@@ -77,5 +67,5 @@ def test_submitits_signal_is_handed_on_when_the_work_is_safe() -> None:
         signal.signal(signal.SIGTERM, ignored)
 
 
-def test_what_is_raised_is_no_error_that_could_be_handled() -> None:
+def test_what_is_raised_is_no_error_that_could_be_handled():
     assert not issubclass(Interrupted, Exception)
