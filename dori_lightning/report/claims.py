@@ -39,7 +39,8 @@ METRICS: dict[str, tuple[float, float]] = {
     "unet_evaluations": (0.0, math.inf),
 }
 """What can be claimed, and in which range its numbers lie."""
-_OF_ROWS = ("denoising_loss_ratio", "kid", "unet_evaluations")
+_OF_ROWS = {"denoising_loss_ratio": "loss_ratio", "kid": "kid",
+            "unet_evaluations": "unet_evaluations"}  # fmt: skip
 
 
 class ClaimsFailedError(Exception):
@@ -70,7 +71,6 @@ class Checked:
     """A claim beside what was measured.
 
     Attributes:
-        claim: The claim.
         measured: The measured number; NaN where there is none.
         holds: Whether it is within the tolerance.
     """
@@ -175,11 +175,7 @@ def check_claims(
 ) -> tuple[Checked, ...]:
     """Hold claims against a table.
 
-    Args:
-        claims: Recorded claims; those about a sweep that is not among ``sweeps`` are left out.
-        cells: Cells of the table.
-        rows: Its rows.
-        sweeps: Names of the sweeps' folders that it was made of.
+    Those about a sweep that is not among ``sweeps``, the sweeps that it was made of, are left out.
     """
     checked = []
     for claim in claims:
@@ -193,16 +189,10 @@ def check_claims(
 def _measured(claim: Claim, cells: Sequence[Cell], rows: Sequence[HeadlineRow]) -> float:
     wanted = claim.cell
     if claim.metric in _OF_ROWS:
-        row = next(
-            (r for r in rows
-             if (r.checkpoint, r.mitigation) == (wanted["checkpoint"], wanted["mitigation"])),
-            None,
-        )  # fmt: skip
-        if row is None:
-            return math.nan
-        cost = row.cost
-        costs = (cost.loss_ratio, cost.kid, cost.unet_evaluations)
-        return dict(zip(_OF_ROWS, costs, strict=True))[claim.metric]
+        named = (wanted["checkpoint"], wanted["mitigation"])
+        row = next((r for r in rows if (r.checkpoint, r.mitigation) == named), None)
+        found: float = getattr(row, _OF_ROWS[claim.metric], math.nan)
+        return found
     cell = next((c for c in cells if _is(c, wanted)), None)
     if cell is None:
         return math.nan

@@ -15,8 +15,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from dori_lightning.metrics.replication import (
     PairResult,
@@ -33,6 +36,8 @@ from dori_lightning.report.words import condition_words
 from dori_lightning.types import (
     BASELINE,
     INITS,
+    KINDS,
+    Budget,
     Calibration,
     Cell,
     Condition,
@@ -84,72 +89,49 @@ def _baseline(runs: Sequence[Run], *, unfinished: Sequence[str]) -> Run:
     return base
 
 
-def _check_comparable(runs: Sequence[Run], base: Run) -> None:
-    """Refuse audits of one checkpoint that differ in weights, pairs, sampling, attack or measure.
-
-    Raises:
-        InputError: Names every difference to ``base``.
-    """
-    problems = [f"  {run.folder.name}: {text}" for run in runs for text in _differences(run, base)]
-    if problems:
-        listed = "\n".join(problems)
-        raise InputError(
-            f"these runs do not belong into one table with {base.folder.name}:\n{listed}\n"
-            f"  fix:   make a table of each group by itself: task.runs=[FOLDER,FOLDER]"
-        )
-
-
 def _differences(run: Run, base: Run) -> Iterator[str]:
-    here, there = run.report.provenance, base.report.provenance
-    if here.fingerprint != there.fingerprint:
-        yield f"weights {here.fingerprint}, there {there.fingerprint}"
+    """How audits of one checkpoint differ in weights, pairs, sampling, attack or measure."""
+    here, there = run.report, base.report
+    own, rule = here.calibration, there.calibration
+    if here.provenance.fingerprint != there.provenance.fingerprint:
+        yield f"weights {here.provenance.fingerprint}, there {there.provenance.fingerprint}"
     yield from _pair_differences(run, base)
-    for key in _SHARED:
-        if (now := _look_up(run, key)) != (then := _look_up(base, key)):
+    decider = f"metrics.descriptors.{rule.descriptor}"
+    settings = {
+        f"{decider}.{key}"
+        for one in (run, base)
+        for key, _ in _flat(_look_up(one, decider))
+        if key != "threshold"
+    }
+    for key in (*_SHARED, *sorted(settings)):
+        absent = _ABSENT if key in _SHARED else None
+        if (now := _look_up(run, key, absent)) != (then := _look_up(base, key, absent)):
             yield f"{key} is {now}, there {then}"
-    decider = base.report.calibration.descriptor
-    if any(decider not in outcome.similarity for outcome in run.report.outcomes):
-        yield f"not measured by {decider}, which decides there"
-    settings = f"metrics.descriptors.{decider}"
-    own, other = (dict(_flat(_look_up(r, settings))) for r in (run, base))
-    for key in sorted((own.keys() | other.keys()) - {"threshold"}):
-        if own.get(key) != other.get(key):
-            yield f"{settings}.{key} is {own.get(key)}, there {other.get(key)}"
-    yield from _stopping_differences(run, base)
-    counts, count = run.report.aggregation, base.report.aggregation
-    if counts != count:
-        yield f"images count by their {counts}, there by their {count}"
-
-
-def _stopping_differences(run: Run, base: Run) -> Iterator[str]:
-    """What decides which attacks were stopped: it cannot be decided again under another rule."""
-    here, there = (_look_up(r, "attack.early_stop") is True for r in (run, base))
-    if here != there:
-        yield f"attack.early_stop is {here}, there {there}"
-    if not here or not there:
-        return
-    steps, others = (_look_up(r, "attack.snapshots") for r in (run, base))
-    if steps != others:
-        yield f"attacks may stop after {steps} steps, there after {others}"
-    own, rule = run.report.calibration, base.report.calibration
-    if own.descriptor != rule.descriptor or not math.isclose(
-        own.threshold, rule.threshold, abs_tol=1e-9
-    ):
-        yield (
-            f"attacks were stopped by {own.descriptor} above {own.threshold:.3f}, there by "
-            f"{rule.descriptor} above {rule.threshold:.3f}"
-        )
+    if any(rule.descriptor not in outcome.similarity for outcome in here.outcomes):
+        yield f"not measured by {rule.descriptor}, which decides there"
+    if here.aggregation != there.aggregation:
+        yield f"images count by their {here.aggregation}, there by their {there.aggregation}"
+    # what decides which attacks were stopped cannot be decided again under another rule
+    stops, stopped = (_look_up(one, "attack.early_stop") is True for one in (run, base))
+    if stops != stopped:
+        yield f"attack.early_stop is {stops}, there {stopped}"
+    elif stops:
+        steps, others = (_look_up(one, "attack.snapshots") for one in (run, base))
+        if steps != others:
+            yield f"attacks may stop after {steps} steps, there after {others}"
+        same_threshold = math.isclose(own.threshold, rule.threshold, abs_tol=1e-9)
+        if own.descriptor != rule.descriptor or not same_threshold:
+            yield (
+                f"attacks were stopped by {own.descriptor} above {own.threshold:.3f}, there by "
+                f"{rule.descriptor} above {rule.threshold:.3f}"
+            )
 
 
 def _pair_differences(run: Run, base: Run) -> Iterator[str]:
     here, there = (
         {
-            o.pair.id: (
-                o.pair.kind,
-                o.pair.prompt,
-                report.provenance.image_hashes.get(o.pair.id),
-            )
-            for o in report.outcomes
+            pair.id: (pair.kind, pair.prompt, report.provenance.image_hashes.get(pair.id))
+            for pair in (outcome.pair for outcome in report.outcomes)
         }
         for report in (run.report, base.report)
     )
@@ -186,11 +168,11 @@ def _labels(runs: Sequence[Run]) -> dict[Path, str]:
     return labels
 
 
-def _look_up(run: Run, key: str) -> Any:
+def _look_up(run: Run, key: str, absent: str | None = _ABSENT) -> Any:
     """A setting of a run by its dotted name."""
     config: Any = run.report.provenance.config
     for part in key.split("."):
-        config = config.get(part, _ABSENT) if isinstance(config, Mapping) else _ABSENT
+        config = config.get(part, absent) if isinstance(config, Mapping) else absent
     return config
 
 
@@ -208,34 +190,49 @@ class Entry:
     """One checkpoint under one mitigation.
 
     Attributes:
-        checkpoint: Name of the checkpoint.
         label: How the table calls the mitigation: its name, with the settings in which runs of
             one name differ.
-        mitigation: Its name.
-        runs: Audits behind it.
         outcomes: What they measured, each condition once.
         cells: Its cells under the checkpoint's one threshold; their mitigation is ``label``.
         pair_results: One result per pair and condition under that threshold.
-        prompt_condition: The prompts as they are; None where no image was generated from them.
-        headline_condition: The attack to show; None where no attack was run.
-        reproduced: Condition and kind to pair id to whether the pair was reproduced; None where
-            there is no result.
-        utility: What the mitigation costs in images; None where it was not measured.
         edit: Its edit, of the run that made it where there is one; None where none is recorded.
     """
 
-    checkpoint: str
     label: str
-    mitigation: str
     runs: tuple[Run, ...]
     outcomes: tuple[Outcome, ...]
     cells: tuple[Cell, ...]
     pair_results: tuple[PairResult, ...]
-    prompt_condition: Condition | None
-    headline_condition: Condition | None
-    reproduced: Mapping[tuple[Condition, Kind], Mapping[str, bool | None]]
-    utility: Utility | None
     edit: EditRecord | None
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint."""
+        return self.runs[0].checkpoint
+
+    @property
+    def mitigation(self) -> str:
+        """Name of the mitigation."""
+        return self.runs[0].mitigation
+
+    @property
+    def spoken(self) -> tuple[Condition | None, Condition | None]:
+        """The prompts as they are, and the attack to show; None where they were not run."""
+        return prompt_condition(self.cells), headline_condition(self.cells)
+
+    @cached_property
+    def reproduced(self) -> dict[tuple[Condition, Kind], dict[str, bool | None]]:
+        """Condition and kind to pair id to whether it was reproduced, None without a result."""
+        found: dict[tuple[Condition, Kind], dict[str, bool | None]] = {}
+        for result in self.pair_results:
+            of_kind = found.setdefault((result.condition, result.pair.kind), {})
+            of_kind[result.pair.id] = result.reproduced
+        return found
+
+    @property
+    def utility(self) -> Utility | None:
+        """What the mitigation costs in images; None where it was not measured."""
+        return next((run.report.utility for run in self.runs if run.report.utility), None)
 
     @property
     def invalid(self) -> list[Flag]:
@@ -260,11 +257,6 @@ def _cells(
 def _entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, list[str]]:
     """Join the runs of one row.
 
-    Args:
-        label: Name of the row.
-        runs: Its audits.
-        rule: The checkpoint's one threshold.
-
     Returns:
         The row, and what a reader must know of how it was joined.
 
@@ -275,7 +267,10 @@ def _entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, l
     notes: list[str] = []
     measured: dict[Condition, tuple[Run, list[Outcome]]] = {}
     for run in runs:
-        for condition, outcomes in _by_condition(run).items():
+        found: dict[Condition, list[Outcome]] = {}
+        for outcome in run.report.outcomes:
+            found.setdefault(outcome.condition, []).append(outcome)
+        for condition, outcomes in found.items():
             if condition not in measured:
                 measured[condition] = (run, outcomes)
             elif condition.attack == "prompt":
@@ -286,35 +281,24 @@ def _entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, l
                     f"{measured[condition][0].folder} and {run.folder}\n"
                     f"  where: task.runs\n  fix:   leave one of them out"
                 )
-    everything = [outcome for _, outcomes in measured.values() for outcome in outcomes]
-    cells = _cells(everything, first, rule, label)
-    results = pair_results(everything, rule, first.report.aggregation)
-    reproduced: dict[tuple[Condition, Kind], dict[str, bool | None]] = {}
-    for result in results:
-        of_kind = reproduced.setdefault((result.condition, result.pair.kind), {})
-        of_kind[result.pair.id] = result.reproduced
+    edits = [run.edit for run in runs if run.edit is not None]
+    if len({edit.identity for edit in edits}) > 1:
+        raise InputError(
+            f"the runs of {label} carry different edits: "
+            f"{', '.join(str(run.folder) for run in runs)}\n"
+            f"  where: task.runs\n"
+            f"  fix:   run them again with the same pairs, corpus and seed"
+        )
+    everything = tuple(outcome for _, outcomes in measured.values() for outcome in outcomes)
     entry = Entry(
-        checkpoint=first.checkpoint,
         label=label,
-        mitigation=first.mitigation,
         runs=tuple(runs),
-        outcomes=tuple(everything),
-        cells=cells,
-        pair_results=results,
-        prompt_condition=prompt_condition(cells),
-        headline_condition=headline_condition(cells),
-        reproduced=reproduced,
-        utility=next((u for run in runs if (u := run.report.utility)), None),
-        edit=_edit(label, runs),
+        outcomes=everything,
+        cells=_cells(everything, first, rule, label),
+        pair_results=pair_results(everything, rule, first.report.aggregation),
+        edit=next((edit for edit in edits if edit.made), edits[0] if edits else None),
     )
     return entry, notes
-
-
-def _by_condition(run: Run) -> dict[Condition, list[Outcome]]:
-    found: dict[Condition, list[Outcome]] = {}
-    for outcome in run.report.outcomes:
-        found.setdefault(outcome.condition, []).append(outcome)
-    return found
 
 
 def _repeated(
@@ -331,7 +315,11 @@ def _repeated(
         }
         for run, outcomes in (kept, other)
     )
-    gaps = [abs(a - second[name]) for name, a in first.items() if not _same(a, second[name])]
+    gaps = [
+        abs(value - second[name])
+        for name, value in first.items()
+        if not np.isclose(value, second[name], rtol=0, atol=1e-6, equal_nan=True)
+    ]
     if gaps:
         gap = "not finite" if any(math.isnan(g) for g in gaps) else f"up to {max(gaps):.3g} apart"
         yield (
@@ -340,33 +328,11 @@ def _repeated(
         )
 
 
-def _same(a: float, b: float) -> bool:
-    return math.isclose(a, b, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b))
-
-
-def _edit(label: str, runs: Sequence[Run]) -> EditRecord | None:
-    """The edit of a row, from the run that made it where there is one.
-
-    Raises:
-        InputError: The runs of one row carry different edits.
-    """
-    edits = [run.edit for run in runs if run.edit is not None]
-    if len({edit.identity for edit in edits}) > 1:
-        folders = ", ".join(str(run.folder) for run in runs)
-        raise InputError(
-            f"the runs of {label} carry different edits: {folders}\n"
-            f"  where: task.runs\n"
-            f"  fix:   run them again with the same pairs, corpus and seed"
-        )
-    return next((e for e in edits if e.made), edits[0] if edits else None)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Audits that belong together.
 
     Attributes:
-        entries: Rows, the baseline of each checkpoint first.
         calibrations: Checkpoint to the threshold that all its rows are counted under.
         unfinished: Runs without a result, by name.
         missing: Cells that others have and a row lacks, in words.
@@ -409,7 +375,13 @@ def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Compariso
     for checkpoint in dict.fromkeys(run.checkpoint for run in runs):
         own = [run for run in runs if run.checkpoint == checkpoint]
         base = _baseline(own, unfinished=unfinished)
-        _check_comparable(own, base)
+        problems = [f"  {run.folder.name}: {x}" for run in own for x in _differences(run, base)]
+        if problems:
+            listed = "\n".join(problems)
+            raise InputError(
+                f"these runs do not belong into one table with {base.folder.name}:\n{listed}\n"
+                f"  fix:   make a table of each group by itself: task.runs=[FOLDER,FOLDER]"
+            )
         rule = calibrations[checkpoint] = base.report.calibration
         notes.append(_threshold_note(checkpoint, own, rule))
         # the baseline leads; the rest stays in the order given
@@ -524,8 +496,6 @@ class Published:
     """What the paper gives for one row; None where it gives nothing.
 
     Attributes:
-        row: What the paper calls the row.
-        model: On which model.
         prompt: Verbatim memorized images, from their prompts.
         attacked: The same, by the attack.
         control_prompt: Images that are not memorized, from their prompts.
@@ -547,7 +517,8 @@ _SD2 = "SD 2"
 _EXACT = ("none", "adversarial_finetuning")
 
 # By the beginning of a mitigation's name, up to an underscore; the longest that fits decides.
-_ON_SD1: dict[str, Published] = {
+# Numbers from the prompts come first, then those by the attack.
+_ON_SD1 = {
     "none": Published(
         "no mitigation",
         _SD1,
@@ -555,34 +526,22 @@ _ON_SD1: dict[str, Published] = {
         control_prompt=Figure(0.00, "C", 0.17, 0.05),
         control_attacked=Figure(0.00, "C", 0.48, 0.06),
     ),
-    "nemo": Published(
-        "NeMo",
-        _SD1,
-        prompt=Figure(0.20, "C", 0.33, 0.18),
-        attacked=Figure(0.99, "C", 0.91, 0.03),
-    ),
+    "nemo": Published("NeMo", _SD1, Figure(0.20, "C", 0.33, 0.18), Figure(0.99, "C", 0.91, 0.03)),
     "wanda": Published(
-        "Wanda",
-        _SD1,
-        prompt=Figure(0.00, "C", 0.20, 0.08),
-        attacked=Figure(0.72, "C", 0.76, 0.05),
+        "Wanda", _SD1, Figure(0.00, "C", 0.20, 0.08), Figure(0.72, "C", 0.76, 0.05)
     ),
-    "wanda_10": Published("Wanda, 10 %", _SD1, attacked=Figure(0.01, "C", 0.40, 0.13)),
-    "esd": Published("ESD", _SD1, attacked=Figure(0.98, "C", 0.90, 0.04)),
-    "concept_ablation": Published(
-        "Concept Ablation", _SD1, attacked=Figure(0.97, "C", 0.91, 0.04)
-    ),
-    "siss": Published("SISS", _SD1, attacked=Figure(0.39, "S", 0.60, 0.22)),
+    "wanda_10": Published("Wanda, 10 %", _SD1, None, Figure(0.01, "C", 0.40, 0.13)),
+    "esd": Published("ESD", _SD1, None, Figure(0.98, "C", 0.90, 0.04)),
+    "concept_ablation": Published("Concept Ablation", _SD1, None, Figure(0.97, "C", 0.91, 0.04)),
+    "siss": Published("SISS", _SD1, None, Figure(0.39, "S", 0.60, 0.22)),
     "adversarial_finetuning": Published(
-        "adversarial fine-tuning, 5 epochs", _SD1, attacked=Figure(0.02, "C", 0.36, 0.14)
+        "adversarial fine-tuning, 5 epochs", _SD1, None, Figure(0.02, "C", 0.36, 0.14)
     ),
 }
-_ON_SD2: dict[str, Published] = {
-    "nemo": Published(
-        "NeMo", _SD2, prompt=Figure(0.06, "S"), attacked=Figure(1.00, "C", 0.87, 0.02)
-    ),
+_ON_SD2 = {
+    "nemo": Published("NeMo", _SD2, Figure(0.06, "S"), Figure(1.00, "C", 0.87, 0.02)),
     "adversarial_finetuning": Published(
-        "adversarial fine-tuning", _SD2, attacked=Figure(0.06, "C", 0.14, 0.06)
+        "adversarial fine-tuning", _SD2, None, Figure(0.06, "C", 0.14, 0.06)
     ),
 }
 
@@ -607,9 +566,6 @@ def published_for(mitigation: str, *, checkpoint: str) -> Published | None:
     return rows[max(fitting, key=len)] if fitting else None
 
 
-_PROMPT = Condition("prompt")
-
-
 @dataclass(frozen=True)
 class Paired:
     """The same pairs under two conditions.
@@ -619,12 +575,14 @@ class Paired:
         lost: Reproduced under the first only.
         gained: Reproduced under the second only.
         p: Two-sided exact McNemar p-value.
+        p_holm: The same, corrected for the rows of the checkpoint; NaN where it is not.
     """
 
     n: int
     lost: int
     gained: int
     p: float
+    p_holm: float = math.nan
 
 
 def paired(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) -> Paired | None:
@@ -648,70 +606,29 @@ def paired(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) 
     return Paired(len(both), lost, gained, mcnemar_exact(lost, gained))
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """A row under the attack from one initial point.
+_Radius = tuple[Norm, float | None]
+Other = Literal["none", "prompt"]
+OTHERS: tuple[Other, ...] = ("none", "prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadlineRow:
+    """One checkpoint under one mitigation, attacked within one radius. Costs not measured are NaN.
 
     Attributes:
-        init: Initial point.
-        vm: Cell of the suspected images.
-        tm: Cell of the template copies.
-        control: Cell of the controls.
-        against_none: Suspected images, compared with the same attack without mitigation.
-        against_none_holm: Its p-value corrected for the rows of the checkpoint; NaN without one.
-        against_prompt: Suspected images, compared with the row's own prompts.
-    """
-
-    init: Init
-    vm: Cell | None
-    tm: Cell | None
-    control: Cell | None
-    against_none: Paired | None = None
-    against_none_holm: float = math.nan
-    against_prompt: Paired | None = None
-
-
-@dataclass(frozen=True)
-class UtilityCost:
-    """What a mitigation costs; NaN where it was not measured.
-
-    Attributes:
+        eps: Its radius, None for no limit.
+        steps: Most attack steps that were measured; 0 where no attack was run.
+        cells: Kind and initial point to the cell at these steps; None stands for the prompts.
+        tests: Initial point to the suspected images from there, compared with ``none``, the same
+            without mitigation, or with ``prompt``, the row's own prompts.
         loss_ratio: Denoising loss on ordinary prompts, relative to the unmitigated model.
         loss_ratio_ci95: Its interval.
         kid: Kernel distance of its images to the unmitigated model's.
         kid_std: Its spread over subsets.
         unet_evaluations: UNet evaluations that finding the edit took.
         seconds: Seconds that finding the edit took.
-        changed: Weights that the edit changes; for edits by pair, on average.
-    """
-
-    loss_ratio: float = math.nan
-    loss_ratio_ci95: tuple[float, float] = (math.nan, math.nan)
-    kid: float = math.nan
-    kid_std: float = math.nan
-    unet_evaluations: float = math.nan
-    seconds: float = math.nan
-    changed: float = math.nan
-
-
-@dataclass(frozen=True)
-class HeadlineRow:
-    """One checkpoint under one mitigation, attacked within one radius.
-
-    Attributes:
-        checkpoint: Name of the checkpoint.
-        mitigation: Label of the mitigation.
-        norm: Norm of the attack's radius.
-        eps: Its radius, None for no limit.
-        steps: Most attack steps that were measured; 0 where no attack was run.
-        prompt_vm: Suspected images, from their prompts.
-        prompt_tm: Template copies, from their prompts.
-        prompt_control: Controls, from their prompts.
-        attacks: The row under the attack, by initial point.
-        cost: What the mitigation costs.
+        weights_changed: By the edit; for edits by pair, on average.
         published: What the paper gives for the row.
-        against_none: Suspected images from their prompts, compared with no mitigation.
-        against_none_holm: Its p-value corrected for the rows of the checkpoint; NaN without one.
         invalid: Names of what makes its audits invalid; empty where they are valid.
     """
 
@@ -720,28 +637,34 @@ class HeadlineRow:
     norm: Norm
     eps: float | None
     steps: int
-    prompt_vm: Cell | None
-    prompt_tm: Cell | None
-    prompt_control: Cell | None
-    attacks: tuple[Attacked, ...]
-    cost: UtilityCost
-    published: Published | None
-    against_none: Paired | None = None
-    against_none_holm: float = math.nan
+    cells: Mapping[tuple[Kind, Init | None], Cell]
+    tests: Mapping[tuple[Init | None, Other], Paired]
+    loss_ratio: float = math.nan
+    loss_ratio_ci95: tuple[float, float] = (math.nan, math.nan)
+    kid: float = math.nan
+    kid_std: float = math.nan
+    unet_evaluations: float = math.nan
+    seconds: float = math.nan
+    weights_changed: float = math.nan
+    published: Published | None = None
     invalid: tuple[str, ...] = ()
 
     @property
-    def main(self) -> Attacked | None:
-        """The attack from the first initial point, the prompt's where it was run."""
-        return self.attacks[0] if self.attacks else None
+    def inits(self) -> tuple[Init, ...]:
+        """Initial points that were attacked from, the prompt's first."""
+        return tuple(init for init in INITS if any(start == init for _, start in self.cells))
+
+    def prompted(self, kind: Kind) -> Cell | None:
+        """The cell of a kind from its prompts."""
+        return self.cells.get((kind, None))
+
+    def attacked(self, kind: Kind) -> Cell | None:
+        """The cell of a kind under the attack from the first initial point."""
+        return self.cells.get((kind, self.inits[0])) if self.inits else None
 
 
 def headline_rows(comparison: Comparison) -> tuple[HeadlineRow, ...]:
-    """Draw up the table.
-
-    Args:
-        comparison: Audits that belong together.
-    """
+    """Draw up the table."""
     rows: list[HeadlineRow] = []
     for checkpoint in comparison.calibrations:
         own = [entry for entry in comparison.entries if entry.checkpoint == checkpoint]
@@ -751,112 +674,91 @@ def headline_rows(comparison: Comparison) -> tuple[HeadlineRow, ...]:
 
 
 def _rows(entry: Entry, base: Entry) -> Iterator[HeadlineRow]:
+    """The rows of a mitigation, from the narrowest radius to none."""
     budgets = {c.condition.budget for c in entry.cells if c.condition.attack == "dori"}
-    radii = sorted({(b.norm, b.eps) for b in budgets}, key=_by_width)
-    for norm, eps in radii or [("none", None)]:
+    radii: set[_Radius] = {(b.norm, b.eps) for b in budgets} or {("none", None)}
+    prompt = Condition("prompt")
+    for norm, eps in sorted(radii, key=_by_width):
         steps = max((b.steps for b in budgets if (b.norm, b.eps) == (norm, eps)), default=0)
-        conditions = {
-            init: condition
-            for init in INITS
-            for condition in (c.condition for c in entry.cells)
-            if condition.init == init
-            and (condition.budget.norm, condition.budget.eps) == (norm, eps)
-            and condition.budget.steps == steps
+        conditions: dict[Init | None, Condition] = {None: prompt}
+        conditions |= {init: Condition("dori", init, Budget(norm, eps, steps)) for init in INITS}
+        cells = {
+            (kind, init): cell
+            for init, condition in conditions.items()
+            for kind in KINDS
+            if (cell := find_cell(entry.cells, kind=kind, condition=condition)) is not None
         }
+        own = {i: entry.reproduced.get((c, "vm"), {}) for i, c in conditions.items()}
+        others = {i: base.reproduced.get((c, "vm"), {}) for i, c in conditions.items()}
+        tests: dict[tuple[Init | None, Other], Paired | None] = {}
+        for init, results in own.items():
+            tests[init, "none"] = paired(others[init], results) if entry is not base else None
+            tests[init, "prompt"] = paired(own[None], results) if init is not None else None
+        preset = entry.label == entry.mitigation and norm == "none"  # the paper has no radius
         yield HeadlineRow(
             checkpoint=entry.checkpoint,
             mitigation=entry.label,
             norm=norm,
             eps=eps,
             steps=steps,
-            prompt_vm=_cell(entry, "vm", _PROMPT),
-            prompt_tm=_cell(entry, "tm", _PROMPT),
-            prompt_control=_cell(entry, "control", _PROMPT),
-            attacks=tuple(_attacked(entry, base, i, c) for i, c in conditions.items()),
-            cost=_utility_cost(entry),
-            published=_published(entry) if norm == "none" else None,  # the paper has no radius
-            against_none=_against(base, entry, _PROMPT, _PROMPT) if entry is not base else None,
+            cells=cells,
+            tests={key: test for key, test in tests.items() if test is not None},
+            published=(
+                published_for(entry.mitigation, checkpoint=entry.checkpoint) if preset else None
+            ),
             invalid=tuple(flag.name for flag in entry.invalid),
+            **_costs(entry),
         )
 
 
-def _published(entry: Entry) -> Published | None:
-    """What the paper gives for a preset; nothing where its settings were changed."""
-    if entry.label != entry.mitigation:
-        return None
-    return published_for(entry.mitigation, checkpoint=entry.checkpoint)
-
-
-def _by_width(radius: tuple[Norm, float | None]) -> tuple[bool, str, float]:
+def _by_width(radius: _Radius) -> tuple[bool, str, float]:
     norm, eps = radius
     return norm == "none", norm, eps or 0.0
 
 
-def _cell(entry: Entry, kind: Kind, condition: Condition) -> Cell | None:
-    cell = find_cell(entry.cells, kind=kind, condition=condition)
-    return cell if cell is not None and cell.n + cell.failed > 0 else None
-
-
-def _attacked(entry: Entry, base: Entry, init: Init, condition: Condition) -> Attacked:
-    return Attacked(
-        init=init,
-        vm=_cell(entry, "vm", condition),
-        tm=_cell(entry, "tm", condition),
-        control=_cell(entry, "control", condition),
-        against_none=_against(base, entry, condition, condition) if entry is not base else None,
-        against_prompt=_against(entry, entry, _PROMPT, condition),
-    )
-
-
-def _against(first: Entry, second: Entry, before: Condition, after: Condition) -> Paired | None:
-    one, other = first.reproduced.get((before, "vm")), second.reproduced.get((after, "vm"))
-    return paired(one, other) if one is not None and other is not None else None
+def _costs(entry: Entry) -> dict[str, Any]:
+    """What a mitigation costs, where it was measured."""
+    utility, edit = entry.utility, entry.edit
+    loss = utility.denoising_loss if utility else None
+    kid = utility.ordinary.kid if utility and utility.ordinary else None
+    names = ("unet_evaluations", "seconds")
+    found: dict[str, Any] = {
+        name: float(edit.cost[name]) for name in names if edit and name in edit.cost
+    }
+    if loss:
+        found |= {"loss_ratio": loss.ratio, "loss_ratio_ci95": loss.ratio_ci95}
+    if kid:
+        found |= {"kid": kid.mean, "kid_std": kid.std}
+    if edit and edit.counts:
+        found["weights_changed"] = float(sum(edit.counts.values()))
+    return found
 
 
 def _corrected(rows: Sequence[HeadlineRow]) -> list[HeadlineRow]:
     """Correct the comparisons with no mitigation, one family per condition."""
-    families: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
+
+    def family(row: HeadlineRow, init: Init | None) -> tuple[Any, ...]:
         # the prompts of a mitigation are measured once, however many radii it is attacked in
-        if row.against_none is not None:
-            families.setdefault(("prompt",), {})[row.mitigation] = row.against_none.p
-        for attack in row.attacks:
-            if attack.against_none is not None:
-                family = (row.norm, row.eps, attack.init)
-                families.setdefault(family, {})[row.mitigation] = attack.against_none.p
+        return (None,) if init is None else (init, row.norm, row.eps)
+
+    families: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        for (init, other), test in row.tests.items():
+            if other == "none":
+                families[family(row, init)][row.mitigation] = test.p
     corrected = {
-        family: dict(zip(values, holm(list(values.values())), strict=True))
-        for family, values in families.items()
+        name: dict(zip(values, holm(list(values.values())), strict=True))
+        for name, values in families.items()
     }
-
-    def look_up(row: HeadlineRow, *family: Any) -> float:
-        return corrected.get(family, {}).get(row.mitigation, math.nan)
-
     return [
         replace(
             row,
-            against_none_holm=look_up(row, "prompt"),
-            attacks=tuple(
-                replace(a, against_none_holm=look_up(row, row.norm, row.eps, a.init))
-                for a in row.attacks
-            ),
+            tests={
+                (init, other): replace(test, p_holm=corrected[family(row, init)][row.mitigation])
+                if other == "none"
+                else test
+                for (init, other), test in row.tests.items()
+            },
         )
         for row in rows
     ]
-
-
-def _utility_cost(entry: Entry) -> UtilityCost:
-    loss = entry.utility.denoising_loss if entry.utility else None
-    kid = entry.utility.ordinary.kid if entry.utility and entry.utility.ordinary else None
-    spent = entry.edit.cost if entry.edit else {}
-    counts = entry.edit.counts if entry.edit else {}
-    nothing = UtilityCost()
-    return UtilityCost(
-        loss_ratio=loss.ratio if loss else math.nan,
-        loss_ratio_ci95=loss.ratio_ci95 if loss else nothing.loss_ratio_ci95,
-        kid=kid.mean if kid else math.nan,
-        kid_std=kid.std if kid else math.nan,
-        unet_evaluations=float(spent.get("unet_evaluations", math.nan)),
-        seconds=float(spent.get("seconds", math.nan)),
-        changed=float(sum(counts.values())) if counts else math.nan,
-    )

@@ -312,9 +312,7 @@ def rates_against_steps(rows: Sequence[HeadlineRow], cells: Sequence[Cell]) -> F
     looks = _looks(rows)
     panels = {}
     for checkpoint, attack in dict.fromkeys(
-        (row.checkpoint, (attacked.init, row.norm, row.eps))
-        for row in rows
-        for attacked in row.attacks
+        (row.checkpoint, (init, row.norm, row.eps)) for row in rows for init in row.inits
     ):
         curves = []
         for name, look in looks.items():
@@ -349,19 +347,19 @@ def rate_against_radius(rows: Sequence[HeadlineRow]) -> Figure | None:
     looks = _looks(rows)
     panels = []
     for checkpoint in dict.fromkeys(row.checkpoint for row in rows):
-        attacked = [row for row in rows if row.checkpoint == checkpoint and row.attacks]
+        attacked = [row for row in rows if row.checkpoint == checkpoint and row.inits]
         radii = {(r.norm == "none", r.norm, r.eps or 0.0): ball_words(r) for r in attacked}
         if len(radii) < 2:
             continue
         places = {words: place for place, (_, words) in enumerate(sorted(radii.items()), 1)}
         for init in INITS:
-            if not any(attack.init == init for row in attacked for attack in row.attacks):
+            if not any(init in row.inits for row in attacked):
                 continue
             found: dict[str, dict[int, Cell]] = {}
             for row in attacked:
-                cells = {places[ball_words(row)]: a.vm for a in row.attacks if a.init == init}
+                cells = {places[ball_words(row)]: row.cells.get(("vm", init))}
                 if init == "prompt":
-                    cells[0] = row.prompt_vm
+                    cells[0] = row.prompted("vm")
                 measured = {place: cell for place, cell in cells.items() if cell and cell.n}
                 found.setdefault(row.mitigation, {}).update(measured)
             ticks = {0: "prompt", **{place: words for words, place in places.items()}}
@@ -613,7 +611,7 @@ def before_and_after(rows: Sequence[HeadlineRow]) -> Figure | None:
     A mitigation that is attacked within several radii is shown in the widest. None
     where no suspected image was measured.
     """
-    groups = _by_checkpoint(rows, lambda row: row.prompt_vm is not None or bool(row.attacks))
+    groups = _by_checkpoint(rows, lambda row: row.prompted("vm") is not None or bool(row.inits))
     if not groups:
         return None
     heights = [len(group) + 0.8 for group in groups.values()]
@@ -633,8 +631,8 @@ def _dumbbells(axes: Axes, rows: Sequence[HeadlineRow]) -> None:
     for place, row in enumerate(rows):
         ends = []
         for cell, shift, colour, face, label in (
-            (row.prompt_vm, -0.14, KIND_LOOK["vm"][0], GROUND, "from their prompts"),
-            (row.main.vm if row.main else None, 0.14, ALARM, ALARM, "from the attack"),
+            (row.prompted("vm"), -0.14, KIND_LOOK["vm"][0], GROUND, "from their prompts"),
+            (row.attacked("vm"), 0.14, ALARM, ALARM, "from the attack"),
         ):
             if cell is None or not cell.n:
                 continue
@@ -669,10 +667,9 @@ def removal_against_cost(rows: Sequence[HeadlineRow]) -> Figure | None:
         rows,
         lambda row: (
             row.mitigation != BASELINE
-            and row.main is not None
-            and row.main.vm is not None
-            and row.main.vm.n > 0
-            and math.isfinite(row.cost.loss_ratio)
+            and (cell := row.attacked("vm")) is not None
+            and cell.n > 0
+            and math.isfinite(row.loss_ratio)
         ),
     )
     if not groups:
@@ -681,11 +678,11 @@ def removal_against_cost(rows: Sequence[HeadlineRow]) -> Figure | None:
     for axes, (checkpoint, group) in zip(grid, groups.items(), strict=True):
         plain_axes(axes)
         axes.axvline(0.0, color=CALM, linewidth=1.0)
-        points = [(row.main.vm, row) for row in group if row.main and row.main.vm]
-        points.sort(key=lambda point: (point[0].mr, point[1].cost.loss_ratio))
+        points = [(cell, row) for row in group if (cell := row.attacked("vm"))]
+        points.sort(key=lambda point: (point[0].mr, point[1].loss_ratio))
         for place, (cell, row) in enumerate(points):
-            ratio = row.cost.loss_ratio
-            spread = abs(np.array([row.cost.loss_ratio_ci95, cell.mr_ci95]) - [[ratio], [cell.mr]])
+            ratio = row.loss_ratio
+            spread = abs(np.array([row.loss_ratio_ci95, cell.mr_ci95]) - [[ratio], [cell.mr]])
             axes.errorbar(
                 ratio - 1.0, cell.mr,
                 xerr=np.nan_to_num(spread[0])[:, None], yerr=np.nan_to_num(spread[1])[:, None],

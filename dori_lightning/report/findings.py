@@ -1,6 +1,6 @@
 """What an audit or a sweep shows, decided from counts: the answer, its limits, and the effort.
 
-Numbers and enums only; the words are in ``templates/verdict.txt.j2`` (``report.verdict``). The
+Numbers and enums only; the words are in the templates ``verdict.txt.j2`` and ``flags.txt.j2``. The
 rule that matters most: an attack that also "reproduces" images which the model does not hold
 proves nothing, whatever it does on the suspected ones.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dori_lightning.metrics.replication import FALSE_POSITIVE_LIMIT, Trust, find_cell, search_of
 from dori_lightning.report.comparison import HeadlineRow
-from dori_lightning.report.record import AttackEffort, AuditRecord, AuditReport, Flag
-from dori_lightning.report.words import number_words, percent_words
+from dori_lightning.report.record import AttackEffort, AuditRecord, AuditReport, Flag, Severity
+from dori_lightning.report.words import text_macro
 from dori_lightning.types import (
     BASELINE,
     INITS,
@@ -225,21 +225,15 @@ def find_flags(
     return tuple(sorted(flags, key=lambda flag: order[flag.severity]))
 
 
+def _flag(name: str, severity: Severity, **values: Any) -> Flag:
+    return Flag(name, severity, text_macro("flags.txt.j2", name, **values))
+
+
 def _input_flags(mitigation: str, *, inert: bool, skipped: Sequence[str]) -> Iterator[Flag]:
     if inert:
-        yield Flag(
-            "edit_changes_nothing", "invalid",
-            f"The edit of {mitigation} changes no weight of the model, so this is an audit of the "
-            "checkpoint without a mitigation.",
-        )  # fmt: skip
+        yield _flag("edit_changes_nothing", "invalid", mitigation=mitigation)
     if skipped:
-        more = len(skipped) - _NAMED
-        named = ", ".join(skipped[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-        yield Flag(
-            "pairs_skipped", "warning",
-            f"{number_words(len(skipped), 'row')} of the list without an image: in no rate, and "
-            f"nothing is known of them ({named}).",
-        )  # fmt: skip
+        yield _flag("pairs_skipped", "warning", ids=skipped, named=_NAMED)
 
 
 def _failed_flags(report: AuditReport) -> Iterator[Flag]:
@@ -261,106 +255,48 @@ def _failed_flags(report: AuditReport) -> Iterator[Flag]:
             statuses.setdefault(key, set()).add(outcome.status)
     deaf = sum("ok" not in found and "no_gradient" in found for found in statuses.values())
     if deaf:
-        yield Flag(
-            "no_gradient", "invalid",
-            f"The attack had no gradient in {number_words(deaf, 'run')} on suspected images: the "
-            "text does not reach the model's loss, so it could not have succeeded whatever the "
-            "model holds.",
-        )  # fmt: skip
+        yield _flag("no_gradient", "invalid", runs=deaf)
     if suspected > deaf:
-        yield Flag(
-            "diverged", "invalid",
-            f"{number_words(suspected - deaf, 'run')} on suspected images diverged and gave no "
-            "result: left out of every rate, and no evidence that an image is safe.",
-        )  # fmt: skip
+        yield _flag("diverged", "invalid", runs=suspected - deaf)
     if controls:
-        yield Flag(
-            "controls_failed", "warning",
-            f"{number_words(controls, 'run')} on control images gave no result and are left out "
-            "of every rate.",
-        )  # fmt: skip
+        yield _flag("controls_failed", "warning", runs=controls)
 
 
 def _control_flags(report: AuditReport, findings: AuditFindings) -> Iterator[Flag]:
     if not any(cell.kind == "control" and cell.n > 0 for cell in report.own_cells):
-        yield Flag(
-            "no_controls", "critical",
-            "No control images were measured, so it is unknown how often this audit calls an "
-            "image reproduced that the model does not hold. Add pairs of kind control.",
-        )  # fmt: skip
+        yield _flag("no_controls", "critical")
         return
     prompted, attacked = findings.control_prompt, findings.control_attack
     if prompted is not None and prompted.n > 0 and not prompted.mr < FALSE_POSITIVE_LIMIT:
-        yield Flag(
-            "control_prompts_replicate", "critical",
-            f"{prompted.hits} of {number_words(prompted.n, 'control image')} count as reproduced "
-            f"from their own prompts: the threshold is too low for these images, or the controls "
-            f"are not clean.",
-        )  # fmt: skip
+        yield _flag("control_prompts_replicate", "critical", cell=prompted)
     if findings.trust == "unchecked":
-        yield Flag(
-            "controls_not_attacked", "critical",
-            "The attack was not tried on control images, so it is unknown whether it can paint "
-            "any image at all.",
-        )  # fmt: skip
+        yield _flag("controls_not_attacked", "critical")
     elif findings.trust == "paints" and attacked is not None:
-        yield Flag(
-            "controls_replicate", "critical",
-            f"The attack reproduces {attacked.hits} of "
-            f"{number_words(attacked.n, 'control image')} that the model should not hold: its "
-            "results on suspected images are not reliable at this budget.",
-        )  # fmt: skip
+        yield _flag("controls_replicate", "critical", cell=attacked)
     elif attacked is not None and attacked.mr_ci95[1] >= FALSE_POSITIVE_LIMIT:
-        yield Flag(
-            "few_controls", "warning" if attacked.mr_ci95[1] >= WEAK_CONTROLS else "info",
-            f"With {number_words(attacked.n, 'control image')} the attack's true false-positive "
-            f"rate can be as high as {percent_words(attacked.mr_ci95[1])} (95 % interval).",
-        )  # fmt: skip
+        weak = attacked.mr_ci95[1] >= WEAK_CONTROLS
+        yield _flag("few_controls", "warning" if weak else "info", cell=attacked)
 
 
 def _baseline_flags(before: Cell | None, *, as_it_is: bool) -> Iterator[Flag]:
     if before is not None and before.n > 0 and before.mr < BASELINE_LIMIT:
-        yield Flag(
-            # of a checkpoint as it is that is the answer; of a mitigation it is no test
-            "baseline_not_memorized", "warning" if as_it_is else "invalid",
-            f"Without any mitigation the model reproduces only {before.hits} of "
-            f"{number_words(before.n, 'suspected image')} from their prompts: most may never have "
-            f"been memorized, and what a mitigation does to them says little.",
-        )  # fmt: skip
+        # of a checkpoint as it is that is the answer; of a mitigation it is no test
+        yield _flag("baseline_not_memorized", "warning" if as_it_is else "invalid", cell=before)
     elif before is None and not as_it_is:
-        yield Flag(
-            "no_baseline", "info",
-            "The checkpoint without the mitigation is not part of this report; compare with its "
-            "own audit.",
-        )  # fmt: skip
+        yield _flag("no_baseline", "info")
 
 
 def _pair_flags(report: AuditReport, findings: AuditFindings) -> Iterator[Flag]:
     suspected = findings.prompt if report.prompt_condition else findings.attack
     if suspected is not None and 0 < suspected.n < FEW_PAIRS:
-        yield Flag(
-            "few_pairs", "info",
-            f"Only {number_words(suspected.n, 'suspected image')}: the intervals are wide.",
-        )  # fmt: skip
+        yield _flag("few_pairs", "info", cell=suspected)
     pairs = {outcome.pair.id: outcome.pair for outcome in report.outcomes}.values()
     if cut := sum(pair.truncated for pair in pairs):
-        yield Flag(
-            "truncated_prompts", "warning",
-            f"{number_words(cut, 'prompt')} with more tokens than the text encoder takes: the "
-            "model never saw their end.",
-        )  # fmt: skip
+        yield _flag("truncated_prompts", "warning", prompts=cut)
     if any(cell.counted == "up_to_budget" for cell in report.own_cells):
-        yield Flag(
-            "stopped_early", "info",
-            "Attacks were stopped at the first evaluated step that brought their image back: a "
-            "rate at a number of steps counts what came back up to there.",
-        )  # fmt: skip
+        yield _flag("stopped_early", "info")
     if copies := sum(pair.duplicate_of is not None for pair in pairs):
-        yield Flag(
-            "duplicates", "warning",
-            f"{number_words(copies, 'pair')} with the same image as another pair; the intervals "
-            "treat them as independent and are too narrow.",
-        )  # fmt: skip
+        yield _flag("duplicates", "warning", pairs=copies)
 
 
 @dataclass(frozen=True)
@@ -410,34 +346,28 @@ def sweep_findings(rows: Sequence[HeadlineRow]) -> SweepFindings:
     def labels(chosen: Iterable[HeadlineRow]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(map(label, chosen)))
 
+    def attacked(row: HeadlineRow, kind: Kind) -> list[Cell]:
+        cells = (row.cells.get((kind, init)) for init in row.inits)
+        return [cell for cell in cells if cell is not None and cell.n]
+
     def found(row: HeadlineRow) -> bool:
-        return any(attack.vm is not None and attack.vm.hits for attack in row.attacks)
+        return any(cell.hits for cell in attacked(row, "vm"))
 
     def hides(row: HeadlineRow) -> bool:
-        test = row.main.against_prompt if row.main is not None else None
+        test = row.tests.get((row.inits[0], "prompt"))
         return test is not None and test.gained > test.lost and test.p < SIGNIFICANT
 
-    def paints(row: HeadlineRow) -> bool:
-        controls = [a.control for a in row.attacks if a.control is not None and a.control.n]
-        return any(cell.mr >= FALSE_POSITIVE_LIMIT for cell in controls)
-
     mitigated = [row for row in rows if row.mitigation != BASELINE]
-    tried = [
-        row
-        for row in mitigated
-        if any(attack.vm is not None and attack.vm.n for attack in row.attacks)
-        and (found(row) or not row.invalid)
-    ]
-    holding = labels(row for row in tried if found(row))
-    clear = [
-        row
+    tried = [row for row in mitigated if attacked(row, "vm") and (found(row) or not row.invalid)]
+    holding = labels(filter(found, tried))
+    costs = {
+        label(row): row.loss_ratio
         for row in tried
-        if label(row) not in holding and row.prompt_vm is not None and not row.prompt_vm.hits
-    ]
-    costs = {label(row): row.cost.loss_ratio for row in clear}
+        if label(row) not in holding and (cell := row.prompted("vm")) is not None and not cell.hits
+    }
     baselines: dict[str, HeadlineRow] = {}
     for row in rows:
-        if row.mitigation == BASELINE and row.prompt_vm is not None:
+        if row.mitigation == BASELINE and row.prompted("vm") is not None:
             baselines.setdefault(row.checkpoint, row)
     return SweepFindings(
         baselines=tuple(baselines.values()),
@@ -447,11 +377,11 @@ def sweep_findings(rows: Sequence[HeadlineRow]) -> SweepFindings:
         clear=tuple(costs),
         loss_ratio=next(iter(costs.values())) if len(costs) == 1 else math.nan,
         invalid=labels(row for row in rows if row.invalid),
-        painting=labels(filter(paints, rows)),
-        unchecked=labels(
+        painting=labels(
             row
             for row in rows
-            if row.attacks and not any(a.control is not None and a.control.n for a in row.attacks)
+            if any(cell.mr >= FALSE_POSITIVE_LIMIT for cell in attacked(row, "control"))
         ),
+        unchecked=labels(row for row in rows if row.inits and not attacked(row, "control")),
         valid=not any(row.invalid for row in mitigated),
     )

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dori_lightning.metrics.replication import PairResult
 from dori_lightning.pairs.validation import square_image
 from dori_lightning.report.record import NOT_KEPT, AuditReport, Disclosure
-from dori_lightning.types import Condition, InputError, Pair
+from dori_lightning.types import Condition, InputError
 
 THUMBNAIL = 192
 """Longest side of an embedded image in pixels."""
@@ -31,11 +31,6 @@ def thumbnail(path: Path, disclosure: Disclosure, *, side: int = THUMBNAIL) -> I
 
     Blurring throws the pixels away rather than hiding them: nothing in the result can be sharpened
     back.
-
-    Args:
-        path: The image's file, or ``NOT_KEPT``.
-        disclosure: ``full``, ``blurred``, or ``none``.
-        side: Pixels a side at most.
 
     Returns:
         A square image, or None where images are not shown or this one is not kept.
@@ -59,8 +54,11 @@ def thumbnail(path: Path, disclosure: Disclosure, *, side: int = THUMBNAIL) -> I
     return image
 
 
-def jpeg_uri(image: Image.Image) -> str:
-    """Encode an image as a ``data:`` address, JPEG without chroma subsampling."""
+def thumbnail_uri(path: Path, disclosure: Disclosure, *, side: int = THUMBNAIL) -> str | None:
+    """Encode ``thumbnail`` as a ``data:`` address, JPEG without chroma subsampling."""
+    image = thumbnail(path, disclosure, side=side)
+    if image is None:
+        return None
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=85, subsampling=0, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
@@ -85,10 +83,8 @@ def attack_grid(
 
     Below an image stands its similarity to the original; one above the threshold is framed.
 
-    Args:
-        report: The audit; a baseline adds the prompts' images before the mitigation.
-        attack: The attack to show; None shows the prompts alone.
-        images: ``none`` draws nothing.
+    A baseline adds the prompts' images before the mitigation. ``attack`` None shows the prompts
+    alone.
 
     Returns:
         Suspected images first, the first of each in the order of the list; None where there is
@@ -102,7 +98,11 @@ def attack_grid(
         columns.insert(0, ("before mitigation", before, prompt))
     if attack is not None:
         columns.append((f"attack from {attack.init}", after, attack))
-    shown = _first_pairs(o.pair for o in report.outcomes if attack in (None, o.condition))
+    pairs = {o.pair.id: o.pair for o in report.outcomes if attack in (None, o.condition)}.values()
+    shown = [
+        *[pair for pair in pairs if pair.kind != "control"][:_SUSPECTED],
+        *[pair for pair in pairs if pair.kind == "control"][:_CONTROLS],
+    ]
     if images == "none" or not shown:
         return None
     wide, high = _SIDE + _GAP, _SIDE + _LINE + _GAP
@@ -148,11 +148,3 @@ def results_by_condition(
 ) -> dict[tuple[str, Condition | None], PairResult]:
     """Results by pair id and condition."""
     return {(result.pair.id, result.condition): result for result in results}
-
-
-def _first_pairs(pairs: Iterable[Pair]) -> list[Pair]:
-    """The first suspected pairs and the first controls."""
-    unique = list({pair.id: pair for pair in pairs}.values())
-    suspected = [pair for pair in unique if pair.kind != "control"]
-    controls = [pair for pair in unique if pair.kind == "control"]
-    return [*suspected[:_SUSPECTED], *controls[:_CONTROLS]]

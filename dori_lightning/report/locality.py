@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -32,7 +32,7 @@ from dori_lightning.report.record import (
     plain_values,
     stored_json,
 )
-from dori_lightning.report.tables import TextTable, tables_markdown
+from dori_lightning.report.tables import Columns, TextTable, tables_markdown, text_table
 from dori_lightning.report.words import (
     METHOD_WORDS,
     START_WORDS,
@@ -51,8 +51,6 @@ from dori_lightning.types import Budget, Init, InputError, Kind
 
 LOCALITY_SCHEMA_VERSION = 1
 
-R = TypeVar("R")
-Columns = Mapping[str, Callable[[R], str]]
 
 _TEMPLATE = "locality.txt.j2"
 
@@ -489,7 +487,7 @@ def image_table(report: LocalityReport) -> TextTable:
             else "-"
         )
 
-    return _table(
+    return text_table(
         "Images",
         "Attacks whose end draws the image, of those that stayed finite, by where they began.",
         report.images,
@@ -505,7 +503,7 @@ def number_tables(report: LocalityReport) -> tuple[TextTable, ...]:
 
 def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
     if report.transfer is not None:
-        yield _table(
+        yield text_table(
             "Success against budget",
             "Attacks that draw their image after some steps, on the model that was attacked.",
             report.transfer.budget,
@@ -516,14 +514,14 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             },
             {**_RATE, "diverged": lambda p: str(p.diverged)},
         )
-        yield _table(
+        yield text_table(
             "Lines between embeddings",
             "Embeddings on straight lines from a trigger that draw its image.",
             report.transfer.lines,
             {"towards": _spaced("toward"), "share of the way": lambda p: f"{p.place:g}"},
             _RATE,
         )
-        yield _table(
+        yield text_table(
             "Transfer",
             "Triggers that draw their image on each model; those of memorized images worked on "
             "the searched one.",
@@ -536,7 +534,7 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             _RATE,
         )
     if report.embeddings is not None:
-        yield _table(
+        yield text_table(
             "Distances of embeddings",
             "Means over pairs of one image and of two images (prompts: over all pairs), with 95 % "
             "bootstrap intervals.",
@@ -551,7 +549,7 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
                 "cosine, two images": lambda s: estimate_words(s.cosine_between),
             },
         )
-        yield _table(
+        yield text_table(
             "What the attack changes",
             "Displacement from start to end; share of the distance of two starts; cosine of two "
             "displacements; ends whose nearest start is their own.",
@@ -565,7 +563,7 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
                 "own start nearest": lambda m: _counts(m.own_start),
             },
         )
-        yield _table(
+        yield text_table(
             "Nearest prompt",
             "Whose prompt is nearest: the image's own, another memorized image's, or a control's.",
             report.embeddings.nearest,
@@ -582,7 +580,7 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             },
         )
     if report.activations is not None:
-        yield _table(
+        yield text_table(
             "Activations",
             "Mean distances of activations within an image and between images, and the same "
             "relative to the activations' size, with 95 % bootstrap intervals.",
@@ -602,7 +600,7 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             },
         )
     if report.weights is not None:
-        yield _table(
+        yield text_table(
             "Selected weights",
             "Size of selections (mean, smallest to largest) and their intersection over union "
             "within an image and between images; without pairs that are both empty; by chance at "
@@ -633,15 +631,6 @@ _RATE: Columns[Any] = {
     "95 % over triggers": lambda row: interval_words(row.rate.ci95),
     "95 % over images": lambda row: interval_words(row.rate.ci95_images),
 }
-
-
-def _table(
-    title: str, caption: str, rows: Sequence[R], names: Columns[R], numbers: Columns[R]
-) -> TextTable:
-    """Write rows as text; ``names`` are the columns that name a row."""
-    columns = {**names, **numbers}
-    texts = tuple(tuple(write(row) for write in columns.values()) for row in rows)
-    return TextTable(title, caption, tuple(columns), texts, named=len(names))
 
 
 def _spaced(attribute: str) -> Callable[[Any], str]:

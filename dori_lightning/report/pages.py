@@ -11,18 +11,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from dori_lightning.metrics.replication import (
-    PairResult,
-    steps_by_pair,
-)
+from dori_lightning.metrics.replication import PairResult, steps_by_pair
 from dori_lightning.metrics.utility import PictureRow, PromptKind, Utility
 from dori_lightning.report.comparison import Comparison, Entry, HeadlineRow
 from dori_lightning.report.figures import audit_figures, svg_element, sweep_figures, write_figures
@@ -30,10 +27,9 @@ from dori_lightning.report.findings import audit_findings
 from dori_lightning.report.images import (
     THUMBNAIL,
     attack_grid,
-    jpeg_uri,
     png_file,
     results_by_condition,
-    thumbnail,
+    thumbnail_uri,
 )
 from dori_lightning.report.record import (
     NOT_KEPT,
@@ -51,10 +47,7 @@ from dori_lightning.report.tables import (
     remarks,
     tables_markdown,
 )
-from dori_lightning.report.verdict import (
-    audit_verdict,
-    sweep_verdict,
-)
+from dori_lightning.report.verdict import audit_verdict, sweep_verdict
 from dori_lightning.report.words import environment
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
@@ -68,6 +61,8 @@ MOST_IMAGES = 700
 
 MOST_PROMPTS = 12
 """Prompts of each kind whose images are shown with a mitigation and without."""
+
+T = TypeVar("T")
 
 # "95 %", "4 of 8": broken into two lines they are hard to read
 _LOOSE = re.compile(r"(?<=\d) (?=%)|(?<=\d) (?=of \d)|(?<=\d of) (?=\d)")
@@ -107,7 +102,6 @@ class PairRow:
     """One pair and its images, a tuple of shots for each column of the table.
 
     Attributes:
-        pair: The pair.
         original: ``data:`` address of the original, None where it is not shown.
         columns: Shots, by column.
         outcome: Words that the result filter looks for.
@@ -201,13 +195,9 @@ def render_page(
 ) -> str:
     """Render the page of an audit; it loads nothing from anywhere.
 
-    Args:
-        report: The report.
-        images: ``full``; ``blurred`` throws the pixels away before embedding, since memorized
-            images are the leaked data; ``none`` embeds no image.
-        max_pairs: Most pairs to show; they are the first of each kind, never chosen by result.
-        locality: Locality runs on the same checkpoint.
-        figures: Figures of the report where they are drawn already.
+    Blurring throws the pixels away before embedding, since memorized images are the leaked data.
+    At most ``max_pairs`` are shown, the first of each kind, never chosen by result. Figures that
+    are drawn already are not drawn again.
 
     Returns:
         HTML.
@@ -225,12 +215,7 @@ def render_page(
         found=found,
         spoken=[condition for condition in spoken if condition is not None],
         table=audit_pairs(report, disclosure=images, max_pairs=max_pairs),
-        cells=[
-            (*key, list(cells))
-            for key, cells in groupby(
-                ranked_cells(report.cells), key=lambda cell: (cell.mitigation, cell.kind)
-            )
-        ],
+        cells=ranked_cells(report.cells),
         twins=utility_twins(report.utility, images) if report.utility else (),
         locality=locality,
         figures=_elements(audit_figures(report) if figures is None else figures),
@@ -241,28 +226,19 @@ def render_page(
 
 
 def write_table(
-    comparison: Comparison,
-    rows: Sequence[HeadlineRow],
-    folder: Path,
-    *,
-    images: Disclosure = "full",
-    max_pairs: int = 40,
-    locality: Sequence[LocalitySection] = (),
+    comparison: Comparison, rows: Sequence[HeadlineRow], folder: Path, **options: Any
 ) -> tuple[Path, ...]:
     """Write ``table.parquet``, ``cells.parquet``, ``table.md`` and ``report.html``.
 
     Returns:
-        Their paths, the page last.
+        Their paths, the page last; options of ``render_sweep_page``.
     """
-    page = render_sweep_page(
-        comparison, rows, folder, images=images, max_pairs=max_pairs, locality=locality
-    )
     markdown = tables_markdown(headline_tables(rows), remarks(comparison, rows))
     contents = {
         "table.parquet": headline_parquet(rows),
         "cells.parquet": cells_parquet(comparison),
         "table.md": markdown.encode(),
-        "report.html": page.encode(),
+        "report.html": render_sweep_page(comparison, rows, folder, **options).encode(),
     }
     return tuple(write_atomically(folder / name, data) for name, data in contents.items())
 
@@ -278,13 +254,8 @@ def render_sweep_page(
 ) -> str:
     """Render the page of a comparison; it loads nothing from anywhere.
 
-    Args:
-        comparison: Audits that belong together.
-        rows: Their table.
-        folder: Where the page will lie; runs below it are linked.
-        images: How images may be shown; a run that allowed less than that decides.
-        max_pairs: Most pairs to show for each checkpoint.
-        locality: Locality runs on the same checkpoints.
+    Runs below ``folder``, where the page will lie, are linked. A run that allowed less than
+    ``images`` decides how images are shown. At most ``max_pairs`` are shown for each checkpoint.
 
     Raises:
         InputError: An image to be shown is unreadable.
@@ -293,8 +264,18 @@ def render_sweep_page(
     runs = [run for entry in comparison.entries for run in entry.runs]
     shown = strictest(runs, images)
     max_pairs = min(max_pairs, max(1, MOST_IMAGES // (1 + 2 * len(comparison.entries))))
-    links = {run.folder: os.path.relpath(run.folder / "report.html", folder) for run in runs}
-    verdict = sweep_verdict(rows)
+    links = {}
+    for run in runs:
+        link = os.path.relpath(run.folder / "report.html", folder).replace(os.sep, "/")
+        links[run.folder] = "" if link.startswith("..") else quote(link)
+    verdict, rule = sweep_verdict(rows), next(iter(comparison.calibrations.values()))
+    # one checkpoint's threshold would be a lie in another one's panels
+    repeats = {
+        entry.label: (entry.pair_results, [c for c in entry.spoken if c is not None])
+        for entry in comparison.entries
+        if len(comparison.calibrations) == 1
+    }
+    figures = sweep_figures(rows, comparison.cells, repeats, threshold=rule.threshold)
     return rendered_page(
         "sweep.html.j2",
         comparison=comparison,
@@ -303,7 +284,7 @@ def render_sweep_page(
         remarks=remarks(comparison, rows),
         incomplete=incomplete,
         tone="doubt" if incomplete else verdict.tone,
-        figures=_elements(_comparison_figures(comparison, rows)),
+        figures=_elements(figures),
         images=shown,
         tables=[
             sweep_pairs(
@@ -315,10 +296,7 @@ def render_sweep_page(
             for checkpoint, rule in comparison.calibrations.items()
         ],
         locality=locality,
-        links={
-            run: "" if link.startswith("..") else quote(link.replace(os.sep, "/"))
-            for run, link in links.items()
-        },
+        links=links,
     )
 
 
@@ -341,29 +319,35 @@ def audit_pairs(report: AuditReport, *, disclosure: Disclosure, max_pairs: int) 
     Raises:
         InputError: An image to be shown is gone or unreadable.
     """
-    shown, total = _first_pairs(report.outcomes, max_pairs=max_pairs)
+    pairs, total = _first_pairs(report.outcomes, max_pairs=max_pairs)
     prompt, attack = report.prompt_condition, report.headline_condition
-    before = results_by_condition(report.baseline_results)
     after = results_by_condition(report.pair_results)
-    firsts = _first_steps(report, attack)
-    columns = [("prompt", after, prompt), ("attack", after, attack)]
-    labels = [("prompt", "From its prompt"), ("attack", "From the attack")]
+    columns = [
+        ("prompt", "From its prompt", after, prompt),
+        ("attack", "From the attack", after, attack),
+    ]
     if report.baseline:
-        columns.insert(0, ("before", before, Condition("prompt")))
-        labels = [
-            ("before", "Prompt, before mitigation"),
-            ("prompt", "Prompt, after mitigation"),
-            ("attack", "Attack, after mitigation"),
+        before = results_by_condition(report.baseline_results)
+        columns = [
+            ("before", "Prompt, before mitigation", before, Condition("prompt")),
+            ("prompt", "Prompt, after mitigation", after, prompt),
+            ("attack", "Attack, after mitigation", after, attack),
         ]
+    firsts = _first_steps(report, attack)
     rows = []
-    for pair in shown:
+    for pair in pairs:
         shots = [
             _shot(name, results.get((pair.id, condition)), disclosure)
-            for name, results, condition in columns
+            for name, _, results, condition in columns
         ]
         shots[-1] = replace(shots[-1], first=firsts.get(pair.id))
-        row = tuple((shot,) for shot in shots)
-        rows.append(PairRow(pair, _uri(pair.image, disclosure), row, _outcome(shots[-2:])))
+        back = next((shot.name for shot in shots[-2:] if shot.tone == "found"), None)
+        # one failed run leaves the question open even where the other one found nothing
+        failed = any(shot.result and shot.result.status != "ok" for shot in shots[-2:])
+        outcome = back or ("failed" if failed else "none")
+        original = thumbnail_uri(pair.image, disclosure)
+        rows.append(PairRow(pair, original, tuple((shot,) for shot in shots), outcome))
+    labels = [(name, label) for name, label, _, _ in columns]
     return PairTable(report.checkpoint, report.calibration.threshold, labels, rows, total)
 
 
@@ -372,11 +356,7 @@ def sweep_pairs(
 ) -> PairTable:
     """Put the images of one checkpoint's pairs together, a column for each mitigation.
 
-    Args:
-        entries: Audits of the checkpoint.
-        rule: Its threshold.
-        disclosure: How images may be shown.
-        max_pairs: Most pairs to show; they are the first of each kind.
+    At most ``max_pairs`` are shown, the first of each kind.
     """
     base = next(entry for entry in entries if entry.mitigation == BASELINE)
     shown, total = _first_pairs(base.outcomes, max_pairs=max_pairs)
@@ -389,9 +369,7 @@ def sweep_pairs(
         results = results_by_condition(entry.pair_results)
         for pair in shown:
             shots = []
-            for name, condition in (
-                ("prompt", entry.prompt_condition), ("attack", entry.headline_condition),
-            ):  # fmt: skip
+            for name, condition in zip(("prompt", "attack"), entry.spoken, strict=True):
                 result = results.get((pair.id, condition))
                 kept = result is None or (result.picture is not None and result.picture.is_file())
                 if result is not None and result.status == "ok" and not kept:
@@ -401,14 +379,11 @@ def sweep_pairs(
             columns[pair.id].append(tuple(shots))
     rows = []
     for pair in shown:
-        back = [
-            place
-            for place, shots in enumerate(columns[pair.id])
-            if any(shot.tone == "found" for shot in shots)
-        ]
-        gone = all(entries[place].label == BASELINE for place in back)
-        original = _uri(originals.get(pair.id, NOT_KEPT), disclosure, side=SWEEP_SIDE)
-        outcome = " ".join([*(f"m{place}" for place in back), *(["gone"] if gone else [])])
+        stacks = dict(enumerate(columns[pair.id]))
+        back = [m for m, shots in stacks.items() if any(shot.tone == "found" for shot in shots)]
+        gone = ["gone"] if all(entries[place].label == BASELINE for place in back) else []
+        original = thumbnail_uri(originals.get(pair.id, NOT_KEPT), disclosure, side=SWEEP_SIDE)
+        outcome = " ".join([*(f"m{place}" for place in back), *gone])
         rows.append(PairRow(pair, original, tuple(columns[pair.id]), outcome))
     return PairTable(
         entries[0].checkpoint,
@@ -436,15 +411,14 @@ def utility_twins(utility: Utility, disclosure: Disclosure) -> list[Twins]:
         groups: dict[str, list[PictureRow]] = {}
         for row in reversed(first.values()):
             groups.setdefault(row.group, []).append(row)
-        turns = [row for turn in zip_longest(*groups.values()) for row in turn if row is not None]
-        if turns:
+        if groups:
             shown = tuple(
                 (
                     row,
-                    _uri(row.unmitigated, disclosure) or "",
-                    _uri(row.mitigated, disclosure) or "",
+                    thumbnail_uri(row.unmitigated, disclosure),
+                    thumbnail_uri(row.mitigated, disclosure),
                 )
-                for row in turns[:MOST_PROMPTS]
+                for row in _in_turn(groups.values())[:MOST_PROMPTS]
             )
             found.append(Twins(kind, len(first), shown))
     return found
@@ -454,22 +428,16 @@ def _elements(figures: Mapping[str, Figure]) -> dict[str, Markup]:
     return {name: svg_element(figure, name) for name, figure in figures.items()}
 
 
-def _comparison_figures(comparison: Comparison, rows: Sequence[HeadlineRow]) -> dict[str, Figure]:
-    repeats = {}
-    rule = next(iter(comparison.calibrations.values()))
-    # one checkpoint's threshold would be a lie in another one's panels
-    for entry in comparison.entries if len(comparison.calibrations) == 1 else ():
-        spoken = (entry.prompt_condition, entry.headline_condition)
-        repeats[entry.label] = (entry.pair_results, [c for c in spoken if c is not None])
-    return sweep_figures(rows, comparison.cells, repeats, threshold=rule.threshold)
+def _in_turn(groups: Iterable[Iterable[T]]) -> list[T]:
+    """The first of each group, then the second of each, and so on."""
+    return [item for turn in zip_longest(*groups) for item in turn if item is not None]
 
 
 def _first_pairs(outcomes: Iterable[Outcome], *, max_pairs: int) -> tuple[list[Pair], int]:
     """The first pairs of each kind in turn, by kind and in list order, and how many there are."""
     pairs = list({outcome.pair.id: outcome.pair for outcome in outcomes}.values())
     queues = [[pair for pair in pairs if pair.kind == kind] for kind in KINDS]
-    turns = [pair for turn in zip_longest(*queues) for pair in turn if pair is not None]
-    chosen = {pair.id for pair in turns[:max_pairs]}
+    chosen = {pair.id for pair in _in_turn(queues)[:max_pairs]}
     return [pair for queue in queues for pair in queue if pair.id in chosen], len(pairs)
 
 
@@ -488,25 +456,9 @@ def _first_steps(report: AuditReport, attack: Condition | None) -> dict[str, int
     return steps_by_pair(attack, report.first_successes)
 
 
-def _outcome(shots: Sequence[Shot]) -> str:
-    """Word for the result filter: how a pair came back, or that it did not, or that it failed."""
-    for shot in shots:
-        if shot.tone == "found":
-            return shot.name
-    # One failed run leaves the question open even where the other one found nothing.
-    runs = [shot.result for shot in shots if shot.result is not None]
-    return "failed" if any(result.status != "ok" for result in runs) else "none"
-
-
 def _shot(
     name: str, result: PairResult | None, disclosure: Disclosure, *, side: int = THUMBNAIL
 ) -> Shot:
-    uri = None
-    if result is not None and result.picture is not None:
-        uri = _uri(result.picture, disclosure, side=side)
+    picture = result.picture if result is not None else None
+    uri = thumbnail_uri(picture, disclosure, side=side) if picture is not None else None
     return Shot(name, result, uri)
-
-
-def _uri(path: Path, disclosure: Disclosure, *, side: int = THUMBNAIL) -> str | None:
-    image = thumbnail(path, disclosure, side=side)
-    return None if image is None else jpeg_uri(image)

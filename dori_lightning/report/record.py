@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ from dori_lightning.metrics.utility import LossRow, PictureRow, Utility
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import (
+    BASELINE,
     Budget,
     Calibration,
     Cell,
@@ -73,7 +74,6 @@ class Flag:
         severity: ``invalid`` takes from the audit what it was made for: whatever did not come
             back says nothing. ``critical`` makes the verdict unreliable, ``warning`` weakens it,
             ``info`` explains.
-        text: One sentence for a reader.
     """
 
     name: str
@@ -107,19 +107,11 @@ class Provenance:
 
     Attributes:
         git_sha: Commit of the code, None outside a checkout.
-        packages: Package name to version.
-        python: Version of the interpreter.
         platform: Operating system and architecture, without the machine's name.
-        device: Device the model ran on, in words.
-        seed: Root seed.
         config: Resolved configuration, already redacted.
-        checkpoint: Name of the checkpoint.
         fingerprint: Hash of its weights.
         image_hashes: Pair id to SHA-256 of the image's file.
-        started: Start, UTC.
-        finished: End, UTC.
         unet_evaluations: Forward passes of the UNet, in rows.
-        wall_seconds: Seconds from start to end.
     """
 
     git_sha: str | None
@@ -202,15 +194,11 @@ class AuditRecord:
     What follows from its fields (from ``invalid`` on) is computed once and not written.
 
     Attributes:
-        checkpoint: Name of the checkpoint.
         mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
         verdict: The answer in words, for a reader who is not an engineer.
-        cells: Rows of the answer.
-        calibration: How the threshold was set.
         recommended_budget: Largest budget that leaves the controls alone, None where there is
             none.
         flags: What limits the numbers' meaning, gravest first.
-        provenance: Where the numbers come from.
         utility: What the mitigation costs; None where it was not measured.
         effort: What the attack took; None in records of earlier versions.
         schema_version: Version of the layout of ``report.json``.
@@ -294,9 +282,7 @@ def write_report(report: AuditReport, folder: Path) -> Path:
     Both are serialised before either file is touched, and ``report.json`` comes last: where it is
     new, the parquet file belongs to it.
 
-    Args:
-        report: What to write.
-        folder: The run folder; made if needed. Paths of images are stored relative to it.
+    The folder is made if needed; paths of images are stored relative to it.
 
     Returns:
         Path of ``report.json``.
@@ -305,7 +291,10 @@ def write_report(report: AuditReport, folder: Path) -> Path:
         TypeError: The configuration holds something that JSON cannot.
     """
     document = json.dumps(_document(report), sort_keys=True, indent=2, allow_nan=False)
-    table = parquet_bytes(pair_rows(report, folder), _pair_columns(report))
+    outcomes = (*report.outcomes, *report.baseline)
+    names = sorted({f"{_SIMILARITY}{name}" for o in outcomes for name in o.similarity})
+    columns = {**_PAIR_COLUMNS, **dict.fromkeys(names, _NUMBER)}
+    table = parquet_bytes(pair_rows(report, folder), columns)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "pairs.parquet", table)
     return write_atomically(folder / "report.json", (document + "\n").encode())
@@ -329,8 +318,7 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "effort": asdict(effort) if effort else None,
         "provenance": {**asdict(report.provenance), "config": redact(report.provenance.config)},
     }
-    plain: dict[str, Any] = plain_values(document)
-    return plain
+    return dict(plain_values(document))
 
 
 def _cell_document(cell: Cell) -> dict[str, Any]:
@@ -430,43 +418,18 @@ def parquet_bytes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, pa.Da
 
 _TEXT, _NUMBER, _WHOLE = pa.string(), pa.float64(), pa.int64()
 _PAIR_COLUMNS: dict[str, pa.DataType] = {
-    "checkpoint": _TEXT,
-    "mitigation": _TEXT,
-    "pair_id": _TEXT,
-    "kind": _TEXT,
-    "prompt": _TEXT,
-    "repeats": _NUMBER,
-    "duplicate_of": _TEXT,
-    "truncated": pa.bool_(),
-    "image_sha256": _TEXT,
-    "attack": _TEXT,
-    "init": _TEXT,
-    "norm": _TEXT,
-    "eps": _NUMBER,
-    "steps": _WHOLE,
-    "restart": _WHOLE,
-    "status": _TEXT,
-    "seed": _WHOLE,
-    "descriptor": _TEXT,
-    "threshold": _NUMBER,
-    "diversity": _NUMBER,
-    "lpips": _NUMBER,
-    "alignment": _NUMBER,
-    "loss_first": _NUMBER,
-    "loss_last": _NUMBER,
-    "displacement": _NUMBER,
-    "stopped_at": _WHOLE,
-    "first_success_steps": _WHOLE,
-    "image": _TEXT,
-    "original": _TEXT,
-}
+    "checkpoint": _TEXT, "mitigation": _TEXT, "pair_id": _TEXT, "kind": _TEXT, "prompt": _TEXT,
+    "repeats": _NUMBER, "duplicate_of": _TEXT, "truncated": pa.bool_(), "image_sha256": _TEXT,
+    "attack": _TEXT, "init": _TEXT, "norm": _TEXT, "eps": _NUMBER, "steps": _WHOLE,
+    "restart": _WHOLE, "status": _TEXT, "seed": _WHOLE, "descriptor": _TEXT,
+    "threshold": _NUMBER, "diversity": _NUMBER, "lpips": _NUMBER, "alignment": _NUMBER,
+    "loss_first": _NUMBER, "loss_last": _NUMBER, "displacement": _NUMBER, "stopped_at": _WHOLE,
+    "first_success_steps": _WHOLE, "image": _TEXT, "original": _TEXT,
+}  # fmt: skip
 _SIMILARITY = "similarity_"
-
-
-def _pair_columns(report: AuditReport) -> dict[str, pa.DataType]:
-    outcomes = (*report.outcomes, *report.baseline)
-    names = sorted({f"{_SIMILARITY}{name}" for o in outcomes for name in o.similarity})
-    return {**_PAIR_COLUMNS, **dict.fromkeys(names, _NUMBER)}
+_OF_PAIRS = ("kind", "prompt", "repeats", "duplicate_of", "truncated")
+_OF_OUTCOMES = ("restart", "status", "diversity", "loss_first", "loss_last", "displacement",
+                "stopped_at")  # fmt: skip
 
 
 def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
@@ -477,62 +440,57 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
     rows: the fewest steps after which it reproduced the pair, null where it never did.
     ``stopped_at`` marks rows whose attack was stopped there, before the steps of the condition.
 
-    Args:
-        report: The report.
-        folder: Paths of images and originals are given relative to it.
+    Paths of images and originals are given relative to ``folder``.
 
     Raises:
         ValueError: An outcome has not as many similarities, or images, as seeds.
     """
-    rows: list[dict[str, Any]] = []
-    for mitigation, outcomes in ((report.mitigation, report.outcomes), ("none", report.baseline)):
-        for outcome in outcomes:
-            search = search_of(outcome)
-            first = report.first_successes.get(search) if search else None
-            rows += [
-                {**row, "mitigation": mitigation, "first_success_steps": first}
-                for row in _image_rows(outcome, report, folder)
-            ]
-    return rows
+    return [
+        {"mitigation": mitigation, **row}
+        for mitigation, outcomes in (
+            (report.mitigation, report.outcomes), (BASELINE, report.baseline),
+        )
+        for outcome in outcomes
+        for row in _image_rows(outcome, report, folder)
+    ]  # fmt: skip
 
 
 def _image_rows(outcome: Outcome, report: AuditReport, folder: Path) -> Iterator[dict[str, Any]]:
     pair, condition, count = outcome.pair, outcome.condition, len(outcome.seeds)
-    for name, values in outcome.similarity.items():
+    measured = {f"{_SIMILARITY}{name}": v for name, v in outcome.similarity.items()}
+    for name, values in measured.items():
         if len(values) != count:
             raise ValueError(
-                f"pair {pair.id} has {count} seeds but {len(values)} similarities of {name}"
+                f"pair {pair.id} has {count} seeds but {len(values)} similarities of "
+                f"{name.removeprefix(_SIMILARITY)}"
             )
     if outcome.images and len(outcome.images) != count:
         raise ValueError(f"pair {pair.id} has {count} seeds but {len(outcome.images)} images")
+    if outcome.lpips is not None:
+        measured["lpips"] = outcome.lpips
+    if outcome.alignment is not None:
+        measured["alignment"] = outcome.alignment
+    search = search_of(outcome)
+    row = {
+        "checkpoint": report.checkpoint,
+        "pair_id": pair.id,
+        "image_sha256": pair.sha256,
+        "original": _relative(pair.image, folder),
+        "attack": condition.attack,
+        "init": condition.init,
+        **asdict(condition.budget),
+        "descriptor": report.calibration.descriptor,
+        "threshold": report.calibration.threshold,
+        "first_success_steps": report.first_successes.get(search) if search else None,
+        **{name: getattr(pair, name) for name in _OF_PAIRS},
+        **{name: getattr(outcome, name) for name in _OF_OUTCOMES},
+    }
     for place, seed in enumerate(outcome.seeds):
         yield {
-            "checkpoint": report.checkpoint,
-            "pair_id": pair.id,
-            "kind": pair.kind,
-            "prompt": pair.prompt,
-            "repeats": pair.repeats,
-            "duplicate_of": pair.duplicate_of,
-            "truncated": pair.truncated,
-            "image_sha256": pair.sha256,
-            "attack": condition.attack,
-            "init": condition.init,
-            **asdict(condition.budget),
-            "restart": outcome.restart,
-            "status": outcome.status,
+            **row,
             "seed": seed,
-            "descriptor": report.calibration.descriptor,
-            "threshold": report.calibration.threshold,
-            "diversity": outcome.diversity,
-            "lpips": None if outcome.lpips is None else float(outcome.lpips[place]),
-            "alignment": None if outcome.alignment is None else float(outcome.alignment[place]),
-            "loss_first": outcome.loss_first,
-            "loss_last": outcome.loss_last,
-            "displacement": outcome.displacement,
-            "stopped_at": outcome.stopped_at,
             "image": _relative(outcome.images[place], folder) if outcome.images else None,
-            "original": _relative(pair.image, folder),
-            **{f"{_SIMILARITY}{name}": float(v[place]) for name, v in outcome.similarity.items()},
+            **{name: float(values[place]) for name, values in measured.items()},
         }
 
 
@@ -598,8 +556,7 @@ def read_record(folder: Path) -> AuditRecord:
             f"{path} has schema_version {document['schema_version']!r}, this version reads "
             f"{SCHEMA_VERSION}\n  fix:   run the audit again, or install the version that wrote it"
         )
-    record: AuditRecord = validated(_RECORD, document, path)
-    return record
+    return cast(AuditRecord, validated(_RECORD, document, path))
 
 
 @dataclass(frozen=True)
@@ -633,8 +590,7 @@ def read_edit_record(folder: Path) -> EditRecord | None:
     path = folder / EDIT_FILE
     if not path.is_file():
         return None
-    edit: EditRecord = validated(_EDIT, stored_json(path, fix=_AGAIN), path)
-    return edit
+    return cast(EditRecord, validated(_EDIT, stored_json(path, fix=_AGAIN), path))
 
 
 @dataclass(frozen=True)
@@ -642,7 +598,6 @@ class Run:
     """One finished audit in its run folder.
 
     Attributes:
-        folder: The run folder.
         report: What it found; paths of images may name files that are gone.
         edit: The edit it was made under; None where that was not recorded.
     """
@@ -684,10 +639,9 @@ def read_run(folder: Path) -> Run:
 
 def _stored_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        return list(pq.read_table(path).to_pylist())
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read ({error}){_AGAIN}") from None
-    return rows
 
 
 def _outcomes(
@@ -711,39 +665,37 @@ def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
     def place(relative: str) -> Path:
         return Path(os.path.normpath(folder / relative))
 
-    pair = Pair(
-        id=first["pair_id"],
-        kind=first["kind"],
-        prompt=first["prompt"],
-        image=place(first["original"]) if first.get("original") else Path(),
-        repeats=first["repeats"] or 0.0,
-        sha256=first["image_sha256"] or "",
-        duplicate_of=first["duplicate_of"],
-        truncated=bool(first.get("truncated")),
-    )
-    measured = {
-        name: None if all(row[name] is None for row in group) else numbers(name)
-        for name in ("lpips", "alignment")
+    measured: dict[str, Any] = {
+        **{name: first.get(name) for name in _OF_OUTCOMES},
+        "diversity": _number(first["diversity"]),
+        **{
+            name: numbers(name)
+            for name in ("lpips", "alignment")
+            if any(row[name] is not None for row in group)
+        },
     }
-    budget = Budget(first["norm"], first["eps"], first["steps"])
     return Outcome(
-        pair=pair,
-        condition=Condition(first["attack"], first["init"], budget),
-        restart=first["restart"],
-        status=first["status"],
+        pair=Pair(
+            id=first["pair_id"],
+            kind=first["kind"],
+            prompt=first["prompt"],
+            image=place(first["original"]) if first.get("original") else Path(),
+            repeats=first["repeats"] or 0.0,
+            sha256=first["image_sha256"] or "",
+            duplicate_of=first["duplicate_of"],
+            truncated=bool(first.get("truncated")),
+        ),
+        condition=Condition(
+            first["attack"], first["init"], Budget(first["norm"], first["eps"], first["steps"])
+        ),
         seeds=tuple(row["seed"] for row in group),
         similarity={
             name.removeprefix(_SIMILARITY): numbers(name)
             for name in first
             if name.startswith(_SIMILARITY)
         },
-        diversity=_number(first["diversity"]),
-        **measured,
-        loss_first=first["loss_first"],
-        loss_last=first["loss_last"],
-        displacement=first["displacement"],
         images=tuple(place(row["image"]) for row in group if row["image"]),
-        stopped_at=first.get("stopped_at"),
+        **measured,
     )
 
 
@@ -780,9 +732,7 @@ def write_utility(utility: Utility, folder: Path) -> Path:
 
     The JSON file comes last: where it is new, the tables belong to it.
 
-    Args:
-        utility: What was measured.
-        folder: The run folder. Paths of images are stored relative to it.
+    Paths of images are stored relative to the folder.
 
     Returns:
         Path of ``utility.json``.
@@ -820,7 +770,7 @@ def shown_report(run: Run) -> AuditReport:
     """
     report, utility = run.report, run.report.utility
     if utility is not None:
-        utility = replace(utility, picture_rows=_picture_rows(run.folder))
+        utility = replace(utility, picture_rows=tuple(_picture_rows(run.folder)))
     return replace(
         report,
         outcomes=with_files_that_exist(report.outcomes),
@@ -829,22 +779,15 @@ def shown_report(run: Run) -> AuditReport:
     )
 
 
-def _picture_rows(folder: Path) -> tuple[PictureRow, ...]:
+def _picture_rows(folder: Path) -> Iterator[PictureRow]:
     """Rows of ``utility_pictures.parquet`` whose images both exist."""
-    rows = [
-        PictureRow(
-            **{
-                **row,
-                "similarity": _number(row["similarity"]),
-                **{
-                    name: Path(os.path.normpath(folder / row[name]))
-                    for name in ("unmitigated", "mitigated")
-                },
-            }
-        )
-        for row in _stored_rows(folder / "utility_pictures.parquet")
-    ]
-    return tuple(row for row in rows if row.unmitigated.is_file() and row.mitigated.is_file())
+    for row in _stored_rows(folder / "utility_pictures.parquet"):
+        images = {
+            name: Path(os.path.normpath(folder / row[name]))
+            for name in ("unmitigated", "mitigated")
+        }
+        if all(path.is_file() for path in images.values()):
+            yield PictureRow(**{**row, "similarity": _number(row["similarity"]), **images})
 
 
 def with_files_that_exist(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
@@ -854,17 +797,16 @@ def with_files_that_exist(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
     for outcome in outcomes:
         pair = outcome.pair
         if pair.image not in originals:
-            same = pair.image.is_file() and pair.sha256 in ("", _sha256(pair.image))
-            originals[pair.image] = pair.image if same else NOT_KEPT
+            known = pair.image.is_file() and (
+                not pair.sha256
+                or hashlib.sha256(pair.image.read_bytes()).hexdigest() == pair.sha256
+            )
+            originals[pair.image] = pair.image if known else NOT_KEPT
         images = outcome.images if all(path.is_file() for path in outcome.images) else ()
         kept.append(
             replace(outcome, pair=replace(pair, image=originals[pair.image]), images=images)
         )
     return tuple(kept)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def strictest(runs: Iterable[Run], chosen: Disclosure) -> Disclosure:
@@ -883,11 +825,7 @@ class LocalityFigure:
     """One figure.
 
     Attributes:
-        title: Heading.
         caption: What it shows and how to read it.
-        uri: ``data:`` address.
-        width: Pixels.
-        height: Pixels.
         pictures: Whether it holds images, whose colours a dark page must leave alone.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from rich.markup import escape as rich_text
@@ -13,11 +13,12 @@ from rich.table import Table
 
 from dori_lightning.report.claims import Checked
 from dori_lightning.report.comparison import (
+    OTHERS,
     SOURCES,
-    Attacked,
     Comparison,
     Figure,
     HeadlineRow,
+    Other,
     Paired,
 )
 from dori_lightning.report.record import parquet_bytes
@@ -44,8 +45,6 @@ class TextTable:
     """A table of text. Pages render it by the macro ``text_table`` of ``parts.html.j2``.
 
     Attributes:
-        title: What it shows.
-        caption: How to read it.
         header: Column names; the first ``named`` ones name the row.
         rows: As many texts each.
         named: Columns that name the row; the others hold numbers.
@@ -56,6 +55,33 @@ class TextTable:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     named: int
+
+
+R = TypeVar("R")
+Columns = Mapping[str, Callable[[R], str]]
+"""Name of each column to what it says of a row."""
+
+
+def text_table(
+    title: str,
+    caption: str,
+    rows: Sequence[R],
+    names: Columns[R],
+    values: Columns[R],
+    *,
+    empty: bool = True,
+) -> TextTable:
+    """Write rows as text.
+
+    ``names`` are the columns that name a row. ``empty`` keeps those of the ``values`` that hold
+    nothing in any row.
+    """
+    named = {name: [write(row) for row in rows] for name, write in names.items()}
+    others = {name: [write(row) for row in rows] for name, write in values.items()}
+    kept = {name: texts for name, texts in others.items() if empty or set(texts) != {NOTHING}}
+    columns = {**named, **kept}
+    lines = tuple(zip(*columns.values(), strict=True))
+    return TextTable(title, caption, tuple(columns), lines, named=len(named))
 
 
 def rich_table(table: TextTable) -> Table:
@@ -121,35 +147,23 @@ def cells_table(cells: Sequence[Cell], *, title: str = "") -> TextTable:
     pairs beside the denominator. ``similarity`` is the median over pairs with its median absolute
     deviation.
     """
-    names = ("kind", "attack", "init", "budget")
-    several = len({cell.mitigation for cell in cells}) > 1
-    return TextTable(
-        title=title,
-        caption="",
-        header=(
-            *(("mitigation",) if several else ()),
-            *names,
-            "hits/n",
-            "MR (95 % interval)",
-            "similarity",
-            "threshold",
+    names: dict[str, Callable[[Cell], str]] = {
+        "kind": lambda c: c.kind,
+        "attack": lambda c: c.condition.attack,
+        "init": lambda c: c.condition.init or NOTHING,
+        "budget": _spent,
+    }
+    if len({cell.mitigation for cell in cells}) > 1:
+        names = {"mitigation": lambda c: c.mitigation, **names}
+    values: dict[str, Callable[[Cell], str]] = {
+        "hits/n": counts_words,
+        "MR (95 % interval)": lambda c: (
+            percent_words(c.mr) + (f" ({interval_words(c.mr_ci95)})" if c.n else "")
         ),
-        rows=tuple(
-            (
-                *((cell.mitigation,) if several else ()),
-                cell.kind,
-                cell.condition.attack,
-                cell.condition.init or NOTHING,
-                _spent(cell),
-                counts_words(cell),
-                percent_words(cell.mr) + (f" ({interval_words(cell.mr_ci95)})" if cell.n else ""),
-                similarity_words(cell),
-                f"{cell.threshold:.2f}",
-            )
-            for cell in ranked_cells(cells)
-        ),
-        named=len(names) + several,
-    )
+        "similarity": similarity_words,
+        "threshold": lambda c: f"{c.threshold:.2f}",
+    }
+    return text_table(title, "", ranked_cells(cells), names, values)
 
 
 def _spent(cell: Cell) -> str:
@@ -161,29 +175,30 @@ def _spent(cell: Cell) -> str:
     return f"{up_to}{number_words(budget.steps, 'step')}{radius}"
 
 
+_UNSAID = (None, "none")
+
+
 def claims_table(checked: Sequence[Checked]) -> TextTable:
     """Write each recorded claim beside what was measured."""
-    return TextTable(
-        title="Recorded claims",
-        caption="",
-        header=("claim", "metric", "recorded", "measured", "holds"),
-        rows=tuple(
-            (
-                ", ".join(str(v) for v in item.claim.cell.values() if v not in (None, "none")),
-                item.claim.metric,
-                f"{item.claim.value:g} ± {item.claim.tol:g}",
-                "not measured" if math.isnan(item.measured) else f"{item.measured:.4g}",
-                "yes" if item.holds else "NO",
-            )
-            for item in checked
-        ),
-        named=1,
+    return text_table(
+        "Recorded claims",
+        "",
+        checked,
+        {"claim": lambda c: ", ".join(str(v) for v in c.claim.cell.values() if v not in _UNSAID)},
+        {
+            "metric": lambda c: c.claim.metric,
+            "recorded": lambda c: f"{c.claim.value:g} ± {c.claim.tol:g}",
+            "measured": lambda c: (
+                "not measured" if math.isnan(c.measured) else f"{c.measured:.4g}"
+            ),
+            "holds": lambda c: "yes" if c.holds else "NO",
+        },
     )
 
 
 def ball_words(row: HeadlineRow) -> str:
     """Write the attack's budget: ``50 steps`` or ``50 steps, l2 3.2``."""
-    if not row.attacks:
+    if not row.inits:
         return "no attack"
     radius = "" if row.norm == "none" else f", {row.norm} {row.eps:.3g}"
     return f"{number_words(row.steps, 'step')}{radius}"
@@ -194,97 +209,67 @@ _Column = Callable[[HeadlineRow], str]
 
 def headline_tables(rows: Sequence[HeadlineRow]) -> tuple[TextTable, ...]:
     """Write the rows as three tables; columns that hold nothing in any row are left out."""
-    inits = [i for i in INITS if any(a.init == i for row in rows for a in row.attacks)]
     names: dict[str, _Column] = {}
     if len({row.checkpoint for row in rows}) > 1:
         names["checkpoint"] = lambda r: r.checkpoint
     names["mitigation"] = lambda r: r.mitigation + (" (INVALID)" if r.invalid else "")
     if len({ball_words(row) for row in rows}) > 1:
         names["attack"] = ball_words
-
-    back: dict[str, _Column] = {"prompt": lambda r: _rate(r.prompt_vm)}
-    tests: dict[str, _Column] = {
-        "prompt, against none": lambda r: _test_words(r.against_none, r.against_none_holm)
-    }
-    for init in inits:
-        name = _INIT_WORDS[init]
-        back[name] = _of_attack(init, lambda a: _rate(a.vm))
-        tests[f"{name}, against none"] = _of_attack(
-            init, lambda a: _test_words(a.against_none, a.against_none_holm)
-        )
-        tests[f"{name}, against its prompt"] = _of_attack(
-            init, lambda a: _test_words(a.against_prompt, math.nan)
-        )
+    back: dict[str, _Column] = {"prompt": _back(None)}
+    tests: dict[str, _Column] = {"prompt, against none": _test(None, "none")}
+    for init, name in _INIT_WORDS.items():
+        back[name] = _back(init)
+        tests[f"{name}, against none"] = _test(init, "none")
+        tests[f"{name}, against its prompt"] = _test(init, "prompt")
     back["paper: prompt"] = lambda r: _figure(r.published.prompt if r.published else None)
     back["paper: + DoRI"] = lambda r: _figure(r.published.attacked if r.published else None)
     checks: dict[str, _Column] = {
         "similarity": lambda r: _both(r, "vm", _median),
         "templates": lambda r: _both(r, "tm", counts_words),
         "controls": lambda r: _both(r, "control", counts_words),
-        "denoising loss": lambda r: _ratio(r.cost.loss_ratio, r.cost.loss_ratio_ci95),
-        "KID": lambda r: _number(r.cost.kid, ".4f"),
-        "UNet evaluations": lambda r: _number(r.cost.unet_evaluations, ",.0f"),
-        "seconds": lambda r: _number(r.cost.seconds, ",.0f"),
-        "weights changed": lambda r: _number(r.cost.changed, ",.0f"),
+        "denoising loss": lambda r: _ratio(r.loss_ratio, r.loss_ratio_ci95),
+        "KID": lambda r: _number(r.kid, ".4f"),
+        "UNet evaluations": lambda r: _number(r.unet_evaluations, ",.0f"),
+        "seconds": lambda r: _number(r.seconds, ",.0f"),
+        "weights changed": lambda r: _number(r.weights_changed, ",.0f"),
     }
     made = (
-        _table(
+        text_table(
             "What comes back",
             "Suspected images (vm) reproduced, of those measured: share and 95 % Wilson "
             "interval. Paper: Stable Diffusion, other images, another descriptor; a direction, "
             "no target.",
-            names, back, rows,
+            rows, names, back, empty=False,
         ),
-        _table(
+        text_table(
             "Checks and cost",
             "From prompts → by the attack. Similarity: median over suspected images. Controls "
             "must stay at 0, or the attack paints. Denoising loss: on ordinary prompts, times "
             "that of the unmitigated model. UNet evaluations and seconds: to find the edit.",
-            names, checks, rows,
+            rows, names, checks, empty=False,
         ),
-        _table(
+        text_table(
             "Paired tests",
             "Suspected images lost and gained against the compared condition, and the exact "
             "McNemar p-value; that against none is corrected for the rows of the checkpoint "
             "(Holm).",
-            names, tests, rows,
+            rows, names, tests, empty=False,
         ),
     )  # fmt: skip
     return tuple(table for table in made if len(table.header) > table.named)
 
 
-def _table(
-    title: str,
-    caption: str,
-    names: Mapping[str, _Column],
-    columns: Mapping[str, _Column],
-    rows: Sequence[HeadlineRow],
-) -> TextTable:
-    named = {name: [write(row) for row in rows] for name, write in names.items()}
-    written = {name: [write(row) for row in rows] for name, write in columns.items()}
-    filled = {name: texts for name, texts in written.items() if set(texts) != {NOTHING}}
-    texts = {**named, **filled}
-    return TextTable(
-        title=title,
-        caption=caption,
-        header=tuple(texts),
-        rows=tuple(zip(*texts.values(), strict=True)),
-        named=len(named),
-    )
+def _back(init: Init | None) -> _Column:
+    return lambda row: _rate(row.cells.get(("vm", init)))
 
 
-def _of_attack(init: Init, write: Callable[[Attacked], str]) -> _Column:
-    def text(row: HeadlineRow) -> str:
-        attack = next((a for a in row.attacks if a.init == init), None)
-        return NOTHING if attack is None else write(attack)
-
-    return text
+def _test(init: Init | None, other: Other) -> _Column:
+    return lambda row: _test_words(row.tests.get((init, other)))
 
 
 def _both(row: HeadlineRow, kind: Kind, write: Callable[[Cell | None], str]) -> str:
     """A kind's cell from its prompts, and under the row's main attack."""
-    before = write(getattr(row, f"prompt_{kind}"))
-    after = NOTHING if row.main is None else write(getattr(row.main, kind))
+    before, after = write(row.prompted(kind)), write(row.attacked(kind))
     return NOTHING if before == after == NOTHING else f"{before} → {after}"
 
 
@@ -316,10 +301,10 @@ def _number(value: float, form: str) -> str:
     return NOTHING if math.isnan(value) else format(value, form)
 
 
-def _test_words(test: Paired | None, corrected: float) -> str:
+def _test_words(test: Paired | None) -> str:
     if test is None:
         return NOTHING
-    p = test.p if math.isnan(corrected) else corrected
+    p = test.p if math.isnan(test.p_holm) else test.p_holm
     return f"-{test.lost} +{test.gained}  p {'< 0.001' if p < 0.001 else f'{p:.3f}'}"
 
 
@@ -397,37 +382,24 @@ def headline_parquet(rows: Sequence[HeadlineRow]) -> bytes:
 
 
 def _headline_values(row: HeadlineRow) -> dict[str, Any]:
-    attacks = {init: next((a for a in row.attacks if a.init == init), None) for init in INITS}
-    values: dict[str, Any] = {
-        "checkpoint": row.checkpoint,
-        "mitigation": row.mitigation,
-        "norm": row.norm,
-        "eps": row.eps,
-        "steps": row.steps,
-        "invalid": ", ".join(row.invalid) or None,
-    }
+    names = ("checkpoint", "mitigation", "norm", "eps", "steps")
+    values = {name: getattr(row, name) for name in names}
+    values["invalid"] = ", ".join(row.invalid) or None
+    starts: dict[Init | None, str] = {None: "prompt"}
+    starts |= {init: f"dori_{init}" for init in INITS}
     for kind in KINDS:
-        values |= _cell_values(f"{kind}_prompt_", getattr(row, f"prompt_{kind}"))
-        for init, attack in attacks.items():
-            values |= _cell_values(f"{kind}_dori_{init}_", _get(attack, kind))
-    values |= _test_values("prompt_vs_none_", row.against_none)
-    values["prompt_vs_none_p_holm"] = row.against_none_holm
-    for init, attack in attacks.items():
-        values |= _test_values(f"dori_{init}_vs_none_", _get(attack, "against_none"))
-        values |= _test_values(f"dori_{init}_vs_prompt_", _get(attack, "against_prompt"))
-        values[f"dori_{init}_vs_none_p_holm"] = _get(attack, "against_none_holm")
-    values |= {
-        "loss_ratio": row.cost.loss_ratio,
-        "loss_ratio_low": row.cost.loss_ratio_ci95[0],
-        "loss_ratio_high": row.cost.loss_ratio_ci95[1],
-        "kid": row.cost.kid,
-        "kid_std": row.cost.kid_std,
-        "unet_evaluations": row.cost.unet_evaluations,
-        "seconds": row.cost.seconds,
-        "weights_changed": row.cost.changed,
-        "published_row": _get(row.published, "row"),
-        "published_model": _get(row.published, "model"),
-    }
+        for init, start in starts.items():
+            values |= _cell_values(f"{kind}_{start}_", row.cells.get((kind, init)))
+    for init, start in starts.items():
+        for other in OTHERS[: 1 if init is None else 2]:
+            test = row.tests.get((init, other))
+            numbers = ("lost", "gained", "p", *(("p_holm",) if other == "none" else ()))
+            values |= {f"{start}_vs_{other}_{name}": _get(test, name) for name in numbers}
+    values["loss_ratio"] = row.loss_ratio
+    values["loss_ratio_low"], values["loss_ratio_high"] = row.loss_ratio_ci95
+    costs = ("kid", "kid_std", "unet_evaluations", "seconds", "weights_changed")
+    values |= {name: getattr(row, name) for name in costs}
+    values |= {f"published_{name}": _get(row.published, name) for name in ("row", "model")}
     for name in ("prompt", "attacked", "control_prompt", "control_attacked"):
         figure = _get(row.published, name)
         values |= {
@@ -443,10 +415,6 @@ def _cell_values(prefix: str, cell: Cell | None) -> dict[str, Any]:
     names = ("hits", "n", "failed", "mr", "similarity_median", "similarity_mad")
     values = {name: _get(cell, name) for name in names} | {"mr_low": low, "mr_high": high}
     return {f"{prefix}{name}": value for name, value in values.items()}
-
-
-def _test_values(prefix: str, test: Paired | None) -> dict[str, Any]:
-    return {f"{prefix}{name}": _get(test, name) for name in ("lost", "gained", "p")}
 
 
 def _get(thing: object, name: str) -> Any:

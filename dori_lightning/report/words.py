@@ -181,7 +181,7 @@ def render_text(template: str, **values: Any) -> str:
     return environment(html=False).get_template(template).render(**values).lstrip()
 
 
-def text_macro(template: str, name: str, *values: Any) -> str:
+def text_macro(template: str, name: str, *values: Any, **named: Any) -> str:
     """Render one macro of a text template as one paragraph on one line."""
     macro = getattr(environment(html=False).get_template(template).module, name)
-    return " ".join(macro(*values).split())
+    return " ".join(macro(*values, **named).split())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import runpy
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,9 +13,9 @@ from dori_lightning.report.comparison import compare, headline_rows
 from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import render_page, render_sweep_page
 from dori_lightning.report.record import read_run, write_report
+from support import fake_reports as fakes
 from support.browser import DARK, browse, complaints, measured, needs_chromium
 
-FAKES = Path(__file__).parents[1] / "unit" / "report" / "fakes.py"
 pytestmark = needs_chromium
 
 CLICKS = """
@@ -155,16 +153,15 @@ def write_run(folder, report, mitigation):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     place = tmp_path_factory.mktemp("audit")
-    report = runpy.run_path(str(FAKES))["report"](place)
+    report = fakes.report(place)
     return render_page(report, locality=[locality(place / "locality")])
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     place = tmp_path_factory.mktemp("sweep")
-    fakes = runpy.run_path(str(FAKES))
     runs = [
-        read_run(write_run(place / name, fakes["report"](place / name, vm=vm), name))
+        read_run(write_run(place / name, fakes.report(place / name, vm=vm), name))
         for name, vm in (("none", 4), ("a_rather_long_mitigation", 4))
     ]
     found = compare(runs)

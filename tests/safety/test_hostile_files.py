@@ -18,7 +18,7 @@ from dori_lightning.mitigations.edits import read_edit
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import open_image
-from dori_lightning.report.images import jpeg_uri, thumbnail
+from dori_lightning.report.images import thumbnail, thumbnail_uri
 from dori_lightning.report.locality import read_locality
 from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.checkpoints import (
@@ -210,7 +210,7 @@ def test_what_is_behind_a_picture_is_not_handed_on(tmp_path):
     assert not shown.info
     shown.save(tmp_path / "shown.jpg")
     assert b"hidden words" not in (tmp_path / "shown.jpg").read_bytes()
-    assert jpeg_uri(shown).startswith("data:image/jpeg")
+    assert str(thumbnail_uri(pair.image, "full")).startswith("data:image/jpeg")
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "figures/link.png"])

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import numpy as np
 
 from dori_lightning.metrics.replication import cells as cells_of
 from dori_lightning.metrics.utility import DenoisingLoss, Utility
-from dori_lightning.report.record import Provenance, write_report
+from dori_lightning.report.record import write_report
 from dori_lightning.report.verdict import make_report
-from dori_lightning.types import Budget, Calibration, Condition, Kind, Outcome, Pair
+from dori_lightning.types import Calibration, Condition, Kind, Outcome, Pair
+from support.fake_reports import PROMPT, provenance
 
-PROMPT = Condition("prompt")
 SIZES: dict[Kind, int] = {"vm": 4, "tm": 1, "control": 3}
 SETTINGS = {
     "seed": 0,
@@ -29,10 +28,6 @@ SETTINGS = {
         "descriptors": {"ncc": {"_target_": "x.NCC", "threshold": None}, "ssim": {}},
     },
 }
-
-
-def dori(steps: int = 50, init: Any = "prompt", **ball: Any) -> Condition:
-    return Condition("dori", init, Budget(steps=steps, **ball))
 
 
 def pairs(sizes: Mapping[Kind, int] = SIZES) -> list[Pair]:
@@ -95,32 +90,18 @@ def write_audit(
         ]
     rule = Calibration("ncc", threshold, "calibrated", (0.1,), (0.9,), 1.0, ())
     cells = cells_of(outcomes, rule, checkpoint=checkpoint, mitigation=mitigation)
-    start = datetime(2026, 11, 24, 8, 0, tzinfo=UTC)
+    own = {"_target_": f"x.{mitigation}", **(settings or {})}
     record = make_report(
         checkpoint=checkpoint,
         mitigation=mitigation,
         cells=cells,
         calibration=rule,
         outcomes=outcomes,
-        provenance=Provenance(
-            git_sha="0" * 40,
-            packages={},
-            python="3.11",
-            platform="Linux",
-            device="cpu",
-            seed=0,
-            config={
-                **SETTINGS,
-                "mitigation": {"_target_": f"x.{mitigation}", **(settings or {})},
-                **(config or {}),
-            },
+        provenance=replace(
+            provenance({**SETTINGS, "mitigation": own, **(config or {})}),
             checkpoint=checkpoint,
             fingerprint=fingerprint,
             image_hashes={pair.id: pair.sha256 for pair in pairs(sizes)},
-            started=start,
-            finished=start,
-            unet_evaluations=1,
-            wall_seconds=1.0,
         ),
     )
     write_report(replace(record, utility=utility), folder)

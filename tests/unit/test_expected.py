@@ -11,7 +11,8 @@ from dori_lightning.report.claims import METRICS, check_claims, read_claims
 from dori_lightning.report.comparison import compare, headline_rows
 from dori_lightning.report.record import read_run
 from dori_lightning.types import InputError
-from support.fake_audits import PROMPT, dori, loss_cost, write_audit
+from support.fake_audits import loss_cost, write_audit
+from support.fake_reports import PROMPT, dori
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 RECORDED = sorted(EXPERIMENTS.glob("*/expected.json"))
@@ -24,18 +25,18 @@ ROW = {"checkpoint": "tiny", "mitigation": "nemo"}
 GOOD: dict[str, Any] = {"cell": ATTACKED, "metric": "mr", "value": 0.9, "tol": 0.1}
 
 
-def test_the_headline_table_has_a_file_of_claims() -> None:
+def test_the_headline_table_has_a_file_of_claims():
     assert EXPERIMENTS / "001-headline-table" / "expected.json" in RECORDED
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
-def test_recorded_claims_are_well_formed(path: Path) -> None:
+def test_recorded_claims_are_well_formed(path):
     for claim in read_claims(path):
         assert claim.metric in METRICS
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/run.sh")), ids=lambda p: p.parent.name)
-def test_run_scripts_hold_nothing_but_commands_of_the_program(path: Path) -> None:
+def test_run_scripts_hold_nothing_but_commands_of_the_program(path):
     lines = path.read_text().replace("\\\n", " ").splitlines()
     assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
     rest = [line for line in lines[2:] if line.strip() and not line.startswith("#")]
@@ -61,7 +62,7 @@ def written(tmp_path: Path, *claims: Any) -> Path:
         {**GOOD, "sweep": "headline_table-dori_tiny"},
     ],
 )
-def test_a_good_claim_is_read(tmp_path: Path, claim: dict[str, Any]) -> None:
+def test_a_good_claim_is_read(tmp_path, claim):
     (read,) = read_claims(written(tmp_path, claim))
     assert (read.cell, read.metric, read.value, read.tol, read.sweep) == (
         claim["cell"], claim["metric"], claim["value"], claim["tol"], claim.get("sweep"),
@@ -104,7 +105,7 @@ def without(claim: dict[str, Any], key: str) -> dict[str, Any]:
         ({**GOOD, "cell": {**ATTACKED, "attack": "prompt"}}, "attack prompt has init null"),
     ],
 )
-def test_a_malformed_claim_is_named(tmp_path: Path, claim: Any, part: str) -> None:
+def test_a_malformed_claim_is_named(tmp_path, claim, part):
     with pytest.raises(InputError, match=part) as refused:
         read_claims(written(tmp_path, GOOD, claim))
     assert "[1]" in str(refused.value)
@@ -115,7 +116,7 @@ def test_a_malformed_claim_is_named(tmp_path: Path, claim: Any, part: str) -> No
     ("content", "part"),
     [("{}", "must hold a list of claims"), ("[", "not valid JSON"), (None, "cannot read")],
 )
-def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: str | None, part: str) -> None:
+def test_a_file_that_is_no_list_is_refused(tmp_path, content, part):
     path = tmp_path / "expected.json"
     if content is not None:
         path.write_text(content)
@@ -143,7 +144,7 @@ def claims_hold(tmp_path: Path, *claims: dict[str, Any]) -> list[bool]:
     return [item.holds for item in checked]
 
 
-def test_a_claim_holds_within_its_tolerance(tmp_path: Path) -> None:
+def test_a_claim_holds_within_its_tolerance(tmp_path):
     prompted = {**GOOD, "cell": PROMPTED}
     ball = {**GOOD, "cell": {**ATTACKED, "norm": "l2", "eps": 3.2501}, "value": 1.0, "tol": 0}
     assert claims_hold(
@@ -157,7 +158,7 @@ def test_a_claim_holds_within_its_tolerance(tmp_path: Path) -> None:
     ) == [True, True, False, True, True, True]
 
 
-def test_what_was_not_measured_does_not_hold(tmp_path: Path) -> None:
+def test_what_was_not_measured_does_not_hold(tmp_path):
     assert (
         claims_hold(
             tmp_path,
@@ -170,7 +171,7 @@ def test_what_was_not_measured_does_not_hold(tmp_path: Path) -> None:
     )
 
 
-def test_claims_about_another_sweep_are_left_to_it(tmp_path: Path) -> None:
+def test_claims_about_another_sweep_are_left_to_it(tmp_path):
     wrong = {**GOOD, "cell": PROMPTED, "value": 1.0, "tol": 0.0}
     assert claims_hold(tmp_path, {**wrong, "sweep": "another"}, {**wrong, "sweep": "mine"}) == [
         False

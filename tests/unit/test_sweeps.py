@@ -13,7 +13,8 @@ from dori_lightning import cli, config
 from dori_lightning.report import pages
 from dori_lightning.runtime.job_status import StatusFile
 from dori_lightning.types import InputError
-from support.fake_audits import PROMPT, dori, write_audit
+from support.fake_audits import write_audit
+from support.fake_reports import PROMPT, dori
 from support.in_process import Program, program_in
 
 SWEEPS = ("headline_table", "headline_table_sd14", "pruning_grid")

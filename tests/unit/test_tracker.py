@@ -17,7 +17,8 @@ from dori_lightning.tasks import run_record
 from dori_lightning.tasks.results_logging import track_attack
 from dori_lightning.tracking import RunIdentity, Tracker, WeightsAndBiases, kept_id
 from dori_lightning.types import Budget, Condition, InputError, Pair
-from support.fake_audits import PROMPT, dori, write_sweep
+from support.fake_audits import write_sweep
+from support.fake_reports import PROMPT, dori
 from support.offline_runs import files_of, inspected, offline_runs
 from support.runs import configuration, run_task
 

@@ -8,7 +8,8 @@ import pytest
 from dori_lightning.report.comparison import Comparison, compare
 from dori_lightning.report.record import read_run
 from dori_lightning.types import Cell, InputError
-from support.fake_audits import PROMPT, SETTINGS, dori, write_audit, write_sweep
+from support.fake_audits import SETTINGS, write_audit, write_sweep
+from support.fake_reports import PROMPT, dori
 
 
 def comparison(folder: Path, *names: str, **more: Any) -> Comparison:
@@ -26,7 +27,7 @@ def cell(found: Comparison, label: str, condition: Any, kind: str = "vm") -> Cel
 BOTH = {PROMPT: {"vm": 0.9}, dori(): {"vm": 0.9}}
 
 
-def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_run_is_read_back_as_it_was_written(tmp_path):
     lost = {PROMPT: {"vm": [0.9, 0.2, math.nan, 0.4]}, dori(10, norm="l2", eps=3.25): {"tm": 0.6}}
     run = read_run(write_audit(tmp_path / "x", "nemo", reproduced=lost))
     assert (run.checkpoint, run.mitigation, run.edit) == ("tiny", "nemo", None)
@@ -37,7 +38,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert {o.condition for o in run.report.outcomes} == set(lost)
 
 
-def test_one_threshold_for_all_rows_of_a_checkpoint(tmp_path: Path) -> None:
+def test_one_threshold_for_all_rows_of_a_checkpoint(tmp_path):
     """A mitigation that spoils its own pictures moves its own threshold; the table's does not."""
     half = {PROMPT: {"vm": [0.9, 0.45, 0.45, 0.2]}}
     write_sweep(tmp_path, none={"threshold": 0.4}, wanda={"threshold": 0.8, "reproduced": half})
@@ -50,7 +51,7 @@ def test_one_threshold_for_all_rows_of_a_checkpoint(tmp_path: Path) -> None:
     assert "1 of their cells count otherwise" in note
 
 
-def test_the_table_counts_as_the_audit_counts(tmp_path: Path) -> None:
+def test_the_table_counts_as_the_audit_counts(tmp_path):
     write_sweep(tmp_path, none={"reproduced": BOTH}, wanda={"reproduced": BOTH})
     found = comparison(tmp_path)
     for name in ("none", "wanda"):
@@ -60,7 +61,7 @@ def test_the_table_counts_as_the_audit_counts(tmp_path: Path) -> None:
         ]
 
 
-def test_diverged_pairs_are_no_evidence(tmp_path: Path) -> None:
+def test_diverged_pairs_are_no_evidence(tmp_path):
     write_sweep(
         tmp_path, none={}, wanda={"reproduced": {PROMPT: {"vm": [0.9, math.nan, 0.1, 0.1]}}}
     )
@@ -70,7 +71,7 @@ def test_diverged_pairs_are_no_evidence(tmp_path: Path) -> None:
     assert wanda.reproduced[PROMPT, "vm"] == {"vm0": True, "vm1": None, "vm2": False, "vm3": False}
 
 
-def test_no_table_without_its_none_row(tmp_path: Path) -> None:
+def test_no_table_without_its_none_row(tmp_path):
     write_audit(tmp_path / "a", "none", checkpoint="tiny")
     write_audit(tmp_path / "b", "wanda", checkpoint="tiny")
     write_audit(tmp_path / "c", "wanda", checkpoint="other")
@@ -81,12 +82,12 @@ def test_no_table_without_its_none_row(tmp_path: Path) -> None:
     assert "mitigation=none under the same settings" in str(refused.value)
 
 
-def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
+def test_nothing_to_compare_is_said(tmp_path):
     with pytest.raises(InputError, match=r"no run has a result yet.*mitigation=none"):
         compare([], unfinished=["mitigation=none"])
 
 
-def test_missing_cells_are_named(tmp_path: Path) -> None:
+def test_missing_cells_are_named(tmp_path):
     more = {**BOTH, dori(init="random"): {"vm": 0.9}}
     write_sweep(tmp_path, none={"reproduced": BOTH}, nemo={"reproduced": more}, esd={})
     found = comparison(tmp_path, unfinished=["siss"])
@@ -115,9 +116,7 @@ def test_missing_cells_are_named(tmp_path: Path) -> None:
          ["metrics.descriptors.ncc.size is 9, there None"]),
     ],
 )  # fmt: skip
-def test_what_does_not_belong_together_is_refused_by_name(
-    tmp_path: Path, arguments: dict[str, Any], parts: list[str]
-) -> None:
+def test_what_does_not_belong_together_is_refused_by_name(tmp_path, arguments, parts):
     write_sweep(tmp_path, none={}, wanda=arguments)
     with pytest.raises(InputError, match="do not belong into one table") as refused:
         comparison(tmp_path)
@@ -140,9 +139,7 @@ def stopping(**more: Any) -> dict[str, Any]:
          "attacks were stopped by ncc above 0.800, there by ncc above 0.400"),
     ],
 )  # fmt: skip
-def test_attacks_stopped_in_another_way_are_not_counted_again(
-    tmp_path: Path, none: dict[str, Any], wanda: dict[str, Any], part: str
-) -> None:
+def test_attacks_stopped_in_another_way_are_not_counted_again(tmp_path, none, wanda, part):
     """A row that stopped under one threshold has no result under another."""
     write_sweep(tmp_path, none=none, wanda=wanda)
     with pytest.raises(InputError, match="do not belong into one table") as refused:
@@ -150,12 +147,12 @@ def test_attacks_stopped_in_another_way_are_not_counted_again(
     assert part in str(refused.value)
 
 
-def test_attacks_stopped_in_the_same_way_stand_in_one_table(tmp_path: Path) -> None:
+def test_attacks_stopped_in_the_same_way_stand_in_one_table(tmp_path):
     write_sweep(tmp_path, none=stopping(), wanda=stopping())
     assert len(comparison(tmp_path).entries) == 2
 
 
-def test_another_initial_point_budget_or_threshold_may_stand_in_one_table(tmp_path: Path) -> None:
+def test_another_initial_point_budget_or_threshold_may_stand_in_one_table(tmp_path):
     attack = {**SETTINGS["attack"], "inits": ["random"], "budget": {"steps": 9}, "snapshots": [1]}
     descriptors = {"ncc": {"_target_": "x.NCC", "threshold": 0.9}, "ssim": {}}
     config = {"attack": attack, "metrics": {**SETTINGS["metrics"], "descriptors": descriptors}}
@@ -163,7 +160,7 @@ def test_another_initial_point_budget_or_threshold_may_stand_in_one_table(tmp_pa
     assert len(comparison(tmp_path).entries) == 2
 
 
-def test_checkpoints_have_their_own_pairs_and_thresholds(tmp_path: Path) -> None:
+def test_checkpoints_have_their_own_pairs_and_thresholds(tmp_path):
     for name, threshold, vm in (("small", 0.4, 2), ("large", 0.7, 4)):
         for mitigation in ("none", "wanda"):
             write_audit(
@@ -178,7 +175,7 @@ def test_checkpoints_have_their_own_pairs_and_thresholds(tmp_path: Path) -> None
     assert not found.missing
 
 
-def test_runs_of_a_grid_join_into_one_row(tmp_path: Path) -> None:
+def test_runs_of_a_grid_join_into_one_row(tmp_path):
     narrow, wide = dori(norm="l2", eps=1.5), dori()
     for mitigation in ("wanda", "none"):
         for name, condition in (("narrow", narrow), ("wide", wide)):
@@ -195,7 +192,7 @@ def test_runs_of_a_grid_join_into_one_row(tmp_path: Path) -> None:
     assert "Edits: 1 made, 1 read from the cache, 1 different ones." in found.notes
 
 
-def test_repeated_prompts_that_differ_are_said_and_not_averaged(tmp_path: Path) -> None:
+def test_repeated_prompts_that_differ_are_said_and_not_averaged(tmp_path):
     write_audit(tmp_path / "a", reproduced={PROMPT: {"vm": 0.9}, dori(10): {}})
     write_audit(tmp_path / "b", reproduced={PROMPT: {"vm": 0.2}, dori(20): {}})
     found = comparison(tmp_path)
@@ -205,7 +202,7 @@ def test_repeated_prompts_that_differ_are_said_and_not_averaged(tmp_path: Path) 
     )
 
 
-def test_the_same_attack_twice_is_refused(tmp_path: Path) -> None:
+def test_the_same_attack_twice_is_refused(tmp_path):
     for name in ("a", "b"):
         write_audit(tmp_path / name, reproduced=BOTH)
     with pytest.raises(InputError, match="two runs hold none, attack") as refused:
@@ -213,7 +210,7 @@ def test_the_same_attack_twice_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path / "a") in str(refused.value)
 
 
-def test_one_name_under_several_settings_makes_several_rows(tmp_path: Path) -> None:
+def test_one_name_under_several_settings_makes_several_rows(tmp_path):
     write_audit(tmp_path / "none")
     for fraction in (0.01, 0.1):
         write_audit(tmp_path / f"w{fraction}", "wanda", settings={"fraction": fraction, "by": 1})
@@ -221,7 +218,7 @@ def test_one_name_under_several_settings_makes_several_rows(tmp_path: Path) -> N
     assert labels == ["none", "wanda[fraction=0.01]", "wanda[fraction=0.1]"]
 
 
-def test_a_row_has_one_edit(tmp_path: Path) -> None:
+def test_a_row_has_one_edit(tmp_path):
     write_audit(tmp_path / "none")
     for k, condition in enumerate((dori(10), dori(20))):
         write_audit(
@@ -232,7 +229,7 @@ def test_a_row_has_one_edit(tmp_path: Path) -> None:
         comparison(tmp_path)
 
 
-def test_files_of_different_audits_are_refused(tmp_path: Path) -> None:
+def test_files_of_different_audits_are_refused(tmp_path):
     write_audit(tmp_path / "a")
     write_audit(tmp_path / "b", reproduced={PROMPT: {"vm": 0.1}})
     (tmp_path / "a" / "pairs.parquet").write_bytes((tmp_path / "b" / "pairs.parquet").read_bytes())
@@ -242,7 +239,7 @@ def test_files_of_different_audits_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "part"), [("pairs.parquet", "cannot be read"),
                                             ("edit.json", "not valid JSON")])  # fmt: skip
-def test_damaged_files_are_named(tmp_path: Path, name: str, part: str) -> None:
+def test_damaged_files_are_named(tmp_path, name, part):
     write_audit(tmp_path)
     (tmp_path / name).write_text("no")
     with pytest.raises(InputError, match=part) as refused:

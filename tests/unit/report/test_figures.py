@@ -1,7 +1,5 @@
 import re
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +9,12 @@ from dori_lightning.report import figures
 from dori_lightning.report.images import attack_grid, thumbnail
 from dori_lightning.report.pages import write_audit_page
 from dori_lightning.types import InputError
+from support import fake_reports as fakes
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_figures_repeat_bit_for_bit_and_take_the_pages_colours(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
+def test_figures_repeat_bit_for_bit_and_take_the_pages_colours(tmp_path):
     report = fakes.report(tmp_path)
 
     def draw() -> dict[str, tuple[bytes, str]]:
@@ -37,7 +34,7 @@ def test_figures_repeat_bit_for_bit_and_take_the_pages_colours(
     assert first == draw()
 
 
-def test_figures_without_data_are_left_out(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_figures_without_data_are_left_out(tmp_path):
     report = fakes.report(tmp_path, vm=0)
     rule = report.calibration
     prompts = [fakes.PROMPT]
@@ -48,7 +45,7 @@ def test_figures_without_data_are_left_out(tmp_path: Path, fakes: SimpleNamespac
     assert figures.similarity_histograms([], conditions=prompts, calibration=rule) is None
 
 
-def test_bounded_and_random_attacks_get_their_own_panels(fakes: SimpleNamespace) -> None:
+def test_bounded_and_random_attacks_get_their_own_panels():
     cells = [
         fakes.cell("vm", fakes.PROMPT, 1, 4),
         fakes.cell("vm", fakes.dori(50, "random"), 2, 4),
@@ -57,12 +54,11 @@ def test_bounded_and_random_attacks_get_their_own_panels(fakes: SimpleNamespace)
         fakes.cell("vm", fakes.dori(50, "control_prompt"), 0, 0, failed=4),
     ]
     figure = figures.rate_against_steps(cells)
-    assert figure is not None
     shown = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
     assert len(shown) == 3, "where every pair failed there is no rate"
 
 
-def test_figure_files_follow_the_disclosure(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_figure_files_follow_the_disclosure(tmp_path):
     report = fakes.report(tmp_path)
     for images in ("full", "none"):
         write_audit_page(report, tmp_path / images, images=images)
@@ -74,14 +70,10 @@ def test_figure_files_follow_the_disclosure(tmp_path: Path, fakes: SimpleNamespa
     assert len(hidden) == 4
 
 
-def test_a_grid_has_a_row_for_each_pair_and_frames_replicas(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
+def test_a_grid_has_a_row_for_each_pair_and_frames_replicas(tmp_path):
     report = fakes.report(tmp_path)
     grid = attack_grid(report, fakes.dori(50), images="full")
     prompts = attack_grid(report, None, images="full")
-    assert grid is not None
-    assert prompts is not None
     assert grid.height == prompts.height > 8 * 128
     assert grid.width - prompts.width > 128
     red = (192, 32, 47)
@@ -91,7 +83,7 @@ def test_a_grid_has_a_row_for_each_pair_and_frames_replicas(
     assert attack_grid(replace(report, outcomes=()), None, images="full") is None
 
 
-def test_blurring_throws_the_detail_away(tmp_path: Path) -> None:
+def test_blurring_throws_the_detail_away(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "sharp.png"
     Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)).save(path)
@@ -99,7 +91,6 @@ def test_blurring_throws_the_detail_away(tmp_path: Path) -> None:
     assert blurred is not None
     assert np.asarray(blurred, float).std() < 10
     full = thumbnail(path, "full")
-    assert full is not None
     assert max(full.size) <= 192
     assert thumbnail(path, "none") is None
     with pytest.raises(InputError, match="images=none"):

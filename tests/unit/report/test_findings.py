@@ -1,6 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +6,10 @@ import pytest
 from dori_lightning.metrics.replication import headline_condition
 from dori_lightning.report.findings import audit_findings, recommended_budget
 from dori_lightning.report.record import AuditReport
+from support import fake_reports as fakes
 
 
 def audit(
-    fakes: SimpleNamespace,
     *,
     prompt: int,
     attack: int,
@@ -46,30 +44,27 @@ def names(report: AuditReport) -> set[str]:
         ({"prompt": 0, "attack": 0, "control": 0}, "clear", "sound", "clear"),
     ],
 )
-def test_an_attack_counts_only_where_its_controls_stay_away(
-    fakes: SimpleNamespace, counts: dict[str, Any], answer: str, trust: str, tone: str
-) -> None:
-    found = audit_findings(audit(fakes, **counts))
+def test_an_attack_counts_only_where_its_controls_stay_away(counts, answer, trust, tone):
+    found = audit_findings(audit(**counts))
     assert (found.answer, found.trust, found.tone) == (answer, trust, tone)
-    assert found.best is not None
     assert found.best.hits == (counts["attack"] if trust == "sound" else counts["prompt"])
 
 
-def test_the_bound_is_of_what_can_be_relied_on(fakes: SimpleNamespace) -> None:
-    assert audit_findings(audit(fakes, prompt=0, attack=0, control=0)).upper == pytest.approx(
+def test_the_bound_is_of_what_can_be_relied_on():
+    assert audit_findings(audit(prompt=0, attack=0, control=0)).upper == pytest.approx(
         0.16, abs=0.01
     )
 
 
-def test_other_starts_of_the_headlines_budget_are_named(fakes: SimpleNamespace) -> None:
-    report = audit(fakes, prompt=1, attack=2, control=0)
+def test_other_starts_of_the_headlines_budget_are_named():
+    report = audit(prompt=1, attack=2, control=0)
     random, short = fakes.dori(50, "random"), fakes.dori(10, "random")
     cells = (*report.cells, fakes.cell("vm", random, 9, 20), fakes.cell("vm", short, 7, 20))
     found = audit_findings(replace(report, cells=cells))
     assert [cell.hits for cell in found.other_starts] == [9]
 
 
-def test_without_a_suspected_image_nothing_is_answered(fakes: SimpleNamespace) -> None:
+def test_without_a_suspected_image_nothing_is_answered():
     controls = [
         fakes.cell("control", fakes.PROMPT, 0, 30),
         fakes.cell("control", fakes.dori(), 0, 30),
@@ -79,12 +74,12 @@ def test_without_a_suspected_image_nothing_is_answered(fakes: SimpleNamespace) -
         assert (found.answer, found.tone, found.best) == ("unmeasured", "doubt", None)
 
 
-def test_an_attack_alone_without_controls_is_no_answer(fakes: SimpleNamespace) -> None:
+def test_an_attack_alone_without_controls_is_no_answer():
     report = fakes.measured([fakes.cell("vm", fakes.dori(), 20, 20)])
     assert audit_findings(report).answer == "unreliable"
 
 
-def test_failed_attacks_are_no_evidence_of_safety(fakes: SimpleNamespace) -> None:
+def test_failed_attacks_are_no_evidence_of_safety():
     report = fakes.measured(
         [
             fakes.cell("vm", fakes.PROMPT, 0, 20),
@@ -100,8 +95,8 @@ def test_failed_attacks_are_no_evidence_of_safety(fakes: SimpleNamespace) -> Non
 # --- flags
 
 
-def test_flags_of_a_sound_audit(fakes: SimpleNamespace) -> None:
-    assert names(audit(fakes, prompt=19, attack=20, control=0)) == {"few_controls"}
+def test_flags_of_a_sound_audit():
+    assert names(audit(prompt=19, attack=20, control=0)) == {"few_controls"}
 
 
 @pytest.mark.parametrize(
@@ -114,56 +109,52 @@ def test_flags_of_a_sound_audit(fakes: SimpleNamespace) -> None:
         ({"prompt": 3, "attack": 3, "control": 0, "skipped": ["a"]}, "pairs_skipped"),
     ],
 )
-def test_each_limit_has_its_flag(
-    fakes: SimpleNamespace, counts: dict[str, Any], flag: str
-) -> None:
-    assert flag in names(audit(fakes, **counts))
+def test_each_limit_has_its_flag(counts, flag):
+    assert flag in names(audit(**counts))
 
 
-def test_controls_that_were_not_attacked(fakes: SimpleNamespace) -> None:
-    cells = audit(fakes, prompt=3, attack=20, control=0).cells[:3]
+def test_controls_that_were_not_attacked():
+    cells = audit(prompt=3, attack=20, control=0).cells[:3]
     assert "controls_not_attacked" in names(fakes.measured(cells))
 
 
-def test_controls_that_all_diverged_are_no_controls(fakes: SimpleNamespace) -> None:
+def test_controls_that_all_diverged_are_no_controls():
     cells = [
-        *audit(fakes, prompt=3, attack=20, control=None).cells,
+        *audit(prompt=3, attack=20, control=None).cells,
         fakes.cell("control", fakes.dori(), 0, 0, failed=9),
     ]
     assert {"no_controls", "controls_failed"} <= names(fakes.measured(cells))
 
 
-def test_control_prompts_that_count_show_a_bad_threshold(fakes: SimpleNamespace) -> None:
+def test_control_prompts_that_count_show_a_bad_threshold():
     cells = [
-        *audit(fakes, prompt=9, attack=9, control=None).cells,
+        *audit(prompt=9, attack=9, control=None).cells,
         fakes.cell("control", fakes.PROMPT, 6, 30),
         fakes.cell("control", fakes.dori(), 0, 30),
     ]
     assert "control_prompts_replicate" in names(fakes.measured(cells))
 
 
-def test_duplicates_and_long_prompts_are_flagged(fakes: SimpleNamespace, tmp_path: Path) -> None:
+def test_duplicates_and_long_prompts_are_flagged(tmp_path):
     outcome = fakes.report(tmp_path, vm=1, control=0).outcomes[0]
     copy = replace(outcome, pair=replace(outcome.pair, duplicate_of="other", truncated=True))
-    report = audit(fakes, prompt=9, attack=9, control=0, outcomes=(copy,))
+    report = audit(prompt=9, attack=9, control=0, outcomes=(copy,))
     assert {"duplicates", "truncated_prompts"} <= names(report)
 
 
-def test_recommended_budget_stops_at_the_first_failure(fakes: SimpleNamespace) -> None:
+def test_recommended_budget_stops_at_the_first_failure():
     rates = {1: 0, 10: 0, 50: 1, 100: 5, 200: 0}
     cells = [fakes.cell("control", fakes.dori(s), hits, 30) for s, hits in rates.items()]
     cells += [fakes.cell("control", fakes.dori(500, norm="l2", eps=1.0), 0, 30)]
     cells += [fakes.cell("control", fakes.dori(400, "random"), 0, 30)]
     budget = recommended_budget(cells)
-    assert budget is not None
     assert budget.steps == 50
     random = recommended_budget(cells, init="random")
-    assert random is not None
     assert random.steps == 400
     assert recommended_budget([fakes.cell("control", fakes.dori(10), 1, 20)]) is None
 
 
-def test_headline_ignores_the_suspected_images(fakes: SimpleNamespace) -> None:
+def test_headline_ignores_the_suspected_images():
     def control(condition: Any, hits: int) -> Any:
         return fakes.cell("control", condition, hits, 30)
 
@@ -180,9 +171,7 @@ def test_headline_ignores_the_suspected_images(fakes: SimpleNamespace) -> None:
 # --- invalid audits: what did not come back says nothing
 
 
-def mitigated(
-    fakes: SimpleNamespace, *, before: int | None, failed: int = 0, **more: Any
-) -> AuditReport:
+def mitigated(*, before: int | None, failed: int = 0, **more: Any) -> AuditReport:
     """Nothing comes back under a mitigation: it looks like a perfect one."""
     return fakes.measured(
         [
@@ -197,30 +186,26 @@ def mitigated(
     )
 
 
-def test_a_mitigation_of_what_was_never_memorized_is_no_test(fakes: SimpleNamespace) -> None:
-    assert mitigated(fakes, before=18).invalid == ()
-    assert mitigated(fakes, before=9).invalid == ("baseline_not_memorized",)
+def test_a_mitigation_of_what_was_never_memorized_is_no_test():
+    assert mitigated(before=18).invalid == ()
+    assert mitigated(before=9).invalid == ("baseline_not_memorized",)
     # of a checkpoint as it is, that little comes back is the answer
-    assert audit(fakes, prompt=0, attack=0, control=0).invalid == ()
+    assert audit(prompt=0, attack=0, control=0).invalid == ()
 
 
-def test_a_missing_baseline_is_flagged(fakes: SimpleNamespace) -> None:
-    assert "no_baseline" in names(mitigated(fakes, before=None))
-    assert "no_baseline" not in names(mitigated(fakes, before=18))
+def test_a_missing_baseline_is_flagged():
+    assert "no_baseline" in names(mitigated(before=None))
+    assert "no_baseline" not in names(mitigated(before=18))
 
 
-def test_an_edit_that_changes_nothing_is_no_mitigation(fakes: SimpleNamespace) -> None:
-    assert mitigated(fakes, before=18, inert=True).invalid == ("edit_changes_nothing",)
+def test_an_edit_that_changes_nothing_is_no_mitigation():
+    assert mitigated(before=18, inert=True).invalid == ("edit_changes_nothing",)
 
 
 @pytest.mark.parametrize("status", ["diverged", "no_gradient"])
-def test_one_suspected_image_without_a_result_is_enough(
-    fakes: SimpleNamespace, tmp_path: Path, status: str
-) -> None:
+def test_one_suspected_image_without_a_result_is_enough(tmp_path, status):
     pair = fakes.report(tmp_path).outcomes[0].pair
     lost = fakes.outcome(pair, fakes.dori(), [0.1], status=status)
-    assert mitigated(fakes, before=18, failed=1, outcomes=(lost,)).invalid == (status,)
+    assert mitigated(before=18, failed=1, outcomes=(lost,)).invalid == (status,)
     again = replace(lost, restart=1, status="ok")
-    assert mitigated(fakes, before=18, outcomes=(lost, again)).invalid == (), (
-        "another restart searched"
-    )
+    assert mitigated(before=18, outcomes=(lost, again)).invalid == (), "another restart searched"

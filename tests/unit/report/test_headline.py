@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -18,7 +17,6 @@ from dori_lightning.report import pages
 from dori_lightning.report.comparison import (
     SOURCES,
     Comparison,
-    HeadlineRow,
     compare,
     headline_rows,
     paired,
@@ -43,7 +41,9 @@ from dori_lightning.report.tables import (
     tables_markdown,
 )
 from dori_lightning.report.verdict import sweep_verdict
-from support.fake_audits import PROMPT, dori, loss_cost, write_audit
+from support import fake_reports as fakes
+from support.fake_audits import loss_cost, write_audit
+from support.fake_reports import PROMPT, dori
 
 SIZES = {"vm": 6, "tm": 2, "control": 4}
 UTILITY = replace(
@@ -80,53 +80,45 @@ def audits(folder: Path) -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def compared(tmp_path_factory):
     return audits(tmp_path_factory.mktemp("audits"))
 
 
 @pytest.fixture(scope="module")
-def rows(compared: Comparison) -> tuple[HeadlineRow, ...]:
+def rows(compared):
     return headline_rows(compared)
 
 
-def test_one_row_for_each_mitigation_at_its_full_budget(rows: tuple[HeadlineRow, ...]) -> None:
+def test_one_row_for_each_mitigation_at_its_full_budget(rows):
     assert [(r.mitigation, r.norm, r.eps, r.steps) for r in rows] == [
         (name, "none", None, 50) for name in ("none", "nemo", "gone")
     ]
     nemo = rows[1]
-    assert nemo.prompt_vm is not None
-    assert nemo.main is not None
-    assert nemo.main.vm is not None
-    assert nemo.main.control is not None
-    assert (nemo.prompt_vm.hits, nemo.main.vm.hits, nemo.main.control.hits) == (0, 6, 0)
-    assert [a.init for a in nemo.attacks] == ["prompt", "random"]
-    assert (nemo.cost.loss_ratio, nemo.cost.loss_ratio_ci95) == (1.03, (1.01, 1.05))
-    assert (nemo.cost.kid, nemo.cost.unet_evaluations, nemo.cost.changed) == (0.004, 1234, 7)
-    assert math.isnan(rows[0].cost.loss_ratio)
+    cells = {("vm", None): 0, ("vm", "prompt"): 6, ("control", "prompt"): 0}
+    assert {key: nemo.cells[key].hits for key in cells} == cells
+    assert nemo.inits == ("prompt", "random")
+    assert (nemo.loss_ratio, nemo.loss_ratio_ci95) == (1.03, (1.01, 1.05))
+    assert (nemo.kid, nemo.unet_evaluations, nemo.weights_changed) == (0.004, 1234, 7)
+    assert math.isnan(rows[0].loss_ratio)
 
 
-def test_each_row_is_compared_pair_by_pair(rows: tuple[HeadlineRow, ...]) -> None:
+def test_each_row_is_compared_pair_by_pair(rows):
     none, nemo, gone = rows
-    assert none.against_none is None
-    assert nemo.against_none is not None
-    assert (nemo.against_none.lost, nemo.against_none.gained) == (6, 0)
-    assert nemo.against_none.p == pytest.approx(2 / 64)
-    assert nemo.against_none_holm == pytest.approx(4 / 64), "two mitigations in the family"
-    assert nemo.main is not None
-    assert nemo.main.against_none is not None
-    assert nemo.main.against_none.p == 1
-    assert nemo.main.against_prompt is not None
-    assert (nemo.main.against_prompt.lost, nemo.main.against_prompt.gained) == (0, 6)
-    assert gone.main is not None
-    assert gone.main.against_none is not None
-    assert gone.main.against_none_holm == pytest.approx(4 / 64)
+    assert not any(other == "none" for _, other in none.tests)
+    prompts = nemo.tests[None, "none"]
+    assert (prompts.lost, prompts.gained) == (6, 0)
+    assert prompts.p == pytest.approx(2 / 64)
+    assert prompts.p_holm == pytest.approx(4 / 64), "two mitigations in the family"
+    assert nemo.tests["prompt", "none"].p == 1
+    assert nemo.tests["prompt", "prompt"].lost == 0
+    assert nemo.tests["prompt", "prompt"].gained == 6
+    assert gone.tests["prompt", "none"].p_holm == pytest.approx(4 / 64)
 
 
-def test_pairs_that_diverged_under_either_are_not_compared() -> None:
+def test_pairs_that_diverged_under_either_are_not_compared():
     test = paired(
         {"a": True, "b": None, "c": True, "d": False}, {"a": False, "b": True, "c": None}
     )
-    assert test is not None
     assert (test.n, test.lost, test.gained, test.p) == (1, 1, 0, 1.0)
     assert paired({"a": None}, {"a": True}) is None
 
@@ -140,20 +132,20 @@ def test_pairs_that_diverged_under_either_are_not_compared() -> None:
         ([0.5, 0.9, 0.01], [1.0, 1.0, 0.03]),
     ],
 )
-def test_holm(values: list[float], expected: list[float]) -> None:
+def test_holm(values, expected):
     assert holm(values) == pytest.approx(expected)
 
 
-def test_without_an_attack_there_is_still_a_row(tmp_path: Path) -> None:
+def test_without_an_attack_there_is_still_a_row(tmp_path):
     write_audit(tmp_path / "none")
     (row,) = headline_rows(compare([read_run(tmp_path / "none")]))
-    assert (row.steps, row.attacks, row.main) == (0, (), None)
+    assert (row.steps, row.inits, row.attacked("vm")) == (0, (), None)
     found = sweep_findings([row])
     assert (found.tried, found.valid, found.tone) == ((), True, "doubt")
     assert sweep_verdict([row]).answer == "No mitigation was attacked."
 
 
-def test_a_grid_has_a_row_for_each_ball_from_narrow_to_wide(tmp_path: Path) -> None:
+def test_a_grid_has_a_row_for_each_ball_from_narrow_to_wide(tmp_path):
     for eps in (3.5, None, 1.25):
         ball = {"norm": "l2", "eps": eps} if eps else {}
         write_audit(
@@ -188,11 +180,8 @@ def test_a_grid_has_a_row_for_each_ball_from_narrow_to_wide(tmp_path: Path) -> N
         ("adversarial_finetuning", "sd21", None, 0.06),
     ],
 )
-def test_published_numbers(
-    mitigation: str, checkpoint: str, prompt: float | None, attacked: float | None
-) -> None:
+def test_published_numbers(mitigation, checkpoint, prompt, attacked):
     row = published_for(mitigation, checkpoint=checkpoint)
-    assert row is not None
     assert (row.prompt and row.prompt.rate, row.attacked and row.attacked.rate) == (
         prompt and pytest.approx(prompt),
         attacked and pytest.approx(attacked),
@@ -205,11 +194,11 @@ def test_published_numbers(
     ["random_pruning", "prompt_adjustment", "adversarial_finetuning_lora",
      "adversarial_finetuning_redirect", "nemonic", "wandalike"],
 )  # fmt: skip
-def test_no_number_where_the_paper_gives_none(mitigation: str) -> None:
+def test_no_number_where_the_paper_gives_none(mitigation):
     assert published_for(mitigation, checkpoint="sd14") is None
 
 
-def test_changed_settings_are_not_the_papers(tmp_path: Path) -> None:
+def test_changed_settings_are_not_the_papers(tmp_path):
     write_audit(tmp_path / "none")
     for k in (1, 2):
         write_audit(tmp_path / f"w{k}", "wanda", settings={"fraction": k})
@@ -220,7 +209,7 @@ def test_changed_settings_are_not_the_papers(tmp_path: Path) -> None:
 # --- what is written
 
 
-def test_tables_show_hits_intervals_and_the_papers_numbers(rows: tuple[HeadlineRow, ...]) -> None:
+def test_tables_show_hits_intervals_and_the_papers_numbers(rows):
     back, checks, tests = headline_tables(rows)
     line = dict(zip(back.header, back.rows[1], strict=True))
     assert line == {
@@ -242,7 +231,7 @@ def test_tables_show_hits_intervals_and_the_papers_numbers(rows: tuple[HeadlineR
     assert line["+ DoRI, against its prompt"] == "-0 +6  p 0.031"
 
 
-def test_columns_without_any_value_are_left_out(tmp_path: Path) -> None:
+def test_columns_without_any_value_are_left_out(tmp_path):
     write_audit(tmp_path / "none", sizes={"vm": 2, "control": 2})
     tables = headline_tables(headline_rows(compare([read_run(tmp_path / "none")])))
     assert [table.header for table in tables] == [
@@ -251,13 +240,13 @@ def test_columns_without_any_value_are_left_out(tmp_path: Path) -> None:
     ]
 
 
-def test_diverged_pairs_are_shown(tmp_path: Path) -> None:
+def test_diverged_pairs_are_shown(tmp_path):
     write_audit(tmp_path / "none", reproduced={PROMPT: {"vm": [0.9, math.nan, 0.1, 0.1]}})
     table = headline_tables(headline_rows(compare([read_run(tmp_path / "none")])))[0]
     assert table.rows[0][1].startswith("1/3 +1 failed  33 %")
 
 
-def test_a_row_of_an_invalid_audit_is_marked_and_clears_nobody(tmp_path: Path) -> None:
+def test_a_row_of_an_invalid_audit_is_marked_and_clears_nobody(tmp_path):
     audits(tmp_path)
     path = tmp_path / "gone" / "report.json"
     document = json.loads(path.read_text())
@@ -278,9 +267,7 @@ def test_a_row_of_an_invalid_audit_is_marked_and_clears_nobody(tmp_path: Path) -
     assert table["invalid"].fillna("").tolist() == ["", "", "edit_changes_nothing"]
 
 
-def test_remarks_name_what_is_missing_and_whose_numbers_these_are(
-    compared: Comparison, rows: tuple[HeadlineRow, ...]
-) -> None:
+def test_remarks_name_what_is_missing_and_whose_numbers_these_are(compared, rows):
     said = remarks(replace(compared, unfinished=("siss",), missing=("tiny, x: y",)), rows)
     assert said[0] == "Without a result: siss."
     assert said[1] == "Missing: tiny, x: y."
@@ -288,7 +275,7 @@ def test_remarks_name_what_is_missing_and_whose_numbers_these_are(
     assert any("The paper's numbers are of SD 1.4. C: the authors' page" in text for text in said)
 
 
-def test_markdown_holds_every_row(compared: Comparison, rows: tuple[HeadlineRow, ...]) -> None:
+def test_markdown_holds_every_row(compared, rows):
     text = tables_markdown(headline_tables(rows), remarks(compared, rows))
     assert text.count("### ") == 3
     assert text.count("| nemo |") == 3
@@ -298,9 +285,7 @@ def test_markdown_holds_every_row(compared: Comparison, rows: tuple[HeadlineRow,
     assert "- tiny: all rows are counted under one threshold" in text
 
 
-def test_parquet_holds_the_rows_and_every_cell(
-    compared: Comparison, rows: tuple[HeadlineRow, ...]
-) -> None:
+def test_parquet_holds_the_rows_and_every_cell(compared, rows):
     frame = pd.read_parquet(io.BytesIO(headline_parquet(rows))).set_index("mitigation")
     nemo = frame.loc["nemo"]
     assert (nemo.vm_prompt_hits, nemo.vm_dori_prompt_hits, nemo.vm_dori_random_n) == (0, 6, 6)
@@ -316,23 +301,19 @@ def test_parquet_holds_the_rows_and_every_cell(
 
 
 @pytest.fixture(scope="module")
-def written(
-    compared: Comparison,
-    rows: tuple[HeadlineRow, ...],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def written(compared, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     paths = write_table(compared, rows, folder)
     assert paths[-1] == folder / "report.html"
     return folder
 
 
-def test_the_files_of_a_table(written: Path) -> None:
+def test_the_files_of_a_table(written):
     names = {"table.parquet", "cells.parquet", "table.md", "report.html"}
     assert {path.name for path in written.iterdir()} == names
 
 
-def test_the_page_loads_nothing_and_says_the_answer(written: Path) -> None:
+def test_the_page_loads_nothing_and_says_the_answer(written):
     text = (written / "report.html").read_text()
     said = text.replace("\u00a0", " ")
     assert "The attack still finds images under 1 of 2 mitigations." in said
@@ -345,12 +326,7 @@ def test_the_page_loads_nothing_and_says_the_answer(written: Path) -> None:
     assert 'class="verdict found"' in text
 
 
-def test_an_incomplete_table_says_so_on_the_page(
-    compared: Comparison,
-    rows: tuple[HeadlineRow, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_an_incomplete_table_says_so_on_the_page(compared, rows, monkeypatch, tmp_path):
     monkeypatch.setattr(pages, "sweep_figures", lambda *_, **__: {})
     incomplete = replace(compared, unfinished=("mitigation=<siss>",))
     text = render_sweep_page(incomplete, rows, tmp_path)
@@ -359,7 +335,7 @@ def test_an_incomplete_table_says_so_on_the_page(
     assert "mitigation=&lt;siss&gt;" in text
 
 
-def test_hidden_is_told_from_gone(rows: tuple[HeadlineRow, ...]) -> None:
+def test_hidden_is_told_from_gone(rows):
     found = sweep_findings(rows)
     assert (found.tried, found.holding, found.hiding) == (("nemo", "gone"), ("nemo",), ("nemo",))
     assert (found.clear, found.loss_ratio, found.tone) == (("gone",), 1.03, "found")
@@ -371,7 +347,7 @@ def test_hidden_is_told_from_gone(rows: tuple[HeadlineRow, ...]) -> None:
     assert "(paired test, p < 0.05): nemo." in verdict.numbers
 
 
-def test_an_attack_that_paints_controls_is_doubted(tmp_path: Path) -> None:
+def test_an_attack_that_paints_controls_is_doubted(tmp_path):
     painted = {PROMPT: {"vm": 0.9}, dori(): {"vm": 0.9, "control": 0.9}}
     for name in ("none", "wanda"):
         write_audit(tmp_path / name, name, reproduced=painted)
@@ -381,9 +357,7 @@ def test_an_attack_that_paints_controls_is_doubted(tmp_path: Path) -> None:
     assert "reproduces controls under none, wanda" in sweep_verdict(found).numbers
 
 
-def test_figures_with_nothing_to_show_are_left_out(
-    compared: Comparison, rows: tuple[HeadlineRow, ...]
-) -> None:
+def test_figures_with_nothing_to_show_are_left_out(compared, rows):
     drawn = sweep_figures(rows, compared.cells, {}, threshold=0.5)
     assert set(drawn) == {"before_and_after", "rates_against_steps", "removal_against_cost"}, (
         "all attacks had one radius"
@@ -392,7 +366,7 @@ def test_figures_with_nothing_to_show_are_left_out(
     assert rates_against_steps(rows, one_count) is None, "two points are no curve"
 
 
-def test_both_tables_hold_every_number(fakes: SimpleNamespace) -> None:
+def test_both_tables_hold_every_number():
     cells = [
         fakes.cell("control", fakes.dori(50, norm="l2", eps=2.5), 1, 30),
         fakes.cell("vm", fakes.PROMPT, 19, 20, failed=2, median=0.91),

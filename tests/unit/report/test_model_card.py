@@ -1,8 +1,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +13,13 @@ from dori_lightning.report.model_card import (
     model_card,
 )
 from dori_lightning.report.record import (
-    AuditRecord,
     read_edit_record,
     read_record,
     write_report,
 )
 from dori_lightning.report.words import escape
 from dori_lightning.types import InputError
+from support import fake_reports as fakes
 from support.fake_audits import loss_cost
 
 EXPORT = Exported(
@@ -59,18 +57,18 @@ def rendered(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory, fakes: SimpleNamespace) -> Path:
+def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit")
     write_report(fakes.report(folder), folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def audit(record: Path) -> AuditRecord:
+def audit(record):
     return read_record(record)
 
 
-def test_the_front_matter_is_what_the_hub_reads() -> None:
+def test_the_front_matter_is_what_the_hub_reads():
     block = front_matter(model_card(EXPORT, None))
     assert block["library_name"] == "diffusers"
     assert block["pipeline_tag"] == "text-to-image"
@@ -80,7 +78,7 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
 
 
 @pytest.mark.parametrize("source", [None, "package:dori_tiny", "a/b\nlicense: mit", "x/y/z"])
-def test_only_hub_ids_become_base_models(source: str | None) -> None:
+def test_only_hub_ids_become_base_models(source):
     assert set(front_matter(model_card(replace(EXPORT, source=source), None))) == {
         "library_name",
         "pipeline_tag",
@@ -88,7 +86,7 @@ def test_only_hub_ids_become_base_models(source: str | None) -> None:
     }
 
 
-def test_the_card_says_what_was_changed_where_and_at_what_cost() -> None:
+def test_the_card_says_what_was_changed_where_and_at_what_cost():
     card = model_card(EXPORT, None)
     assert "# sd14, after nemo_union" in card
     assert "0123456789abcdef" in card
@@ -105,16 +103,16 @@ def test_the_card_says_what_was_changed_where_and_at_what_cost() -> None:
     assert "checkpoint.source=CompVis/stable-diffusion-v1-4 checkpoint.revision=133a221b" in card
 
 
-def test_one_dtype_for_all_is_named_once() -> None:
+def test_one_dtype_for_all_is_named_once():
     card = model_card(replace(EXPORT, dtypes=dict.fromkeys(EXPORT.dtypes, "fp16")), None)
     assert "- written in fp16; every weight" in card
 
 
-def test_a_card_without_an_audit_says_so() -> None:
+def test_a_card_without_an_audit_says_so():
     assert "**This checkpoint was not audited.**" in model_card(EXPORT, None)
 
 
-def test_an_export_without_an_edit_says_that_nothing_changed() -> None:
+def test_an_export_without_an_edit_says_that_nothing_changed():
     card = model_card(UNCHANGED, None)
     assert "Nothing: no weight differs from the original's." in card
     assert "task.edit" not in card
@@ -122,26 +120,26 @@ def test_an_export_without_an_edit_says_that_nothing_changed() -> None:
     assert "forget" not in card.partition("## Audit")[0]
 
 
-def test_places_of_this_machine_are_not_told() -> None:
+def test_places_of_this_machine_are_not_told():
     card = model_card(replace(EXPORT, source=None), None)
     assert "/home/someone" not in card
     assert '"stats.safetensors"' in card
     assert "checkpoint.source=ORIGINAL" in card
 
 
-def test_rounded_weights_are_told_beside_the_audit(audit: AuditRecord) -> None:
+def test_rounded_weights_are_told_beside_the_audit(audit):
     rounded = model_card(replace(EXPORT, exact=False), audit)
     assert "weights were rounded to this" in rounded
     assert "before they were rounded" in rounded
     assert "rounded" not in model_card(EXPORT, audit)
 
 
-def test_one_pairs_masks_are_told_to_be_that(audit: AuditRecord) -> None:
+def test_one_pairs_masks_are_told_to_be_that(audit):
     card = model_card(replace(EXPORT, pair="cat_1"), audit)
     assert "those of cat_1 are in this checkpoint" in card
 
 
-def test_the_card_carries_every_cell_flag_and_rule_of_the_audit(audit: AuditRecord) -> None:
+def test_the_card_carries_every_cell_flag_and_rule_of_the_audit(audit):
     card = model_card(EXPORT, audit)
     assert "| vm | prompt | - | - | 2/4 | 50 % (15 to 85 %) | 0.50 ± 0.04 | 0.70 |" in card
     assert "| control | dori | prompt | 50 steps | 0/4 |" in card
@@ -157,20 +155,20 @@ def test_the_card_carries_every_cell_flag_and_rule_of_the_audit(audit: AuditReco
     assert "was not measured" in card
 
 
-def test_the_price_in_denoising_loss_is_told_where_it_was_measured(audit: AuditRecord) -> None:
+def test_the_price_in_denoising_loss_is_told_where_it_was_measured(audit):
     card = model_card(EXPORT, replace(audit, utility=loss_cost(1.031, 1.02, 1.05)))
     assert "times that of the original: 1.031 (1.020 to 1.050)" in card
     broken = model_card(EXPORT, replace(audit, utility=loss_cost(math.nan, math.nan, math.nan)))
     assert "no longer finite" in broken
 
 
-def test_an_attack_that_paints_controls_is_told(audit: AuditRecord) -> None:
+def test_an_attack_that_paints_controls_is_told(audit):
     assert "No attack of this audit left the controls alone." in model_card(
         EXPORT, replace(audit, recommended_budget=None)
     )
 
 
-def test_prompts_and_pairs_of_the_audit_stay_out(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_prompts_and_pairs_of_the_audit_stay_out(tmp_path):
     secret = [f"canary caption {k}" for k in range(8)]
     write_report(fakes.report(tmp_path, prompts=secret), tmp_path)
     card = model_card(EXPORT, read_record(tmp_path))
@@ -195,7 +193,7 @@ NASTY = (
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_escaped_text_renders_as_itself_and_nothing_else(text: str) -> None:
+def test_escaped_text_renders_as_itself_and_nothing_else(text):
     shown = rendered(escape(text)).strip()
     line = " ".join(text.split())
     for mark, code in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
@@ -206,7 +204,7 @@ def test_escaped_text_renders_as_itself_and_nothing_else(text: str) -> None:
     assert "<td>last</td>" in cell
 
 
-def test_ordinary_names_are_left_as_they_are() -> None:
+def test_ordinary_names_are_left_as_they_are():
     for name in (
         "nemo_union", "dori_tiny", "cat.1-b", "12 of 15 (80 %), x", "2.14.1", "hold: none",
         "2026-11-24T12:19:30+00:00",
@@ -215,7 +213,7 @@ def test_ordinary_names_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_nothing_that_a_user_names_becomes_markup(audit: AuditRecord, text: str) -> None:
+def test_nothing_that_a_user_names_becomes_markup(audit, text):
     plain = rendered(model_card(EXPORT, audit))
     card = model_card(
         replace(
@@ -242,22 +240,21 @@ def test_nothing_that_a_user_names_becomes_markup(audit: AuditRecord, text: str)
     assert html.count("<code") == plain.count("<code")
 
 
-def test_the_edit_of_an_audit_is_read(tmp_path: Path) -> None:
+def test_the_edit_of_an_audit_is_read(tmp_path):
     assert read_edit_record(tmp_path) is None
     (tmp_path / "edit.json").write_text(json.dumps({"identity": "e", "cost": {"seconds": 1.5}}))
     edit = read_edit_record(tmp_path)
-    assert edit is not None
     assert (edit.identity, edit.made, edit.cost) == ("e", False, {"seconds": 1.5})
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"identity": "e", "made": "perhaps"}'])
-def test_a_damaged_record_of_an_edit_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_damaged_record_of_an_edit_is_refused(tmp_path, content):
     (tmp_path / "edit.json").write_text(content)
     with pytest.raises(InputError, match=r"edit\.json"):
         read_edit_record(tmp_path)
 
 
-def test_diverged_rates_are_not_available(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_diverged_rates_are_not_available(tmp_path):
     report = fakes.report(tmp_path)
     empty = fakes.cell("tm", fakes.PROMPT, 0, 0, failed=2)
     write_report(replace(report, cells=(*report.cells, empty)), tmp_path)

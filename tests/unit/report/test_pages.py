@@ -1,13 +1,12 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from dori_lightning.report.pages import render_page, write_page
 from dori_lightning.types import InputError
+from support import fake_reports as fakes
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/a.png>'
 
@@ -32,7 +31,7 @@ class Page(HTMLParser):
             self.images.append(named)
 
 
-def test_page_loads_nothing(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_page_loads_nothing(tmp_path):
     text = render_page(fakes.report(tmp_path))
     page = Page(text)
     assert page.loads
@@ -42,7 +41,7 @@ def test_page_loads_nothing(tmp_path: Path, fakes: SimpleNamespace) -> None:
     assert "<html lang=" in text
 
 
-def test_pictures_are_lazy_small_and_described(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_pictures_are_lazy_small_and_described(tmp_path):
     page = Page(render_page(fakes.report(tmp_path)))
     assert all(image.get("alt") for image in page.images)
     assert all(image.get("loading") == "lazy" for image in page.images)
@@ -50,7 +49,7 @@ def test_pictures_are_lazy_small_and_described(tmp_path: Path, fakes: SimpleName
     assert len(photographs) == 8 * 3
 
 
-def test_prompts_are_text_not_markup(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_prompts_are_text_not_markup(tmp_path):
     text = render_page(fakes.report(tmp_path, prompts=[EVIL]))
     page = Page(text)
     assert page.tags.count("script") == 1
@@ -59,13 +58,13 @@ def test_prompts_are_text_not_markup(tmp_path: Path, fakes: SimpleNamespace) -> 
 
 
 @pytest.mark.parametrize("images", ["full", "blurred", "none"])
-def test_disclosure(tmp_path: Path, fakes: SimpleNamespace, images: str) -> None:
+def test_disclosure(tmp_path, images):
     text = render_page(fakes.report(tmp_path), images=images)
     assert ("data:image/jpeg" in text) == (images != "none")
     assert ("(blurred)" in text) == (images == "blurred")
 
 
-def test_none_needs_no_picture_files(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_none_needs_no_picture_files(tmp_path):
     report = fakes.report(tmp_path)
     for path in (tmp_path / "references").iterdir():
         path.unlink()
@@ -74,7 +73,7 @@ def test_none_needs_no_picture_files(tmp_path: Path, fakes: SimpleNamespace) -> 
         render_page(report)
 
 
-def test_capped_pages_say_how_many_are_missing(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_capped_pages_say_how_many_are_missing(tmp_path):
     report = fakes.report(tmp_path, vm=6, control=3)
     text = render_page(report, max_pairs=4)
     assert "Shown are 4 of 9 pairs" in text
@@ -84,7 +83,7 @@ def test_capped_pages_say_how_many_are_missing(tmp_path: Path, fakes: SimpleName
     assert "Shown are" not in render_page(report)
 
 
-def test_baseline_adds_a_picture(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_baseline_adds_a_picture(tmp_path):
     report = fakes.report(tmp_path)
     before = tuple(o for o in report.outcomes if o.condition.attack == "prompt")
     text = render_page(replace(report, mitigation="none", baseline=before))
@@ -92,13 +91,13 @@ def test_baseline_adds_a_picture(tmp_path: Path, fakes: SimpleNamespace) -> None
     assert text.count("data:image/jpeg") == 8 * 4
 
 
-def test_page_of_an_empty_audit(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_page_of_an_empty_audit(tmp_path):
     report = replace(fakes.report(tmp_path), cells=(), outcomes=(), recommended_budget=None)
     text = render_page(report)
     assert "No suspected image was measured." in text
 
 
-def test_diverged_pairs_are_named(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_diverged_pairs_are_named(tmp_path):
     report = fakes.report(tmp_path, vm=1, control=1)
     nan = (float("nan"),) * 3
     outcomes = tuple(
@@ -112,7 +111,7 @@ def test_diverged_pairs_are_named(tmp_path: Path, fakes: SimpleNamespace) -> Non
     assert 'data-outcome="failed"' in text
 
 
-def test_forty_pairs_stay_small(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_forty_pairs_stay_small(tmp_path):
     path = write_page(fakes.report(tmp_path, vm=20, control=20), tmp_path)
     assert path.name == "report.html"
     assert path.stat().st_size < 3_000_000

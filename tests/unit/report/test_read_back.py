@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,13 @@ from dori_lightning.report.record import (
     write_utility,
 )
 from dori_lightning.types import InputError
+from support import fake_reports as fakes
 from support.fake_audits import write_audit
 
 EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
 
 
-def kept(fakes: SimpleNamespace, folder: Path, **more: Any) -> AuditReport:
+def kept(folder: Path, **more: Any) -> AuditReport:
     """An invented audit whose references carry their true hashes."""
     report = fakes.report(folder, **more)
     outcomes = tuple(
@@ -42,8 +42,8 @@ def kept(fakes: SimpleNamespace, folder: Path, **more: Any) -> AuditReport:
     return replace(report, outcomes=outcomes)
 
 
-def test_an_audit_comes_back_as_it_was(tmp_path: Path, fakes: SimpleNamespace) -> None:
-    report = kept(fakes, tmp_path)
+def test_an_audit_comes_back_as_it_was(tmp_path):
+    report = kept(tmp_path)
     write_report(report, tmp_path)
     back = shown_report(read_run(tmp_path))
     assert back.calibration == report.calibration
@@ -56,8 +56,8 @@ def test_an_audit_comes_back_as_it_was(tmp_path: Path, fakes: SimpleNamespace) -
     assert render_page(back) == render_page(report)
 
 
-def test_a_baseline_comes_back(tmp_path: Path, fakes: SimpleNamespace) -> None:
-    report = kept(fakes, tmp_path)
+def test_a_baseline_comes_back(tmp_path):
+    report = kept(tmp_path)
     before = tuple(o for o in report.outcomes if o.condition.attack == "prompt")
     own = tuple(replace(cell, mitigation="wanda") for cell in report.cells)
     write_report(replace(report, mitigation="wanda", baseline=before, cells=own), tmp_path)
@@ -66,7 +66,7 @@ def test_a_baseline_comes_back(tmp_path: Path, fakes: SimpleNamespace) -> None:
     assert render_page(back).count("data:image/jpeg") == 8 * 4
 
 
-def test_what_a_mitigation_costs_comes_back(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_what_a_mitigation_costs_comes_back(tmp_path):
     paths = [fakes.picture(tmp_path / "utility" / f"{k}.png", k) for k in range(2)]
     row = PictureRow(
         "ordinary", "a", "a", "a boat", 1, math.nan, None, None, None, None, *paths
@@ -76,21 +76,17 @@ def test_what_a_mitigation_costs_comes_back(tmp_path: Path, fakes: SimpleNamespa
         "ncc", DenoisingLoss(0.1, 0.2, 2.0, (1.5, math.nan), 4, 2), None, None, None,
         {"kid": "too few"}, picture_rows=(row, gone),
     )  # fmt: skip
-    write_report(replace(kept(fakes, tmp_path), utility=spent), tmp_path)
+    write_report(replace(kept(tmp_path), utility=spent), tmp_path)
     write_utility(spent, tmp_path)
     back = shown_report(read_run(tmp_path)).utility
-    assert back is not None
-    assert back.denoising_loss is not None
     assert back.denoising_loss.ratio == 2.0
     assert math.isnan(back.denoising_loss.ratio_ci95[1])
     assert [r.id for r in back.picture_rows] == ["a"]
     assert math.isnan(back.picture_rows[0].similarity)
 
 
-def test_originals_that_are_gone_or_others_are_not_shown(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
-    write_report(kept(fakes, tmp_path, vm=2, control=1), tmp_path)
+def test_originals_that_are_gone_or_others_are_not_shown(tmp_path):
+    write_report(kept(tmp_path, vm=2, control=1), tmp_path)
     (tmp_path / "references" / "vm_00.png").unlink()
     Image.new("RGB", (8, 8)).save(tmp_path / "references" / "vm_01.png")
     back = shown_report(read_run(tmp_path))
@@ -100,8 +96,8 @@ def test_originals_that_are_gone_or_others_are_not_shown(
     assert text.count("not kept") == 2
 
 
-def test_a_record_of_another_version_is_refused(tmp_path: Path, fakes: SimpleNamespace) -> None:
-    path = write_report(kept(fakes, tmp_path), tmp_path)
+def test_a_record_of_another_version_is_refused(tmp_path):
+    path = write_report(kept(tmp_path), tmp_path)
     document = json.loads(path.read_text())
     del document["provenance"]["platform"]
     path.write_text(json.dumps(document))
@@ -109,9 +105,9 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path, fakes: SimpleNam
         shown_report(read_run(tmp_path))
 
 
-def test_records_of_earlier_versions_are_read(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_records_of_earlier_versions_are_read(tmp_path):
     """They have no effort, no first success, no samples behind the calibration."""
-    path = write_report(kept(fakes, tmp_path), tmp_path)
+    path = write_report(kept(tmp_path), tmp_path)
     document = json.loads(path.read_text())
     for name in ("invalid", "utility", "effort"):
         del document[name]
@@ -127,7 +123,7 @@ def test_records_of_earlier_versions_are_read(tmp_path: Path, fakes: SimpleNames
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("report.json")), ids=str)
-def test_records_of_the_experiments_are_read(path: Path) -> None:
+def test_records_of_the_experiments_are_read(path):
     assert read_run(path.parent).report.cells
 
 
@@ -140,9 +136,7 @@ def test_records_of_the_experiments_are_read(path: Path) -> None:
         (["blurred", "full"], "none", "none"),
     ],
 )
-def test_the_strictest_run_decides_what_is_shown(
-    tmp_path: Path, allowed: list[str], asked: Any, shown: str
-) -> None:
+def test_the_strictest_run_decides_what_is_shown(tmp_path, allowed, asked, shown):
     runs = [
         read_run(write_audit(tmp_path / str(k), config={"report": {"images": name}}))
         for k, name in enumerate(allowed)
@@ -150,12 +144,10 @@ def test_the_strictest_run_decides_what_is_shown(
     assert strictest(runs, asked) == shown
 
 
-def test_a_sweeps_page_shows_pictures_and_links_its_runs(
-    tmp_path: Path, fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweeps_page_shows_pictures_and_links_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "sweep_figures", lambda *_, **__: {})
     for name in ("none", "wanda"):
-        report = kept(fakes, tmp_path / name, vm=3, control=2)
+        report = kept(tmp_path / name, vm=3, control=2)
         own = tuple(replace(cell, mitigation=name) for cell in report.cells)
         write_report(replace(report, mitigation=name, cells=own), tmp_path / name)
     (tmp_path / "wanda" / "pictures" / "vm_00_dori_50_1.png").unlink()
@@ -192,14 +184,13 @@ def locality(folder: Path, document: Any, *figures: str) -> Path:
     return folder
 
 
-def test_locality_figures_come_with_their_captions(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_locality_figures_come_with_their_captions(tmp_path):
     listed = {"file": "figures/locality_b.png", "title": "Spread", "caption": "How far <apart>."}
     folder = locality(
         tmp_path / "x", {"figures": [listed], "verdict": "It is not local."},
         "locality_a_map.png", "locality_b.png", "other.png",
     )  # fmt: skip
     section = read_locality(folder, disclosure="none")
-    assert section is not None
     assert [figure.title for figure in section.figures] == ["Spread", "A map"]
     assert {figure.width for figure in section.figures} == {1600}
     text = render_page(fakes.report(tmp_path / "audit"), locality=[section])
@@ -209,16 +200,15 @@ def test_locality_figures_come_with_their_captions(tmp_path: Path, fakes: Simple
     assert "locality" not in render_page(fakes.report(tmp_path / "audit"), images="none")
 
 
-def test_locality_figures_with_pictures_need_leave(tmp_path: Path) -> None:
+def test_locality_figures_with_pictures_need_leave(tmp_path):
     entry = {"file": "figures/locality_faces.png", "shows_pictures": True}
     folder = locality(tmp_path, {"figures": [entry]}, "locality_faces.png")
     for disclosure, shown in (("full", 1), ("blurred", 0), ("none", 0)):
         section = read_locality(folder, disclosure=disclosure)  # type: ignore[arg-type]
-        assert section is not None
         assert (len(section.figures), section.withheld) == (shown, 1 - shown)
 
 
-def test_damaged_locality_results_are_refused(tmp_path: Path) -> None:
+def test_damaged_locality_results_are_refused(tmp_path):
     assert read_locality(tmp_path, disclosure="full") is None
     with pytest.raises(InputError, match="not valid JSON"):
         read_locality(locality(tmp_path / "a", "{"), disclosure="full")

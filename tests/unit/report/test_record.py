@@ -1,10 +1,7 @@
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +10,7 @@ import pytest
 from dori_lightning.report.record import read_record, write_report
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import InputError
+from support import fake_reports as fakes
 
 CELL_KEYS = {
     "checkpoint", "mitigation", "attack", "init", "budget", "kind", "n", "mr", "mr_ci95",
@@ -21,7 +19,7 @@ CELL_KEYS = {
 CANARY = "canary-8f3a"
 
 
-def test_report_json_keeps_the_contract(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_report_json_keeps_the_contract(tmp_path):
     path = write_report(fakes.report(tmp_path), tmp_path)
     document = json.loads(path.read_text())
     assert document["schema_version"] == 1
@@ -45,7 +43,7 @@ def test_report_json_keeps_the_contract(tmp_path: Path, fakes: SimpleNamespace) 
     assert list(document) == sorted(document)
 
 
-def test_nan_and_infinity_become_null(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_nan_and_infinity_become_null(tmp_path):
     report = fakes.report(tmp_path)
     empty = fakes.cell("tm", fakes.PROMPT, 0, 0, failed=2)
     report = replace(
@@ -64,7 +62,7 @@ def test_nan_and_infinity_become_null(tmp_path: Path, fakes: SimpleNamespace) ->
     assert document["calibration"]["quantiles"]["null"]["p50"] is None
 
 
-def test_failed_write_leaves_the_old_files(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_failed_write_leaves_the_old_files(tmp_path):
     write_report(fakes.report(tmp_path), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     assert set(before) == {"report.json", "pairs.parquet"}
@@ -73,9 +71,7 @@ def test_failed_write_leaves_the_old_files(tmp_path: Path, fakes: SimpleNamespac
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
-def test_full_disk_leaves_the_old_file(
-    tmp_path: Path, fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     report = fakes.report(tmp_path)
     old = write_report(report, tmp_path).read_bytes()
 
@@ -89,7 +85,7 @@ def test_full_disk_leaves_the_old_file(
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_parquet_has_one_row_for_every_picture(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_parquet_has_one_row_for_every_picture(tmp_path):
     report = fakes.report(tmp_path, vm=2, control=1)
     diverged = fakes.outcome(
         report.outcomes[0].pair, fakes.dori(50), (math.nan,) * 3, restart=1, status="diverged"
@@ -113,9 +109,7 @@ def test_parquet_has_one_row_for_every_picture(tmp_path: Path, fakes: SimpleName
     assert kept["similarity_ncc"].notna().all()
 
 
-def test_rows_refuse_a_wrong_number_of_similarities(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
+def test_rows_refuse_a_wrong_number_of_similarities(tmp_path):
     report = fakes.report(tmp_path)
     broken = replace(report.outcomes[0], similarity={"ncc": np.array([0.1])})
     with pytest.raises(ValueError, match="3 seeds but 1 similarities"):
@@ -133,7 +127,7 @@ def test_rows_refuse_a_wrong_number_of_similarities(
         ('{"schema_version": 1, "checkpoint": 1}', "checkpoint"),
     ],
 )
-def test_reading_names_what_is_wrong(tmp_path: Path, content: str | None, message: str) -> None:
+def test_reading_names_what_is_wrong(tmp_path, content, message):
     if content is not None:
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -161,9 +155,7 @@ def test_reading_names_what_is_wrong(tmp_path: Path, content: str | None, messag
         (lambda d: d["provenance"].pop("finished"), "provenance.finished"),
     ],
 )
-def test_a_record_that_no_audit_writes_is_refused_by_key(
-    tmp_path: Path, fakes: SimpleNamespace, damage: Callable[[dict[str, Any]], object], where: str
-) -> None:
+def test_a_record_that_no_audit_writes_is_refused_by_key(tmp_path, damage, where):
     path = write_report(fakes.report(tmp_path, vm=1, control=1), tmp_path)
     document = json.loads(path.read_text())
     damage(document)
@@ -175,7 +167,7 @@ def test_a_record_that_no_audit_writes_is_refused_by_key(
     assert "fix:" in str(caught.value)
 
 
-def test_what_was_written_is_read_back(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_what_was_written_is_read_back(tmp_path):
     report = fakes.report(tmp_path, vm=1, control=1)
     report = replace(report, cells=(*report.cells, fakes.cell("tm", fakes.PROMPT, 0, 0, failed=2)))
     write_report(report, tmp_path)
@@ -192,7 +184,7 @@ def test_what_was_written_is_read_back(tmp_path: Path, fakes: SimpleNamespace) -
      "HF_TOKEN", "password", "db_password", "credential", "aws_credentials",
      "access-key", "secretName"],
 )  # fmt: skip
-def test_secrets_go(name: str) -> None:
+def test_secrets_go(name):
     assert CANARY not in repr(redact({"outer": [{name: CANARY}]}))
     assert CANARY not in repr(redact({"outer": {name: {"deep": CANARY}}}))
     assert CANARY not in repr(redact({"overrides": [f"+logger.{name}={CANARY}"]}))
@@ -201,11 +193,11 @@ def test_secrets_go(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["num_tokens", "max_tokens", "token_mask", "monkey", "keyboard", "tokenizer", "turkey"]
 )
-def test_harmless_names_stay(name: str) -> None:
+def test_harmless_names_stay(name):
     assert redact({name: "value 1"}) == {name: "value 1"}
 
 
-def test_urls_lose_their_user() -> None:
+def test_urls_lose_their_user():
     clean = redact({"hub": f"https://me:{CANARY}@hub.example/x?token={CANARY}&page=2"})
     assert clean == {"hub": "https://hub.example/x?token=<redacted>&page=2"}
     # what a path makes of it
@@ -214,6 +206,6 @@ def test_urls_lose_their_user() -> None:
     assert redact(clean) == clean
 
 
-def test_no_secret_reaches_the_file(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_no_secret_reaches_the_file(tmp_path):
     report = fakes.report(tmp_path, config={"logger": {"api_key": CANARY}})
     assert CANARY not in write_report(report, tmp_path).read_text()

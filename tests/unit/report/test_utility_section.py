@@ -2,7 +2,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,12 +19,13 @@ from dori_lightning.metrics.utility import (
 from dori_lightning.report.pages import MOST_PROMPTS, render_page, utility_twins
 from dori_lightning.report.record import read_record, write_report, write_utility
 from dori_lightning.types import InputError
+from support import fake_reports as fakes
 from support.records import report_json
 
 EVIL = '<img src=http://evil.example/a.png> "quoted"'
 
 
-def shown(folder: Path, fakes: SimpleNamespace, place: int, **more: object) -> PictureRow:
+def shown(folder: Path, place: int, **more: object) -> PictureRow:
     values: dict[str, object] = {
         "kind": "ordinary", "id": f"corpus_{place:04d}", "group": f"prompt {place}",
         "prompt": f"prompt {place}", "seed": 2, "similarity": 0.5 + 0.01 * place,
@@ -37,9 +37,9 @@ def shown(folder: Path, fakes: SimpleNamespace, place: int, **more: object) -> P
     return PictureRow(**{**values, **more})  # type: ignore[arg-type]
 
 
-def near(folder: Path, fakes: SimpleNamespace, pair: str, k: int, place: int) -> PictureRow:
+def near(folder: Path, pair: str, k: int, place: int) -> PictureRow:
     return shown(
-        folder, fakes, place, kind="neighbour", id=f"{pair}_near{k}", group=pair,
+        folder, place, kind="neighbour", id=f"{pair}_near{k}", group=pair,
         original_unmitigated=0.91, original_mitigated=0.12,
     )  # fmt: skip
 
@@ -53,9 +53,9 @@ def comparison(**more: object) -> Comparison:
     return Comparison(**{**values, **more})  # type: ignore[arg-type]
 
 
-def utility(folder: Path, fakes: SimpleNamespace) -> Utility:
-    rows = [shown(folder, fakes, k) for k in range(3)]
-    rows += [near(folder, fakes, "vm_00", k, 3 + k) for k in range(2)]
+def utility(folder: Path) -> Utility:
+    rows = [shown(folder, k) for k in range(3)]
+    rows += [near(folder, "vm_00", k, 3 + k) for k in range(2)]
     return Utility(
         descriptor="ncc",
         denoising_loss=DenoisingLoss(0.2, 0.21, 1.05, (1.02, 1.08), 128, 2),
@@ -68,15 +68,13 @@ def utility(folder: Path, fakes: SimpleNamespace) -> Utility:
     )
 
 
-def test_the_page_has_a_section_only_where_a_cost_was_measured(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
+def test_the_page_has_a_section_only_where_a_cost_was_measured(tmp_path):
     report = fakes.report(tmp_path)
     without = render_page(report)
     assert 'id="cost"' not in without
     assert 'href="#cost"' not in without
     assert "utility.json" not in without
-    text = render_page(replace(report, utility=utility(tmp_path, fakes)))
+    text = render_page(replace(report, utility=utility(tmp_path)))
     assert 'id="cost"' in text
     assert 'href="#cost"' in text
     assert "utility.json" in text
@@ -91,30 +89,26 @@ def test_the_page_has_a_section_only_where_a_cost_was_measured(
 
 
 @pytest.mark.parametrize("images", ["full", "blurred", "none"])
-def test_pictures_follow_the_disclosure(
-    tmp_path: Path, fakes: SimpleNamespace, images: str
-) -> None:
+def test_pictures_follow_the_disclosure(tmp_path, images):
     report = fakes.report(tmp_path)
     before = render_page(report, images=images).count("data:image/jpeg")
-    text = render_page(replace(report, utility=utility(tmp_path, fakes)), images=images)
+    text = render_page(replace(report, utility=utility(tmp_path)), images=images)
     assert text.count("data:image/jpeg") - before == (0 if images == "none" else 2 * 5)
     assert ("With the mitigation: prompt 0 (blurred)" in text) == (images == "blurred")
     assert ("With the mitigation: prompt 0" in text) == (images != "none")
     assert "0.0123" in text, "numbers are shown whatever happens to pictures"
 
 
-def test_lost_pictures_are_an_error_unless_none_are_shown(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
-    found = utility(tmp_path, fakes)
+def test_lost_pictures_are_an_error_unless_none_are_shown(tmp_path):
+    found = utility(tmp_path)
     found.picture_rows[0].mitigated.unlink()
     assert utility_twins(found, "none") == []
     with pytest.raises(InputError, match="restore the file"):
         utility_twins(found, "full")
 
 
-def test_prompts_are_text_not_markup(tmp_path: Path, fakes: SimpleNamespace) -> None:
-    found = utility(tmp_path, fakes)
+def test_prompts_are_text_not_markup(tmp_path):
+    found = utility(tmp_path)
     evil = replace(found.picture_rows[0], prompt=EVIL)
     text = render_page(
         replace(fakes.report(tmp_path), utility=replace(found, picture_rows=(evil,)))
@@ -123,12 +117,10 @@ def test_prompts_are_text_not_markup(tmp_path: Path, fakes: SimpleNamespace) -> 
     assert "&lt;img src=http" in text
 
 
-def test_shown_are_the_first_prompts_of_every_group_in_turn(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
-    rows = [near(tmp_path, fakes, f"vm_{p}", k, 0) for p in range(5) for k in range(4)]
+def test_shown_are_the_first_prompts_of_every_group_in_turn(tmp_path):
+    rows = [near(tmp_path, f"vm_{p}", k, 0) for p in range(5) for k in range(4)]
     rows = [replace(row, prompt=row.id) for row in rows for _ in range(2)]
-    found = replace(utility(tmp_path, fakes), picture_rows=tuple(rows))
+    found = replace(utility(tmp_path), picture_rows=tuple(rows))
     (twins,) = utility_twins(found, "full")
     assert (twins.prompts, len(twins.shown)) == (20, MOST_PROMPTS)
     assert [row.prompt for row, _, _ in twins.shown[:6]] == [
@@ -139,7 +131,7 @@ def test_shown_are_the_first_prompts_of_every_group_in_turn(
     assert "with the original 0.91 without, 0.12 with" in text
 
 
-def test_a_broken_model_is_called_broken(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_a_broken_model_is_called_broken(tmp_path):
     broken = DenoisingLoss(0.2, math.nan, math.nan, (math.nan, math.nan), 128, 2)
     found = Utility("ncc", broken, None, None, None, {})
     text = render_page(replace(fakes.report(tmp_path), utility=found), images="none")
@@ -149,28 +141,26 @@ def test_a_broken_model_is_called_broken(tmp_path: Path, fakes: SimpleNamespace)
     assert ">nan" not in section
 
 
-def test_a_section_in_which_everything_was_left_out(
-    tmp_path: Path, fakes: SimpleNamespace
-) -> None:
+def test_a_section_in_which_everything_was_left_out(tmp_path):
     nothing = Utility("ncc", None, None, None, None, {"ordinary": "corpus is none"})
     text = render_page(replace(fakes.report(tmp_path), utility=nothing))
     assert "Images of ordinary prompts: corpus is none." in text
 
 
-def test_the_record_carries_it_under_one_key(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_the_record_carries_it_under_one_key(tmp_path):
     report = fakes.report(tmp_path)
     write_report(report, tmp_path / "none")
     assert report_json(tmp_path / "none")["utility"] is None
-    write_report(replace(report, utility=utility(tmp_path, fakes)), tmp_path / "some")
+    write_report(replace(report, utility=utility(tmp_path)), tmp_path / "some")
     found = report_json(tmp_path / "some")["utility"]
     assert found["denoising_loss"]["ratio_ci95"] == [1.02, 1.08]
     assert found["neighbours"]["replicating"]["mitigated"] == 1
     assert found["kid"]["features"] == "autoencoder, 40 features"
 
 
-def test_files_hold_numbers_and_rows(tmp_path: Path, fakes: SimpleNamespace) -> None:
+def test_files_hold_numbers_and_rows(tmp_path):
     found = replace(
-        utility(tmp_path, fakes),
+        utility(tmp_path),
         denoising_loss=DenoisingLoss(0.2, math.nan, math.nan, (math.nan, math.nan), 1, 1),
     )
     path = write_utility(found, tmp_path / "run")
@@ -187,10 +177,8 @@ def test_files_hold_numbers_and_rows(tmp_path: Path, fakes: SimpleNamespace) -> 
 
 
 @pytest.mark.parametrize("missing", ["neighbours", "ordinary", "denoising_loss", "replicas"])
-def test_costs_are_read_back_whatever_was_left_out(
-    tmp_path: Path, fakes: SimpleNamespace, missing: str
-) -> None:
-    found = replace(utility(tmp_path, fakes), **{missing: None})
+def test_costs_are_read_back_whatever_was_left_out(tmp_path, missing):
+    found = replace(utility(tmp_path), **{missing: None})
     write_report(replace(fakes.report(tmp_path), utility=found), tmp_path)
     back = read_record(tmp_path).utility
     assert back == replace(found, loss_rows=(), picture_rows=())

@@ -1,4 +1,3 @@
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -6,10 +5,10 @@ import pytest
 from dori_lightning.report.record import AuditReport
 from dori_lightning.report.verdict import audit_verdict
 from dori_lightning.report.words import interval_words, percent_words
+from support import fake_reports as fakes
 
 
 def audit(
-    fakes: SimpleNamespace,
     prompt: int | None,
     attack: int | None,
     control: int | None,
@@ -50,9 +49,9 @@ CASES: dict[str, tuple[tuple[Any, ...], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_answer_is_said_in_plain_words_first(fakes: SimpleNamespace, case: str) -> None:
+def test_every_answer_is_said_in_plain_words_first(case):
     arguments, parts = CASES[case]
-    report = audit(fakes, *arguments)
+    report = audit(*arguments)
     verdict = audit_verdict(report)
     for part in parts:
         assert part in verdict.plain
@@ -64,7 +63,7 @@ def test_every_answer_is_said_in_plain_words_first(fakes: SimpleNamespace, case:
         assert not {"  ", " .", " ,", "{", "None,"} & {text[k : k + 2] for k in range(len(text))}
 
 
-def test_numbers_follow_with_their_intervals(fakes: SimpleNamespace) -> None:
+def test_numbers_follow_with_their_intervals():
     cells = [
         fakes.cell("vm", fakes.PROMPT, 19, 20),
         fakes.cell("vm", fakes.dori(), 5, 19, failed=1),
@@ -86,7 +85,7 @@ def test_numbers_follow_with_their_intervals(fakes: SimpleNamespace) -> None:
         assert part in numbers
 
 
-def test_failed_attacks_are_no_result(fakes: SimpleNamespace) -> None:
+def test_failed_attacks_are_no_result():
     cells = [
         fakes.cell("vm", fakes.PROMPT, 0, 20),
         fakes.cell("vm", fakes.dori(), 0, 0, failed=20),
@@ -97,8 +96,8 @@ def test_failed_attacks_are_no_result(fakes: SimpleNamespace) -> None:
     assert "gave no result" in verdict.plain
 
 
-def test_an_invalid_audit_is_nowhere_reported_as_safety(fakes: SimpleNamespace) -> None:
-    report = audit(fakes, 0, 0, 0, "esd", inert=True)
+def test_an_invalid_audit_is_nowhere_reported_as_safety():
+    report = audit(0, 0, 0, "esd", inert=True)
     verdict = audit_verdict(report)
     assert verdict.tone == "invalid"
     assert report.verdict.startswith("INVALID AUDIT: what did not come back says nothing.")
@@ -112,7 +111,7 @@ def test_an_invalid_audit_is_nowhere_reported_as_safety(fakes: SimpleNamespace) 
     ("rate", "words"),
     [(0.0, "0 %"), (1.0, "100 %"), (0.996, "99.6 %"), (0.004, "0.4 %"), (0.5, "50 %")],
 )
-def test_percent_words(rate: float, words: str) -> None:
+def test_percent_words(rate, words):
     assert percent_words(rate) == words
     assert percent_words(float("nan")) == "n/a"
     assert interval_words((0.1, 0.2)) == "10 to 20 %"

@@ -1,4 +1,4 @@
-"""Reports of invented audits. Read with ``runpy``, so that it needs no package of its own."""
+"""Reports of invented audits, with their images."""
 
 from __future__ import annotations
 
