@@ -252,11 +252,3 @@ def test_a_damaged_record_of_an_edit_is_refused(tmp_path, content):
     (tmp_path / "edit.json").write_text(content)
     with pytest.raises(InputError, match=r"edit\.json"):
         read_edit_record(tmp_path)
-
-
-def test_diverged_rates_are_not_available(tmp_path):
-    report = fakes.report(tmp_path)
-    empty = fakes.cell("tm", fakes.PROMPT, 0, 0, failed=2)
-    write_report(replace(report, cells=(*report.cells, empty)), tmp_path)
-    card = model_card(EXPORT, read_record(tmp_path))
-    assert "| tm | prompt | - | - | 0/0 +2 failed | n/a |" in card

@@ -46,13 +46,12 @@ def test_an_audit_comes_back_as_it_was(tmp_path):
     report = kept(tmp_path)
     write_report(report, tmp_path)
     back = shown_report(read_run(tmp_path))
-    assert back.calibration == report.calibration
-    assert back.cells == report.cells
-    assert back.flags == report.flags
-    assert back.provenance == report.provenance
-    assert back.recommended_budget == report.recommended_budget
-    assert [o.images for o in back.outcomes] == [o.images for o in report.outcomes]
-    assert [o.pair.image for o in back.outcomes] == [o.pair.image for o in report.outcomes]
+    for name in (
+        "calibration", "cells", "flags", "provenance", "recommended_budget", "verdict",
+    ):  # fmt: skip
+        assert getattr(back, name) == getattr(report, name)
+    for one, other in zip(back.outcomes, report.outcomes, strict=True):
+        assert (one.images, one.pair.image) == (other.images, other.pair.image)
     assert render_page(back) == render_page(report)
 
 

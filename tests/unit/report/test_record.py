@@ -167,13 +167,11 @@ def test_a_record_that_no_audit_writes_is_refused_by_key(tmp_path, damage, where
     assert "fix:" in str(caught.value)
 
 
-def test_what_was_written_is_read_back(tmp_path):
+def test_a_rate_of_nothing_is_read_back(tmp_path):
     report = fakes.report(tmp_path, vm=1, control=1)
     report = replace(report, cells=(*report.cells, fakes.cell("tm", fakes.PROMPT, 0, 0, failed=2)))
     write_report(report, tmp_path)
     back = read_record(tmp_path)
-    for name in ("calibration", "flags", "provenance", "recommended_budget", "verdict"):
-        assert getattr(back, name) == getattr(report, name)
     assert back.cells[:-1] == report.cells[:-1]
     assert math.isnan(back.cells[-1].mr), "null is read as NaN"
 
