@@ -206,7 +206,7 @@ def cells(
     for (condition, kind), group in groups.items():
         known = np.array([result.statistic for result in group if result.status == "ok"])
         n, hits = len(known), sum(bool(result.reproduced) for result in group)
-        spread = median_mad(known)
+        similarity, deviation = median_mad(known)
         rows.append(
             Cell(
                 checkpoint=checkpoint,
@@ -218,8 +218,8 @@ def cells(
                 hits=hits,
                 mr=hits / n if n else math.nan,
                 mr_ci95=wilson_interval(hits, n),
-                similarity_median=spread.median,
-                similarity_mad=spread.mad,
+                similarity_median=similarity,
+                similarity_mad=deviation,
                 descriptor=calibration.descriptor,
                 threshold=calibration.threshold,
                 aggregation=aggregation,

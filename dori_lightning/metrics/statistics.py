@@ -18,15 +18,6 @@ from sklearn.metrics import roc_curve as sklearn_roc
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median, unscaled median absolute deviation, and how many finite values they rest on."""
-
-    median: float
-    mad: float
-    n: int
-
-
-@dataclass(frozen=True)
 class Roc:
     """How well a score tells positives from negatives.
 
@@ -72,13 +63,13 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     )
 
 
-def median_mad(values: ArrayLike) -> Spread:
-    """Median and median absolute deviation of the finite values; both NaN where there are none."""
+def median_mad(values: ArrayLike) -> tuple[float, float]:
+    """Median and unscaled median absolute deviation of finite values; NaN where there are none."""
     array = np.asarray(values, np.float64).ravel()
     finite = array[np.isfinite(array)]
     if finite.size == 0:
-        return Spread(math.nan, math.nan, 0)
-    return Spread(float(np.median(finite)), float(median_abs_deviation(finite)), int(finite.size))
+        return math.nan, math.nan
+    return float(np.median(finite)), float(median_abs_deviation(finite))
 
 
 def roc_curve(positives: ArrayLike, negatives: ArrayLike) -> Roc:

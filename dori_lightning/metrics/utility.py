@@ -324,15 +324,15 @@ def compare_pictures(
         name: float(np.median(own))
         for name, own in _grouped(rows, lambda row: row.id, lambda row: row.similarity).items()
     }
-    spread = median_mad(list(medians.values()))
+    similarity, deviation = median_mad(list(medians.values()))
     return Comparison(
         prompts=len(groups),
         pictures_each=len(rows) // len(groups),
         kid=kernel_distance(unmitigated, mitigated, [row.group for row in rows], seed=seed),
         fid=frechet_distance(unmitigated, mitigated),
         features=features,
-        similarity=spread.median,
-        similarity_mad=spread.mad,
+        similarity=similarity,
+        similarity_mad=deviation,
         similarity_ci95=cluster_bootstrap(
             _clusters(medians, groups), statistic=lambda v: float(np.median(v)), seed=seed
         ),
