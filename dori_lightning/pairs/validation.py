@@ -13,7 +13,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from dori_lightning.models.protocol import TextToImage
 from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs
 
 logger = logging.getLogger(__name__)
@@ -581,21 +582,14 @@ def _tell_conversions(pairs: Sequence[Pair]) -> None:
 
 
 def check_prompt_lengths(
-    pairs: Sequence[Pair],
-    token_count: Callable[[str], int],
-    limit: int,
-    *,
-    strict: bool,
-    cut_off: Callable[[str], str] | None = None,
+    pairs: Sequence[Pair], model: TextToImage, *, strict: bool
 ) -> tuple[str, ...]:
-    """Find prompts that the text encoder would cut; this needs the model's tokenizer.
+    """Find prompts that the model's text encoder would cut.
 
     Args:
         pairs: Which pairs.
-        token_count: Tokens of a prompt with its start and end token, before any truncation.
-        limit: Tokens that fit.
+        model: Counts the tokens of a prompt.
         strict: Refuse such prompts rather than warn of them.
-        cut_off: The end of a prompt that does not fit, for the message.
 
     Returns:
         Ids of the pairs whose prompt is cut.
@@ -603,16 +597,16 @@ def check_prompt_lengths(
     Raises:
         InputError: ``strict`` and there is such a pair.
     """
-    counts = {pair.id: token_count(pair.prompt) for pair in pairs}
+    limit = model.embedding_shape[0]
+    counts = {pair.id: model.token_count(pair.prompt) for pair in pairs}
     long = {name: count for name, count in counts.items() if count > limit}
     if long:
+        first = next(pair for pair in pairs if pair.id in long)
         text = (
             f"{len(long)} prompts are longer than the {limit} tokens that the text encoder takes: "
             + some_of([f"{name} ({count})" for name, count in long.items()])
+            + f"; {first.id} loses its end {quote(model.cut_off(first.prompt).strip())}"
         )
-        if cut_off is not None:
-            first = next(pair for pair in pairs if pair.id in long)
-            text += f"; {first.id} loses its end {quote(cut_off(first.prompt).strip())}"
         if strict:
             raise InputError(
                 f"{text}\n  where: the prompts of these pairs\n  fix:   shorten them, or let "

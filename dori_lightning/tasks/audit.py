@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -147,13 +146,8 @@ def audit_context(
     check_controls(audited, attack, measures)
     model = instantiate(cfg.checkpoint)
     model.sampling_timesteps(sampling)  # raises where the schedule has fewer steps
-    cut = check_prompt_lengths(
-        audited,
-        model.token_count,
-        model.embedding_shape[0],
-        strict=cfg.task.get("strict_prompts", False),
-        cut_off=model.cut_off,
-    )
+    strict = cfg.task.get("strict_prompts", False)
+    cut = check_prompt_lengths(audited, model, strict=strict)
     audited = [replace(pair, truncated=pair.id in cut) for pair in audited]
     cache = Path(cfg.paths.cache)
     data = PairsDataModule(audited, model, cache=cache / "encoded")
@@ -173,24 +167,20 @@ def audit_context(
         control_prompts=controls,
         mitigation=mitigation,
         utility=utility,
-        make_trainer=trainer_factory(cfg, tracker),
+        make_trainer=partial(make_trainer, cfg, tracker),
     )
 
 
-def trainer_factory(cfg: DictConfig, tracker: Tracker | None = None) -> Callable[..., L.Trainer]:
-    """Function that makes a Trainer of ``cfg.trainer`` and keyword arguments; fits are logged."""
-
-    def make_trainer(**settings: Any) -> L.Trainer:
-        if tracker is not None and "max_steps" in settings:  # a fit, however long, as one curve
-            settings = {
-                "logger": tracker.training("finetune"),
-                "log_every_n_steps": max(1, settings["max_steps"] // CURVE_POINTS),
-                **settings,
-            }
-        trainer: L.Trainer = instantiate(cfg.trainer, **settings)
-        return trainer
-
-    return make_trainer
+def make_trainer(cfg: DictConfig, tracker: Tracker | None, /, **settings: Any) -> L.Trainer:
+    """A Trainer of ``cfg.trainer`` and keyword arguments; the tracker logs a fit."""
+    if tracker is not None and "max_steps" in settings:  # a fit, however long, as one curve
+        settings = {
+            "logger": tracker.training("finetune"),
+            "log_every_n_steps": max(1, settings["max_steps"] // CURVE_POINTS),
+            **settings,
+        }
+    trainer: L.Trainer = instantiate(cfg.trainer, **settings)
+    return trainer
 
 
 def make_context(
@@ -200,15 +190,14 @@ def make_context(
 
     Starts the other processes of the run: they make an edit together.
     """
-    make_trainer = trainer_factory(cfg)
-    distributed.start(make_trainer())
+    distributed.start(make_trainer(cfg, None))
     return Context(
         seed=cfg.seed,
         corpus=instantiate(cfg.corpus),
         data=data,
         references=references,
         sampling=sampling,
-        trainer=make_trainer,
+        trainer=partial(make_trainer, cfg, None),
         folder=Path(cfg.paths.cache) / "edits",
     )
 

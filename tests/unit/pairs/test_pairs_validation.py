@@ -5,6 +5,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -271,8 +272,13 @@ def test_duplicate_of_never_names_a_pair_that_the_limit_cut(folder):
     assert [pair.duplicate_of for pair in validate(folder, *rows, limit=1)] == [None, None]
 
 
-def words(prompt):
-    return 2 + len(prompt.split())
+def takes(tokens):
+    """A model whose tokens are words, with a start and an end."""
+    return SimpleNamespace(
+        embedding_shape=(tokens, 1),
+        token_count=lambda prompt: 2 + len(prompt.split()),
+        cut_off=lambda prompt: prompt[-1],
+    )
 
 
 PAIRS = [
@@ -281,7 +287,7 @@ PAIRS = [
 
 
 def test_long_prompt_is_warned_of_once(caplog):
-    assert check_prompt_lengths(PAIRS, words, 5, strict=False) == ("l",)
+    assert check_prompt_lengths(PAIRS, takes(5), strict=False) == ("l",)
     (record,) = caplog.records
     assert "l (6)" in record.getMessage()
     assert "s (" not in record.getMessage()
@@ -289,11 +295,11 @@ def test_long_prompt_is_warned_of_once(caplog):
 
 def test_long_prompt_is_refused_when_strict():
     with pytest.raises(InputError, match=r"longer than the 5 tokens.*l \(6\)"):
-        check_prompt_lengths(PAIRS, words, 5, strict=True)
+        check_prompt_lengths(PAIRS, takes(5), strict=True)
 
 
 def test_prompts_that_just_fit_pass(caplog):
-    assert check_prompt_lengths(PAIRS, words, 6, strict=True) == ()
+    assert check_prompt_lengths(PAIRS, takes(6), strict=True) == ()
     assert not caplog.records
 
 
