@@ -440,12 +440,16 @@ def refuse_secrets(overrides: Iterable[str]) -> None:
         InputError: One holds a secret; it is not repeated.
     """
     for override in overrides:
-        # escapes and quotes would hide an address and its password
-        plain = re.sub(r"\\(.)", r"\1", override)
+        plain = unescaped(override)
         key, _, value = plain.lstrip("+~").partition("=")
         where = f"{key}={REDACTED}" if value and is_secret_name(key) else redact(plain)
         if where != plain or _secret_variable(plain):
             raise _no_secrets(where)
+
+
+def unescaped(override: str) -> str:
+    """An override without escapes, which would hide an address and its password."""
+    return re.sub(r"\\(.)", r"\1", override)
 
 
 def _refuse_secret_values(composed: Mapping[Any, Any]) -> None:

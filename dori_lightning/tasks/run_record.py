@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from dori_lightning.config import unescaped
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report.record import Provenance
 from dori_lightning.runtime import peers
@@ -166,7 +166,7 @@ def _identity(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> RunIdentity
         settings = HydraConfig.get()
         overrides = list(settings.overrides.task)
         about["choices"] = dict(settings.runtime.choices)
-        about["overrides"] = redact([_unescaped(override) for override in overrides])
+        about["overrides"] = redact([unescaped(override) for override in overrides])
         if settings.mode is RunMode.MULTIRUN:
             place = Path(settings.sweep.dir)
             swept = sweep_overrides(place)
@@ -197,15 +197,10 @@ def _differing(job: Sequence[str], sweep: Sequence[str]) -> str:
     parser = OverridesParser.create()
     swept = {o.key_or_group for o in parser.parse_overrides(list(sweep)) if o.is_sweep_override()}
     return ", ".join(
-        f"{o.key_or_group.rpartition('/')[2]}={_unescaped(o.get_value_element_as_str())}"
+        f"{o.key_or_group.rpartition('/')[2]}={unescaped(o.get_value_element_as_str())}"
         for o in parser.parse_overrides(list(job))
         if o.key_or_group in swept
     )
-
-
-def _unescaped(override: str) -> str:
-    """An override without escapes, which would hide an address and its password."""
-    return re.sub(r"\\(.)", r"\1", override)
 
 
 def _exit_code(error: BaseException) -> int:
