@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from dori_lightning.mitigations.base import (
     CostEstimate,
     Encodings,
     Evaluations,
+    require,
     require_at_least_one,
 )
 from dori_lightning.mitigations.edits import WeightEdit
@@ -38,7 +39,7 @@ from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import PairBatch
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import Init, InputError, Pair
+from dori_lightning.types import Init, Pair
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,11 @@ class PoolSettings:
 
     def __post_init__(self) -> None:
         self.attack.check_whole()
-        require_at_least_one(self, "replay", where="mitigation.pool")
-        if self.skip_robust is not None and not 0 < self.skip_robust <= 1:
-            raise InputError(
-                f"mitigation.pool.skip_robust must be in (0, 1] or null, got {self.skip_robust}"
-            )
+        require_at_least_one(self, "replay", within="pool.")
+        share = self.skip_robust
+        require(
+            share is None or 0 < share <= 1, "pool.skip_robust must be in (0, 1] or null", share
+        )
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,10 @@ class AdversarialFinetuning:
         require_at_least_one(
             self, "epochs", "updates", "adversarial_batch", "ordinary_batch", "ordinary_examples"
         )
-        if self.adversarial_weight <= 0:
-            raise InputError(
-                f"mitigation.adversarial_weight must be > 0, got {self.adversarial_weight}"
-            )
-        if not 0 <= self.redirect <= 1:
-            raise InputError(f"mitigation.redirect must be in [0, 1], got {self.redirect}")
-        if self.low_rank is not None and self.low_rank < 1:
-            raise InputError(f"mitigation.low_rank must be >= 1 or null, got {self.low_rank}")
+        weight, rank = self.adversarial_weight, self.low_rank
+        require(weight > 0, "adversarial_weight must be > 0", weight)
+        require(0 <= self.redirect <= 1, "redirect must be in [0, 1]", self.redirect)
+        require(rank is None or rank >= 1, "low_rank must be >= 1 or null", rank)
 
     @property
     def steps(self) -> int:
@@ -291,8 +288,7 @@ class AdversarialTraining(Finetuning):
         self.pool.restore(checkpoint["trigger_pool"])
 
 
-@dataclass(frozen=True)
-class PoolEntry:
+class PoolEntry(NamedTuple):
     """One trigger.
 
     Attributes:
@@ -326,14 +322,9 @@ class TriggerPool:
         ordinary: torch.Tensor,
         seed: int,
     ) -> None:
-        """Start with the prompts.
+        """Start with the prompts of all pairs.
 
-        Args:
-            model: Model under attack.
-            batch: All pairs.
-            settings: How to search.
-            ordinary: Embeddings (M, T, D) of ordinary prompts, where ``control_prompt`` begins.
-            seed: Run seed.
+        ``ordinary`` are embeddings (M, T, D) of ordinary prompts, where ``control_prompt`` begins.
         """
         self.model, self.settings, self.seed = model, settings, seed
         self.ordinary = ordinary.cpu()
@@ -357,31 +348,24 @@ class TriggerPool:
         return searches * len(self.ids) * attack.budget.steps * attack.noise_batch
 
     def search(self, number: int) -> None:
-        """Search the triggers of a round against the model as it is now.
+        """Search the triggers of a round, from 0, against the model as it is now.
 
         A search that is interrupted leaves the pool as it was.
-
-        Args:
-            number: Round, from 0.
         """
-        settings = self.settings
+        settings, restart = self.settings, FIRST_RESTART + 2 * number
         names = [name for name in self.ids if name not in self.rested]
         if settings.warm:
-            starts = [
-                [self.warm[name] for name in names],
-                [self._random(name, number) for name in names],
+            results = [
+                self._attack(restart, names, [self.warm[name] for name in names]),
+                self._attack(restart + 1, names, [self._random(name, number) for name in names]),
             ]
-        else:
-            starts = [[self._start(name, number) for name in names]]
-        results = [
-            self._attack(FIRST_RESTART + 2 * number + k, names, points)
-            for k, points in enumerate(starts)
-        ]
-        if settings.warm:  # goes on from the last snapshot
+            # goes on from the last snapshot
             self.warm.update({name: rows[-1] for name, (rows, _) in results[0].items()})
-        self.found = [
-            trigger for trigger in self.found if trigger.round > number - settings.replay
-        ] + [
+        else:
+            starts = [self._start(name, number) for name in names]
+            results = [self._attack(restart, names, starts)]
+        self.found = [kept for kept in self.found if kept.round > number - settings.replay]
+        self.found += [
             PoolEntry(name, number, row)
             for result in results
             for name in names
@@ -424,7 +408,7 @@ class TriggerPool:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as tensors and plain values."""
         return {
-            "found": [(entry.pair, entry.round, entry.embedding) for entry in self.found],
+            "found": [tuple(entry) for entry in self.found],
             "warm": self.warm,
             "rested": sorted(self.rested),
             "rounds": self.rounds,
@@ -557,13 +541,7 @@ class LowRank:
     """
 
     def __init__(self, module: nn.Module, rank: int, *, seed: int = 0) -> None:
-        """Parametrize the linear layers of ``module`` in place.
-
-        Args:
-            module: Its linear layers get updates.
-            rank: Their rank; smaller layers get a smaller one.
-            seed: Of the random factor.
-        """
+        """Parametrize the linear layers of ``module`` in place, small ones by a smaller rank."""
         self._layers = [
             (name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)
         ]

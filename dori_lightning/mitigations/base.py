@@ -17,11 +17,14 @@ from filelock import FileLock
 
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
-from dori_lightning.models.protocol import Sampling, TextToImage
+from dori_lightning.models.protocol import Sampling, Stage, TextToImage
 from dori_lightning.pairs.corpus import Corpus, Split
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
 from dori_lightning.types import InputError, Pair
+
+STAGES: tuple[Stage, ...] = ("down", "mid", "up")
+"""Parts of the denoiser in execution order."""
 
 
 class Mitigation(Protocol):
@@ -263,29 +266,39 @@ def edit_key(
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def require_at_least_one(settings: Any, *names: str, where: str = "mitigation") -> None:
-    """Refuse settings below 1.
+def require(good: bool, rule: str, got: Any) -> None:
+    """Refuse a setting that breaks a rule.
+
+    Args:
+        good: Whether it keeps the rule.
+        rule: Such as ``steps must be >= 1``, for the field below ``mitigation``.
+        got: The setting, for the message.
 
     Raises:
-        InputError: Names the first of them as ``where.name``.
+        InputError: States the rule and the setting.
     """
+    if not good:
+        raise InputError(f"mitigation.{rule}, got {got}")
+
+
+def require_at_least_one(settings: Any, *names: str, within: str = "") -> None:
+    """Refuse settings below 1; ``within`` names the field that holds them, with a dot."""
     for name in names:
-        if getattr(settings, name) < 1:
-            raise InputError(f"{where}.{name} must be >= 1, got {getattr(settings, name)}")
+        value = getattr(settings, name)
+        require(value >= 1, f"{within}{name} must be >= 1", value)
 
 
-def require_choices(settings: Any, **choices: Any) -> None:
-    """Refuse settings that are none of a ``Literal``'s values.
-
-    Raises:
-        InputError: Names the first of them and its choices.
-    """
+def require_choices(settings: Any, *, within: str = "", **choices: Any) -> None:
+    """Refuse settings that are none of a ``Literal``'s values; see `require_at_least_one`."""
     for name, literal in choices.items():
-        if getattr(settings, name) not in get_args(literal):
-            raise InputError(
-                f"mitigation.{name} must be one of {', '.join(get_args(literal))}, "
-                f"got {getattr(settings, name)!r}"
-            )
+        value, known = getattr(settings, name), get_args(literal)
+        require(value in known, f"{within}{name} must be one of {', '.join(known)}", repr(value))
+
+
+def require_stages(stages: Sequence[str]) -> None:
+    """Refuse stages of the denoiser that are none, and no stage at all."""
+    good = bool(stages) and set(stages) <= set(STAGES)
+    require(good, f"stages must be some of {', '.join(STAGES)}", stages)
 
 
 def require_pairs(pairs: Sequence[Pair], name: str) -> None:

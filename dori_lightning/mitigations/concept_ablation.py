@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
-    Evaluations,
+    require,
     require_at_least_one,
 )
 from dori_lightning.mitigations.edits import WeightEdit
@@ -30,7 +30,7 @@ from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, fin
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import Pair
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,11 @@ class ConceptAblation:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "steps", "batch")
-        if self.prior_weight < 0:
-            raise InputError(f"mitigation.prior_weight must be >= 0, got {self.prior_weight}")
+        require(self.prior_weight >= 0, "prior_weight must be >= 0", self.prior_weight)
 
     def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
         """Estimate what finding the edit takes for a number of pairs to forget."""
-        training = Evaluations(training=2 * self.steps * self.batch)
-        return CostEstimate(
-            self.anchors.estimate_work(sampling, pairs) + training, stored_weights=1.0
-        )
+        return self.anchors.estimate_cost(sampling, pairs, training=2 * self.steps * self.batch)
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find anchors with the model as it is, then train."""

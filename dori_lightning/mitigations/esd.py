@@ -17,6 +17,7 @@ from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
     Evaluations,
+    require,
     require_at_least_one,
     require_choices,
 )
@@ -30,7 +31,7 @@ from dori_lightning.mitigations.finetuning import (
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import Pair
 
 Variant = Literal["x", "u", "strict", "full"]
 LatentSource = Literal["current", "base"]
@@ -77,12 +78,9 @@ class ESD:
     def __post_init__(self) -> None:
         require_choices(self, variant=Variant, latents_from=LatentSource)
         require_at_least_one(self, "steps", "batch")
-        if self.eta <= 0:
-            raise InputError(f"mitigation.eta must be > 0, got {self.eta}")
-        if self.sampling_steps is not None and self.sampling_steps < 1:
-            raise InputError(
-                f"mitigation.sampling_steps must be >= 1 or null, got {self.sampling_steps}"
-            )
+        require(self.eta > 0, "eta must be > 0", self.eta)
+        visited = self.sampling_steps
+        require(visited is None or visited >= 1, "sampling_steps must be >= 1 or null", visited)
 
     def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
         """Estimate what finding the edit takes for a number of pairs to forget."""

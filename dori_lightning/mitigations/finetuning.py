@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
-from dori_lightning.mitigations.base import Context, Mitigation, edit_key, require_pairs
+from dori_lightning.mitigations.base import Context, Mitigation, edit_key, require, require_pairs
 from dori_lightning.mitigations.edits import Origin, WeightEdit
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
@@ -73,17 +73,17 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        if self.lr <= 0 or (self.clip is not None and self.clip <= 0) or self.weight_decay < 0:
-            raise InputError(
-                f"mitigation.finetune needs lr > 0, clip > 0 (or null) and weight_decay >= 0, "
-                f"got {self}"
-            )
-        if self.warmup < 0 or self.checkpoint_every < 1:
-            raise InputError(
-                f"mitigation.finetune needs warmup >= 0 and checkpoint_every >= 1, got {self}"
-            )
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise InputError(f"mitigation.finetune.ema must be in [0, 1), got {self.ema}")
+        require(
+            self.lr > 0 and (self.clip is None or self.clip > 0) and self.weight_decay >= 0,
+            "finetune needs lr > 0, clip > 0 (or null) and weight_decay >= 0",
+            self,
+        )
+        require(
+            self.warmup >= 0 and self.checkpoint_every >= 1,
+            "finetune needs warmup >= 0 and checkpoint_every >= 1",
+            self,
+        )
+        require(self.ema is None or 0 <= self.ema < 1, "finetune.ema must be in [0, 1)", self.ema)
 
 
 class Finetuning(L.LightningModule):
@@ -102,13 +102,7 @@ class Finetuning(L.LightningModule):
         *,
         trained: Callable[[str], bool] = lambda _: True,
     ) -> None:
-        """Wrap the model's denoiser.
-
-        Args:
-            model: Its denoiser is trained in place; ``finetune`` puts it back.
-            settings: Optimizer settings.
-            trained: Whether the parameter of a name is trained.
-        """
+        """Train the denoiser in place, the parameters whose names are ``trained``."""
         super().__init__()
         # a list hides the model: only the denoiser belongs to this module's state
         self._unregistered = [model]
@@ -151,10 +145,7 @@ class Finetuning(L.LightningModule):
         """AdamW with a linear warm-up of the learning rate and, optionally, linear decay."""
         s = self.settings
         optimizer = torch.optim.AdamW(
-            self.trained_weights(),
-            lr=s.lr,
-            betas=s.betas,
-            weight_decay=s.weight_decay,
+            self.trained_weights(), lr=s.lr, betas=s.betas, weight_decay=s.weight_decay
         )
         total = self.trainer.max_steps
 
@@ -171,14 +162,9 @@ class Finetuning(L.LightningModule):
 
 
 def shuffled_indices(name: str, seed: int, step: int, *, batch: int, count: int) -> list[int]:
-    """Indices of a step's elements: epochs over ``count`` elements, each in another order.
+    """The ``batch`` indices of a step: epochs over ``count`` elements, each in another order.
 
-    Args:
-        name: Distinguishes the draws of several methods.
-        seed: Run seed.
-        step: Step, from 0.
-        batch: Number of indices.
-        count: Indices are 0..``count`` - 1.
+    ``name`` keeps the draws of several methods apart; steps count from 0.
     """
     orders: dict[int, list[int]] = {}
     indices = []
@@ -257,15 +243,8 @@ def finetune(
 ) -> WeightEdit:
     """Fit and return the changed weights; the model is put back bit for bit.
 
-    A fit that was interrupted goes on from its last checkpoint.
-
-    Args:
-        make: Builds the module, once the weights are in fp32.
-        model: Whose denoiser is trained.
-        context: Gives the Trainer and the folder.
-        steps: Optimizer steps.
-        key: Names the fit's folder.
-        title: What the progress line says.
+    A fit that was interrupted goes on from its last checkpoint, in the folder of its ``key``. The
+    module is made once the weights are in fp32; ``title`` is what the progress line says.
 
     Raises:
         RuntimeError: The loss or the weights stopped being finite, or the fit ended early.

@@ -20,7 +20,15 @@ from dori_lightning.mitigations.activations import (
     activations,
     read_statistics,
 )
-from dori_lightning.mitigations.base import Context, CostEstimate, require_pairs
+from dori_lightning.mitigations.base import (
+    Context,
+    CostEstimate,
+    require,
+    require_at_least_one,
+    require_choices,
+    require_pairs,
+    require_stages,
+)
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.mitigations.nemo_criteria import (
     Criterion,
@@ -39,6 +47,8 @@ from dori_lightning.models.protocol import Sampling, Stage, TextToImage
 from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
+
+Scope = Literal["pair", "union"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class NeMo:
     """
 
     name: str = "nemo"
-    scope: Literal["pair", "union"] = "pair"
+    scope: Scope = "pair"
     stages: tuple[Stage, ...] = ("down", "mid")
     layers: tuple[str, ...] | None = None
     criterion: Criterion = field(default_factory=NoiseDifference)
@@ -107,19 +117,14 @@ class NeMo:
                 f"mitigation.criterion must be a criterion with its settings, got {criterion!r}\n"
                 f"  fix:   mitigation/criterion=noise_difference, denoising_loss or replication"
             )
-        known, fewest = ("down", "mid", "up"), self.criterion.min_samples
-        for good, rule in (
-            (self.scope in ("pair", "union"), "scope must be pair or union"),
-            (
-                bool(self.stages) and set(self.stages) <= set(known),
-                f"stages must be some of {', '.join(known)}",
-            ),
-            (self.samples >= fewest, f"samples must be >= {fewest} for this criterion"),
-            (self.statistics_prompts >= 2, "statistics_prompts must be >= 2"),
-            (self.refine_group >= 1, "refine_group must be >= 1"),
-        ):
-            if not good:
-                raise InputError(f"mitigation {self.name}: {rule}\n  got:   {self}")
+        fewest, prompts = self.criterion.min_samples, self.statistics_prompts
+        require_choices(self, scope=Scope)
+        require_stages(self.stages)
+        require(
+            self.samples >= fewest, f"samples must be >= {fewest} for this criterion", self.samples
+        )
+        require(prompts >= 2, "statistics_prompts must be >= 2", prompts)
+        require_at_least_one(self, "refine_group")
 
     def file_hashes(self) -> dict[str, str]:
         """Hash of the statistics file, where there is one; see ``base.settings_fingerprint``."""

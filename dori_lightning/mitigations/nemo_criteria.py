@@ -18,7 +18,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,13 +25,13 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from dori_lightning.mitigations.base import Context, Evaluations
+from dori_lightning.mitigations.base import Context, Evaluations, require, require_choices
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, Pair
 
 ROWS = 16
 """Rows of a batch. On the CPU, 32 save 8 % of the time of a row and 8 cost 20 % more, but with few
@@ -46,6 +45,7 @@ PUBLISHED_STEPS = 50
 FIRST_SEED = 60_000
 """Generation seeds of `Replication` begin here, far from those of an audit's images."""
 
+WhenNotMemorized = Literal["leave", "block"]
 Forward = Callable[..., torch.Tensor]
 Pairs = Mapping[str, Encoded]
 
@@ -161,25 +161,20 @@ class NoiseDifference(Criterion):
     threshold: float | None = None
     threshold_prompts: int = 100
     threshold_stds: float = 1.0
-    when_not_memorized: Literal["leave", "block"] = "leave"
+    when_not_memorized: WhenNotMemorized = "leave"
     scales: int | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
-        for good, rule in (
-            (
-                0 <= self.timestep < PUBLISHED_STEPS,
-                f"timestep must be in 0..{PUBLISHED_STEPS - 1}",
-            ),
-            (self.threshold is None or 0 < self.threshold < 1, "threshold must be in (0, 1)"),
-            (self.threshold_prompts >= 2, "threshold_prompts must be >= 2"),
-            (
-                self.when_not_memorized in ("leave", "block"),
-                "when_not_memorized must be leave or block",
-            ),
-        ):
-            if not good:
-                raise InputError(f"mitigation.criterion: {rule}\n  got:   {self}")
+        last, limit, prompts = PUBLISHED_STEPS - 1, self.threshold, self.threshold_prompts
+        require(
+            0 <= self.timestep <= last, f"criterion.timestep must be in 0..{last}", self.timestep
+        )
+        require(
+            limit is None or 0 < limit < 1, "criterion.threshold must be in (0, 1) or null", limit
+        )
+        require(prompts >= 2, "criterion.threshold_prompts must be >= 2", prompts)
+        require_choices(self, within="criterion.", when_not_memorized=WhenNotMemorized)
 
     @property
     def searches_all(self) -> bool:
@@ -233,14 +228,17 @@ class NoiseDifference(Criterion):
         for question, differences, best in unblocked({n: e.embedding for n, e in pairs.items()}):
             memorized = bool((best > threshold).any())
             kept = best > threshold if memorized else torch.ones_like(best, dtype=torch.bool)
+
+            def resemblance(
+                noise: torch.Tensor,
+                unblocked: torch.Tensor = differences[kept],
+                start: torch.Tensor = latents[kept],
+            ) -> float:
+                return float(similarity(unblocked, noise_difference(noise, start)).max())
+
             probes[question.pair] = MemorizationProbe(
                 tuple(value[kept] for value in question.inputs),
-                partial(
-                    _resemblance,
-                    unblocked=differences[kept],
-                    latents=latents[kept],
-                    similarity=similarity,
-                ),
+                resemblance,
                 memorized,
                 {"pairwise": float(best.max()), "kept": int(kept.sum())},
             )
@@ -262,17 +260,6 @@ class NoiseDifference(Criterion):
         return similarity
 
 
-def _resemblance(
-    noise: torch.Tensor,
-    *,
-    unblocked: torch.Tensor,
-    latents: torch.Tensor,
-    similarity: MultiScaleSimilarity,
-) -> float:
-    """Largest similarity, over samples, of a noise (S, C, h, w) with the unblocked one."""
-    return float(similarity(unblocked, noise_difference(noise, latents)).max())
-
-
 @dataclass(frozen=True)
 class DenoisingLoss(Criterion):
     """How much of the prompt's help in denoising the pair's image is left.
@@ -287,10 +274,8 @@ class DenoisingLoss(Criterion):
     suppressed_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.suppressed_share <= 1:
-            raise InputError(
-                f"mitigation.criterion: suppressed_share must be in (0, 1]\n  got:   {self}"
-            )
+        share = self.suppressed_share
+        require(0 < share <= 1, "criterion.suppressed_share must be in (0, 1]", share)
 
     def forward(self, model: TextToImage, context: Context) -> Forward:
         """Denoising loss of each row."""
@@ -326,9 +311,15 @@ class DenoisingLoss(Criterion):
         for question, prompted, empty in zip(
             questions[::2], losses[::2], losses[1::2], strict=True
         ):
+
+            def help_left(
+                losses: torch.Tensor, prompted: float = prompted, empty: float = empty
+            ) -> float:
+                return (empty - float(losses.double().mean())) / (empty - prompted)
+
             probes[question.pair] = MemorizationProbe(
                 question.inputs,
-                partial(_help_left, prompted=prompted, empty=empty),
+                help_left,
                 prompted < empty,
                 {"loss": prompted, "loss_empty_prompt": empty},
             )
@@ -338,11 +329,6 @@ class DenoisingLoss(Criterion):
         """A loss of every sample with the prompt and with the empty one."""
         del sampling
         return Evaluations(forward=2 * pairs * samples)
-
-
-def _help_left(losses: torch.Tensor, *, prompted: float, empty: float) -> float:
-    """Share of the prompt's help that is left under losses (S,)."""
-    return (empty - float(losses.double().mean())) / (empty - prompted)
 
 
 @dataclass(frozen=True)
@@ -361,8 +347,7 @@ class Replication(Criterion):
     limit: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.limit < 1:
-            raise InputError(f"mitigation.criterion: limit must be in (0, 1)\n  got:   {self}")
+        require(0 < self.limit < 1, "criterion.limit must be in (0, 1)", self.limit)
 
     def forward(self, model: TextToImage, context: Context) -> Forward:
         """From starting noise and embeddings to images (N, 3, H, W) in [0, 1]."""
@@ -379,6 +364,7 @@ class Replication(Criterion):
         self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
     ) -> tuple[dict[str, MemorizationProbe], float]:
         """Generate S images of each pair; names must be those of the context's references."""
+        references = context.references
         noise = torch.stack(
             [generation_noise(FIRST_SEED + k, model.latent_shape) for k in range(samples)]
         ).to(model.device)
@@ -388,7 +374,11 @@ class Replication(Criterion):
         ]
         probes = {}
         for question, images in zip(questions, run(questions), strict=True):
-            similarity = partial(_closest, context=context, pair_id=question.pair)
+            pair = references.pairs[references.places[question.pair]]
+
+            def similarity(images: torch.Tensor, pair: Pair = pair) -> float:
+                return float(references.similarities(images.cpu(), [pair]).max())
+
             unblocked = similarity(images)
             probes[question.pair] = MemorizationProbe(
                 question.inputs,
@@ -402,13 +392,6 @@ class Replication(Criterion):
     def work_of_probes(self, sampling: Sampling, *, pairs: int, samples: int) -> Evaluations:
         """An image of every sample."""
         return Evaluations.of_images(pairs * samples, sampling)
-
-
-def _closest(images: torch.Tensor, *, context: Context, pair_id: str) -> float:
-    """Largest similarity of images (S, 3, H, W) with a pair's original."""
-    references = context.references
-    pair = references.pairs[references.places[pair_id]]
-    return float(references.similarities(images.cpu(), [pair]).max())
 
 
 def _repeated(embedding: torch.Tensor, samples: int, model: TextToImage) -> torch.Tensor:
@@ -472,12 +455,9 @@ class BlockedModel:
 def blockable(
     model: TextToImage, layers: Mapping[str, nn.Module], forward: Forward
 ) -> Iterator[BlockedModel]:
-    """Hook ``layers`` while open, so that neurons can be blocked as an edit does, row by row.
+    """Hook linear ``layers`` while open: neurons can be blocked as an edit does, row by row.
 
-    Args:
-        model: The model.
-        layers: Its linear layers by name, in the order of a set's neurons.
-        forward: See ``Criterion.forward``.
+    A set's neurons are those of the layers one after the other.
 
     Raises:
         TypeError: A layer is not linear.

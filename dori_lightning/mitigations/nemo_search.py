@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dori_lightning.mitigations.activations import ActivationStatistics
-from dori_lightning.types import InputError
+from dori_lightning.mitigations.base import require
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class Levels:
     two_sided: bool = True
 
     def __post_init__(self) -> None:
-        for good, rule in (
-            (0 <= self.min_z < self.start_z, "start_z must be above min_z, and that >= 0"),
-            (self.z_step > 0, "z_step must be positive"),
-            (self.start_k >= 0 and self.k_step >= 0, "start_k and k_step must be >= 0"),
-        ):
-            if not good:
-                raise InputError(f"mitigation.levels: {rule}\n  got:   {self}")
+        require(
+            0 <= self.min_z < self.start_z, "levels needs start_z above min_z, and that >= 0", self
+        )
+        require(
+            self.z_step > 0 and self.start_k >= 0 and self.k_step >= 0,
+            "levels needs z_step > 0, start_k >= 0 and k_step >= 0",
+            self,
+        )
 
     def steps(self, widest: int) -> list[tuple[float, int]]:
         """The levels' (z, k).

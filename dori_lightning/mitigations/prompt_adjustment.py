@@ -16,12 +16,18 @@ from functools import cached_property
 import torch
 
 from dori_lightning.attacks.solver import RowAdam
-from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations
+from dori_lightning.mitigations.base import (
+    Context,
+    CostEstimate,
+    Evaluations,
+    require,
+    require_at_least_one,
+)
 from dori_lightning.mitigations.edits import Edit, Origin
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import Pair
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +54,11 @@ class AdjustmentSettings:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.iterations < 1 or self.weight_decay < 0:
-            raise InputError(
-                f"mitigation.adjusting needs lr > 0, iterations >= 1 and weight_decay >= 0, "
-                f"got {self}"
-            )
+        require(
+            self.lr > 0 and self.iterations >= 1 and self.weight_decay >= 0,
+            "adjusting needs lr > 0, iterations >= 1 and weight_decay >= 0",
+            self,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,9 @@ class PromptAdjustment:
     adjusting: AdjustmentSettings = AdjustmentSettings()
 
     def __post_init__(self) -> None:
-        if self.target is not None and not self.target >= 0:
-            raise InputError(f"mitigation.target must be at least 0, got {self.target}")
-        if not 0 <= self.quantile <= 1:
-            raise InputError(f"mitigation.quantile must be in [0, 1], got {self.quantile}")
-        if self.calibration_prompts < 1:
-            raise InputError(
-                f"mitigation.calibration_prompts must be at least 1, got "
-                f"{self.calibration_prompts}"
-            )
+        require(self.target is None or self.target >= 0, "target must be >= 0", self.target)
+        require(0 <= self.quantile <= 1, "quantile must be in [0, 1]", self.quantile)
+        require_at_least_one(self, "calibration_prompts")
 
     def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
         """Estimate what finding the target takes, and adjusting an image's embedding."""
@@ -198,13 +198,7 @@ class PromptAdjustmentEdit(Edit):
         """Adjusted embeddings (N, T, D), each image's by itself.
 
         An image whose score or gradient is not finite keeps its embedding from there on, with a
-        warning.
-
-        Args:
-            model: The checkpoint.
-            embeddings: Text embeddings (N, T, D).
-            noise: Starting noise of the images (N, C, h, w).
-            sampling: The sampler that they will be made with.
+        warning. ``noise`` and ``sampling`` are those that the images will be generated with.
         """
         start = embeddings.detach().to(model.device)
         rows = start.float()

@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from dori_lightning.mitigations.base import Context, Evaluations, Mitigation, require_at_least_one
+from dori_lightning.mitigations.base import (
+    Context,
+    CostEstimate,
+    Evaluations,
+    Mitigation,
+    require,
+    require_at_least_one,
+)
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
@@ -73,20 +80,15 @@ class AnchorSettings:
     ordinary: int = 32
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, "prompts", "images", "ordinary", where="mitigation.anchors")
-        if not 0 < self.max_similarity < 1:
-            raise InputError(
-                f"mitigation.anchors.max_similarity must be in (0, 1), got {self.max_similarity}"
-            )
-        if not 0 <= self.anchor_rate < self.target_rate:
-            raise InputError(
-                f"mitigation.anchors needs 0 <= anchor_rate < target_rate, got "
-                f"{self.anchor_rate} and {self.target_rate}"
-            )
+        require_at_least_one(self, "prompts", "images", "ordinary", within="anchors.")
+        limit, rates = self.max_similarity, (self.anchor_rate, self.target_rate)
+        require(0 < limit < 1, "anchors.max_similarity must be in (0, 1)", limit)
+        require(0 <= rates[0] < rates[1], "anchors needs 0 <= anchor_rate < target_rate", rates)
 
-    def estimate_work(self, sampling: Sampling, pairs: int) -> Evaluations:
-        """Estimate what finding the anchors of a number of pairs takes."""
-        return Evaluations.of_images(pairs * self.prompts * self.images, sampling)
+    def estimate_cost(self, sampling: Sampling, pairs: int, *, training: int) -> CostEstimate:
+        """Estimate what finding the anchors of a number of pairs takes, and then ``training``."""
+        images = Evaluations.of_images(pairs * self.prompts * self.images, sampling)
+        return CostEstimate(images + Evaluations(training=training), stored_weights=1.0)
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,7 @@ def find_anchors(
     Latents are kept as the sampler leaves them, which saves the published detour through the
     autoencoder. Augmentation by scale ("a far away ...") is left out.
 
-    Args:
-        model: The model as it is.
-        pairs: N pairs to forget.
-        context: Gives seed, sampler, descriptor and ordinary prompts.
-        settings: Which images pass.
-        key: Of the edit: each pair's images are cached with its fit's checkpoints.
+    Each pair's images are cached with the checkpoints of the fit of the edit's ``key``.
 
     Raises:
         InputError: Not even an ordinary prompt's image passes.
@@ -249,16 +246,11 @@ class SurrogateSettings:
     max_similarity: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 1 <= self.per_pair <= self.candidates:
-            raise InputError(
-                f"mitigation.surrogates needs 1 <= per_pair <= candidates, got "
-                f"{self.per_pair} and {self.candidates}"
-            )
-        if not 0 < self.max_similarity < 1:
-            raise InputError(
-                f"mitigation.surrogates.max_similarity must be in (0, 1), "
-                f"got {self.max_similarity}"
-            )
+        numbers, limit = (self.per_pair, self.candidates), self.max_similarity
+        require(
+            1 <= numbers[0] <= numbers[1], "surrogates needs 1 <= per_pair <= candidates", numbers
+        )
+        require(0 < limit < 1, "surrogates.max_similarity must be in (0, 1)", limit)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
-    Evaluations,
+    require,
     require_at_least_one,
     require_choices,
 )
@@ -93,12 +93,9 @@ class SISS:
     def __post_init__(self) -> None:
         require_choices(self, variant=Variant, timesteps=Timesteps, condition=Condition)
         require_at_least_one(self, "steps", "batch", "micro_batch")
-        if not 0 < self.mixture < 1:
-            raise InputError(f"mitigation.mixture must be in (0, 1), got {self.mixture}")
-        if self.scaling_norm is not None and self.scaling_norm < 0:
-            raise InputError(
-                f"mitigation.scaling_norm must be >= 0 or null, got {self.scaling_norm}"
-            )
+        require(0 < self.mixture < 1, "mixture must be in (0, 1)", self.mixture)
+        norm = self.scaling_norm
+        require(norm is None or norm >= 0, "scaling_norm must be >= 0 or null", norm)
         if self.finetune.precision == "16-mixed":
             raise InputError(
                 "mitigation.finetune.precision must be 32-true or bf16-mixed for SISS: its two "
@@ -108,10 +105,7 @@ class SISS:
     def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
         """Estimate what finding the edit takes for a number of pairs to forget."""
         # two gradients of one forward pass
-        training = Evaluations(training=2 * self.steps * self.batch)
-        return CostEstimate(
-            self.anchors.estimate_work(sampling, pairs) + training, stored_weights=1.0
-        )
+        return self.anchors.estimate_cost(sampling, pairs, training=2 * self.steps * self.batch)
 
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Find anchors with the model as it is, then train."""
@@ -162,7 +156,8 @@ class SISSTraining(Finetuning):
         """One step along the combined gradient."""
         optimizer, rising = self.optimizers(), self.lr_schedulers()
         keep, forget, loss = self._gradients(self._draws("siss", self.global_step))
-        norms = {"keep": length(keep), "forget": length(forget)}
+        self.log("finetune/keep_gradient_norm", length(keep))
+        self.log("finetune/forget_gradient_norm", length(forget))
         gradient = combined(
             keep,
             forget,
@@ -178,8 +173,6 @@ class SISSTraining(Finetuning):
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         rising.step()  # type: ignore[union-attr]
-        for name, value in norms.items():
-            self.log(f"finetune/{name}_gradient_norm", value)
         return {"loss": loss}
 
     def _draws(self, name: str, step: int) -> Draws:
@@ -214,8 +207,7 @@ class SISSTraining(Finetuning):
         have gives a gradient of zeros.
         """
         method, trained = self.method, self.trained_weights()
-        keep = [torch.zeros_like(p) for p in trained]
-        forget = [torch.zeros_like(p) for p in trained]
+        keep, forget = ([torch.zeros_like(p) for p in trained] for _ in range(2))
         total = torch.zeros((), device=self.model.device)
         shard = distributed.shard(len(draws))
         ours = draws.each(lambda tensor: tensor[shard.rows])
@@ -326,17 +318,17 @@ def losses(
             (weights[0] * _squares(predicted, to_kept)).sum(),
             (weights[1] * _squares(predicted, to_forgotten)).sum(),
         )
-    keep = forget = None
-    if variant != "neg_grad":
-        noised = model.noised(draws.kept, draws.noise, draws.timesteps)
+
+    def loss(latents: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        noised = model.noised(latents, draws.noise, draws.timesteps)
         predicted = model.predict_noise(noised, draws.timesteps, draws.prompts)
-        keep = _squares(predicted, draws.noise).sum()
-    if variant != "naive":
-        noised = model.noised(draws.forgotten, draws.noise, draws.timesteps)
-        predicted = model.predict_noise(noised, draws.timesteps, draws.prompts)
-        wanted = draws.uniform if variant == "erase_diff" else draws.noise
-        forget = _squares(predicted, wanted).sum()
-    return keep, forget
+        return _squares(predicted, wanted).sum()
+
+    wanted = draws.uniform if variant == "erase_diff" else draws.noise
+    return (
+        None if variant == "neg_grad" else loss(draws.kept, draws.noise),
+        None if variant == "naive" else loss(draws.forgotten, wanted),
+    )
 
 
 def _squares(predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import Context, CostEstimate, Evaluations, require_pairs
+from dori_lightning.mitigations.base import (
+    STAGES,
+    Context,
+    CostEstimate,
+    Evaluations,
+    require,
+    require_at_least_one,
+    require_choices,
+    require_pairs,
+    require_stages,
+)
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
@@ -23,7 +33,8 @@ from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
-STAGES: tuple[Stage, ...] = ("down", "mid", "up")
+Scope = Literal["pair", "union", "shared"]
+Base = Literal["empty", "corpus"]
 
 CPU_ROWS = 8
 """Embeddings of a batch on the CPU: kernels are chosen by shape, so in batches of one shape an
@@ -63,8 +74,8 @@ class Wanda:
     fraction: float = 0.01
     steps: int = 10
     select_ratio: float = 0.0
-    scope: Literal["pair", "union", "shared"] = "pair"
-    base: Literal["empty", "corpus"] = "empty"
+    scope: Scope = "pair"
+    base: Base = "empty"
     base_prompts: int = 32
     stages: tuple[Stage, ...] = STAGES
     sampling: Sampling | None = None
@@ -73,21 +84,11 @@ class Wanda:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        if not 0 < self.fraction < 1:
-            raise InputError(f"mitigation.fraction must be in (0, 1), got {self.fraction}")
-        if not 0 <= self.select_ratio < 1:
-            raise InputError(f"mitigation.select_ratio must be in [0, 1), got {self.select_ratio}")
-        for name in ("steps", "seeds", "base_prompts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"mitigation.{name} must be at least 1, got {self}")
-        if self.scope not in ("pair", "union", "shared"):
-            raise InputError(f"mitigation.scope must be pair, union or shared, got {self.scope!r}")
-        if self.base not in ("empty", "corpus"):
-            raise InputError(f"mitigation.base must be empty or corpus, got {self.base!r}")
-        if not self.stages or not set(self.stages) <= set(STAGES):
-            raise InputError(
-                f"mitigation.stages must be some of {', '.join(STAGES)}, got {self.stages}"
-            )
+        require(0 < self.fraction < 1, "fraction must be in (0, 1)", self.fraction)
+        require(0 <= self.select_ratio < 1, "select_ratio must be in [0, 1)", self.select_ratio)
+        require_at_least_one(self, "steps", "seeds", "base_prompts")
+        require_choices(self, scope=Scope, base=Base)
+        require_stages(self.stages)
 
     def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
         """Estimate what finding the edit takes for a number of pairs to forget."""
@@ -99,12 +100,7 @@ class Wanda:
     def apply(
         self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> MaskEdit | PairMaskEdit:
-        """Choose weights by the pairs' prompts.
-
-        Args:
-            model: Checkpoint; left as it was.
-            pairs: Pairs to forget; only their prompts are read.
-            context: Gives embeddings, the sampler and, for base ``corpus``, ordinary prompts.
+        """Choose weights by the pairs' prompts; their images are not read.
 
         Raises:
             InputError: There is no pair, the sampler takes fewer steps, or ``fraction`` of a row
@@ -143,7 +139,7 @@ class Wanda:
         Args:
             model: Checkpoint; left as it was.
             embeddings: Text embeddings (N, T, D).
-            context: Gives the sampler and, for base ``corpus``, ordinary prompts.
+            context: Gives the sampler and ordinary prompts.
             pool: One mask for all embeddings, from their pooled norms, rather than one for each.
 
         Returns:
