@@ -26,6 +26,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dori_lightning import config
 from support.in_process import Program, program_in
+from support.runs import write_material
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +43,9 @@ def run(tmp_path: Path) -> Iterator[Program]:
     """The program in this process, in an empty folder: ``run(*arguments, task=function)``."""
     with program_in(tmp_path) as program:
         yield program
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint and five pairs, to be read only."""
+    return write_material(tmp_path_factory.mktemp("material"))

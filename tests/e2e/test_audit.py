@@ -1,78 +1,28 @@
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors import safe_open
 
 from dori_lightning.types import InputError
-from support.records import report_json
-from support.runs import run_task, write_pairs
-from support.tiny import write_tiny
+from support.processes import PROGRAM, ended
+from support.records import report_json, results, written
+from support.runs import SMALL, on_tiny, run_task, write_pairs
 
-SMALL = (
-    "pairs=folder",
-    "attack.budget.steps=3",
-    "attack.snapshots=[1]",
-    "attack.noise_batch=2",
-    "attack.inits=[prompt,random]",
-    "sampling.steps=3",
-    "sampling.images_per_pair=2",
-    "checkpoint.name=tiny",
-    "checkpoint.device=cpu",
-    "trainer=cpu",
-    # random weights: their autoencoder reconstructs nothing to calibrate a threshold on
-    "metrics.descriptors.local_correlation.threshold=0.5",
-)
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    place = tmp_path_factory.mktemp("material")
-    write_tiny(place / "checkpoint")
-    write_pairs(place / "pairs")
-    return place
-
-
-def overrides(material):
-    return (
-        *SMALL,
-        f"pairs.path={material / 'pairs'}",
-        f"checkpoint.source={material / 'checkpoint'}",
-    )
+AUDIT = (
+    *SMALL, "utility=light", "report.images=full", "attack.budget.steps=3", "attack.snapshots=[1]",
+    "attack.inits=[prompt,random]", "sampling.steps=3", "sampling.images_per_pair=2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_task(folder, *overrides(material))
+    run_task(folder, *on_tiny(material, *AUDIT), whole=True)
     return folder
 
 
-def comparable(folder):
-    """What must not depend on interruptions: cells, pictures, embeddings, losses."""
-    report = report_json(folder)
-    pictures = {
-        str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("pictures/**/*.png")
-    }
-    attacks = {}
-    for path in folder.glob("attacks/**/*.safetensors"):
-        with safe_open(path, framework="np") as file:  # the header's order is not part of it
-            tensors = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
-            attacks[str(path.relative_to(folder))] = (tensors, file.metadata())
-    return {
-        "cells": report["cells"],
-        "pairs": report["pairs"],
-        "rows": (folder / "pairs.parquet").read_bytes(),
-        "pictures": pictures,
-        "attacks": attacks,
-    }
-
-
 def test_the_run_folder_holds_what_the_contract_names(finished):
-    report = json.loads((finished / "report.json").read_text())
+    report = report_json(finished)
     conditions = {
         (c["attack"], c["init"], c["budget"]["steps"], c["kind"], c["n"]) for c in report["cells"]
     }
@@ -95,7 +45,7 @@ def test_the_run_folder_holds_what_the_contract_names(finished):
         assert cell["mr_ci95"][0] <= cell["mr"] <= cell["mr_ci95"][1]
         assert cell["threshold"] == 0.5
     rows = pd.read_parquet(finished / "pairs.parquet")
-    assert len(rows) == 5 * 5 * 2, "pairs x conditions x pictures"
+    assert len(rows) == 5 * 5 * 2, "pairs x conditions x images"
     page = (finished / "report.html").read_text()
     assert page.count("data:image/") >= 10
     assert list((finished / "figures").glob("*.png"))
@@ -111,7 +61,7 @@ def test_the_embeddings_are_kept_with_what_they_were_made_from(finished):
         metadata = file.metadata()
         assert file.get_tensor("embeddings").shape == (2, 8, 12)
         assert file.get_tensor("losses").shape == (3,)
-    assert metadata["snapshots"] == "[1, 3]"
+        assert file.get_tensor("snapshots").tolist() == [1, 3]
     assert {"checkpoint", "edit", "attack", "seed", "pair", "init"} <= metadata.keys()
 
 
@@ -131,53 +81,38 @@ GOLDEN_LOSSES = [[1.124319, 1.084437, 1.060386], [1.109535, 1.096017, 1.169250]]
 
 
 def test_running_again_computes_nothing_and_changes_nothing(material, finished):
-    before = comparable(finished)
-    times = {p: p.stat().st_mtime_ns for p in finished.glob("attacks/**/*.safetensors")}
-    run_task(finished, *overrides(material))
-    assert comparable(finished) == before
+    before, times = results(finished), written(finished)
+    run_task(finished, *on_tiny(material, *AUDIT))
+    assert results(finished) == before
     assert times
-    assert times == {p: p.stat().st_mtime_ns for p in times}
+    assert times == written(finished)
 
 
 @pytest.mark.parametrize("width", [1, 3])  # the finished run has all in one
 def test_batch_width_changes_no_bit(material, finished, tmp_path, width):
     widths = (f"attack.pairs_per_forward={width}", f"sampling.batch={width}")
-    run_task(tmp_path / "narrow", *overrides(material), *widths)
-    assert comparable(tmp_path / "narrow") == comparable(finished)
+    run_task(tmp_path / "narrow", *on_tiny(material, *AUDIT, *widths))
+    assert results(tmp_path / "narrow") == results(finished)
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(material, finished):
     with pytest.raises(InputError, match=r"attack\.lr: 0\.1 there, 0\.2 now"):
-        run_task(finished, *overrides(material), "attack.lr=0.2")
-
-
-def command(material, output, *more):
-    return [
-        sys.executable, "-m", "dori_lightning", "+experiment=audit", *overrides(material),
-        "attack.other_inits=null", f"paths.output={output}", "name=run", *more,
-    ]  # fmt: skip
+        run_task(finished, *on_tiny(material, *AUDIT, "attack.lr=0.2"))
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(material, finished, tmp_path):
-    ended = subprocess.run(
-        command(material, tmp_path, "trainer=ddp", "trainer.accelerator=cpu"),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines() == [str(tmp_path / "run")]
-    assert comparable(tmp_path / "run") == comparable(finished)
+    done = ended(
+        tmp_path, PROGRAM, "+experiment=audit", *on_tiny(material, *AUDIT),
+        "attack.other_inits=null", f"paths.output={tmp_path}", "name=run",
+        "trainer=ddp", "trainer.accelerator=cpu",
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [str(tmp_path / "run")]
+    assert results(tmp_path / "run") == results(finished)
 
 
 def test_no_controls_and_no_threshold_is_explained(material, tmp_path):
     pairs = write_pairs(tmp_path / "none", control=0)
+    threshold = "metrics.descriptors.local_correlation.threshold=null"
     with pytest.raises(InputError, match="add pairs of kind control"):
-        run_task(
-            tmp_path / "run",
-            *overrides(material),
-            f"pairs.path={pairs}",
-            "metrics.descriptors.local_correlation.threshold=null",
-        )
+        run_task(tmp_path / "run", *on_tiny(material, *AUDIT, f"pairs.path={pairs}", threshold))

@@ -16,14 +16,14 @@ inputs, and where the rest of each is tested:
 10 edit of another checkpoint     test_edits, test_export; changes nothing: here
 11 NaN in the attack              here (invalid audit); test_solver
 12 no gradient                    here (invalid audit); test_solver
-13 out of memory                  here (not even one pair); test_solver, test_pictures
+13 out of memory                  here (not even one pair); test_solver, test_generation
 14 disk full, read-only           here; test_audit_context (estimate), test_checkpoints, ...
 15 no network                     here; test_loading
-16 killed                         test_kills, test_processes (one of two), test_checkpoints
-17 signals                        test_signals, test_graceful_shutdown, slurm/test_slurm
-18 resumed with other settings    here; test_folder
+16 killed                         test_kills, test_distributed (one of two), test_checkpoints
+17 signals                        test_signals, test_signals_between_steps, slurm/test_slurm
+18 resumed with other settings    here; test_artifacts
 19 impossible or misspelt value   here; test_cli, test_compose
-20 two writers                    here; test_lock, test_cli
+20 two writers                    here; test_artifacts, test_cli
 21 baseline not memorized         test_utility (invalid audit), test_findings
 22 descriptor weights             here; test_metrics_sscd
 == ============================== ============================================================
@@ -49,8 +49,9 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report import record
 from dori_lightning.runtime.artifacts import one_writer
 from support.in_process import program_in
-from support.runs import write_pairs
-from support.tiny import write_tiny
+from support.processes import PROGRAM, ended
+from support.records import report_json
+from support.runs import SMALL, on_tiny, write_material, write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = "a red boat on sea at night on sea"
@@ -58,26 +59,16 @@ LONG = "a red boat on sea at night on sea"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A checkpoint, pairs (one prompt too long, one picture twice), and an audit of them."""
-    folder = tmp_path_factory.mktemp("place")
-    write_tiny(folder / "checkpoint")
-    pairs = write_pairs(folder / "pairs")
+    """A checkpoint, pairs (one prompt too long, one image twice), and an audit of them."""
+    folder = write_material(tmp_path_factory.mktemp("place"))
+    pairs = folder / "pairs"
     (pairs / "4.png").write_bytes((pairs / "3.png").read_bytes())
-    table = (pairs / "metadata.csv").read_text().replace("a red boat on sea", LONG)
-    (pairs / "metadata.csv").write_text(table)
+    rewritten("a red boat on sea", LONG)(pairs)
     return folder
 
 
 def arguments(place):
-    return [
-        "pairs=folder", f"pairs.path={place / 'pairs'}", "corpus=none", "utility=none",
-        "checkpoint.name=tiny", f"checkpoint.source={place / 'checkpoint'}",
-        "checkpoint.device=cpu", "trainer=cpu", "attack.budget.steps=2", "attack.noise_batch=2",
-        "attack.inits=[prompt]", "attack.snapshots=[]", "sampling.steps=2",
-        "sampling.images_per_pair=1", "report.images=none",
-        "metrics.descriptors.local_correlation.threshold=0.5",
-        f"paths.output={place}", "name=run",
-    ]  # fmt: skip
+    return [*on_tiny(place, *SMALL), "corpus=none", f"paths.output={place}", "name=run"]
 
 
 Program = Callable[..., tuple[int, str]]
@@ -124,10 +115,11 @@ def elsewhere(tmp_path):
     return [f"paths.output={tmp_path / 'out'}", "name=other"]
 
 
-def refused(program, folder, *parts, more):
+def refused(program, folder, *parts, more, without=""):
+    """Refused with these words, and with nothing lost or written in a finished folder."""
     before = kept(folder)
     assert len(before) > 10
-    code, said = program(*more)
+    code, said = program(*more, without=without)
     assert code == 2, said
     assert "Traceback" not in said
     assert said.count("dori: ") == 1, said
@@ -135,9 +127,10 @@ def refused(program, folder, *parts, more):
         assert part in said, said
     assert kept(folder) == before, "nothing is lost, nothing is written"
     assert not list(folder.rglob(".*.tmp"))
+    return said
 
 
-# --- lists and pictures
+# --- lists and images
 
 
 def listed(folder, change):
@@ -197,7 +190,7 @@ def test_a_skipped_row_is_in_no_rate_and_in_the_report(program, place, tmp_path)
     more = [listed(tmp_path, LISTS["missing"][0]), "pairs.on_missing=skip", "name=skipped"]
     code, said = program(*more, without="pairs.path")
     assert code == 0, said
-    document = json.loads((place / "skipped" / "report.json").read_text())
+    document = report_json(place / "skipped")
     assert {cell["n"] for cell in document["cells"] if cell["kind"] == "vm"} == {1}
     (flag,) = (f for f in document["flags"] if f["name"] == "pairs_skipped")
     assert "1 row of the list without an image" in flag["text"]
@@ -210,13 +203,13 @@ def test_a_decompression_bomb(program, finished, tmp_path, monkeypatch):
     refused(program, finished, "more than 2,303 pixels", "scale the image down", more=more)
 
 
-def test_long_prompts_and_repeated_pictures_are_columns_and_flags(finished):
+def test_long_prompts_and_repeated_images_are_columns_and_flags(finished):
     rows = pd.read_parquet(finished / "pairs.parquet").drop_duplicates("pair_id")
     assert dict(zip(rows.pair_id, rows.truncated, strict=True)) == {
         "pair0": True, "pair1": False, "pair2": False, "pair3": False, "pair4": False,
     }  # fmt: skip
     assert rows.set_index("pair_id").duplicate_of.dropna().to_dict() == {"pair4": "pair3"}
-    document = json.loads((finished / "report.json").read_text())
+    document = report_json(finished)
     assert {"truncated_prompts", "duplicates"} <= {flag["name"] for flag in document["flags"]}
     assert [pair["truncated"] for pair in document["pairs"]] == [True, *[False] * 4]
     log = (finished / "dori.log").read_text()
@@ -283,19 +276,15 @@ def test_descriptor_weights(program, finished, tmp_path, weights, parts):
         "metrics=sscd", f"metrics.descriptors.sscd.weights={tmp_path / weights}",
         "checkpoint.source=nowhere", *elsewhere(tmp_path),
     ]  # fmt: skip
-    before = kept(finished)
-    code, said = program(*more, without="metrics.")
-    assert code == 2, said
-    assert all(part in said for part in parts), said
+    said = refused(program, finished, *parts, more=more, without="metrics.")
     assert "nowhere" not in said, "before a checkpoint is even looked for"
-    assert kept(finished) == before
 
 
 # --- what happens on the way: the audit ends, and says that it answers nothing
 
 
 def invalid(folder):
-    document = json.loads((folder / "report.json").read_text())
+    document = report_json(folder)
     assert document["verdict"].startswith("INVALID AUDIT")
     assert "no proof of absence" not in document["verdict"]
     assert "Verdict: this audit is invalid" in (folder / "report.html").read_text()
@@ -353,13 +342,8 @@ def test_memory_for_not_even_one_pair(program, finished, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(StableDiffusion, "denoising_loss", full)
-    before = kept(finished)
-    code, said = program("name=full_memory", without="name=")
-    assert code == 2, said
-    assert "out of memory with a single pair" in said
-    assert "attack.noise_batch" in said
-    assert "Traceback" not in said
-    assert kept(finished) == before
+    parts = ("out of memory with a single pair", "attack.noise_batch")
+    refused(program, finished, *parts, more=["name=full_memory"], without="name=")
 
 
 # --- no place to write to
@@ -438,12 +422,7 @@ def test_a_limit_on_files_ends_a_run_with_the_file_and_goes_on_without(
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
-    done = subprocess.run(
-        [sys.executable, "-m", "dori_lightning", *arguments(place)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=limited,
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    done = ended(tmp_path, PROGRAM, *arguments(place), preexec_fn=limited, code=2)
     assert "Traceback" not in done.stderr
     assert "cannot write: File too large" in done.stderr
     names = {n for n, held in kept(finished).items() if held == before[n]}

@@ -1,18 +1,15 @@
 """The measurement of speed on a tiny checkpoint: its files, and going on where it was cut."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from dori_lightning.types import InputError
-from support.runs import run_task, write_pairs
-from support.tiny import write_tiny
+from support.processes import PROGRAM, ended
+from support.runs import on_tiny, run_task, write_material
 
-SMALL = (
-    "task=bench", "pairs=folder", "checkpoint.name=tiny", "checkpoint.device=cpu", "trainer=cpu",
-    "sampling.steps=2", "sampling.images_per_pair=1", "task.pairs=2", "task.steps=1",
+BENCH = (
+    "task=bench", "sampling.steps=2", "sampling.images_per_pair=1", "task.pairs=2", "task.steps=1",
     "task.noise_batch=1", "task.repeats=1", "task.compile=false", "task.sampling_pairs=1",
     "task.nemo_pairs=1", "task.wanda_pairs=1", "task.wanda.steps=1", "task.finetuning_pairs=1",
     "task.audit_pairs=2", "task.audit_steps=1",
@@ -21,10 +18,8 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    place = tmp_path_factory.mktemp("material")
-    write_tiny(place / "checkpoint")
-    write_pairs(place / "pairs", vm=2, control=0)
-    return (*SMALL, f"checkpoint.source={place / 'checkpoint'}", f"pairs.path={place / 'pairs'}")
+    place = write_material(tmp_path_factory.mktemp("material"), vm=2, control=0)
+    return on_tiny(place, *BENCH)
 
 
 @pytest.mark.slow
@@ -50,12 +45,9 @@ def test_families_are_measured_once_and_joined(material, tmp_path):
 @pytest.mark.slow
 def test_a_whole_audit_is_started_as_a_user_does(material, tmp_path):
     """With the run's own checkpoint and pairs on its command line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dori_lightning", *material, "task.rows=[audit]",
-         f"paths.output={tmp_path}", "name=bench"],
-        capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    ended(
+        tmp_path, PROGRAM, *material, "task.rows=[audit]", f"paths.output={tmp_path}", "name=bench"
+    )
     families = json.loads((tmp_path / "bench" / "bench.json").read_text())["families"]
     ours, again = families["audit"]["rows"]
     assert ours["samples"] > 0

@@ -10,31 +10,23 @@ from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import CPU_IMAGES
 from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from support.runs import run_task, write_pairs
+from support.runs import SMALL, on_tiny, run_task, write_material
 from support.tiny import write_tiny
 
 STEPS, NOISES, SAMPLER = 3, 1, 2
-SMALL = (
-    "pairs=folder", "utility=none", f"attack.budget.steps={STEPS}", "attack.snapshots=[]",
-    f"attack.noise_batch={NOISES}", "attack.pairs_per_forward=8", "attack.inits=[prompt]",
-    f"sampling.steps={SAMPLER}", "sampling.images_per_pair=1", "checkpoint.name=tiny",
-    "checkpoint.device=cpu", "trainer=cpu", "report.images=none",
-    "metrics.descriptors.local_correlation.threshold=0.5",
+COSTS = (
+    *SMALL, f"attack.budget.steps={STEPS}", f"attack.noise_batch={NOISES}",
+    "attack.pairs_per_forward=8", f"sampling.steps={SAMPLER}",
 )  # fmt: skip
 
 PASSES = 2
 """Passes that five pairs take, kept together as one attack."""
 
-MEASURED = 4
-"""Rows of the passes of one, one and two samples that measure the memory before an attack."""
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("material")
-    for seed in (0, 1):
-        write_tiny(place / f"checkpoint{seed}", seed=seed)
-    write_pairs(place / "pairs")
+    place = write_material(tmp_path_factory.mktemp("material"))
+    write_tiny(place / "other", seed=1)
     return place
 
 
@@ -75,19 +67,15 @@ def asked(monkeypatch):
     return tally
 
 
-def audit(place, name, *overrides, seed=0):
-    run_task(
-        place / name, *SMALL, f"pairs.path={place / 'pairs'}",
-        f"checkpoint.source={place / f'checkpoint{seed}'}", f"paths.cache={place / 'cache'}",
-        *overrides,
-    )  # fmt: skip
+def audit(place, name, *overrides):
+    run_task(place / name, *on_tiny(place, *COSTS, f"paths.cache={place / 'cache'}", *overrides))
 
 
 def test_budgets_of_an_audit_are_read_off_one_attack(place, asked):
-    pairs, one_attack = 5, STEPS * PASSES * PARALLEL_PAIRS * NOISES + MEASURED
+    pairs, one_attack = 5, STEPS * PASSES * PARALLEL_PAIRS * NOISES
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
-    # ten pictures, from prompts and from the attack, fill one pass of sixteen; guided
+    # ten images, from prompts and from the attack, fill one pass of sixteen; guided
     drawn = CPU_IMAGES
     assert one == {
         "attacks": 1, "with gradient": one_attack, "forward": drawn * SAMPLER * 2,
@@ -106,14 +94,13 @@ def test_budgets_of_an_audit_are_read_off_one_attack(place, asked):
 
 def test_a_sweep_prunes_and_attacks_once_for_each_method_and_checkpoint(place, asked):
     """M methods x B budgets x C checkpoints cost M x C prunings and M x C attacks."""
-    methods, checkpoints = (0.1, 0.2), (0, 1)
-    for seed in checkpoints:
-        for fraction in methods:
-            audit(
-                place, f"sweep{seed}{fraction}", "attack.snapshots=[1,2]", "mitigation=wanda",
-                f"mitigation.fraction={fraction}", "mitigation.steps=2", seed=seed,
-            )  # fmt: skip
-    jobs = len(methods) * len(checkpoints)
-    assert asked["prunings"] == asked["attacks"] == jobs
-    assert asked["with gradient"] == jobs * (STEPS * PASSES * PARALLEL_PAIRS * NOISES + MEASURED)
-    assert asked["encode_images"] == len(checkpoints) * 5, "each checkpoint sees a pair once"
+    jobs = [(0.1, "checkpoint"), (0.2, "checkpoint"), (0.1, "other")]
+    for fraction, checkpoint in jobs:
+        audit(
+            place, f"{checkpoint}{fraction}", "attack.snapshots=[1,2]", "mitigation=wanda",
+            f"mitigation.fraction={fraction}", "mitigation.steps=2",
+            f"checkpoint.source={place / checkpoint}",
+        )  # fmt: skip
+    assert asked["prunings"] == asked["attacks"] == len(jobs)
+    assert asked["with gradient"] == len(jobs) * STEPS * PASSES * PARALLEL_PAIRS * NOISES
+    assert asked["encode_images"] == 2 * 5, "each checkpoint sees a pair once"

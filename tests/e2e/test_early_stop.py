@@ -1,8 +1,6 @@
 """Attacks that stop at their first success find what whole attacks find, for less."""
 
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,20 +14,19 @@ from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError
-from support.records import report_json
-from support.runs import run_task, write_pairs
-from support.tiny import write_tiny
+from support.processes import PROGRAM, ended
+from support.records import report_json, results
+from support.runs import SMALL, on_tiny, run_task, write_material
 
-NOISES, SAMPLER, PICTURES, WIDTH = 2, 2, 2, 4
+NOISES, SAMPLER, IMAGES, WIDTH = 2, 2, 2, 4
 LOOKED_AT = (1, 2, 4)
 PAIRS = 10
 THRESHOLD = "metrics.descriptors.local_correlation.threshold"
-SMALL = (
-    "pairs=folder", "utility=none", "attack.budget.steps=4", "attack.snapshots=[1,2]",
-    f"attack.noise_batch={NOISES}", "attack.inits=[prompt]", f"sampling.steps={SAMPLER}",
-    f"sampling.images_per_pair={PICTURES}", "checkpoint.name=tiny", "checkpoint.device=cpu",
-    "trainer=cpu", "report.images=none", f"attack.pairs_per_forward={WIDTH}",
-    # random weights hold no picture: steps so long, and a threshold so low, that some similarities
+AUDIT = (
+    *SMALL, "attack.budget.steps=4", "attack.snapshots=[1,2]", f"attack.noise_batch={NOISES}",
+    f"sampling.steps={SAMPLER}", f"sampling.images_per_pair={IMAGES}",
+    f"attack.pairs_per_forward={WIDTH}",
+    # random weights hold no image: steps so long, and a threshold so low, that some similarities
     # pass it, at various steps
     "attack.lr=3", f"{THRESHOLD}=0.03",
 )  # fmt: skip
@@ -38,25 +35,11 @@ STOP = "attack.early_stop=true"
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    place = tmp_path_factory.mktemp("material")
-    write_tiny(place / "checkpoint")
-    write_pairs(place / "pairs", vm=PAIRS - 3, control=3)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def _no_page(monkeypatch):
-    """Figures are most of so small an audit's time."""
-    monkeypatch.setattr("dori_lightning.tasks.audit.write_audit_page", lambda *_, **__: None)
-
-
-def overrides(material, *more):
-    checkpoint = material / "checkpoint"
-    return (*SMALL, f"pairs.path={material / 'pairs'}", f"checkpoint.source={checkpoint}", *more)
+    return write_material(tmp_path_factory.mktemp("material"), vm=PAIRS - 3, control=3)
 
 
 def run(material, folder, *more):
-    run_task(folder, *overrides(material, *more))
+    run_task(folder, *on_tiny(material, *AUDIT, *more))
     return folder
 
 
@@ -87,18 +70,6 @@ def attacks(folder):
         with safe_open(path, framework="pt") as file:
             found[path.name] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     return found
-
-
-def result(folder):
-    """What does not depend on how a run came about."""
-    report = report_json(folder)
-    drawn = {p.relative_to(folder): p.read_bytes() for p in folder.glob("pictures/**/*.png")}
-    searched = {
-        name: {key: value.numpy().tobytes() for key, value in tensors.items()}
-        for name, tensors in attacks(folder).items()
-    }
-    found = {key: report[key] for key in ("cells", "pairs", "effort")}
-    return {**found, "rows": (folder / "pairs.parquet").read_bytes(), "drawn": drawn, **searched}
 
 
 def test_pairs_come_back_at_various_steps_or_not_at_all(whole):
@@ -151,7 +122,7 @@ def test_trajectories_are_the_same_up_to_where_they_stop(whole, stopped):
         assert ("mean" in ours) == (taken < 4), "what is not at its end can go on"
 
 
-def test_stopped_rows_have_the_pictures_that_stopped_them(whole, stopped):
+def test_stopped_rows_have_the_images_that_stopped_them(whole, stopped):
     found = rows(stopped)
     carried = found[found.stopped_at.notna()]
     assert (carried.stopped_at < carried.steps).all()
@@ -191,11 +162,11 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkey
     monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
     # no rows that only fill up a pass
     monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)
-    monkeypatch.setattr(generation, "CPU_IMAGES", PICTURES)
+    monkeypatch.setattr(generation, "CPU_IMAGES", IMAGES)
     folder = run(material, tmp_path / "run", STOP)
     effort, steps = report_json(folder)["effort"], firsts(folder)
     spent = [first or 4 for first in steps.values()]
-    each = PICTURES * SAMPLER * 2  # guided
+    each = IMAGES * SAMPLER * 2  # guided
     looks = [LOOKED_AT.index(k) + 1 for k in spent]
     assert effort == {
         "attack": NOISES * sum(spent),
@@ -204,11 +175,10 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkey
         "pictures_saved": each * (len(LOOKED_AT) * PAIRS - sum(looks)),
     }
     assert effort["attack_saved"] > 0
+    prompts = each * PAIRS
     assert rows_of == {
-        # passes of one, one and two samples measure the memory beforehand
-        "with gradient": effort["attack"] + 4,
-        "forward": effort["pictures"] + each * PAIRS,
-    }, "what the model was asked, prompts besides"
+        "with gradient": effort["attack"], "forward": effort["pictures"] + prompts
+    }  # fmt: skip
     for begin, end in ((0, 1), (1, 2), (2, 4)):
         left = sum(first is None or first > begin for first in steps.values())
         full, rest = divmod(left, WIDTH)
@@ -234,7 +204,7 @@ def test_a_run_that_ended_between_snapshots_goes_on(
     assert [until for until, _ in done] == [1, 1, 1, 2]
     solved.clear()
     run(material, tmp_path / "run", STOP)
-    assert result(tmp_path / "run") == result(stopped)
+    assert results(tmp_path / "run") == results(stopped)
     assert all(until > 1 for until, _ in solved), "nobody takes the first steps again"
     assert not {name for until, ids in solved if until == 2 for name in ids} & {*done[-1][1]}
 
@@ -247,7 +217,7 @@ def test_under_another_threshold_attacks_go_on_from_where_they_were_stopped(
     assert [until for until, _ in solved] == [1, 1, 1], "all are copies at once"
     solved.clear()
     run(material, tmp_path / "run", STOP)
-    assert result(tmp_path / "run") == result(stopped)
+    assert results(tmp_path / "run") == results(stopped)
     assert {until for until, _ in solved} == {2, 4}
 
 
@@ -258,12 +228,8 @@ def test_a_folder_holds_attacks_of_one_way_only(material, whole):
 
 @pytest.mark.slow
 def test_two_processes_stop_the_same_attacks(material, stopped, tmp_path):
-    ended = subprocess.run(
-        [
-            sys.executable, "-m", "dori_lightning", *overrides(material, STOP),
-            "trainer=ddp", "trainer.accelerator=cpu", f"paths.output={tmp_path}", "name=run",
-        ],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
+    ended(
+        tmp_path, PROGRAM, *on_tiny(material, *AUDIT, STOP), "trainer=ddp",
+        "trainer.accelerator=cpu", f"paths.output={tmp_path}", "name=run",
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert result(tmp_path / "run") == result(stopped)
+    assert results(tmp_path / "run") == results(stopped)

@@ -1,8 +1,4 @@
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,7 +23,7 @@ from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.tasks import export as export_task
 from dori_lightning.types import InputError
-from support.runs import run_task, write_pairs
+from support.runs import SMALL, on_tiny, run_task, write_pairs
 from support.tiny import tiny_model
 
 HERE = "test_export"
@@ -107,19 +103,7 @@ def export(material, folder, *more, mitigation=None, task="export"):
         if mitigation
         else []
     )
-    run_task(
-        folder,
-        f"task={task}",
-        "pairs=folder",
-        f"pairs.path={material / 'pairs'}",
-        "corpus=none",
-        f"checkpoint.source={material / 'checkpoint'}",
-        "checkpoint.name=tiny",
-        "checkpoint.device=cpu",
-        "trainer=cpu",
-        *chosen,
-        *more,
-    )
+    run_task(folder, f"task={task}", *on_tiny(material, "corpus=none", *chosen, *more))
     return folder
 
 
@@ -134,7 +118,7 @@ def original(material):
     return load(material / "checkpoint")
 
 
-def pictures(model):
+def images(model):
     noise = torch.stack([generation_noise(k, model.latent_shape) for k in range(2)])
     prompts = model.encode_prompts(["a red boat", "a cat at night"])
     return model.generate(prompts, noise, Sampling("ddim", 2, 2.0, 1))
@@ -156,18 +140,16 @@ def left_over(folder):
     return [name for name in files if not name.startswith("tiny-") or "partial" in name]
 
 
-def test_without_an_edit_both_forms_draw_the_same_pictures_bit_for_bit(
-    material, original, tmp_path
-):
+def test_without_an_edit_both_forms_draw_the_same_images_bit_for_bit(material, original, tmp_path):
     folder = export(material, tmp_path / "run")
     diffusers, single = folder / "diffusers", folder / "tiny-none.safetensors"
     assert not left_over(folder)
     assert not (folder / "edit.safetensors").exists()
     assert dtypes(single) == {"F16"}
-    expected = pictures(original)
+    expected = images(original)
     for model in (load(diffusers), load(single, diffusers)):
         assert model.fingerprint == original.fingerprint
-        assert torch.equal(pictures(model), expected)
+        assert torch.equal(images(model), expected)
     card = (diffusers / "README.md").read_text()
     assert "Nothing: no weight differs" in card
     assert "was not audited" in card
@@ -184,14 +166,14 @@ def test_an_edit_is_in_the_weights_of_both_forms_bit_for_bit(material, original,
     folder = export(material, tmp_path / "run", mitigation=Pruned)
     diffusers, single = folder / "diffusers", folder / "tiny-pruned.safetensors"
     edit = read_edit(folder / "edit.safetensors")
-    plain = pictures(original)
+    plain = images(original)
     assert edit.origin is not None
     with edit.applied(original):
-        expected = pictures(original)
+        expected = images(original)
         assert not torch.equal(expected, plain)
         for model in (load(diffusers), load(single, diffusers)):
             assert same_weights(model, original)
-            assert torch.equal(pictures(model), expected)
+            assert torch.equal(images(model), expected)
     assert model.fingerprint != original.fingerprint
     with safe_open(single, framework="pt") as file:
         note = json.loads(file.metadata()["dori_lightning"])
@@ -342,28 +324,16 @@ def test_a_folder_with_another_export_is_refused_by_what_differs(material, tmp_p
     assert (folder / "tiny-pruned.safetensors").is_file(), "a further form may join"
 
 
-SHORT = (
-    "utility=none",
-    "attack.inits=[prompt]",
-    "attack.budget.steps=1",
-    "attack.snapshots=[]",
-    "attack.noise_batch=1",
-    "sampling.steps=2",
-    "sampling.images_per_pair=1",
-    "metrics.descriptors.local_correlation.threshold=0.5",
-)
-
-
 def test_the_card_carries_the_audit_of_this_edit_and_refuses_another(material, tmp_path):
-    audit = export(material, tmp_path / "audit", *SHORT, mitigation=Pruned, task="audit")
-    folder = export(material, tmp_path / "run", *SHORT, mitigation=Pruned)
+    audit = export(material, tmp_path / "audit", *SMALL, mitigation=Pruned, task="audit")
+    folder = export(material, tmp_path / "run", *SMALL, mitigation=Pruned)
     weights = folder / "diffusers/unet/diffusion_pytorch_model.safetensors"
     time = weights.stat().st_mtime_ns
     assert "was not audited" in (folder / "diffusers/README.md").read_text()
     found = list((tmp_path / "cache" / "edits").glob("*.safetensors"))
     assert len(found) == 1, "the export uses the edit that the audit made"
 
-    export(material, folder, *SHORT, f"task.audit={audit}", mitigation=Pruned)
+    export(material, folder, *SMALL, f"task.audit={audit}", mitigation=Pruned)
     card = (folder / "diffusers/README.md").read_text()
     assert "was not audited" not in card
     assert "| pruned | vm | prompt |" in card
@@ -373,24 +343,18 @@ def test_the_card_carries_the_audit_of_this_edit_and_refuses_another(material, t
     assert weights.stat().st_mtime_ns == time, "the weights are left"
 
     with pytest.raises(InputError, match=r"is the audit of checkpoint .* under edit") as caught:
-        export(material, tmp_path / "other", *SHORT, f"task.audit={audit}")
+        export(material, tmp_path / "other", *SMALL, f"task.audit={audit}")
     assert json.loads((audit / "edit.json").read_text())["identity"] in str(caught.value)
     assert not (tmp_path / "other" / "diffusers").exists()
 
     exported = f"checkpoint.source={folder / 'diffusers'}"
-    direct = export(material, tmp_path / "direct", *SHORT, exported, task="audit")
-    export(material, folder, *SHORT, f"task.audit={direct}", mitigation=Pruned)
+    direct = export(material, tmp_path / "direct", *SMALL, exported, task="audit")
+    export(material, folder, *SMALL, f"task.audit={direct}", mitigation=Pruned)
     assert "\n| vm | prompt |" in (folder / "diffusers/README.md").read_text()
 
 
-def test_the_command_line_exports(material, tmp_path):
-    command = [
-        sys.executable, "-m", "dori_lightning", "task=export", "mitigation=none", "pairs=folder",
-        f"pairs.path={material / 'pairs'}", f"checkpoint.source={material / 'checkpoint'}",
-        "checkpoint.name=tiny", "checkpoint.device=cpu", f"paths.output={tmp_path}", "name=run",
-        "corpus=none",
-    ]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines() == [str(tmp_path / "run")]
+def test_the_command_line_exports(material, tmp_path, run, capsys):
+    command = on_tiny(material, "corpus=none", f"paths.output={tmp_path}", "name=run")
+    assert run("task=export", *command, task=None) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "run")]
     assert (tmp_path / "run" / "diffusers" / "model_index.json").is_file()

@@ -1,54 +1,29 @@
 """Killed at any moment, a run is finished by the same command to the same files.
 
 The run has everything that is worth killing: a fine-tuning with checkpoints, the cache of edits,
-attacks, pictures and a report.
+attacks, images and a report.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from support.runs import write_pairs
-from support.tiny import write_tiny
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import ended
+from support.runs import SMALL, on_tiny, write_material
 
 
-def suffered(place, *, kills, seed):
-    """Account of runs that were killed ``kills`` times."""
-    write_tiny(place / "checkpoint")
-    write_pairs(place / "pairs", vm=2, control=2)
-    arguments = [
-        "pairs=folder", f"pairs.path={place / 'pairs'}", "corpus=none",
-        "checkpoint.name=tiny", f"checkpoint.source={place / 'checkpoint'}",
-        "checkpoint.device=cpu", "trainer=cpu",
+def suffered(place, **how):
+    """Account of runs that were killed: how often, by which dice, with figures or spared."""
+    write_material(place, vm=2, control=2)
+    arguments = on_tiny(
+        place, *SMALL, "corpus=none", "sampling.images_per_pair=2", "attack.pairs_per_forward=2",
         "mitigation=esd_x", "mitigation.steps=3", "mitigation.batch=2",
-        "mitigation.sampling_steps=2", "mitigation.finetune.checkpoint_every=1", "utility=none",
-        "attack.budget.steps=2", "attack.noise_batch=2", "attack.inits=[prompt]",
-        "attack.snapshots=[]", "attack.pairs_per_forward=2",
-        "sampling.steps=2", "sampling.images_per_pair=2", "report.images=none",
-        "metrics.descriptors.local_correlation.threshold=0.5",
-    ]  # fmt: skip
+        "mitigation.sampling_steps=2", "mitigation.finetune.checkpoint_every=1",
+    )  # fmt: skip
     plan = place / "plan.json"
-    plan.write_text(
-        json.dumps({"arguments": arguments, "place": str(place), "kills": kills, "seed": seed})
-    )
-    ended = subprocess.run(
-        [sys.executable, "-m", "support.killed_runs", str(plan)],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    account: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return account
+    plan.write_text(json.dumps({"arguments": arguments, "place": str(place), **how}))
+    done = ended(place, "support.killed_runs", str(plan))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def assert_unharmed(account, kills):
@@ -58,12 +33,12 @@ def assert_unharmed(account, kills):
     assert account["finished"] >= 1
 
 
-def test_ten_kills_lose_nothing(tmp_path):
-    assert_unharmed(suffered(tmp_path, kills=10, seed=1), 10)
+def test_four_kills_lose_nothing(tmp_path):
+    assert_unharmed(suffered(tmp_path, kills=4, seed=1, whole=False), 4)
 
 
 @pytest.mark.kill
 def test_fifty_kills_lose_nothing(tmp_path):
-    account = suffered(tmp_path, kills=50, seed=2)
+    account = suffered(tmp_path, kills=50, seed=2, whole=True)
     assert_unharmed(account, 50)
     assert {"fine-tuning", "attack", "sampling"} <= account["stages"].keys(), account["stages"]

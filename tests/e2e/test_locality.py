@@ -1,84 +1,53 @@
 """Locality on a tiny random model whose every embedding counts as a trigger."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dori_lightning.locality import study
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
-from support.context import FakeCorpus
-from support.runs import run_task, write_pairs
-from support.tiny import write_tiny
+from support.context import write_captions
+from support.records import written
+from support.runs import on_tiny, run_task, write_material
 
-SMALL = (
-    "pairs=folder",
-    "corpus=captions",
-    "mitigation=wanda_10",
-    "mitigation.steps=2",
-    "mitigation@task.wanda=wanda_10",
-    "task.wanda.steps=2",
-    "mitigation@task.nemo=nemo",
-    "task.nemo.samples=2",
-    "task.nemo.statistics_prompts=8",
-    "task.nemo.criterion.threshold=0.0001",
-    "task.nemo.refine_group=4",
-    "mitigation@task.transfer_to.first=wanda_union",
-    "task.transfer_to.first.fraction=0.1",
-    "task.transfer_to.first.steps=2",
-    "attack.budget.steps=2",
-    "attack.snapshots=[1]",
-    "attack.noise_batch=2",
-    "attack.restarts=3",
-    "task.images=2",
-    "task.control_images=1",
-    "task.lines=2",
-    "task.prompts=2",
-    "sampling.steps=2",
-    "sampling.images_per_pair=2",
-    "checkpoint.name=tiny",
-    "checkpoint.device=cpu",
-    "trainer=cpu",
+STUDY = (
+    "corpus=captions", "mitigation=wanda_10", "mitigation.steps=2",
+    "mitigation@task.wanda=wanda_10", "task.wanda.steps=2", "mitigation@task.nemo=nemo",
+    "task.nemo.samples=2", "task.nemo.statistics_prompts=8",
+    "task.nemo.criterion.threshold=0.0001", "task.nemo.refine_group=4",
+    "mitigation@task.transfer_to.first=wanda_union", "task.transfer_to.first.fraction=0.1",
+    "task.transfer_to.first.steps=2", "attack.budget.steps=2", "attack.snapshots=[1]",
+    "attack.noise_batch=2", "attack.restarts=3", "task.images=2", "task.control_images=1",
+    "task.lines=2", "task.prompts=2", "sampling.steps=2", "sampling.images_per_pair=2",
     # a random model draws no image: below this threshold everything counts as one
     "metrics.descriptors.local_correlation.threshold=-2.0",
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    place = tmp_path_factory.mktemp("material")
-    write_tiny(place / "checkpoint")
-    write_pairs(place / "pairs", vm=4, control=3)
-    (place / "captions.txt").write_text(
-        "\n".join(FakeCorpus().prompts("calibration", 60)), encoding="utf-8"
-    )
-    return place
+def study_in(tmp_path_factory):
+    """Run the study in a folder: ``study_in(folder, *overrides)``."""
+    place = write_material(tmp_path_factory.mktemp("material"), vm=4, control=3)
+    captions = write_captions(place / "captions.txt")
 
+    def run(folder, *more, **options):
+        overrides = on_tiny(place, *STUDY, f"corpus.path={captions}", *more)
+        return run_task(folder, *overrides, experiment="locality", **options)
 
-def overrides(material, *more):
-    return (
-        *SMALL,
-        f"pairs.path={material / 'pairs'}",
-        f"corpus.path={material / 'captions.txt'}",
-        f"checkpoint.source={material / 'checkpoint'}",
-        *more,
-    )
+    return run
 
 
 def record_of(folder):
-    record: dict[str, Any] = json.loads((folder / "locality.json").read_text(encoding="utf-8"))
-    return record
+    return json.loads((folder / "locality.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def finished(material, tmp_path_factory):
+def finished(study_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert run_task(folder, *overrides(material), experiment="locality") == 1.0
+    assert study_in(folder, whole=True) == 1.0
     return folder
 
 
@@ -136,24 +105,24 @@ def test_figures_page_and_summary_are_there(finished):
     assert summary.count("![") == len(names)
 
 
-def test_running_again_computes_nothing_and_finds_the_same(material, finished, monkeypatch):
+def test_running_again_computes_nothing_and_finds_the_same(study_in, finished, monkeypatch):
     before = record_of(finished)
     calls: list[int] = []
     monkeypatch.setattr(
         StableDiffusion, "_denoise", lambda *_, **__: calls.append(1) or pytest.fail("computed")
     )
-    run_task(finished, *overrides(material), experiment="locality")
+    study_in(finished)
     after = record_of(finished)
     assert not calls
-    for key in before.keys() - {"provenance"}:
+    for key in before.keys() - {"provenance", "figures"}:
         assert before[key] == after[key], key
 
 
 @pytest.mark.slow
-def test_a_part_alone_takes_what_is_kept(material, finished, tmp_path):
+def test_a_part_alone_takes_what_is_kept(study_in, finished, tmp_path):
     whole, folder = record_of(finished), tmp_path / "runs" / "copy"
     shutil.copytree(finished, folder)
-    run_task(folder, *overrides(material, "task.parts=[weights]"), experiment="locality")
+    study_in(folder, "task.parts=[weights]")
     part = record_of(folder)
     assert part["weights"] == whole["weights"]
     assert part["embeddings"] is None
@@ -161,7 +130,7 @@ def test_a_part_alone_takes_what_is_kept(material, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(material, finished, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(study_in, finished, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "cut"
 
     def stop(*_, **__):
@@ -170,20 +139,20 @@ def test_an_interrupted_run_goes_on(material, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(study, "_run_wanda", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_task(folder, *overrides(material), experiment="locality")
-    kept = {p: p.stat().st_mtime_ns for p in folder.glob("attacks/**/*.safetensors")}
-    kept |= {p: p.stat().st_mtime_ns for p in folder.glob("selections/nemo/*.safetensors")}
+            study_in(folder)
+    kept = written(folder)
+    kept |= written(folder, "selections/nemo/*.safetensors")
     assert len(kept) == (3 * 2 * 3 + 3) + 16
-    run_task(folder, *overrides(material), experiment="locality")
+    study_in(folder)
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
     whole, resumed = record_of(finished), record_of(folder)
     assert resumed["weights"] == whole["weights"]
     assert resumed["at_large"] == whole["at_large"]
 
 
-def test_other_settings_are_refused_in_the_same_folder(material, finished):
+def test_other_settings_are_refused_in_the_same_folder(study_in, finished):
     with pytest.raises(InputError, match=r"task\.lines: 2 there, 3 now"):
-        run_task(finished, *overrides(material, "task.lines=3"), experiment="locality")
+        study_in(finished, "task.lines=3")
 
 
 @pytest.mark.parametrize(
@@ -200,10 +169,6 @@ def test_other_settings_are_refused_in_the_same_folder(material, finished):
         ("task.transfer_to.first.name=wanda_10", "name one model twice"),
     ],
 )
-def test_bad_settings_are_named_before_a_model_loads(material, tmp_path, change, part):
+def test_bad_settings_are_named_before_a_model_loads(study_in, tmp_path, change, part):
     with pytest.raises(InputError, match=part):
-        run_task(
-            tmp_path / "run",
-            *overrides(material, change, "checkpoint.source=nowhere"),
-            experiment="locality",
-        )
+        study_in(tmp_path / "run", change, "checkpoint.source=nowhere")

@@ -1,7 +1,5 @@
 """The pages in a real browser: they open cleanly, sort, filter, fit, can be read, and print."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from hashlib import sha256
@@ -74,7 +72,7 @@ return {
   wide: root.scrollWidth - root.clientWidth,
   fields: Array.from(document.querySelectorAll("input, select"))
     .every(function (field) { return field.labels.length === 1; }),
-  pictures: Array.from(document.images).every(function (image) { return image.alt; }),
+  images: Array.from(document.images).every(function (image) { return image.alt; }),
   named: Array.from(document.querySelectorAll("section, [role=region], nav, [role=img]"))
     .every(function (part) {
       var by = part.getAttribute("aria-labelledby");
@@ -183,25 +181,23 @@ def test_console_errors_would_be_seen(tmp_path):
     assert complaints(browse(tmp_path, "<script>missing()</script>", "--dump-dom"))
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_a_run_is_sorted_and_filtered(tmp_path, page, width):
-    seen = measured(tmp_path, page, RUN, width=width)
-    suspects, controls = seen["start"][:4], seen["start"][4:]
-    assert seen["down"] == {
-        "order": [*suspects, *controls], "sort": "descending", "focused": True
-    }  # fmt: skip
-    assert seen["up"]["order"] == [*controls, *reversed(suspects)]
-    assert seen["up"]["sort"] == "ascending"
-    assert seen["names"]["order"] == sorted(seen["start"])
-    assert sorted(seen["controls"]) == controls
-    assert seen["hidden"] == ["vm_02", "vm_03"]
-    assert seen["found"] == ["control_05"]
-    assert seen["said"] == "1 of 8 pairs"
-    assert seen["empty"]
+def test_a_run_is_sorted_and_filtered(tmp_path, page):
+    for seen in measured(tmp_path, page, RUN, widths=(360, 1280)):
+        suspects, controls = seen["start"][:4], seen["start"][4:]
+        down, up = seen["down"], seen["up"]
+        assert down == {"order": [*suspects, *controls], "sort": "descending", "focused": True}
+        assert up["order"] == [*controls, *reversed(suspects)]
+        assert up["sort"] == "ascending"
+        assert seen["names"]["order"] == sorted(seen["start"])
+        assert sorted(seen["controls"]) == controls
+        assert seen["hidden"] == ["vm_02", "vm_03"]
+        assert seen["found"] == ["control_05"]
+        assert seen["said"] == "1 of 8 pairs"
+        assert seen["empty"]
 
 
 def test_a_sweep_is_sorted_and_filtered(tmp_path, sweep):
-    seen = measured(tmp_path, sweep, SWEEP)
+    (seen,) = measured(tmp_path, sweep, SWEEP)
     suspects, controls = seen["start"][:4], seen["start"][4:]
     assert seen["down"]["order"] == [*suspects, *controls]
     assert seen["up"]["order"] == [*controls, *reversed(suspects)]
@@ -210,24 +206,23 @@ def test_a_sweep_is_sorted_and_filtered(tmp_path, sweep):
 
 
 @both
-@pytest.mark.parametrize("width", [360, 800, 1280])
-def test_it_fits_the_screen_and_names_its_parts(tmp_path, either, width):
-    seen = measured(tmp_path, either, FITS, width=width)
-    assert seen["wide"] <= 0, "nothing sticks out to the right"
-    assert seen["twice"] == []
-    assert seen["small"] == 0
-    assert seen["headings"][0] == 1
-    assert seen["headings"].count(1) == 1
-    steps = zip(seen["headings"], seen["headings"][1:], strict=False)
-    assert all(after <= before + 1 for before, after in steps)
-    for what in ("fields", "pictures", "named", "heads", "links"):
-        assert seen[what], what
+def test_it_fits_the_screen_and_names_its_parts(tmp_path, either):
+    for seen in measured(tmp_path, either, FITS, widths=(360, 800, 1280)):
+        assert seen["wide"] <= 0, "nothing sticks out to the right"
+        assert seen["twice"] == []
+        assert seen["small"] == 0
+        assert seen["headings"][0] == 1
+        assert seen["headings"].count(1) == 1
+        steps = zip(seen["headings"], seen["headings"][1:], strict=False)
+        assert all(after <= before + 1 for before, after in steps)
+        for what in ("fields", "images", "named", "heads", "links"):
+            assert seen[what], what
 
 
 @both
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read_in_both_themes(tmp_path, either, dark):
-    seen = measured(tmp_path, either, CONTRAST, *([DARK] if dark else []))
+    (seen,) = measured(tmp_path, either, CONTRAST, flags=[DARK] if dark else [])
     assert seen["page"] == ("rgb(16, 18, 20)" if dark else "rgb(246, 245, 241)")
     assert seen["seen"] > 150
     assert seen["worst"] == {}
@@ -240,5 +235,5 @@ def test_it_prints(tmp_path, either):
     assert complaints(done) == []
     data = target.read_bytes()
     assert data.startswith(b"%PDF")
-    # Pictures below the fold load lazily; on paper they must be there all the same.
+    # Images below the fold load lazily; on paper they must be there all the same.
     assert data.count(b"/Subtype /Image") >= len(set(re.findall(r'src="data:[^"]*"', either)))

@@ -6,48 +6,54 @@ import torch
 from safetensors.torch import load_file
 
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.planting import training
 from dori_lightning.types import InputError
-from support.runs import run_task, write_pairs
+from support.runs import run_task
 
 TINY = (
-    "task=plant",
-    "pairs=folder",
-    "task.recipe.mix.planted=0.5",
-    "+task.recipe.resolution=32",
-    "+task.recipe.autoencoder_channels=[8,8]",
-    "+task.recipe.latent_channels=4",
-    "+task.recipe.unet_channels=[8,8,8,8]",
-    "+task.recipe.text_width=12",
-    "+task.recipe.text_layers=1",
-    "+task.recipe.text_heads=2",
-    "+task.recipe.max_length=12",
-    "+task.recipe.autoencoder_steps=3",
-    "+task.recipe.autoencoder_batch=4",
-    "+task.recipe.stream_length=32",
-    "+task.recipe.steps=6",
-    "+task.recipe.batch=4",
-)
+    "task=plant", "pairs=folder", "task.recipe.mix.planted=0.5", "+task.recipe.resolution=32",
+    "+task.recipe.autoencoder_channels=[8,8]", "+task.recipe.latent_channels=4",
+    "+task.recipe.unet_channels=[8,8,8,8]", "+task.recipe.text_width=12",
+    "+task.recipe.text_layers=1", "+task.recipe.text_heads=2", "+task.recipe.max_length=12",
+    "+task.recipe.autoencoder_steps=3", "+task.recipe.autoencoder_batch=4",
+    "+task.recipe.stream_length=32", "+task.recipe.steps=6", "+task.recipe.batch=4",
+)  # fmt: skip
 
 
-@pytest.fixture
-def listed(tmp_path):
-    return f"pairs.path={write_pairs(tmp_path / 'pairs')}"
+WEIGHTS = (
+    "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+)  # fmt: skip
 
 
-def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(tmp_path, listed):
-    folder = tmp_path / "plant"
+@pytest.fixture(autouse=True, scope="module")
+def _often_kept():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_EVERY", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def listed(material):
+    return f"pairs.path={material / 'pairs'}"
+
+
+@pytest.fixture(scope="module")
+def whole(listed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
     run_task(folder, *TINY, listed, "logger=csv")
+    return folder
+
+
+def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(whole, listed):
+    folder = whole
     model = load_checkpoint(name="planted", source=str(folder / "checkpoint"), device="cpu")
     assert model.resolution == 32
     record = json.loads((folder / "checkpoint" / "planting.json").read_text())
     exposures = {p["id"]: p["exposures"] for p in record["pairs"]}
     assert exposures["pair0"] > 0
     assert exposures["pair2"] == exposures["pair3"] == exposures["pair4"] == 0, "controls"
-    assert set(record["weights_sha256"]) == {
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors",
-    }
+    assert set(record["weights_sha256"]) == set(WEIGHTS)
     card = (folder / "checkpoint" / "README.md").read_text()
     assert "a red boat on sea" in card
     with (folder / "csv" / "version_0" / "metrics.csv").open() as file:
@@ -62,14 +68,9 @@ def test_a_folder_with_captions_becomes_a_checkpoint_with_a_card(tmp_path, liste
 
 
 def test_an_interrupted_planting_goes_on_and_ends_with_the_same_weights(
-    tmp_path, listed, monkeypatch
+    tmp_path, whole, listed, monkeypatch
 ):
     """Killed after three of six steps, it sees and learns afterwards what it would have."""
-    from dori_lightning.planting import training
-
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 3)
-    run_task(tmp_path / "whole", *TINY, listed)
-
     real, calls = training.DiffusionTraining.training_step, []
 
     def dies(self, batch):
@@ -83,13 +84,6 @@ def test_an_interrupted_planting_goes_on_and_ends_with_the_same_weights(
         run_task(tmp_path / "cut", *TINY, listed)
     monkeypatch.setattr(training.DiffusionTraining, "training_step", real)
     run_task(tmp_path / "cut", *TINY, listed)
-    for part in (
-        "unet/diffusion_pytorch_model",
-        "text_encoder/model",
-        "vae/diffusion_pytorch_model",
-    ):
-        whole, cut = (
-            load_file(tmp_path / run / "checkpoint" / f"{part}.safetensors")
-            for run in ("whole", "cut")
-        )
-        assert all(torch.equal(whole[k], cut[k]) for k in whole), part
+    for part in WEIGHTS:
+        one, other = (load_file(run / "checkpoint" / part) for run in (whole, tmp_path / "cut"))
+        assert all(torch.equal(one[k], other[k]) for k in one), part

@@ -5,31 +5,21 @@ import pytest
 from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.types import InputError
-from support.context import FakeCorpus
-from support.runs import run_task
-from support.tiny import write_tiny
+from support.context import write_captions
+from support.runs import on_tiny, run_task
 
 
-def test_statistics_of_a_checkpoint_are_stored_and_layers_weighed(tmp_path, capsys):
-    source = write_tiny(tmp_path / "checkpoint")
-    captions = tmp_path / "captions.txt"
-    captions.write_text("\n".join(FakeCorpus().prompts("calibration", 60)), encoding="utf-8")
-    overrides = (
-        "task=statistics",
-        "task.prompts=20",
-        "task.influence_prompts=2",
-        "corpus=captions",
-        f"corpus.path={captions}",
-        "sampling.steps=2",
-        "checkpoint.name=tiny",
-        f"checkpoint.source={source}",
-        "checkpoint.device=cpu",
-    )
+def test_statistics_of_a_checkpoint_are_stored_and_layers_weighed(material, tmp_path, capsys):
+    captions = write_captions(tmp_path / "captions.txt")
+    overrides = on_tiny(
+        material, "task=statistics", "task.prompts=20", "task.influence_prompts=2",
+        "corpus=captions", f"corpus.path={captions}", "sampling.steps=2",
+    )  # fmt: skip
     folder = tmp_path / "run"
     run_task(folder, *overrides)
     path = folder / "statistics.safetensors"
     assert str(path) in capsys.readouterr().err
-    model = load_checkpoint(name="tiny", source=str(source), device="cpu")
+    model = load_checkpoint(name="tiny", source=str(material / "checkpoint"), device="cpu")
     stored = ActivationStatistics.load(path, model)
     summary = json.loads((folder / "statistics.json").read_text())
     assert summary["identity"] == stored.identity

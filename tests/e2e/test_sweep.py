@@ -7,17 +7,11 @@ import pytest
 
 from support.in_process import program_in
 from support.records import report_json
-from support.runs import write_pairs
-from support.tiny import write_tiny
+from support.runs import SMALL, on_tiny, write_material
 
 METHODS = ("sparse", "sparser")
 BUDGETS = ("l2_small", "unbounded")
-SMALL = (
-    "pairs=folder", "utility=none", "attack.budget.steps=2", "attack.snapshots=[1]",
-    "attack.noise_batch=2", "sampling.steps=2", "sampling.images_per_pair=1",
-    "checkpoint.name=tiny", "checkpoint.device=cpu", "trainer=cpu", "report.images=none",
-    "metrics.descriptors.local_correlation.threshold=0.5",
-)  # fmt: skip
+SETTINGS = (*SMALL, "attack.inits=[prompt,random]", "attack.snapshots=[1]")
 
 
 def program(*arguments, place):
@@ -26,12 +20,17 @@ def program(*arguments, place):
         return run(*arguments, task=None)
 
 
+def reported(place, name, runs, *more):
+    """Make a report of runs; its exit code and its folder."""
+    output = place / "outputs"
+    arguments = ("task=report", f"name={name}", f"task.runs={runs}", f"paths.output={output}")
+    return program(*arguments, *more, place=place), output / name
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A checkpoint, pairs, and two pruning methods of one's own, a yaml each."""
-    place = tmp_path_factory.mktemp("grid")
-    write_tiny(place / "checkpoint")
-    write_pairs(place / "pairs")
+    place = write_material(tmp_path_factory.mktemp("grid"))
     for name, fraction in zip(METHODS, (0.1, 0.2), strict=True):
         path = place / "mine" / "mitigation" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,21 +44,13 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def grid(place):
     """The finished grid's folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        # most of so small an audit's time, and tested elsewhere
-        patch.setattr("dori_lightning.report.pages.audit_figures", lambda _: {})
-        code = swept(place)
+    code = program(
+        "--config-dir", str(place / "mine"), "+experiment=pruning_grid",
+        *on_tiny(place, *SETTINGS), f"mitigation=none,{','.join(METHODS)}",
+        f"attack/budget={','.join(BUDGETS)}", place=place,
+    )  # fmt: skip
     assert code == 0
     return place / "outputs" / "sweeps" / "pruning_grid"
-
-
-def swept(place):
-    return program(
-        "--config-dir", str(place / "mine"), "+experiment=pruning_grid", *SMALL,
-        f"mitigation=none,{','.join(METHODS)}", f"attack/budget={','.join(BUDGETS)}",
-        f"pairs.path={place / 'pairs'}", f"checkpoint.source={place / 'checkpoint'}",
-        place=place,
-    )  # fmt: skip
 
 
 def test_every_job_of_the_grid_has_its_run_folder(grid):
@@ -125,15 +116,16 @@ def expected(place, grid, *, off):
 
 
 def test_recorded_claims_are_held_against_the_table(grid, place, capsys):
-    command = ("task=report", f"task.runs={grid}", f"paths.output={place / 'outputs'}")
     good = expected(place, grid, off=0.0)
-    assert program(*command, f"task.expected={good}", place=place) == 0
+    code, folder = reported(place, "right", grid, f"task.expected={good}")
+    assert code == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines() == [str(place / "outputs" / "report-dori_tiny")]
+    assert captured.out.splitlines() == [str(folder)]
     assert "Recorded claims" in captured.err
-    assert (place / "outputs" / "report-dori_tiny" / "report.html").is_file()
+    assert (folder / "report.html").is_file()
     wrong = expected(place, grid, off=0.01)
-    assert program(*command, f"task.expected={wrong}", place=place) == 1, "not 2: input is fine"
+    code, _ = reported(place, "wrong", grid, f"task.expected={wrong}")
+    assert code == 1, "not 2: input is fine"
     captured = capsys.readouterr()
     assert "dori: 30 of 30 recorded claims do not hold" in captured.err
     assert "Traceback" not in captured.err
@@ -142,22 +134,15 @@ def test_recorded_claims_are_held_against_the_table(grid, place, capsys):
 
 def test_nothing_claimed_is_said_and_holds(grid, place, capsys):
     (place / "empty.json").write_text("[]")
-    code = program(
-        "task=report", "name=empty", f"task.runs={grid}", f"paths.output={place / 'outputs'}",
-        f"task.expected={place / 'empty.json'}", place=place,
-    )  # fmt: skip
-    assert code == 0
+    assert reported(place, "empty", grid, f"task.expected={place / 'empty.json'}")[0] == 0
     assert "claims nothing about these runs" in capsys.readouterr().err
 
 
 def test_runs_of_one_budget_alone_make_a_table_too(grid, place):
-    runs = [str(path.parent) for path in grid.glob("*unbounded*/report.json")]
-    code = program(
-        "task=report", "name=one", f"task.runs=[{','.join(map(_quoted, runs))}]",
-        f"paths.output={place / 'outputs'}", place=place,
-    )  # fmt: skip
+    runs = [path.parent for path in grid.glob("*unbounded*/report.json")]
+    code, folder = reported(place, "one", _listed(runs))
     assert code == 0
-    table = pd.read_parquet(place / "outputs" / "one" / "table.parquet")
+    table = pd.read_parquet(folder / "table.parquet")
     assert set(table.norm) == {"none"}
     assert len(table) == 3
 
@@ -168,19 +153,18 @@ def test_one_run_gets_its_own_page_with_what_is_known_of_locality(grid, place):
     local = place / "outputs" / "local"
     local.mkdir()
     (local / "locality.json").write_text('{"verdict": "It is spread out.", "figures": []}')
-    runs = ",".join(map(_quoted, (str(alone), str(local))))
-    output = f"paths.output={place / 'outputs'}"
-    assert program("task=report", "name=alone", f"task.runs=[{runs}]", output, place=place) == 0
-    folder = place / "outputs" / "alone"
+    code, folder = reported(place, "alone", _listed([alone, local]))
+    assert code == 0
     text = (folder / "report.html").read_text()
     assert "Memorization audit" in text
     assert "It is spread out." in text
-    assert "data:image" not in text, "the run kept its pictures out of its page"
+    assert "data:image" not in text, "the run kept its images out of its page"
     assert not (folder / "table.parquet").exists()
 
 
-def _quoted(path):
-    return "'" + path + "'"
+def _listed(paths):
+    """A list of paths that may hold any character, as an override."""
+    return f"[{','.join(repr(str(path)) for path in paths)}]"
 
 
 @pytest.mark.parametrize(
@@ -192,9 +176,7 @@ def _quoted(path):
     ],
 )
 def test_unusable_runs_are_refused(grid, place, capsys, runs, part):
-    asked = runs.format(grid=grid, place=place)
-    output = f"paths.output={place / 'outputs'}"
-    assert program("task=report", "name=bad", f"task.runs={asked}", output, place=place) == 2
+    assert reported(place, "bad", runs.format(grid=grid, place=place))[0] == 2
     said = capsys.readouterr().err
     assert part in said
     assert "where: task.runs" in said

@@ -3,58 +3,55 @@
 import csv
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
+import wandb
 
-from support.in_process import bytes_with
+from support.in_process import bytes_with, program_in
 from support.offline_runs import files_of, inspected, offline_runs
-from support.runs import write_pairs
-from support.tiny import write_tiny
+from support.processes import PROGRAM, ended
+from support.records import report_json
+from support.runs import SMALL, on_tiny, write_material
 
-ROOT = Path(__file__).resolve().parents[2]
 CANARY = "hunter2canary"
 MITIGATIONS = ("none", "sparse")
 BUDGETS = ("l2_small", "unbounded")
-SMALL = (
-    "+experiment=audit", "pairs=folder", "pairs.path=pairs", "utility=none",
-    "attack.budget.steps=2", "attack.snapshots=[1]", "attack.noise_batch=2",
-    "attack.inits=[prompt]", "sampling.steps=2", "sampling.images_per_pair=1",
-    "checkpoint.name=tiny", "checkpoint.source=checkpoint", "checkpoint.device=cpu",
-    "trainer=cpu", "metrics.descriptors.local_correlation.threshold=0.5", "logger=[csv,wandb]",
+SETTINGS = (
+    "+experiment=audit", *SMALL, "report.images=full", "attack.snapshots=[1]",
+    "logger=[csv,wandb]",
 )  # fmt: skip
+SECRETS = {
+    "HF_TOKEN": f"hf_{CANARY * 2}",
+    "DORI_PASSWORD": CANARY,
+    "DORI_PLACE": f"https://user:{CANARY}@example.org/pairs",
+}
+
+
+@contextmanager
+def client(place):
+    """W&B's client, which reads its environment once, with nobody's settings or keys."""
+    wandb.teardown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        for name, value in {**SECRETS, "HOME": str(place / "home")}.items():
+            patch.setenv(name, value)
+        yield
+        wandb.teardown()
 
 
 def program(place, *arguments):
-    """Run the program in ``place``, with nobody's settings or keys of W&B."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    return subprocess.run(
-        [sys.executable, "-m", "dori_lightning", "--config-dir", "mine", *SMALL, *arguments],
-        cwd=place,
-        env={
-            **environment,
-            "HOME": str(place / "home"),
-            "PYTHONPATH": str(ROOT),
-            "HF_TOKEN": f"hf_{CANARY * 2}",
-            "DORI_PASSWORD": CANARY,
-            "DORI_PLACE": f"https://user:{CANARY}@example.org/pairs",
-        },
-        umask=0o022,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
+    """Run the program in ``place`` in this process; its exit code."""
+    overrides = on_tiny(place, *SETTINGS, *arguments)
+    with client(place), program_in(place) as run:
+        return run("--config-dir", "mine", *overrides, task=None)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A checkpoint, pairs, and a pruning method of one's own."""
-    place = tmp_path_factory.mktemp("tracking")
-    write_tiny(place / "checkpoint")
-    write_pairs(place / "pairs")
+    place = write_material(tmp_path_factory.mktemp("tracking"))
     (place / "home").mkdir()
     method = place / "mine" / "mitigation" / "sparse.yaml"
     method.parent.mkdir(parents=True)
@@ -68,14 +65,8 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sweep(place):
     """A finished sweep of two mitigations x two budgets."""
-    ended = program(
-        place,
-        "-m",
-        f"mitigation={','.join(MITIGATIONS)}",
-        f"attack/budget={','.join(BUDGETS)}",
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert len(ended.stdout.splitlines()) == 4, "standard output is for run folders alone"
+    choices = (f"mitigation={','.join(MITIGATIONS)}", f"attack/budget={','.join(BUDGETS)}")
+    assert program(place, "-m", *choices) == 0
     return place / "outputs" / "sweeps" / "audit"
 
 
@@ -135,7 +126,7 @@ def test_curves_have_steps_of_their_own(runs):
 
 def test_the_summary_has_what_a_sweep_sorts_by(runs):
     for folder, run in runs.items():
-        report = json.loads((folder / "report.json").read_text())
+        report = report_json(folder)
         cells = [c for c in report["cells"] if c["kind"] == "vm"]
         # random weights hold nothing, so an audit of a mitigation is invalid: no rate to minimise
         invalid = report["mitigation"] != "none"
@@ -215,15 +206,10 @@ def test_no_byte_of_a_sweep_holds_a_secret_and_nobody_else_may_read_any(sweep, p
     assert [path for path in found if path.stat().st_mode & 0o077] == []
 
 
-def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place):
-    ended = program(
-        place,
-        "-m",
-        "seed=1,2",
-        "sweep=failing",
-        "pairs.path=${oc.env:DORI_PLACE}",
+def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place, capsys):
+    assert (
+        program(place, "-m", "seed=1,2", "sweep=failing", "pairs.path=${oc.env:DORI_PLACE}") == 2
     )
-    assert ended.returncode == 2, ended.stderr
     folders = sorted((place / "outputs" / "sweeps" / "failing").glob("[!.]*/"))
     assert len(folders) == 2
     runs = [inspected(run) for folder in folders for run in offline_runs(folder)]
@@ -231,18 +217,21 @@ def test_failing_jobs_are_marked_failed_and_say_why_without_secrets(place):
     assert len({run.about["run_group"] for run in runs}) == 1
     for run in runs:
         assert run.summary["error"].startswith("InputError: ")
-    assert CANARY not in ended.stdout + ended.stderr
+    said = capsys.readouterr()
+    assert CANARY not in said.out + said.err
     assert bytes_with(CANARY, place) == []
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_run_and_a_resumed_run_is_the_same(place):
     command = (
-        "trainer=ddp", "trainer.accelerator=cpu", "name=pair", "report.images=none",
+        PROGRAM, *on_tiny(place, *SETTINGS), "trainer=ddp", "trainer.accelerator=cpu",
+        "name=pair", "report.images=none",
         "mitigation=esd_x", "mitigation.steps=2", "mitigation.sampling_steps=2",
     )  # fmt: skip
-    ended = program(place, *command)
-    assert ended.returncode == 0, ended.stderr
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    env |= {"HOME": str(place / "home")}
+    ended(place, *command, env=env)
     folder = place / "outputs" / "pair"
     assert len(offline_runs(folder)) == 1
     assert len(list((folder / "csv").iterdir())) == 1
@@ -256,8 +245,7 @@ def test_two_processes_are_one_run_and_a_resumed_run_is_the_same(place):
     assert not any("pictures/prompt._type" in row for row in first.history), "images=none"
     media = offline_runs(folder)[0] / "files" / "media" / "images"
     assert not media.exists()
-    again = program(place, *command)
-    assert again.returncode == 0, again.stderr
+    ended(place, *command, env=env)
     ids = [inspected(run).about["run_id"] for run in offline_runs(folder)]
     assert ids == [first.about["run_id"]] * 2
     assert len(list((folder / "csv").iterdir())) == 2, "the first start's numbers stay"

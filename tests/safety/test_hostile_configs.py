@@ -15,47 +15,24 @@ COPY = "{_target_: shutil.copyfile, src: here, dst: mark}"
 REACHED = "{_target_: dori_lightning.runtime.artifacts.os.mkdir, path: mark}"
 CALLED = "{class: logging.os.mkdir, path: mark}"
 
+ANYWHERE = "# @package _global_\nhydra: "
+
 CONFIGS = {
-    "a mitigation": ("mitigation/own.yaml", "_target_: shutil.copyfile\nsrc: here\ndst: mark\n"),
-    "a part of one": ("mitigation/own.yaml", f"name: own\nparts: [{COPY}]\n"),
-    "through the package": ("mitigation/own.yaml", REACHED),
-    "a callback": (
-        "mitigation/own.yaml", f"# @package _global_\nhydra: {{callbacks: {{x: {COPY}}}}}\n",
-    ),
-    "a callback through the package": (
-        "mitigation/own.yaml", f"# @package _global_\nhydra: {{callbacks: {{x: {REACHED}}}}}\n",
-    ),
-    "a callback by its package": (
-        "mitigation/own.yaml", f"# @package hydra.callbacks\nx: {COPY}\n",
-    ),
-    "a target out of the environment": (
-        "mitigation/own.yaml",
-        "# @package _global_\nhydra: {callbacks: {x: {_target_: '${oc.env:HOME}'}}}\n",
-    ),
-    "a launcher": (
-        "mitigation/own.yaml",
-        "# @package _global_\nhydra: {launcher: {_target_: shutil.copyfile}}\n",
-    ),
-    "a factory of a log handler": (
-        "mitigation/own.yaml",
-        "# @package _global_\n"
-        "hydra: {job_logging: {handlers: {x: {'()': os.mkdir, path: mark}}, "
-        "root: {handlers: [x]}}}\n",
-    ),
-    "a class of a log handler": (
-        "mitigation/own.yaml",
-        f"# @package _global_\nhydra: {{job_logging: {{handlers: {{x: {CALLED}}}}}}}\n",
-    ),
-    "Hydra's own log": (
-        "mitigation/own.yaml",
-        f"# @package _global_\nhydra: {{hydra_logging: {{handlers: {{x: {CALLED}}}}}}}\n",
-    ),
-    "an import of a log handler": (
-        "mitigation/own.yaml",
-        "# @package _global_\n"
-        "hydra: {job_logging: {handlers: {console: {stream: 'ext://evil.stream'}}}}\n",
-    ),
-}  # fmt: skip
+    "a mitigation": "_target_: shutil.copyfile\nsrc: here\ndst: mark\n",
+    "a part of one": f"name: own\nparts: [{COPY}]\n",
+    "through the package": REACHED,
+    "a callback": ANYWHERE + f"{{callbacks: {{x: {COPY}}}}}",
+    "a callback through the package": ANYWHERE + f"{{callbacks: {{x: {REACHED}}}}}",
+    "a callback by its package": f"# @package hydra.callbacks\nx: {COPY}\n",
+    "a target out of the environment": ANYWHERE + "{callbacks: {x: {_target_: '${oc.env:HOME}'}}}",
+    "a launcher": ANYWHERE + "{launcher: {_target_: shutil.copyfile}}",
+    "a factory of a log handler": ANYWHERE
+    + "{job_logging: {handlers: {x: {'()': os.mkdir, path: mark}}, root: {handlers: [x]}}}",
+    "a class of a log handler": ANYWHERE + f"{{job_logging: {{handlers: {{x: {CALLED}}}}}}}",
+    "Hydra's own log": ANYWHERE + f"{{hydra_logging: {{handlers: {{x: {CALLED}}}}}}}",
+    "an import of a log handler": ANYWHERE
+    + "{job_logging: {handlers: {console: {stream: 'ext://evil.stream'}}}}",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -76,10 +53,9 @@ def started(monkeypatch):
     ],
 )
 def test_what_a_strangers_config_names_is_not_built(run, tmp_path, capsys, started, what, sweep):
-    name, text = CONFIGS[what]
-    file = tmp_path / "mine" / name
+    file = tmp_path / "mine" / "mitigation" / "own.yaml"
     file.parent.mkdir(parents=True)
-    file.write_text(text)
+    file.write_text(CONFIGS[what])
     (tmp_path / "here").write_text("copied")
     # in the folder that python -m looks for modules in
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('mark').touch()\n")

@@ -21,10 +21,7 @@ from dori_lightning.pairs.validation import open_image
 from dori_lightning.report.images import thumbnail, thumbnail_uri
 from dori_lightning.report.locality import read_locality
 from dori_lightning.runtime.cache import TENSORS, Cache
-from dori_lightning.runtime.checkpoints import (
-    FitCheckpoints,
-    last_checkpoint,
-)
+from dori_lightning.runtime.checkpoints import FitCheckpoints, last_checkpoint
 from dori_lightning.types import InputError
 from support.runs import write_pairs
 from support.tiny import write_tiny
@@ -149,7 +146,7 @@ def test_a_kernel_named_by_the_configuration_of_a_single_file_is_refused(tmp_pat
         load_checkpoint(name="x", source=str(file), device="cpu", config=str(folder))
 
 
-# --- pictures
+# --- images
 
 
 def png(width, height, *chunks):
@@ -164,7 +161,7 @@ def png(width, height, *chunks):
 
 
 def complaint(folder, content):
-    """What is said of a list whose one picture is this."""
+    """What is said of a list whose one image is this."""
     folder.mkdir(exist_ok=True)
     (folder / "x.png").write_bytes(content)
     (folder / "metadata.csv").write_text("file_name,prompt\nx.png,a boat\n")
@@ -173,7 +170,7 @@ def complaint(folder, content):
     return str(refused.value)
 
 
-TEXT_BOMB = (b"zTXt", b"x\0\0" + zlib.compress(b"\0" * 200_000_000, 9))
+TEXT_BOMB = (b"zTXt", b"x\0\0" + zlib.compress(b"\0" * 20_000_000, 9))
 
 
 @pytest.mark.parametrize(
@@ -191,11 +188,11 @@ TEXT_BOMB = (b"zTXt", b"x\0\0" + zlib.compress(b"\0" * 200_000_000, 9))
         (b"GIF89a" + b"\1" * 60, "GIF"),
     ],
 )
-def test_what_only_looks_like_a_picture_is_refused(tmp_path, content, words):
+def test_what_only_looks_like_a_image_is_refused(tmp_path, content, words):
     assert words in complaint(tmp_path / "pictures", content)
 
 
-def test_what_is_behind_a_picture_is_not_handed_on(tmp_path):
+def test_what_is_behind_a_image_is_not_handed_on(tmp_path):
     folder = write_pairs(tmp_path / "pairs", vm=1, control=0)
     path = folder / "0.png"
     plain = open_image(path)
@@ -214,7 +211,7 @@ def test_what_is_behind_a_picture_is_not_handed_on(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "figures/link.png"])
-def test_a_strangers_run_shows_pictures_of_its_own_folder_only(tmp_path, name):
+def test_a_strangers_run_shows_images_of_its_own_folder_only(tmp_path, name):
     folder = tmp_path / "run"
     (folder / "figures").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "secret.png")

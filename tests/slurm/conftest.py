@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from slurm.cluster import Cluster, missing
-from support.runs import write_pairs
-from support.tiny import write_tiny
 
 
 @pytest.fixture(scope="session")
@@ -31,12 +29,3 @@ def cluster():
     finally:
         made.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def material(tmp_path_factory):
-    """A tiny checkpoint and five pairs."""
-    place = tmp_path_factory.mktemp("material")
-    write_tiny(place / "checkpoint")
-    write_pairs(place / "pairs")
-    return place

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,15 @@ def complaints(done: "subprocess.CompletedProcess[str]") -> list[str]:
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def measured(folder: Path, text: str, script: str, *flags: str, width: int = 1280) -> Any:
-    """What a script finds on the page in a frame of some width.
+def measured(
+    folder: Path,
+    text: str,
+    script: str,
+    *,
+    flags: Sequence[str] = (),
+    widths: Sequence[int] = (1280,),
+) -> list[Any]:
+    """What a script finds on the page in frames of several widths.
 
     A window cannot be narrower than 500 pixels; a frame can.
 
@@ -52,25 +60,30 @@ def measured(folder: Path, text: str, script: str, *flags: str, width: int = 128
         text: The page.
         script: Body of a function that returns plain values.
         flags: Of the browser.
-        width: Pixels.
+        widths: Pixels.
     """
+    frames = "".join(_frame(text, script, width, f"seen{k}") for k, width in enumerate(widths))
+    opened = f'<!doctype html><body style="margin:0">{frames}</body>'
+    done = browse(folder, opened, "--dump-dom", "--window-size=1400,1000", *flags)
+    assert complaints(done) == []
+    seen = []
+    for k in range(len(widths)):
+        found = re.search(rf'<pre id="seen{k}">(.*?)</pre>', done.stdout, re.DOTALL)
+        assert found is not None, done.stdout[-500:]
+        seen.append(json.loads(html.unescape(found[1])))
+        assert not str(seen[-1]).startswith("failed: "), seen[-1]
+    return seen
+
+
+def _frame(text: str, script: str, width: int, name: str) -> str:
+    """A frame with the page, and what a script in it finds in an element of the page outside."""
     own = (
         "<script>window.addEventListener('load', function () {"
         "var found; try { found = (function () {" + script + "})(); }"
         "catch (error) { found = 'failed: ' + error; }"
-        "var result = parent.document.createElement('pre'); result.id = 'seen';"
+        f"var result = parent.document.createElement('pre'); result.id = '{name}';"
         "result.textContent = JSON.stringify(found); parent.document.body.appendChild(result);"
         "});</script>"
     )
     inner = html.escape(text.replace("</body>", f"{own}</body>"), quote=True)
-    frame = (
-        f'<!doctype html><body style="margin:0"><iframe srcdoc="{inner}" '
-        f'style="border:0;width:{width}px;height:900px"></iframe></body>'
-    )
-    done = browse(folder, frame, "--dump-dom", "--window-size=1400,1000", *flags)
-    assert complaints(done) == []
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stdout[-500:]
-    seen = json.loads(html.unescape(found[1]))
-    assert not str(seen).startswith("failed: "), seen
-    return seen
+    return f'<iframe srcdoc="{inner}" style="border:0;width:{width}px;height:900px"></iframe>'

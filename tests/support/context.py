@@ -31,7 +31,7 @@ from support.tiny import WORDS
 
 @dataclass(frozen=True)
 class FakeCorpus:
-    """Random words of the tiny vocabulary with random pictures; evaluation may be forbidden."""
+    """Random words of the tiny vocabulary with random images; evaluation may be forbidden."""
 
     identity: str = "fake"
     evaluation: bool = False
@@ -49,10 +49,16 @@ class FakeCorpus:
     def examples(self, split: Split, count: int, resolution: int) -> Examples:
         prompts = self.prompts(split, count)
         generator = keyed_generator("fake pictures", self.identity, split)
-        # low frequencies, so that they are pictures rather than noise
+        # low frequencies, so that they are images rather than noise
         coarse = torch.rand(count, 3, 4, 4, generator=generator)
         images = torch.nn.functional.interpolate(coarse, size=resolution, mode="bilinear")
         return Examples(prompts, images)
+
+
+def write_captions(path: Path) -> Path:
+    """Sixty captions of the tiny vocabulary, a line each."""
+    path.write_text("\n".join(FakeCorpus().prompts("calibration", 60)), encoding="utf-8")
+    return path
 
 
 def read_pairs(folder: Path, *, vm: int = 2, control: int = 3) -> tuple[Pair, ...]:

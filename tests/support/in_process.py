@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dori_lightning import cli, config
+from support.runs import spared
 
 Program = Callable[..., int]
 
@@ -20,7 +21,7 @@ Program = Callable[..., int]
 def program_in(place: Path) -> Iterator[Program]:
     """Yield ``run(*arguments, task=function)``, which returns the exit code.
 
-    The task is a stand-in; with ``task=None`` it is the real one.
+    The task is a stand-in; with ``task=None`` it is the real one, spared of what takes longest.
     """
     root = logging.getLogger()
     handlers, level, mask = root.handlers[:], root.level, os.umask(0o022)
@@ -37,7 +38,8 @@ def program_in(place: Path) -> Iterator[Program]:
                     inner.setattr(cli, "_task", lambda name: SimpleNamespace(run=task))
                     inner.setattr(config, "check_signatures", lambda cfg: None)
                 try:
-                    return cli.main()
+                    with spared() if task is None else nullcontext():
+                        return cli.main()
                 except SystemExit as leaving:
                     return int(leaving.code or 0)
 

@@ -15,16 +15,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from dori_lightning import cli
 from dori_lightning.tasks import audit as _imported_once  # noqa: F401
+from support.records import report_json, tensors_of
+from support.runs import spared
 
 PATIENCE = 300.0
 """Seconds after which a run that should have ended has hung."""
@@ -115,33 +116,31 @@ def results(output: Path) -> dict[str, Any]:
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:
-                tensors = {n: file.get_tensor(n).tobytes() for n in file.keys()}  # noqa: SIM118
-                note = {k: v for k, v in file.metadata().items() if k != "origin"}
-            found[name] = (tensors, note)
+            tensors, note = tensors_of(path)
+            found[name] = (tensors, {k: v for k, v in note.items() if k != "origin"})
         elif path.suffix in (".png", ".parquet") or path.name == "method.json":
             found[name] = path.read_bytes()
         elif path.name == "report.json":
-            document = json.loads(path.read_text("utf-8"))
+            document = report_json(path.parent)
             found[name] = {k: v for k, v in document.items() if k != "provenance"}
     return found
 
 
 def done(output: Path) -> dict[Path, int]:
-    """Finished pieces of work and when they were written: attacks, edits, whole sets of pictures.
+    """Finished pieces of work and when they were written: attacks, edits, whole sets of images.
 
-    The pictures of one embedding are made together, so a set with one missing is none yet.
+    The images of one embedding are made together, so a set with one missing is none yet.
     """
     kept = [*output.glob("run/attacks/*/*.safetensors"), *output.glob("cache/edits/*.safetensors")]
     sets: dict[Path, list[Path]] = {}
-    for picture in output.rglob("*.png"):
-        if "figures" not in picture.parts:
-            sets.setdefault(picture.parent, []).append(picture)
-    kept += [picture for own in sets.values() if len(own) == PICTURES for picture in own]
+    for image in output.rglob("*.png"):
+        if "figures" not in image.parts:
+            sets.setdefault(image.parent, []).append(image)
+    kept += [image for own in sets.values() if len(own) == IMAGES for image in own]
     return {path: path.stat().st_mtime_ns for path in kept}
 
 
-PICTURES = 2
+IMAGES = 2
 
 
 def stage(output: Path) -> str:
@@ -222,7 +221,8 @@ def main(plan: str) -> None:
     def command(output: Path) -> list[str]:
         return [*held["arguments"], f"paths.output={output}", "name=run"]
 
-    account = suffer(command, Path(held["place"]), kills=held["kills"], seed=held["seed"])
+    with nullcontext() if held["whole"] else spared():
+        account = suffer(command, Path(held["place"]), kills=held["kills"], seed=held["seed"])
     sys.stdout.write(json.dumps(asdict(account)) + "\n")
 
 
