@@ -200,13 +200,12 @@ def _measured(claim: Claim, cells: Sequence[Cell], rows: Sequence[HeadlineRow]) 
 
 
 def _is(cell: Cell, wanted: Mapping[str, Any]) -> bool:
-    budget, eps = cell.condition.budget, wanted["eps"]
-    same_radius = budget.norm == wanted["norm"] and (
-        budget.eps is None
-        if eps is None
-        else budget.eps is not None and math.isclose(budget.eps, eps, rel_tol=1e-3)
-    )
-    own = (cell.checkpoint, cell.mitigation, cell.condition.attack, cell.condition.init,
-            budget.steps, cell.kind)  # fmt: skip
-    keys = ("checkpoint", "mitigation", "attack", "init", "steps", "kind")
-    return same_radius and own == tuple(wanted[key] for key in keys)
+    condition, budget = cell.condition, cell.condition.budget
+    own = (cell.checkpoint, cell.mitigation, condition.attack, condition.init, budget.norm,
+           budget.steps, cell.kind)  # fmt: skip
+    keys = ("checkpoint", "mitigation", "attack", "init", "norm", "steps", "kind")
+    if own != tuple(wanted[key] for key in keys):
+        return False
+    if budget.eps is None or wanted["eps"] is None:
+        return budget.eps is None and wanted["eps"] is None
+    return math.isclose(budget.eps, wanted["eps"], rel_tol=1e-3)

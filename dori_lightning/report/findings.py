@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from dori_lightning.metrics.replication import FALSE_POSITIVE_LIMIT, Trust, find_cell, search_of
@@ -111,6 +112,7 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
         answer = "clear"
     else:
         answer = "hidden" if prompted is not None and best.hits > prompted.hits else "found"
+    unmitigated = [c for c in report.cells if (c.mitigation, c.kind) == (BASELINE, "vm")]
     return AuditFindings(
         answer=answer,
         best=best,
@@ -130,14 +132,7 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
             and c.condition.init == init != headline.init
             and c.condition.budget == headline.budget
         ),
-        before=next(
-            (
-                c
-                for c in report.cells
-                if (c.mitigation, c.kind, c.condition.attack) == (BASELINE, "vm", "prompt")
-            ),
-            None,
-        ),
+        before=next((c for c in unmitigated if c.condition.attack == "prompt"), None),
         control_prompt=cell("control", report.prompt_condition),
         control_attack=cell("control", headline),
         template_prompt=cell("tm", report.prompt_condition),
@@ -164,12 +159,9 @@ def recommended_budget(cells: Iterable[Cell], *, init: Init = "prompt") -> Budge
         and cell.condition.budget.steps > 0
         and cell.n > 0
     ]
-    best = None
-    for cell in sorted(controls, key=lambda cell: cell.condition.budget.steps):
-        if not cell.mr < FALSE_POSITIVE_LIMIT:
-            break
-        best = cell.condition.budget
-    return best
+    controls.sort(key=lambda cell: cell.condition.budget.steps)
+    alone = list(takewhile(lambda cell: cell.mr < FALSE_POSITIVE_LIMIT, controls))
+    return alone[-1].condition.budget if alone else None
 
 
 def attack_effort(

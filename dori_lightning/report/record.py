@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +57,7 @@ LOCALITY_FILE = "locality.json"
 _AGAIN = "\n  fix:   run the audit's command again: it rewrites the file"
 
 Disclosure = Literal["full", "blurred", "none"]
-"""How images may be shown; what blurring throws away is gone."""
+"""How images may be shown, from all to nothing; what blurring throws away is gone."""
 
 NOT_KEPT = Path()
 """Stands for an image whose file is not where a run left it."""
@@ -322,6 +322,7 @@ def _document(report: AuditReport) -> dict[str, Any]:
 
 
 def _cell_document(cell: Cell) -> dict[str, Any]:
+    """The inverse of ``_cell_fields``."""
     row = asdict(cell)
     condition = row.pop("condition")
     spread = {name: row.pop(f"similarity_{name}") for name in ("median", "mad")}
@@ -355,9 +356,9 @@ def _pair_documents(report: AuditReport) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for result in report.pair_results:
         pair = result.pair
-        names = ("id", "kind", "prompt", "repeats", "duplicate_of", "truncated")
-        new = {**{name: getattr(pair, name) for name in names}, "conditions": []}
-        rows.setdefault(pair.id, new)["conditions"].append(
+        known = {name: getattr(pair, name) for name in ("id", *_OF_PAIRS)}
+        row = rows.setdefault(pair.id, {**known, "conditions": []})
+        row["conditions"].append(
             {
                 **asdict(result.condition),
                 "status": result.status,
@@ -759,9 +760,6 @@ def _columns(row: type[LossRow | PictureRow]) -> dict[str, pa.DataType]:
     return {name: types.get(hint, _TEXT) for name, hint in get_type_hints(row).items()}
 
 
-_STRICT: tuple[Disclosure, ...] = ("full", "blurred", "none")
-
-
 def shown_report(run: Run) -> AuditReport:
     """A run's report for its page: images that are gone are ``NOT_KEPT`` or left out.
 
@@ -817,7 +815,7 @@ def strictest(runs: Iterable[Run], chosen: Disclosure) -> Disclosure:
     allowed = [
         run.report.provenance.config.get("report", {}).get("images", "full") for run in runs
     ]
-    return max((chosen, *allowed), key=_STRICT.index)
+    return max((chosen, *allowed), key=get_args(Disclosure).index)
 
 
 @dataclass(frozen=True)
