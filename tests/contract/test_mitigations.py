@@ -60,7 +60,7 @@ def small(thing: Any) -> Any:
         elif item.name == "fraction":
             changes[item.name] = max(value, 0.1)  # 1 % of a tiny layer is no weight at all
         elif item.name == "max_similarity":
-            changes[item.name] = 0.99  # a tiny model's pictures all look alike
+            changes[item.name] = 0.99  # a tiny model's images all look alike
         elif item.name == "refine_group":
             changes[item.name] = 16
         elif item.name == "z_step":

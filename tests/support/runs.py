@@ -88,6 +88,6 @@ def write_pairs(folder: Path, *, vm: int = 2, control: int = 3) -> Path:
 
 
 def grey(path: Path) -> Path:
-    """A image with nothing in it."""
+    """An image with nothing in it."""
     Image.new("RGB", (40, 40), (128, 128, 128)).save(path)
     return path

@@ -163,13 +163,13 @@ def test_low_rank_updates_change_nothing_before_they_are_trained():
     assert torch.equal(layer[0].weight, before)
 
 
-def test_a_surrogate_that_resembles_any_memorized_picture_is_refused(
+def test_a_surrogate_that_resembles_any_memorized_image_is_refused(
     model, suspected, context, monkeypatch
 ):
     """A model that draws pair 1 whatever it is asked must not give pair 0 its surrogates."""
-    picture = context.references.images[context.references.places[suspected[1].id]]
+    image = context.references.images[context.references.places[suspected[1].id]]
     monkeypatch.setattr(
-        model, "generate", lambda embeddings, *_, **__: picture.expand(len(embeddings), -1, -1, -1)
+        model, "generate", lambda embeddings, *_, **__: image.expand(len(embeddings), -1, -1, -1)
     )
     found = find_surrogates(model, suspected, context, SURROGATES)
     assert found.notes["kept"] == {"mitigated": 0, "neighbour": 0, "ordinary": 4}
@@ -207,14 +207,14 @@ def test_no_surrogate_at_all_is_an_error_not_an_empty_training(
     model, suspected, context, monkeypatch
 ):
     strict = replace(SURROGATES, max_similarity=1e-9)
-    picture = context.references.images[:1]
+    image = context.references.images[:1]
     monkeypatch.setattr(
-        model, "generate", lambda embeddings, *_, **__: picture.repeat(len(embeddings), 1, 1, 1)
+        model, "generate", lambda embeddings, *_, **__: image.repeat(len(embeddings), 1, 1, 1)
     )
     monkeypatch.setattr(
         type(context.corpus),
         "examples",
-        lambda _, __, count, ___: Examples((), picture.repeat(count, 1, 1, 1)),
+        lambda _, __, count, ___: Examples((), image.repeat(count, 1, 1, 1)),
     )
     with pytest.raises(RuntimeError, match="no surrogate for pair0, pair1"):
         find_surrogates(model, suspected, context, strict)

@@ -14,7 +14,7 @@ from dori_lightning.types import InputError
 
 SETTINGS = AnchorSettings(prompts=3, images=2, max_similarity=0.5, ordinary=4)
 FIRST = [[0.1, 0.2], [0.2, 0.1], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.1]]
-"""Of 3 prompts' 2 pictures with 2 references: an anchor, a target, and half an anchor."""
+"""Of 3 prompts' 2 images with 2 references: an anchor, a target, and half an anchor."""
 ALL_OVER = [[0.1, 0.9]] * 6
 ORDINARY = [[0.1, 0.2], [0.9, 0.1], [0.1, 0.9], [0.3, 0.3]]
 
@@ -52,7 +52,7 @@ def drawn(model: StableDiffusion, prompts: torch.Tensor, name: str, place: int) 
     return model.denoise(prompts[None], noise[None], Sampling("ddim", 2, 2.0, 2))[0]
 
 
-def test_pictures_that_resemble_any_pair_are_no_anchors(find, model, suspected):
+def test_images_that_resemble_any_pair_are_no_anchors(find, model, suspected):
     one, two = suspected
     anchors = find(FIRST, ALL_OVER, ORDINARY)
     texts = model.encode_prompts(neighbour_prompts(one, 3, split="calibration"))
@@ -69,7 +69,7 @@ def test_pictures_that_resemble_any_pair_are_no_anchors(find, model, suspected):
     }
 
 
-def test_a_pair_without_anchors_gets_vetted_pictures_of_ordinary_prompts(
+def test_a_pair_without_anchors_gets_vetted_images_of_ordinary_prompts(
     find, model, context, suspected, caplog
 ):
     anchors = find(FIRST, ALL_OVER, ORDINARY)
@@ -101,7 +101,7 @@ def test_what_a_cut_run_made_is_read_and_damaged_files_are_made_again(
     path = anchors / f"{suspected[0].id}.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     third = find(FIRST)
-    assert model.unet_evaluations == used + 6 * 2 * 2, "6 pictures, 2 steps, 2 rows for guidance"
+    assert model.unet_evaluations == used + 6 * 2 * 2, "6 images, 2 steps, 2 rows for guidance"
     for other in (again, third):
         assert other.notes == first.notes
         for name in first.latents:
@@ -109,7 +109,7 @@ def test_what_a_cut_run_made_is_read_and_damaged_files_are_made_again(
             assert torch.equal(other.embeddings[name], first.embeddings[name])
 
 
-def test_draws_keep_pictures_and_prompts_together(find):
+def test_draws_keep_images_and_prompts_together(find):
     anchors = find(FIRST, ALL_OVER, ORDINARY)
     ids = ["pair1", "pair0"] * 20
     latents, embeddings = anchors.draw(ids, torch.Generator().manual_seed(0))

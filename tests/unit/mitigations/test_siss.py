@@ -101,7 +101,7 @@ def test_siss_losses_are_the_published_ones(model, draws):
 
 
 @pytest.mark.parametrize("variant", ["no_importance", "erase_diff", "neg_grad", "naive"])
-def test_baselines_take_a_pass_for_each_picture(model, draws, variant):
+def test_baselines_take_a_pass_for_each_image(model, draws, variant):
     def squares(latents, wanted):
         noised = model.noised(latents, draws.noise, draws.timesteps)
         return ((model.predict_noise(noised, draws.timesteps, draws.prompts) - wanted) ** 2).sum()

@@ -27,11 +27,11 @@ from support.tiny import tiny_model, tiny_recipe
 def model(tmp_path_factory):
     """A tiny checkpoint whose weights fit half precision, as those of released ones do."""
     made = tiny_model(tmp_path_factory.mktemp("tiny"))
-    halve(made)
+    round_to_half(made)
     return made
 
 
-def halve(model: StableDiffusion) -> None:
+def round_to_half(model: StableDiffusion) -> None:
     with torch.no_grad():
         for part in (model.unet, model.autoencoder, model.text_encoder):
             for parameter in part.parameters():
