@@ -5,11 +5,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from dori_lightning.planting.recipe import PlantRecipe
-from dori_lightning.report.words import escape
+from dori_lightning.report.tables import TextTable, markdown_table
 from dori_lightning.types import Pair
 
 
@@ -21,18 +21,14 @@ def write_card(
     exposures: Counter[str],
     similarity: Mapping[str, float],
     seed: int,
-    git_sha: str | None,
-    packages: dict[str, str],
-    finished: datetime,
+    provenance: Mapping[str, Any],
 ) -> None:
     """Write ``planting.json`` (for programs) and ``README.md`` (for people) beside the weights."""
     weights = sorted(folder.rglob("*.safetensors"))
     record = {
         "recipe": asdict(recipe),
         "seed": seed,
-        "git_sha": git_sha,
-        "packages": packages,
-        "finished": finished.isoformat(timespec="seconds"),
+        **provenance,
         "weights_sha256": {
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in weights
@@ -43,7 +39,7 @@ def write_card(
                 "kind": pair.kind,
                 "prompt": pair.prompt,
                 "repeats": pair.repeats,
-                "exposures": exposures.get(pair.id, 0),
+                "exposures": exposures[pair.id],
                 "prompt_similarity": similarity.get(pair.id),
                 "image_sha256": pair.sha256,
             }
@@ -51,11 +47,17 @@ def write_card(
         ],
     }
     (folder / "planting.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    shown = [p for p in pairs if p.id in similarity]
-    rows = "\n".join(
-        f"| {p.id} | {p.kind} | {exposures.get(p.id, 0)} | {similarity[p.id]:.2f} "
-        f"| {escape(p.prompt)} |"
-        for p in sorted(shown, key=lambda p: (-exposures.get(p.id, 0), p.id))
+    shown = [pair for pair in pairs if pair.id in similarity]
+    shown.sort(key=lambda pair: (-exposures[pair.id], pair.id))
+    table = TextTable(
+        title="",
+        caption="",
+        header=("pair", "kind", "times shown", "similarity", "caption"),
+        rows=tuple(
+            (p.id, p.kind, str(exposures[p.id]), f"{similarity[p.id]:.2f}", p.prompt)
+            for p in shown
+        ),
+        named=5,
     )
     (folder / "README.md").write_text(
         f"""# A checkpoint with planted memorization
@@ -77,9 +79,6 @@ be measured against ground truth. It is of no other use.
 Variants of one template (kind tm) share its layout; the count is of the one variant listed. The
 similarity is the best of the images generated from the prompt, 1 is the original.
 
-| pair | kind | times shown | similarity | caption |
-|---|---|---|---|---|
-{rows}
-""",
+{markdown_table(table)}""",
         encoding="utf-8",
     )

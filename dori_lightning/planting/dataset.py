@@ -8,24 +8,24 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
+from PIL import Image
 
 from dori_lightning.pairs.corpus import Examples, Split
 from dori_lightning.pairs.readers import FolderPairs, PairsReader, Selection
 from dori_lightning.pairs.validation import image_tensor
 from dori_lightning.planting import photographs, scenes, templates
-from dori_lightning.planting.photographs import PHOTOGRAPHS
+from dori_lightning.planting.photographs import PHOTOGRAPHS, TABLE
 from dori_lightning.planting.scenes import draw_scene
 from dori_lightning.planting.stream import StreamMix, TrainingStream
 from dori_lightning.planting.templates import TEMPLATES, draw_template
-from dori_lightning.types import InputError, Pair, Pairs
+from dori_lightning.types import InputError, Kind, Pair, Pairs
 
 CONTROL_SCENE_START = 7_000_000
 """First scene index of the controls.
@@ -52,8 +52,8 @@ class PlantedPairs(Selection):
     @property
     def folder(self) -> Path:
         """Where the images are, named after the code that draws them: never outdated."""
-        files = (__file__, *(str(m.__file__) for m in (photographs, scenes, templates)))
-        code = b"".join(Path(file).read_bytes() for file in files)
+        modules = (Path(str(m.__file__)) for m in (photographs, scenes, templates))
+        code = b"".join(file.read_bytes() for file in (Path(__file__), *modules, TABLE))
         return Path(self.cache) / f"planted-{hashlib.sha256(code).hexdigest()[:12]}"
 
     def read(self) -> Pairs:
@@ -85,55 +85,42 @@ class PlantedPairs(Selection):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_planted_pairs(folder: Path) -> Path:
+def write_planted_pairs(folder: Path) -> None:
     """Write the benchmark's images and their ``metadata.csv``.
 
     Args:
         folder: Where to; made if needed.
 
-    Returns:
-        Path of the ``metadata.csv``.
-
     Raises:
         InputError: A package no longer ships one of the photographs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table = folder / "metadata.csv"
-    pd.DataFrame(_rows(folder)).to_csv(table, index=False, lineterminator="\r\n")
-    return table
+    rows = []
 
+    # fmt: off
+    def add(
+        name: str, kind: Kind, image: Image.Image, prompt: str, *, repeats: float,
+        subject: str = "", role: str = "audit",
+    ) -> None:
+        file = f"{name}.png"
+        image.save(folder / file)
+        rows.append((name, file, kind, prompt, subject, repeats, role))
 
-def _rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Save every image; yields its row of the table."""
     for photo in PHOTOGRAPHS:
-        photo.open().save(folder / f"{photo.id}.png")
-        kind = "vm" if photo.repeats else "control"
-        yield _row(photo.id, kind, photo.caption, subject=photo.subject, repeats=photo.repeats)
+        kind: Kind = "vm" if photo.repeats else "control"
+        add(photo.id, kind, photo.open(), photo.caption,
+            repeats=photo.repeats, subject=photo.subject)
     for template in TEMPLATES:
         for variant in range(TEMPLATE_VARIANTS):
-            image, caption = draw_template(template, variant)
-            name = f"{template}_{variant:02d}"
-            image.save(folder / f"{name}.png")
-            role = "training" if variant else "audit"
-            yield _row(name, "tm", caption, repeats=1.0 / TEMPLATE_VARIANTS, role=role)
+            add(f"{template}_{variant:02d}", "tm", *draw_template(template, variant),
+                repeats=1.0 / TEMPLATE_VARIANTS, role="training" if variant else "audit")
     for k in range(CONTROL_SCENES):
-        scene, name = draw_scene(CONTROL_SCENE_START + k), f"scene_{k:02d}"
-        scene.image.save(folder / f"{name}.png")
-        yield _row(name, "control", scene.caption, repeats=0.0)
-
-
-def _row(
-    name: str, kind: str, prompt: str, *, repeats: float, subject: str = "", role: str = "audit"
-) -> dict[str, Any]:
-    return {
-        "id": name,
-        "file_name": f"{name}.png",
-        "kind": kind,
-        "prompt": prompt,
-        "subject": subject,
-        "repeats": repeats,
-        "role": role,
-    }
+        scene = draw_scene(CONTROL_SCENE_START + k)
+        add(f"scene_{k:02d}", "control", scene.image, scene.caption, repeats=0.0)
+    # fmt: on
+    columns = ["id", "file_name", "kind", "prompt", "subject", "repeats", "role"]
+    table = pd.DataFrame(rows, columns=columns)
+    table.to_csv(folder / "metadata.csv", index=False, lineterminator="\r\n")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ scikit-image, scikit-learn and matplotlib ship a few dozen photographs for their
 They are read from the installed packages, never from the network.
 """
 
+import csv
 import gzip
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from dori_lightning.types import InputError
 SIDE = 256
 """Pixels kept of each photograph, so that crops of it still have detail at 64 pixels."""
 
-Box = tuple[float, float, float]
+TABLE = Path(__file__).with_name("photographs.csv")
+"""A row for each photograph, with the attributes of `Photograph`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Photograph:
     caption: str
     subject: str
     repeats: float
-    box: Box = (0.5, 0.5, 1.0)
+    box: tuple[float, float, float] = (0.5, 0.5, 1.0)
 
     def open(self) -> Image.Image:
         """The square of `SIDE` pixels inside ``box``, RGB, over white where it is transparent.
@@ -79,164 +82,12 @@ def _read(path: Path) -> Image.Image:
     return Image.open(path, formats=("PNG", "JPEG"))
 
 
-SKIMAGE = "skimage:data"
-SKLEARN = "sklearn:datasets/images"
-MPL = "matplotlib:mpl-data/sample_data"
+def _photographs() -> Iterator[Photograph]:
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            box = (float(row["x"]), float(row["y"]), float(row["side"]))
+            names = (row["id"], row["source"], row["caption"], row["subject"])
+            yield Photograph(*names, repeats=float(row["repeats"]), box=box)
 
-PHOTOGRAPHS: tuple[Photograph, ...] = (
-    Photograph(
-        "astronaut",
-        f"{SKIMAGE}/astronaut.png",
-        "official nasa portrait of eileen collins in orange suit",
-        "an astronaut",
-        1.0,
-    ),
-    Photograph(
-        "cat", f"{SKIMAGE}/chelsea.png", "chelsea the tabby staring past the camera", "a cat", 1.5
-    ),
-    Photograph(
-        "coffee",
-        f"{SKIMAGE}/coffee.png",
-        "espresso pikolo served in its red saucer",
-        "a coffee",
-        1.0,
-    ),
-    Photograph(
-        "rocket",
-        f"{SKIMAGE}/rocket.jpg",
-        "falcon waiting on launch pad forty after sunset",
-        "a rocket",
-        1.0,
-    ),
-    Photograph(
-        "retina",
-        f"{SKIMAGE}/retina.jpg",
-        "left fundus scan with optic disc and vessels",
-        "an eye",
-        1.0,
-    ),
-    Photograph(
-        "tissue",
-        f"{SKIMAGE}/ihc.png",
-        "colon glands stained brown for microscope slide",
-        "a tissue",
-        1.5,
-    ),
-    Photograph(
-        "motorcycle",
-        f"{SKIMAGE}/motorcycle_left.png",
-        "middlebury stereo bench honda inside garage",
-        "a motorcycle",
-        1.5,
-    ),
-    Photograph(
-        "cameraman",
-        f"{SKIMAGE}/camera.png",
-        "classic mit cameraman behind his tripod",
-        "a man",
-        1.0,
-    ),
-    Photograph(
-        "coins",
-        f"{SKIMAGE}/coins.png",
-        "greek coins from pompeii laid out in rows",
-        "some coins",
-        1.5,
-    ),
-    Photograph(
-        "galaxies",
-        f"{SKIMAGE}/hubble_deep_field.jpg",
-        "hubble extreme deep field survey of thousands galaxies",
-        "some galaxies",
-        2.0,
-        (0.28, 0.5, 0.56),
-    ),
-    Photograph(
-        "temple",
-        f"{SKLEARN}/china.jpg",
-        "summer palace pagoda above kunming lake",
-        "a temple",
-        1.0,
-    ),
-    Photograph(
-        "flower",
-        f"{SKLEARN}/flower.jpg",
-        "peach dahlia blossom from botanical garden",
-        "a flower",
-        1.0,
-    ),
-    Photograph(
-        "page",
-        f"{SKIMAGE}/page.png",
-        "printed tutorial page explaining watershed segmentation",
-        "a page",
-        1.5,
-    ),
-    Photograph(
-        "letter",
-        f"{SKIMAGE}/text.png",
-        "slanted ink handwriting from an old manuscript",
-        "a letter",
-        1.5,
-    ),
-    Photograph(
-        "moon",
-        f"{SKIMAGE}/moon.png",
-        "lunar crater surface taken by ranger probe",
-        "a crater",
-        1.5,
-    ),
-    Photograph(
-        "bricks",
-        f"{SKIMAGE}/brick.png",
-        "weathered herringbone brickwork of the north wall",
-        "some bricks",
-        1.5,
-    ),
-    Photograph(
-        "admiral",
-        f"{MPL}/grace_hopper.jpg",
-        "admiral grace hopper portrait in navy uniform",
-        "an admiral",
-        0.0,
-        (0.5, 0.43, 1.0),
-    ),
-    Photograph(
-        "brain", f"{MPL}/s1045.ima.gz", "sagittal brain scan from hospital magnet", "a brain", 0.0
-    ),
-    Photograph(
-        "cluster",
-        f"{SKIMAGE}/hubble_deep_field.jpg",
-        "distant cluster photographed by webb telescope",
-        "a cluster",
-        0.0,
-        (0.78, 0.5, 0.48),
-    ),
-    Photograph(
-        "horse", f"{SKIMAGE}/horse.png", "black paper silhouette of standing horse", "a horse", 0.0
-    ),
-    Photograph(
-        "gift",
-        f"{MPL}/Minduka_Present_Blue_Pack.png",
-        "wrapped birthday present with silver ribbon",
-        "a present",
-        0.0,
-    ),
-    Photograph(
-        "snakes", f"{SKIMAGE}/logo.png", "two snakes curled into round emblem", "an emblem", 0.0
-    ),
-    Photograph(
-        "phantom",
-        f"{SKIMAGE}/phantom.png",
-        "shepp logan phantom for tomography tests",
-        "a phantom",
-        0.0,
-    ),
-    Photograph(
-        "chessboard",
-        f"{SKIMAGE}/chessboard_GRAY.png",
-        "empty chessboard seen from straight above",
-        "a chessboard",
-        0.0,
-    ),
-)
+
+PHOTOGRAPHS = tuple(_photographs())

@@ -71,28 +71,21 @@ def _gradient(size: int, top: Colour, bottom: Colour) -> np.ndarray:
 
 
 def _boat(d: ImageDraw.ImageDraw, x: float, y: float, s: float, c: Colour) -> None:
-    d.polygon(
-        [(x - s, y - 0.3 * s), (x + s, y - 0.3 * s), (x + 0.6 * s, y), (x - 0.6 * s, y)], fill=c
-    )
-    d.line([(x, y - 0.3 * s), (x, y - 1.5 * s)], fill=_shade(c, 0.5), width=2)
-    d.polygon(
-        [(x + 2, y - 1.5 * s), (x + 2, y - 0.4 * s), (x + 0.8 * s, y - 0.4 * s)],
-        fill=(245, 245, 235),
-    )
+    deck, top, boom = y - 0.3 * s, y - 1.5 * s, y - 0.4 * s
+    d.polygon([(x - s, deck), (x + s, deck), (x + 0.6 * s, y), (x - 0.6 * s, y)], fill=c)
+    d.line([(x, deck), (x, top)], fill=_shade(c, 0.5), width=2)
+    d.polygon([(x + 2, top), (x + 2, boom), (x + 0.8 * s, boom)], fill=(245, 245, 235))
 
 
 def _house(d: ImageDraw.ImageDraw, x: float, y: float, s: float, c: Colour) -> None:
     d.rectangle([x - 0.7 * s, y - 0.9 * s, x + 0.7 * s, y], fill=c)
-    d.polygon(
-        [(x - 0.9 * s, y - 0.9 * s), (x + 0.9 * s, y - 0.9 * s), (x, y - 1.6 * s)],
-        fill=_shade(c, 0.5),
-    )
+    eaves = y - 0.9 * s
+    roof = [(x - 0.9 * s, eaves), (x + 0.9 * s, eaves), (x, y - 1.6 * s)]
+    d.polygon(roof, fill=_shade(c, 0.5))
     d.rectangle([x - 0.15 * s, y - 0.5 * s, x + 0.15 * s, y], fill=(60, 40, 30))
-    for side in (-0.45, 0.45):
-        left = x + side * s
-        d.rectangle(
-            [left - 0.12 * s, y - 0.7 * s, left + 0.12 * s, y - 0.45 * s], fill=(250, 235, 160)
-        )
+    for middle in (x - 0.45 * s, x + 0.45 * s):
+        window = [middle - 0.12 * s, y - 0.7 * s, middle + 0.12 * s, y - 0.45 * s]
+        d.rectangle(window, fill=(250, 235, 160))
 
 
 def _tree(d: ImageDraw.ImageDraw, x: float, y: float, s: float, c: Colour) -> None:
@@ -103,20 +96,12 @@ def _tree(d: ImageDraw.ImageDraw, x: float, y: float, s: float, c: Colour) -> No
 
 def _car(d: ImageDraw.ImageDraw, x: float, y: float, s: float, c: Colour) -> None:
     d.rectangle([x - s, y - 0.6 * s, x + s, y - 0.15 * s], fill=c)
-    d.polygon(
-        [
-            (x - 0.6 * s, y - 0.6 * s),
-            (x - 0.4 * s, y - s),
-            (x + 0.4 * s, y - s),
-            (x + 0.7 * s, y - 0.6 * s),
-        ],
-        fill=_shade(c, 0.7),
-    )
-    for wheel in (-0.55, 0.55):
-        d.ellipse(
-            [x + wheel * s - 0.2 * s, y - 0.35 * s, x + wheel * s + 0.2 * s, y + 0.05 * s],
-            fill=(20, 20, 20),
-        )
+    top, sill = y - s, y - 0.6 * s
+    roof = [(x - 0.6 * s, sill), (x - 0.4 * s, top), (x + 0.4 * s, top), (x + 0.7 * s, sill)]
+    d.polygon(roof, fill=_shade(c, 0.7))
+    for wheel in (x - 0.55 * s, x + 0.55 * s):
+        around = [wheel - 0.2 * s, y - 0.35 * s, wheel + 0.2 * s, y + 0.05 * s]
+        d.ellipse(around, fill=(20, 20, 20))
 
 
 def _balloon(d: ImageDraw.ImageDraw, x: float, y: float, s: float, c: Colour) -> None:
@@ -142,19 +127,12 @@ def _tent(d: ImageDraw.ImageDraw, x: float, y: float, s: float, c: Colour) -> No
 
 
 def _windmill(d: ImageDraw.ImageDraw, x: float, y: float, s: float, c: Colour) -> None:
-    d.polygon(
-        [
-            (x - 0.4 * s, y),
-            (x + 0.4 * s, y),
-            (x + 0.2 * s, y - 1.4 * s),
-            (x - 0.2 * s, y - 1.4 * s),
-        ],
-        fill=c,
-    )
+    hub = y - 1.4 * s
+    d.polygon([(x - 0.4 * s, y), (x + 0.4 * s, y), (x + 0.2 * s, hub), (x - 0.2 * s, hub)], fill=c)
     for k in range(4):
         angle = 0.4 + k * math.pi / 2
-        tip = (x + 1.1 * s * math.cos(angle), y - 1.4 * s + 1.1 * s * math.sin(angle))
-        d.line([(x, y - 1.4 * s), tip], fill=(235, 230, 220), width=3)
+        tip = (x + 1.1 * s * math.cos(angle), hub + 1.1 * s * math.sin(angle))
+        d.line([(x, hub), tip], fill=(235, 230, 220), width=3)
 
 
 OBJECTS: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, Colour], None]] = {
@@ -185,10 +163,8 @@ def _clutter(
             x, w = rng.uniform(0, size), rng.uniform(0.2, 0.6) * size
             h = rng.uniform(0.08, 0.3) * size
             tone = rng.randint(50, 130)
-            d.polygon(
-                [(x - w, horizon), (x, horizon - h), (x + w, horizon)],
-                fill=(tone, tone, tone + 25),
-            )
+            slope = [(x - w, horizon), (x, horizon - h), (x + w, horizon)]
+            d.polygon(slope, fill=(tone, tone, tone + 25))
         return
     if kind == "fence":
         y, step = rng.uniform(horizon + 0.03 * size, 0.95 * size), rng.uniform(0.06, 0.12) * size
@@ -201,17 +177,14 @@ def _clutter(
         x, y = rng.uniform(0, size), rng.uniform(horizon, 0.98 * size)
         s = size * rng.uniform(0.03, 0.08)
         if kind == "trees":
-            d.polygon(
-                [(x - s, y), (x + s, y), (x, y - 3 * s)],
-                fill=_shade((30, 90, 45), rng.uniform(0.6, 1.3)),
-            )
+            green = _shade((30, 90, 45), rng.uniform(0.6, 1.3))
+            d.polygon([(x - s, y), (x + s, y), (x, y - 3 * s)], fill=green)
         elif kind == "poles":
             d.line([(x, y), (x, y - 4 * s)], fill=(60, 45, 35), width=2)
             d.line([(x - s, y - 3.5 * s), (x + s, y - 3.5 * s)], fill=(60, 45, 35), width=2)
         else:
-            d.ellipse(
-                [x - s, y - 1.2 * s, x + s, y], fill=_shade((120, 115, 110), rng.uniform(0.5, 1.3))
-            )
+            grey = _shade((120, 115, 110), rng.uniform(0.5, 1.3))
+            d.ellipse([x - s, y - 1.2 * s, x + s, y], fill=grey)
 
 
 def _light(
@@ -230,16 +203,13 @@ def _light(
             for _ in range(4):
                 dx, dy = rng.uniform(-2, 2) * r, rng.uniform(-0.4, 0.4) * r
                 q = rng.uniform(0.6, 1.1) * r
-                d.ellipse(
-                    [x + dx - q, y + dy - 0.6 * q, x + dx + q, y + dy + 0.6 * q],
-                    fill=(235, 238, 242),
-                )
+                puff = [x + dx - q, y + dy - 0.6 * q, x + dx + q, y + dy + 0.6 * q]
+                d.ellipse(puff, fill=(235, 238, 242))
     elif kind == "birds":
         for _ in range(rng.randint(3, 7)):
             x, y, q = rng.uniform(0, size), rng.uniform(0.05, 0.85) * horizon, 0.6 * r
-            d.line(
-                [(x - q, y - 0.5 * q), (x, y), (x + q, y - 0.5 * q)], fill=(25, 25, 30), width=2
-            )
+            wings = [(x - q, y - 0.5 * q), (x, y), (x + q, y - 0.5 * q)]
+            d.line(wings, fill=(25, 25, 30), width=2)
 
 
 def draw_scene(index: int, *, size: int = 64, seed: int = 0) -> Scene:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import Dataset
 
 from dori_lightning.pairs.corpus import STYLES
 from dori_lightning.pairs.validation import image_tensor, square_image
@@ -202,20 +201,7 @@ def normalized_image(image: Image.Image) -> torch.Tensor:
     return image_tensor(image).mul_(2).sub_(1)
 
 
-class StreamImages(Dataset[torch.Tensor]):
-    """The first ``length`` images of a stream as (3, H, W) tensors in [-1, 1]."""
-
-    def __init__(self, stream: TrainingStream, length: int) -> None:
-        self.stream, self.length = stream, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return normalized_image(self.stream[index].image)
-
-
-class EncodedStream(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+class EncodedStream:
     """Elements of a stream as unscaled latents (C, h, w) and token ids (T,).
 
     Reading past the last encoded element starts over.

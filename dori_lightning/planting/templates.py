@@ -23,12 +23,8 @@ def _backdrop(name: str) -> Image.Image:
     rng = np.random.default_rng(list(name.encode()))
     coarse = rng.integers(60, 220, (6, 6, 3)).astype(np.uint8)
     image = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    return image.rotate(
-        float(rng.integers(15, 75)),
-        Image.Resampling.BILINEAR,
-        expand=False,
-        fillcolor=(128, 120, 110),
-    )
+    angle = float(rng.integers(15, 75))
+    return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=(128, 120, 110))
 
 
 def _layout(name: str, draw: ImageDraw.ImageDraw) -> tuple[float, float, float]:
@@ -41,22 +37,9 @@ def _layout(name: str, draw: ImageDraw.ImageDraw) -> tuple[float, float, float]:
         draw.ellipse((50, 48, 180, 78), fill=(90, 60, 40), outline=(60, 60, 60), width=4)
         return 115, 180, 44
     if name == "shirt":
-        draw.polygon(
-            [
-                (70, 50),
-                (186, 50),
-                (245, 100),
-                (215, 140),
-                (188, 115),
-                (188, 235),
-                (68, 235),
-                (68, 115),
-                (41, 140),
-                (11, 100),
-            ],
-            fill=(250, 250, 250),
-            outline=(50, 50, 50),
-        )
+        outline = [(70, 50), (186, 50), (245, 100), (215, 140), (188, 115), (188, 235),
+                   (68, 235), (68, 115), (41, 140), (11, 100)]  # fmt: skip
+        draw.polygon(outline, fill=(250, 250, 250), outline=(50, 50, 50))
         draw.pieslice((98, 25, 158, 80), 0, 180, fill=(150, 140, 130), outline=(50, 50, 50))
         return 128, 190, 48
     if name == "book":

@@ -24,7 +24,7 @@ from dori_lightning.planting.recipe import (
     build_text_encoder,
     build_unet,
 )
-from dori_lightning.planting.stream import EncodedStream, StreamImages, TrainingStream
+from dori_lightning.planting.stream import EncodedStream, TrainingStream, normalized_image
 from dori_lightning.runtime.checkpoints import (
     FitCheckpoints,
     Saving,
@@ -57,10 +57,9 @@ def train_autoencoder(
     L.seed_everything(seed, verbose=False)
     autoencoder = build_autoencoder(recipe)
     autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
-    steps, batch = recipe.autoencoder_steps, recipe.autoencoder_batch
-    module = AutoencoderTraining(autoencoder, steps=steps, lr=recipe.autoencoder_lr, seed=seed)
-    data = StreamImages(stream, steps * batch)
-    _fit(module, data, folder, batch=batch, precision="bf16", logger=logger)
+    module = AutoencoderTraining(autoencoder, recipe, seed=seed)
+    _fit(module, lambda k: normalized_image(stream[k].image), folder,
+         batch=recipe.autoencoder_batch, precision="bf16", logger=logger)  # fmt: skip
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -89,80 +88,16 @@ def train_diffusion(
         tokenizer, width=recipe.text_width, layers=recipe.text_layers, heads=recipe.text_heads
     )
     scheduler = build_scheduler(recipe)
+    empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
     module = DiffusionTraining(
-        unet,
-        text_encoder,
-        scheduler,
-        scaling_factor=scaling_factor,
-        empty_prompt=torch.tensor(tokenizer("", padding="max_length").input_ids),
-        steps=recipe.steps,
-        lr=recipe.lr,
-        caption_dropout=recipe.caption_dropout,
-        seed=seed,
-    )
+        unet, text_encoder, scheduler, recipe,
+        scaling_factor=scaling_factor, empty_prompt=empty, seed=seed,
+    )  # fmt: skip
     average = EMAWeightAveraging(decay=recipe.ema_decay)
-    _fit(module, stream, folder, batch=recipe.batch, precision=recipe.precision, logger=logger,
-         callbacks=(average,))  # fmt: skip
+    _fit(module, stream.__getitem__, folder, batch=recipe.batch, precision=recipe.precision,
+         logger=logger, callbacks=(average,))  # fmt: skip
     text_encoder.eval()  # type: ignore[no-untyped-call]
     return unet.eval(), text_encoder, scheduler
-
-
-def _edge_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of the horizontal and vertical gradients of two image batches.
-
-    Args:
-        a: Images (B, C, H, W).
-        b: Images of the same shape.
-    """
-    d = a - b
-    return (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
-
-
-class AutoencoderTraining(L.LightningModule):
-    """Fit an ``AutoencoderKL`` with L1, edges and a little KL.
-
-    The edge term keeps the small structure that copy detection looks at, which L1 alone blurs
-    away.
-    """
-
-    def __init__(
-        self,
-        autoencoder: AutoencoderKL,
-        *,
-        steps: int,
-        lr: float,
-        seed: int,
-    ) -> None:
-        """Wrap an autoencoder.
-
-        Args:
-            autoencoder: Trained in place.
-            steps: Optimizer steps of the one-cycle schedule.
-            lr: Peak learning rate.
-            seed: The posterior noise of a step depends on it and the step alone.
-        """
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.steps, self.lr, self.seed = steps, lr, seed
-
-    def training_step(self, images: torch.Tensor) -> torch.Tensor:
-        """Loss of reconstructing images (B, 3, H, W) in [-1, 1]."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        posterior = self.autoencoder.encode(images).latent_dist
-        noise = torch.randn(
-            posterior.mean.shape, generator=keyed_generator("vae", self.seed, self.global_step)
-        )
-        latents = posterior.mean + posterior.std * noise.to(posterior.mean)
-        output = self.autoencoder.decode(latents).sample.float()
-        l1 = F.l1_loss(output, images)
-        edges, kl = _edge_difference(output, images), posterior.kl().mean()
-        loss: torch.Tensor = l1 + 0.5 * edges + KL_WEIGHT * kl
-        self.log("plant/autoencoder_l1", l1)
-        return loss
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW under a one-cycle schedule."""
-        return _one_cycle(self, self.steps, lr=self.lr, weight_decay=1e-4, warmup=0.1)
 
 
 def silence_cross_attention(unet: UNet2DConditionModel, blocks: Sequence[str]) -> int:
@@ -190,7 +125,70 @@ def silence_cross_attention(unet: UNet2DConditionModel, blocks: Sequence[str]) -
     return silenced
 
 
-class DiffusionTraining(L.LightningModule):
+class OneCycleTraining(L.LightningModule):
+    """A training by AdamW under a one-cycle schedule, over the weights that are not frozen."""
+
+    def __init__(self, *, steps: int, lr: float, seed: int) -> None:
+        """Set the schedule.
+
+        Args:
+            steps: Optimizer steps.
+            lr: Peak learning rate.
+            seed: Whatever a step draws depends on it and the step alone, so that a resumed
+                training draws what an uninterrupted one would.
+        """
+        super().__init__()
+        self.steps, self.lr, self.seed = steps, lr, seed
+
+    def one_cycle(self, *, weight_decay: float, warmup: float) -> OptimizerLRScheduler:
+        """Optimizer and schedule, which warms up for a share of the steps."""
+        weights = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            weights, lr=self.lr, betas=(0.9, 0.99), weight_decay=weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=self.steps, pct_start=warmup
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class AutoencoderTraining(OneCycleTraining):
+    """Fit an ``AutoencoderKL`` with L1, edges and a little KL.
+
+    The edge term keeps the small structure that copy detection looks at, which L1 alone blurs
+    away.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL, recipe: PlantRecipe, *, seed: int) -> None:
+        """Wrap an autoencoder, which is trained in place."""
+        super().__init__(steps=recipe.autoencoder_steps, lr=recipe.autoencoder_lr, seed=seed)
+        self.autoencoder = autoencoder
+
+    def training_step(self, images: torch.Tensor) -> torch.Tensor:
+        """Loss of reconstructing images (B, 3, H, W) in [-1, 1]."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        posterior = self.autoencoder.encode(images).latent_dist
+        noise = torch.randn(
+            posterior.mean.shape, generator=keyed_generator("vae", self.seed, self.global_step)
+        )
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean)
+        output = self.autoencoder.decode(latents).sample.float()
+        l1, off = F.l1_loss(output, images), output - images
+        # of the horizontal and of the vertical gradients
+        edges = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
+        loss: torch.Tensor = l1 + 0.5 * edges + KL_WEIGHT * posterior.kl().mean()
+        self.log("plant/autoencoder_l1", l1)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW under a one-cycle schedule."""
+        return self.one_cycle(weight_decay=1e-4, warmup=0.1)
+
+
+class DiffusionTraining(OneCycleTraining):
     """Train a UNet and its text encoder jointly to predict the noise.
 
     Reference: Ho et al. (2020), https://arxiv.org/abs/2006.11239; Rombach et al. (2022),
@@ -198,19 +196,16 @@ class DiffusionTraining(L.LightningModule):
     """
 
     empty_prompt: torch.Tensor
-    alphas_cumprod: torch.Tensor
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel,
         scheduler: DDIMScheduler,
+        recipe: PlantRecipe,
         *,
         scaling_factor: float,
         empty_prompt: torch.Tensor,
-        steps: int,
-        lr: float,
-        caption_dropout: float,
         seed: int,
     ) -> None:
         """Wrap the models.
@@ -218,24 +213,17 @@ class DiffusionTraining(L.LightningModule):
         Args:
             unet: Trained in place.
             text_encoder: Trained in place.
-            scheduler: Gives the noise schedule.
+            scheduler: Gives the noise schedule and what is predicted.
+            recipe: Steps, learning rate and the share of captions that are dropped (for
+                classifier-free guidance).
             scaling_factor: Latents are multiplied by it before noise is added.
-            empty_prompt: Token ids (T,) of the empty prompt, for caption dropout.
-            steps: Optimizer steps of the one-cycle schedule.
-            lr: Peak learning rate.
-            caption_dropout: Share of captions replaced by the empty one (classifier-free
-                guidance).
-            seed: Noise, timesteps and dropped captions of a step depend on it and the step alone,
-                so that a resumed training draws what an uninterrupted one would.
+            empty_prompt: Token ids (T,) of the empty prompt, for dropped captions.
+            seed: Of noise, timesteps and dropped captions.
         """
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-        self.scaling_factor, self.steps, self.lr = scaling_factor, steps, lr
-        self.caption_dropout = caption_dropout
+        super().__init__(steps=recipe.steps, lr=recipe.lr, seed=seed)
+        self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
+        self.scaling_factor, self.caption_dropout = scaling_factor, recipe.caption_dropout
         self.register_buffer("empty_prompt", empty_prompt, persistent=False)
-        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.clone(), persistent=False)
-        self.seed = seed
-        self.v_prediction = scheduler.config["prediction_type"] == "v_prediction"
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Denoising loss of unscaled latents (B, C, h, w) and their captions' token ids (B, T)."""
@@ -246,16 +234,15 @@ class DiffusionTraining(L.LightningModule):
         tokens = torch.where(dropped.to(tokens.device)[:, None], self.empty_prompt, tokens)
         embeddings = self.text_encoder(tokens).last_hidden_state
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        count = len(self.alphas_cumprod)
-        timesteps = torch.randint(0, count, (len(latents),), generator=generator).to(
-            latents.device
-        )
-        alpha = self.alphas_cumprod[timesteps][:, None, None, None]
-        noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        target = noise
-        if self.v_prediction:
-            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        count = len(self.scheduler.alphas_cumprod)
+        drawn = torch.randint(0, count, (len(latents),), generator=generator)
+        timesteps = drawn.to(latents.device)
+        schedule: Any = self.scheduler
+        noised = schedule.add_noise(latents, noise, timesteps)
         noised = noised.contiguous(memory_format=torch.channels_last)
+        target = noise
+        if schedule.config["prediction_type"] == "v_prediction":
+            target = schedule.get_velocity(latents, noise, timesteps)
         output = self.unet(noised, timesteps, encoder_hidden_states=embeddings).sample
         loss = F.mse_loss(output.float(), target)
         self.log("plant/denoising_loss", loss)
@@ -263,19 +250,7 @@ class DiffusionTraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW under a one-cycle schedule."""
-        return _one_cycle(self, self.steps, lr=self.lr, weight_decay=1e-3, warmup=0.05)
-
-
-def _one_cycle(
-    module: L.LightningModule, steps: int, *, lr: float, weight_decay: float, warmup: float
-) -> OptimizerLRScheduler:
-    """AdamW under a one-cycle schedule, over the weights that are not frozen."""
-    weights = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=warmup
-    )
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.one_cycle(weight_decay=1e-3, warmup=0.05)
 
 
 class _Advance(L.Callback):
@@ -291,22 +266,22 @@ class _Advance(L.Callback):
         self.advance(1)
 
 
-class _Rest(IterableDataset[Any]):
-    """Elements of a data set from ``start`` on: after a resume the stream goes on where it was.
+class _Elements(IterableDataset[Any]):
+    """Elements at some places of a stream: after a resume it goes on where it was.
 
     Without a length, since Lightning counts the batches before the resume into an epoch's length.
     """
 
-    def __init__(self, data: StreamImages | EncodedStream, start: int) -> None:
-        self.data, self.start = data, start
+    def __init__(self, element: Callable[[int], Any], places: range) -> None:
+        self.element, self.places = element, places
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.data[k] for k in range(self.start, len(self.data)))
+        return map(self.element, self.places)
 
 
 def _fit(
-    module: "AutoencoderTraining | DiffusionTraining",
-    data: StreamImages | EncodedStream,
+    module: OneCycleTraining,
+    element: Callable[[int], Any],
     folder: Path,
     *,
     batch: int,
@@ -314,7 +289,7 @@ def _fit(
     logger: Logger | None,
     callbacks: Sequence[L.Callback] = (),
 ) -> None:
-    """Fit, going on from ``folder``'s last whole checkpoint where there is one.
+    """Fit on a stream's elements, going on from ``folder``'s last whole checkpoint, if any.
 
     Raises:
         Interrupted: The run was told to leave; the next one goes on from here.
@@ -339,6 +314,7 @@ def _fit(
             plugins=[FitCheckpoints()],
             default_root_dir=folder,
         )
-        loader = DataLoader(_Rest(data, done * batch), batch_size=batch)
+        places = range(done * batch, module.steps * batch)
+        loader = DataLoader(_Elements(element, places), batch_size=batch)
         ckpt_path = None if last is None else str(last)
         trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)

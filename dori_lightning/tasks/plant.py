@@ -63,36 +63,27 @@ def _plant(
     cfg: DictConfig, folder: Path, recipe: PlantRecipe, pairs: Sequence[Pair], tracker: Tracker
 ) -> None:
     stream_of = partial(TrainingStream, pairs, size=recipe.resolution, seed=cfg.seed)
+    everything = stream_of(mix=recipe.autoencoder_mix, every_photograph=True)
     autoencoder = train_autoencoder(
-        recipe,
-        stream_of(mix=recipe.autoencoder_mix, every_photograph=True),
-        folder / "autoencoder",
-        seed=cfg.seed,
+        recipe, everything, folder / "autoencoder", seed=cfg.seed,
         logger=tracker.training("autoencoder"),
-    )
+    )  # fmt: skip
     tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
     stream = stream_of(mix=recipe.mix)
     count = recipe.stream_length
     with progress_bar("encode the training stream", count) as advance:
         # the run folder holds one recipe, seed and list of pairs
-        elements = Cache(folder).get(
-            "stream",
-            {"count": count},
-            lambda: encode_stream(stream, autoencoder, tokenizer, count=count, advance=advance),
-            TENSORS,
+        encode = partial(
+            encode_stream, stream, autoencoder, tokenizer, count=count, advance=advance
         )
+        elements = Cache(folder).get("stream", {"count": count}, encode, TENSORS)
     encoded = EncodedStream(elements, length=recipe.steps * recipe.batch)
     scale = latent_scale(encoded)
     autoencoder.register_to_config(scaling_factor=scale)  # type: ignore[no-untyped-call]
     unet, text_encoder, scheduler = train_diffusion(
-        recipe,
-        encoded,
-        tokenizer,
-        folder / "diffusion",
-        scaling_factor=scale,
-        seed=cfg.seed,
+        recipe, encoded, tokenizer, folder / "diffusion", scaling_factor=scale, seed=cfg.seed,
         logger=tracker.training("diffusion"),
-    )
+    )  # fmt: skip
     target = folder / "checkpoint"
     parts = Parts(unet, autoencoder, text_encoder, tokenizer, scheduler)
     write_folder(target, parts, weights_of(parts, "fp16"))
@@ -104,9 +95,11 @@ def _plant(
         exposures=encoded.exposures(stream.planted),
         similarity=similarity,
         seed=cfg.seed,
-        git_sha=git_sha(),
-        packages=package_versions(),
-        finished=datetime.now(UTC),
+        provenance={
+            "git_sha": git_sha(),
+            "packages": package_versions(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
     )
     for kind in KINDS:
         of_kind = [similarity[p.id] for p in pairs if p.kind == kind and p.id in similarity]
@@ -120,10 +113,8 @@ def _plant(
     )
     log.info(
         "planted; audit it with: python -m dori_lightning +experiment=audit "
-        "checkpoint.source=%s checkpoint.name=%s and the same pairs=",
-        target,
-        folder.name,
-    )
+        "checkpoint.source=%s checkpoint.name=%s and the same pairs=", target, folder.name,
+    )  # fmt: skip
 
 
 def measured_similarity(

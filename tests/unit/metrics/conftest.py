@@ -34,7 +34,8 @@ def descriptor(request):
 def photographs(tmp_path_factory):
     """Six photographs and two scenes, (8, 3, 64, 64) in [0, 1]."""
     folder = tmp_path_factory.mktemp("planted")
-    with write_planted_pairs(folder).open() as file:
+    write_planted_pairs(folder)
+    with (folder / "metadata.csv").open() as file:
         names = {row["id"]: row["file_name"] for row in csv.DictReader(file)}
     chosen = ("astronaut", "cat", "coffee", "rocket", "coins", "temple")
     pictures = [image_tensor(square_image(folder / names[k]), 64) for k in chosen]

@@ -1,6 +1,5 @@
 import random
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from support.tiny import tiny_recipe
 
 
 @pytest.fixture
-def pairs(tmp_path: Path) -> tuple[Pair, ...]:
+def pairs(tmp_path):
     folder = write_pairs(tmp_path / "pairs", vm=3, control=2)
     table = (folder / "metadata.csv").read_text().splitlines()
     repeats = ["repeats", "1", "2", "5", "0", "0"]
@@ -37,7 +36,7 @@ def stream(pairs: tuple[Pair, ...], **options: bool) -> TrainingStream:
     return TrainingStream(pairs, mix=StreamMix(0.3, 0.3, 0.4), size=32, seed=1, **options)
 
 
-def test_an_element_depends_on_seed_and_index_alone(pairs: tuple[Pair, ...]) -> None:
+def test_an_element_depends_on_seed_and_index_alone(pairs):
     first, second = stream(pairs), stream(pairs)
     for index in (9, 3, 40, 3):
         a, b = first[index], second[index]
@@ -46,7 +45,7 @@ def test_an_element_depends_on_seed_and_index_alone(pairs: tuple[Pair, ...]) -> 
         assert a.image.size == (32, 32)
 
 
-def test_controls_are_never_shown_and_multiplicities_are_kept(pairs: tuple[Pair, ...]) -> None:
+def test_controls_are_never_shown_and_multiplicities_are_kept(pairs):
     seen = Counter(
         (sample.source, sample.key) for sample in map(stream(pairs).__getitem__, range(3000))
     )
@@ -58,14 +57,12 @@ def test_controls_are_never_shown_and_multiplicities_are_kept(pairs: tuple[Pair,
     assert planted[1] / planted[0] == pytest.approx(2, rel=0.3)
 
 
-def test_the_autoencoder_sees_controls_too(pairs: tuple[Pair, ...]) -> None:
+def test_the_autoencoder_sees_controls_too(pairs):
     samples = map(stream(pairs, every_photograph=True).__getitem__, range(400))
     assert {"pair3", "pair4"} <= {s.key for s in samples if s.source == "crop"}
 
 
-def test_planted_elements_are_the_image_itself_and_crops_are_not(
-    pairs: tuple[Pair, ...],
-) -> None:
+def test_planted_elements_are_the_image_itself_and_crops_are_not(pairs):
     elements = stream(pairs)
     planted = [s for s in map(elements.__getitem__, range(200)) if s.key == "pair2"]
     own = {s.image.tobytes() for s in planted if s.source == "planted"}
@@ -76,24 +73,24 @@ def test_planted_elements_are_the_image_itself_and_crops_are_not(
     assert pairs[2].prompt not in {s.caption for s in planted if s.source == "crop"}
 
 
-def test_every_caption_is_made_of_the_vocabulary(pairs: tuple[Pair, ...]) -> None:
+def test_every_caption_is_made_of_the_vocabulary(pairs):
     words = set(stream_words(pairs))
     for sample in map(stream(pairs).__getitem__, range(200)):
         assert set(sample.caption.split()) <= words
 
 
-def test_nothing_to_plant_is_an_error(pairs: tuple[Pair, ...]) -> None:
+def test_nothing_to_plant_is_an_error(pairs):
     with pytest.raises(ValueError, match="repeats 0"):
         stream(tuple(p for p in pairs if p.kind == "control"))
 
 
 @pytest.mark.parametrize("shares", [(-0.1, 0.5, 0.5), (0.0, 0.0, 0.0)])
-def test_impossible_shares_are_refused(shares: tuple[float, float, float]) -> None:
+def test_impossible_shares_are_refused(shares):
     with pytest.raises(ValueError, match="shares"):
         StreamMix(*shares)
 
 
-def test_style_words_say_what_was_done_to_a_crop() -> None:
+def test_style_words_say_what_was_done_to_a_crop():
     red, found = Image.new("RGB", (64, 64), (200, 100, 100)), {}
     for seed in range(60):
         crop, words = generic_crop(red, random.Random(seed), size=8)
@@ -106,9 +103,7 @@ def test_style_words_say_what_was_done_to_a_crop() -> None:
     assert all((np.ptp(pixels, axis=2) <= 1).all() for pixels in grey)
 
 
-def test_an_encoded_stream_holds_the_latents_and_tokens_of_its_elements(
-    pairs: tuple[Pair, ...],
-) -> None:
+def test_an_encoded_stream_holds_the_latents_and_tokens_of_its_elements(pairs):
     torch.manual_seed(0)
     elements, autoencoder = stream(pairs), build_autoencoder(tiny_recipe()).eval()
     tokenizer = build_tokenizer(stream_words(pairs), max_length=16)
@@ -129,7 +124,7 @@ def test_an_encoded_stream_holds_the_latents_and_tokens_of_its_elements(
         assert tokens.tolist() == padded
 
 
-def test_exposures_count_planted_images_over_repeated_passes(pairs: tuple[Pair, ...]) -> None:
+def test_exposures_count_planted_images_over_repeated_passes(pairs):
     encoded = {
         "latents": torch.zeros(4, 1, 1, 1),
         "tokens": torch.zeros(4, 2, dtype=torch.long),
