@@ -28,17 +28,11 @@ from dori_lightning.attacks.solver import (
     random_embedding,
     solve,
 )
-from dori_lightning.bench.context import BenchContext
-from dori_lightning.bench.measure import (
-    Family,
-    Row,
-    peak_bytes,
-    seconds_alone,
-    timed_in_turn,
-)
-from dori_lightning.bench.settings import BenchSettings, ShapeSettings
+from dori_lightning.bench.measure import Family, Row, peak_bytes, seconds_alone, timed_in_turn
+from dori_lightning.bench.settings import BenchContext, BenchSettings, ShapeSettings
 from dori_lightning.models.memory import pairs_at_once
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.report.words import number_words
 from dori_lightning.runtime.batching import fixed_batches, parallel_batches
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget
@@ -76,7 +70,8 @@ class AttackTask:
     seed: int = 0
 
     def __str__(self) -> str:
-        return f"{len(self.ids)} pairs, {self.steps} steps of {self.noise_batch} noise samples"
+        pairs, steps = number_words(len(self.ids), "pair"), number_words(self.steps, "step")
+        return f"{pairs}, {steps} of {number_words(self.noise_batch, 'noise sample')}"
 
     def draw(
         self, model: StableDiffusion, row: int, step: int
@@ -211,11 +206,9 @@ def solver_attack(model: StableDiffusion, task: AttackTask) -> Attacked:
 def audit_attack(bench: BenchContext, task: AttackTask) -> Attacked:
     """The package's attack with everything that an audit has around it: Trainer, store, files."""
     settings = AttackSettings(
-        inits=("random",),
-        budget=BudgetSettings(steps=task.steps),
-        lr=task.lr,
+        inits=("random",), budget=BudgetSettings(steps=task.steps), lr=task.lr,
         noise_batch=task.noise_batch,
-    )
+    )  # fmt: skip
     context = AttackContext(
         model=bench.model,
         data=bench.context.data,
@@ -236,14 +229,9 @@ def attack_task(bench: BenchContext, pairs: int, *, steps: int, noise_batch: int
     """The attack on the first pairs from random embeddings."""
     chosen, seed = bench.pairs[:pairs], bench.context.seed
     initial = [random_embedding(seed, p.id, 0, bench.model.embedding_shape) for p in chosen]
-    return AttackTask(
-        ids=tuple(pair.id for pair in chosen),
-        latents=bench.context.data.batch(chosen).latents,
-        initial=torch.stack(initial),
-        steps=steps,
-        noise_batch=noise_batch,
-        seed=seed,
-    )
+    latents = bench.context.data.batch(chosen).latents
+    ids = tuple(pair.id for pair in chosen)
+    return AttackTask(ids, latents, torch.stack(initial), steps, noise_batch, seed=seed)
 
 
 def attack_family(bench: BenchContext, settings: BenchSettings) -> Family:
@@ -251,34 +239,24 @@ def attack_family(bench: BenchContext, settings: BenchSettings) -> Family:
     task = attack_task(
         bench, settings.pairs, steps=settings.steps, noise_batch=settings.noise_batch
     )
-    rows = attack_rows(
-        bench.model, task, ours=partial(audit_attack, bench), repeats=settings.repeats,
-        compiled=settings.compile,
-    )  # fmt: skip
+    rows = attack_rows(bench.model, task, partial(audit_attack, bench), settings)
     return Family("attack", f"attack on {bench.model.name}: {task}", rows)
 
 
 def shape_family(model: StableDiffusion, settings: ShapeSettings, *, seed: int) -> Family:
     """The ladder on random latents, for a model of Stable Diffusion 1.4's shape."""
-    generator = keyed_generator("bench", seed)
-    task = AttackTask(
-        ids=tuple(f"noise{k}" for k in range(settings.pairs)),
-        latents=torch.randn(settings.pairs, *model.latent_shape, generator=generator),
-        initial=torch.randn(settings.pairs, *model.embedding_shape, generator=generator),
-        steps=settings.steps,
-        noise_batch=settings.noise_batch,
-        seed=seed,
-    )
-    rows = attack_rows(
-        model, task, ours=partial(solver_attack, model), repeats=settings.repeats,
-        compiled=settings.compile,
-    )  # fmt: skip
+    generator, count = keyed_generator("bench", seed), settings.pairs
+    ids = tuple(f"noise{k}" for k in range(count))
+    latents = torch.randn(count, *model.latent_shape, generator=generator)
+    initial = torch.randn(count, *model.embedding_shape, generator=generator)
+    task = AttackTask(ids, latents, initial, settings.steps, settings.noise_batch, seed=seed)
+    rows = attack_rows(model, task, partial(solver_attack, model), settings)
     title = f"attack on Stable Diffusion 1.4's UNet, random weights in {settings.dtype}, latents"
     return Family("sd14", f"{title} of side {settings.latent}: {task}", rows)
 
 
 def attack_rows(
-    model: StableDiffusion, task: AttackTask, *, ours: Attack, repeats: int, compiled: bool
+    model: StableDiffusion, task: AttackTask, ours: Attack, settings: BenchSettings | ShapeSettings
 ) -> tuple[Row, ...]:
     """Measure every way in turn, then what its operations take alone.
 
@@ -286,8 +264,7 @@ def attack_rows(
         model: Model under attack.
         task: What is timed.
         ours: The package's attack.
-        repeats: Timed rounds.
-        compiled: Whether to compile; the row says why not where that cannot be.
+        settings: How often, and whether to compile; the row says why not where that cannot be.
     """
     share = pairs_at_once(model) if model.device.type == "cpu" else len(task.ids)
     attacks: dict[str, Attack] = {
@@ -297,9 +274,9 @@ def attack_rows(
     }
     # memory on the CPU is that of single operations, which compiled code does not show
     eager = dict(attacks)
-    skipped = "" if compiled else "not asked for (compile)"
+    skipped = "" if settings.compile else "not asked for (compile)"
     compilers = ("g++", "clang++", "c++")
-    if compiled and model.device.type == "cpu" and not any(map(shutil.which, compilers)):
+    if settings.compile and model.device.type == "cpu" and not any(map(shutil.which, compilers)):
         skipped = "no C++ compiler (g++, clang++) on this machine"
     if not skipped:
         twin = copy.deepcopy(model.denoiser()).to(memory_format=torch.channels_last)
@@ -308,7 +285,7 @@ def attack_rows(
         eager["B2"] = partial(fair, model, denoiser=twin)
     timed, results = timed_in_turn(
         {name: (WAYS[name], partial(attacks[name], task)) for name in WAYS if name in attacks},
-        model=model, pairs=len(task.ids), repeats=repeats, title="attack",
+        model=model, pairs=len(task.ids), repeats=settings.repeats, title="attack",
     )  # fmt: skip
     # one step of one full pass
     full = {name: getattr(task, name)[:share] for name in ("ids", "latents", "initial")}

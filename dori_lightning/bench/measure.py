@@ -134,14 +134,7 @@ def timed_in_turn(
                     seconds[name] += _timer(run).blocked_autorange().times
                 advance(1)
     rows = {
-        name: Row(
-            name,
-            what,
-            pairs=pairs,
-            seconds=tuple(seconds[name]),
-            warm_up=warm_up[name],
-            **vars(counts[name]),
-        )
+        name: Row(name, what, pairs, tuple(seconds[name]), warm_up[name], **vars(counts[name]))
         for name, (what, _) in ways.items()
     }
     return rows, results
@@ -193,21 +186,14 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return int(memory.peak)
 
 
-def _shape_of(value: Any) -> Any:
-    """A tensor without its numbers; anything else as it is."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
 def _description(value: Any) -> Any:
     """What makes two tensors take equally long; anything else as it is."""
     tensor = isinstance(value, torch.Tensor)
     return (value.shape, value.stride(), value.dtype) if tensor else value
 
 
-def _filled(value: Any, device: torch.device) -> Any:
-    """A tensor of the same shape on a device; anything else as it is."""
+def _like(value: Any, device: torch.device | str) -> Any:
+    """A tensor of the same shape and layout on a device; anything else as it is."""
     if not isinstance(value, torch.Tensor):
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
@@ -236,7 +222,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # torch's table of what costs anything lacks the CPU's attention
         if packet not in flop_registry and "attention" not in str(packet):
             return result
-        shapes = tree_map(_shape_of, (args, kwargs))
+        shapes = tree_map(partial(_like, device="meta"), (args, kwargs))
         name = repr([func, *map(_description, tree_leaves(shapes))])
         self.calls[name] = (self.calls.get(name, (0,))[0] + 1, func, shapes)
         return result
@@ -249,6 +235,6 @@ def seconds_alone(run: Callable[[], Any], device: torch.device) -> float:
         run()
     with torch.no_grad():
         for times, function, shapes in operations.calls.values():
-            args, kwargs = tree_map(partial(_filled, device=device), shapes)
+            args, kwargs = tree_map(partial(_like, device=device), shapes)
             total += times * _timer(partial(function, *args, **kwargs)).timeit(3).median
     return total

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from dori_lightning.bench.context import BenchContext
 from dori_lightning.bench.measure import Family, Row, timed_in_turn
-from dori_lightning.bench.settings import BenchSettings
+from dori_lightning.bench.settings import BenchContext, BenchSettings
 from dori_lightning.mitigations.activations import activation_statistics
 from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning
 from dori_lightning.mitigations.base import Mitigation
@@ -27,16 +26,12 @@ def sampling_family(bench: BenchContext, settings: BenchSettings) -> Family:
     """Generate an audit's images one at a time, and as the package does."""
     sampling, pairs = bench.context.sampling, settings.sampling_pairs
     embeddings = bench.context.data.batch(bench.pairs[:pairs]).embeddings
+    alone = "an image at a time, with and without the prompt one after the other"
+    ours = "the package's way: in batches, both halves of the guidance in one pass, to files"
     rows, images = timed_in_turn(
         {
-            "B1": (
-                "an image at a time, with and without the prompt one after the other",
-                partial(one_at_a_time, bench, embeddings),
-            ),
-            "ours": (
-                "the package's way: in batches, both halves of the guidance in one pass, to files",
-                partial(bench.generate, embeddings),
-            ),
+            "B1": (alone, partial(one_at_a_time, bench, embeddings)),
+            "ours": (ours, partial(bench.generate, embeddings)),
         },
         model=bench.model, pairs=pairs, repeats=settings.repeats, title="sampling",
     )  # fmt: skip
@@ -163,11 +158,7 @@ def audit_family(settings: BenchSettings, overrides: Sequence[str], place: Path)
                 f"{' '.join(command)} left with {done.returncode}:\n{done.stderr[-2000:]}"
             )
         report = json.loads((place / "audit" / "report.json").read_text("utf-8"))
-        rows.append(
-            Row(
-                name, what, pairs=settings.audit_pairs, seconds=(seconds,),
-                samples=int(report["provenance"]["unet_evaluations"]),
-            )
-        )  # fmt: skip
+        samples = int(report["provenance"]["unet_evaluations"])
+        rows.append(Row(name, what, settings.audit_pairs, (seconds,), samples=samples))
     title = f"a whole audit of {settings.audit_pairs} pairs, in a process of its own"
     return Family("audit", title, tuple(rows))

@@ -12,6 +12,7 @@ from dori_lightning.report.figures import (
     png_bytes,
     styled,
 )
+from dori_lightning.report.tables import TextTable, markdown_table
 
 _COLUMNS = (
     "part", "way", "s per pair, median [min, max]", "times as fast as B1", "of layers alone",
@@ -21,15 +22,12 @@ _COLUMNS = (
 
 def markdown(families: Sequence[Family]) -> str:
     """All families in one Markdown table, with what each way is below it."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
-    notes = []
+    rows = tuple(_cells(family, row) for family in families for row in family.rows)
+    lines = [markdown_table(TextTable("", "", _COLUMNS, rows, named=2))]
     for family in families:
-        notes += [f"- **{family.name}**: {family.title}"]
-        for row in family.rows:
-            lines.append(_cells(family, row))
-            notes.append(f"  - {row.name}: {row.what}")
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n" + "\n".join(notes) + "\n"
+        lines.append(f"- **{family.name}**: {family.title}")
+        lines += [f"  - {row.name}: {row.what}" for row in family.rows]
+    return "\n".join([*lines, ""])
 
 
 def _cells(family: Family, row: Row) -> tuple[str, ...]:
@@ -55,6 +53,7 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+@styled()
 def speed_figure(families: Sequence[Family]) -> bytes | None:
     """Bars of how many times as fast as B1 each way is, as PNG; None where there is none."""
     bars = [
@@ -65,17 +64,14 @@ def speed_figure(families: Sequence[Family]) -> bytes | None:
     ]
     if not bars:
         return None
-    with styled():
-        figure = new_figure(max(4.0, 0.9 * len(bars)), 3.2)
-        axes = figure.subplots()
-        plain_axes(axes)
-        colours = [KIND_LOOK["vm"][0] if name == "ours" else CALM for _, _, name in bars]
-        drawn = axes.bar(
-            [label for label, _, _ in bars], [ratio for _, ratio, _ in bars], color=colours
-        )
-        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=9)
-        axes.axhline(1.0, color=CALM, linewidth=0.8, linestyle=":")
-        axes.tick_params(axis="x", labelsize=8)
-        axes.set_title("times as fast as the fair loop (B1)")
-        axes.margins(y=0.15)
-        return png_bytes(figure)
+    labels, ratios, names = zip(*bars, strict=True)
+    figure = new_figure(max(4.0, 0.9 * len(bars)), 3.2)
+    axes = figure.subplots()
+    plain_axes(axes)
+    colours = [KIND_LOOK["vm"][0] if name == "ours" else CALM for name in names]
+    axes.bar_label(axes.bar(labels, ratios, color=colours), fmt="%.3g", padding=2, fontsize=9)
+    axes.axhline(1.0, color=CALM, linewidth=0.8, linestyle=":")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_title("times as fast as the fair loop (B1)")
+    axes.margins(y=0.15)
+    return png_bytes(figure)

@@ -18,7 +18,6 @@ from rich.markdown import Markdown
 
 from dori_lightning.audit.context import reference_images
 from dori_lightning.bench.attack import attack_family, shape_family
-from dori_lightning.bench.context import BenchContext
 from dori_lightning.bench.measure import Family
 from dori_lightning.bench.parts import (
     audit_family,
@@ -28,7 +27,7 @@ from dori_lightning.bench.parts import (
     sampling_family,
 )
 from dori_lightning.bench.report import markdown, speed_figure
-from dori_lightning.bench.settings import FAMILIES, BenchSettings, ShapeSettings
+from dori_lightning.bench.settings import FAMILIES, BenchContext, BenchSettings, ShapeSettings
 from dori_lightning.models.random_weights import random_sd14
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.planting.recipe import build_tokenizer
@@ -66,10 +65,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
         "provenance": _provenance(cfg),
         "families": {family.name: asdict(family) for family in families},
     }
+    table, figure = markdown(families), speed_figure(families)
     write_json(folder / "bench.json", record)
-    table = markdown(families)
     write_atomically(folder / "bench.md", table.encode())
-    figure = speed_figure(families)
     if figure is not None:
         write_atomically(folder / "figures" / "speed.png", figure)
     console = answer_console(190)
@@ -84,10 +82,8 @@ def _with_load(measure: Callable[[], Family]) -> Family:
     if before > 0.5:
         log.warning(
             "%s was measured on a machine that others used: load average %.2f before it; its "
-            "seconds are no figures to quote",
-            family.name,
-            before,
-        )
+            "seconds are no figures to quote", family.name, before,
+        )  # fmt: skip
     return family
 
 
@@ -108,21 +104,20 @@ def _families(
     """How each family is measured; the checkpoint is loaded by the first that needs it."""
     bench = cache(partial(_context, cfg, settings, scratch))
     task = cfg.task
+    # fmt: off
     return {
         "attack": lambda: attack_family(bench(), settings),
         "sampling": lambda: sampling_family(bench(), settings),
         "nemo": lambda: nemo_family(bench(), settings, instantiate(task.nemo)),
         "wanda": lambda: mask_family(
-            "wanda",
-            bench(),
-            instantiate(task.wanda),
-            pairs=settings.wanda_pairs,
-            repeats=settings.repeats,
+            "wanda", bench(), instantiate(task.wanda),
+            pairs=settings.wanda_pairs, repeats=settings.repeats,
         ),
         "finetuning": lambda: finetuning_family(bench(), settings, instantiate(task.finetuning)),
         "audit": lambda: audit_family(settings, _audit_overrides(cfg, settings), scratch),
         "sd14": lambda: _shape(settings.sd14, cfg.seed),
     }
+    # fmt: on
 
 
 def _context(cfg: DictConfig, settings: BenchSettings, scratch: Path) -> BenchContext:

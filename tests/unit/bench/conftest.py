@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.bench.context import BenchContext
+from dori_lightning.bench.settings import BenchContext
 from support.context import make_context, read_pairs
 from support.tiny import tiny_model
 
 
 @pytest.fixture(scope="package")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> BenchContext:
+def bench(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("bench")
     model = tiny_model(folder / "tiny")
     pairs = read_pairs(folder, vm=3, control=0)

@@ -11,12 +11,12 @@ from dori_lightning.bench.attack import (
     hand_written,
     solver_attack,
 )
-from dori_lightning.bench.context import BenchContext
 from dori_lightning.bench.measure import counted
+from dori_lightning.bench.settings import BenchSettings
 from dori_lightning.models.memory import pairs_at_once
 
 
-def test_every_loop_solves_the_same_problem_in_its_own_passes(bench: BenchContext) -> None:
+def test_every_loop_solves_the_same_problem_in_its_own_passes(bench):
     task, model = attack_task(bench, 3, steps=3, noise_batch=2), bench.model
     found, asked = {}, {}
     for name, attack in {
@@ -39,13 +39,10 @@ def test_every_loop_solves_the_same_problem_in_its_own_passes(bench: BenchContex
     assert asked["by hand"] == (4 * 2 * 3, 6), "two passes of two pairs, one of them a copy"
 
 
-def test_rows_hold_times_memory_and_limits_and_say_why_one_is_missing(
-    bench: BenchContext,
-) -> None:
+def test_rows_hold_times_memory_and_limits_and_say_why_one_is_missing(bench):
     task = attack_task(bench, 3, steps=2, noise_batch=1)
-    rows = attack_rows(
-        bench.model, task, ours=partial(solver_attack, bench.model), repeats=1, compiled=False
-    )
+    settings = BenchSettings(repeats=1, compile=False)
+    rows = attack_rows(bench.model, task, partial(solver_attack, bench.model), settings)
     by_name = {row.name: row for row in rows}
     assert list(by_name) == ["B1", "B2", "ours", "by hand", ALONE]
     assert by_name["B2"].skipped

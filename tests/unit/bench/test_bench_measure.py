@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from dori_lightning.bench.context import BenchContext
 from dori_lightning.bench.measure import (
     Family,
     Operations,
@@ -22,20 +21,20 @@ OURS = replace(B1, name="ours", seconds=(4.0, 3.0, 5.0), peak_bytes=2**21)
 FAMILY = Family("attack", "Attack", (B1, Row("B2", "", skipped="no compiler"), OURS), (0.1, 1.0))
 
 
-def test_speeds_are_ratios_of_medians_per_pair() -> None:
+def test_speeds_are_ratios_of_medians_per_pair():
     assert B1.per_pair == 2.25
     assert FAMILY.ratio("B1", OURS) == 2.25
     assert FAMILY.ratio("B2", OURS) is None, "not measured"
     assert [row.name for row in FAMILY.measured] == ["B1", "ours"]
 
 
-def test_a_family_is_read_back_as_it_was_written() -> None:
+def test_a_family_is_read_back_as_it_was_written():
     assert Family.from_json(json.loads(json.dumps(asdict(FAMILY)))) == FAMILY
     with pytest.raises(KeyError):
         Family.from_json({"name": "attack"})
 
 
-def test_ways_are_timed_in_turn_after_one_run_of_each(bench: BenchContext) -> None:
+def test_ways_are_timed_in_turn_after_one_run_of_each(bench):
     order = []
 
     def run(name: str, seconds: float) -> str:
@@ -59,7 +58,7 @@ def test_ways_are_timed_in_turn_after_one_run_of_each(bench: BenchContext) -> No
     assert rows["slow"].samples == 0
 
 
-def test_operations_are_those_of_forward_and_backward_by_shape(bench: BenchContext) -> None:
+def test_operations_are_those_of_forward_and_backward_by_shape(bench):
     model = bench.model
     start = torch.randn(2, *model.embedding_shape, requires_grad=True)
     latents = torch.ones(2, *model.latent_shape)
@@ -72,7 +71,7 @@ def test_operations_are_those_of_forward_and_backward_by_shape(bench: BenchConte
         assert kind in names, kind
 
 
-def test_operations_alone_take_time_by_their_shapes() -> None:
+def test_operations_alone_take_time_by_their_shapes():
     factor = torch.ones(64, 64)
     operations = Operations()
     with operations:
@@ -82,7 +81,7 @@ def test_operations_alone_take_time_by_their_shapes() -> None:
     assert 0 < seconds_alone(lambda: factor @ factor, CPU) < 1
 
 
-def test_peak_memory_is_of_tensors_alive_at_one_time() -> None:
+def test_peak_memory_is_of_tensors_alive_at_one_time():
     def run() -> None:
         for _ in range(5):
             torch.ones(1000, dtype=torch.uint8)

@@ -1,11 +1,5 @@
 from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
-from dori_lightning.bench.context import BenchContext
-from dori_lightning.bench.parts import (
-    finetuning_family,
-    mask_family,
-    nemo_family,
-    sampling_family,
-)
+from dori_lightning.bench.parts import finetuning_family, mask_family, nemo_family, sampling_family
 from dori_lightning.bench.settings import BenchSettings
 from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning, PoolSettings
 from dori_lightning.mitigations.finetuning import FinetuneSettings
@@ -21,7 +15,7 @@ SMALL = BenchSettings(
 )  # fmt: skip
 
 
-def test_generating_in_batches_gives_the_same_images_in_fewer_passes(bench: BenchContext) -> None:
+def test_generating_in_batches_gives_the_same_images_in_fewer_passes(bench):
     fair, ours = sampling_family(bench, SMALL).rows
     sampling = bench.context.sampling
     assert fair.samples == fair.passes == 2 * sampling.steps * sampling.images_per_pair * 2
@@ -29,7 +23,7 @@ def test_generating_in_batches_gives_the_same_images_in_fewer_passes(bench: Benc
     assert ours.values["furthest_pixel"] < 0.005
 
 
-def test_nemo_finds_the_same_neurons_for_all_pairs_together(bench: BenchContext) -> None:
+def test_nemo_finds_the_same_neurons_for_all_pairs_together(bench):
     method = NeMo(
         criterion=DenoisingLoss(suppressed_share=0.1),
         samples=2,
@@ -41,7 +35,7 @@ def test_nemo_finds_the_same_neurons_for_all_pairs_together(bench: BenchContext)
     assert alone.passes > ours.passes > 0
 
 
-def test_wanda_takes_all_pairs_together(bench: BenchContext) -> None:
+def test_wanda_takes_all_pairs_together(bench):
     method = Wanda(fraction=0.1, steps=2)
     alone, ours = mask_family("wanda", bench, method, pairs=2, repeats=1).rows
     assert ours.values["pairs"] == 2
@@ -49,7 +43,7 @@ def test_wanda_takes_all_pairs_together(bench: BenchContext) -> None:
     assert alone.samples > ours.samples > 0
 
 
-def test_finetuning_searches_once_and_leaves_the_model_as_it_was(bench: BenchContext) -> None:
+def test_finetuning_searches_once_and_leaves_the_model_as_it_was(bench):
     method = AdversarialFinetuning(
         name="cheap",
         surrogates=SurrogateSettings(source=None, per_pair=1, candidates=1, max_similarity=0.99),

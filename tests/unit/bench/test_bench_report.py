@@ -11,7 +11,7 @@ ATTACK = Family("attack", "", (B1, Row("B2", "", skipped="no compiler"), OURS, A
 AUDIT = Family("audit", "", (Row("ours", "whole", pairs=2, seconds=(3.0,)),))
 
 
-def test_one_table_holds_every_family() -> None:
+def test_one_table_holds_every_family():
     lines = markdown([ATTACK, AUDIT]).splitlines()
     cells = {tuple(line.split(" | ")[:2]): line.strip("| ").split(" | ") for line in lines[2:7]}
     assert len(lines[0].split(" | ")) == len(cells["| attack", "ours"]) == 9
@@ -22,7 +22,7 @@ def test_one_table_holds_every_family() -> None:
     assert cells["| audit", "ours"][2] == "1.5 [1.5, 1.5]"
 
 
-def test_the_figure_has_what_is_measured_against_the_fair_loop() -> None:
+def test_the_figure_has_what_is_measured_against_the_fair_loop():
     figure = speed_figure([ATTACK, AUDIT])
     assert figure is not None
     assert figure.startswith(b"\x89PNG")
