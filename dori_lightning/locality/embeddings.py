@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Literal
 
@@ -36,6 +37,7 @@ PERPLEXITY = 30.0
 
 ImageKind = Literal["memorized", "control"]
 PlaceKind = Literal["start", "end", "own_prompt", "memorized_prompt", "control_prompt"]
+PromptGroup = Literal["memorized_prompts", "control_prompts"]
 SpreadGroup = Literal["starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"]
 
 
@@ -209,9 +211,8 @@ class EmbeddingFindings:
 def embedding_findings(
     triggers: Sequence[TriggerSet],
     controls: Sequence[TriggerSet],
+    prompts: Mapping[PromptGroup, PromptSet],
     *,
-    memorized_prompts: PromptSet,
-    control_prompts: PromptSet,
     seed: int = 0,
 ) -> EmbeddingFindings:
     """Compare triggers with their starts and with prompts.
@@ -219,11 +220,11 @@ def embedding_findings(
     Args:
         triggers: Of memorized images, from every start; those that work.
         controls: Attacks on control images, whatever they gave.
-        memorized_prompts: Of other memorized images.
-        control_prompts: Of images that the checkpoint does not hold.
+        prompts: Of other memorized images, and of images that the checkpoint does not hold.
         seed: Of resampling and t-SNE.
     """
-    length, width = (int(side) for side in control_prompts.embeddings.shape[1:])
+    length, width = (int(side) for side in prompts["control_prompts"].embeddings.shape[1:])
+    spread = partial(_spread, seed=seed)
     spreads: list[Spread] = []
     moves: list[Move] = []
     nearest: list[Nearest] = []
@@ -233,26 +234,25 @@ def embedding_findings(
             chosen = [one for one in sets if one.start == start and len(one.ends)]
             if not chosen:
                 continue
-            ends = {one.pair.id: one.ends for one in chosen}
+            labels = [one.pair.id for one in chosen for _ in one.ends]
+            starts = torch.cat([one.starts for one in chosen])
+            ends = torch.cat([one.ends for one in chosen])
             if kind == "memorized":
-                starts = {one.pair.id: one.starts for one in chosen}
-                spreads.append(_spread("starts", starts, start=start, seed=seed))
-                spreads.append(_spread("triggers", ends, start=start, seed=seed))
-                nearest += _nearest(chosen, memorized_prompts, control_prompts)
+                spreads.append(spread("starts", starts, labels, start=start))
+                spreads.append(spread("triggers", ends, labels, start=start))
+                nearest += _nearest(chosen, labels, prompts)
             else:
-                spreads.append(_spread("control_ends", ends, start=start, seed=seed))
-            moves.append(_move(kind, chosen, seed=seed))
-    by_prompt = {"prompts": memorized_prompts.embeddings}
-    spreads.append(_spread("memorized_prompts", by_prompt, seed=seed))
-    by_prompt = {"prompts": control_prompts.embeddings}
-    spreads.append(_spread("control_prompts", by_prompt, seed=seed))
+                spreads.append(spread("control_ends", ends, labels, start=start))
+            moves.append(_move(kind, start, starts, ends, labels, seed=seed))
+    for group, own in prompts.items():
+        spreads.append(spread(group, own.embeddings, ["prompts"] * len(own.pairs)))
     return EmbeddingFindings(
         shape=(length, width),
         random_distance=math.sqrt(2 * length * width),
         spreads=tuple(spreads),
         moves=tuple(moves),
         nearest=tuple(nearest),
-        places=_places(triggers, memorized_prompts, control_prompts, seed=seed),
+        places=_places(triggers, prompts, seed=seed),
     )
 
 
@@ -293,20 +293,29 @@ def relative_distances(distance: torch.Tensor, lengths: torch.Tensor) -> torch.T
     return distance / scale.clamp_min(torch.finfo(torch.float64).tiny)
 
 
+def lengths(rows: torch.Tensor) -> torch.Tensor:
+    """Euclidean lengths (N,), float64, of rows (N, ...) taken as flat vectors."""
+    found: torch.Tensor = rows.flatten(1).double().norm(dim=1)
+    return found.cpu()
+
+
 def _spread(
-    group: SpreadGroup, rows: Mapping[str, torch.Tensor], *, start: Init | None = None, seed: int
+    group: SpreadGroup,
+    rows: torch.Tensor,
+    labels: Sequence[str],
+    *,
+    start: Init | None = None,
+    seed: int,
 ) -> Spread:
-    """How far embeddings are apart: of each image (n, T, D), or of ``prompts``."""
-    labels = [name for name, part in rows.items() for _ in part]
-    pooled = torch.cat(list(rows.values()))
-    distance, distance_between = pair_estimates(distances(pooled), labels, seed=seed)
-    cosine, cosine_between = pair_estimates(cosines(pooled), labels, seed=seed)
+    """How far embeddings (N, T, D) are apart, within and between their labels."""
+    distance, distance_between = pair_estimates(distances(rows), labels, seed=seed)
+    cosine, cosine_between = pair_estimates(cosines(rows), labels, seed=seed)
     return Spread(
         group=group,
         start=start,
-        images=0 if start is None else len(rows),
-        count=len(pooled),
-        length=mean_estimate({name: _lengths(part) for name, part in rows.items()}, seed=seed),
+        images=0 if start is None else len(set(labels)),
+        count=len(rows),
+        length=mean_estimate(lengths(rows).tolist(), labels, seed=seed),
         distance=distance,
         distance_between=distance_between,
         cosine=cosine,
@@ -314,24 +323,26 @@ def _spread(
     )
 
 
-def _move(kind: ImageKind, sets: Sequence[TriggerSet], *, seed: int) -> Move:
-    moves = {one.pair.id: one.ends - one.starts for one in sets}
-    labels = [name for name, part in moves.items() for _ in part]
-    cosine, cosine_between = pair_estimates(
-        cosines(torch.cat(list(moves.values()))), labels, seed=seed
-    )
-    displacement = mean_estimate({name: _lengths(m) for name, m in moves.items()}, seed=seed)
-    starts, ends = (torch.cat([getattr(one, side) for one in sets]) for side in ("starts", "ends"))
+def _move(
+    kind: ImageKind,
+    start: Init,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    labels: Sequence[str],
+    *,
+    seed: int,
+) -> Move:
+    moves = ends - starts
+    cosine, cosine_between = pair_estimates(cosines(moves), labels, seed=seed)
+    displacement = mean_estimate(lengths(moves).tolist(), labels, seed=seed)
     apart, _ = pair_estimates(distances(starts), labels, seed=seed)
     own_start = None
     if 1 < len(starts) == len(torch.unique(starts.flatten(1), dim=0)):
         nearest = torch.cdist(ends.flatten(1).double(), starts.flatten(1).double()).argmin(1)
-        is_own = nearest == torch.arange(len(ends))
-        parts = torch.split(is_own, [len(one.ends) for one in sets])
-        own_start = rate_of({name: p.tolist() for name, p in zip(moves, parts, strict=True)})
+        own_start = rate_of((nearest == torch.arange(len(ends))).tolist(), labels)
     return Move(
         held=kind,
-        start=sets[0].start,
+        start=start,
         displacement=displacement,
         share=displacement.value / apart.value if apart.value > 0 else None,
         cosine=cosine,
@@ -341,9 +352,10 @@ def _move(kind: ImageKind, sets: Sequence[TriggerSet], *, seed: int) -> Move:
 
 
 def _nearest(
-    sets: Sequence[TriggerSet], memorized: PromptSet, control: PromptSet
+    sets: Sequence[TriggerSet], labels: Sequence[str], prompts: Mapping[PromptGroup, PromptSet]
 ) -> list[Nearest]:
     start = sets[0].start
+    memorized, control = prompts["memorized_prompts"], prompts["control_prompts"]
     others = torch.cat([memorized.embeddings, control.embeddings]).flatten(1).double()
     findings = []
     whats: tuple[Literal["triggers", "starts"], ...] = ("triggers", "starts")
@@ -351,30 +363,27 @@ def _nearest(
     for what, measure in product(whats, measures):
         if what == "starts" and start == "prompt":
             continue  # they are the image's own prompt
-        # number of the nearest prompt: 0 is the image's own
-        nearest: dict[str, torch.Tensor] = {}
+        # number of each embedding's nearest prompt: 0 is the image's own
+        numbers: list[int] = []
         for one in sets:
             rows = (one.ends if what == "triggers" else one.starts).flatten(1).double()
-            prompts = torch.cat([one.prompt.flatten()[None].double(), others])
+            near = torch.cat([one.prompt.flatten()[None].double(), others])
             if measure == "cosine":
-                nearest[one.pair.id] = (F.normalize(rows) @ F.normalize(prompts).T).argmax(1)
+                nearest = (F.normalize(rows) @ F.normalize(near).T).argmax(1)
             else:
-                nearest[one.pair.id] = torch.cdist(rows, prompts).argmin(1)
+                nearest = torch.cdist(rows, near).argmin(1)
+            numbers += nearest.tolist()
+        first_control, end = 1 + len(memorized.pairs), 1 + len(others)
         own, by_memorized, by_control = (
-            rate_of({k: ((low <= v) & (v < high)).tolist() for k, v in nearest.items()})
-            for low, high in (
-                (0, 1),
-                (1, 1 + len(memorized.pairs)),
-                (1 + len(memorized.pairs), 1 + len(others)),
-            )
+            rate_of([low <= number < high for number in numbers], labels)
+            for low, high in ((0, 1), (1, first_control), (first_control, end))
         )
-        chance = 1 / (1 + len(others))
-        findings.append(Nearest(what, start, measure, own, by_memorized, by_control, chance))
+        findings.append(Nearest(what, start, measure, own, by_memorized, by_control, 1 / end))
     return findings
 
 
 def _places(
-    triggers: Sequence[TriggerSet], memorized: PromptSet, control: PromptSet, *, seed: int
+    triggers: Sequence[TriggerSet], prompts: Mapping[PromptGroup, PromptSet], *, seed: int
 ) -> tuple[Place, ...]:
     """Project starts, ends and prompts together; nothing where there are fewer than four."""
     rows: list[tuple[PlaceKind, str, Init | None, int, torch.Tensor]] = []
@@ -382,33 +391,23 @@ def _places(
         for restart, start, end in zip(one.restarts, one.starts, one.ends, strict=True):
             rows.append(("start", one.pair.id, one.start, restart, start))
             rows.append(("end", one.pair.id, one.start, restart, end))
-    prompts = {one.pair.id: one.prompt for one in triggers}
-    rows += [("own_prompt", pair, None, 0, row) for pair, row in prompts.items()]
-    rows += [
-        ("memorized_prompt", pair.id, None, 0, row)
-        for pair, row in zip(memorized.pairs, memorized.embeddings, strict=True)
-    ]
-    rows += [
-        ("control_prompt", pair.id, None, 0, row)
-        for pair, row in zip(control.pairs, control.embeddings, strict=True)
-    ]
+    own_prompts = {one.pair.id: one.prompt for one in triggers}
+    rows += [("own_prompt", pair, None, 0, row) for pair, row in own_prompts.items()]
+    kinds: tuple[tuple[PlaceKind, PromptGroup], ...] = (
+        ("memorized_prompt", "memorized_prompts"), ("control_prompt", "control_prompts")
+    )  # fmt: skip
+    for kind, group in kinds:
+        for pair, row in zip(prompts[group].pairs, prompts[group].embeddings, strict=True):
+            rows.append((kind, pair.id, None, 0, row))
     if len(rows) < 4:
         return ()
     flat = torch.stack([row[-1] for row in rows]).flatten(1)
     pca = PCA(2, svd_solver="full").fit_transform(flat.double().numpy())
     tsne = TSNE(
-        2,
-        perplexity=min(PERPLEXITY, (len(rows) - 1) / 3),
-        metric="precomputed",
-        init="random",
+        2, perplexity=min(PERPLEXITY, (len(rows) - 1) / 3), metric="precomputed", init="random",
         random_state=seed,
-    ).fit_transform(distances(flat).numpy().astype(np.float32))
+    ).fit_transform(distances(flat).numpy().astype(np.float32))  # fmt: skip
     return tuple(
         Place(what, pair, start, restart, (float(a), float(b)), (float(c), float(d)))
         for (what, pair, start, restart, _), (a, b), (c, d) in zip(rows, pca, tsne, strict=True)
     )
-
-
-def _lengths(rows: torch.Tensor) -> list[float]:
-    lengths: list[float] = rows.flatten(1).double().norm(dim=1).tolist()
-    return lengths

@@ -7,9 +7,10 @@ generalise over. So means resample images first and triggers within them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +18,8 @@ from numpy.typing import ArrayLike
 from dori_lightning.metrics.statistics import cluster_bootstrap, wilson_interval
 
 DRAWS = 1000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ class Rate:
     ci95_images: tuple[float, float]
 
 
-def rate_of(outcomes: Mapping[str, Sequence[bool]]) -> Rate:
+def rate_of(works: Iterable[bool], labels: Iterable[str]) -> Rate:
     """Count successes.
 
     Args:
-        outcomes: Image to whether each of its embeddings replicates it; images without any are
-            left out.
+        works: Whether each embedding replicates its image.
+        labels: Image of each.
     """
-    images = {name: (sum(own), len(own)) for name, own in outcomes.items() if own}
+    images = {name: (sum(own), len(own)) for name, own in _by_image(works, labels).items()}
     hits = sum(own[0] for own in images.values())
     n = sum(own[1] for own in images.values())
     shares = [[own / count] for own, count in images.values()]
@@ -79,21 +82,28 @@ def rate_of(outcomes: Mapping[str, Sequence[bool]]) -> Rate:
     )
 
 
-def mean_estimate(values: Mapping[str, ArrayLike], *, seed: int = 0) -> Estimate:
+def mean_estimate(values: Iterable[float], labels: Iterable[str], *, seed: int = 0) -> Estimate:
     """Mean over all values; the interval resamples images, or values where there is one image.
 
     Args:
-        values: Image to its values; images without any are left out.
+        values: The values.
+        labels: Image of each.
         seed: Of the resampling.
     """
-    arrays = [np.asarray(own, np.float64).ravel() for own in values.values()]
-    arrays = [own for own in arrays if own.size]
+    arrays = [np.asarray(own, np.float64) for own in _by_image(values, labels).values()]
     if not arrays:
         return Estimate(math.nan, math.nan, math.nan, 0)
     pooled = np.concatenate(arrays)
     clusters = arrays if len(arrays) > 1 else list(pooled[:, None])
     low, high = cluster_bootstrap(clusters, draws=DRAWS, seed=seed)
     return Estimate(float(pooled.mean()), low, high, int(pooled.size))
+
+
+def _by_image(values: Iterable[T], labels: Iterable[str]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for value, label in zip(values, labels, strict=True):
+        found.setdefault(label, []).append(value)
+    return found
 
 
 def pair_estimates(

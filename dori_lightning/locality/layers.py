@@ -15,7 +15,7 @@ every mean, and so is what random selections of the same sizes would give.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dori_lightning.locality.embeddings import distances, relative_distances
+from dori_lightning.locality.embeddings import distances, lengths, relative_distances
 from dori_lightning.locality.estimates import Estimate, mean_estimate, pair_estimates
-from dori_lightning.models.protocol import Stage, TextToImage
+from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.cache import TENSORS, Tensors
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import Pair
@@ -41,6 +41,7 @@ BYTES = 1 << 15
 """Bytes of selections that are compared at once: 100 rows of their bits are 100 MB as floats."""
 
 Method = Literal["nemo", "wanda"]
+METHODS: tuple[Method, ...] = ("nemo", "wanda")
 GroupName = Literal["triggers", "starts", "memorized_prompts", "control_prompts"]
 GROUPS: tuple[GroupName, ...] = ("triggers", "starts", "memorized_prompts", "control_prompts")
 
@@ -113,68 +114,65 @@ class ActivationFindings:
     layers: tuple[LayerActivation, ...]
 
 
-def value_distances(
-    model: TextToImage, embeddings: torch.Tensor, stages: Sequence[Stage]
-) -> Tensors:
-    """Compare outputs of the cross-attention value layers; the denoiser does not run.
+def value_distances(layers: Mapping[str, nn.Module], embeddings: torch.Tensor) -> Tensors:
+    """Compare outputs of cross-attention value layers; the denoiser does not run.
 
     Args:
-        model: Checkpoint.
+        layers: L layers by name.
         embeddings: Text embeddings (N, T, D).
-        stages: Which layers; L of them.
 
     Returns:
-        ``distance`` (L, N, N) and ``length`` (L, N), float64, layers in execution order.
+        ``distance`` (L, N, N) and ``length`` (L, N), float64.
     """
-    compared = []
-    for layer in model.layers("cross_attention.value", stages).values():
-        weight, bias = _tensor(layer.weight), layer.bias
-        with torch.no_grad():
-            values = F.linear(
-                embeddings.to(weight.device, torch.float32),
-                weight.float(),
-                None if bias is None else _tensor(bias).float(),
-            )
-        compared.append(_distances_and_lengths(values))
-    return _stacked(compared)
+
+    def values(layer: nn.Module) -> torch.Tensor:
+        assert isinstance(layer, nn.Linear)
+        bias = None if layer.bias is None else layer.bias.float()
+        rows = embeddings.to(layer.weight.device, torch.float32)
+        return F.linear(rows, layer.weight.float(), bias)
+
+    with torch.no_grad():
+        return _compared(map(values, layers.values()))
 
 
 def feed_forward_distances(
     model: TextToImage,
+    layers: Mapping[str, nn.Module],
     embeddings: torch.Tensor,
-    stages: Sequence[Stage],
     *,
     noise: torch.Tensor,
     timestep: torch.Tensor,
 ) -> Tensors:
-    """Compare inputs of the feed-forward output layers in one pass of the denoiser.
+    """Compare inputs of feed-forward output layers in one pass of the denoiser.
 
     Args:
         model: Checkpoint; left as it was.
+        layers: L of its layers by name.
         embeddings: Text embeddings (N, T, D).
-        stages: Which layers; L of them.
         noise: What the denoiser is given (C, h, w), the same for every embedding.
         timestep: Scalar.
 
     Returns:
-        ``distance`` (L, N, N) and ``length`` (L, N), float64, layers in execution order.
+        ``distance`` (L, N, N) and ``length`` (L, N), float64.
     """
-    layers = model.layers("feed_forward.out", stages)
     first = _inputs(model, layers, embeddings[:1], noise=noise, timestep=timestep)
     sizes = {name: 4 * value.numel() * len(embeddings) for name, value in first.items()}
     parts = list(_within_memory(sizes))
-    compared = []
-    with progress_bar("trace activations", len(parts) * len(embeddings)) as advance:
-        for names in parts:
-            chosen = {name: layers[name] for name in names}
-            traced: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-            for rows in torch.split(embeddings, ROWS):
-                inputs = _inputs(model, chosen, rows, noise=noise, timestep=timestep)
-                for name, value in inputs.items():
-                    traced[name].append(value.cpu())
-                advance(len(rows))
-            compared += [_distances_and_lengths(torch.cat(traced.pop(name))) for name in names]
-    return _stacked(compared)
+
+    def traced() -> Iterator[torch.Tensor]:
+        with progress_bar("trace activations", len(parts) * len(embeddings)) as advance:
+            for names in parts:
+                chosen = {name: layers[name] for name in names}
+                inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+                for rows in torch.split(embeddings, ROWS):
+                    found = _inputs(model, chosen, rows, noise=noise, timestep=timestep)
+                    for name, value in found.items():
+                        inputs[name].append(value.cpu())
+                    advance(len(rows))
+                for name in names:
+                    yield torch.cat(inputs.pop(name))
+
+    return _compared(traced())
 
 
 def activation_findings(
@@ -197,21 +195,16 @@ def activation_findings(
     """
     rows = []
     for method, (names, tensors) in compared.items():
-        for name, distance, length in zip(
-            names, tensors["distance"], tensors["length"], strict=True
-        ):
+        for k, name in enumerate(names):
             for group, place in _places(groups):
-                apart, sizes = distance[place, place], length[place]
-                lengths: dict[str, list[float]] = {}
-                for label, size in zip(group.labels, sizes.tolist(), strict=True):
-                    lengths.setdefault(label, []).append(size)
+                apart, sizes = tensors["distance"][k, place, place], tensors["length"][k, place]
                 rows.append(
                     LayerActivation(
                         method,
                         name,
                         group.name,
                         len(group.labels),
-                        mean_estimate(lengths, seed=seed),
+                        mean_estimate(sizes.tolist(), group.labels, seed=seed),
                         *pair_estimates(apart, group.labels, seed=seed),
                         *pair_estimates(relative_distances(apart, sizes), group.labels, seed=seed),
                     )
@@ -219,12 +212,9 @@ def activation_findings(
     return ActivationFindings(timestep, noise_seed, tuple(rows))
 
 
-def _distances_and_lengths(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return distances(rows), rows.flatten(1).double().norm(dim=1).cpu()
-
-
-def _stacked(compared: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
-    distance, length = zip(*compared, strict=True)
+def _compared(layers: Iterable[torch.Tensor]) -> Tensors:
+    """Compare the N rows (N, ...) of each of L layers."""
+    distance, length = zip(*((distances(rows), lengths(rows)) for rows in layers), strict=True)
     return {"distance": torch.stack(distance), "length": torch.stack(length)}
 
 
@@ -272,11 +262,6 @@ def _inputs(
         for handle in handles:
             handle.remove()
     return inputs
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    assert isinstance(value, torch.Tensor)
-    return value
 
 
 @dataclass(frozen=True)
@@ -452,10 +437,7 @@ def weight_findings(
             sizes[method][parameter] = np.concatenate([both.diagonal() for both in shared])
         if any(one.memorized is not None for one in chosen):
             memorized[method] = {
-                group.name: (
-                    sum(one.memorized is True for one in chosen[place]),
-                    len(group.labels),
-                )
+                group.name: (sum(bool(one.memorized) for one in chosen[place]), len(group.labels))
                 for group, place in _places(groups)
             }
     agreement = _block_agreements(sizes, groups, seed=seed) if len(sizes) == 2 else ()
@@ -536,9 +518,6 @@ def _block_agreements(
         ours, theirs = ours[defined], theirs[defined]
         labels = [label for label, known in zip(group.labels, defined, strict=True) if known]
         overlaps = np.minimum(ours[:, None], theirs[None]).sum(2)
-        same: dict[str, list[float]] = {}
-        for label, overlap in zip(labels, overlaps.diagonal(), strict=True):
-            same.setdefault(label, []).append(float(overlap))
         within, between = pair_estimates((overlaps + overlaps.T) / 2, labels, seed=seed)
         findings.append(
             BlockAgreement(
@@ -547,7 +526,7 @@ def _block_agreements(
                 nemo=tuple(map(float, ours.mean(0))) if labels else (),
                 wanda=tuple(map(float, theirs.mean(0))) if labels else (),
                 shared_parameters=shared,
-                overlap=mean_estimate(same, seed=seed),
+                overlap=mean_estimate(overlaps.diagonal(), labels, seed=seed),
                 overlap_other=between if between.count else within,
                 overlap_other_images=between.count > 0,
                 undefined=len(group.labels) - len(labels),

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -33,13 +34,12 @@ from dori_lightning.audit.evaluation import (
     measure,
     prompt_conditionings,
 )
-from dori_lightning.locality.embeddings import ImageKind, PromptSet, TriggerSet
+from dori_lightning.locality.embeddings import ImageKind, PromptGroup, PromptSet, TriggerSet
 from dori_lightning.locality.estimates import Rate, rate_of
 from dori_lightning.locality.layers import (
     SELECTION,
     ActivationFindings,
     Group,
-    GroupName,
     Method,
     Selection,
     WeightFindings,
@@ -54,11 +54,7 @@ from dori_lightning.mitigations.base import EditResult, Mitigation, edit_key, se
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
-from dori_lightning.models.generation import (
-    GenerationRequest,
-    generate_images,
-    generation_noise,
-)
+from dori_lightning.models.generation import GenerationRequest, generate_images, generation_noise
 from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.runtime.cache import TENSORS, Cache, Tensors
 from dori_lightning.runtime.logging import progress_bar
@@ -193,8 +189,7 @@ class Study:
         settings: The task's settings.
         studied: Memorized images whose triggers are searched.
         controls: Control images that are attacked in the same way.
-        memorized: Prompts of other memorized images.
-        ordinary: Control prompts.
+        prompts: Of other memorized images, and of controls.
         calibration: What counts as replicating an image.
         replications: Folder of images to whether they replicate their image, as far as judged.
     """
@@ -203,8 +198,7 @@ class Study:
     settings: LocalitySettings
     studied: tuple[Pair, ...]
     controls: tuple[Pair, ...]
-    memorized: PromptSet
-    ordinary: PromptSet
+    prompts: Mapping[PromptGroup, PromptSet]
     calibration: Calibration
     replications: dict[Path, bool] = field(default_factory=dict)
 
@@ -343,10 +337,10 @@ def _rates(
     keys: Iterable[K], embeddings: Iterable[Conditioning], works: Iterable[bool]
 ) -> dict[K, Rate]:
     """Success rates by key, in the order of first appearance."""
-    outcomes: dict[K, dict[str, list[bool]]] = {}
+    outcomes: dict[K, list[tuple[bool, str]]] = {}
     for key, embedding, success in zip(keys, embeddings, works, strict=True):
-        outcomes.setdefault(key, {}).setdefault(embedding.pair.id, []).append(success)
-    return {key: rate_of(by_image) for key, by_image in outcomes.items()}
+        outcomes.setdefault(key, []).append((success, embedding.pair.id))
+    return {key: rate_of(*zip(*own, strict=True)) for key, own in outcomes.items()}
 
 
 def transfer_findings(
@@ -391,7 +385,7 @@ def _budget_points(
     diverged = [key(attack) for attack in attacks if attack.status == "diverged"]
     kinds: tuple[ImageKind, ...] = ("memorized", "control")
     return tuple(
-        BudgetPoint(kind, init, spent, rates.get(point) or rate_of({}), diverged.count(point))
+        BudgetPoint(kind, init, spent, rates.get(point) or rate_of((), ()), diverged.count(point))
         for kind in kinds
         for init in study.audit.attack.inits
         for spent in sorted({attack.condition.budget.steps for attack in attacks})
@@ -509,14 +503,9 @@ def groups_of(study: Study, triggers: SearchedTriggers) -> tuple[Group, ...]:
     else:
         log.warning(
             "%d working triggers from %s: there is nothing to compare in layers but prompts",
-            len(labels),
-            study.settings.start,
-        )
-    prompts: dict[GroupName, PromptSet] = {
-        "memorized_prompts": study.memorized,
-        "control_prompts": study.ordinary,
-    }
-    for name, own in prompts.items():
+            len(labels), study.settings.start,
+        )  # fmt: skip
+    for name, own in study.prompts.items():
         groups.append(Group(name, ("prompts",) * len(own.pairs), own.pairs, own.embeddings))
     return tuple(groups)
 
@@ -536,18 +525,17 @@ def compare_activations(study: Study, groups: Sequence[Group]) -> ActivationFind
         )
     timestep = steps[settings.activation_step]
     embeddings = torch.cat([group.embeddings for group in groups])
-    noise = generation_noise(settings.noise_seed, model.latent_shape)
-    nemo, wanda = settings.nemo.stages, settings.wanda.stages
     layers: dict[Method, Mapping[str, nn.Module]] = {
-        "nemo": model.layers("cross_attention.value", nemo),
-        "wanda": model.layers("feed_forward.out", wanda),
+        "nemo": model.layers("cross_attention.value", settings.nemo.stages),
+        "wanda": model.layers("feed_forward.out", settings.wanda.stages),
     }
     compare: dict[Method, Callable[[], Tensors]] = {
-        "nemo": lambda: value_distances(model, embeddings, nemo),
-        "wanda": lambda: feed_forward_distances(
-            model, embeddings, wanda, noise=noise, timestep=timestep
+        "nemo": partial(value_distances, layers["nemo"], embeddings),
+        "wanda": partial(
+            feed_forward_distances, model, layers["wanda"], embeddings, timestep=timestep,
+            noise=generation_noise(settings.noise_seed, model.latent_shape),
         ),
-    }
+    }  # fmt: skip
     key: dict[str, str | int] = {
         "checkpoint": model.fingerprint,
         "latents": str(model.latent_shape),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -24,12 +24,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from dori_lightning.metrics.replication import (
-    PairResult,
-)
+from dori_lightning.metrics.replication import PairResult
 from dori_lightning.report.comparison import HeadlineRow
 from dori_lightning.report.record import AuditReport
 from dori_lightning.report.tables import ball_words
@@ -205,8 +203,7 @@ def audit_figures(report: AuditReport) -> dict[str, Figure]:
     """Draw the figures of an audit, by name; those with nothing to show are left out."""
     spoken = (report.prompt_condition, report.headline_condition)
     conditions = [condition for condition in spoken if condition is not None]
-    rule = report.calibration
-    results = report.pair_results
+    rule, results = report.calibration, report.pair_results
     return _drawn(
         rate_against_steps=rate_against_steps(report.own_cells),
         similarity_histograms=similarity_histograms(
@@ -257,15 +254,16 @@ def write_figures(figures: Mapping[str, Figure], folder: Path) -> tuple[Path, ..
     )
 
 
+_Look = Mapping[str, Any]
+"""Colour, marker and line of a curve, as matplotlib names them."""
+
+
 @dataclass(frozen=True)
 class _Curve:
     """Memorization rates by position on the horizontal axis."""
 
     label: str
-    colour: str
-    line: str
-    marker: str
-    width: float
+    look: _Look
     cells: Mapping[int, Cell]
 
 
@@ -292,12 +290,12 @@ def rate_against_steps(cells: Sequence[Cell]) -> Figure | None:
     panels = []
     for attack in dict.fromkeys(_attack_of(c) for c in cells if c.condition.attack == "dori"):
         curves = []
-        for kind in KINDS:
+        for kind, (colour, marker, line) in KIND_LOOK.items():
+            look = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 1.8}
             curve = _by_steps((cell for cell in cells if cell.kind == kind), attack)
             if curve:
-                colour, marker, line = KIND_LOOK[kind]
-                label = f"{_KIND_PLURALS[kind]} (n = {max(c.n for c in curve.values())})"
-                curves.append(_Curve(label, colour, line, marker, 1.8, curve))
+                count = max(cell.n for cell in curve.values())
+                curves.append(_Curve(f"{_KIND_PLURALS[kind]} (n = {count})", look, curve))
         if curves:  # an attack whose every pair failed has no rate
             panels.append(_step_panel("", attack, curves))
     return _curve_panels(panels, "images reproduced")
@@ -309,33 +307,23 @@ def rates_against_steps(rows: Sequence[HeadlineRow], cells: Sequence[Cell]) -> F
     A panel for each checkpoint, initial point and radius. The rate from the prompts is the attack
     from there at 0 steps. None where no attack was measured at several steps.
     """
-    looks = _looks(rows)
-    panels = {}
-    for checkpoint, attack in dict.fromkeys(
-        (row.checkpoint, (init, row.norm, row.eps)) for row in rows for init in row.inits
-    ):
+    looks, panels = _looks(rows), {}
+    suspected = [cell for cell in cells if cell.kind == "vm"]
+    attacks = [(row.checkpoint, (i, row.norm, row.eps)) for row in rows for i in row.inits]
+    for checkpoint, attack in dict.fromkeys(attacks):
         curves = []
         for name, look in looks.items():
-            curve = _by_steps(
-                (
-                    cell
-                    for cell in cells
-                    if (cell.checkpoint, cell.mitigation, cell.kind) == (checkpoint, name, "vm")
-                ),
-                attack,
-            )
-            if curve:
-                curves.append(_Curve(name, *look, curve))
+            own = [c for c in suspected if (c.checkpoint, c.mitigation) == (checkpoint, name)]
+            if curve := _by_steps(own, attack):
+                curves.append(_Curve(name, look, curve))
         if any(len(curve.cells) > 2 for curve in curves):
             panels[checkpoint, attack] = curves
     several = len({checkpoint for checkpoint, _ in panels}) > 1
-    return _curve_panels(
-        [
-            _step_panel(f"{checkpoint}: " if several else "", attack, curves)
-            for (checkpoint, attack), curves in panels.items()
-        ],
-        "suspected images reproduced",
-    )
+    drawn = [
+        _step_panel(f"{checkpoint}: " if several else "", attack, curves)
+        for (checkpoint, attack), curves in panels.items()
+    ]
+    return _curve_panels(drawn, "suspected images reproduced")
 
 
 def rate_against_radius(rows: Sequence[HeadlineRow]) -> Figure | None:
@@ -366,7 +354,7 @@ def rate_against_radius(rows: Sequence[HeadlineRow]) -> Figure | None:
             panels.append(
                 _Panel(
                     f"{checkpoint}: from {INIT_NAMES[init]}",
-                    [_Curve(name, *looks[name], cells) for name, cells in found.items() if cells],
+                    [_Curve(name, looks[name], cells) for name, cells in found.items() if cells],
                     {
                         place: words.replace(", ", "\n")
                         for place, words in ticks.items()
@@ -395,19 +383,21 @@ def _by_steps(cells: Iterable[Cell], attack: _Attack) -> dict[int, Cell]:
     }  # fmt: skip
 
 
-def _looks(rows: Sequence[HeadlineRow]) -> dict[str, tuple[str, str, str, float]]:
-    """Colour, line, marker and line width of each mitigation; the baseline stands out."""
+def _looks(rows: Sequence[HeadlineRow]) -> dict[str, _Look]:
+    """The look of each mitigation; the baseline stands out."""
     names = dict.fromkeys(row.mitigation for row in rows if row.mitigation != BASELINE)
     lines, markers = ("-", "--", ":"), "osD^vPX"
-    return {BASELINE: (TEXT, "-", "o", 2.6)} | {
-        name: (
-            SERIES[place % len(SERIES)],
-            lines[place // len(SERIES) % len(lines)],
-            markers[place % len(markers)],
-            1.8,
-        )
-        for place, name in enumerate(names)
+    looks: dict[str, _Look] = {
+        BASELINE: {"color": TEXT, "linestyle": "-", "marker": "o", "linewidth": 2.6}
     }
+    for place, name in enumerate(names):
+        looks[name] = {
+            "color": SERIES[place % len(SERIES)],
+            "linestyle": lines[place // len(SERIES) % len(lines)],
+            "marker": markers[place % len(markers)],
+            "linewidth": 1.8,
+        }
+    return looks
 
 
 def _step_panel(prefix: str, attack: _Attack, curves: Sequence[_Curve]) -> _Panel:
@@ -437,15 +427,13 @@ def _curve_panels(panels: Sequence[_Panel], ylabel: str) -> Figure | None:
             aside = (place - (len(panel.curves) - 1) / 2) * 5 / 72 if few else 0.0
             axes.errorbar(
                 at, rates, yerr=np.clip(abs(bounds - rates), 0, None) if few else None,
-                color=curve.colour, marker=curve.marker, linestyle=curve.line,
-                linewidth=curve.width, elinewidth=1.2, capsize=2.5, markersize=5.5,
+                **curve.look, elinewidth=1.2, capsize=2.5, markersize=5.5,
                 transform=axes.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans),
                 clip_on=False, label=curve.label,
             )  # fmt: skip
         if panel.xlabel:  # steps
             axes.set_xscale("symlog", linthresh=1.0)
             axes.set_xlim(0.8 * min(panel.ticks) or -0.25, 1.2 * max(panel.ticks) or 0.25)
-        axes.xaxis.set_major_locator(FixedLocator(list(panel.ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
         axes.tick_params(axis="x", labelsize=8.5 if len(panel.ticks) > 6 else 10)
@@ -479,12 +467,9 @@ def similarity_histograms(
     for row, kind in zip(grid, kinds, strict=True):
         for axes, condition in zip(row, conditions, strict=True):
             plain_axes(axes)
-            axes.hist(
-                [
-                    r.statistic for r in shown if r.pair.kind == kind and r.condition == condition
-                ],
-                bins=bins, color=KIND_LOOK[kind][0], edgecolor=GROUND, linewidth=0.6,
-            )  # fmt: skip
+            own = [r.statistic for r in shown if (r.pair.kind, r.condition) == (kind, condition)]
+            colour = KIND_LOOK[kind][0]
+            axes.hist(own, bins=bins, color=colour, edgecolor=GROUND, linewidth=0.6)
             axes.axvline(calibration.threshold, color=ALARM, linewidth=1.6, linestyle="--")
             axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
         row[0].set_ylabel(_KIND_PLURALS[kind].replace("suspected ", "suspected\n"))
@@ -529,9 +514,7 @@ def roc(calibration: Calibration) -> Figure | None:
 
 @styled()
 def memorization_against_repeats(
-    groups: Mapping[str, tuple[Sequence[PairResult], Sequence[Condition]]],
-    *,
-    threshold: float,
+    groups: Mapping[str, tuple[Sequence[PairResult], Sequence[Condition]]], *, threshold: float
 ) -> Figure | None:
     """Draw similarity of suspected images against how often each was repeated in training.
 
@@ -689,9 +672,9 @@ def removal_against_cost(rows: Sequence[HeadlineRow]) -> Figure | None:
                 color=ALARM if cell.hits else KIND_LOOK["vm"][0], marker="o", markersize=8,
                 elinewidth=1.2, linestyle="none", clip_on=False, zorder=3,
             )  # fmt: skip
+            # names of marks at one height go up and down in turn
             axes.annotate(
                 row.mitigation, (ratio - 1.0, cell.mr), fontsize=9, color=TEXT,
-                # names of marks at one height go up and down in turn
                 xytext=(8, 8 if place % 2 == 0 else -14), textcoords="offset points",
             )  # fmt: skip
         share_axis(axes)

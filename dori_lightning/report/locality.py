@@ -35,6 +35,7 @@ from dori_lightning.report.record import (
 from dori_lightning.report.tables import Columns, TextTable, tables_markdown, text_table
 from dori_lightning.report.words import (
     METHOD_WORDS,
+    NOTHING,
     START_WORDS,
     budget_words,
     escape,
@@ -206,7 +207,7 @@ def render_locality_page(report: LocalityReport, figures: Mapping[str, Figure]) 
         figures={name: svg_element(figure, name) for name, figure in figures.items()},
         budget=budget_words(report.budget),
         images=image_table(report),
-        tables=number_tables(report),
+        tables=list(number_tables(report)),
         config=json.dumps(config, indent=2, sort_keys=True, default=str),
     )
 
@@ -480,11 +481,11 @@ def image_table(report: LocalityReport) -> TextTable:
     """How many attacks on each image worked."""
     starts: list[Init] = list(dict.fromkeys(s for image in report.images for s in image.attacked))
 
-    def worked(start: Init) -> Callable[[StudiedImage], str]:
+    def worked(start: Init) -> Callable[[Any], str]:
         return lambda image: (
             f"{image.working[start]} of {image.attacked[start]}"
             if start in image.attacked
-            else "-"
+            else NOTHING
         )
 
     return text_table(
@@ -496,29 +497,24 @@ def image_table(report: LocalityReport) -> TextTable:
     )
 
 
-def number_tables(report: LocalityReport) -> tuple[TextTable, ...]:
+def number_tables(report: LocalityReport) -> Iterator[TextTable]:
     """Every number behind the figures, with its interval."""
-    return tuple(_number_tables(report))
-
-
-def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
     if report.transfer is not None:
         yield text_table(
             "Success against budget",
             "Attacks that draw their image after some steps, on the model that was attacked.",
             report.transfer.budget,
-            {
-                "images": lambda p: p.held,
-                "start": lambda p: START_WORDS[p.start],
-                "steps": lambda p: str(p.steps),
-            },
+            {**_HELD, **_START, "steps": lambda p: str(p.steps)},
             {**_RATE, "diverged": lambda p: str(p.diverged)},
         )
         yield text_table(
             "Lines between embeddings",
             "Embeddings on straight lines from a trigger that draw its image.",
             report.transfer.lines,
-            {"towards": _spaced("toward"), "share of the way": lambda p: f"{p.place:g}"},
+            {
+                "towards": lambda p: p.toward.replace("_", " "),
+                "share of the way": lambda p: f"{p.place:g}",
+            },
             _RATE,
         )
         yield text_table(
@@ -528,8 +524,8 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             report.transfer.transfers,
             {
                 "model": lambda t: t.model + (" (searched)" if t.searched else ""),
-                "images": lambda t: t.held,
-                "start": lambda t: START_WORDS[t.start],
+                **_HELD,
+                **_START,
             },
             _RATE,
         )
@@ -539,14 +535,12 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             "Means over pairs of one image and of two images (prompts: over all pairs), with 95 % "
             "bootstrap intervals.",
             report.embeddings.spreads,
-            {"group": _spaced("group"), "start": lambda s: START_WORDS.get(s.start or "", "-")},
+            {**_GROUP, **_START},
             {
                 "embeddings": lambda s: str(s.count),
                 "length": lambda s: estimate_words(s.length, 1),
-                "distance": lambda s: estimate_words(s.distance, 1),
-                "distance, two images": lambda s: estimate_words(s.distance_between, 1),
-                "cosine": lambda s: estimate_words(s.cosine),
-                "cosine, two images": lambda s: estimate_words(s.cosine_between),
+                **_within_and_between("distance", digits=1),
+                **_within_and_between("cosine"),
             },
         )
         yield text_table(
@@ -554,12 +548,11 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             "Displacement from start to end; share of the distance of two starts; cosine of two "
             "displacements; ends whose nearest start is their own.",
             report.embeddings.moves,
-            {"images": lambda m: m.held, "start": lambda m: START_WORDS[m.start]},
+            {**_HELD, **_START},
             {
                 "displacement": lambda m: estimate_words(m.displacement, 1),
-                "share": lambda m: percent_words(m.share) if m.share is not None else "-",
-                "cosine": lambda m: estimate_words(m.cosine),
-                "cosine, two images": lambda m: estimate_words(m.cosine_between),
+                "share": lambda m: NOTHING if m.share is None else percent_words(m.share),
+                **_within_and_between("cosine"),
                 "own start nearest": lambda m: _counts(m.own_start),
             },
         )
@@ -567,11 +560,7 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             "Nearest prompt",
             "Whose prompt is nearest: the image's own, another memorized image's, or a control's.",
             report.embeddings.nearest,
-            {
-                "embeddings": lambda n: n.what,
-                "start": lambda n: START_WORDS[n.start],
-                "by": lambda n: n.measure,
-            },
+            {"embeddings": lambda n: n.what, **_START, "by": lambda n: n.measure},
             {
                 "own": lambda n: _counts(n.own),
                 "memorized": lambda n: _counts(n.memorized),
@@ -585,18 +574,12 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             "Mean distances of activations within an image and between images, and the same "
             "relative to the activations' size, with 95 % bootstrap intervals.",
             report.activations.layers,
-            {
-                "method": lambda r: METHOD_WORDS[r.method],
-                "layer": lambda r: short_layer(r.layer),
-                "group": _spaced("group"),
-            },
+            {**_METHOD, "layer": lambda r: short_layer(r.layer), **_GROUP},
             {
                 "n": lambda r: str(r.count),
                 "size": lambda r: estimate_words(r.length, 1),
-                "distance": lambda r: estimate_words(r.distance, 1),
-                "distance, two images": lambda r: estimate_words(r.distance_between, 1),
-                "relative": lambda r: estimate_words(r.relative),
-                "relative, two images": lambda r: estimate_words(r.relative_between),
+                **_within_and_between("distance", digits=1),
+                **_within_and_between("relative"),
             },
         )
     if report.weights is not None:
@@ -606,17 +589,12 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
             "within an image and between images; without pairs that are both empty; by chance at "
             "these sizes; pairs that are both empty, of those compared.",
             report.weights.layers,
-            {
-                "method": lambda r: METHOD_WORDS[r.method],
-                "layer": lambda r: short_layer(r.parameter),
-                "group": _spaced("group"),
-            },
+            {**_METHOD, "layer": lambda r: short_layer(r.parameter), **_GROUP},
             {
                 "n": lambda r: str(r.count),
                 "could be": lambda r: str(r.units),
                 "selected": lambda r: f"{r.size:.1f} ({r.smallest} to {r.largest})",
-                "IoU": lambda r: estimate_words(r.iou),
-                "IoU, two images": lambda r: estimate_words(r.iou_between),
+                **_within_and_between("iou", words="IoU"),
                 "not both empty": lambda r: mean_words(r.iou_nonempty),
                 "chance": lambda r: mean_words(r.chance),
                 "both empty": lambda r: f"{r.both_empty} of {r.compared}",
@@ -624,6 +602,10 @@ def _number_tables(report: LocalityReport) -> Iterator[TextTable]:
         )
 
 
+_HELD: Columns[Any] = {"images": lambda row: row.held}
+_START: Columns[Any] = {"start": lambda row: START_WORDS.get(row.start, NOTHING)}
+_GROUP: Columns[Any] = {"group": lambda row: row.group.replace("_", " ")}
+_METHOD: Columns[Any] = {"method": lambda row: METHOD_WORDS[row.method]}
 _RATE: Columns[Any] = {
     "n": lambda row: str(row.rate.n),
     "draw it": lambda row: str(row.rate.hits),
@@ -633,11 +615,18 @@ _RATE: Columns[Any] = {
 }
 
 
-def _spaced(attribute: str) -> Callable[[Any], str]:
-    return lambda row: str(getattr(row, attribute)).replace("_", " ")
+def _within_and_between(attribute: str, *, words: str = "", digits: int = 2) -> Columns[Any]:
+    """Columns of a mean over pairs of one image, and of that over pairs of two images."""
+    words = words or attribute
+    return {
+        words: lambda row: estimate_words(getattr(row, attribute), digits),
+        f"{words}, two images": lambda row: estimate_words(
+            getattr(row, f"{attribute}_between"), digits
+        ),
+    }
 
 
 def _counts(rate: Rate | None) -> str:
     if rate is None or not rate.n:
-        return "-"
+        return NOTHING
     return f"{rate.hits} of {rate.n} ({interval_words(rate.ci95)})"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from dori_lightning.locality.embeddings import EmbeddingFindings, Move, Place, Spread
 from dori_lightning.locality.estimates import Estimate, Rate
 from dori_lightning.locality.layers import (
     GROUPS,
+    METHODS,
     ActivationFindings,
     GroupName,
+    Method,
     WeightFindings,
     block_of,
 )
@@ -30,6 +32,7 @@ from dori_lightning.report.figures import (
     TEXT,
     new_figure,
     plain_axes,
+    share_axis,
     styled,
     under_legend,
 )
@@ -54,17 +57,13 @@ def budget(found: TransferFindings, start: str) -> Figure | None:
     points = sorted((p for p in found.budget if p.start == start), key=lambda p: p.steps)
     if not points:
         return None
-    figure = new_figure(6.8, 3.9)
-    axes = figure.subplots()
-    for held, (colour, marker, _) in (
-        ("memorized", KIND_LOOK["vm"]),
-        ("control", KIND_LOOK["control"]),
-    ):
+    figure, axes = _rate_axes()
+    looks = {"memorized": KIND_LOOK["vm"], "control": KIND_LOOK["control"]}
+    for held, look in looks.items():
         own = [(p.steps, p.rate) for p in points if p.held == held]
-        _curve(axes, own, colour, marker, f"{held} images")
+        _curve(axes, own, *look[:2], f"{held} images")
     steps = sorted({p.steps for p in points})
     axes.set_xscale("symlog", linthresh=1.0)
-    axes.xaxis.set_major_locator(FixedLocator(steps))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(steps, [str(s) for s in steps])
     axes.set_xlabel(f"attack steps from {START_WORDS[start]}")
@@ -77,16 +76,15 @@ def lines(found: TransferFindings) -> Figure | None:
     """Draw success along lines from triggers."""
     if not found.lines:
         return None
-    figure = new_figure(6.8, 3.9)
-    axes = figure.subplots()
+    figure, axes = _rate_axes()
     for toward, label, group in (
         ("same_image", "another trigger of the image", "triggers"),
         ("other_image", "a trigger of another image", "memorized_prompts"),
         ("random", "a random embedding", "starts"),
     ):
         points = sorted((p for p in found.lines if p.toward == toward), key=lambda p: p.place)
-        colour, marker, _ = GROUP_LOOK[group]
-        _curve(axes, [(p.place, p.rate) for p in points], colour, marker, f"to {label}")
+        own = [(p.place, p.rate) for p in points]
+        _curve(axes, own, *GROUP_LOOK[group][:2], f"to {label}")
     axes.set_xlim(0, 1)
     axes.set_xticks(sorted({p.place for p in found.lines} | {0.0, 1.0}))
     axes.set_xlabel("share of the way; the trigger is at 0")
@@ -94,28 +92,28 @@ def lines(found: TransferFindings) -> Figure | None:
     return figure
 
 
+def _rate_axes() -> tuple[Figure, Axes]:
+    figure = new_figure(6.8, 3.9)
+    axes = figure.subplots()
+    plain_axes(axes)
+    share_axis(axes)
+    axes.set_ylabel("draw their image")
+    return figure, axes
+
+
 def _curve(
     axes: Axes, points: Sequence[tuple[float, Rate]], colour: str, marker: str, label: str
 ) -> None:
-    """Draw rates with their intervals over one axis of shares."""
-    plain_axes(axes)
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylabel("draw their image")
+    """Draw rates with their intervals."""
     if not points:
         return
     at, rates = zip(*points, strict=True)
     low, high = zip(*(rate.ci95 for rate in rates), strict=True)
     axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
     axes.plot(
-        at,
-        [rate.rate for rate in rates],
-        color=colour,
-        marker=marker,
-        linewidth=2,
-        label=f"{label} (n = {max(rate.n for rate in rates)})",
-        clip_on=False,
-    )
+        at, [rate.rate for rate in rates], color=colour, marker=marker, linewidth=2,
+        label=f"{label} (n = {max(rate.n for rate in rates)})", clip_on=False,
+    )  # fmt: skip
 
 
 @styled()
@@ -140,16 +138,10 @@ def transfer(found: TransferFindings) -> Figure | None:
         alpha = 1.0 if memorized else 0.45
         axes.plot(t.rate.ci95, [place] * 2, color=colour, linewidth=1.6, alpha=alpha)
         axes.plot(
-            t.rate.rate,
-            place,
-            linestyle="none",
-            color=colour,
-            clip_on=False,
-            marker="o" if memorized else "^",
-            markersize=8 if memorized else 6,
-            markerfacecolor=colour if memorized else GROUND,
-            label=label if memorized else None,
-        )
+            t.rate.rate, place, linestyle="none", color=colour, clip_on=False,
+            marker="o" if memorized else "^", markersize=8 if memorized else 6,
+            markerfacecolor=colour if memorized else GROUND, label=label if memorized else None,
+        )  # fmt: skip
     searched = {t.model for t in found.transfers if t.searched}
     names = [
         ("checkpoint\nas it is" if model == "none" else model)
@@ -222,15 +214,9 @@ def _mean(
     if not math.isnan(estimate.low) and (filled or not upright):
         axes.plot(*(interval[::-1] if upright else interval), color=colour, linewidth=1.6)
     axes.plot(
-        *(centre[::-1] if upright else centre),
-        marker=marker,
-        color=colour,
-        markersize=6,
-        linestyle="none",
-        markerfacecolor=colour if filled else GROUND,
-        clip_on=False,
-        **style,
-    )
+        *(centre[::-1] if upright else centre), marker=marker, color=colour, markersize=6,
+        linestyle="none", markerfacecolor=colour if filled else GROUND, clip_on=False, **style,
+    )  # fmt: skip
 
 
 @styled()
@@ -240,12 +226,11 @@ def map_of(found: EmbeddingFindings) -> Figure | None:
         return None
     figure = new_figure(11.0, 5.4)
     grid = figure.subplots(1, 2)
-    for axes, kind, title in zip(
-        grid, ("pca", "tsne"), ("principal components", "t-SNE"), strict=True
-    ):
+    for axes, kind in zip(grid, ("pca", "tsne"), strict=True):
         _scatter(axes, found.places, kind)
-        axes.set_title(title)
         axes.set(xticks=[], yticks=[])
+    grid[0].set_title("principal components")
+    grid[1].set_title("t-SNE")
     under_legend(figure, grid[0], columns=3)
     return figure
 
@@ -294,20 +279,16 @@ def activations(found: ActivationFindings) -> Figure | None:
     """Draw mean distances of activations by layer and group, for each method's layers."""
     if not found.layers:
         return None
-    layers = {
-        method: list(dict.fromkeys(row.layer for row in found.layers if row.method == method))
-        for method in METHOD_WORDS
-    }
-    figure, panels = _sheet(layers, "mean distance", "relative to size")
+    places = _layer_places((row.method, row.layer) for row in found.layers)
+    figure, panels = _layer_panels(places, "mean distance", "relative to size")
     for row in found.layers:
-        place = layers[row.method].index(row.layer)
         upper, lower = panels[row.method]
+        place = places[row.method].index(row.layer)
         _by_group(upper, row.distance, row.distance_between, place, row.group)
         _by_group(lower, row.relative, row.relative_between, place, row.group)
-    for upper, lower in panels.values():
-        upper.set_ylim(bottom=0)
-        lower.set_ylim(bottom=0)
-    under_legend(figure, *(axes for both in panels.values() for axes in both))
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)
+    under_legend(figure, *figure.axes)
     return figure
 
 
@@ -316,14 +297,11 @@ def weights(found: WeightFindings) -> Figure | None:
     """Draw agreement of selections by layer and group, with their sizes, for each method."""
     if not found.layers:
         return None
-    layers = {
-        method: list(dict.fromkeys(row.parameter for row in found.layers if row.method == method))
-        for method in METHOD_WORDS
-    }
-    figure, panels = _sheet(layers, "intersection over union", "selected, % of layer")
+    places = _layer_places((row.method, row.parameter) for row in found.layers)
+    figure, panels = _layer_panels(places, "intersection over union", "selected, % of layer")
     for row in found.layers:
-        place = layers[row.method].index(row.parameter)
         upper, lower = panels[row.method]
+        place = places[row.method].index(row.parameter)
         _by_group(upper, row.iou, row.iou_between, place, row.group)
         at = place + _shift(row.group)
         if not math.isnan(row.chance):
@@ -333,7 +311,7 @@ def weights(found: WeightFindings) -> Figure | None:
     for upper, lower in panels.values():
         upper.set_ylim(-0.03, 1.05)
         lower.set_ylim(bottom=0)
-    under_legend(figure, *(axes for both in panels.values() for axes in both))
+    under_legend(figure, *figure.axes)
     return figure
 
 
@@ -358,35 +336,35 @@ def methods(found: WeightFindings) -> Figure | None:
     return figure
 
 
-def _sheet(
-    layers: dict[str, list[str]], upper_label: str, lower_label: str
-) -> tuple[Figure, dict[str, tuple[Axes, Axes]]]:
+def _layer_places(layers: Iterable[tuple[Method, str]]) -> dict[Method, list[str]]:
+    """Layers of each method, in the order of its panels."""
+    named = list(dict.fromkeys(layers))
+    of = {method: [layer for own, layer in named if own == method] for method in METHODS}
+    return {method: own for method, own in of.items() if own}
+
+
+def _layer_panels(
+    layers: Mapping[Method, Sequence[str]], upper_label: str, lower_label: str
+) -> tuple[Figure, dict[Method, tuple[Axes, Axes]]]:
     """A figure with two panels above each other per method; methods beside each other."""
-    shown = {method: own for method, own in layers.items() if own}
-    widths = [len(own) for own in shown.values()]
+    widths = [len(own) for own in layers.values()]
     figure = new_figure(2.0 + 0.48 * sum(widths), 6.4)
-    upper, lower = figure.subplots(
-        2, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths}
-    )
-    for k, (method, own) in enumerate(shown.items()):
-        _layer_axis(upper[k], [])
-        _layer_axis(lower[k], own)
-        upper[k].set_title(METHOD_WORDS[method])
-    upper[0].set_ylabel(upper_label)
-    lower[0].set_ylabel(lower_label)
-    return figure, dict(zip(shown, zip(upper, lower, strict=True), strict=True))
+    grid = figure.subplots(2, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
+    for (upper, lower), (method, own) in zip(grid.T, layers.items(), strict=True):
+        _layer_axis(upper, [])
+        _layer_axis(lower, own)
+        upper.set_title(METHOD_WORDS[method])
+    grid[0, 0].set_ylabel(upper_label)
+    grid[1, 0].set_ylabel(lower_label)
+    return figure, dict(zip(layers, map(tuple, grid.T), strict=True))
 
 
 def _layer_axis(axes: Axes, layers: Sequence[str]) -> None:
     plain_axes(axes)
     axes.set_xticks(
-        range(len(layers)),
-        [short_layer(name) for name in layers],
-        rotation=60,
-        fontsize=9,
-        ha="right",
-        rotation_mode="anchor",
-    )
+        range(len(layers)), [short_layer(name) for name in layers],
+        rotation=60, fontsize=9, ha="right", rotation_mode="anchor",
+    )  # fmt: skip
 
 
 def _shift(group: GroupName) -> float:

@@ -15,7 +15,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dori_lightning.attacks.budget import AttackSettings
-from dori_lightning.locality.embeddings import PromptSet, TriggerSet, embedding_findings
+from dori_lightning.locality.embeddings import (
+    PromptGroup,
+    PromptSet,
+    TriggerSet,
+    embedding_findings,
+)
 from dori_lightning.locality.study import (
     LocalitySettings,
     Part,
@@ -74,6 +79,7 @@ def _study(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         triggers = search(study, edit=edit.identity)
     transfer = transfer_findings(study, triggers, models) if "triggers" in parts else None
     groups = groups_of(study, triggers)
+    compared = {name: tuple(p.id for p in own.pairs) for name, own in study.prompts.items()}
     report = LocalityReport(
         checkpoint=audit.model.name,
         mitigation=audit.mitigation.name,
@@ -84,13 +90,12 @@ def _study(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         threshold=study.calibration.threshold,
         pictures_each=audit.sampling.images_per_pair,
         images=_images(triggers),
-        memorized_prompts=tuple(pair.id for pair in study.memorized.pairs),
-        control_prompts=tuple(pair.id for pair in study.ordinary.pairs),
+        memorized_prompts=compared["memorized_prompts"],
+        control_prompts=compared["control_prompts"],
         embeddings=embedding_findings(
             [own.only_working() for own in triggers.memorized],
             triggers.controls,
-            memorized_prompts=study.memorized,
-            control_prompts=study.ordinary,
+            study.prompts,
             seed=audit.seed,
         )
         if "embeddings" in parts
@@ -145,14 +150,15 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
     audit = audit_context(cfg, folder, pairs)
     audit = replace(audit, attack=replace(audit.attack, snapshots=(0, *audit.attack.snapshots)))
     distributed.start(audit.make_trainer())
-    data = audit.data
     return Study(
         audit=audit,
         settings=settings,
         studied=chosen["studied"],
         controls=chosen["controls"],
-        memorized=PromptSet(chosen["memorized"], data.batch(chosen["memorized"]).embeddings),
-        ordinary=PromptSet(chosen["ordinary"], data.batch(chosen["ordinary"]).embeddings),
+        prompts={
+            name: PromptSet(chosen[name], audit.data.batch(chosen[name]).embeddings)
+            for name in get_args(PromptGroup)
+        },
         calibration=find_threshold(audit),
     )
 
@@ -229,7 +235,7 @@ def read_settings(cfg: DictConfig, attack: AttackSettings) -> LocalitySettings:
 
 def choose_pairs(
     pairs: Sequence[Pair], settings: LocalitySettings
-) -> Mapping[Literal["studied", "controls", "memorized", "ordinary"], tuple[Pair, ...]]:
+) -> Mapping[Literal["studied", "controls", PromptGroup], tuple[Pair, ...]]:
     """Choose who is studied and who is compared with, by place in the list, never by result.
 
     Args:
@@ -238,8 +244,8 @@ def choose_pairs(
 
     Returns:
         ``studied``: memorized images whose triggers are searched; ``controls``: control images
-        that are attacked; ``memorized``: others whose prompts are compared with, vm before tm;
-        ``ordinary``: control pairs whose prompts are compared with.
+        that are attacked; ``memorized_prompts``: others whose prompts are compared with, vm
+        before tm; ``control_prompts``: control pairs whose prompts are compared with.
 
     Raises:
         InputError: An id is not in the list, or there are too few pairs of a kind.
@@ -273,6 +279,6 @@ def choose_pairs(
     return {
         "studied": studied,
         "controls": controls[: settings.control_images],
-        "memorized": tuple(others[: settings.prompts]),
-        "ordinary": controls[: settings.prompts],
+        "memorized_prompts": tuple(others[: settings.prompts]),
+        "control_prompts": controls[: settings.prompts],
     }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dori_lightning.locality.embeddings import PromptSet, TriggerSet
+from dori_lightning.locality.embeddings import PromptGroup, PromptSet, TriggerSet
 from dori_lightning.types import Pair
 
 
@@ -30,8 +30,11 @@ def triggers(
     )
 
 
-def prompt_sets() -> tuple[PromptSet, PromptSet]:
+def prompt_sets() -> dict[PromptGroup, PromptSet]:
     """Three memorized and three control prompts."""
-    memorized = PromptSet(tuple(pair(f"m{k}") for k in range(3)), rows(3, 50))
-    control = PromptSet(tuple(pair(f"c{k}", "control") for k in range(3)), rows(3, 51))
-    return memorized, control
+    return {
+        "memorized_prompts": PromptSet(tuple(pair(f"m{k}") for k in range(3)), rows(3, 50)),
+        "control_prompts": PromptSet(
+            tuple(pair(f"c{k}", "control") for k in range(3)), rows(3, 51)
+        ),
+    }

@@ -1,10 +1,12 @@
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from dori_lightning.locality.embeddings import (
-    PromptSet,
+    EmbeddingFindings,
+    TriggerSet,
     cosines,
     distances,
     embedding_findings,
@@ -13,7 +15,7 @@ from dori_lightning.locality.embeddings import (
 from support.locality import prompt_sets, rows, triggers
 
 
-def test_distances_and_cosines_are_those_of_flat_vectors() -> None:
+def test_distances_and_cosines_are_those_of_flat_vectors():
     many = rows(5, 0, shape=(3, 7))
     flat = many.flatten(1).double()
     assert torch.allclose(distances(many), torch.cdist(flat, flat))
@@ -25,14 +27,14 @@ def test_distances_and_cosines_are_those_of_flat_vectors() -> None:
     ), "near rows keep their digits"
 
 
-def test_parts_of_columns_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_columns_add_up(monkeypatch):
     many = rows(4, 1, shape=(5, 11))
     whole = distances(many)
     monkeypatch.setattr("dori_lightning.locality.embeddings.COLUMNS", 7)
     assert torch.allclose(distances(many), whole)
 
 
-def test_relative_distance_knows_no_scale() -> None:
+def test_relative_distance_knows_no_scale():
     many = rows(4, 2)
     length = many.flatten(1).double().norm(dim=1)
     own = relative_distances(distances(many), length)
@@ -43,18 +45,18 @@ def test_relative_distance_knows_no_scale() -> None:
     )
 
 
-@pytest.fixture
-def prompts() -> tuple[PromptSet, PromptSet]:
-    return prompt_sets()
+PROMPTS = prompt_sets()
 
 
-def test_short_moves_from_far_starts_are_seen_as_such(
-    prompts: tuple[PromptSet, PromptSet],
-) -> None:
+def compare(*sets: TriggerSet, controls: Sequence[TriggerSet] = ()) -> EmbeddingFindings:
+    return embedding_findings(sets, controls, PROMPTS)
+
+
+def test_short_moves_from_far_starts_are_seen_as_such():
     """The honest control: ends are as scattered as starts, and stay beside their own."""
     way = rows(1, 7)[0] / 10
     sets = [triggers(name, rows(6, k), rows(6, k) + way) for k, name in enumerate("ab")]
-    found = embedding_findings(sets, [], memorized_prompts=prompts[0], control_prompts=prompts[1])
+    found = compare(*sets)
     spread = {s.group: s for s in found.spreads}
     assert spread["triggers"].distance.value == pytest.approx(spread["starts"].distance.value)
     (move,) = found.moves
@@ -66,14 +68,12 @@ def test_short_moves_from_far_starts_are_seen_as_such(
     assert found.random_distance == pytest.approx(math.sqrt(2 * 4 * 6))
 
 
-def test_ends_that_meet_in_one_place_are_seen_as_such(
-    prompts: tuple[PromptSet, PromptSet],
-) -> None:
+def test_ends_that_meet_in_one_place_are_seen_as_such():
     sets = [
         triggers(name, rows(6, k), rows(1, 90 + k).expand(6, -1, -1) + 0.01 * rows(6, 40 + k))
         for k, name in enumerate("ab")
     ]
-    found = embedding_findings(sets, [], memorized_prompts=prompts[0], control_prompts=prompts[1])
+    found = compare(*sets)
     ends = next(s for s in found.spreads if s.group == "triggers")
     assert ends.distance.value < 0.2 * ends.distance_between.value
     assert ends.cosine.value > 0.99 > ends.cosine_between.high
@@ -81,15 +81,11 @@ def test_ends_that_meet_in_one_place_are_seen_as_such(
     assert found.moves[0].own_start.rate < 0.5
 
 
-def test_the_nearest_prompt_is_counted_with_its_chance(
-    prompts: tuple[PromptSet, PromptSet],
-) -> None:
+def test_the_nearest_prompt_is_counted_with_its_chance():
     own = triggers("a", rows(4, 0), rows(4, 1))
     at_prompt = triggers("a", rows(4, 0), own.prompt.expand(4, -1, -1) + 0.01 * rows(4, 2))
-    at_memorized = triggers("b", rows(2, 3), prompts[0].embeddings[:2])
-    found = embedding_findings(
-        [at_prompt, at_memorized], [], memorized_prompts=prompts[0], control_prompts=prompts[1]
-    )
+    at_memorized = triggers("b", rows(2, 3), PROMPTS["memorized_prompts"].embeddings[:2])
+    found = compare(at_prompt, at_memorized)
     for measure in ("distance", "cosine"):
         near = next(n for n in found.nearest if (n.what, n.measure) == ("triggers", measure))
         assert (near.own.hits, near.memorized.hits, near.control.hits) == (4, 2, 0)
@@ -97,13 +93,9 @@ def test_the_nearest_prompt_is_counted_with_its_chance(
     assert any(n.what == "starts" for n in found.nearest)
 
 
-def test_controls_are_a_group_of_their_own(prompts: tuple[PromptSet, PromptSet]) -> None:
-    found = embedding_findings(
-        [triggers("a", rows(3, 0), rows(3, 1))],
-        [triggers("c0", rows(3, 2), rows(3, 3), kind="control")],
-        memorized_prompts=prompts[0],
-        control_prompts=prompts[1],
-    )
+def test_controls_are_a_group_of_their_own():
+    attacked = triggers("c0", rows(3, 2), rows(3, 3), kind="control")
+    found = compare(triggers("a", rows(3, 0), rows(3, 1)), controls=[attacked])
     assert [s.group for s in found.spreads] == [
         "starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"
     ]  # fmt: skip
@@ -114,10 +106,7 @@ def test_controls_are_a_group_of_their_own(prompts: tuple[PromptSet, PromptSet])
     assert all(math.isfinite(value) for p in found.places for value in (*p.pca, *p.tsne))
 
 
-def test_no_working_trigger_leaves_the_prompts(prompts: tuple[PromptSet, PromptSet]) -> None:
-    nothing = triggers("a", rows(0, 0), rows(0, 1))
-    found = embedding_findings(
-        [nothing], [], memorized_prompts=prompts[0], control_prompts=prompts[1]
-    )
+def test_no_working_trigger_leaves_the_prompts():
+    found = compare(triggers("a", rows(0, 0), rows(0, 1)))
     assert [s.group for s in found.spreads] == ["memorized_prompts", "control_prompts"]
     assert found.moves == ()

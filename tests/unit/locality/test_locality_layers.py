@@ -1,7 +1,6 @@
 """Activations of layers and selections of weights, compared."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,35 +30,34 @@ FORWARD = "down_blocks.0.attentions.{}.transformer_blocks.0.ff.net.2.weight"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
+def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def trace(model: StableDiffusion, embeddings: torch.Tensor) -> Tensors:
     return feed_forward_distances(
         model,
+        model.layers("feed_forward.out", ("down", "mid")),
         embeddings,
-        ("down", "mid"),
         noise=generation_noise(0, model.latent_shape),
         timestep=torch.tensor(500),
     )
 
 
-def test_value_layers_are_compared_without_a_pass(model: StableDiffusion) -> None:
+def test_value_layers_are_compared_without_a_pass(model):
     before, embeddings = model.unet_evaluations, rows(3, 0, shape=model.embedding_shape)
-    found = value_distances(model, embeddings, ("down", "mid"))
-    assert len(found["distance"]) == len(model.layers("cross_attention.value", ("down", "mid")))
+    layers = model.layers("cross_attention.value", ("down", "mid"))
+    found = value_distances(layers, embeddings)
+    assert len(found["distance"]) == len(layers)
     assert model.unet_evaluations == before
-    layer = next(iter(model.layers("cross_attention.value").values()))
+    layer = next(iter(layers.values()))
     with torch.no_grad():
         values = layer(embeddings).flatten(1)
     assert found["distance"][0, 0, 2] == pytest.approx(float((values[0] - values[2]).norm()))
     assert found["length"][0, 1] == pytest.approx(float(values[1].norm()))
 
 
-def test_feed_forward_layers_see_the_embedding_and_nothing_else_that_changes(
-    model: StableDiffusion,
-) -> None:
+def test_feed_forward_layers_see_the_embedding_and_nothing_else_that_changes(model):
     embeddings = rows(3, 1, shape=model.embedding_shape)
     distance = trace(model, torch.cat([embeddings, embeddings[:1]]))["distance"]
     assert len(distance) == len(model.layers("feed_forward.out", ("down", "mid")))
@@ -68,9 +66,7 @@ def test_feed_forward_layers_see_the_embedding_and_nothing_else_that_changes(
     assert not any(m._forward_pre_hooks for m in model.denoiser().modules())
 
 
-def test_layers_beyond_memory_get_passes_of_their_own(
-    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_beyond_memory_get_passes_of_their_own(model, monkeypatch):
     embeddings = rows(3, 2, shape=model.embedding_shape)
     whole = trace(model, embeddings)
     monkeypatch.setattr(module, "MEMORY", 1)
@@ -78,7 +74,7 @@ def test_layers_beyond_memory_get_passes_of_their_own(
     assert torch.allclose(trace(model, embeddings)["distance"], whole["distance"], atol=1e-4)
 
 
-def test_groups_are_averaged_by_themselves() -> None:
+def test_groups_are_averaged_by_themselves():
     values = rows(5, 3)
     flat = values.flatten(1).double()
     distance = torch.cdist(flat, flat)
@@ -119,7 +115,7 @@ def findings(labels: str, **methods: list[Selection]) -> WeightFindings:
     return weight_findings(chosen, [group(labels)], settings={})
 
 
-def test_agreement_is_within_images_and_chance_goes_by_size() -> None:
+def test_agreement_is_within_images_and_chance_goes_by_size():
     nemo = selections({VALUE.format(0): [(0, 1), (0, 1), (5, 6), (5, 7)]}, memorized=True)
     found = findings("aabb", nemo=nemo)
     (row,) = found.layers
@@ -132,7 +128,7 @@ def test_agreement_is_within_images_and_chance_goes_by_size() -> None:
     assert found.agreement == (), "one method alone cannot agree"
 
 
-def test_empty_selections_agree_trivially_and_are_counted() -> None:
+def test_empty_selections_agree_trivially_and_are_counted():
     found = findings("aaa", wanda=selections({FORWARD.format(0): [(), (), (1,)]}))
     (row,) = found.layers
     assert row.iou.value == pytest.approx(1 / 3)
@@ -145,7 +141,7 @@ def test_empty_selections_agree_trivially_and_are_counted() -> None:
     assert math.isnan(empty.iou_nonempty)
 
 
-def test_many_selections_agree_as_two_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_selections_agree_as_two_at_a_time(monkeypatch):
     monkeypatch.setattr(module, "BYTES", 7)  # several parts, the last one shorter
     generator = torch.Generator().manual_seed(0)
     masks = [torch.rand(20, 15, generator=generator) < 0.1 for _ in range(9)]
@@ -161,13 +157,13 @@ def test_many_selections_agree_as_two_at_a_time(monkeypatch: pytest.MonkeyPatch)
     assert row.units == 300
 
 
-def test_groups_follow_each_other() -> None:
+def test_groups_follow_each_other():
     nemo = selections({VALUE.format(0): [(0,), (0,), (1,), (2,)]}, memorized=False)
     found = weight_findings({"nemo": nemo}, [group("aa"), group("bb")], settings={})
     assert [row.iou.value for row in found.layers] == [1.0, 0.0]
 
 
-def test_methods_are_compared_by_block_with_other_images_as_control() -> None:
+def test_methods_are_compared_by_block_with_other_images_as_control():
     """Method and image decide the block: what both find for one image is in one place."""
     in_block = {0: (0, 1), 1: ()}
     nemo, wanda = (
@@ -184,7 +180,7 @@ def test_methods_are_compared_by_block_with_other_images_as_control() -> None:
     assert own.nemo == own.wanda == (0.5, 0.5)
 
 
-def test_embeddings_without_a_selection_have_no_block() -> None:
+def test_embeddings_without_a_selection_have_no_block():
     wanda = selections({FORWARD.format(0): [(0,), (0,)]})
     nemo = selections({VALUE.format(0): [(), (0,)]}, memorized=True)
     (own,) = findings("ab", nemo=nemo, wanda=wanda).agreement
@@ -196,7 +192,7 @@ def test_embeddings_without_a_selection_have_no_block() -> None:
 
 
 @pytest.mark.parametrize("memorized", [True, False, None])
-def test_selections_come_back_bit_for_bit(tmp_path: Path, memorized: bool | None) -> None:
+def test_selections_come_back_bit_for_bit(tmp_path, memorized):
     masks = {"b.weight": torch.rand(5, 7) > 0.5, "a.weight": torch.rand(13) > 0.5}
     selection, cache = Selection.of(masks, memorized=memorized), Cache(tmp_path)
     cache.write("one", selection, {"embedding": "x"}, SELECTION)

@@ -1,24 +1,17 @@
 """Record, words, figures and page of a locality run that never ran."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from PIL import Image
 
 from dori_lightning.locality.embeddings import distances, embedding_findings
 from dori_lightning.locality.estimates import rate_of
-from dori_lightning.locality.layers import (
-    Group,
-    Selection,
-    activation_findings,
-    weight_findings,
-)
+from dori_lightning.locality.layers import Group, Selection, activation_findings, weight_findings
 from dori_lightning.locality.study import BudgetPoint, LinePoint, Transfer, TransferFindings
 from dori_lightning.report.locality import (
     LocalityReport,
@@ -42,8 +35,8 @@ NOW = datetime(2026, 11, 24, 8, 0, tzinfo=UTC)
 
 
 def transfer() -> TransferFindings:
-    half = rate_of({"a": [True, False], "b": [True, True]})
-    none = rate_of({"c0": [False, False]})
+    half = rate_of([True, False, True, True], "aabb")
+    none = rate_of([False, False], ["c0", "c0"])
     return TransferFindings(
         budget=(
             BudgetPoint("memorized", "random", 1, none, 0),
@@ -79,7 +72,6 @@ def groups(count: int = 3) -> list[Group]:
 def report(*, working: bool = True) -> LocalityReport:
     ends = 3 if working else 0
     sets = [triggers(n, rows(ends, k), rows(ends, 10 + k)) for k, n in enumerate("ab")]
-    memorized, control = prompt_sets()
     chosen = groups() if working else groups()[2:]
     everything = torch.cat([group.embeddings for group in chosen])
     compared = {
@@ -109,9 +101,7 @@ def report(*, working: bool = True) -> LocalityReport:
         ),
         memorized_prompts=("m0", "m1", "m2"),
         control_prompts=("c0", "c1", "c2"),
-        embeddings=embedding_findings(
-            sets, [], memorized_prompts=memorized, control_prompts=control
-        ),
+        embeddings=embedding_findings(sets, [], prompt_sets()),
         activations=activation_findings(
             {"nemo": (LAYERS, compared), "wanda": (LAYERS, compared)},
             chosen,
@@ -133,11 +123,11 @@ def report(*, working: bool = True) -> LocalityReport:
 
 
 @pytest.fixture(scope="module")
-def whole() -> LocalityReport:
+def whole():
     return report()
 
 
-def test_every_answer_has_its_control(whole: LocalityReport) -> None:
+def test_every_answer_has_its_control(whole):
     found = {name: values or {} for name, values in findings(whole).items()}
     budget = found["budget"]
     assert (budget["memorized"].hits, budget["control"].hits, budget["others"]) == (3, 0, {})
@@ -159,7 +149,7 @@ def test_every_answer_has_its_control(whole: LocalityReport) -> None:
     }
 
 
-def test_answers_say_the_numbers(whole: LocalityReport) -> None:
+def test_answers_say_the_numbers(whole):
     said = {answer.name: answer.text for answer in answers(whole)}
     assert said.keys() == findings(whole).keys()
     assert "3 of 4 (75 %, interval 30 to 95 %)" in said["budget"]
@@ -168,7 +158,7 @@ def test_answers_say_the_numbers(whole: LocalityReport) -> None:
     assert all(answer.caption and "  " not in answer.text for answer in answers(whole))
 
 
-def test_files_are_written_and_read_back(whole: LocalityReport, tmp_path: Path) -> None:
+def test_files_are_written_and_read_back(whole, tmp_path):
     page = write_locality_files(whole, tmp_path)
     assert page == tmp_path / "locality.html"
     record = json.loads((tmp_path / "locality.json").read_text())
@@ -187,7 +177,7 @@ def test_files_are_written_and_read_back(whole: LocalityReport, tmp_path: Path) 
     assert section.lead == verdict(whole)
 
 
-def test_the_page_stands_alone_and_escapes(whole: LocalityReport) -> None:
+def test_the_page_stands_alone_and_escapes(whole):
     page = render_locality_page(whole, draw_locality(whole))
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
@@ -196,7 +186,7 @@ def test_the_page_stands_alone_and_escapes(whole: LocalityReport) -> None:
     assert page.count("<svg") == 8
 
 
-def test_no_working_trigger_is_said_rather_than_drawn(tmp_path: Path) -> None:
+def test_no_working_trigger_is_said_rather_than_drawn(tmp_path):
     nothing = report(working=False)
     found = findings(nothing)
     for name in ("spread", "weights", "activations", "methods", "lines", "transfer"):
@@ -206,7 +196,7 @@ def test_no_working_trigger_is_said_rather_than_drawn(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "locality.json").read_text())["weights"]["layers"]
 
 
-def test_parts_that_were_not_asked_are_not_answered(whole: LocalityReport) -> None:
+def test_parts_that_were_not_asked_are_not_answered(whole):
     alone = replace(whole, embeddings=None, activations=None, transfer=None)
     assert [answer.name for answer in answers(alone)] == ["weights", "methods"]
     assert 'id="methods"' in render_locality_page(alone, draw_locality(alone))
@@ -218,38 +208,33 @@ class Told(Tracker):
     def __init__(self) -> None:
         super().__init__([CSVLogger("unused", name="csv")])
         self.curves: dict[str, dict[int, float]] = {}
-        self.tables: dict[str, list[dict[str, object]]] = {}
+        self.tables: dict[str, list[Mapping[str, object]]] = {}
         self.shown: list[str] = []
         self.kept: dict[str, object] = {}
         self.files: set[str] = set()
 
-    def scalars(
-        self, rows: Iterable[tuple[int, Mapping[str, float]]], *, step_metric: str
-    ) -> None:
+    def scalars(self, rows, *, step_metric):
         for step, values in rows:
             for key, value in values.items():
                 self.curves.setdefault(f"{key} by {step_metric}", {})[step] = value
 
-    def image(self, event: str, image: Image.Image | None, *, caption: str) -> None:
-        assert image is not None
+    def image(self, event, image, *, caption):
         assert image.size > (1, 1)
         assert caption
         self.shown.append(event)
 
-    def table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
-        self.tables[name] = [dict(row) for row in rows]
+    def table(self, name, rows):
+        self.tables[name] = list(rows)
 
-    def summary(self, values: Mapping[str, object]) -> None:
+    def summary(self, values):
         self.kept.update(values)
 
-    def artifact(self, name: str, *, files: Mapping[str, Path], **_: object) -> None:
+    def artifact(self, name, *, files, **_):
         assert name == "tiny-nemo-locality"
         self.files |= set(files)
 
 
-def test_loggers_get_curves_tables_figures_and_the_page(
-    whole: LocalityReport, tmp_path: Path
-) -> None:
+def test_loggers_get_curves_tables_figures_and_the_page(whole, tmp_path):
     write_locality_files(whole, tmp_path)
     told = Told()
     track_locality(told, whole, tmp_path, objective=0.75)
@@ -270,7 +255,7 @@ def test_loggers_get_curves_tables_figures_and_the_page(
     assert not any("pictures" in name for name in told.files)
 
 
-def test_loggers_of_a_run_that_found_nothing(tmp_path: Path) -> None:
+def test_loggers_of_a_run_that_found_nothing(tmp_path):
     nothing = report(working=False)
     write_locality_files(nothing, tmp_path)
     told = Told()
