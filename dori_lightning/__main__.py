@@ -1,7 +1,5 @@
 """``python -m dori_lightning``; workers cannot import this module, so `cli` holds everything."""
 
-from __future__ import annotations
-
 import sys
 
 from dori_lightning.cli import main

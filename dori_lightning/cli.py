@@ -39,6 +39,7 @@ from dori_lightning.types import InputError
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
 
+
 log = logging.getLogger(__name__)
 
 # at import, so that the workers of a cluster know the resolvers and the checks too

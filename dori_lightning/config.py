@@ -5,8 +5,6 @@ task begins. So every composed configuration is checked before Hydra builds or w
 only names on the lists below are built, and nothing that looks like a secret is written down.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import hashlib

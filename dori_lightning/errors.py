@@ -1,7 +1,5 @@
 """From exceptions to messages: what the user did, where, and how to fix it."""
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Iterator

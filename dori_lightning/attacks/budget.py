@@ -1,7 +1,5 @@
 """Budget and settings of an attack: steps, norm and radius around the initial embedding."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field

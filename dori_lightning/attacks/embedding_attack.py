@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,52 @@ from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.attacks.solver import (
     AttackProblem,
     AttackResult,
+    OptimizerState,
     concat,
     random_embedding,
     refuse_broken,
     solve,
 )
-from dori_lightning.attacks.store import RESULT
 from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.cache import Cache
+from dori_lightning.runtime.cache import TENSORS, Cache, Codec, Tensors
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget, Condition, Init, InputError, Pair, Status
+
+_STATE = tuple(field.name for field in fields(OptimizerState))
+
+
+def _encode(result: AttackResult) -> Tensors:
+    tensors = {
+        "embeddings": result.embeddings[0],
+        "snapshots": torch.tensor(result.snapshots, dtype=torch.int64),
+        "losses": result.losses[0],
+        "diverged": result.diverged,
+        "no_gradient": result.no_gradient,
+    }
+    if result.state is not None:
+        tensors |= {name: getattr(result.state, name)[0] for name in _STATE}
+    return tensors
+
+
+def _decode(tensors: Tensors) -> AttackResult:
+    state = {name: tensors[name][None] for name in _STATE if name in tensors}
+    return AttackResult(
+        ids=("",),
+        embeddings=tensors["embeddings"][None],
+        snapshots=tuple(tensors["snapshots"].tolist()),
+        losses=tensors["losses"][None],
+        diverged=tensors["diverged"],
+        no_gradient=tensors["no_gradient"],
+        state=OptimizerState(**state) if state else None,
+    )
+
+
+RESULT: Codec[AttackResult] = TENSORS.mapped(_encode, _decode)
+"""A result of one row. The file does not hold the pair's id: its name does."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The context of an audit: its inputs, checked before any expensive step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

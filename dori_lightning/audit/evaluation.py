@@ -1,7 +1,5 @@
 """Attack, generate and score: the images of an audit and what they say."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

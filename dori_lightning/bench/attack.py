@@ -28,8 +28,16 @@ from dori_lightning.attacks.solver import (
     random_embedding,
     solve,
 )
-from dori_lightning.bench.measure import Family, Row, peak_bytes, seconds_alone, timed_in_turn
-from dori_lightning.bench.settings import BenchContext, BenchSettings, ShapeSettings
+from dori_lightning.bench.measure import (
+    BenchContext,
+    BenchSettings,
+    Family,
+    Row,
+    ShapeSettings,
+    peak_bytes,
+    seconds_alone,
+    timed_in_turn,
+)
 from dori_lightning.models.memory import pairs_at_once
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report.words import number_words

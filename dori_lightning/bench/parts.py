@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dori_lightning.bench.measure import Family, Row, timed_in_turn
-from dori_lightning.bench.settings import BenchContext, BenchSettings
+from dori_lightning.bench.measure import BenchContext, BenchSettings, Family, Row, timed_in_turn
 from dori_lightning.mitigations.activations import activation_statistics
 from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning
 from dori_lightning.mitigations.base import Mitigation

@@ -4,8 +4,6 @@ Triggers of one image are independent draws for that image, images are what one 
 generalise over. So means resample images first and triggers within them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

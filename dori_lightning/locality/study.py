@@ -5,8 +5,6 @@ How far it transfers is asked of that model (with fewer steps, and on lines betw
 and of others.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ measured anywhere: what images that are no replicas reach (``null``), and what a
 reaches after the checkpoint's own autoencoder (``ceiling``).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

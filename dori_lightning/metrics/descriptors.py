@@ -10,8 +10,6 @@ not see crops, flips or rotations. Which of them decides is a matter of measurem
 checkpoint and list at hand, see ``calibration.separation_table``.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The two models draw the same prompts from the same seeds, so the sets are paired
 here takes that into account.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

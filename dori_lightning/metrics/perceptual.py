@@ -1,7 +1,5 @@
 """Measures by known networks: left out, not replaced, where no local weights are given."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Sequence

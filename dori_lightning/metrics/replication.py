@@ -26,8 +26,6 @@ surpassed. A pair counts in the cumulative rate where it came back, also if its 
 later, or where it has a result at the budget.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

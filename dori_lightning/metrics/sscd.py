@@ -4,8 +4,6 @@ Reference: Pizzi et al., "A Self-Supervised Descriptor for Image Copy Detection"
 https://arxiv.org/abs/2202.10261.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import zipfile

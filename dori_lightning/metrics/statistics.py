@@ -4,8 +4,6 @@ The unit is the pair, never the single generated image: the K images of a pair a
 independent.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

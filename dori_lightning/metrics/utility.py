@@ -6,8 +6,6 @@ Intervals come from resampling whole prompts, or all that belongs to one pair, n
 those of one prompt are not independent.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -5,8 +5,6 @@ model, L = L_DM + L_Adv, fresh 50-step attacks as inner loop, all weights of the
 Adversarial embeddings are called triggers, as in the paper.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

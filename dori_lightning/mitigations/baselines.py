@@ -3,8 +3,6 @@
 Reference: Finding NeMo (Hintersdorf et al., 2024), table 1, "random neurons".
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

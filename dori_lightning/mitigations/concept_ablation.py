@@ -4,8 +4,6 @@ Reference: Ablating Concepts in Text-to-Image Diffusion Models (Kumari et al., 2
 https://arxiv.org/abs/2303.13516, the recipe for memorized images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.mitigations.base import (
-    Context,
-    CostEstimate,
-    require,
-    require_at_least_one,
-)
+from dori_lightning.mitigations.base import Context, CostEstimate, require, require_at_least_one
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
     FinetuneSettings,

@@ -4,8 +4,6 @@ Reference: Erasing Concepts from Diffusion Models (Gandikota et al., 2023),
 https://arxiv.org/abs/2303.07345. The concept of a memorized image is its whole caption.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal

@@ -4,8 +4,6 @@ A fine-tuning is a frozen dataclass of settings, whose ``apply`` calls ``train_e
 ``Finetuning`` module, whose ``training_step`` draws a batch and returns its loss.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import shutil

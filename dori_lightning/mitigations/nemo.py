@@ -3,8 +3,6 @@
 Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.02366.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

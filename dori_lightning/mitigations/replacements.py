@@ -10,8 +10,6 @@ Reference: Ablating Concepts in Text-to-Image Diffusion Models (Kumari et al., 2
 memorized images; there a language model paraphrases the caption, here fixed rules do.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized

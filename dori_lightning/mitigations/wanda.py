@@ -4,8 +4,6 @@ Reference: Chavhan et al., Memorized images in diffusion models share a subspace
 located and deleted (2024); the scores are Wanda's (Sun et al., 2024).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Only tensors are unpickled (``weights_only=True``); a file that needs anything e
 torch.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

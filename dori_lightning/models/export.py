@@ -4,8 +4,6 @@ Everything is written from the loaded parts rather than copied from the source's
 nothing comes along that this program did not read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Each file holds a hash of everything that it was made from.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Callable, Sequence

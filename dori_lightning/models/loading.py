@@ -6,8 +6,6 @@ Reference: ``DiffusionPipeline.from_pretrained`` reads class names from ``model_
 module does not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

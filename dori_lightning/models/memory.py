@@ -7,8 +7,6 @@ what a sample costs and what every batch costs anyway, whatever the architecture
 kernels are.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path

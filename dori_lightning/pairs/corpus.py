@@ -9,8 +9,6 @@ depend on a download that changes, rules give the same prompts everywhere. The D
 what happens to the images of such prompts concept damage.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -3,8 +3,6 @@
 Nothing is ever fetched from the network; columns with addresses are ignored.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

@@ -3,8 +3,6 @@
 This runs before any model loads, so that a bad list costs seconds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

@@ -8,8 +8,6 @@ in weights, pairs, sampling, attack or measure are refused; what is missing is n
 Reference: the main table of Finding DoRI (ICML 2026), https://arxiv.org/abs/2507.16880
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

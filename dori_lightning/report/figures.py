@@ -6,8 +6,6 @@ colours are variables of the stylesheet, so that one drawing serves light and da
 paper, its text is text, and CSS scales it to the screen.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -1,7 +1,5 @@
 """Images as a report may show them: thumbnails, blurred or left out, and the grid of an attack."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterable

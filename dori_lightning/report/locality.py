@@ -1,7 +1,5 @@
 """What a locality run found: ``locality.json``, figures, a summary in Markdown and a page."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

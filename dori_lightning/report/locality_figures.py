@@ -1,7 +1,5 @@
 """Figures of a locality run, one for each question; None where there is nothing to draw."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Images and prompts of pairs are not in it: they are what must not get out.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -4,8 +4,6 @@ The page of an audit and the page of a comparison share one table of pairs and o
 chooses what is shown and reads the images; the words are in the templates.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -23,7 +21,7 @@ from dori_lightning.metrics.replication import PairResult, steps_by_pair
 from dori_lightning.metrics.utility import PictureRow, PromptKind, Utility
 from dori_lightning.report.comparison import Comparison, Entry, HeadlineRow
 from dori_lightning.report.figures import audit_figures, svg_element, sweep_figures, write_figures
-from dori_lightning.report.findings import audit_findings
+from dori_lightning.report.findings import audit_findings, audit_verdict, sweep_verdict
 from dori_lightning.report.images import (
     THUMBNAIL,
     attack_grid,
@@ -47,7 +45,6 @@ from dori_lightning.report.tables import (
     remarks,
     tables_markdown,
 )
-from dori_lightning.report.verdict import audit_verdict, sweep_verdict
 from dori_lightning.report.words import environment
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact

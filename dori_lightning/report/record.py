@@ -5,8 +5,6 @@ generated image, so that no mean has to be believed. Both are written and read h
 the files that say what a mitigation costs (``utility.json`` and two tables).
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

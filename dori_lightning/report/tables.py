@@ -1,7 +1,5 @@
 """Tables of cells and of mitigations: as text for console, Markdown and pages, and as parquet."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,18 +1,14 @@
 """Words and numbers as all reports write them, and the templates that use them."""
 
-from __future__ import annotations
-
 import math
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dori_lightning.locality.estimates import Estimate, Rate
 from dori_lightning.types import Budget, Cell, Condition, Init, Kind
-
-if TYPE_CHECKING:
-    from dori_lightning.locality.estimates import Estimate, Rate
 
 METHOD_WORDS = {"nemo": "NeMo", "wanda": "Wanda"}
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+
 log = logging.getLogger(__name__)
 
 METHOD = "method.json"

@@ -5,8 +5,6 @@ agree on travel between processes. They are started by Lightning, which runs the
 for each further device, by ``torchrun``, or by a cluster with one task for each process.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """Take secrets out of everything that is written: one rule for files, logs and loggers."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

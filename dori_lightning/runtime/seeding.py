@@ -1,7 +1,5 @@
 """Random numbers that depend on names, never on batch or rank."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

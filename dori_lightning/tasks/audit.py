@@ -1,7 +1,5 @@
 """Which pairs a checkpoint still reproduces, prompted and attacked, and how sure we are of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -27,11 +25,10 @@ from dori_lightning.mitigations.edits import changed_weights
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import check_prompt_lengths
-from dori_lightning.report.findings import attack_effort
+from dori_lightning.report.findings import INVALID, attack_effort, make_report
 from dori_lightning.report.pages import write_audit_page
 from dori_lightning.report.record import AuditReport, write_report, write_utility
 from dori_lightning.report.tables import cells_table, rich_table
-from dori_lightning.report.verdict import INVALID, make_report
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import (
     check_folder,

@@ -18,7 +18,13 @@ from rich.markdown import Markdown
 
 from dori_lightning.audit.context import reference_images
 from dori_lightning.bench.attack import attack_family, shape_family
-from dori_lightning.bench.measure import Family
+from dori_lightning.bench.measure import (
+    FAMILIES,
+    BenchContext,
+    BenchSettings,
+    Family,
+    ShapeSettings,
+)
 from dori_lightning.bench.parts import (
     audit_family,
     finetuning_family,
@@ -27,7 +33,6 @@ from dori_lightning.bench.parts import (
     sampling_family,
 )
 from dori_lightning.bench.report import markdown, speed_figure
-from dori_lightning.bench.settings import FAMILIES, BenchContext, BenchSettings, ShapeSettings
 from dori_lightning.models.random_weights import random_sd14
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.planting.recipe import build_tokenizer

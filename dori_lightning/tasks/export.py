@@ -1,7 +1,5 @@
 """Write a checkpoint with an edit in its weights, for other programs to open."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

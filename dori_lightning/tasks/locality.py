@@ -3,8 +3,6 @@
 Reference: Finding DoRI (2507.16880), section on locality.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime

@@ -3,8 +3,6 @@
 A single audit gets its own page again, for instance with its images blurred.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from omegaconf import DictConfig
 
 from dori_lightning.report.claims import Claim, ClaimsFailedError, check_claims, read_claims
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
+from dori_lightning.report.findings import sweep_verdict
 from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import write_page, write_table
 from dori_lightning.report.record import (
@@ -27,7 +26,6 @@ from dori_lightning.report.record import (
     strictest,
 )
 from dori_lightning.report.tables import claims_table, headline_tables, remarks, rich_table
-from dori_lightning.report.verdict import sweep_verdict
 from dori_lightning.runtime.artifacts import claim_folder
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import tracked

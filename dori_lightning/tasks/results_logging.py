@@ -13,8 +13,6 @@ selected sets by layer); every figure, and the record with its page as an artifa
 pair is among them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

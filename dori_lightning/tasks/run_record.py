@@ -1,7 +1,5 @@
 """The record of a run: its provenance, and its loggers, which are told how it ended."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

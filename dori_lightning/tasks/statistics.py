@@ -1,7 +1,5 @@
 """How a checkpoint's value neurons react to ordinary prompts, and which layers carry the text."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How far a sweep is: which jobs wait, run, are done or failed and why, and when it will end."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence

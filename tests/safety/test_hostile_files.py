@@ -12,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-from dori_lightning.attacks.store import RESULT
+from dori_lightning.attacks.embedding_attack import RESULT
 from dori_lightning.mitigations.activations import ActivationStatistics
 from dori_lightning.mitigations.edits import read_edit
 from dori_lightning.models.loading import load_checkpoint

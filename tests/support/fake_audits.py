@@ -11,8 +11,8 @@ import numpy as np
 
 from dori_lightning.metrics.replication import cells as cells_of
 from dori_lightning.metrics.utility import DenoisingLoss, Utility
+from dori_lightning.report.findings import make_report
 from dori_lightning.report.record import write_report
-from dori_lightning.report.verdict import make_report
 from dori_lightning.types import Calibration, Condition, Kind, Outcome, Pair
 from support.fake_reports import PROMPT, provenance
 

@@ -1,7 +1,5 @@
 """Reports of invented audits, with their images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -11,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dori_lightning.report.findings import make_report
 from dori_lightning.report.record import AuditReport, Provenance
-from dori_lightning.report.verdict import make_report
 from dori_lightning.types import Budget, Calibration, Cell, Condition, Kind, Outcome, Pair
 
 PROMPT = Condition("prompt")

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from dori_lightning.attacks.embedding_attack import RESULT
 from dori_lightning.attacks.solver import AttackResult, OptimizerState
-from dori_lightning.attacks.store import RESULT
 from dori_lightning.runtime.cache import Cache
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dori_lightning.bench.settings import BenchContext
+from dori_lightning.bench.measure import BenchContext
 from support.context import make_context, read_pairs
 from support.tiny import tiny_model
 

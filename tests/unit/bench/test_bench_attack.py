@@ -11,8 +11,7 @@ from dori_lightning.bench.attack import (
     hand_written,
     solver_attack,
 )
-from dori_lightning.bench.measure import counted
-from dori_lightning.bench.settings import BenchSettings
+from dori_lightning.bench.measure import BenchSettings, counted
 from dori_lightning.models.memory import pairs_at_once
 
 

@@ -1,6 +1,6 @@
 from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
+from dori_lightning.bench.measure import BenchSettings
 from dori_lightning.bench.parts import finetuning_family, mask_family, nemo_family, sampling_family
-from dori_lightning.bench.settings import BenchSettings
 from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning, PoolSettings
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.nemo import NeMo

@@ -1,6 +1,6 @@
 import pytest
 
-from dori_lightning.bench.settings import BenchSettings, ShapeSettings
+from dori_lightning.bench.measure import BenchSettings, ShapeSettings
 from dori_lightning.types import InputError
 
 

@@ -5,13 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dori_lightning.mitigations.edits import MaskEdit, PairMaskEdit
-from dori_lightning.mitigations.wanda import (
-    Wanda,
-    _squares,
-    input_norms,
-    select,
-    select_over_time,
-)
+from dori_lightning.mitigations.wanda import Wanda, _squares, input_norms, select, select_over_time
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.types import InputError, Pair

@@ -22,12 +22,8 @@ from dori_lightning.report.comparison import (
     paired,
     published_for,
 )
-from dori_lightning.report.figures import (
-    rate_against_radius,
-    rates_against_steps,
-    sweep_figures,
-)
-from dori_lightning.report.findings import sweep_findings
+from dori_lightning.report.figures import rate_against_radius, rates_against_steps, sweep_figures
+from dori_lightning.report.findings import sweep_findings, sweep_verdict
 from dori_lightning.report.pages import render_sweep_page, write_table
 from dori_lightning.report.record import read_run
 from dori_lightning.report.tables import (
@@ -40,7 +36,6 @@ from dori_lightning.report.tables import (
     rich_table,
     tables_markdown,
 )
-from dori_lightning.report.verdict import sweep_verdict
 from support import fake_reports as fakes
 from support.fake_audits import loss_cost, write_audit
 from support.fake_reports import PROMPT, dori

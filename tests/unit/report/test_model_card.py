@@ -7,16 +7,8 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from dori_lightning.report.model_card import (
-    Changed,
-    Exported,
-    model_card,
-)
-from dori_lightning.report.record import (
-    read_edit_record,
-    read_record,
-    write_report,
-)
+from dori_lightning.report.model_card import Changed, Exported, model_card
+from dori_lightning.report.record import read_edit_record, read_record, write_report
 from dori_lightning.report.words import escape
 from dori_lightning.types import InputError
 from support import fake_reports as fakes

@@ -14,10 +14,10 @@ from PIL import Image
 from dori_lightning.metrics.utility import DenoisingLoss, PictureRow, Utility
 from dori_lightning.report import pages
 from dori_lightning.report.comparison import compare, headline_rows
-from dori_lightning.report.images import NOT_KEPT
 from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import render_page, write_table
 from dori_lightning.report.record import (
+    NOT_KEPT,
     AuditReport,
     read_run,
     shown_report,

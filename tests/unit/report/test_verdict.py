@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
+from dori_lightning.report.findings import audit_verdict
 from dori_lightning.report.record import AuditReport
-from dori_lightning.report.verdict import audit_verdict
 from dori_lightning.report.words import interval_words, percent_words
 from support import fake_reports as fakes
 
