@@ -10,6 +10,7 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
+from dori_lightning import config
 from dori_lightning.attacks.embedding_attack import Conditioning
 from dori_lightning.runtime import peers
 from dori_lightning.runtime.signals import Interrupted
@@ -155,7 +156,7 @@ def test_a_job_is_named_by_what_is_swept() -> None:
     ]  # fmt: skip
     own = ["+experiment=audit", "pairs.path=/a/b", "mitigation=wanda", "sampling.steps=2"]
     assert run_record._differing(own, given) == "mitigation=wanda, sampling.steps=2"
-    assert run_record._unescaped(r"pairs.path=https\://a\:b@c/d") == "pairs.path=https://a:b@c/d"
+    assert config.unescaped(r"pairs.path=https\://a\:b@c/d") == "pairs.path=https://a:b@c/d"
 
 
 @pytest.fixture
