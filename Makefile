@@ -41,7 +41,7 @@ grid: $(STAMP) ## pruning method x budget x checkpoint, with its table (ARGS="..
 locality: $(STAMP) ## is memorization local? triggers compared in every place, on the embedded benchmark (15 minutes)
 	$(RUN) dori_lightning +experiment=locality $(ARGS)
 
-bench: $(STAMP) ## how fast is this machine at an audit's parts, against plain loops (20 minutes; ARGS="..." adds overrides)
+bench: $(STAMP) ## how fast is this machine at an audit's parts, against plain loops (ARGS="..." adds overrides)
 	$(RUN) dori_lightning +experiment=bench $(ARGS)
 
 plant: $(STAMP) ## train the embedded benchmark again from its recipe (long)
