@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
-from dori_lightning.attacks.embedding_attack import ControlPrompts
+from dori_lightning.attacks.embedding_attack import AttackContext, ControlPrompts
 from dori_lightning.metrics.calibration import Measures, ReferenceImages
 from dori_lightning.metrics.utility import UtilitySettings
 from dori_lightning.mitigations.base import Context, EditResult, Mitigation
@@ -99,6 +99,19 @@ class AuditContext:
             sampling=self.sampling,
             trainer=self.make_trainer,
             folder=self.cache / "edits",
+        )
+
+    def attack_context(self, edit: str) -> AttackContext:
+        """What attacks share while the model carries the edit of this identity."""
+        return AttackContext(
+            model=self.model,
+            data=self.data,
+            settings=self.attack,
+            budget=self.budget,
+            controls=self.control_prompts,
+            folder=self.folder / "attacks",
+            seed=self.seed,
+            edit=edit,
         )
 
     def find_edit(self) -> EditResult:

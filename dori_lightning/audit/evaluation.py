@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from dori_lightning.attacks.embedding_attack import (
-    AttackContext,
     Conditioning,
     attack_rounds,
     run_attacks,
@@ -92,16 +91,7 @@ def attack_and_generate(
         )
     with edit.applied(context.model):
         attacked = run_attacks(
-            AttackContext(
-                model=context.model,
-                data=context.data,
-                settings=context.attack,
-                budget=context.budget,
-                controls=context.control_prompts,
-                folder=context.folder / "attacks",
-                seed=context.seed,
-                edit=edit.identity,
-            ),
+            context.attack_context(edit.identity),
             attack_rounds(context.attack, context.pairs),
             trainer=context.trainer,
             on_round=on_round,

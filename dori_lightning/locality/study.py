@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from dori_lightning.attacks.embedding_attack import (
-    AttackContext,
     Conditioning,
     attack_rounds,
     run_attacks,
@@ -279,19 +278,9 @@ def search(study: Study, *, edit: str) -> SearchedTriggers:
     """
     audit = study.audit
     pairs = [*study.studied, *study.controls]
-    attack = AttackContext(
-        model=audit.model,
-        data=audit.data,
-        settings=audit.attack,
-        budget=audit.budget,
-        controls=audit.control_prompts,
-        folder=audit.folder / "attacks",
-        seed=audit.seed,
-        edit=edit,
-    )
     # few pairs and many restarts: attacks of one pair share batches, too
     jobs = list(chain.from_iterable(attack_rounds(audit.attack, pairs)))
-    attacks = run_attacks(attack, [jobs], strict=True)
+    attacks = run_attacks(audit.attack_context(edit), [jobs], strict=True)
     order = {pair.id: k for k, pair in enumerate(pairs)}
     attacks.sort(key=lambda attack: order[attack.pair.id])
     finite = [

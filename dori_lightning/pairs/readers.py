@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,7 +77,7 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListReader(Selection):
+class ListReader(Selection, ABC):
     """A reader of one list in a file.
 
     Attributes:
@@ -105,8 +106,8 @@ class ListReader(Selection):
         self.check_options()
         return self._read()
 
-    def _read(self) -> Pairs:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self) -> Pairs: ...
 
     def _validate(
         self, rows: Sequence[Row], *, root: Path, source: Path, names: Mapping[str, str]
