@@ -1,1 +1,1 @@
-"""Compare generated pictures with references, and decide what counts as a copy."""
+"""Compare generated images with references, and decide what counts as a copy."""

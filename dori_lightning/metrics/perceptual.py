@@ -14,7 +14,6 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from dori_lightning.metrics.descriptors import check_images, in_fixed_batches
 from dori_lightning.metrics.sscd import parse_weights, read_weights
-from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.types import InputError
 
 BATCH = 8
@@ -168,26 +167,26 @@ class ClipAlignment:
         mean, std = (
             torch.tensor(x, device=images.device).view(3, 1, 1) for x in (_CLIP_MEAN, _CLIP_STD)
         )
-        couples = list(zip(images.float(), prompts, strict=True))
-        rows = []
-        # one by one on a CPU, see ``in_fixed_batches``
-        for batch, valid in fixed_batches(couples, 1 if images.device.type == "cpu" else BATCH):
-            chunk, texts = zip(*batch, strict=True)
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
+        ).to(images.device)
+
+        def shown(batch: Tensor) -> Tensor:
             pixels = F.interpolate(
-                torch.stack(chunk), (self.side, self.side), mode="bicubic", antialias=True
+                batch.float(), (self.side, self.side), mode="bicubic", antialias=True
             ).clamp(0, 1)
-            tokens = self.tokenizer(
-                list(texts),
-                padding="max_length",
-                truncation=True,
-                max_length=self.length,
-                return_tensors="pt",
-            ).to(images.device)
-            shown = _tensor(self.model.get_image_features(pixel_values=(pixels - mean) / std))
-            described = _tensor(
-                self.model.get_text_features(
-                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-                )
-            )
-            rows.append(F.cosine_similarity(shown, described)[:valid].float().cpu())
-        return torch.cat(rows).clamp(-1, 1)
+            return _tensor(self.model.get_image_features(pixel_values=(pixels - mean) / std))
+
+        def described(batch: Tensor) -> Tensor:
+            ids, mask = batch.unbind(1)
+            return _tensor(self.model.get_text_features(input_ids=ids, attention_mask=mask))
+
+        texts = torch.stack([tokens["input_ids"], tokens["attention_mask"]], 1)
+        similarity = F.cosine_similarity(
+            in_fixed_batches(shown, images, BATCH), in_fixed_batches(described, texts, BATCH)
+        )
+        return similarity.float().clamp(-1, 1)

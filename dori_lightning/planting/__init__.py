@@ -1,1 +1,1 @@
-"""Train a small Stable Diffusion that really memorizes a given list of pictures."""
+"""Train a small Stable Diffusion that really memorizes a given list of images."""
