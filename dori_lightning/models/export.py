@@ -5,7 +5,6 @@ nothing comes along that this program did not read.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,12 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dori_lightning.models.loading import fingerprint_of, load_checkpoint
+from dori_lightning.models.original_layout import (
+    PREFIXES,
+    Part,
+    is_original_convolution,
+    original_names,
+)
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.artifacts import drop_keys
 from dori_lightning.types import InputError
@@ -229,165 +234,27 @@ def check_written(source: Path, weights: Weights, *, config: Path | None = None)
         )
 
 
-# Names of tensors in the original layout, from those in diffusers and transformers.
-
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_OUTER = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_OPEN_CLIP = {
-    "embeddings.token_embedding.": "token_embedding.",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.": "ln_final.",
-    "encoder.layers.": "transformer.resblocks.",
-    ".layer_norm1.": ".ln_1.",
-    ".layer_norm2.": ".ln_2.",
-    ".mlp.fc1.": ".mlp.c_fc.",
-    ".mlp.fc2.": ".mlp.c_proj.",
-    ".self_attn.": ".attn.",
-}
-_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-
-
 def _original_state(weights: Weights, *, open_clip: bool) -> dict[str, torch.Tensor]:
-    """Tensors of a whole checkpoint by their names in the single files of CompVis and Stability.
-
-    ``model.diffusion_model`` numbers all layers of the UNet in execution order,
-    ``first_stage_model`` is the autoencoder, ``cond_stage_model`` the text encoder: OpenAI's in
-    version 1, OpenCLIP's in version 2.
+    """Tensors of a whole checkpoint by their names in the original layout.
 
     Args:
         weights: By their names in diffusers and transformers.
         open_clip: Whether the checkpoint is of version 2.
     """
-    state = {
-        f"model.diffusion_model.{new}": weights.unet[old]
-        for old, new in _unet_names(list(weights.unet)).items()
+    parts: dict[Part, Mapping[str, torch.Tensor]] = {
+        "unet": weights.unet,
+        "vae": weights.autoencoder,
+        "text_encoder": weights.text_encoder,
     }
-    for old, new in _autoencoder_names(list(weights.autoencoder)).items():
-        tensor = weights.autoencoder[old]
-        if ".attn_1." in new and new.endswith("weight") and tensor.dim() == 2:
-            tensor = tensor[:, :, None, None]  # the original attention is a 1 x 1 convolution
-        state[f"first_stage_model.{new}"] = tensor
-    for name, tensor in _text_encoder_state(weights.text_encoder, open_clip=open_clip).items():
-        state[f"cond_stage_model.{name}"] = tensor
-    return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
-def _unet_names(names: list[str]) -> dict[str, str]:
-    """Original name of each tensor of diffusers' ``UNet2DConditionModel``.
-
-    Raises:
-        ValueError: A name that the layout has no place for.
-    """
-    down = re.compile(r"down_blocks\.0\.resnets\.(\d+)")
-    # a down block's layers and its downsampler; up blocks have as many
-    per_block = 2 + max(int(m[1]) for name in names if (m := down.match(name)))
-    attended = {m[1] for n in names if (m := re.match(r"up_blocks\.(\d+)\.attentions", n))}
-    result = {}
-    for name in names:
-        outer = next((o for o in _OUTER if name.startswith(f"{o}.")), None)
-        match = re.match(
-            r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
-            name,
-        )
-        middle = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", name)
-        if outer is not None:
-            result[name] = _OUTER[outer] + name[len(outer) :]
-            continue
-        if middle is not None:
-            kind, k, rest = middle[1], int(middle[2]), middle[3]
-            place = "middle_block.1" if kind == "attentions" else f"middle_block.{2 * k}"
-        elif match is not None:
-            side, kind, k, rest = match[1], match[3], int(match[4]), match[5]
-            first = per_block * int(match[2])
-            if kind == "downsamplers":
-                place, rest = f"input_blocks.{first + per_block}.0", rest.replace("conv.", "op.")
-            elif kind == "upsamplers":
-                last = 2 if match[2] in attended else 1
-                place = f"output_blocks.{first + per_block - 1}.{last}"
-            else:
-                row = (
-                    f"input_blocks.{first + k + 1}"
-                    if side == "down"
-                    else f"output_blocks.{first + k}"
-                )
-                place = f"{row}.{0 if kind == 'resnets' else 1}"
-        else:
-            raise ValueError(f"the original layout has no place for the UNet tensor {name}")
-        result[name] = f"{place}.{_renamed(rest, _RESNET) if kind == 'resnets' else rest}"
-    return result
-
-
-def _autoencoder_names(names: list[str]) -> dict[str, str]:
-    """Original name of each autoencoder tensor; the decoder's levels count from the output."""
-    levels = 1 + max(int(m[1]) for n in names if (m := re.match(r"decoder\.up_blocks\.(\d+)", n)))
-    result = {}
-    for name in names:
-        match = re.match(
-            r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\."
-            r"(resnets|downsamplers|upsamplers)\.(\d+)\.(.*)",
-            name,
-        )
-        middle = re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.*)", name)
-        if match is not None:
-            side, block, kind, k, rest = match[1], int(match[2]), match[3], match[4], match[5]
-            level = f"down.{block}" if side == "encoder" else f"up.{levels - 1 - block}"
-            part = f"block.{k}" if kind == "resnets" else kind.removesuffix("rs")
-            rest = rest.replace("conv_shortcut", "nin_shortcut")
-            result[name] = f"{side}.{level}.{part}.{rest}"
-        elif middle is not None:
-            side, kind, k, rest = middle[1], middle[2], middle[3], middle[4]
-            if kind == "attentions":
-                result[name] = f"{side}.mid.attn_1.{_renamed(rest, _ATTENTION)}"
-            else:
-                result[name] = f"{side}.mid.block_{int(k) + 1}.{rest}"
-        else:
-            result[name] = name.replace("conv_norm_out", "norm_out")
-    return result
-
-
-def _text_encoder_state(
-    tensors: Mapping[str, torch.Tensor], *, open_clip: bool
-) -> dict[str, torch.Tensor]:
-    """A ``CLIPTextModel``'s tensors under their names below ``cond_stage_model``.
-
-    In OpenCLIP's encoder queries, keys and values are one tensor.
-    """
-    bare = {
-        name.removeprefix("text_model."): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith("position_ids")
-    }
-    if not open_clip:
-        return {f"transformer.text_model.{name}": tensor for name, tensor in bare.items()}
-    result = {}
-    for name, tensor in bare.items():
-        head, projected, tail = name.partition(".q_proj.")
-        if projected:
-            joined = [bare[f"{head}.{part}_proj.{tail}"] for part in "qkv"]
-            name, tensor = f"{head}.in_proj_{tail}", torch.cat(joined)
-        elif ".k_proj." in name or ".v_proj." in name:
-            continue
-        for old, new in _OPEN_CLIP.items():
-            name = name.replace(old, new)
-        result[f"model.{name}"] = tensor
-    return result
-
-
-def _renamed(rest: str, renames: Mapping[str, str]) -> str:
-    for old, new in renames.items():
-        if rest == old or rest.startswith(f"{old}."):
-            return new + rest[len(old) :]
-    return rest
+    state = {}
+    for part, tensors in parts.items():
+        for name, joined in original_names(part, tensors, open_clip=open_clip).items():
+            tensor = (
+                tensors[joined[0]]
+                if len(joined) == 1
+                else torch.cat([tensors[one] for one in joined])
+            )
+            if is_original_convolution(part, name) and tensor.dim() == 2:
+                tensor = tensor[:, :, None, None]
+            state[f"{PREFIXES[part]}{name}"] = tensor.contiguous()
+    return state
