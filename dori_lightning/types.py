@@ -105,6 +105,27 @@ class Pairs(tuple[Pair, ...]):
 
 
 @dataclass(frozen=True)
+class ReplacedPart:
+    """A part of the checkpoint whose weights are not, or not all, those of the base.
+
+    Attributes:
+        part: ``unet``, ``vae`` or ``text_encoder``.
+        source: Name of the file or folder that the tensors are from, without its place.
+        files: Name of each weight file to its SHA-256.
+        replaced: Tensors from there; the others are the base's.
+        changed: Of these, tensors with other values than the base's.
+        total: Tensors of the part.
+    """
+
+    part: str
+    source: str
+    files: dict[str, str]
+    replaced: int
+    changed: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Budget:
     """What an attack may spend and how far it may go from the initial embedding.
 

@@ -8,8 +8,10 @@ module does not.
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +22,27 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dori_lightning.models.original_layout import Part
+from dori_lightning.models.replaced_parts import Replacement, parts_in
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.weight_files import (
+    PICKLES,
+    STEMS,
+    WeightFile,
+    choose_variant,
+    explain_folder,
+    is_weight_file,
+    pickle_message,
+    variants,
+)
 from dori_lightning.types import InputError, first_line
 
-_PARTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+log = logging.getLogger(__name__)
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
 _PREFIXES = {
     "UNet": ("model.diffusion_model.",),
     "autoencoder": ("first_stage_model.",),
@@ -46,6 +56,11 @@ def load_checkpoint(
     source: str,
     revision: str | None = None,
     config: str | None = None,
+    unet: str | None = None,
+    vae: str | None = None,
+    text_encoder: str | None = None,
+    prediction_type: PredictionType | None = None,
+    variant: str | None = None,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     attention: Literal["auto", "sdpa", "eager"] = "auto",
     channels_last: bool | Literal["auto"] = "auto",
@@ -64,6 +79,13 @@ def load_checkpoint(
         revision: Pinned commit of a hub id.
         config: For a single file: the diffusers folder or hub id with its configuration and
             tokenizer.
+        unet: File or folder with other weights of the UNet, or some of them; see
+            ``models.replaced_parts``. Names that it lacks stay the checkpoint's.
+        vae: The same of the autoencoder.
+        text_encoder: The same of the text encoder.
+        prediction_type: What the UNet predicts; None for what the checkpoint's scheduler says.
+        variant: Which weights of a folder or hub id, such as ``fp16``; None for those without a
+            variant, or the only ones that a folder has.
         precision: ``auto`` is bf16 on GPUs that have it and fp32 elsewhere.
         attention: ``auto`` is fused attention (``sdpa``).
         channels_last: ``auto`` is on for GPUs.
@@ -80,33 +102,48 @@ def load_checkpoint(
     place = resolve_source(source)
     target = _choose_device(device)
     autocast = _choose_autocast(precision, target)
+    others: dict[Part, str | None] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    replacements = [
+        Replacement.open(part, given) for part, given in others.items() if given is not None
+    ]
+    files = [file for replacement in replacements for file in replacement.files]
     if isinstance(place, Path) and place.is_file():
+        if variant is not None:
+            raise InputError(
+                f"{place} is a single file, which has no variants",
+                where="checkpoint.variant",
+                fix="leave it out",
+            )
+        files.append(WeightFile.open(place))
         parts = load_single_file(place, config)
     else:
-        parts = _load_folder(place, revision or "main")
-    unet, vae, text_encoder = modules = [parts[k] for k in ("unet", "vae", "text_encoder")]
+        parts = _load_folder(place, revision or "main", variant)
+    parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, files)
+    replaced = tuple(one.apply(parts[one.part]) for one in replacements)
+    modules = [parts[k] for k in ("unet", "vae", "text_encoder")]
     fingerprint = fingerprint_of(module.state_dict() for module in modules)
     for module in modules:
         module.to(target, torch.float32).requires_grad_(False)
-    unet.requires_grad_(True)
+    denoiser = parts["unet"].requires_grad_(True)
     if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
-        unet.to(memory_format=torch.channels_last)
-        vae.to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)
+        parts["vae"].to(memory_format=torch.channels_last)
     if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
     if attention == "eager":
-        unet.set_attn_processor(AttnProcessor())
+        denoiser.set_attn_processor(AttnProcessor())
     try:
         return StableDiffusion(
             name=name,
             fingerprint=fingerprint,
-            unet=unet,
-            autoencoder=vae,
-            text_encoder=text_encoder,
+            unet=denoiser,
+            autoencoder=parts["vae"],
+            text_encoder=parts["text_encoder"],
             tokenizer=parts["tokenizer"],
             scheduler=parts["scheduler"],
             resolution=resolution,
             autocast=autocast,
+            replaced=replaced,
         )
     except ValueError as error:
         raise InputError(f"checkpoint {source} does not fit together: {error}") from error
@@ -146,9 +183,9 @@ def resolve_source(source: str) -> Path | str:
             )
         return folder
     path = Path(source).expanduser()
-    if path.suffix in _PICKLES:
-        raise InputError(_pickle_message(path))
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+    if path.suffix in PICKLES:
+        raise InputError(pickle_message(path))
+    if path.is_dir() or is_weight_file(path):
         return path
     looks_like_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     if not looks_like_hub or path.parent.is_dir():
@@ -159,39 +196,65 @@ def resolve_source(source: str) -> Path | str:
     return source
 
 
-def _pickle_message(path: Path) -> str:
-    return (
-        f"{path} is a pickle: opening it could run code, so it is refused. Convert it once, in a "
-        f"sandbox if you do not trust it, with: "
-        f"python -m dori_lightning.models.convert {path} OUTPUT.safetensors"
-    )
+def _with_prediction_type(
+    scheduler: DDIMScheduler, wanted: PredictionType | None, files: Sequence[WeightFile]
+) -> DDIMScheduler:
+    """A scheduler with the wanted prediction type, held against what the weights' files note.
+
+    Raises:
+        InputError: A file notes another type than the configuration, and none is wanted.
+    """
+    configured = str(scheduler.config["prediction_type"])
+    for file in files:
+        noted = file.prediction_type
+        if noted is None or noted[0] == (wanted or configured):
+            continue
+        if wanted is None:
+            raise InputError(
+                f"{file.path} notes that it predicts {noted[0]} ({noted[1]}), but the "
+                f"configuration says {configured}",
+                where="checkpoint.prediction_type",
+                fix=f"checkpoint.prediction_type={noted[0]} if the file is right, "
+                f"checkpoint.prediction_type={configured} if the configuration is",
+            )
+        log.warning(
+            "%s notes that it predicts %s (%s); checkpoint.prediction_type=%s is used",
+            file.path, *noted, wanted,
+        )  # fmt: skip
+    if wanted is None or wanted == configured:
+        return scheduler
+    made: DDIMScheduler = DDIMScheduler.from_config(scheduler.config, prediction_type=wanted)
+    return made
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse an incomplete folder or one with pickled weights, before anything is read.
+def _check_folder(folder: Path, variant: str | None) -> dict[str, str]:
+    """Refuse an incomplete folder or one whose weights are none, before anything is read.
+
+    Args:
+        folder: A diffusers folder.
+        variant: Which weights are wanted.
+
+    Returns:
+        Which variant of each part's weights to load; ``""`` for the weights without one.
 
     Raises:
         InputError: Says which part, and how to fix it.
     """
-    for part, stem in _PARTS.items():
-        place = folder / part
-        if not (place / "config.json").is_file():
-            raise InputError(
-                f"{folder} is not a diffusers Stable Diffusion folder: "
-                f"{part}/config.json is missing"
-            )
-        if not list(place.glob(f"{stem}*.safetensors")):
-            pickles = [p for p in sorted(place.iterdir()) if p.suffix in _PICKLES]
-            raise InputError(
-                _pickle_message(pickles[0])
-                if pickles
-                else f"{place} holds no weights ({stem}.safetensors is missing)"
-            )
+    chosen = {}
+    if not all((folder / part / "config.json").is_file() for part in STEMS):
+        raise explain_folder(folder)
     for part in ("tokenizer", "scheduler"):
         if not (folder / part).is_dir():
             raise InputError(
                 f"{folder} is not a diffusers Stable Diffusion folder: {part}/ is missing"
             )
+    for part, stem in STEMS.items():
+        chosen[part] = choose_variant(folder / part, stem, variant)
+        for path in variants(folder / part, stem)[chosen[part]]:
+            WeightFile.open(path)
+    if variant is None and any(chosen.values()):
+        log.info("%s has these variants of weights only: %s", folder, chosen)
+    return chosen
 
 
 def _choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
@@ -218,23 +281,25 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def _load_folder(place: Path | str, revision: str) -> dict[str, Any]:
+def _load_folder(place: Path | str, revision: str, variant: str | None) -> dict[str, Any]:
     where, options = str(place), dict[str, Any](revision=revision)
+    chosen = dict.fromkeys(STEMS, variant or "")
     if isinstance(place, Path):
-        _check_folder(place)
+        chosen = _check_folder(place, variant)
         options = {"local_files_only": True}
-    common = {**options, "use_safetensors": True}
+    common = {
+        part: {**options, "use_safetensors": True, "subfolder": part, "variant": name or None}
+        for part, name in chosen.items()
+    }
     try:
         return {
             "unet": UNet2DConditionModel.from_pretrained(
-                where, subfolder="unet", low_cpu_mem_usage=True, **common
+                where, low_cpu_mem_usage=True, **common["unet"]
             ),
-            "vae": AutoencoderKL.from_pretrained(
-                where, subfolder="vae", low_cpu_mem_usage=True, **common
-            ),
+            "vae": AutoencoderKL.from_pretrained(where, low_cpu_mem_usage=True, **common["vae"]),
             # said here, or the folder could name a kernel that is fetched and run
             "text_encoder": CLIPTextModel.from_pretrained(
-                where, subfolder="text_encoder", attn_implementation="sdpa", **common
+                where, attn_implementation="sdpa", **common["text_encoder"]
             ),
             "tokenizer": CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **options),
             "scheduler": DDIMScheduler.from_pretrained(where, subfolder="scheduler", **options),
@@ -274,29 +339,23 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
             f"id of the same architecture with checkpoint.config=..., "
             f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} is no safetensors file, whatever its name, or damaged: {error}; get it again"
-        ) from error
+    file = WeightFile.open(path)
     for part, prefixes in _PREFIXES.items():
-        if not any(key.startswith(prefixes) for key in keys):
-            raise InputError(
-                f"{path} has no {part} ({' or '.join(prefixes)}* among its {len(keys)} tensors); "
-                f"the file must hold a whole Stable Diffusion checkpoint in the original layout"
-            )
+        if not any(key.startswith(prefixes) for key in file.names):
+            raise _lacks(file, part, prefixes)
+    weights = _with_text_model(file.tensors())
     local = Path(config).is_dir()
     options: dict[str, Any] = {"config": config, "local_files_only": local}
     try:
         if local:
             _refuse_kernels(Path(config) / "text_encoder" / "config.json")
         return {
-            "unet": UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **options),
-            "vae": AutoencoderKL.from_single_file(str(path), subfolder="vae", **options),
+            "unet": UNet2DConditionModel.from_single_file(
+                dict(weights), subfolder="unet", **options
+            ),
+            "vae": AutoencoderKL.from_single_file(dict(weights), subfolder="vae", **options),
             "text_encoder": create_diffusers_clip_model_from_ldm(  # type: ignore[no-untyped-call]
-                CLIPTextModel, checkpoint=load_file(path), subfolder="text_encoder", **options
+                CLIPTextModel, checkpoint=dict(weights), subfolder="text_encoder", **options
             ),
             "tokenizer": CLIPTokenizer.from_pretrained(
                 config, subfolder="tokenizer", local_files_only=local
@@ -309,6 +368,31 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
         raise InputError(
             f"{path} does not load with the configuration of {config}: {first_line(error)}"
         ) from error
+
+
+def _lacks(file: WeightFile, part: str, prefixes: tuple[str, ...]) -> InputError:
+    """What to say of a single file without one of the parts."""
+    held = parts_in(list(file.names))
+    given = " ".join(f"checkpoint.{one}={file.path}" for one in held)
+    return InputError(
+        f"{file.path} has no {part} ({' or '.join(prefixes)}* among its {len(file.names)} "
+        f"tensors); the file must hold a whole Stable Diffusion checkpoint in the original layout",
+        where="checkpoint.source",
+        fix=f"name the checkpoint that it belongs to, and this as its part: "
+        f"checkpoint.source=BASE {given}"
+        if held
+        else "give a whole checkpoint",
+    )
+
+
+def _with_text_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of the text encoder as newer files have them, where a file is from before.
+
+    The files of 2022 and merges of them name the encoder's tensors without ``text_model.``.
+    """
+    older = re.compile(r"cond_stage_model\.transformer\.(?=embeddings|encoder|final_layer_norm)")
+    newer = "cond_stage_model.transformer.text_model."
+    return {older.sub(newer, name): tensor for name, tensor in weights.items()}
 
 
 def _refuse_kernels(path: Path) -> None:

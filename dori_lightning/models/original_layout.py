@@ -161,7 +161,7 @@ def _text_encoder_names(names: list[str], *, open_clip: bool) -> dict[str, tuple
             result[f"transformer.text_model.{bare}"] = (name,)
             continue
         joined = re.sub(r"\.[qkv]_proj\.", ".in_proj_", bare)
-        parts = (name,)
+        parts: tuple[str, ...] = (name,)
         if joined != bare:
             parts = tuple(re.sub(r"\.[qkv]_proj\.", f".{one}_proj.", name) for one in "qkv")
         for old, new in _OPEN_CLIP.items():

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampling, Stage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, ReplacedPart
 
 _MEMORY = OomBackoff(
     "generate",
@@ -55,6 +55,7 @@ class StableDiffusion:
         scheduler: DDIMScheduler,
         resolution: int | None = None,
         autocast: torch.dtype | None = None,
+        replaced: Sequence[ReplacedPart] = (),
     ) -> None:
         """Join the parts.
 
@@ -69,11 +70,13 @@ class StableDiffusion:
             resolution: Image side in pixels; None for the UNet's own ``sample_size``.
             autocast: Compute the denoiser and autoencoder in this dtype; None for the weights'
                 own.
+            replaced: Parts whose weights are from other files than the checkpoint's.
 
         Raises:
             ValueError: The parts do not fit each other.
         """
         self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
+        self.replaced = tuple(replaced)
         self.unet, self.autoencoder = unet.eval(), autoencoder.eval()
         text_encoder.eval()  # type: ignore[no-untyped-call]
         self.text_encoder, self.tokenizer = text_encoder, tokenizer

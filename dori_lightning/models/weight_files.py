@@ -1,0 +1,370 @@
+"""Files and folders of weights: what they are by their content, whatever they are called.
+
+Nothing here unpickles anything or needs a model.
+
+Reference: format of safetensors, https://github.com/huggingface/safetensors#format
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dori_lightning.types import InputError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+"""What diffusers calls the weights in the folder of each part."""
+
+_SUFFIX = ".safetensors"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_ADAPTER = re.compile(r"(^|[._])(lora|lycoris|hada|lokr|oft|boft|dora)(?=[._])|\.diff(_b)?$")
+_OTHER_FAMILIES = {
+    "Stable Diffusion XL": "conditioner.embedders.1.",
+    "Stable Diffusion 3": "model.diffusion_model.joint_blocks.",
+    "FLUX": "double_blocks.",
+}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The header of a safetensors file.
+
+    Attributes:
+        path: Where it is.
+        names: Names of its tensors.
+        notes: What its maker wrote into the header, such as ``modelspec.architecture``.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    notes: Mapping[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> "WeightFile":
+        """Read a header.
+
+        Raises:
+            InputError: The file is something else, damaged, an adapter, or of another family of
+                models; says what, and how to mend it.
+        """
+        _refuse_other_content(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                names, notes = tuple(file.keys()), dict(file.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path} is no safetensors file, whatever its name, or damaged: {error}",
+                fix="get it again",
+            ) from error
+        _refuse_adapters(path, names, notes)
+        return cls(path, names, notes)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, on the CPU and in the dtype of the file."""
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in self.names}
+
+    def sha256(self) -> str:
+        """SHA-256 of the file, as ``sha256sum`` prints it."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def prediction_type(self) -> tuple[str, str] | None:
+        """Prediction type that the file notes, and the note; None where there is none."""
+        noted = self.notes.get("modelspec.prediction_type", "").lower()
+        if noted in ("v", "v_prediction", "epsilon"):
+            kind = "epsilon" if noted == "epsilon" else "v_prediction"
+            return kind, f"modelspec.prediction_type {noted!r}"
+        if "v_pred" in self.names:
+            return "v_prediction", "a tensor 'v_pred'"
+        architecture = self.notes.get("modelspec.architecture", "")
+        if architecture.startswith("stable-diffusion-v2-768-v"):
+            return "v_prediction", f"modelspec.architecture {architecture!r}"
+        return None
+
+
+def _refuse_other_content(path: Path) -> None:
+    """Refuse what is no safetensors file by its first bytes and its size.
+
+    Raises:
+        InputError: Says what it is.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+            length = int.from_bytes(start[:8], "little")
+            if size > 8 and start[8:9] == b"{" and 8 + length <= size:
+                file.seek(8)
+                ends = _ends(file.read(length))
+            else:
+                ends = []
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    again = "get it again"
+    begins = start.lstrip().lower()
+    if not size:
+        raise InputError(f"{path} is empty", fix=again)
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path} is a git-lfs pointer of {size} bytes, not the weights that it points to",
+            fix="fetch them with: git lfs pull",
+        )
+    if begins.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(
+            f"{path} is a web page, not weights",
+            fix="download the file itself; the page may have asked for a login, or its address "
+            "was that of a page (/blob/ instead of /resolve/)",
+        )
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise InputError(pickle_message(path))
+    if start.startswith(b"GGUF"):
+        raise InputError(
+            f"{path} is a GGUF file, whose weights are rounded to a few bits",
+            fix="get the .safetensors file that it was made from",
+        )
+    if start[8:9] == b"{" and not (ends and max(ends) + 8 + length == size):
+        missing = f" of {max(ends) + 8 + length:,}" if ends else ""
+        raise InputError(
+            f"{path} is cut off or damaged: it has {size:,}{missing} bytes", fix=again
+        )
+
+
+def _ends(header: bytes) -> list[int]:
+    """Where each tensor of a header ends; empty where the header cannot be read."""
+    try:
+        fields = json.loads(header)
+        return [0, *(int(v["data_offsets"][1]) for k, v in fields.items() if k != "__metadata__")]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return []
+
+
+def _refuse_adapters(path: Path, names: Sequence[str], notes: Mapping[str, str]) -> None:
+    """Refuse weights that belong beside a checkpoint, or to a model of another family.
+
+    Raises:
+        InputError: Says what it is.
+    """
+    adapters = [name for name in names if _ADAPTER.search(name)]
+    if adapters:
+        raise InputError(
+            f"{path} is a LoRA or a similar adapter ({len(adapters)} of its {len(names)} tensors, "
+            f"such as {adapters[0]}), which holds no weights of its own",
+            fix="merge it into its checkpoint once, with diffusers: pipe = "
+            "StableDiffusionPipeline.from_pretrained(BASE); pipe.load_lora_weights(FILE); "
+            "pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(FOLDER); then "
+            "checkpoint.source=FOLDER",
+        )
+    if {"layout", "kind", "identity", "origin"} <= notes.keys():
+        raise InputError(
+            f"{path} is an edit of this program, which says what changes and is no checkpoint",
+            fix=f"write the edited checkpoint with: task=export task.edit={path}",
+        )
+    for family, mark in _OTHER_FAMILIES.items():
+        if any(name.startswith(mark) or f".{mark}" in name for name in names):
+            raise InputError(
+                f"{path} is of the family {family} (it has tensors {mark}*); only Stable "
+                f"Diffusion 1 and 2 can be audited"
+            )
+
+
+def pickle_message(path: Path) -> str:
+    """What to say of a pickle: how it is converted."""
+    return (
+        f"{path} is a pickle: opening it could run code, so it is refused. Convert it once, in a "
+        f"sandbox if you do not trust it, with: "
+        f"python -m dori_lightning.models.convert {path} OUTPUT.safetensors"
+    )
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file is called one of safetensors, in any case."""
+    return path.suffix.lower() == _SUFFIX and path.is_file()
+
+
+def variants(folder: Path, stem: str) -> dict[str, list[Path]]:
+    """Weights in a part's folder by variant, such as ``fp16``; ``""`` for those without.
+
+    Args:
+        folder: Of one part.
+        stem: What diffusers calls its weights.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(f"{stem}*{_SUFFIX}")):
+        rest = _SHARD.sub("", path.name.removeprefix(stem).removesuffix(_SUFFIX))
+        if rest == "" or rest.startswith("."):
+            found.setdefault(rest.removeprefix("."), []).append(path)
+    return found
+
+
+def choose_variant(folder: Path, stem: str, wanted: str | None) -> str:
+    """Which variant of a part's weights to load; ``""`` for the weights without one.
+
+    Args:
+        folder: Of one part.
+        stem: What diffusers calls its weights.
+        wanted: None for the weights without a variant, or the only variant where there is one.
+
+    Raises:
+        InputError: There are no weights, not this variant, or several and none is wanted.
+    """
+    found = variants(folder, stem)
+    named = ", ".join(name or "weights without a variant" for name in found)
+    if not found:
+        raise _no_weights(folder, stem)
+    if wanted is not None and wanted not in found:
+        raise InputError(
+            f"{folder} has no {wanted} weights ({stem}.{wanted}{_SUFFIX} is missing); it has "
+            f"{named}",
+            where="checkpoint.variant",
+            fix="leave checkpoint.variant out, or name one that every part has",
+        )
+    if wanted is not None:
+        return wanted
+    if "" not in found and len(found) > 1:
+        raise InputError(
+            f"{folder} has several variants of its weights, {named}",
+            where="checkpoint.variant",
+            fix=f"choose one: checkpoint.variant={next(iter(found))}",
+        )
+    return "" if "" in found else next(iter(found))
+
+
+def _no_weights(folder: Path, stem: str) -> InputError:
+    """What to say of a part's folder without weights."""
+    files = sorted(folder.iterdir())
+    pickled = next((path for path in files if path.suffix in PICKLES), None)
+    if pickled is not None:
+        return InputError(pickle_message(pickled))
+    other = next((path for path in files if is_weight_file(path)), None)
+    if other is not None:
+        return InputError(
+            f"{folder} holds no {stem}{_SUFFIX}, but {other.name}",
+            fix=f"rename it if these are its weights: mv {other} {folder / stem}{_SUFFIX}",
+        )
+    return InputError(f"{folder} holds no weights ({stem}{_SUFFIX} is missing)")
+
+
+def find_weights(source: Path, part: str) -> list[Path]:
+    """Files with the weights of one part.
+
+    Args:
+        source: The file itself, the part's folder, or a folder in which it is called ``part``.
+        part: ``unet``, ``vae`` or ``text_encoder``.
+
+    Raises:
+        InputError: Nothing is there, or no weights, or weights of several kinds.
+    """
+    if source.suffix in PICKLES:
+        raise InputError(pickle_message(source))
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise InputError(
+            f"checkpoint.{part}={source} does not exist",
+            fix="give a .safetensors file, or a folder with one; of a hub id, the folder that "
+            "'hf download' prints",
+        )
+    folder = part_folder(source, part)
+    found = variants(folder, STEMS[part])
+    if found:
+        return found[choose_variant(folder, STEMS[part], None)]
+    files = [path for path in sorted(folder.iterdir()) if is_weight_file(path)]
+    if len(files) > 1:
+        raise InputError(
+            f"{folder} holds {len(files)} weight files, none of them called "
+            f"{STEMS[part]}{_SUFFIX}: {', '.join(path.name for path in files[:5])}",
+            where=f"checkpoint.{part}",
+            fix="give the file itself",
+        )
+    if not files:
+        raise _no_weights(folder, STEMS[part])
+    return files
+
+
+def part_folder(source: Path, part: str) -> Path:
+    """The folder of a part: itself, or the one of the part's name in it."""
+    return source / part if (source / part).is_dir() else source
+
+
+def explain_folder(folder: Path) -> InputError:
+    """What to say of a folder that is no diffusers checkpoint, by what it is instead."""
+    for pattern in ("snapshots/*/unet/config.json", "*/unet/config.json",
+                    "models--*/snapshots/*/unet/config.json"):  # fmt: skip
+        inside = _newest(folder.glob(pattern))
+        if inside is not None:
+            cached = "snapshots" in pattern
+            return InputError(
+                f"{folder} is {'a folder of the hub cache' if cached else 'no checkpoint'}, but "
+                f"holds one",
+                where="checkpoint.source",
+                fix=f"checkpoint.source={inside.parent.parent}",
+            )
+    part = _part_of(folder)
+    if part is not None:
+        return InputError(
+            f"{folder} is a {part} alone, no whole checkpoint",
+            where="checkpoint.source",
+            fix=f"name the checkpoint that it belongs to, and this as its part: "
+            f"checkpoint.source=BASE checkpoint.{part}={folder}",
+        )
+    parts = [name for name in STEMS if _holds_weights(folder / name)]
+    if parts and not any((folder / name).is_dir() for name in ("tokenizer", "scheduler")):
+        given = " ".join(f"checkpoint.{name}={folder / name}" for name in parts)
+        return InputError(
+            f"{folder} holds only {', '.join(parts)} of a checkpoint",
+            where="checkpoint.source",
+            fix=f"name the checkpoint that it belongs to: checkpoint.source=BASE {given}",
+        )
+    files = [path for path in sorted(folder.iterdir()) if is_weight_file(path)]
+    if files:
+        return InputError(
+            f"{folder} is no diffusers folder, but holds "
+            f"{'a single file' if len(files) == 1 else f'{len(files)} single files'}",
+            where="checkpoint.source",
+            fix=f"checkpoint.source={files[0]} checkpoint.config=FOLDER_OF_THE_SAME_ARCHITECTURE",
+        )
+    pickled = next((path for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
+    if pickled is not None:
+        return InputError(pickle_message(pickled))
+    missing = [name for name in STEMS if not (folder / name / "config.json").is_file()]
+    return InputError(
+        f"{folder} is not a diffusers Stable Diffusion folder: "
+        f"{missing[0] if missing else 'unet'}/config.json is missing"
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(is_weight_file(path) for path in folder.iterdir())
+
+
+def _part_of(folder: Path) -> str | None:
+    """Which part a folder is, by the class that its configuration names."""
+    classes = {
+        "UNet2DConditionModel": "unet",
+        "AutoencoderKL": "vae",
+        "CLIPTextModel": "text_encoder",
+    }
+    try:
+        held = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(held, dict):
+        return None
+    named = [held.get("_class_name"), *(held.get("architectures") or [])]
+    return next((classes[str(name)] for name in named if str(name) in classes), None)
+
+
+def _newest(paths: Iterable[Path]) -> Path | None:
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
