@@ -1,4 +1,4 @@
-"""Structured images depend on their number alone, use known words, and are busy like photographs."""
+"""Structured images depend on their number alone, use known words and are as busy as photos."""
 
 import io
 from statistics import median
