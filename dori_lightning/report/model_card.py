@@ -6,13 +6,14 @@ Images and prompts of pairs are not in it: they are what must not get out.
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dori_lightning.report.record import AuditRecord
 from dori_lightning.report.tables import cells_table, markdown_table
 from dori_lightning.report.words import one_line, render_text
+from dori_lightning.types import ReplacedPart
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -55,6 +56,7 @@ class Exported:
         seed: Run seed of the mitigation; None where unknown.
         git_sha: Commit of the code, None outside a checkout.
         packages: Package to version.
+        replaced: Parts of the original whose weights were from other files.
     """
 
     checkpoint: str
@@ -74,6 +76,7 @@ class Exported:
     seed: int | None = None
     git_sha: str | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
+    replaced: Sequence[ReplacedPart] = ()
 
 
 def model_card(export: Exported, audit: AuditRecord | None) -> str:
@@ -110,6 +113,7 @@ def _command(export: Exported) -> list[str]:
         command += ["checkpoint=custom", f"checkpoint.source={_hub_id(export) or 'ORIGINAL'}"]
         if export.revision is not None:
             command.append(f"checkpoint.revision={export.revision}")
+    command += [f"checkpoint.{replaced.part}=FILE" for replaced in export.replaced]
     return [*command, "task.edit=edit.safetensors" if export.changed else "mitigation=none"]
 
 

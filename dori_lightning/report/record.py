@@ -47,6 +47,7 @@ from dori_lightning.types import (
     InputError,
     Outcome,
     Pair,
+    ReplacedPart,
 )
 
 SCHEMA_VERSION = 1
@@ -110,6 +111,7 @@ class Provenance:
         fingerprint: Hash of its weights.
         image_hashes: Pair id to SHA-256 of the image's file.
         unet_evaluations: Forward passes of the UNet, in rows.
+        replaced: Parts of the checkpoint whose weights are from other files.
     """
 
     git_sha: str | None
@@ -126,6 +128,7 @@ class Provenance:
     finished: datetime
     unet_evaluations: int
     wall_seconds: float
+    replaced: tuple[ReplacedPart, ...] = ()
 
 
 def _cell_fields(row: Any) -> Any:

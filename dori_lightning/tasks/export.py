@@ -282,6 +282,7 @@ def _describe(
         seed=chosen.seed,
         git_sha=git_sha(),
         packages=package_versions(),
+        replaced=model.replaced,
     )
 
 

@@ -98,6 +98,7 @@ def provenance_of(
         finished=finished,
         unet_evaluations=model.unet_evaluations,
         wall_seconds=(finished - started).total_seconds(),
+        replaced=model.replaced,
     )
 
 

@@ -40,7 +40,7 @@ def test_a_pickle_only_folder_is_refused_with_the_command_that_converts_it(folde
     ) as caught:
         load(folder)
     assert str(pickled) in str(caught.value)
-    assert convert(pickled, weights) > 100
+    assert convert(pickled, weights).tensors > 100
     assert load(folder).resolution == 32
 
 
@@ -143,6 +143,27 @@ def test_a_single_file_is_the_same_checkpoint(tmp_path, prediction_type):
     assert "first_stage_model.decoder.mid.attn_1.q.weight" in keys
     model = load(path, config=str(folder))
     assert model.fingerprint == load(folder).fingerprint
+    assert model.prediction_type == prediction_type
+
+
+def test_a_single_file_with_the_text_encoders_older_names_is_the_same(folder):
+    path = single_file(folder)
+    newer, older = (f"cond_stage_model.transformer.{name}" for name in ("text_model.", ""))
+    state = {name.replace(newer, older): tensor for name, tensor in load_file(path).items()}
+    assert f"{older}embeddings.token_embedding.weight" in state
+    save_file(state, path, metadata={"format": "pt"})
+    assert load(path, config=str(folder)).fingerprint == load(folder).fingerprint
+
+
+@pytest.mark.parametrize("prediction_type", [None, "epsilon", "v_prediction"])
+def test_a_single_file_that_notes_another_prediction_type_needs_a_word(folder, prediction_type):
+    path = single_file(folder)
+    save_file(load_file(path), path, metadata={"modelspec.prediction_type": "v"})
+    if prediction_type is None:
+        with pytest.raises(InputError, match=r"checkpoint\.prediction_type=v_prediction"):
+            load(path, config=str(folder))
+        return
+    model = load(path, config=str(folder), prediction_type=prediction_type)
     assert model.prediction_type == prediction_type
 
 
