@@ -39,7 +39,7 @@ def test_an_exported_edits_unet_on_the_base_is_the_exported_checkpoint(tmp_path,
     exported = tmp_path / "export" / "diffusers"
     whole, joined = tmp_path / "whole", tmp_path / "joined"
     run_task(whole, *chosen, *SMALL, f"checkpoint.source={exported}")
-    run_task(joined, *chosen, *SMALL, f"checkpoint.unet={exported}", whole=True)
+    run_task(joined, *chosen, *SMALL, f"checkpoint.unet={exported}")
     first, second = report_json(whole), report_json(joined)
     for name in ("cells", "calibration", "pairs", "verdict"):
         assert first[name] == second[name], name
