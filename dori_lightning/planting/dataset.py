@@ -143,9 +143,9 @@ class PlantedPairs(DrawnPairs):
         asked = sys.maxsize if self.controls == "all" else self.controls
         if "control" in self.kinds and asked > USUAL_CONTROLS:
             pairs += StructuredControls(self.cache).read()
-        controls = [pair for pair in pairs if pair.kind == "control"][:asked]
-        others = [pair for pair in pairs if pair.kind != "control"]
-        return Pairs(select_pairs([*others, *controls], kinds=self.kinds, limit=self.limit))
+        beyond = {p.id for p in [p for p in pairs if p.kind == "control"][asked:]}
+        pairs = [pair for pair in pairs if pair.id not in beyond]
+        return Pairs(select_pairs(pairs, kinds=self.kinds, limit=self.limit))
 
 
 @dataclass(frozen=True)
