@@ -183,7 +183,7 @@ def resolve_source(source: str) -> Path | str:
             )
         return folder
     path = Path(source).expanduser()
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise InputError(pickle_message(path))
     if path.is_dir() or is_weight_file(path):
         return path

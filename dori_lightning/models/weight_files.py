@@ -244,7 +244,7 @@ def choose_variant(folder: Path, stem: str, wanted: str | None) -> str:
 def _no_weights(folder: Path, stem: str) -> InputError:
     """What to say of a part's folder without weights."""
     files = sorted(folder.iterdir())
-    pickled = next((path for path in files if path.suffix in PICKLES), None)
+    pickled = next((path for path in files if path.suffix.lower() in PICKLES), None)
     if pickled is not None:
         return InputError(pickle_message(pickled))
     other = next((path for path in files if is_weight_file(path)), None)
@@ -266,7 +266,7 @@ def find_weights(source: Path, part: str) -> list[Path]:
     Raises:
         InputError: Nothing is there, or no weights, or weights of several kinds.
     """
-    if source.suffix in PICKLES:
+    if source.suffix.lower() in PICKLES:
         raise InputError(pickle_message(source))
     if source.is_file():
         return [source]
@@ -335,7 +335,9 @@ def explain_folder(folder: Path) -> InputError:
             where="checkpoint.source",
             fix=f"checkpoint.source={files[0]} checkpoint.config=FOLDER_OF_THE_SAME_ARCHITECTURE",
         )
-    pickled = next((path for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
+    pickled = next(
+        (path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICKLES), None
+    )
     if pickled is not None:
         return InputError(pickle_message(pickled))
     missing = [name for name in STEMS if not (folder / name / "config.json").is_file()]
