@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dori_lightning.models.original_layout import Part
 from dori_lightning.types import InputError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-STEMS = {
+STEMS: Mapping[Part, str] = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -74,6 +75,11 @@ class WeightFile:
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in self.names}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors by name; reads no values."""
+        with safe_open(self.path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in self.names}
+
     def sha256(self) -> str:
         """SHA-256 of the file, as ``sha256sum`` prints it."""
         with self.path.open("rb") as file:
@@ -127,7 +133,10 @@ def _refuse_other_content(path: Path) -> None:
             fix="download the file itself; the page may have asked for a login, or its address "
             "was that of a page (/blob/ instead of /resolve/)",
         )
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    # a header of 1,152 bytes also begins as a pickle does
+    if not ends and start.startswith(
+        (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    ):
         raise InputError(pickle_message(path))
     if start.startswith(b"GGUF"):
         raise InputError(

@@ -162,6 +162,7 @@ class PairsDataModule(LightningDataModule):
         key = {
             "layout": LAYOUT,
             "model": self.model.fingerprint,
+            "side": str(self.model.resolution),
             "image": pair.sha256 or hashlib.sha256(pair.image.read_bytes()).hexdigest(),
             "prompt": hashlib.sha256(pair.prompt.encode()).hexdigest(),
         }

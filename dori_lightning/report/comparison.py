@@ -92,7 +92,7 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
     here, there = run.report, base.report
     own, rule = here.calibration, there.calibration
     if here.provenance.fingerprint != there.provenance.fingerprint:
-        yield f"weights {here.provenance.fingerprint}, there {there.provenance.fingerprint}"
+        yield f"checkpoint {here.provenance.fingerprint}, there {there.provenance.fingerprint}"
     yield from _pair_differences(run, base)
     decider = f"metrics.descriptors.{rule.descriptor}"
     settings = {

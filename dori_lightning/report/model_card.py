@@ -42,8 +42,8 @@ class Exported:
         source: Its hub id or ``package:NAME``; None where it is a file or folder of the user's,
             whose place is nobody's business.
         revision: Pinned commit of a hub id.
-        fingerprint: Hash of the original's weights.
-        exported: Hash of the weights that were written, as the loader finds it.
+        fingerprint: Of the original.
+        exported: Fingerprint of what was written, as the loader finds it.
         dtypes: Part to the dtype it was written in.
         exact: Whether no weight was rounded.
         mitigation: Name of what found the edit; ``none`` where there is none.

@@ -108,7 +108,7 @@ class Provenance:
         git_sha: Commit of the code, None outside a checkout.
         platform: Operating system and architecture, without the machine's name.
         config: Resolved configuration, already redacted.
-        fingerprint: Hash of its weights.
+        fingerprint: Hash of everything of the checkpoint that decides results.
         image_hashes: Pair id to SHA-256 of the image's file.
         unet_evaluations: Forward passes of the UNet, in rows.
         replaced: Parts of the checkpoint whose weights are from other files.

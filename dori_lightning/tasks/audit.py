@@ -40,7 +40,13 @@ from dori_lightning.runtime.artifacts import (
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.plan import plan
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
-from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
+from dori_lightning.tasks.run_record import (
+    FINGERPRINT,
+    provenance_of,
+    to_container,
+    tracked,
+    with_fingerprint,
+)
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import BASELINE, Pairs
 
@@ -59,7 +65,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         plan(cfg, folder)
         return None
     # before anything is logged: a wrong command must not reach the run that the folder belongs to
-    check_folder(folder, method_of(to_container(cfg)))
+    check_folder(folder, method_of(to_container(cfg)), unknown=[FINGERPRINT])
     tags = (str(cfg.checkpoint.name), str(cfg.mitigation.name))
     with tracked(cfg, folder, tags=tags) as tracker:
         return _audit(cfg, folder, tracker)
@@ -117,7 +123,7 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
         "attack.snapshots or sampling.images_per_pair",
     )
     # every input was checked: from here on the folder belongs to these settings
-    claim_folder(folder, method_of(to_container(cfg)))
+    claim_folder(folder, with_fingerprint(method_of(to_container(cfg)), context.model))
     distributed.start(context.make_trainer())
     return context
 

@@ -41,11 +41,17 @@ from dori_lightning.report.locality import (
     write_locality_files,
 )
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.artifacts import claim_folder, drop_keys
+from dori_lightning.runtime.artifacts import check_folder, claim_folder, drop_keys
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.audit import audit_context, method_of
 from dori_lightning.tasks.results_logging import track_locality
-from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
+from dori_lightning.tasks.run_record import (
+    FINGERPRINT,
+    provenance_of,
+    to_container,
+    tracked,
+    with_fingerprint,
+)
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import InputError, Pair
 
@@ -144,8 +150,9 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
     values = to_container(cfg)
     # which questions are answered decides no answer
     method = {**method_of(values), "task": drop_keys(values["task"], "parts")}
-    claim_folder(folder, method)
+    check_folder(folder, method, unknown=[FINGERPRINT])
     audit = audit_context(cfg, folder, pairs)
+    claim_folder(folder, with_fingerprint(method, audit.model))
     audit = replace(audit, attack=replace(audit.attack, snapshots=(0, *audit.attack.snapshots)))
     distributed.start(audit.make_trainer())
     return Study(

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +47,15 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     return {str(k): v for k, v in resolved.items()}
+
+
+FINGERPRINT = "checkpoint.fingerprint"
+"""Where a run folder's settings name the checkpoint itself, known once it is loaded."""
+
+
+def with_fingerprint(method: Mapping[str, Any], model: StableDiffusion) -> dict[str, Any]:
+    """Settings that decide a task's results, with the checkpoint that they were used on."""
+    return {**method, "checkpoint": {**method["checkpoint"], "fingerprint": model.fingerprint}}
 
 
 def git_sha() -> str | None:
