@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def empty_part(part: Part, config: str, **options: Any) -> nn.Module:
         config: Diffusers folder or hub id.
         **options: For the libraries: ``local_files_only``, ``revision``.
     """
-    with init_empty_weights():
+    with torch.device("meta"):
         if part == "text_encoder":
             # said here, or the folder could name a kernel that is fetched and run
             settings = CLIPTextConfig.from_pretrained(

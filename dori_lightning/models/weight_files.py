@@ -265,7 +265,7 @@ def _no_weights(folder: Path, stem: str) -> InputError:
     return InputError(f"{folder} holds no weights ({stem}{_SUFFIX} is missing)")
 
 
-def find_weights(source: Path, part: str) -> list[Path]:
+def find_weights(source: Path, part: Part) -> list[Path]:
     """Files with the weights of one part.
 
     Args:
@@ -302,7 +302,7 @@ def find_weights(source: Path, part: str) -> list[Path]:
     return files
 
 
-def part_folder(source: Path, part: str) -> Path:
+def part_folder(source: Path, part: Part) -> Path:
     """The folder of a part: itself, or the one of the part's name in it."""
     return source / part if (source / part).is_dir() else source
 
