@@ -1,6 +1,6 @@
 """Which pairs a checkpoint still reproduces, prompted and attacked, and how sure we are of it."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from dori_lightning.audit.context import (
     reference_images,
 )
 from dori_lightning.audit.evaluation import attack_and_generate, evaluate
+from dori_lightning.audit.targets import aim
 from dori_lightning.audit.utility import measure_utility
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.base import Context, EditResult
@@ -98,7 +99,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
             picture_evaluations=context.sampling.steps * context.sampling.rows_per_step,
         ),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
-        skipped=context.pairs.skipped,
+        skipped=context.pairs.skipped_ids,
         inert=changed == 0 and context.mitigation.name != BASELINE,
     )
     _publish(cfg, report, folder)
@@ -125,7 +126,14 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
     # every input was checked: from here on the folder belongs to these settings
     claim_folder(folder, with_fingerprint(method_of(to_container(cfg)), context.model))
     distributed.start(context.make_trainer())
-    return context
+    _write_skipped(context.pairs, folder)
+    return aim(context)
+
+
+def _write_skipped(pairs: Pairs, folder: Path) -> None:
+    """Write ``skipped_pairs.json``: which pairs and images were left out of the list, and why."""
+    if pairs.skipped and distributed.is_first():
+        write_json(folder / "skipped_pairs.json", {"skipped": [asdict(p) for p in pairs.skipped]})
 
 
 def audit_context(

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dori_lightning.audit.context import reference_images
+from dori_lightning.audit.targets import aimed_pairs
 from dori_lightning.config import groups
 from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
@@ -144,6 +145,16 @@ def _from_mitigation(
     data.prepare()
     references = reference_images(pairs, model.resolution, measures)
     context = make_context(cfg, data=data, references=references, sampling=sampling)
+    aimed = aimed_pairs(
+        pairs, references, model=model, sampling=sampling, cache=Path(cfg.paths.cache)
+    )
+    if aimed != tuple(pairs):
+        pairs = [*aimed]
+        context = replace(
+            context,
+            data=PairsDataModule(pairs, model, cache=data.cache),
+            references=reference_images(pairs, model.resolution, measures),
+        )
     suspected = [pair for pair in pairs if pair.kind != "control"]
     edit = context.find(mitigation, model, suspected).edit
     return _Chosen(

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.audit.targets import aim
 from dori_lightning.locality.embeddings import (
     PromptGroup,
     PromptSet,
@@ -155,6 +156,9 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
     claim_folder(folder, with_fingerprint(method, audit.model))
     audit = replace(audit, attack=replace(audit.attack, snapshots=(0, *audit.attack.snapshots)))
     distributed.start(audit.make_trainer())
+    audit = aim(audit)
+    aimed = {pair.id: pair for pair in audit.pairs}
+    chosen = {name: tuple(aimed[pair.id] for pair in own) for name, own in chosen.items()}
     return Study(
         audit=audit,
         settings=settings,
@@ -267,9 +271,13 @@ def choose_pairs(
         studied = tuple(pair for pair in pairs if pair.kind == "vm")[: settings.images]
     controls = tuple(pair for pair in pairs if pair.kind == "control")
     # another caption of a studied image is no other image
-    images = {pair.sha256 for pair in studied if pair.sha256}
+    images = {own.sha256 for pair in studied for own in pair.references if own.sha256}
     suspected = [p for kind in ("vm", "tm") for p in pairs if p.kind == kind]
-    others = [p for p in suspected if p not in studied and p.sha256 not in images]
+    others = [
+        pair
+        for pair in suspected
+        if pair not in studied and not any(own.sha256 in images for own in pair.references)
+    ]
     for have, least, what in (
         (studied, 1, "memorized images under study (kind vm)"),
         (others, 2, "other memorized images (kind vm or tm) to compare with"),

@@ -102,7 +102,10 @@ def provenance_of(
         config=redact(to_container(cfg)),
         checkpoint=model.name,
         fingerprint=model.fingerprint,
-        image_hashes={pair.id: pair.sha256 for pair in pairs},
+        image_hashes={
+            **{pair.id: pair.sha256 for pair in pairs},
+            **{f"{p.id}/{own.image.name}": own.sha256 for p in pairs for own in p.others},
+        },
         started=started,
         finished=finished,
         unet_evaluations=model.unet_evaluations,
