@@ -21,7 +21,7 @@ from dori_lightning.types import Pair
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = "1"
+LAYOUT = "2"
 """Version of the cache's files and of how images are cut and scaled; others are not read."""
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dori_lightning.pairs.corpus import Examples, Split
 from dori_lightning.pairs.readers import FolderPairs, PairsReader, Selection
-from dori_lightning.pairs.validation import image_tensor, select_pairs
+from dori_lightning.pairs.validation import NoneOfKindsError, image_tensor, select_pairs
 from dori_lightning.planting import photographs, scenes, structures, templates
 from dori_lightning.planting.photographs import PHOTOGRAPHS, SIDE, TABLE
 from dori_lightning.planting.scenes import draw_scene
@@ -85,6 +85,8 @@ class DrawnPairs(Selection, ABC):
             self._write_whole(folder)
         try:
             return FolderPairs(folder, kinds=self.kinds, limit=self.limit).read()
+        except NoneOfKindsError:
+            raise
         except InputError as error:
             raise InputError(f"{error}\nDelete {folder} to have it drawn again") from error
 
