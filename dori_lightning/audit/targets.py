@@ -18,7 +18,6 @@ from dori_lightning.models.generation import (
 )
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import Pair, Pairs
@@ -39,11 +38,10 @@ def aim(context: AuditContext) -> AuditContext:
     if pairs == tuple(context.pairs):
         return context
     measures = context.references.measures
-    data = PairsDataModule(pairs, context.model, cache=context.data.cache)
     return replace(
         context,
         pairs=Pairs(pairs, skipped=context.pairs.skipped),
-        data=data,
+        data=context.data.with_pairs(pairs),
         references=reference_images(pairs, context.model.resolution, measures),
     )
 

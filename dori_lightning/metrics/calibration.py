@@ -379,7 +379,7 @@ class ReferenceImages:
         each = descriptor.compare(descriptor.describe(images), own)
         if each.shape[1] == len(rows):
             return each
-        parts = each.split([len(of_pair) for of_pair in rows], dim=1)
+        parts = torch.split(each, [len(of_pair) for of_pair in rows], dim=1)
         return torch.stack([part.amax(1) for part in parts], dim=1)
 
 

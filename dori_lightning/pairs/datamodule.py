@@ -81,6 +81,11 @@ class PairsDataModule(LightningDataModule):
         self._encoded: dict[str, Encoded] = {}
         self._batches: IterableDataset[Any] | None = None
 
+    def with_pairs(self, pairs: Sequence[Pair]) -> PairsDataModule:
+        """Other pairs with the same model and cache."""
+        folder = None if self.cache is None else self.cache.folder
+        return PairsDataModule(pairs, self.model, cache=folder)
+
     def serve(self, batches: IterableDataset[Any]) -> PairsDataModule:
         """Serve these batches of pairs to a trainer, in order, on this process.
 

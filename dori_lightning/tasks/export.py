@@ -152,7 +152,7 @@ def _from_mitigation(
         pairs = [*aimed]
         context = replace(
             context,
-            data=PairsDataModule(pairs, model, cache=data.cache),
+            data=data.with_pairs(pairs),
             references=reference_images(pairs, model.resolution, measures),
         )
     suspected = [pair for pair in pairs if pair.kind != "control"]

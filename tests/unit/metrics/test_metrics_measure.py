@@ -110,7 +110,9 @@ class TestSeveralReferences:
     def references(self, others=(0.2,), pairs=(TWO, *PAIRS[1:])):
         measures = Measures({"one": Brightness("one")}, "one")
         images = flat(0.9, 0.1, 0.5)
-        return ReferenceImages(pairs, images, measures, others=[flat(level)[0] for level in others])
+        return ReferenceImages(
+            pairs, images, measures, others=[flat(level)[0] for level in others]
+        )
 
     def test_the_closest_counts_and_is_named(self):
         found = self.references().measure(self.TWO, flat(0.9, 0.2, 0.3))
