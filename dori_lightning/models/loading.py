@@ -273,10 +273,31 @@ def _choose_autocast(precision: str, device: torch.device) -> torch.dtype | None
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def _existing_device(name: str) -> torch.device:
+    """A device by torch's name for it.
+
+    Raises:
+        InputError: Torch knows no such device, or the machine has none.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("meta holds no numbers")
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        there = ", ".join(f"cuda:{k}" for k in range(torch.cuda.device_count()))
+        raise InputError(
+            f"there is no device {name!r} here: {first_line(error)}",
+            where="checkpoint.device",
+            fix=f"checkpoint.device=auto takes what there is: {there or 'the CPU (cpu)'}",
+        ) from error
+    return device
+
+
 def _choose_device(device: str) -> torch.device:
     """The named device; ``auto`` is this process's GPU, told by LOCAL_RANK, or else the CPU."""
     if device != "auto":
-        return torch.device(device)
+        return _existing_device(device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

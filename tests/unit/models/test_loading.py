@@ -30,6 +30,12 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path):
     assert first.fingerprint != other.fingerprint
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "xpu", "cpu:x"])
+def test_a_device_that_is_not_here_is_told(folder, device):
+    with pytest.raises(InputError, match=r"(?s)no device.*where: checkpoint\.device.*=auto"):
+        load_checkpoint(name="x", source=str(folder), device=device)
+
+
 def test_a_pickle_only_folder_is_refused_with_the_command_that_converts_it(folder):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     pickled = weights.with_suffix(".bin")
