@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from rich.markup import escape as rich_text
 from rich.table import Table
 
 from dori_lightning.report.claims import Checked
@@ -93,7 +92,7 @@ def rich_table(table: TextTable) -> Table:
         else:
             made.add_column(name, justify="right")
     for row in table.rows:
-        made.add_row(*map(rich_text, row))
+        made.add_row(*row)
     return made
 
 

@@ -259,5 +259,5 @@ def _publish(cfg: DictConfig, report: AuditReport, folder: Path) -> None:
     console = answer_console()
     title = f"{INVALID}: {', '.join(report.invalid)}" if report.invalid else ""
     console.print(rich_table(cells_table(report.cells, title=title)))
-    console.print(report.verdict, markup=False)
+    console.print(report.verdict)
     console.print(f"page: {page}", soft_wrap=True)

@@ -377,7 +377,7 @@ def _print(plans: Mapping[str, JobPlan], *, title: str) -> Part:
     remarks += [f"not counted: {p.what}: {p.not_counted}" for p in shared if p.not_counted]
     remarks.append("not counted: loading, encoding of images, descriptors and reports")
     for text in dict.fromkeys(remarks):
-        console.print(f"- {text}", markup=False, highlight=False)
+        console.print(f"- {text}", highlight=False)
     return total
 
 

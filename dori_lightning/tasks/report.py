@@ -151,7 +151,7 @@ def _publish_one(inputs: _Inputs, folder: Path, *, max_pairs: int) -> None:
         max_pairs=max_pairs,
         locality=inputs.locality,
     )
-    answer_console(150).print(f"page: {page}", soft_wrap=True, markup=False)
+    answer_console(150).print(f"page: {page}", soft_wrap=True)
 
 
 def _publish(
@@ -170,10 +170,10 @@ def _publish(
     console = answer_console(150)
     for table in headline_tables(rows):
         console.print(rich_table(table))
-    console.print(sweep_verdict(rows).answer, markup=False)
+    console.print(sweep_verdict(rows).answer)
     for text in remarks(comparison, rows):
-        console.print(f"- {text}", markup=False, highlight=False)
-    console.print(f"page: {page}", soft_wrap=True, markup=False)
+        console.print(f"- {text}", highlight=False)
+    console.print(f"page: {page}", soft_wrap=True)
     return rows
 
 

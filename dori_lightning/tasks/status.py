@@ -11,8 +11,8 @@ from typing import Any, Literal
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dori_lightning.report.record import LOCALITY_FILE
 from dori_lightning.runtime.artifacts import is_held
@@ -137,12 +137,12 @@ def _table(jobs: Sequence[Job]) -> Table:
         table.add_column(column, overflow="fold")
     for job in jobs:
         table.add_row(
-            escape(job.name),
-            f"[{_STYLES[job.state]}]{job.state}[/]",
+            job.name,
+            Text(job.state, style=_STYLES[job.state]),
             job.stage,
             str(job.pairs),
             "" if job.seconds is None else str(timedelta(seconds=round(job.seconds))),
-            escape(job.error),
+            job.error,
         )
     return table
 
