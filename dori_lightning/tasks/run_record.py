@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -28,8 +29,17 @@ from dori_lightning.runtime import peers
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks.status import sweep_overrides
-from dori_lightning.tracking import RunIdentity, Tracker, WeightsAndBiases, kept_id
+from dori_lightning.tracking import (
+    RunIdentity,
+    Tracker,
+    WeightsAndBiases,
+    has_offline_runs,
+    kept_id,
+    sync_command,
+)
 from dori_lightning.types import InputError, Pair, first_line
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = (
     "dori_lightning", "torch", "lightning", "diffusers", "transformers", "torchmetrics",
@@ -141,7 +151,11 @@ def tracked(cfg: DictConfig, folder: Path, *, tags: Sequence[str] = ()) -> Itera
             tracker.summary({"error": redact(f"{type(error).__name__}: {first_line(error)}")})
         tracker.finish(code)
         raise
-    tracker.finish()
+    else:
+        tracker.finish()
+    finally:
+        if tracker.loggers and has_offline_runs(folder):
+            log.info("Weights & Biases: offline. To upload this run:\n%s", sync_command(folder))
 
 
 def logged(run: Callable[[DictConfig, Path], None]) -> Callable[[DictConfig, Path], None]:
@@ -184,7 +198,8 @@ def _identity(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> RunIdentity
             group = _sweep_id(place, str(cfg.sweep), swept)
             name = _differing(overrides, swept) or name
     return RunIdentity(
-        id=kept_id(folder, "run"),
+        # an agent of a W&B sweep names the one run that it starts
+        id=kept_id(folder, "run", given=None if group else os.environ.get("WANDB_RUN_ID")),
         name=redact(name)[:_NAME_LENGTH],
         group=group,
         job_type=str(cfg.task.name),
