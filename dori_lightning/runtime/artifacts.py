@@ -170,6 +170,31 @@ def check_folder(
     return True
 
 
+_NO_RESULT = re.compile(r"\..*|csv|wandb|dori.*\.log|.*\.lock|run\.lock\.owner|"
+                        r"method\.json|status\.json|tracking\.json")  # fmt: skip
+"""Files and folders directly in a run folder that say how a start went, not what it found."""
+
+
+@contextmanager
+def released_on_failure(folder: Path) -> Iterator[None]:
+    """Give a folder back to other settings where a start that claimed it leaves without a result.
+
+    Only a folder that nobody had claimed before and that holds no file of a result is given back.
+    """
+    claimed = (folder / METHOD).is_file()
+    try:
+        yield
+    except Exception:
+        if not claimed and not _has_results(folder):
+            (folder / METHOD).unlink(missing_ok=True)
+        raise
+
+
+def _has_results(folder: Path) -> bool:
+    own = [path for path in folder.iterdir() if not _NO_RESULT.fullmatch(path.name)]
+    return any(path.is_file() or any(p.is_file() for p in path.rglob("*")) for path in own)
+
+
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested containers by dotted name."""
     if isinstance(value, dict):
