@@ -44,7 +44,7 @@ from dori_lightning.models.weight_files import (
     pickle_message,
     variants,
 )
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, first_line
 
 log = logging.getLogger(__name__)
 
