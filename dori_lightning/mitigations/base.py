@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,6 +20,7 @@ from dori_lightning.models.protocol import Sampling, Stage, TextToImage
 from dori_lightning.pairs.corpus import Corpus, Split
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.types import InputError, Pair
 
 STAGES: tuple[Stage, ...] = ("down", "mid", "up")
@@ -264,7 +263,7 @@ def edit_key(
         "sampling": sampling,
         "decider": context.references.measures.decider,
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    return content_hash(what)[:24]
 
 
 def require(good: bool, rule: str, got: Any) -> None:
