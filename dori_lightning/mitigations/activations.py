@@ -8,20 +8,19 @@ Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.2, https://arxiv.o
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.cache import tensors_and_note
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
 
@@ -95,18 +94,17 @@ class ActivationStatistics:
         """
         data = read_statistics(path)
         try:
-            tensors = load(data)
-            note = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            tensors, note = tensors_and_note(data)
             if note["kind"] != "activation_statistics":
                 raise ValueError(f"it is a {note['kind']}")
             parts: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "std": {}}
             for name, value in tensors.items():
                 which, _, layer = name.partition("|")
-                parts[which][layer] = value.clone()
+                parts[which][layer] = value
             found = cls(parts["mean"], parts["std"], int(note["prompts"]), note["fingerprint"])
             if found.identity != note["identity"]:
                 raise ValueError("its content does not fit the hash in it")
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path} holds no activation statistics, or is damaged: {error}\n{_FIX}"
             ) from error
@@ -241,11 +239,11 @@ def layer_influence(
             f"task.timestep must be in 0..{model.num_train_timesteps - 1}, got {timestep}"
         )
     embeddings = model.encode_prompts(prompts)
+    shape = (len(prompts), *model.latent_shape)
     start, noise = (
-        torch.randn(
-            (len(prompts), *model.latent_shape),
-            generator=keyed_generator("layer influence", seed, which),
-        ).to(model.device)
+        torch.randn(shape, generator=keyed_generator("layer influence", seed, which)).to(
+            model.device
+        )
         for which in ("start", "noise")
     )
     timesteps = torch.full((len(prompts),), when, device=model.device)
@@ -256,11 +254,8 @@ def layer_influence(
         without = model.predict_noise(noised, timesteps, empty.expand_as(embeddings))
         found = {}
         for name, layer in model.layers("cross_attention.value").items():
-            handle = layer.register_forward_hook(_empty_instead(empty))
-            try:
+            with layer.register_forward_hook(_empty_instead(empty)):
                 changed = model.predict_noise(noised, timesteps, embeddings)
-            finally:
-                handle.remove()
             found[name] = LayerInfluence(
                 change=_ratio(changed - usual, usual),
                 share=_ratio(changed - usual, without - usual),

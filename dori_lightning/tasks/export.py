@@ -34,7 +34,6 @@ from dori_lightning.models.export import (
 )
 from dori_lightning.models.loading import resolve_source
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.report.model_card import Changed, Exported, model_card
 from dori_lightning.report.record import EDIT_FILE, AuditRecord, read_edit_record, read_record
 from dori_lightning.runtime import distributed
@@ -140,20 +139,20 @@ def _from_mitigation(
 ) -> _Chosen:
     """Find the edit that an audit of the same configuration finds."""
     pairs = [pair for pair in listed if pair.role == "audit"]
-    sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
-    data = PairsDataModule(pairs, model, cache=Path(cfg.paths.cache) / "encoded")
-    data.prepare()
-    references = reference_images(pairs, model.resolution, measures)
-    context = make_context(cfg, data=data, references=references, sampling=sampling)
+    context = make_context(cfg, model, pairs)
     aimed = aimed_pairs(
-        pairs, references, model=model, sampling=sampling, cache=Path(cfg.paths.cache)
+        pairs,
+        context.references,
+        model=model,
+        sampling=context.sampling,
+        cache=Path(cfg.paths.cache),
     )
     if aimed != tuple(pairs):
         pairs = [*aimed]
         context = replace(
             context,
-            data=data.with_pairs(pairs),
-            references=reference_images(pairs, model.resolution, measures),
+            data=context.data.with_pairs(pairs),
+            references=reference_images(pairs, model.resolution, context.references.measures),
         )
     suspected = [pair for pair in pairs if pair.kind != "control"]
     edit = context.find(mitigation, model, suspected).edit
