@@ -421,6 +421,7 @@ class Row:
         problems: What kept the reader from taking the row apart; it is not checked further then.
         fetch: Writes images that are no files yet and returns their paths relative to the list's
             folder; called for rows that are taken, in place of ``image``.
+        lost: What a reader searched in vain, of a row that has other images.
     """
 
     where: str
@@ -428,6 +429,7 @@ class Row:
     looked_for: str = ""
     problems: tuple[Problem, ...] = ()
     fetch: Callable[[], Sequence[str]] | None = None
+    lost: tuple[str, ...] = ()
 
 
 def images_of(value: object) -> list[object]:
@@ -542,10 +544,10 @@ class _RowCheck:
         """Decode the row's images; the same file is one image, however often it is there."""
         images = images_of(self.row.fetch() if self.row.fetch else self.value("image"))
         found: dict[str, Reference] = {}
-        if not images and self.row.looked_for:
-            fix = f"add the file, {OR_SKIP}"
-            self._say("image", f"found no {self.row.looked_for}", fix, skippable=True)
-        elif not images:
+        missing = self.row.lost if images else (self.row.looked_for,)
+        for what in filter(None, missing):
+            self._say("image", f"found no {what}", f"add the file, {OR_SKIP}", skippable=True)
+        if not images and not self.row.looked_for:
             self._say_no_path(self.value("image"))
         for name in images:
             if not isinstance(name, str) or not name:
