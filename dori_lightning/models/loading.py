@@ -307,6 +307,8 @@ def _load_folder(place: Path | str, revision: str, variant: str | None) -> dict[
     where, options = str(place), dict[str, Any](revision=revision)
     chosen: dict[Part, str] = dict.fromkeys(STEMS, variant or "")
     fix = f"download it first where there is a network: hf download {where} --revision {revision}"
+    if variant is None:
+        fix += "; if it has half-precision weights alone, add checkpoint.variant=fp16"
     if isinstance(place, Path):
         chosen = _check_folder(place, variant)
         options = {"local_files_only": True}
@@ -390,16 +392,16 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
         InputError: A part is missing from the file, or no configuration is given or it does not
             fit.
     """
+    file = WeightFile.open(path)
+    for part, prefixes in _PREFIXES.items():
+        if not any(key.startswith(prefixes) for key in file.names):
+            raise _lacks(file, part, prefixes)
     if config is None:
         raise InputError(
             f"{path} is a single file and holds no configuration; name a diffusers folder or hub "
             f"id of the same architecture with checkpoint.config=..., "
             f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    file = WeightFile.open(path)
-    for part, prefixes in _PREFIXES.items():
-        if not any(key.startswith(prefixes) for key in file.names):
-            raise _lacks(file, part, prefixes)
     weights = _with_text_model(file.tensors())
     local = Path(config).is_dir()
     options: dict[str, Any] = {"config": config, "local_files_only": local}
