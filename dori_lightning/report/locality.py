@@ -1,36 +1,24 @@
 """What a locality run found: ``locality.json``, figures, a summary in Markdown and a page."""
 
-import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from dori_lightning.locality.embeddings import EmbeddingFindings
-from dori_lightning.locality.estimates import Rate
+from dori_lightning.locality.estimates import Estimate, Rate
 from dori_lightning.locality.layers import ActivationFindings, WeightFindings
 from dori_lightning.locality.study import TransferFindings
-from dori_lightning.pairs.validation import PARSER_ERRORS, ImageError, resolve_inside
 from dori_lightning.report import locality_figures
 from dori_lightning.report.figures import png_bytes, svg_element
-from dori_lightning.report.images import png_uri
 from dori_lightning.report.locality_figures import short_layer
 from dori_lightning.report.pages import rendered_page
-from dori_lightning.report.record import (
-    LOCALITY_FILE,
-    Disclosure,
-    LocalityFigure,
-    LocalitySection,
-    Provenance,
-    plain_values,
-    stored_json,
-)
-from dori_lightning.report.tables import Columns, TextTable, tables_markdown, text_table
+from dori_lightning.report.record import LOCALITY_FILE, Provenance, plain_values
+from dori_lightning.report.tables import TextTable, tables_markdown, text_table
 from dori_lightning.report.words import (
     METHOD_WORDS,
     NOTHING,
@@ -41,20 +29,16 @@ from dori_lightning.report.words import (
     interval_words,
     mean_words,
     number_words,
-    percent_words,
+    rate_words,
     text_macro,
 )
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.redaction import redact
-from dori_lightning.types import Budget, Init, InputError, Kind
+from dori_lightning.types import Budget, Init, Kind
 
 LOCALITY_SCHEMA_VERSION = 1
 
-
 _TEMPLATE = "locality.txt.j2"
-
-_WIDEST = 1600
-"""Pixels; wider figures are made smaller, for the page's weight."""
 
 _QUESTIONS = {
     "budget": ("Budget", "How often does an arbitrary embedding become a trigger?"),
@@ -245,76 +229,6 @@ def draw_locality(report: LocalityReport) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def read_locality(folder: Path, *, disclosure: Disclosure) -> LocalitySection | None:
-    """Read an audit page's section on locality out of a locality run's folder.
-
-    Figures are ``figures/locality_*.png``; ``locality.json`` lists their titles and captions under
-    ``figures`` and may give an answer under ``verdict``. A figure that it does not list is shown
-    under its file's name.
-
-    Args:
-        folder: The run folder.
-        disclosure: Figures that hold images (``shows_pictures``) need ``full``.
-
-    Returns:
-        The section, None where the folder holds no locality result.
-
-    Raises:
-        InputError: A file is damaged, or a listed figure is missing.
-    """
-    path = folder / LOCALITY_FILE
-    if not path.is_file():
-        return None
-    document = stored_json(path, fix="\n  fix:   run task=locality again in this folder")
-    document = document if isinstance(document, dict) else {}
-    entries = document.get("figures")
-    listed: dict[str, Mapping[str, Any]] = {
-        str(entry["file"]): entry
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict) and entry.get("file")
-    }
-    for file in sorted(folder.glob("figures/locality_*.png")):
-        listed.setdefault(f"figures/{file.name}", {})
-    shown = {
-        name: entry
-        for name, entry in listed.items()
-        if disclosure == "full" or not entry.get("shows_pictures")
-    }
-    return LocalitySection(
-        name=folder.name,
-        lead=str(document.get("verdict") or ""),
-        figures=tuple(_figure(folder, name, entry) for name, entry in shown.items()),
-        withheld=len(listed) - len(shown),
-    )
-
-
-def _figure(folder: Path, name: str, entry: Mapping[str, Any]) -> LocalityFigure:
-    """One figure; the list may be somebody else's, so it may name images of its folder only."""
-    try:
-        path = resolve_inside(folder, name)
-        with Image.open(path, formats=("PNG",)) as opened:
-            image = opened.convert("RGB")
-    except (*PARSER_ERRORS, Image.DecompressionBombError, ImageError) as error:
-        raise InputError(
-            f"cannot show {folder / name}: {error}\n"
-            f"  fix:   run task=locality again in this folder"
-        ) from None
-    if image.width > _WIDEST:
-        height = round(image.height * _WIDEST / image.width)
-        image = image.resize((_WIDEST, height), Image.Resampling.LANCZOS)
-    sink = io.BytesIO()
-    image.save(sink, "PNG", optimize=True)
-    title = path.stem.removeprefix("locality_").replace("_", " ").capitalize()
-    return LocalityFigure(
-        title=str(entry.get("title") or title),
-        caption=str(entry.get("caption") or ""),
-        uri=png_uri(sink.getvalue()),
-        width=image.width,
-        height=image.height,
-        pictures=bool(entry.get("shows_pictures")),
-    )
-
-
 def answers(report: LocalityReport) -> tuple[Answer, ...]:
     """Answer the questions that were asked, in the order of the page."""
     found = findings(report)
@@ -408,26 +322,17 @@ def _spread(report: LocalityReport, found: EmbeddingFindings) -> dict[str, Any] 
 def _activations(found: ActivationFindings) -> dict[str, Any] | None:
     methods = {}
     for method in METHOD_WORDS:
-        by_group: dict[str, list[Any]] = {}
-        for row in found.layers:
-            if row.method == method:
-                by_group.setdefault(row.group, []).append(row)
+        by_group = _by_group(found.layers, method)
         if "triggers" not in by_group:
             return None
-        ours, starts = by_group["triggers"], by_group["starts"]
-        prompts = by_group["memorized_prompts"]
+        ours = by_group["triggers"]
+        beside = list(zip(ours, by_group["memorized_prompts"], by_group["starts"], strict=True))
         methods[method] = {
             "layers": len(ours),
-            "apart": sum(
-                a.distance.value > b.distance.value for a, b in zip(ours, prompts, strict=True)
-            ),
-            "closer": sum(
-                a.relative.value < b.relative.value for a, b in zip(ours, starts, strict=True)
-            ),
-            "closer_within": sum(
-                a.relative.value < a.relative_between.value
-                for a in ours
-                if a.relative_between.count
+            "apart": sum(own.distance.value > prompt.distance.value for own, prompt, _ in beside),
+            "closer": sum(own.relative.value < start.relative.value for own, _, start in beside),
+            "closer_within": sum(  # false where no two images are compared: NaN
+                own.relative.value < own.relative_between.value for own in ours
             ),
         }
     return {"methods": methods}
@@ -436,13 +341,10 @@ def _activations(found: ActivationFindings) -> dict[str, Any] | None:
 def _weights(found: WeightFindings) -> dict[str, Any] | None:
     methods = {}
     for method in METHOD_WORDS:
-        by_group = {
-            group: [row for row in found.layers if (row.method, row.group) == (method, group)]
-            for group in ("triggers", "starts", "memorized_prompts", "control_prompts")
-        }
-        ours = by_group.pop("triggers")
-        if not ours:
+        by_group = _by_group(found.layers, method)
+        if "triggers" not in by_group:
             return None
+        ours = by_group["triggers"]
         methods[method] = {
             "layers": len(ours),
             "iou": _mean(row.iou.value for row in ours),
@@ -452,9 +354,21 @@ def _weights(found: WeightFindings) -> dict[str, Any] | None:
             "both_empty": sum(row.both_empty for row in ours),
             "compared": sum(row.compared for row in ours),
             "memorized": found.memorized.get(method),
-            **{group: _mean(row.iou.value for row in rows) for group, rows in by_group.items()},
+            **{
+                group: _mean(row.iou.value for row in by_group.get(group, ()))
+                for group in ("starts", "memorized_prompts", "control_prompts")
+            },
         }
     return {"methods": methods}
+
+
+def _by_group(layers: Iterable[Any], method: str) -> dict[str, list[Any]]:
+    """A method's rows of layers, by group of embeddings."""
+    groups: dict[str, list[Any]] = {}
+    for row in layers:
+        if row.method == method:
+            groups.setdefault(row.group, []).append(row)
+    return groups
 
 
 def _transfer(report: LocalityReport, found: TransferFindings) -> dict[str, Any] | None:
@@ -495,136 +409,93 @@ def image_table(report: LocalityReport) -> TextTable:
     )
 
 
+_TABLES = (
+    (
+        "transfer", "budget", "Success against budget",
+        "Attacks that draw their image after some steps, on the model that was attacked.",
+    ),
+    (
+        "transfer", "lines", "Lines between embeddings",
+        "Embeddings on straight lines from a trigger that draw its image; place: the share of "
+        "the way.",
+    ),
+    (
+        "transfer", "transfers", "Transfer",
+        "Triggers that draw their image on each model; those of memorized images worked on the "
+        "searched one.",
+    ),
+    (
+        "embeddings", "spreads", "Distances of embeddings",
+        "Means over pairs of one image and of two images (prompts: over all pairs), with 95 % "
+        "bootstrap intervals.",
+    ),
+    (
+        "embeddings", "moves", "What the attack changes",
+        "Displacement from start to end; share of the distance of two starts; cosine of two "
+        "displacements; ends whose nearest start is their own.",
+    ),
+    (
+        "embeddings", "nearest", "Nearest prompt",
+        "Whose prompt is nearest: the image's own, another memorized image's, or a control's; "
+        "chance: its own by chance.",
+    ),
+    (
+        "activations", "layers", "Activations",
+        "Mean distances of activations within an image and between images, and the same relative "
+        "to the activations' length, with 95 % bootstrap intervals.",
+    ),
+    (
+        "weights", "layers", "Selected weights",
+        "Size of selections out of all units (mean, smallest, largest) and their intersection "
+        "over union (iou) within an image and between images; without pairs that are both empty; "
+        "by chance at these sizes; how many pairs were compared and were both empty.",
+    ),
+)  # fmt: skip
+"""Findings of a report, name of the rows in them, and the title and caption of their table."""
+
+
 def number_tables(report: LocalityReport) -> Iterator[TextTable]:
-    """Every number behind the figures, with its interval."""
-    if report.transfer is not None:
-        yield text_table(
-            "Success against budget",
-            "Attacks that draw their image after some steps, on the model that was attacked.",
-            report.transfer.budget,
-            {**_HELD, **_START, "steps": lambda p: str(p.steps)},
-            {**_RATE, "diverged": lambda p: str(p.diverged)},
-        )
-        yield text_table(
-            "Lines between embeddings",
-            "Embeddings on straight lines from a trigger that draw its image.",
-            report.transfer.lines,
-            {
-                "towards": lambda p: p.toward.replace("_", " "),
-                "share of the way": lambda p: f"{p.place:g}",
-            },
-            _RATE,
-        )
-        yield text_table(
-            "Transfer",
-            "Triggers that draw their image on each model; those of memorized images worked on "
-            "the searched one.",
-            report.transfer.transfers,
-            {
-                "model": lambda t: t.model + (" (searched)" if t.searched else ""),
-                **_HELD,
-                **_START,
-            },
-            _RATE,
-        )
-    if report.embeddings is not None:
-        yield text_table(
-            "Distances of embeddings",
-            "Means over pairs of one image and of two images (prompts: over all pairs), with 95 % "
-            "bootstrap intervals.",
-            report.embeddings.spreads,
-            {**_GROUP, **_START},
-            {
-                "embeddings": lambda s: str(s.count),
-                "length": lambda s: estimate_words(s.length, 1),
-                **_within_and_between("distance", digits=1),
-                **_within_and_between("cosine"),
-            },
-        )
-        yield text_table(
-            "What the attack changes",
-            "Displacement from start to end; share of the distance of two starts; cosine of two "
-            "displacements; ends whose nearest start is their own.",
-            report.embeddings.moves,
-            {**_HELD, **_START},
-            {
-                "displacement": lambda m: estimate_words(m.displacement, 1),
-                "share": lambda m: NOTHING if m.share is None else percent_words(m.share),
-                **_within_and_between("cosine"),
-                "own start nearest": lambda m: _counts(m.own_start),
-            },
-        )
-        yield text_table(
-            "Nearest prompt",
-            "Whose prompt is nearest: the image's own, another memorized image's, or a control's.",
-            report.embeddings.nearest,
-            {"embeddings": lambda n: n.what, **_START, "by": lambda n: n.measure},
-            {
-                "own": lambda n: _counts(n.own),
-                "memorized": lambda n: _counts(n.memorized),
-                "control": lambda n: _counts(n.control),
-                "own by chance": lambda n: percent_words(n.chance),
-            },
-        )
-    if report.activations is not None:
-        yield text_table(
-            "Activations",
-            "Mean distances of activations within an image and between images, and the same "
-            "relative to the activations' size, with 95 % bootstrap intervals.",
-            report.activations.layers,
-            {**_METHOD, "layer": lambda r: short_layer(r.layer), **_GROUP},
-            {
-                "n": lambda r: str(r.count),
-                "size": lambda r: estimate_words(r.length, 1),
-                **_within_and_between("distance", digits=1),
-                **_within_and_between("relative"),
-            },
-        )
-    if report.weights is not None:
-        yield text_table(
-            "Selected weights",
-            "Size of selections (mean, smallest to largest) and their intersection over union "
-            "within an image and between images; without pairs that are both empty; by chance at "
-            "these sizes; pairs that are both empty, of those compared.",
-            report.weights.layers,
-            {**_METHOD, "layer": lambda r: short_layer(r.parameter), **_GROUP},
-            {
-                "n": lambda r: str(r.count),
-                "could be": lambda r: str(r.units),
-                "selected": lambda r: f"{r.size:.1f} ({r.smallest} to {r.largest})",
-                **_within_and_between("iou", words="IoU"),
-                "not both empty": lambda r: mean_words(r.iou_nonempty),
-                "chance": lambda r: mean_words(r.chance),
-                "both empty": lambda r: f"{r.both_empty} of {r.compared}",
-            },
-        )
+    """Every number behind the figures, with its interval; a column for each field of the rows."""
+    for part, name, title, caption in _TABLES:
+        rows: Sequence[Any] = getattr(getattr(report, part), name, ())
+        if rows:
+            columns = {item.name: _column(item.name) for item in fields(rows[0])}
+            # the fields that name a row come first
+            values = (getattr(rows[0], name) for name in columns)
+            named = next(k for k, v in enumerate(values) if not isinstance(v, str | bool | None))
+            yield text_table(
+                title,
+                caption,
+                rows,
+                {_heading(name): columns[name] for name in list(columns)[:named]},
+                {_heading(name): columns[name] for name in list(columns)[named:]},
+            )
 
 
-_HELD: Columns[Any] = {"images": lambda row: row.held}
-_START: Columns[Any] = {"start": lambda row: START_WORDS.get(row.start, NOTHING)}
-_GROUP: Columns[Any] = {"group": lambda row: row.group.replace("_", " ")}
-_METHOD: Columns[Any] = {"method": lambda row: METHOD_WORDS[row.method]}
-_RATE: Columns[Any] = {
-    "n": lambda row: str(row.rate.n),
-    "draw it": lambda row: str(row.rate.hits),
-    "rate": lambda row: percent_words(row.rate.rate),
-    "95 % over triggers": lambda row: interval_words(row.rate.ci95),
-    "95 % over images": lambda row: interval_words(row.rate.ci95_images),
-}
+def _heading(name: str) -> str:
+    return name.replace("_between", ", two images").replace("held", "images").replace("_", " ")
 
 
-def _within_and_between(attribute: str, *, words: str = "", digits: int = 2) -> Columns[Any]:
-    """Columns of a mean over pairs of one image, and of that over pairs of two images."""
-    words = words or attribute
-    return {
-        words: lambda row: estimate_words(getattr(row, attribute), digits),
-        f"{words}, two images": lambda row: estimate_words(
-            getattr(row, f"{attribute}_between"), digits
-        ),
-    }
+def _column(name: str) -> Callable[[Any], str]:
+    return lambda row: _words(name, getattr(row, name))
 
 
-def _counts(rate: Rate | None) -> str:
-    if rate is None or not rate.n:
-        return NOTHING
-    return f"{rate.hits} of {rate.n} ({interval_words(rate.ci95)})"
+def _words(name: str, value: Any) -> str:
+    """One field of a row as text."""
+    match value:
+        case None:
+            return NOTHING
+        case Rate():
+            over_images = f"; over images {interval_words(value.ci95_images)}" if value.n else ""
+            return rate_words(value) + over_images
+        case Estimate():
+            return estimate_words(value)
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return mean_words(value)
+        case str() if name in ("layer", "parameter"):
+            return short_layer(value)
+        case str() if name != "model":
+            return {**METHOD_WORDS, **START_WORDS}.get(value, value.replace("_", " "))
+    return str(value)

@@ -33,7 +33,6 @@ from dori_lightning.report.record import (
     NOT_KEPT,
     AuditReport,
     Disclosure,
-    LocalitySection,
     strictest,
     with_files_that_exist,
 )
@@ -187,7 +186,6 @@ def render_page(
     *,
     images: Disclosure = "full",
     max_pairs: int = 40,
-    locality: Sequence[LocalitySection] = (),
     figures: Mapping[str, Figure] | None = None,
 ) -> str:
     """Render the page of an audit; it loads nothing from anywhere.
@@ -214,7 +212,6 @@ def render_page(
         table=audit_pairs(report, disclosure=images, max_pairs=max_pairs),
         cells=ranked_cells(report.cells),
         twins=utility_twins(report.utility, images) if report.utility else (),
-        locality=locality,
         figures=_elements(audit_figures(report) if figures is None else figures),
         images_each=max((len(o.seeds) for o in report.outcomes), default=0),
         restarts=max((o.restart + 1 for o in report.outcomes), default=0),
@@ -247,7 +244,6 @@ def render_sweep_page(
     *,
     images: Disclosure = "full",
     max_pairs: int = 40,
-    locality: Sequence[LocalitySection] = (),
 ) -> str:
     """Render the page of a comparison; it loads nothing from anywhere.
 
@@ -292,7 +288,6 @@ def render_sweep_page(
             )
             for checkpoint, rule in comparison.calibrations.items()
         ],
-        locality=locality,
         links=links,
     )
 

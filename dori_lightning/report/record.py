@@ -816,40 +816,6 @@ def strictest(runs: Iterable[Run], chosen: Disclosure) -> Disclosure:
     return max((chosen, *allowed), key=get_args(Disclosure).index)
 
 
-@dataclass(frozen=True)
-class LocalityFigure:
-    """One figure.
-
-    Attributes:
-        caption: What it shows and how to read it.
-        pictures: Whether it holds images, whose colours a dark page must leave alone.
-    """
-
-    title: str
-    caption: str
-    uri: str
-    width: int
-    height: int
-    pictures: bool = False
-
-
-@dataclass(frozen=True)
-class LocalitySection:
-    """What one locality run shows.
-
-    Attributes:
-        name: Its run folder's name.
-        lead: Its answer in words, a paragraph a line; empty where it gives none.
-        figures: Its figures, in its own order.
-        withheld: How many figures hold images that may not be shown.
-    """
-
-    name: str
-    lead: str
-    figures: tuple[LocalityFigure, ...]
-    withheld: int = 0
-
-
 def is_locality(folder: Path) -> bool:
     """Whether a run folder holds the result of ``task=locality``."""
     return (folder / LOCALITY_FILE).is_file()
