@@ -13,11 +13,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from dori_lightning.metrics.replication import (
     PairResult,
@@ -459,17 +460,12 @@ def _edits_note(runs: Sequence[Run]) -> Iterator[str]:
 
 Source = Literal["C", "S", "F"]
 
-# The numbers of Finding DoRI (ICML 2026, arXiv 2507.16880) that a table is shown beside. They were
-# measured on Stable Diffusion 1.4 and 2.x, on verbatim memorized LAION images, by SSCD above 0.7:
-# another model, list and descriptor than the embedded benchmark's. They show in which direction to
-# look, they are no target. Where nothing was published there is no number here.
-
 SOURCES: dict[Source, str] = {
     "C": "the authors' page",
     "S": "notes or reviews of the paper, written by others",
     "F": "read off a figure, approximate",
 }
-"""Where a number was read."""
+"""Where a published number was read."""
 
 
 @dataclass(frozen=True)
@@ -489,79 +485,62 @@ class Figure:
     spread: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
-    """What the paper gives for one row; None where it gives nothing.
+    """What Finding DoRI (ICML 2026) gives for one row; None where it gives nothing.
+
+    Its numbers (``published.json``) were measured on Stable Diffusion 1.4 and 2.x, on verbatim
+    memorized LAION images, by SSCD above 0.7: another model, list and descriptor than the embedded
+    benchmark's. They show in which direction to look, they are no target.
 
     Attributes:
+        mitigation: Name of the mitigation, or its beginning, up to an underscore.
+        exact: Whether variants, whose names only begin so, are not the paper's.
+        checkpoints: Beginning of the names of the checkpoints that it is for.
+        row: What the paper calls it.
+        model: The paper's model.
         prompt: Verbatim memorized images, from their prompts.
         attacked: The same, by the attack.
         control_prompt: Images that are not memorized, from their prompts.
         control_attacked: The same, by the attack.
     """
 
+    mitigation: str
+    checkpoints: str
     row: str
     model: str
+    exact: bool = False
     prompt: Figure | None = None
     attacked: Figure | None = None
     control_prompt: Figure | None = None
     control_attacked: Figure | None = None
 
 
-_SD1 = "SD 1.4"
-_SD2 = "SD 2"
-
-# Variants of these are not the paper's, or it gives no rate for them.
-_EXACT = ("none", "adversarial_finetuning")
-
-# By the beginning of a mitigation's name, up to an underscore; the longest that fits decides.
-# Numbers from the prompts come first, then those by the attack.
-_ON_SD1 = {
-    "none": Published(
-        "no mitigation",
-        _SD1,
-        prompt=Figure(0.98, "C", 0.90, 0.04),
-        control_prompt=Figure(0.00, "C", 0.17, 0.05),
-        control_attacked=Figure(0.00, "C", 0.48, 0.06),
-    ),
-    "nemo": Published("NeMo", _SD1, Figure(0.20, "C", 0.33, 0.18), Figure(0.99, "C", 0.91, 0.03)),
-    "wanda": Published(
-        "Wanda", _SD1, Figure(0.00, "C", 0.20, 0.08), Figure(0.72, "C", 0.76, 0.05)
-    ),
-    "wanda_10": Published("Wanda, 10 %", _SD1, None, Figure(0.01, "C", 0.40, 0.13)),
-    "esd": Published("ESD", _SD1, None, Figure(0.98, "C", 0.90, 0.04)),
-    "concept_ablation": Published("Concept Ablation", _SD1, None, Figure(0.97, "C", 0.91, 0.04)),
-    "siss": Published("SISS", _SD1, None, Figure(0.39, "S", 0.60, 0.22)),
-    "adversarial_finetuning": Published(
-        "adversarial fine-tuning, 5 epochs", _SD1, None, Figure(0.02, "C", 0.36, 0.14)
-    ),
-}
-_ON_SD2 = {
-    "nemo": Published("NeMo", _SD2, Figure(0.06, "S"), Figure(1.00, "C", 0.87, 0.02)),
-    "adversarial_finetuning": Published(
-        "adversarial fine-tuning", _SD2, None, Figure(0.06, "C", 0.14, 0.06)
-    ),
-}
+@cache
+def _published() -> tuple[Published, ...]:
+    path = Path(__file__).with_name("published.json")
+    return TypeAdapter(tuple[Published, ...]).validate_json(path.read_bytes())
 
 
 def published_for(mitigation: str, *, checkpoint: str) -> Published | None:
-    """Find what the paper gives for a row, by the beginning of the mitigation's name.
+    """Find what the paper gives for a row: the longest beginning of the mitigation's name decides.
 
     Args:
         mitigation: Name of the mitigation, such as ``nemo`` or ``wanda_10``.
         checkpoint: Name of the checkpoint; names that begin with ``sd2`` get the numbers of
             Stable Diffusion 2, all others those of 1.4.
-
-    Returns:
-        The paper's row, None where it has none.
     """
-    rows = _ON_SD2 if checkpoint.startswith("sd2") else _ON_SD1
+    model = "sd2" if checkpoint.startswith("sd2") else ""
     fitting = [
-        name
-        for name in rows
-        if mitigation == name or (name not in _EXACT and mitigation.startswith(f"{name}_"))
+        row
+        for row in _published()
+        if row.checkpoints == model
+        and (
+            row.mitigation == mitigation
+            or (not row.exact and mitigation.startswith(f"{row.mitigation}_"))
+        )
     ]
-    return rows[max(fitting, key=len)] if fitting else None
+    return max(fitting, key=lambda row: len(row.mitigation), default=None)
 
 
 @dataclass(frozen=True)

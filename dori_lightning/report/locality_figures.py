@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from dori_lightning.locality.embeddings import EmbeddingFindings, Move, Place, Spread
-from dori_lightning.locality.estimates import Estimate, Rate
+from dori_lightning.locality.estimates import Estimate
 from dori_lightning.locality.layers import (
     GROUPS,
     METHODS,
@@ -28,9 +28,10 @@ from dori_lightning.report.figures import (
     KIND_LOOK,
     SERIES,
     TEXT,
+    RatePoint,
     new_figure,
     plain_axes,
-    share_axis,
+    rate_curves,
     styled,
     under_legend,
 )
@@ -49,69 +50,39 @@ _SHORT_START = {"random": "random", "prompt": "own prompt", "control_prompt": "o
 _START_MARKERS = {"random": "o", "prompt": "s", "control_prompt": "^"}
 
 
-@styled()
 def budget(found: TransferFindings, start: str) -> Figure | None:
     """Draw success against steps for memorized and control images."""
-    points = sorted((p for p in found.budget if p.start == start), key=lambda p: p.steps)
-    if not points:
-        return None
-    figure, axes = _rate_axes()
-    looks = {"memorized": KIND_LOOK["vm"], "control": KIND_LOOK["control"]}
-    for held, look in looks.items():
-        own = [(p.steps, p.rate) for p in points if p.held == held]
-        _curve(axes, own, *look[:2], f"{held} images")
-    steps = sorted({p.steps for p in points})
-    axes.set_xscale("symlog", linthresh=1.0)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(steps, [str(s) for s in steps])
-    axes.set_xlabel(f"attack steps from {START_WORDS[start]}")
-    under_legend(figure, axes, columns=2)
-    return figure
+    looks = {
+        f"{held} images": {"color": colour, "marker": marker}
+        for held, (colour, marker, _) in (
+            ("memorized", KIND_LOOK["vm"]), ("control", KIND_LOOK["control"]),
+        )
+    }  # fmt: skip
+    points = [
+        RatePoint("", f"{p.held} images", p.steps, p.rate.rate, p.rate.ci95)
+        for p in found.budget
+        if p.start == start
+    ]
+    xlabel = f"attack steps from {START_WORDS[start]}"
+    return rate_curves(points, looks, "draw their image", xlabel, logarithmic=True)
 
 
-@styled()
 def lines(found: TransferFindings) -> Figure | None:
     """Draw success along lines from triggers."""
-    if not found.lines:
-        return None
-    figure, axes = _rate_axes()
-    for toward, label, group in (
-        ("same_image", "another trigger of the image", "triggers"),
-        ("other_image", "a trigger of another image", "memorized_prompts"),
-        ("random", "a random embedding", "starts"),
-    ):
-        points = sorted((p for p in found.lines if p.toward == toward), key=lambda p: p.place)
-        own = [(p.place, p.rate) for p in points]
-        _curve(axes, own, *GROUP_LOOK[group][:2], f"to {label}")
-    axes.set_xlim(0, 1)
-    axes.set_xticks(sorted({p.place for p in found.lines} | {0.0, 1.0}))
-    axes.set_xlabel("share of the way; the trigger is at 0")
-    under_legend(figure, axes, columns=1)
-    return figure
-
-
-def _rate_axes() -> tuple[Figure, Axes]:
-    figure = new_figure(6.8, 3.9)
-    axes = figure.subplots()
-    plain_axes(axes)
-    share_axis(axes)
-    axes.set_ylabel("draw their image")
-    return figure, axes
-
-
-def _curve(
-    axes: Axes, points: Sequence[tuple[float, Rate]], colour: str, marker: str, label: str
-) -> None:
-    """Draw rates with their intervals."""
-    if not points:
-        return
-    at, rates = zip(*points, strict=True)
-    low, high = zip(*(rate.ci95 for rate in rates), strict=True)
-    axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
-    axes.plot(
-        at, [rate.rate for rate in rates], color=colour, marker=marker, linewidth=2,
-        label=f"{label} (n = {max(rate.n for rate in rates)})", clip_on=False,
-    )  # fmt: skip
+    names = {
+        "same_image": ("to another trigger of the image", "triggers"),
+        "other_image": ("to a trigger of another image", "memorized_prompts"),
+        "random": ("to a random embedding", "starts"),
+    }
+    looks = {
+        name: dict(zip(("color", "marker"), GROUP_LOOK[group], strict=False))
+        for name, group in names.values()
+    }
+    points = [
+        RatePoint("", names[p.toward][0], p.place, p.rate.rate, p.rate.ci95) for p in found.lines
+    ]
+    xlabel = "share of the way; the trigger is at 0"
+    return rate_curves(points, looks, "draw their image", xlabel)
 
 
 @styled()

@@ -49,10 +49,9 @@ from dori_lightning.types import (
     Pair,
 )
 
-SCHEMA_VERSION = 1
 EDIT_FILE = "edit.json"
 LOCALITY_FILE = "locality.json"
-_AGAIN = "\n  fix:   run the audit's command again: it rewrites the file"
+_AGAIN = "run the audit's command again: it writes the file; or use the version that wrote it"
 
 Disclosure = Literal["full", "blurred", "none"]
 """How images may be shown, from all to nothing; what blurring throws away is gone."""
@@ -192,6 +191,7 @@ class AuditRecord:
     What follows from its fields (from ``invalid`` on) is computed once and not written.
 
     Attributes:
+        schema_version: Version of the layout of ``report.json``.
         mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
         verdict: The answer in words, for a reader who is not an engineer.
         recommended_budget: Largest budget that leaves the controls alone, None where there is
@@ -199,9 +199,9 @@ class AuditRecord:
         flags: What limits the numbers' meaning, gravest first.
         utility: What the mitigation costs; None where it was not measured.
         effort: What the attack took; None in records of earlier versions.
-        schema_version: Version of the layout of ``report.json``.
     """
 
+    schema_version: Literal[1] = 1
     checkpoint: str
     mitigation: str
     verdict: str
@@ -212,7 +212,6 @@ class AuditRecord:
     provenance: Provenance
     utility: Annotated[Utility | None, BeforeValidator(_utility_fields)] = None
     effort: AttackEffort | None = None
-    schema_version: int = SCHEMA_VERSION
 
     @property
     def invalid(self) -> tuple[str, ...]:
@@ -497,65 +496,37 @@ def _relative(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder).replace(os.sep, "/")
 
 
-def stored_json(path: Path, *, fix: str, missing: str = "") -> Any:
-    """Read a JSON file.
+def stored(kind: Any, path: Path, *, fix: str = _AGAIN) -> Any:
+    """Read a JSON file as a type, and check that it fits.
 
     Args:
+        kind: The type, as pydantic reads it.
         path: The file.
-        fix: End of the message, after what is wrong.
-        missing: What it means that there is no such file; empty leaves that to the caller.
+        fix: What to do where it is missing or does not fit.
 
     Raises:
-        InputError: It is not JSON, or is missing and ``missing`` says what that means.
-        FileNotFoundError: It is missing and ``missing`` is empty.
+        InputError: It is missing, is not JSON, or does not fit; names the first keys that do not.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not missing:
-            raise
-        raise InputError(f"{path} does not exist: {missing}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}){fix}") from None
-
-
-def validated(adapter: TypeAdapter[Any], document: Any, path: Path) -> Any:
-    """Check the content of a file against a type, and build it.
-
-    Raises:
-        InputError: The content does not fit; names the first keys that do not.
-    """
-    try:
-        return adapter.validate_python(document)
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", fix=fix) from None
     except ValidationError as error:
         problems = "".join(
-            f"\n  {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            f"\n  {'.'.join(map(str, problem['loc'])) or 'all of it'}: {problem['msg']}"
             for problem in error.errors(include_url=False)[:5]
         )
-        raise InputError(f"{path} is not as this version writes it:{problems}{_AGAIN}") from None
-
-
-_RECORD = TypeAdapter(AuditRecord)
+        raise InputError(f"{path} does not hold what it should:{problems}", fix=fix) from None
 
 
 def read_record(folder: Path) -> AuditRecord:
     """Read a run folder's ``report.json``, of this or an earlier version.
 
     Raises:
-        InputError: It is missing, is not JSON, is of another schema version, or does not hold
-            what an audit writes.
+        InputError: It is missing (the run has not finished, or this is no run folder), is not
+            JSON, is of another schema version, or does not hold what an audit writes.
     """
-    path = folder / "report.json"
-    missing = "the run has not finished, or this is no run folder"
-    document = stored_json(path, fix=_AGAIN, missing=missing)
-    if not isinstance(document, dict) or "schema_version" not in document:
-        raise InputError(f"{path} has no schema_version: it was not written by an audit")
-    if document["schema_version"] != SCHEMA_VERSION:
-        raise InputError(
-            f"{path} has schema_version {document['schema_version']!r}, this version reads "
-            f"{SCHEMA_VERSION}\n  fix:   run the audit again, or install the version that wrote it"
-        )
-    return cast(AuditRecord, validated(_RECORD, document, path))
+    return cast(AuditRecord, stored(AuditRecord, folder / "report.json"))
 
 
 @dataclass(frozen=True)
@@ -577,9 +548,6 @@ class EditRecord:
     counts: dict[str, float] = field(default_factory=dict)
 
 
-_EDIT = TypeAdapter(EditRecord)
-
-
 def read_edit_record(folder: Path) -> EditRecord | None:
     """Read a run folder's ``edit.json``; None where there is none.
 
@@ -587,9 +555,7 @@ def read_edit_record(folder: Path) -> EditRecord | None:
         InputError: It is damaged.
     """
     path = folder / EDIT_FILE
-    if not path.is_file():
-        return None
-    return cast(EditRecord, validated(_EDIT, stored_json(path, fix=_AGAIN), path))
+    return cast(EditRecord, stored(EditRecord, path)) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -640,7 +606,7 @@ def _stored_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return list(pq.read_table(path).to_pylist())
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read ({error}){_AGAIN}") from None
+        raise InputError(f"{path} cannot be read ({error})", fix=_AGAIN) from None
 
 
 def _outcomes(
@@ -722,7 +688,8 @@ def _check_same_audit(report: AuditReport, folder: Path) -> None:
     if now != then:
         raise InputError(
             f"{folder}: report.json and pairs.parquet do not say the same, so they come from "
-            f"different audits\n  fix:   run the audit again: it rewrites both"
+            f"different audits",
+            fix="run the audit again: it rewrites both",
         )
 
 

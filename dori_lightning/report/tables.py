@@ -182,7 +182,7 @@ def claims_table(checked: Sequence[Checked]) -> TextTable:
         "Recorded claims",
         "",
         checked,
-        {"claim": lambda c: ", ".join(str(v) for v in c.claim.cell.values() if v not in _UNSAID)},
+        {"claim": lambda c: ", ".join(str(v) for _, v in c.claim.cell if v not in _UNSAID)},
         {
             "metric": lambda c: c.claim.metric,
             "recorded": lambda c: f"{c.claim.value:g} ± {c.claim.tol:g}",

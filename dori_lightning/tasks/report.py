@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from dori_lightning.report.claims import Claim, ClaimsFailedError, check_claims, read_claims
+from dori_lightning.report.claims import CellClaim, CostClaim, check_claims, read_claims
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
 from dori_lightning.report.findings import sweep_verdict
 from dori_lightning.report.pages import write_page, write_table
@@ -29,6 +29,7 @@ from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import tracked
 from dori_lightning.tasks.status import Jobs, jobs_of, places_of
 from dori_lightning.tracking import Tracker
+from dori_lightning.types import ClaimsFailedError
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def _publish(
 
 
 def _check_claims(
-    claims: Sequence[Claim],
+    claims: Sequence[CellClaim | CostClaim],
     comparison: Comparison,
     rows: Sequence[HeadlineRow],
     *,

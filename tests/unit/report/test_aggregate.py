@@ -238,7 +238,7 @@ def test_files_of_different_audits_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "part"), [("pairs.parquet", "cannot be read"),
-                                            ("edit.json", "not valid JSON")])  # fmt: skip
+                                            ("edit.json", "Invalid JSON")])  # fmt: skip
 def test_damaged_files_are_named(tmp_path, name, part):
     write_audit(tmp_path)
     (tmp_path / name).write_text("no")
