@@ -20,7 +20,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, model_validator
 
 from dori_lightning.report.comparison import HeadlineRow
-from dori_lightning.report.record import stored
+from dori_lightning.runtime.documents import stored
 from dori_lightning.types import Cell, Init, Kind, Norm
 
 METRICS: dict[str, tuple[float, float]] = {
@@ -40,7 +40,7 @@ class RowKey(BaseModel, extra="forbid", strict=True, frozen=True):
     mitigation: Annotated[str, Field(min_length=1)]
 
 
-class CellKey(RowKey):
+class CellKey(RowKey, frozen=True):
     """Which cell of a row."""
 
     attack: Literal["prompt", "dori"]
@@ -75,7 +75,7 @@ class _Claim(BaseModel, extra="forbid", strict=True, frozen=True):
         return self
 
 
-class CellClaim(_Claim):
+class CellClaim(_Claim, frozen=True):
     """A recorded number of one cell."""
 
     cell: CellKey
@@ -89,7 +89,7 @@ class CellClaim(_Claim):
         return cell.mr if self.metric == "mr" else cell.similarity_median
 
 
-class CostClaim(_Claim):
+class CostClaim(_Claim, frozen=True):
     """A recorded number of what a mitigation costs."""
 
     cell: RowKey

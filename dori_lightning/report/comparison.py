@@ -28,7 +28,7 @@ from dori_lightning.metrics.replication import (
     prompt_condition,
 )
 from dori_lightning.metrics.replication import cells as cells_of
-from dori_lightning.metrics.statistics import holm, mcnemar_exact
+from dori_lightning.metrics.statistics import Paired, holm, paired
 from dori_lightning.metrics.utility import Utility
 from dori_lightning.report.record import EditRecord, Flag, Run
 from dori_lightning.report.words import condition_words
@@ -401,34 +401,17 @@ def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Compariso
 
 
 def _threshold_note(checkpoint: str, runs: Sequence[Run], rule: Calibration) -> str:
-    """Say which threshold all rows share, and what it changes."""
+    """Say which threshold all rows share, and which the runs had by themselves."""
     set_by = (
         "fixed beforehand" if rule.rule == "fixed" else "calibrated on the run without mitigation"
     )
-    own = [run.report.calibration for run in runs]
-    text = (
+    rules = [run.report.calibration for run in runs]
+    own = dict.fromkeys(f"{own.threshold:.3f} by {own.descriptor}" for own in rules)
+    others = f"; by themselves the runs had {', '.join(own)}" if len(own) > 1 else ""
+    return (
         f"{checkpoint}: all rows are counted under one threshold, {rule.threshold:.3f} by "
-        f"{rule.descriptor}, {set_by}"
+        f"{rule.descriptor}, {set_by}{others}."
     )
-    others = sorted({run.descriptor for run in own} - {rule.descriptor})
-    if others:
-        text += f"; some runs by themselves chose {', '.join(others)}"
-    values = [c.threshold for c in own if c.descriptor == rule.descriptor]
-    if any(not math.isclose(value, rule.threshold, abs_tol=1e-9) for value in values):
-        changed = sum(
-            before.hits != after.hits
-            for run, rule_of_run in zip(runs, own, strict=True)
-            for before, after in zip(
-                _cells(run.report.outcomes, run, rule_of_run, run.mitigation),
-                _cells(run.report.outcomes, run, rule, run.mitigation),
-                strict=True,
-            )
-        )
-        text += (
-            f"; by themselves the runs had {min(values):.3f} to {max(values):.3f}, and {changed} "
-            f"of their cells count otherwise here"
-        )
-    return text + "."
 
 
 def _missing(entries: Sequence[Entry]) -> Iterator[str]:
@@ -541,46 +524,6 @@ def published_for(mitigation: str, *, checkpoint: str) -> Published | None:
         )
     ]
     return max(fitting, key=lambda row: len(row.mitigation), default=None)
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The same pairs under two conditions.
-
-    Attributes:
-        n: Pairs with a result under both.
-        lost: Reproduced under the first only.
-        gained: Reproduced under the second only.
-        p: Two-sided exact McNemar p-value.
-        p_holm: The same, corrected for the rows of the checkpoint; NaN where it is not.
-    """
-
-    n: int
-    lost: int
-    gained: int
-    p: float
-    p_holm: float = math.nan
-
-
-def paired(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) -> Paired | None:
-    """Compare two conditions pair by pair; a pair that diverged under either is left out.
-
-    Args:
-        first: Pair id to whether it was reproduced, None where that is unknown.
-        second: The same under the other condition.
-
-    Returns:
-        The comparison, None where no pair has a result under both.
-    """
-    both = [
-        (a, b)
-        for name, a in first.items()
-        if a is not None and (b := second.get(name)) is not None
-    ]
-    if not both:
-        return None
-    lost, gained = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
-    return Paired(len(both), lost, gained, mcnemar_exact(lost, gained))
 
 
 _Radius = tuple[Norm, float | None]

@@ -6,8 +6,6 @@ the files that say what a mitigation costs (``utility.json`` and two tables).
 """
 
 import hashlib
-import io
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,15 +13,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator
 
 from dori_lightning.metrics.replication import (
     Aggregation,
+    AttackEffort,
     PairResult,
     Search,
     Trust,
@@ -35,8 +33,15 @@ from dori_lightning.metrics.replication import (
     prompt_condition,
     search_of,
 )
-from dori_lightning.metrics.utility import LossRow, PictureRow, Utility
+from dori_lightning.metrics.utility import PictureRow, Utility
 from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.documents import (
+    json_bytes,
+    parquet_bytes,
+    read_rows,
+    relative_to,
+    stored,
+)
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import (
     BASELINE,
@@ -51,7 +56,6 @@ from dori_lightning.types import (
 
 EDIT_FILE = "edit.json"
 LOCALITY_FILE = "locality.json"
-_AGAIN = "run the audit's command again: it writes the file; or use the version that wrote it"
 
 Disclosure = Literal["full", "blurred", "none"]
 """How images may be shown, from all to nothing; what blurring throws away is gone."""
@@ -76,26 +80,6 @@ class Flag:
     name: str
     severity: Severity
     text: str
-
-
-@dataclass(frozen=True)
-class AttackEffort:
-    """UNet evaluations that the results rest on, one per row of a batch.
-
-    Steps that a resumed run did not repeat are counted, rows that only fill up a batch are not;
-    the evaluations of one process are ``Provenance.unet_evaluations``.
-
-    Attributes:
-        attack: Of the attack: noise samples of every step taken.
-        attack_saved: Of steps that stopped attacks did not take.
-        pictures: Of generating images from embeddings that the attack found.
-        pictures_saved: Of images of later budgets that stopped attacks did not generate.
-    """
-
-    attack: int
-    attack_saved: int
-    pictures: int
-    pictures_saved: int
 
 
 @dataclass(frozen=True)
@@ -287,20 +271,20 @@ def write_report(report: AuditReport, folder: Path) -> Path:
     Raises:
         TypeError: The configuration holds something that JSON cannot.
     """
-    document = json.dumps(_document(report), sort_keys=True, indent=2, allow_nan=False)
+    document = json_bytes(_document(report))
     outcomes = (*report.outcomes, *report.baseline)
     names = sorted({f"{_SIMILARITY}{name}" for o in outcomes for name in o.similarity})
     columns = {**_PAIR_COLUMNS, **dict.fromkeys(names, _NUMBER)}
     table = parquet_bytes(pair_rows(report, folder), columns)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "pairs.parquet", table)
-    return write_atomically(folder / "report.json", (document + "\n").encode())
+    return write_atomically(folder / "report.json", document)
 
 
 def _document(report: AuditReport) -> dict[str, Any]:
     """The content of ``report.json`` as plain values."""
     budget, effort = report.recommended_budget, report.effort
-    document = {
+    return {
         "schema_version": report.schema_version,
         "checkpoint": report.checkpoint,
         "mitigation": report.mitigation,
@@ -315,7 +299,6 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "effort": asdict(effort) if effort else None,
         "provenance": {**asdict(report.provenance), "config": redact(report.provenance.config)},
     }
-    return dict(plain_values(document))
 
 
 def _cell_document(cell: Cell) -> dict[str, Any]:
@@ -365,53 +348,6 @@ def _pair_documents(report: AuditReport) -> list[dict[str, Any]]:
             }
         )
     return list(rows.values())
-
-
-def plain_values(value: Any) -> Any:
-    """Turn a value into what JSON has; NaN and infinities become null.
-
-    Raises:
-        TypeError: JSON has nothing for it; writing its ``repr`` would hide that.
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.bool_ | np.integer):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {str(name): plain_values(item) for name, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain_values(item) for item in value]
-    if isinstance(value, Path):
-        return value.as_posix()
-    if isinstance(value, datetime):
-        return value.isoformat(timespec="seconds")
-    raise TypeError(f"report.json cannot hold a {type(value).__name__}: {value!r}")
-
-
-def parquet_bytes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, pa.DataType]) -> bytes:
-    """Serialise rows; a column keeps its type also where it holds no value.
-
-    NaN becomes null, since NaN would take part in means, and a path becomes text.
-
-    Raises:
-        ValueError: A row has a name that the columns lack.
-    """
-    stray = {name for row in rows for name in row} - columns.keys()
-    if stray:
-        raise ValueError(f"no column for {', '.join(sorted(stray))}")
-    plain = [
-        {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in row.items()
-        }
-        for row in rows
-    ]
-    sink = io.BytesIO()
-    table = pa.Table.from_pylist(plain, schema=pa.schema(list(columns.items())))
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
 
 
 _TEXT, _NUMBER, _WHOLE = pa.string(), pa.float64(), pa.int64()
@@ -473,7 +409,7 @@ def _image_rows(outcome: Outcome, report: AuditReport, folder: Path) -> Iterator
         "checkpoint": report.checkpoint,
         "pair_id": pair.id,
         "image_sha256": pair.sha256,
-        "original": _relative(pair.image, folder),
+        "original": relative_to(pair.image, folder),
         "attack": condition.attack,
         "init": condition.init,
         **asdict(condition.budget),
@@ -487,36 +423,9 @@ def _image_rows(outcome: Outcome, report: AuditReport, folder: Path) -> Iterator
         yield {
             **row,
             "seed": seed,
-            "image": _relative(outcome.images[place], folder) if outcome.images else None,
+            "image": relative_to(outcome.images[place], folder) if outcome.images else None,
             **{name: float(values[place]) for name, values in measured.items()},
         }
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path, folder).replace(os.sep, "/")
-
-
-def stored(kind: Any, path: Path, *, fix: str = _AGAIN) -> Any:
-    """Read a JSON file as a type, and check that it fits.
-
-    Args:
-        kind: The type, as pydantic reads it.
-        path: The file.
-        fix: What to do where it is missing or does not fit.
-
-    Raises:
-        InputError: It is missing, is not JSON, or does not fit; names the first keys that do not.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", fix=fix) from None
-    except ValidationError as error:
-        problems = "".join(
-            f"\n  {'.'.join(map(str, problem['loc'])) or 'all of it'}: {problem['msg']}"
-            for problem in error.errors(include_url=False)[:5]
-        )
-        raise InputError(f"{path} does not hold what it should:{problems}", fix=fix) from None
 
 
 def read_record(folder: Path) -> AuditRecord:
@@ -592,7 +501,7 @@ def read_run(folder: Path) -> Run:
         InputError: A file is missing or damaged, or the two do not belong together.
     """
     record = read_record(folder)
-    rows = _stored_rows(folder / "pairs.parquet")
+    rows = read_rows(folder / "pairs.parquet")
     report = AuditReport(
         **{item.name: getattr(record, item.name) for item in fields(record)},
         outcomes=_outcomes(rows, record.mitigation, folder),
@@ -600,13 +509,6 @@ def read_run(folder: Path) -> Run:
     )
     _check_same_audit(report, folder)
     return Run(folder, report, read_edit_record(folder))
-
-
-def _stored_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        return list(pq.read_table(path).to_pylist())
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read ({error})", fix=_AGAIN) from None
 
 
 def _outcomes(
@@ -693,38 +595,6 @@ def _check_same_audit(report: AuditReport, folder: Path) -> None:
         )
 
 
-def write_utility(utility: Utility, folder: Path) -> Path:
-    """Write ``utility_losses.parquet``, ``utility_pictures.parquet`` and ``utility.json``.
-
-    The JSON file comes last: where it is new, the tables belong to it.
-
-    Paths of images are stored relative to the folder.
-
-    Returns:
-        Path of ``utility.json``.
-    """
-
-    def rows(items: Iterable[LossRow | PictureRow]) -> list[dict[str, Any]]:
-        return [
-            {k: _relative(v, folder) if isinstance(v, Path) else v for k, v in asdict(i).items()}
-            for i in items
-        ]
-
-    document = json.dumps(
-        plain_values(utility.to_dict()), sort_keys=True, indent=2, allow_nan=False
-    )
-    losses = parquet_bytes(rows(utility.loss_rows), _columns(LossRow))
-    pictures = parquet_bytes(rows(utility.picture_rows), _columns(PictureRow))
-    write_atomically(folder / "utility_losses.parquet", losses)
-    write_atomically(folder / "utility_pictures.parquet", pictures)
-    return write_atomically(folder / "utility.json", (document + "\n").encode())
-
-
-def _columns(row: type[LossRow | PictureRow]) -> dict[str, pa.DataType]:
-    types = {int: _WHOLE, float: _NUMBER, float | None: _NUMBER}
-    return {name: types.get(hint, _TEXT) for name, hint in get_type_hints(row).items()}
-
-
 def shown_report(run: Run) -> AuditReport:
     """A run's report for its page: images that are gone are ``NOT_KEPT`` or left out.
 
@@ -744,7 +614,7 @@ def shown_report(run: Run) -> AuditReport:
 
 def _picture_rows(folder: Path) -> Iterator[PictureRow]:
     """Rows of ``utility_pictures.parquet`` whose images both exist."""
-    for row in _stored_rows(folder / "utility_pictures.parquet"):
+    for row in read_rows(folder / "utility_pictures.parquet"):
         images = {
             name: Path(os.path.normpath(folder / row[name]))
             for name in ("unmitigated", "mitigated")

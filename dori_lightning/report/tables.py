@@ -9,6 +9,7 @@ import pyarrow as pa
 from rich.markup import escape as rich_text
 from rich.table import Table
 
+from dori_lightning.metrics.statistics import Paired
 from dori_lightning.report.claims import Checked
 from dori_lightning.report.comparison import (
     OTHERS,
@@ -17,9 +18,7 @@ from dori_lightning.report.comparison import (
     Figure,
     HeadlineRow,
     Other,
-    Paired,
 )
-from dori_lightning.report.record import parquet_bytes
 from dori_lightning.report.words import (
     NOTHING,
     counts_words,
@@ -29,6 +28,7 @@ from dori_lightning.report.words import (
     percent_words,
     similarity_words,
 )
+from dori_lightning.runtime.documents import parquet_bytes
 from dori_lightning.types import INITS, KINDS, Cell, Init, Kind
 
 _INIT_WORDS: dict[Init, str] = {

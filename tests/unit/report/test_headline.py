@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dori_lightning.metrics.image_distances import KernelDistance
-from dori_lightning.metrics.statistics import holm
+from dori_lightning.metrics.statistics import holm, paired
 from dori_lightning.metrics.utility import Comparison as UtilityComparison
 from dori_lightning.report import pages
 from dori_lightning.report.comparison import (
@@ -19,7 +19,6 @@ from dori_lightning.report.comparison import (
     Comparison,
     compare,
     headline_rows,
-    paired,
     published_for,
 )
 from dori_lightning.report.figures import rate_against_radius, rates_against_steps, sweep_figures

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dori_lightning.audit.utility import write_utility
 from dori_lightning.metrics.utility import DenoisingLoss, PictureRow, Utility
 from dori_lightning.report import pages
 from dori_lightning.report.comparison import compare, headline_rows
@@ -21,7 +22,6 @@ from dori_lightning.report.record import (
     shown_report,
     strictest,
     write_report,
-    write_utility,
 )
 from dori_lightning.types import InputError
 from support import fake_reports as fakes
