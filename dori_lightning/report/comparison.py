@@ -32,6 +32,7 @@ from dori_lightning.metrics.statistics import Paired, holm, paired
 from dori_lightning.metrics.utility import Utility
 from dori_lightning.report.record import EditRecord, Flag, Run
 from dori_lightning.report.words import condition_words
+from dori_lightning.runtime.artifacts import leaves
 from dori_lightning.types import (
     BASELINE,
     INITS,
@@ -99,8 +100,8 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
     settings = {
         f"{decider}.{key}"
         for one in (run, base)
-        for key, _ in _flat(_look_up(one, decider))
-        if key != "threshold"
+        for key, _ in leaves(_look_up(one, decider))
+        if key not in ("", "threshold")
     }
     for key in (*_SHARED, *sorted(settings)):
         absent = _ABSENT if key in _SHARED else None
@@ -156,8 +157,8 @@ def _labels(runs: Sequence[Run]) -> dict[Path, str]:
         named[run.mitigation].append(run)
     labels: dict[Path, str] = {}
     for name, group in named.items():
-        settings = [dict(_flat(_look_up(run, "mitigation"))) for run in group]
-        keys = list(dict.fromkeys(key for chosen in settings for key in chosen))
+        settings = [dict(leaves(_look_up(run, "mitigation"))) for run in group]
+        keys = list(dict.fromkeys(key for chosen in settings for key in chosen if key))
         differing = [
             key for key in keys if len({json.dumps(chosen.get(key)) for chosen in settings}) > 1
         ]
@@ -173,15 +174,6 @@ def _look_up(run: Run, key: str, absent: str | None = _ABSENT) -> Any:
     for part in key.split("."):
         config = config.get(part, absent) if isinstance(config, Mapping) else absent
     return config
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings by dotted name."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else str(key))
-    elif name:
-        yield name, value
 
 
 @dataclass(frozen=True)

@@ -209,31 +209,17 @@ def audit_figures(report: AuditReport) -> dict[str, Figure]:
         ),
         roc=roc(rule),
         memorization_against_repeats=memorization_against_repeats(
-            {"": (results, conditions)}, threshold=rule.threshold
+            results, conditions=conditions, threshold=rule.threshold
         ),
     )
 
 
-def sweep_figures(
-    rows: Sequence[HeadlineRow],
-    cells: Sequence[Cell],
-    repeats: Mapping[str, tuple[Sequence[PairResult], Sequence[Condition]]],
-    *,
-    threshold: float,
-) -> dict[str, Figure]:
-    """Draw the figures of a comparison, by name; those with nothing to show are left out.
-
-    Args:
-        rows: Its table.
-        cells: Its cells.
-        repeats: Label of each mitigation to its results and the conditions to show.
-        threshold: Similarity above which an image is a replica.
-    """
+def sweep_figures(rows: Sequence[HeadlineRow], cells: Sequence[Cell]) -> dict[str, Figure]:
+    """Draw the figures of a comparison's table and cells, as ``audit_figures``."""
     return _drawn(
         before_and_after=before_and_after(rows),
         rates_against_steps=rates_against_steps(rows, cells),
         rate_against_radius=rate_against_radius(rows),
-        repeats_by_mitigation=memorization_against_repeats(repeats, threshold=threshold),
         removal_against_cost=removal_against_cost(rows),
     )
 
@@ -497,53 +483,41 @@ def roc(calibration: Calibration) -> Figure | None:
 
 @styled()
 def memorization_against_repeats(
-    groups: Mapping[str, tuple[Sequence[PairResult], Sequence[Condition]]], *, threshold: float
+    results: Sequence[PairResult], *, conditions: Sequence[Condition], threshold: float
 ) -> Figure | None:
     """Draw similarity of suspected images against how often each was repeated in training.
 
     None where no pair has repetitions. Filled marks are images from prompts, open ones those of
-    the attack; a dash is the median of a number of repetitions.
-
-    Args:
-        groups: Title of each panel to its results and the conditions to show.
-        threshold: Similarity above which an image counts as a replica.
+    the attack; a dash is the median of a number of repetitions; an image above ``threshold``
+    counts as a replica.
     """
-    panels = {}
-    for label, (results, conditions) in groups.items():
-        shown = [
-            result
-            for result in results
-            if result.pair.kind == "vm"
-            and result.pair.repeats > 0
-            and result.condition in conditions
-            and not math.isnan(result.statistic)
-        ]
-        if shown:
-            panels[label] = shown
-    if not panels:
+    shown = [
+        result
+        for result in results
+        if result.pair.kind == "vm"
+        and result.pair.repeats > 0
+        and result.condition in conditions
+        and not math.isnan(result.statistic)
+    ]
+    if not shown:
         return None
-    low = min(0.0, *(result.statistic for shown in panels.values() for result in shown))
-    figure, grid = panel_grid(len(panels), columns=3, height=2.4 if len(panels) > 1 else 2.9)
-    for axes, (label, shown) in zip(grid, panels.items(), strict=True):
-        plain_axes(axes)
-        axes.axhline(
-            threshold, color=ALARM, linewidth=1.5, linestyle="--",
-            label=f"threshold {threshold:.2f}",
-        )  # fmt: skip
-        _repeat_marks(axes, [r for r in shown if r.condition.attack == "prompt"], attacked=False)
-        _repeat_marks(axes, [r for r in shown if r.condition.attack == "dori"], attacked=True)
-        levels = sorted({result.pair.repeats for result in shown})
-        margin = 0.15 * ((levels[-1] - levels[0]) or 1.0)
-        axes.set_xlim(levels[0] - margin, levels[-1] + margin)
-        if len(levels) <= 8:
-            axes.set_xticks(levels, [f"{level:g}" for level in levels])
-        axes.set_ylim(low - 0.05, 1.05)
-        axes.set_title(label.replace("_", "_\n") if len(label) > 24 else label, fontsize=9.5)
-        axes.set_xlabel(
-            "relative repetitions" if len(panels) > 1 else "relative number of repetitions"
-        )
-    figure.supylabel("similarity to the original", fontsize=10)
-    under_legend(figure, *grid)
+    figure = new_figure(5.4, 3.5)
+    axes = figure.subplots()
+    plain_axes(axes)
+    axes.axhline(
+        threshold, color=ALARM, linewidth=1.5, linestyle="--", label=f"threshold {threshold:.2f}"
+    )
+    _repeat_marks(axes, [r for r in shown if r.condition.attack == "prompt"], attacked=False)
+    _repeat_marks(axes, [r for r in shown if r.condition.attack == "dori"], attacked=True)
+    levels = sorted({result.pair.repeats for result in shown})
+    margin = 0.15 * ((levels[-1] - levels[0]) or 1.0)
+    axes.set_xlim(levels[0] - margin, levels[-1] + margin)
+    if len(levels) <= 8:
+        axes.set_xticks(levels, [f"{level:g}" for level in levels])
+    axes.set_ylim(min(0.0, *(result.statistic for result in shown)) - 0.05, 1.05)
+    axes.set_xlabel("relative number of repetitions")
+    axes.set_ylabel("similarity to the original")
+    under_legend(figure, axes)
     return figure
 
 

@@ -261,14 +261,7 @@ def render_sweep_page(
     for run in runs:
         link = os.path.relpath(run.folder / "report.html", folder).replace(os.sep, "/")
         links[run.folder] = "" if link.startswith("..") else quote(link)
-    verdict, rule = sweep_verdict(rows), next(iter(comparison.calibrations.values()))
-    # one checkpoint's threshold would be a lie in another one's panels
-    repeats = {
-        entry.label: (entry.pair_results, [c for c in entry.spoken if c is not None])
-        for entry in comparison.entries
-        if len(comparison.calibrations) == 1
-    }
-    figures = sweep_figures(rows, comparison.cells, repeats, threshold=rule.threshold)
+    verdict = sweep_verdict(rows)
     return rendered_page(
         "sweep.html.j2",
         comparison=comparison,
@@ -277,7 +270,7 @@ def render_sweep_page(
         remarks=remarks(comparison, rows),
         incomplete=incomplete,
         tone="doubt" if incomplete else verdict.tone,
-        figures=_elements(figures),
+        figures=_elements(sweep_figures(rows, comparison.cells)),
         images=shown,
         tables=[
             sweep_pairs(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -349,20 +349,11 @@ def cells_parquet(comparison: Comparison) -> bytes:
     """Serialise every cell under its checkpoint's one threshold, one row each."""
     return _parquet(
         [
-            {
-                "checkpoint": cell.checkpoint,
-                "mitigation": cell.mitigation,
-                "kind": cell.kind,
-                "attack": cell.condition.attack,
-                "init": cell.condition.init,
-                "norm": cell.condition.budget.norm,
-                "eps": cell.condition.budget.eps,
-                "steps": cell.condition.budget.steps,
-                **_cell_values("", cell),
-                "descriptor": cell.descriptor,
-                "threshold": cell.threshold,
-                "aggregation": cell.aggregation,
-            }
+            {name: getattr(cell, name) for name in ("checkpoint", "mitigation", "kind")}
+            | {"attack": cell.condition.attack, "init": cell.condition.init}
+            | asdict(cell.condition.budget)
+            | _cell_values("", cell)
+            | {name: getattr(cell, name) for name in ("descriptor", "threshold", "aggregation")}
             for cell in comparison.cells
         ]
     )

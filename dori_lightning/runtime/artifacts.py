@@ -154,8 +154,8 @@ def check_folder(folder: Path, method: Mapping[str, Any]) -> bool:
     path = folder / METHOD
     if not path.is_file():
         return False
-    now = dict(_leaves(json.loads(json.dumps(redact(method)))))
-    there = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+    now = dict(leaves(json.loads(json.dumps(redact(method)))))
+    there = dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
     differing = sorted(k for k in now.keys() | there.keys() if now.get(k) != there.get(k))
     if differing:
         changes = "\n".join(
@@ -168,11 +168,11 @@ def check_folder(folder: Path, method: Mapping[str, Any]) -> bool:
     return True
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested containers by dotted name."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+            yield from leaves(item, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
 

@@ -352,7 +352,7 @@ def test_an_attack_that_paints_controls_is_doubted(tmp_path):
 
 
 def test_figures_with_nothing_to_show_are_left_out(compared, rows):
-    drawn = sweep_figures(rows, compared.cells, {}, threshold=0.5)
+    drawn = sweep_figures(rows, compared.cells)
     assert set(drawn) == {"before_and_after", "rates_against_steps", "removal_against_cost"}, (
         "all attacks had one radius"
     )
