@@ -30,13 +30,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dori_lightning import config, errors
-from dori_lightning.report.claims import ClaimsFailedError
 from dori_lightning.runtime import job_status, peers, signals
 from dori_lightning.runtime.artifacts import one_writer, released_on_failure, remove_partials
 from dori_lightning.runtime.logging import quiet_libraries
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
-from dori_lightning.types import InputError
+from dori_lightning.types import ClaimsFailedError, InputError
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf

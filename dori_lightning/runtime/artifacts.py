@@ -161,8 +161,8 @@ def check_folder(
     path = folder / METHOD
     if not path.is_file():
         return False
-    now = dict(_leaves(json.loads(json.dumps(redact(method)))))
-    there = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+    now = dict(leaves(json.loads(json.dumps(redact(method)))))
+    there = dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
     compared = (now.keys() | there.keys()) - set(unknown)
     differing = sorted(k for k in compared if now.get(k) != there.get(k))
     if differing:
@@ -201,11 +201,11 @@ def _has_results(folder: Path) -> bool:
     return any(path.is_file() or any(p.is_file() for p in path.rglob("*")) for path in own)
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested containers by dotted name."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+            yield from leaves(item, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
 

@@ -20,15 +20,16 @@ from dori_lightning.audit.context import (
 )
 from dori_lightning.audit.evaluation import attack_and_generate, evaluate
 from dori_lightning.audit.targets import aim
-from dori_lightning.audit.utility import measure_utility
+from dori_lightning.audit.utility import measure_utility, write_utility
+from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.edits import changed_weights
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import check_prompt_lengths
-from dori_lightning.report.findings import INVALID, attack_effort, make_report
+from dori_lightning.report.findings import INVALID, make_report
 from dori_lightning.report.pages import write_audit_page
-from dori_lightning.report.record import AuditReport, write_report, write_utility
+from dori_lightning.report.record import AuditReport, write_report
 from dori_lightning.report.tables import cells_table, rich_table
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import (

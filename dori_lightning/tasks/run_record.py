@@ -1,8 +1,6 @@
 """The record of a run: its provenance, and its loggers, which are told how it ended."""
 
 import functools
-import hashlib
-import json
 import logging
 import os
 import platform
@@ -26,6 +24,7 @@ from dori_lightning.config import unescaped
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report.record import Provenance
 from dori_lightning.runtime import peers
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks.status import sweep_overrides
@@ -213,9 +212,9 @@ def _sweep_id(place: Path, name: str, overrides: Sequence[str]) -> str:
 
     Other overrides in the same folder are another sweep.
     """
-    digest = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:16]
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M")
-    return kept_id(place, f"sweep {digest}", prefix=f"{name}-{now}-")
+    purpose = f"sweep {content_hash(sorted(overrides))[:16]}"
+    return kept_id(place, purpose, prefix=f"{name}-{now}-")
 
 
 def _differing(job: Sequence[str], sweep: Sequence[str]) -> str:
