@@ -54,6 +54,12 @@ _LOGGING_REFERENCES = {
 _RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _FOLDERS = ("paths.output", "paths.cache", "hydra.run.dir", "hydra.sweep.dir")
 _NOT_EMPTY = ("name", "sweep", "paths.output", "paths.cache")
+_READ_FROM = {
+    "audit", "config", "edit", "expected", "path", "source", "statistics", "text_encoder", "unet",
+    "vae", "weights",
+}  # fmt: skip
+"""Last part of keys that name a file or folder to be read."""
+
 _HOME = re.compile(r"~[\w.-]*(/|$)")
 _FROM_ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
 
@@ -255,26 +261,60 @@ def _meaning(key: str) -> str | None:
     return MEANINGS.get(re.sub(r"\.parts(\.|\[)\d+\]?", "", key))
 
 
+def check_files(cfg: DictConfig) -> None:
+    """Refuse names of files and folders to be read that are not there.
+
+    Only what can be nothing but a path is looked at: absolute, or beginning with ``./`` or
+    ``../``. Lists of pairs say more of theirs.
+
+    Raises:
+        InputError: Names the first that is missing.
+    """
+    composed: Any = OmegaConf.to_container(cfg, resolve=True)
+    read = {
+        key: value for key, value in composed.items() if key not in ("hydra", "pairs", "paths")
+    }
+    for place, value in walk(read):
+        named = re.split(r"[.\[]", place)[-1] in _READ_FROM
+        is_path = named and isinstance(value, str) and re.match(r"\.{0,2}/", value)
+        if is_path and not Path(value).exists():
+            raise InputError(
+                f"there is no file or folder {value}",
+                where=place,
+                fix=_meaning(place) or "correct the path",
+            )
+
+
 def check_targets(cfg: DictConfig) -> None:
     """Refuse a config that would build something outside `ALLOWED_TARGETS`; imports nothing.
 
     Raises:
         InputError: Names the key and the target.
     """
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+    for path, node in targets(cfg):
         _check_name(path, node["_target_"], ALLOWED_TARGETS)
 
 
-def check_signatures(cfg: DictConfig) -> None:
+def check_signatures(cfg: DictConfig, *, under: str = "") -> None:
     """Check every node that builds something against the signature of what it builds.
 
     Imports the targets, builds nothing.
 
+    Args:
+        cfg: The root.
+        under: Only nodes of this key; empty for all.
+
     Raises:
         InputError: A key the target does not take, one it needs, or a value of the wrong type.
     """
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+    for path, node in targets(cfg, under):
         _check_arguments(path, node, _import_target(path, node["_target_"], ALLOWED_TARGETS))
+
+
+def targets(cfg: DictConfig, under: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Nodes that build something, of the whole config or of one key, with their places."""
+    whole: Any = OmegaConf.to_container(cfg, resolve=True)
+    return _targets(whole[under] if under else whole, under)
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
