@@ -27,6 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dori_lightning import config, errors
@@ -51,6 +52,15 @@ SWEEP_LOCK = "sweep.lock"
 
 _CLOCK = "${now:"
 """How a setting asks the clock."""
+
+_WITHOUT_PAIRS = ("report", "statistics", "status")
+"""Tasks that read no list of pairs."""
+
+_LISTS = "dori_lightning.pairs.readers."
+"""Where readers of lists of text are, which are imported without torch."""
+
+_HOLDS_IMAGES = f"{_LISTS}ParquetPairs"
+"""The reader among them whose files may hold the images too, and so are long."""
 
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 _NOT_SWEPT = "cannot be swept: jobs of one sweep share a process"
@@ -208,9 +218,32 @@ def _checked_task(cfg: DictConfig) -> Any:
     if not cfg.task.get("dry_run"):  # a plan needs no data
         config.check_missing(cfg)
     config.check_targets(cfg)
+    if not cfg.task.get("dry_run"):
+        check_inputs(cfg)
     task = _task(cfg.task.get("name"))
     config.check_signatures(cfg)
     return task
+
+
+def check_inputs(cfg: DictConfig) -> None:
+    """Look for files, and read the list of pairs without its images: all before torch is imported.
+
+    Raises:
+        InputError: A file is not there, or something is wrong with the list.
+    """
+    config.check_files(cfg)
+    # an edit that is given has been found for its pairs already
+    if cfg.task.get("name") in _WITHOUT_PAIRS or cfg.task.get("edit"):
+        return
+    named = [node["_target_"] for _, node in config.targets(cfg, "pairs")]
+    # others may need torch, such as the embedded benchmark's, which draws its images
+    if _HOLDS_IMAGES in named or not all(name.startswith(_LISTS) for name in named):
+        return
+    config.check_signatures(cfg, under="pairs")
+    from dori_lightning.pairs.validation import names_only
+
+    with names_only():
+        instantiate(cfg.pairs).read()
 
 
 def _task(name: Any) -> Any:

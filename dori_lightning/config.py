@@ -54,6 +54,12 @@ _LOGGING_REFERENCES = {
 _RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _FOLDERS = ("paths.output", "paths.cache", "hydra.run.dir", "hydra.sweep.dir")
 _NOT_EMPTY = ("name", "sweep", "paths.output", "paths.cache")
+_READ_FROM = {
+    "audit", "config", "edit", "expected", "path", "source", "statistics", "text_encoder", "unet",
+    "vae", "weights",
+}  # fmt: skip
+"""Last part of keys that name a file or folder to be read."""
+
 _HOME = re.compile(r"~[\w.-]*(/|$)")
 _FROM_ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
 
@@ -255,26 +261,60 @@ def _meaning(key: str) -> str | None:
     return MEANINGS.get(re.sub(r"\.parts(\.|\[)\d+\]?", "", key))
 
 
+def check_files(cfg: DictConfig) -> None:
+    """Refuse names of files and folders to be read that are not there.
+
+    Only what can be nothing but a path is looked at: absolute, or beginning with ``./`` or
+    ``../``. Lists of pairs say more of theirs.
+
+    Raises:
+        InputError: Names the first that is missing.
+    """
+    composed: Any = OmegaConf.to_container(cfg, resolve=True)
+    read = {
+        key: value for key, value in composed.items() if key not in ("hydra", "pairs", "paths")
+    }
+    for place, value in walk(read):
+        named = re.split(r"[.\[]", place)[-1] in _READ_FROM
+        is_path = named and isinstance(value, str) and re.match(r"\.{0,2}/", value)
+        if is_path and not Path(value).exists():
+            raise InputError(
+                f"there is no file or folder {value}",
+                where=place,
+                fix=_meaning(place) or "correct the path",
+            )
+
+
 def check_targets(cfg: DictConfig) -> None:
     """Refuse a config that would build something outside `ALLOWED_TARGETS`; imports nothing.
 
     Raises:
         InputError: Names the key and the target.
     """
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+    for path, node in targets(cfg):
         _check_name(path, node["_target_"], ALLOWED_TARGETS)
 
 
-def check_signatures(cfg: DictConfig) -> None:
+def check_signatures(cfg: DictConfig, *, under: str = "") -> None:
     """Check every node that builds something against the signature of what it builds.
 
     Imports the targets, builds nothing.
 
+    Args:
+        cfg: The root.
+        under: Only nodes of this key; empty for all.
+
     Raises:
         InputError: A key the target does not take, one it needs, or a value of the wrong type.
     """
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+    for path, node in targets(cfg, under):
         _check_arguments(path, node, _import_target(path, node["_target_"], ALLOWED_TARGETS))
+
+
+def targets(cfg: DictConfig, under: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Nodes that build something, of the whole config or of one key, with their places."""
+    whole: Any = OmegaConf.to_container(cfg, resolve=True)
+    return _targets(whole[under] if under else whole, under)
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -456,31 +496,35 @@ def unescaped(override: str) -> str:
 
 
 def _refuse_incomplete(composed: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse a configuration that lacks a key of its root, or merges several options of a group.
+    """Refuse a configuration that lacks a group or a key, or merges several options of a group.
 
     Of all groups only ``logger`` may be none or several.
     """
-    options = groups()
+    options = {name: found for name, found in groups().items() if name != "logger"}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        names = override.value()
-        group = override.key_or_group
-        if group in options and group != "logger" and isinstance(names, list):
+        line, names, key = str(override.input_line), override.value(), override.key_or_group
+        if override.is_delete() and key.replace(".", "/") in options:
+            raise _deleted(key, line, chosen=True)
+        if key in options and isinstance(names, list):
             each = ",".join(map(str, names)) or "NAME"
             raise InputError(
-                f"{group} takes one option, not a list",
-                where=str(override.input_line),
-                fix=f"one job for each, with -m: {group}={each}",
+                f"{key} takes one option, not a list",
+                where=line,
+                fix=f"one job for each, with -m: {key}={each}",
             )
     chosen = composed["hydra"]["runtime"]["choices"]
-    for item in fields(Config):
-        of_group = item.name in options and item.name != "logger"
-        if item.name not in composed or (of_group and item.name not in chosen):
-            fix = f"; to choose another one: {item.name}=NAME" if of_group else ""
-            raise InputError(
-                f"{item.name} was deleted, and no run goes without",
-                where=next((o for o in overrides if o.startswith(f"~{item.name}")), item.name),
-                fix=f"leave that out{fix}",
-            )
+    for name in (item.name for item in fields(Config)):
+        if name not in composed or (name in options and name not in chosen):
+            line = next((o for o in overrides if o.startswith(f"~{name}")), name)
+            raise _deleted(name, line, chosen=name in options)
+
+
+def _deleted(key: str, where: str, *, chosen: bool) -> InputError:
+    """What is said of a deleted key; of a group another option may be ``chosen``."""
+    fix = f"; to choose another one: {key.replace('.', '/')}=NAME" if chosen else ""
+    return InputError(
+        f"{key} was deleted, and no run goes without", where=where, fix=f"leave that out{fix}"
+    )
 
 
 def _refuse_empty(composed: Mapping[str, Any]) -> None:

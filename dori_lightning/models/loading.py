@@ -369,7 +369,7 @@ def _loading(where: str, part: str, fix: str) -> AbstractContextManager[None]:
         "scheduler": "scheduler_config.json",
     }.get(part, "config.json")
     return blamed(
-        f"checkpoint {where} cannot be loaded, its {part} is none",
+        f"checkpoint {where} cannot be loaded, its {part} fails",
         f"{where}/{part}/{file}",
         fix,
     )

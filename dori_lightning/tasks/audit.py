@@ -129,11 +129,11 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
     # every input was checked: from here on the folder belongs to these settings
     claim_folder(folder, with_fingerprint(method_of(to_container(cfg)), context.model))
     distributed.start(context.make_trainer())
-    _write_skipped(context.pairs, folder)
+    write_skipped(context.pairs, folder)
     return aim(context)
 
 
-def _write_skipped(pairs: Pairs, folder: Path) -> None:
+def write_skipped(pairs: Pairs, folder: Path) -> None:
     """Write ``skipped_pairs.json``: which pairs and images were left out of the list, and why."""
     if pairs.skipped and distributed.is_first():
         write_json(folder / "skipped_pairs.json", {"skipped": [asdict(p) for p in pairs.skipped]})

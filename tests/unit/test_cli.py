@@ -79,6 +79,36 @@ def test_help_lists_every_option_and_imports_no_torch(tmp_path: Path):
             assert any(line.split() == [name, *claim.split()] for line in lines), (group, name)
 
 
+GOOD_ROWS = "file_name,prompt\na.png,x\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "parts"),
+    [
+        ("file_name,title\na.png,x\n", (), ["no column prompt"]),
+        ("file_name,prompt\na.png,x\ngone.png,y\n", (), ["line 3", "no such file"]),
+        ("file_name,prompt,kind\na.png,x,verbatim\n", (), ["'verbatim' is no kind"]),
+        (GOOD_ROWS, ("checkpoint.source=/gone",), ["no file or folder /gone", "a hub id"]),
+        (GOOD_ROWS, ("metrics=sscd", "metrics.descriptors.sscd.weights=./gone.pt"), ["./gone.pt"]),
+    ],
+)
+def test_an_input_with_a_mistake_is_refused_before_torch_is_imported(
+    tmp_path: Path, rows: str, settings: tuple[str, ...], parts: list[str]
+):
+    (tmp_path / "a.png").write_bytes(b"no image: that is told later")
+    (tmp_path / "metadata.csv").write_text(rows)
+    code = (
+        "import sys\nfrom dori_lightning.cli import main\n"
+        "try:\n    code = main()\nexcept SystemExit as leaving:\n    code = leaving.code\n"
+        "sys.exit('imported torch' if 'torch' in sys.modules else code)"
+    )
+    arguments = ("+experiment=audit", "pairs=folder", f"pairs.path={tmp_path}", *settings)
+    done = program(*arguments, cwd=tmp_path, code=code)
+    assert done.returncode == 2, done.stderr
+    for part in (*parts, "dori: "):
+        assert part in done.stderr
+
+
 def test_works_from_another_folder(tmp_path: Path):
     done = program("+experiment=audit", "--cfg", "job", "--resolve", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -217,6 +247,8 @@ def test_full_errors_on_request(
         (["--sampling.steps=3"], ["write sampling.steps=3\n"]),
         (["~attack"], ["attack was deleted", "where: ~attack", "attack=NAME"]),
         (["~seed"], ["seed was deleted"]),
+        (["~attack/budget"], ["attack/budget was deleted", "attack/budget=NAME"]),
+        (["~attack.budget"], ["attack.budget was deleted", "attack/budget=NAME"]),
         (["mitigation=[none,nemo]"], ["takes one option", "-m: mitigation=none,nemo\n"]),
         (["attack/budget=[l2_small,unbounded]"], ["takes one option"]),
         (["attack=null"], ["takes the name of an option", "where: attack=null"]),
