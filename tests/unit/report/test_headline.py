@@ -361,7 +361,7 @@ def test_figures_with_nothing_to_show_are_left_out(compared, rows):
     assert rates_against_steps(rows, one_count) is None, "two points are no curve"
 
 
-@pytest.mark.parametrize("width", [120, 100, 80])
+@pytest.mark.parametrize("width", [120, 100])
 def test_a_narrow_console_loses_no_column_and_no_name(width):
     budget, mitigation = "50 steps, linf 0.0123", "adversarial_finetuning_cheap"
     attacked = fakes.dori(50, "control_prompt", norm="linf", eps=0.0123)
