@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,6 +50,35 @@ class InputError(Exception):
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         parts = [what, where and f"  where: {where}", fix and f"  fix:   {fix}"]
         super().__init__("\n".join(part for part in parts if part))
+
+
+def require(good: bool, rule: str, got: object) -> None:
+    """Refuse a setting that breaks a rule.
+
+    Args:
+        good: Whether it keeps the rule.
+        rule: Such as ``attack.lr must be a positive number``.
+        got: The setting, for the message.
+
+    Raises:
+        InputError: States the rule and the setting.
+    """
+    if not good:
+        raise InputError(f"{rule}, got {got}")
+
+
+def require_at_least_one(settings: object, *names: str, within: str) -> None:
+    """Refuse settings below 1; ``within`` names what holds them, with a dot."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value >= 1, f"{within}{name} must be >= 1", value)
+
+
+def require_choices(settings: object, *, within: str, **choices: Any) -> None:
+    """Refuse settings that are none of a ``Literal``'s values; see `require_at_least_one`."""
+    for name, literal in choices.items():
+        value, known = getattr(settings, name), get_args(literal)
+        require(value in known, f"{within}{name} must be one of {', '.join(known)}", repr(value))
 
 
 def first_line(error: BaseException) -> str:

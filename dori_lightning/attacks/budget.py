@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dori_lightning.types import INITS, Budget, Init, InputError, Kind, Norm
+from dori_lightning.types import (
+    INITS,
+    Budget,
+    Init,
+    InputError,
+    Kind,
+    Norm,
+    require,
+    require_at_least_one,
+)
 
 _NEEDS_CONTROLS = (
     "a relative budget needs at least two control pairs with different prompts; add pairs of "
@@ -34,15 +43,12 @@ class BudgetSettings:
     steps: int = 50
 
     def __post_init__(self) -> None:
-        if self.norm not in ("none", "l2", "linf"):
-            raise InputError(f"attack.budget.norm must be none, l2 or linf, got {self.norm!r}")
-        if self.steps < 0:
-            raise InputError(f"attack.budget.steps must be >= 0, got {self.steps}")
-        if self.norm != "none" and (self.radius is None or not 0 <= self.radius < math.inf):
-            raise InputError(
-                f"attack.budget.radius must be a number >= 0 for norm {self.norm}, "
-                f"got {self.radius}"
-            )
+        norm, radius = self.norm, self.radius
+        known = norm in ("none", "l2", "linf")
+        require(known, "attack.budget.norm must be none, l2 or linf", repr(norm))
+        require(self.steps >= 0, "attack.budget.steps must be >= 0", self.steps)
+        near = norm == "none" or (radius is not None and 0 <= radius < math.inf)
+        require(near, f"attack.budget.radius must be a number >= 0 for norm {norm}", radius)
 
     def resolve(self, control_embeddings: torch.Tensor | None) -> Budget:
         """Fix the radius for a checkpoint.
@@ -148,28 +154,20 @@ class AttackSettings:
         if self.other_inits is not None:
             object.__setattr__(self, "other_inits", tuple(self.other_inits))
             stray = [init for init in self.other_inits if init not in self.inits]
-            if stray:
-                raise InputError(
-                    f"attack.other_inits must be among attack.inits, got {', '.join(stray)}"
-                )
-        unknown = [init for init in self.inits if init not in INITS]
-        if unknown:
-            raise InputError(
-                f"attack.inits must be among {', '.join(INITS)}, "
-                f"got {', '.join(map(str, unknown))}"
-            )
+            require(not stray, "attack.other_inits must be among attack.inits", ", ".join(stray))
+        unknown = [str(init) for init in self.inits if init not in INITS]
+        among = ", ".join(INITS)
+        require(not unknown, f"attack.inits must be among {among}", ", ".join(unknown))
         if len(set(self.inits)) != len(self.inits):
             raise InputError(
                 f"attack.inits names one initial point twice: {', '.join(self.inits)}"
             )
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"attack.lr must be a positive number, got {self.lr}")
-        for name in ("noise_batch", "restarts", "pairs_per_forward"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"attack.{name} must be >= 1, got {value}")
-        if self.snapshots and self.snapshots[0] < 0:
-            raise InputError(f"attack.snapshots must be >= 0, got {list(self.snapshots)}")
+        require(0 < self.lr < math.inf, "attack.lr must be a positive number", self.lr)
+        counts = ["noise_batch", "restarts"]
+        counts += [] if self.pairs_per_forward is None else ["pairs_per_forward"]
+        require_at_least_one(self, *counts, within="attack.")
+        early = list(self.snapshots)
+        require(min(early, default=0) >= 0, "attack.snapshots must be >= 0", early)
         if self.early_stop and not any(s < self.budget.steps for s in self.snapshots):
             raise InputError(
                 f"attack.early_stop stops at snapshots, and attack.snapshots="

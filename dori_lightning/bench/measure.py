@@ -34,7 +34,7 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import disable_parallel
 from dori_lightning.runtime.logging import progress_bar, progress_disabled
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import Pair, require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,8 @@ def counted(module: nn.Module) -> Iterator[Counts]:
             counts.samples += len(inputs[0])
             counts.passes += 1
 
-    handle = module.register_forward_pre_hook(count)
-    try:
+    with module.register_forward_pre_hook(count):
         yield counts
-    finally:
-        handle.remove()
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
@@ -278,11 +275,11 @@ class ShapeSettings:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        _check_counts(self, "task.sd14")
-        if self.latent < 8 or self.latent % 8:
-            raise InputError(f"task.sd14.latent must be a multiple of 8, got {self.latent}")
-        if self.dtype not in ("bf16", "fp32"):
-            raise InputError(f"task.sd14.dtype must be bf16 or fp32, got {self.dtype!r}")
+        _check_counts(self, "task.sd14.")
+        whole = self.latent >= 8 and self.latent % 8 == 0
+        require(whole, "task.sd14.latent must be a multiple of 8", self.latent)
+        known = self.dtype in ("bf16", "fp32")
+        require(known, "task.sd14.dtype must be bf16 or fp32", repr(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -327,12 +324,10 @@ class BenchSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         unknown = [name for name in self.rows if name not in FAMILIES]
-        if unknown or not self.rows or len(set(self.rows)) != len(self.rows):
-            raise InputError(
-                f"task.rows must be different ones of {', '.join(FAMILIES)}, "
-                f"got {', '.join(map(str, self.rows)) or 'none'}"
-            )
-        _check_counts(self, "task")
+        good = not unknown and self.rows and len(set(self.rows)) == len(self.rows)
+        got = ", ".join(map(str, self.rows)) or "none"
+        require(bool(good), f"task.rows must be different ones of {', '.join(FAMILIES)}", got)
+        _check_counts(self, "task.")
 
     @property
     def most_pairs(self) -> int:
@@ -341,11 +336,9 @@ class BenchSettings:
         return max(self.pairs, *parts)
 
 
-def _check_counts(settings: Any, where: str) -> None:
-    for item in fields(settings):
-        value = getattr(settings, item.name)
-        if item.type is int and value < 1:
-            raise InputError(f"{where}.{item.name} must be >= 1, got {value}")
+def _check_counts(settings: Any, within: str) -> None:
+    counts = [item.name for item in fields(settings) if item.type is int]
+    require_at_least_one(settings, *counts, within=within)
 
 
 @dataclass(frozen=True)

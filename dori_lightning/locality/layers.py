@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from dori_lightning.locality.embeddings import distances, lengths, relative_distances
 from dori_lightning.locality.estimates import Estimate, mean_estimate, pair_estimates
+from dori_lightning.mitigations.wanda import heard_inputs
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.cache import TENSORS, Tensors
 from dori_lightning.runtime.logging import progress_bar
@@ -243,24 +244,16 @@ def _inputs(
     """Inputs (n, tokens, C) of layers in one pass of n embeddings, fp32."""
     inputs: dict[str, torch.Tensor] = {}
 
-    def listener(name: str) -> Any:
-        def listen(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            inputs[name] = args[0].detach().float()
-
-        return listen
+    def listen(name: str, values: torch.Tensor) -> None:
+        inputs[name] = values.detach().float()
 
     count = len(embeddings)
-    handles = [layer.register_forward_pre_hook(listener(name)) for name, layer in layers.items()]
-    try:
-        with model.frozen(), torch.no_grad():
-            model.predict_noise(
-                noise.to(model.device).expand(count, -1, -1, -1),
-                timestep.to(model.device).expand(count),
-                embeddings.to(model.device),
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
+    with heard_inputs(layers, listen), model.frozen(), torch.no_grad():
+        model.predict_noise(
+            noise.to(model.device).expand(count, -1, -1, -1),
+            timestep.to(model.device).expand(count),
+            embeddings.to(model.device),
+        )
     return inputs
 
 

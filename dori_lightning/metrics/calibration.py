@@ -19,7 +19,7 @@ from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.metrics.perceptual import ClipAlignment, LPIPSDistance
 from dori_lightning.metrics.replication import Aggregation, diversity, per_pair
 from dori_lightning.metrics.statistics import roc_curve
-from dori_lightning.types import Calibration, InputError, Outcome, Pair
+from dori_lightning.types import Calibration, InputError, Outcome, Pair, require
 
 log = logging.getLogger(__name__)
 
@@ -255,10 +255,8 @@ class Measures:
                 f"metrics.decider must be one of metrics.descriptors "
                 f"({', '.join(self.descriptors)}), got {self.decider!r}"
             )
-        if self.aggregation not in ("max", "median"):
-            raise InputError(
-                f"metrics.aggregation must be max or median, got {self.aggregation!r}"
-            )
+        known = self.aggregation in ("max", "median")
+        require(known, "metrics.aggregation must be max or median", repr(self.aggregation))
 
 
 @dataclass(frozen=True)

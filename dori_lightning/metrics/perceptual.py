@@ -101,13 +101,6 @@ class LPIPSDistance:
         )
 
 
-def _tensor(output: Any) -> Tensor:
-    """Features as a tensor: transformers 5 wraps them, transformers 4 did not."""
-    features = output if isinstance(output, Tensor) else output.pooler_output
-    assert isinstance(features, Tensor)
-    return features
-
-
 class ClipAlignment:
     """Cosine of CLIP's image and text embeddings: does an image still show what was asked for?
 
@@ -175,15 +168,17 @@ class ClipAlignment:
             return_tensors="pt",
         ).to(images.device)
 
-        def shown(batch: Tensor) -> Tensor:
+        def shown(batch: Tensor) -> Any:
             pixels = F.interpolate(
                 batch.float(), (self.side, self.side), mode="bicubic", antialias=True
             ).clamp(0, 1)
-            return _tensor(self.model.get_image_features(pixel_values=(pixels - mean) / std))
+            found: Any = self.model.get_image_features(pixel_values=(pixels - mean) / std)
+            return found.pooler_output
 
-        def described(batch: Tensor) -> Tensor:
+        def described(batch: Tensor) -> Any:
             ids, mask = batch.unbind(1)
-            return _tensor(self.model.get_text_features(input_ids=ids, attention_mask=mask))
+            found: Any = self.model.get_text_features(input_ids=ids, attention_mask=mask)
+            return found.pooler_output
 
         texts = torch.stack([tokens["input_ids"], tokens["attention_mask"]], 1)
         similarity = F.cosine_similarity(

@@ -23,7 +23,7 @@ from dori_lightning.metrics.image_distances import (
 )
 from dori_lightning.metrics.replication import Aggregation
 from dori_lightning.metrics.statistics import cluster_bootstrap, median_mad, wilson_interval
-from dori_lightning.types import InputError, Number
+from dori_lightning.types import InputError, Number, require
 
 PromptKind = Literal["ordinary", "neighbour"]
 Interval = tuple[Number, Number]
@@ -52,11 +52,9 @@ class UtilitySettings:
     inception: InceptionFeatures | None = None
 
     def __post_init__(self) -> None:
-        if min(self.examples, self.prompts, self.neighbours) < 0:
-            raise InputError(
-                f"utility needs examples, prompts and neighbours >= 0, got {self.examples}, "
-                f"{self.prompts} and {self.neighbours}"
-            )
+        enough = min(self.examples, self.prompts, self.neighbours) >= 0
+        got = f"{self.examples}, {self.prompts} and {self.neighbours}"
+        require(enough, "utility needs examples, prompts and neighbours >= 0", got)
         if min(self.draws, self.pictures, self.neighbour_pictures) < 1:
             raise InputError(
                 f"utility needs draws, images and neighbour_pictures >= 1, got {self.draws}, "

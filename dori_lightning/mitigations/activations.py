@@ -241,11 +241,11 @@ def layer_influence(
             f"task.timestep must be in 0..{model.num_train_timesteps - 1}, got {timestep}"
         )
     embeddings = model.encode_prompts(prompts)
+    shape = (len(prompts), *model.latent_shape)
     start, noise = (
-        torch.randn(
-            (len(prompts), *model.latent_shape),
-            generator=keyed_generator("layer influence", seed, which),
-        ).to(model.device)
+        torch.randn(shape, generator=keyed_generator("layer influence", seed, which)).to(
+            model.device
+        )
         for which in ("start", "noise")
     )
     timesteps = torch.full((len(prompts),), when, device=model.device)
@@ -256,11 +256,8 @@ def layer_influence(
         without = model.predict_noise(noised, timesteps, empty.expand_as(embeddings))
         found = {}
         for name, layer in model.layers("cross_attention.value").items():
-            handle = layer.register_forward_hook(_empty_instead(empty))
-            try:
+            with layer.register_forward_hook(_empty_instead(empty)):
                 changed = model.predict_noise(noised, timesteps, embeddings)
-            finally:
-                handle.remove()
             found[name] = LayerInfluence(
                 change=_ratio(changed - usual, usual),
                 share=_ratio(changed - usual, without - usual),

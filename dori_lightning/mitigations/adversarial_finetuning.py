@@ -5,6 +5,8 @@ model, L = L_DM + L_Adv, fresh 50-step attacks as inner loop, all weights of the
 Adversarial embeddings are called triggers, as in the paper.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +26,11 @@ from dori_lightning.mitigations.base import (
     require,
     require_at_least_one,
 )
-from dori_lightning.mitigations.edits import WeightEdit
-from dori_lightning.mitigations.finetuning import FinetuneSettings, Finetuning, train_edit
+from dori_lightning.mitigations.finetuning import (
+    FinetunedMitigation,
+    FinetuneSettings,
+    Finetuning,
+)
 from dori_lightning.mitigations.replacements import (
     Surrogates,
     SurrogateSettings,
@@ -82,7 +87,7 @@ class PoolSettings:
 
 
 @dataclass(frozen=True)
-class AdversarialFinetuning:
+class AdversarialFinetuning(FinetunedMitigation):
     """Adversarial fine-tuning: the mitigation of Finding DoRI.
 
     The paper leaves open the optimizer, the learning rate, what an epoch is, how many triggers an
@@ -131,7 +136,7 @@ class AdversarialFinetuning:
         require(rank is None or rank >= 1, "low_rank must be >= 1 or null", rank)
 
     @property
-    def steps(self) -> int:
+    def steps(self) -> int:  # type: ignore[override]
         """Optimizer steps."""
         return self.epochs * self.updates
 
@@ -153,29 +158,24 @@ class AdversarialFinetuning:
             builds_on=() if source is None else (source,),
         )
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
+    def trains(self, name: str) -> bool:
+        """Every weight, or none besides the low-rank update."""
+        del name
+        return self.low_rank is None
+
+    def added_weights(self, model: TextToImage) -> int:
+        """Weights of the low-rank update."""
+        return 0 if self.low_rank is None else LowRank.count(model.denoiser(), self.low_rank)
+
+    def training(
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+    ) -> Callable[[], AdversarialTraining]:
         """Find surrogates, then alternate between searching triggers and training."""
-        rank = self.low_rank
-
-        def prepare(_: str) -> tuple[Surrogates, Encodings]:
-            surrogates = find_surrogates(model, pairs, context, self.surrogates)
-            return surrogates, context.encodings(model, "calibration", self.ordinary_examples)
-
-        def training(prepared: tuple[Surrogates, Encodings]) -> AdversarialTraining:
-            surrogates, ordinary = prepared
-            return AdversarialTraining(
-                model, self, pairs, context, surrogates=surrogates, ordinary=ordinary
-            )
-
-        return train_edit(
-            self,
-            model,
-            pairs,
-            context,
-            prepare=prepare,
-            training=training,
-            trained=lambda _: rank is None,
-            added=0 if rank is None else LowRank.count(model.denoiser(), rank),
+        del key
+        surrogates = find_surrogates(model, pairs, context, self.surrogates)
+        ordinary = context.encodings(model, "calibration", self.ordinary_examples)
+        return lambda: AdversarialTraining(
+            model, self, pairs, context, surrogates=surrogates, ordinary=ordinary
         )
 
 

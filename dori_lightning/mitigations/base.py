@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import lightning.pytorch as L
 import torch
 from filelock import FileLock
 
+from dori_lightning import types
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
@@ -267,32 +268,18 @@ def edit_key(
 
 
 def require(good: bool, rule: str, got: Any) -> None:
-    """Refuse a setting that breaks a rule.
-
-    Args:
-        good: Whether it keeps the rule.
-        rule: Such as ``steps must be >= 1``, for the field below ``mitigation``.
-        got: The setting, for the message.
-
-    Raises:
-        InputError: States the rule and the setting.
-    """
-    if not good:
-        raise InputError(f"mitigation.{rule}, got {got}")
+    """Refuse a field below ``mitigation`` that breaks a rule; see `types.require`."""
+    types.require(good, f"mitigation.{rule}", got)
 
 
 def require_at_least_one(settings: Any, *names: str, within: str = "") -> None:
     """Refuse settings below 1; ``within`` names the field that holds them, with a dot."""
-    for name in names:
-        value = getattr(settings, name)
-        require(value >= 1, f"{within}{name} must be >= 1", value)
+    types.require_at_least_one(settings, *names, within=f"mitigation.{within}")
 
 
 def require_choices(settings: Any, *, within: str = "", **choices: Any) -> None:
     """Refuse settings that are none of a ``Literal``'s values; see `require_at_least_one`."""
-    for name, literal in choices.items():
-        value, known = getattr(settings, name), get_args(literal)
-        require(value in known, f"{within}{name} must be one of {', '.join(known)}", repr(value))
+    types.require_choices(settings, within=f"mitigation.{within}", **choices)
 
 
 def require_stages(stages: Sequence[str]) -> None:

@@ -4,7 +4,9 @@ Reference: Ablating Concepts in Text-to-Image Diffusion Models (Kumari et al., 2
 https://arxiv.org/abs/2303.13516, the recipe for memorized images.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +14,11 @@ import torch
 from torch.nn import functional as F
 
 from dori_lightning.mitigations.base import Context, CostEstimate, require, require_at_least_one
-from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
+    FinetunedMitigation,
     FinetuneSettings,
     Finetuning,
     shuffled_indices,
-    train_edit,
 )
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, find_anchors
 from dori_lightning.models.protocol import Sampling, TextToImage
@@ -27,7 +28,7 @@ from dori_lightning.types import Pair
 
 
 @dataclass(frozen=True)
-class ConceptAblation:
+class ConceptAblation(FinetunedMitigation):
     """Concept Ablation of memorized captions, all weights of the denoiser.
 
     The published method makes one model per image; an audit of N pairs would need N models, so
@@ -60,18 +61,12 @@ class ConceptAblation:
         """Estimate what finding the edit takes for a number of pairs to forget."""
         return self.anchors.estimate_cost(sampling, pairs, training=2 * self.steps * self.batch)
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
+    def training(
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+    ) -> Callable[[], ConceptAblationTraining]:
         """Find anchors with the model as it is, then train."""
-        return train_edit(
-            self,
-            model,
-            pairs,
-            context,
-            prepare=lambda key: find_anchors(model, pairs, context, self.anchors, key=key),
-            training=lambda anchors: ConceptAblationTraining(
-                model, self, pairs, context, anchors=anchors
-            ),
-        )
+        anchors = find_anchors(model, pairs, context, self.anchors, key=key)
+        return lambda: ConceptAblationTraining(model, self, pairs, context, anchors=anchors)
 
 
 class ConceptAblationTraining(Finetuning):

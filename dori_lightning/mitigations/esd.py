@@ -4,7 +4,9 @@ Reference: Erasing Concepts from Diffusion Models (Gandikota et al., 2023),
 https://arxiv.org/abs/2303.07345. The concept of a memorized image is its whole caption.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,12 +21,11 @@ from dori_lightning.mitigations.base import (
     require_at_least_one,
     require_choices,
 )
-from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
+    FinetunedMitigation,
     FinetuneSettings,
     Finetuning,
     shuffled_indices,
-    train_edit,
 )
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
@@ -36,7 +37,7 @@ LatentSource = Literal["current", "base"]
 
 
 @dataclass(frozen=True)
-class ESD:
+class ESD(FinetunedMitigation):
     """Erased Stable Diffusion.
 
     The published method makes one model per concept; an audit of N pairs would need N models, so
@@ -92,17 +93,16 @@ class ESD:
             stored_weights={"x": 0.051, "strict": 0.022, "u": 0.946, "full": 1.0}[self.variant],
         )
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
+    def trains(self, name: str) -> bool:
+        """Whether the variant trains a parameter."""
+        return is_trained(name, self.variant)
+
+    def training(
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+    ) -> Callable[[], ESDTraining]:
         """Train on the pairs' captions; their images are not used."""
-        return train_edit(
-            self,
-            model,
-            pairs,
-            context,
-            prepare=lambda _: None,
-            training=lambda _: ESDTraining(model, self, pairs, context),
-            trained=lambda name: is_trained(name, self.variant),
-        )
+        del key
+        return lambda: ESDTraining(model, self, pairs, context)
 
 
 class ESDTraining(Finetuning):
@@ -112,9 +112,7 @@ class ESDTraining(Finetuning):
         self, model: TextToImage, method: ESD, pairs: Sequence[Pair], context: Context
     ) -> None:
         """Train on the prompts of ``pairs``, which ``context`` has encoded."""
-        super().__init__(
-            model, method.finetune, trained=lambda name: is_trained(name, method.variant)
-        )
+        super().__init__(model, method.finetune, trained=method.trains)
         self.method, self.seed = method, context.seed
         self.prompts = context.data.batch(pairs).embeddings
         # a list hides the teacher from this module's state

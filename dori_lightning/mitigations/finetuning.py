@@ -1,7 +1,7 @@
 """Fine-tune the denoiser with a Trainer of its own, and return what changed as an edit.
 
-A fine-tuning is a frozen dataclass of settings, whose ``apply`` calls ``train_edit``, and a
-``Finetuning`` module, whose ``training_step`` draws a batch and returns its loss.
+A fine-tuning is a ``FinetunedMitigation``, which holds the settings, and a ``Finetuning`` module,
+whose ``training_step`` draws a batch and returns its loss.
 """
 
 import copy
@@ -9,11 +9,12 @@ import itertools
 import shutil
 import signal
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
-from dori_lightning.mitigations.base import Context, Mitigation, edit_key, require, require_pairs
+from dori_lightning.mitigations.base import Context, edit_key, require, require_pairs
 from dori_lightning.mitigations.edits import Origin, WeightEdit
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
@@ -38,8 +39,6 @@ from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError, Pair
-
-Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
@@ -175,59 +174,51 @@ def shuffled_indices(name: str, seed: int, step: int, *, batch: int, count: int)
     return indices
 
 
-class FinetunedMitigation(Mitigation, Protocol):
-    """A mitigation that trains the denoiser."""
+class FinetunedMitigation(ABC):
+    """A mitigation that trains the denoiser; subclasses are frozen dataclasses of settings.
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        ...
-
-    @property
-    def finetune(self) -> FinetuneSettings:
-        """Optimizer settings."""
-        ...
-
-
-def train_edit(
-    method: FinetunedMitigation,
-    model: TextToImage,
-    pairs: Sequence[Pair],
-    context: Context,
-    *,
-    prepare: Callable[[str], Prepared],
-    training: Callable[[Prepared], Finetuning],
-    trained: Callable[[str], bool] = lambda _: True,
-    added: int = 0,
-) -> WeightEdit:
-    """Find what a fine-tuning trains on with the model as it is, then train.
-
-    Args:
-        method: The mitigation.
-        model: Its denoiser is trained, and put back bit for bit.
-        pairs: Pairs to forget.
-        context: What mitigations work with.
-        prepare: Finds what is trained on besides the pairs; is given the edit's key.
-        training: Builds the module from that, once the weights are in fp32.
-        trained: Whether the parameter of a name is trained.
-        added: Weights that are added to the denoiser's for the training, and trained.
-
-    Raises:
-        InputError: There are no pairs, or the disk does not hold the checkpoints.
-        RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
+    Attributes:
+        name: How reports call it.
+        steps: Optimizer steps.
+        finetune: Optimizer settings.
     """
-    require_pairs(pairs, method.name)
-    key = edit_key(method, model, pairs, context)
-    _check_disk(model, method.finetune, context.scratch(key), trained=trained, added=added)
-    prepared = prepare(key)
-    return finetune(
-        lambda: training(prepared),
-        model,
-        context,
-        steps=method.steps,
-        key=key,
-        title=method.name,
-    )
+
+    name: str
+    steps: int
+    finetune: FinetuneSettings
+
+    @abstractmethod
+    def training(
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+    ) -> Callable[[], Finetuning]:
+        """Find what is trained on with the model as it is; ``key`` is the edit's.
+
+        Returns:
+            What builds the module, once the weights are in fp32.
+        """
+
+    def trains(self, name: str) -> bool:
+        """Whether the denoiser's parameter of a name is trained."""
+        del name
+        return True
+
+    def added_weights(self, model: TextToImage) -> int:
+        """Weights that are added to the denoiser's for the training, and trained."""
+        del model
+        return 0
+
+    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
+        """Train the denoiser, which is put back bit for bit, and return the changed weights.
+
+        Raises:
+            InputError: There are no pairs, or the disk does not hold the checkpoints.
+            RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
+        """
+        require_pairs(pairs, self.name)
+        key = edit_key(self, model, pairs, context)
+        _check_disk(self, model, context.scratch(key))
+        make = self.training(model, pairs, context, key)
+        return finetune(make, model, context, steps=self.steps, key=key, title=self.name)
 
 
 def finetune(
@@ -296,14 +287,7 @@ def _trainable(model: TextToImage) -> Iterator[dict[str, torch.Tensor]]:
             module.training = mode
 
 
-def _check_disk(
-    model: TextToImage,
-    settings: FinetuneSettings,
-    folder: Path,
-    *,
-    trained: Callable[[str], bool],
-    added: int,
-) -> None:
+def _check_disk(method: FinetunedMitigation, model: TextToImage, folder: Path) -> None:
     """Refuse a fit whose checkpoints the disk does not hold, before anything is generated for it.
 
     A checkpoint holds all weights in fp32, twice where their average is kept, and the optimizer's
@@ -314,9 +298,10 @@ def _check_disk(
         InputError: The disk has less.
     """
     sizes = {name: p.numel() for name, p in model.denoiser().named_parameters()}
+    added = method.added_weights(model)
     weights = sum(sizes.values()) + added
-    moments = 2 * (sum(size for name, size in sizes.items() if trained(name)) + added)
-    copies = 1 if settings.ema is None else 2
+    moments = 2 * (sum(size for name, size in sizes.items() if method.trains(name)) + added)
+    copies = 1 if method.finetune.ema is None else 2
     check_space(
         folder,
         (KEPT + 1) * 4 * (copies * weights + moments),

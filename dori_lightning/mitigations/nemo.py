@@ -29,11 +29,11 @@ from dori_lightning.mitigations.base import (
 )
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.mitigations.nemo_criteria import (
+    BlockedModel,
     Criterion,
     MemorizationProbe,
     NoiseDifference,
     Question,
-    blockable,
 )
 from dori_lightning.mitigations.nemo_search import (
     Levels,
@@ -182,8 +182,9 @@ class NeMo:
             if self.statistics is None
             else ActivationStatistics.load(Path(self.statistics), model)
         )
-        forward = self.criterion.forward(model, context)
-        with model.frozen(), torch.no_grad(), blockable(model, layers, forward) as blocked_model:
+        widths = {name: layer.get_parameter("weight").shape[0] for name, layer in layers.items()}
+        blocked_model = BlockedModel(model, widths, self.criterion.forward(model, context))
+        with model.frozen(), torch.no_grad():
             probes, threshold = self.criterion.probes(
                 blocked_model.run, model, pairs=pairs, context=context, samples=self.samples
             )
@@ -208,18 +209,11 @@ class NeMo:
 
             with progress_bar(f"mitigate: {self.name}", len(searches)) as advance:
                 found = run_searches(searches, measure, finished=lambda: advance(1))
-        widths = blocked_model.widths
         # no neuron of a pair that was left alone is blocked
         nothing = torch.zeros(sum(widths.values()), dtype=torch.bool)
-        masks = {}
-        for pair in pairs:
-            blocked = found[pair].blocked if pair in found else nothing
-            by_layer = torch.split(blocked, list(widths.values()))
-            masks[pair] = {
-                f"{name}.weight": rows.clone() for name, rows in zip(widths, by_layer, strict=True)
-            }
+        blocked = {pair: found[pair].blocked if pair in found else nothing for pair in pairs}
         return NeMoFindings(
-            masks=masks,
+            masks={pair: blocked_model.masks(neurons) for pair, neurons in blocked.items()},
             notes={pair: _note(probe, found.get(pair)) for pair, probe in probes.items()},
             threshold=threshold,
             statistics=statistics.identity,

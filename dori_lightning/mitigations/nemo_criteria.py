@@ -13,19 +13,17 @@ Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.1, https://arxiv.o
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dori_lightning.mitigations.base import Context, Evaluations, require, require_choices
+from dori_lightning.mitigations.edits import Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import Encoded
@@ -398,96 +396,59 @@ def _repeated(embedding: torch.Tensor, samples: int, model: TextToImage) -> torc
     return embedding.to(model.device).expand(samples, *embedding.shape)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockedModel:
-    """A model in which every row of a batch has its own neurons blocked.
+    """A model that is asked with each question's neurons blocked, as an edit blocks a pair's.
 
     On the CPU all batches have `ROWS` rows. Kernels are chosen by shape and work row by row, so an
     answer is bit for bit the same in whatever company a question is asked.
 
     Attributes:
         model: The model.
+        widths: Name of each linear layer to its number of neurons; a set's neurons are those of
+            the layers one after the other.
         forward: See ``Criterion.forward``.
-        widths: Layer name to number of its neurons, in order.
     """
 
     model: TextToImage
-    forward: Forward
     widths: Mapping[str, int]
-    _of_thread: threading.local = field(default_factory=threading.local, init=False)
+    forward: Forward
 
-    @property
-    def keep(self) -> dict[str, torch.Tensor] | None:
-        """Layer name to what goes through (rows, 1, C), while this thread runs a batch."""
-        return getattr(self._of_thread, "keep", None)
+    def masks(self, blocked: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Parameter name to blocked output rows (C,), for a set of neurons (D,)."""
+        parts = torch.split(blocked, list(self.widths.values()))
+        return {
+            f"{name}.weight": rows.clone() for name, rows in zip(self.widths, parts, strict=True)
+        }
 
     def run(self, questions: Sequence[Question]) -> list[torch.Tensor]:
         """What ``forward`` returns for each question's rows."""
-        rows = [(question, k) for question in questions for k in range(len(question.inputs[0]))]
-        outputs = map_batches(
-            self._batch,
-            rows,
-            at_once=ROWS * parallel_batches(self.model),
-            model=self.model,
-            backoff=BACKOFF,
-            pad=self.model.device.type == "cpu",  # elsewhere rounding is not that exact anyway
-        )
+        masks = {
+            str(number): {} if question.blocked is None else self.masks(question.blocked)
+            for number, question in enumerate(questions)
+        }
+        rows = [
+            (str(number), tuple(column[k] for column in question.inputs))
+            for number, question in enumerate(questions)
+            for k in range(len(question.inputs[0]))
+        ]
+
+        # autograd's mode is each thread's own
+        @torch.no_grad()
+        def answer(batch: list[tuple[str, tuple[torch.Tensor, ...]]]) -> torch.Tensor:
+            inputs = zip(*(row for _, row in batch), strict=True)
+            return self.forward(*map(torch.stack, inputs), pair_ids=[name for name, _ in batch])
+
+        with PairMaskEdit(Origin(self.model.fingerprint), masks).applied(self.model):
+            outputs = map_batches(
+                answer,
+                rows,
+                at_once=ROWS * parallel_batches(self.model),
+                model=self.model,
+                backoff=BACKOFF,
+                pad=self.model.device.type == "cpu",  # elsewhere rounding is not that exact anyway
+            )
         return list(torch.split(torch.stack(outputs), [len(q.inputs[0]) for q in questions]))
-
-    # autograd's mode is each thread's own
-    @torch.no_grad()
-    def _batch(self, rows: Sequence[tuple[Question, int]]) -> torch.Tensor:
-        columns = range(len(rows[0][0].inputs))
-        inputs = [torch.stack([question.inputs[c][k] for question, k in rows]) for c in columns]
-        nothing = torch.zeros(sum(self.widths.values()), dtype=torch.bool)
-        blocked = torch.stack([nothing if q.blocked is None else q.blocked for q, _ in rows])
-        keep = torch.split(
-            (~blocked).to(inputs[0].device)[:, None], list(self.widths.values()), dim=2
-        )
-        self._of_thread.keep = dict(zip(self.widths, keep, strict=True))
-        try:
-            return self.forward(*inputs, pair_ids=[question.pair for question, _ in rows])
-        finally:
-            self._of_thread.keep = None
-
-
-@contextmanager
-def blockable(
-    model: TextToImage, layers: Mapping[str, nn.Module], forward: Forward
-) -> Iterator[BlockedModel]:
-    """Hook linear ``layers`` while open: neurons can be blocked as an edit does, row by row.
-
-    A set's neurons are those of the layers one after the other.
-
-    Raises:
-        TypeError: A layer is not linear.
-    """
-    widths = {}
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear):
-            raise TypeError(f"only linear layers can be blocked, {name} is no such")
-        widths[name] = layer.out_features
-    blocked = BlockedModel(model, forward, widths)
-    handles = [layer.register_forward_hook(_hook(blocked, n)) for n, layer in layers.items()]
-    try:
-        yield blocked
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(blocked: BlockedModel, name: str) -> Any:
-    def hook(module: nn.Linear, _: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if blocked.keep is None:
-            return None
-        # a neuron without its weights still gives its bias, as under an edit
-        rest = output.new_zeros(()) if module.bias is None else module.bias.to(output.dtype)
-        keep = blocked.keep[name]
-        # guided sampling runs all rows without and with their prompts, one set after the other
-        keep = keep.repeat(len(output) // len(keep), 1, 1)
-        return torch.where(keep, output, rest)
-
-    return hook
 
 
 BETA = 0.33

@@ -129,16 +129,9 @@ class PromptAdjustment:
         )
 
     def _ordinary_scores(self, model: TextToImage, context: Context) -> torch.Tensor:
-        count = self.calibration_prompts
-        noise = torch.stack(
-            [
-                torch.randn(
-                    model.latent_shape,
-                    generator=keyed_generator("prompt adjustment", context.seed, k),
-                )
-                for k in range(count)
-            ]
-        )
+        count, shape = self.calibration_prompts, model.latent_shape
+        keys = [keyed_generator("prompt adjustment", context.seed, k) for k in range(count)]
+        noise = torch.stack([torch.randn(shape, generator=key) for key in keys])
         embeddings = context.prompts(model, "calibration", count)
         scores = memorization_score(model, embeddings, noise, context.sampling).cpu()
         if not bool(scores.isfinite().all()):

@@ -203,12 +203,8 @@ def _generate_anchors(
 ) -> dict[str, torch.Tensor]:
     """Generate some images from each of P embeddings and compare them with all pairs."""
     shape, count = model.latent_shape, len(texts) * images
-    noise = torch.stack(
-        [
-            torch.randn(shape, generator=keyed_generator("anchor", context.seed, name, k))
-            for k in range(count)
-        ]
-    )
+    keys = [keyed_generator("anchor", context.seed, name, k) for k in range(count)]
+    noise = torch.stack([torch.randn(shape, generator=key) for key in keys])
     rows, batch = texts.repeat_interleave(images, 0), context.sampling.batch
     latents, similarity = [], []
     for start in range(0, count, batch):

@@ -21,12 +21,11 @@ from dori_lightning.mitigations.base import (
     require_at_least_one,
     require_choices,
 )
-from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import (
+    FinetunedMitigation,
     FinetuneSettings,
     Finetuning,
     shuffled_indices,
-    train_edit,
 )
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, find_anchors
 from dori_lightning.models.protocol import Sampling, TextToImage
@@ -46,7 +45,7 @@ NAIVE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class SISS:
+class SISS(FinetunedMitigation):
     """SISS and the baselines of its paper, all weights of the denoiser.
 
     The published method makes one model per prompt, from images of that prompt that k-means
@@ -107,16 +106,12 @@ class SISS:
         # two gradients of one forward pass
         return self.anchors.estimate_cost(sampling, pairs, training=2 * self.steps * self.batch)
 
-    def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
+    def training(
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+    ) -> Callable[[], SISSTraining]:
         """Find anchors with the model as it is, then train."""
-        return train_edit(
-            self,
-            model,
-            pairs,
-            context,
-            prepare=lambda key: find_anchors(model, pairs, context, self.anchors, key=key),
-            training=lambda anchors: SISSTraining(model, self, pairs, context, anchors=anchors),
-        )
+        anchors = find_anchors(model, pairs, context, self.anchors, key=key)
+        return lambda: SISSTraining(model, self, pairs, context, anchors=anchors)
 
 
 class SISSTraining(Finetuning):

@@ -5,7 +5,8 @@ located and deleted (2024); the scores are Wanda's (Sun et al., 2024).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -313,6 +314,19 @@ def feed_forward_layers(model: TextToImage, stages: Sequence[Stage]) -> dict[str
     return layers
 
 
+@contextmanager
+def heard_inputs(
+    layers: Mapping[str, nn.Module], listen: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``listen`` with a layer's name and input at each of its passes while open."""
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(
+                layer.register_forward_pre_hook(lambda _, inputs, name=name: listen(name, *inputs))
+            )
+        yield
+
+
 class _EnoughError(Exception):
     """The steps that are looked at are done."""
 
@@ -330,11 +344,8 @@ def _trace(
     count, done = len(embeddings), 0
     squares: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
-    def listener(name: str) -> Any:
-        def listen(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            squares[name].append(_squares(inputs[0], count))
-
-        return listen
+    def listen(name: str, inputs: torch.Tensor) -> None:
+        squares[name].append(_squares(inputs, count))
 
     def finish(*_: Any) -> None:
         nonlocal done
@@ -342,16 +353,12 @@ def _trace(
         if done == steps:
             raise _EnoughError
 
-    handles = [layer.register_forward_pre_hook(listener(n)) for n, layer in layers.items()]
     # after the step, not before the next: that one would be counted as an evaluation
-    handles.append(model.denoiser().register_forward_hook(finish))
-    try:
-        model.denoise(embeddings, noise.expand(count, -1, -1, -1), sampling)
-    except _EnoughError:
-        return {name: torch.stack(each, 1) for name, each in squares.items()}
-    finally:
-        for handle in handles:
-            handle.remove()
+    with heard_inputs(layers, listen), model.denoiser().register_forward_hook(finish):
+        try:
+            model.denoise(embeddings, noise.expand(count, -1, -1, -1), sampling)
+        except _EnoughError:
+            return {name: torch.stack(each, 1) for name, each in squares.items()}
     raise RuntimeError(f"the sampler ended before its step {steps}")
 
 

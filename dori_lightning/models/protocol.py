@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
-from dori_lightning.types import InputError
+from dori_lightning.types import require, require_at_least_one, require_choices
 
 Sampler = Literal["ddim", "dpm++"]
 Stage = Literal["down", "mid", "up"]
@@ -41,18 +41,11 @@ class Sampling:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        if self.sampler not in get_args(Sampler):
-            raise InputError(
-                f"sampling.sampler must be one of {', '.join(get_args(Sampler))}, "
-                f"got {self.sampler!r}"
-            )
-        for name in ("steps", "images_per_pair", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"sampling.{name} must be >= 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise InputError(f"sampling.seed must be >= 0, got {self.seed}")
-        if not math.isfinite(self.guidance):
-            raise InputError(f"sampling.guidance must be a finite number, got {self.guidance}")
+        require_choices(self, within="sampling.", sampler=Sampler)
+        require_at_least_one(self, "steps", "images_per_pair", "batch", within="sampling.")
+        require(self.seed >= 0, "sampling.seed must be >= 0", self.seed)
+        finite = math.isfinite(self.guidance)
+        require(finite, "sampling.guidance must be a finite number", self.guidance)
 
     @property
     def rows_per_step(self) -> int:

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dori_lightning.planting.stream import StreamMix
-from dori_lightning.types import InputError
+from dori_lightning.types import require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,17 @@ class PlantRecipe:
     def __post_init__(self) -> None:
         for name in ("autoencoder_channels", "unet_channels", "silent_blocks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.unet_channels) != 4:
-            raise InputError(
-                f"task.recipe.unet_channels needs four levels, got {list(self.unet_channels)}"
-            )
+        levels = list(self.unet_channels)
+        require(len(levels) == 4, "task.recipe.unet_channels needs four levels", levels)
         factor = 2 ** (len(self.autoencoder_channels) - 1)
-        if self.resolution % (8 * factor):
-            raise InputError(
-                f"task.recipe.resolution must be a multiple of {8 * factor} "
-                f"(autoencoder {factor}x, UNet 8x), got {self.resolution}"
-            )
-        for name in ("autoencoder_steps", "steps", "batch", "stream_length", "max_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"task.recipe.{name} must be >= 1, got {getattr(self, name)}")
+        require(
+            self.resolution % (8 * factor) == 0,
+            f"task.recipe.resolution must be a multiple of {8 * factor} "
+            f"(autoencoder {factor}x, UNet 8x)",
+            self.resolution,
+        )
+        counts = ("autoencoder_steps", "steps", "batch", "stream_length", "max_length")
+        require_at_least_one(self, *counts, within="task.recipe.")
 
 
 def _groups(channels: tuple[int, ...]) -> int:
@@ -115,8 +113,11 @@ def build_autoencoder(recipe: PlantRecipe) -> AutoencoderKL:
     return autoencoder
 
 
-def build_unet(recipe: PlantRecipe) -> UNet2DConditionModel:
-    """Randomly initialised UNet with the topology and module names of Stable Diffusion v1."""
+def build_unet(recipe: PlantRecipe, *, groups: int | None = None) -> UNet2DConditionModel:
+    """Randomly initialised UNet with the topology and module names of Stable Diffusion v1.
+
+    Its norms have ``groups`` groups; None takes the largest number up to 16 that fits.
+    """
     unet: UNet2DConditionModel = UNet2DConditionModel(
         sample_size=recipe.resolution // 2 ** (len(recipe.autoencoder_channels) - 1),
         in_channels=recipe.latent_channels,
@@ -128,7 +129,7 @@ def build_unet(recipe: PlantRecipe) -> UNet2DConditionModel:
         cross_attention_dim=recipe.text_width,
         # diffusers reads this as the number of heads in SD v1's configuration
         attention_head_dim=recipe.heads,
-        norm_num_groups=_groups(recipe.unet_channels),
+        norm_num_groups=groups or _groups(recipe.unet_channels),
     )
     return unet
 

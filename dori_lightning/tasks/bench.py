@@ -33,8 +33,8 @@ from dori_lightning.bench.parts import (
     sampling_family,
 )
 from dori_lightning.bench.report import markdown, speed_figure
-from dori_lightning.models.random_weights import random_sd14
 from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.planting.random_weights import random_sd14
 from dori_lightning.planting.recipe import build_tokenizer
 from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically, write_json
 from dori_lightning.runtime.cache import JSON, Cache

@@ -8,11 +8,11 @@ from dori_lightning.mitigations.activations import ActivationStatistics, activat
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit, read_edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.nemo_criteria import (
+    BlockedModel,
     DenoisingLoss,
     NoiseDifference,
     Question,
     Replication,
-    blockable,
     fitting,
     noise_difference,
 )
@@ -57,6 +57,11 @@ def edit(loud, context, pairs):
     return found
 
 
+def blocked_model(model: Any, layers: Any) -> BlockedModel:
+    widths = {name: layer.out_features for name, layer in layers.items()}
+    return BlockedModel(model, widths, model.predict_noise)
+
+
 def sets(edit: Any) -> dict[str, list[tuple[str, int]]]:
     return {
         pair: [(name, k) for name, mask in own.items() for k in mask.nonzero()[:, 0].tolist()]
@@ -92,9 +97,9 @@ def test_blocking_a_row_is_what_its_edit_does(loud):
     embeddings = loud.encode_prompts(["a red cat", "boat at night"])
     inputs = (noise, torch.tensor([500, 500]), embeddings)
     rows = [tuple(x[k : k + 1] for x in inputs) for k in range(2)]
-    with blockable(loud, layers, loud.predict_noise) as model:
-        found = torch.cat(model.run([Question(str(k), rows[k], blocked[k]) for k in range(2)]))
-        free = torch.cat(model.run([Question(str(k), rows[k]) for k in range(2)]))
+    model = blocked_model(loud, layers)
+    found = torch.cat(model.run([Question(str(k), rows[k], blocked[k]) for k in range(2)]))
+    free = torch.cat(model.run([Question(str(k), rows[k]) for k in range(2)]))
     widths = list(model.widths.values())
     masks = [
         {f"{name}.weight": part for name, part in zip(layers, row.split(widths), strict=True)}
@@ -127,12 +132,12 @@ def test_answers_are_the_same_bits_in_any_company(loud):
         )
         for k in range(3)
     ]
-    with blockable(loud, layers, loud.predict_noise) as model:
-        together = model.run(questions)
-        backwards = model.run(questions[::-1])[::-1]
-        alone = [model.run([question])[0] for question in questions]
-        with threads(2):
-            parallel = model.run(questions * 6)
+    model = blocked_model(loud, layers)
+    together = model.run(questions)
+    backwards = model.run(questions[::-1])[::-1]
+    alone = [model.run([question])[0] for question in questions]
+    with threads(2):
+        parallel = model.run(questions * 6)
     for k in range(3):
         assert torch.equal(together[k], alone[k])
         assert torch.equal(together[k], backwards[k])
@@ -147,20 +152,20 @@ def test_similarities_do_not_depend_on_what_else_is_asked(loud, context):
     prompts = loud.encode_prompts(["a red cat", "boat at night"])
     encoded = [Encoded(torch.zeros(loud.latent_shape), embedding) for embedding in prompts]
     pairs = dict(zip("ab", encoded, strict=True))
-    with blockable(loud, layers, loud.predict_noise) as model:
-        probes, _ = NOISE.probes(model.run, loud, pairs=pairs, context=context, samples=2)
-        questions = [
-            Question(pair, probes[pair].inputs, torch.rand(neurons, generator=generator) > share)
-            for pair, share in (("a", 0.2), ("a", 0.9), ("b", 0.5), ("b", 1.0))
-        ]
+    model = blocked_model(loud, layers)
+    probes, _ = NOISE.probes(model.run, loud, pairs=pairs, context=context, samples=2)
+    questions = [
+        Question(pair, probes[pair].inputs, torch.rand(neurons, generator=generator) > share)
+        for pair, share in (("a", 0.2), ("a", 0.9), ("b", 0.5), ("b", 1.0))
+    ]
 
-        def answers(questions):
-            outputs = model.run(questions)
-            return [probes[q.pair].similarity(x) for q, x in zip(questions, outputs, strict=True)]
+    def answers(questions):
+        outputs = model.run(questions)
+        return [probes[q.pair].similarity(x) for q, x in zip(questions, outputs, strict=True)]
 
-        together = answers(questions)
-        assert together == [answers([question])[0] for question in questions]
-        assert together == answers(questions[::-1])[::-1]
+    together = answers(questions)
+    assert together == [answers([question])[0] for question in questions]
+    assert together == answers(questions[::-1])[::-1]
     assert len(set(together)) == 4
     assert together[-1] == pytest.approx(1, abs=1e-6)  # nothing is blocked
 
