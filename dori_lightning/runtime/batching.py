@@ -77,6 +77,7 @@ def map_batches(
     model: BatchedModel,
     backoff: OomBackoff,
     pad: bool = True,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[T]:
     """Apply a function to batches of items; halve the batches when memory runs out.
 
@@ -88,6 +89,7 @@ def map_batches(
         model: What ``fn`` computes with.
         backoff: Kind of batch, for the limit that is remembered and for messages.
         pad: Whether the last batch is filled up to the shape of the others.
+        advance: Called with the number of items that were just done.
 
     Returns:
         One result per item, in order.
@@ -112,7 +114,9 @@ def map_batches(
         ]
 
     while len(results) < len(items):
-        results += backoff.run(next_batches, at_once, model.max_batch_sizes)
+        found = backoff.run(next_batches, at_once, model.max_batch_sizes)
+        results += found
+        advance(len(found))
     return results
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LINE_EVERY_SECONDS = 30.0
+FIRST_LINE_SECONDS, LINE_EVERY_SECONDS = 10.0, 30.0
+"""When a log gets a stage's first line of progress, and the next ones."""
 
 _listeners: list[Callable[[str, int, int], None]] = []
 _disabled: list[None] = []
@@ -93,15 +94,15 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
             yield advance
     else:
-        done, said = 0, start
+        done, due = 0, start + FIRST_LINE_SECONDS
 
         def count(steps: int) -> None:
-            nonlocal done, said
+            nonlocal done, due
             done += steps
             _tell(title, done, total)
             now = time.monotonic()
-            if now - said >= LINE_EVERY_SECONDS:
-                said = now
+            if now >= due:
+                due = now + LINE_EVERY_SECONDS
                 left = (now - start) / max(done, 1) * (total - done)
                 log.info("%s: %d of %d, about %d s left", title, done, total, round(left))
 
