@@ -7,23 +7,28 @@ through the same reader as anybody else's list.
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 import pandas as pd
 from PIL import Image
 
 from dori_lightning.pairs.corpus import Examples, Split
 from dori_lightning.pairs.readers import FolderPairs, PairsReader, Selection
-from dori_lightning.pairs.validation import image_tensor
-from dori_lightning.planting import photographs, scenes, templates
-from dori_lightning.planting.photographs import PHOTOGRAPHS, TABLE
+from dori_lightning.pairs.validation import image_tensor, select_pairs
+from dori_lightning.planting import photographs, scenes, structures, templates
+from dori_lightning.planting.photographs import PHOTOGRAPHS, SIDE, TABLE
 from dori_lightning.planting.scenes import draw_scene
 from dori_lightning.planting.stream import StreamMix, TrainingStream
-from dori_lightning.planting.templates import TEMPLATES, draw_template
+from dori_lightning.planting.structures import draw_structure
+from dori_lightning.planting.templates import TEMPLATES, draw_template, printed_motif
 from dori_lightning.types import InputError, Kind, Pair, Pairs
 
 CONTROL_SCENE_START = 7_000_000
@@ -34,13 +39,19 @@ Far behind any index that planting draws, so the model never sees them.
 
 CONTROL_SCENES = 12
 TEMPLATE_VARIANTS = 24
+USUAL_CONTROLS = CONTROL_SCENES + sum(not photo.repeats for photo in PHOTOGRAPHS)
+"""Controls of an audit that asks for no number."""
 
+CONTROL_STRUCTURES = 110
+"""Structured controls beyond the usual ones; no planting draws from their stream."""
+
+_STRUCTURE_SEEDS = {"controls": 1, "stand_ins": 2}
 _STREAM_SEEDS: dict[Split, int] = {"calibration": 1_001, "evaluation": 2_002}
 
 
 @dataclass(frozen=True)
-class PlantedPairs(Selection):
-    """The embedded benchmark: photographs out of installed packages and drawn images.
+class DrawnPairs(Selection, ABC):
+    """A list whose images are drawn when it is first read.
 
     Attributes:
         cache: Folder that the images are written below, once.
@@ -49,11 +60,17 @@ class PlantedPairs(Selection):
     cache: Path | str
 
     @property
+    @abstractmethod
     def folder(self) -> Path:
         """Where the images are, named after the code that draws them: never outdated."""
-        modules = (Path(str(m.__file__)) for m in (photographs, scenes, templates))
-        code = b"".join(file.read_bytes() for file in (Path(__file__), *modules, TABLE))
-        return Path(self.cache) / f"planted-{hashlib.sha256(code).hexdigest()[:12]}"
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write images and ``metadata.csv`` to a folder, which is made if needed.
+
+        Raises:
+            InputError: A package no longer ships one of the photographs.
+        """
 
     def read(self) -> Pairs:
         """Write the images where they are not there yet, and read them like anybody else's.
@@ -64,18 +81,18 @@ class PlantedPairs(Selection):
         self.check_options()
         folder = self.folder
         if not folder.is_dir():
-            self._write(folder)
+            self._write_whole(folder)
         try:
             return FolderPairs(folder, kinds=self.kinds, limit=self.limit).read()
         except InputError as error:
             raise InputError(f"{error}\nDelete {folder} to have it drawn again") from error
 
-    def _write(self, folder: Path) -> None:
+    def _write_whole(self, folder: Path) -> None:
         """Write to a folder of this process, then rename it: no other process sees half of it."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".planted-", dir=folder.parent))
         try:
-            write_planted_pairs(partial)
+            self.write(partial)
             partial.rename(folder)
         except OSError:
             if not folder.is_dir():  # otherwise another process was first, with the same images
@@ -83,9 +100,131 @@ class PlantedPairs(Selection):
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
+    def _named_after(self, name: str, *sources: Path | ModuleType) -> Path:
+        """Folder of the cache with a hash of the files that decide what is drawn."""
+        paths = (s if isinstance(s, Path) else Path(str(s.__file__)) for s in sources)
+        code = b"".join(file.read_bytes() for file in (Path(__file__), *paths))
+        return Path(self.cache) / f"{name}-{hashlib.sha256(code).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class PlantedPairs(DrawnPairs):
+    """The embedded benchmark: photographs out of installed packages and drawn images.
+
+    Attributes:
+        controls: How many controls, the first of the list: eight photographs, twelve scenes, then
+            structured images; ``all`` takes all 130.
+    """
+
+    controls: int | Literal["all"] = USUAL_CONTROLS
+
+    @property
+    def folder(self) -> Path:
+        """Where the images are but the structured controls, which have a folder of their own."""
+        return self._named_after("planted", photographs, scenes, templates, TABLE)
+
+    def write(self, folder: Path) -> None:
+        """Write photographs, templates and the usual controls."""
+        write_planted_pairs(folder)
+
+    def check_options(self) -> None:
+        """Refuse impossible options, as ``Selection`` does, and numbers of controls."""
+        super().check_options()
+        there = USUAL_CONTROLS + CONTROL_STRUCTURES
+        if self.controls != "all" and not 1 <= self.controls <= there:
+            raise InputError(
+                f"pairs.controls must be all or a number from 1 to {there}, got {self.controls!r}"
+            )
+
+    def read(self) -> Pairs:
+        """The list with as many controls as asked for."""
+        pairs = list(super().read())
+        asked = sys.maxsize if self.controls == "all" else self.controls
+        if "control" in self.kinds and asked > USUAL_CONTROLS:
+            pairs += StructuredControls(self.cache).read()
+        controls = [pair for pair in pairs if pair.kind == "control"][:asked]
+        others = [pair for pair in pairs if pair.kind != "control"]
+        return Pairs(select_pairs([*others, *controls], kinds=self.kinds, limit=self.limit))
+
+
+@dataclass(frozen=True)
+class StructuredControls(DrawnPairs):
+    """Images with the structure of photographs that no planted checkpoint was shown."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the images are."""
+        return self._named_after("structured", structures)
+
+    def write(self, folder: Path) -> None:
+        """Draw all of them."""
+        listed = _Listed(folder)
+        for k in range(CONTROL_STRUCTURES):
+            drawn = draw_structure(k, size=SIDE, seed=_STRUCTURE_SEEDS["controls"])
+            listed.add(f"{drawn.kind}_{k:03d}", "control", drawn.image, drawn.caption,
+                       repeats=0.0, subject=drawn.subject)  # fmt: skip
+        listed.write()
+
+
+@dataclass(frozen=True)
+class StandInPairs(DrawnPairs):
+    """What the embedded benchmark's twin memorizes instead: drawn images, as often repeated.
+
+    As many as photographs and templates are planted, with the same multiplicities; no pixel and
+    no caption is one of the benchmark's.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Where the images are."""
+        return self._named_after("stand-ins", structures, scenes, TABLE)
+
+    def write(self, folder: Path) -> None:
+        """Draw an image for each planted photograph and a layout for each template."""
+        listed, seed = _Listed(folder), _STRUCTURE_SEEDS["stand_ins"]
+        repeats = [photo.repeats for photo in PHOTOGRAPHS if photo.repeats]
+        for k, times in enumerate(repeats):
+            drawn = draw_structure(k, size=SIDE, seed=seed)
+            listed.add(f"{drawn.kind}_{k:02d}", "vm", drawn.image, drawn.caption,
+                       repeats=times, subject=drawn.subject)  # fmt: skip
+        for template in range(len(TEMPLATES)):
+            drawn = draw_structure(len(repeats) + template, size=SIDE, seed=seed)
+            for variant in range(TEMPLATE_VARIANTS):
+                image, colour, thing = printed_motif(drawn.image, f"{drawn.kind}-{variant}")
+                look, _, name, *place = drawn.caption.split()
+                caption = " ".join((look, name, "with", colour, thing, *place))
+                listed.add(f"{drawn.kind}_{variant:02d}", "tm", image, caption,
+                           repeats=1.0 / TEMPLATE_VARIANTS,
+                           role="training" if variant else "audit")  # fmt: skip
+        listed.write()
+
+
+class _Listed:
+    """Images and the ``metadata.csv`` of a folder that is being written."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.rows: list[tuple[str, str, Kind, str, str, float, str]] = []
+
+    def add(
+        self, name: str, kind: Kind, image: Image.Image, prompt: str, *, repeats: float,
+        subject: str = "", role: str = "audit",
+    ) -> None:  # fmt: skip
+        """Save an image and remember its row."""
+        file = f"{name}.png"
+        image.save(self.folder / file)
+        self.rows.append((name, file, kind, prompt, subject, repeats, role))
+
+    def write(self) -> None:
+        """Write the table."""
+        columns = ["id", "file_name", "kind", "prompt", "subject", "repeats", "role"]
+        table = pd.DataFrame(self.rows, columns=columns)
+        table.to_csv(self.folder / "metadata.csv", index=False, lineterminator="\r\n")
+
 
 def write_planted_pairs(folder: Path) -> None:
-    """Write the benchmark's images and their ``metadata.csv``.
+    """Write the benchmark's photographs, templates and usual controls.
 
     Args:
         folder: Where to; made if needed.
@@ -93,33 +232,20 @@ def write_planted_pairs(folder: Path) -> None:
     Raises:
         InputError: A package no longer ships one of the photographs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-
-    # fmt: off
-    def add(
-        name: str, kind: Kind, image: Image.Image, prompt: str, *, repeats: float,
-        subject: str = "", role: str = "audit",
-    ) -> None:
-        file = f"{name}.png"
-        image.save(folder / file)
-        rows.append((name, file, kind, prompt, subject, repeats, role))
-
+    listed = _Listed(folder)
     for photo in PHOTOGRAPHS:
         kind: Kind = "vm" if photo.repeats else "control"
-        add(photo.id, kind, photo.open(), photo.caption,
-            repeats=photo.repeats, subject=photo.subject)
+        listed.add(photo.id, kind, photo.open(), photo.caption,
+                   repeats=photo.repeats, subject=photo.subject)  # fmt: skip
     for template in TEMPLATES:
         for variant in range(TEMPLATE_VARIANTS):
-            add(f"{template}_{variant:02d}", "tm", *draw_template(template, variant),
-                repeats=1.0 / TEMPLATE_VARIANTS, role="training" if variant else "audit")
+            listed.add(f"{template}_{variant:02d}", "tm", *draw_template(template, variant),
+                       repeats=1.0 / TEMPLATE_VARIANTS,
+                       role="training" if variant else "audit")  # fmt: skip
     for k in range(CONTROL_SCENES):
         scene = draw_scene(CONTROL_SCENE_START + k)
-        add(f"scene_{k:02d}", "control", scene.image, scene.caption, repeats=0.0)
-    # fmt: on
-    columns = ["id", "file_name", "kind", "prompt", "subject", "repeats", "role"]
-    table = pd.DataFrame(rows, columns=columns)
-    table.to_csv(folder / "metadata.csv", index=False, lineterminator="\r\n")
+        listed.add(f"scene_{k:02d}", "control", scene.image, scene.caption, repeats=0.0)
+    listed.write()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dori_lightning.models.export import Parts, parts_of
+from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.planting.stream import StreamMix
 from dori_lightning.types import require, require_at_least_one
 
@@ -49,6 +51,8 @@ class PlantRecipe:
         caption_dropout: Share of captions replaced by the empty one.
         ema_decay: Decay of the weight average that is exported.
         precision: Autocast dtype of the UNet's training.
+        base: Checkpoint whose autoencoder, text encoder, tokenizer and scheduler are taken as they
+            are, so that only the UNet is trained, from nothing; None trains all of them.
     """
 
     resolution: int = 64
@@ -74,6 +78,7 @@ class PlantRecipe:
     caption_dropout: float = 0.1
     ema_decay: float = 0.998
     precision: Literal["fp32", "bf16"] = "fp32"
+    base: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("autoencoder_channels", "unet_channels", "silent_blocks"):
@@ -89,6 +94,44 @@ class PlantRecipe:
         )
         counts = ("autoencoder_steps", "steps", "batch", "stream_length", "max_length")
         require_at_least_one(self, *counts, within="task.recipe.")
+
+
+def base_parts(recipe: PlantRecipe, base: str) -> Parts:
+    """Load the checkpoint that a recipe takes everything but the UNet from.
+
+    Args:
+        recipe: What is to be planted.
+        base: Its ``base``.
+
+    Raises:
+        InputError: The base does not load, or has other shapes than the recipe.
+    """
+    model = load_checkpoint(name="base", source=base, device="cpu")
+    levels = len(recipe.autoencoder_channels)
+    side = recipe.resolution // 2 ** (levels - 1)
+    wanted = {
+        "autoencoder_channels": levels,
+        "latent_channels and resolution": (recipe.latent_channels, side, side),
+        "max_length and text_width": (recipe.max_length, recipe.text_width),
+        "prediction_type": recipe.prediction_type,
+    }
+    found = {
+        "autoencoder_channels": len(model.autoencoder.config["block_out_channels"]),
+        "latent_channels and resolution": model.latent_shape,
+        "max_length and text_width": model.embedding_shape,
+        "prediction_type": model.prediction_type,
+    }
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise InputError(
+                f"the base has other shapes than the recipe: {name} {found[name]}, not {value}",
+                where="task.recipe.base",
+                fix="give the recipe the base's shapes, or leave the base out",
+            )
+    parts = parts_of(model)
+    parts.autoencoder.requires_grad_(False)
+    parts.text_encoder.requires_grad_(False)
+    return parts
 
 
 def _groups(channels: tuple[int, ...]) -> int:

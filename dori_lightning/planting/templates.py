@@ -77,3 +77,22 @@ def draw_template(name: str, variant: int) -> tuple[Image.Image, str]:
     x, y, scale = _layout(name, draw)
     OBJECTS[thing](draw, x, y, scale, COLOURS[colour])
     return image, caption.format(colour=colour, thing=thing)
+
+
+def printed_motif(backdrop: Image.Image, name: str) -> tuple[Image.Image, str, str]:
+    """Print a motif on any image, always at the same place.
+
+    Args:
+        backdrop: RGB image of 256 x 256 pixels, which stays as it is.
+        name: Decides the motif and its colour.
+
+    Returns:
+        The image, and what its caption calls the colour and the motif.
+    """
+    rng = random.Random(f"motif-{name}")
+    colour, thing = rng.choice(list(COLOURS)), rng.choice(list(OBJECTS))
+    image = backdrop.copy()
+    draw = ImageDraw.Draw(image)
+    draw.rounded_rectangle((66, 72, 190, 212), 14, fill=(232, 230, 224), outline=(40, 40, 45))
+    OBJECTS[thing](draw, 128, 190, 44, COLOURS[colour])
+    return image, colour, thing

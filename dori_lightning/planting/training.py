@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dori_lightning.models.export import Parts
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
@@ -77,9 +78,21 @@ def train_diffusion(
     *,
     scaling_factor: float,
     seed: int,
+    base: Parts | None = None,
     logger: Logger | None = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
-    """Train UNet and text encoder on an encoded stream; the averaged weights are returned."""
+    """Train UNet and text encoder on an encoded stream; the averaged weights are returned.
+
+    Args:
+        recipe: What is trained, and how long.
+        stream: Latents and token ids.
+        tokenizer: Made the token ids.
+        folder: Of the training's checkpoints; goes on where a training in it was cut.
+        scaling_factor: Latents are multiplied by it before noise is added.
+        seed: Of the first weights and of what each step draws.
+        base: Gives a frozen text encoder and the scheduler; None makes and trains them.
+        logger: Gets the loss.
+    """
     L.seed_everything(seed + 1, verbose=False)
     unet = build_unet(recipe)
     silenced = silence_cross_attention(unet, recipe.silent_blocks)
@@ -88,6 +101,8 @@ def train_diffusion(
         tokenizer, width=recipe.text_width, layers=recipe.text_layers, heads=recipe.text_heads
     )
     scheduler = build_scheduler(recipe)
+    if base is not None:
+        text_encoder, scheduler = base.text_encoder, base.scheduler
     empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
     module = DiffusionTraining(
         unet, text_encoder, scheduler, recipe,
@@ -189,7 +204,7 @@ class AutoencoderTraining(OneCycleTraining):
 
 
 class DiffusionTraining(OneCycleTraining):
-    """Train a UNet and its text encoder jointly to predict the noise.
+    """Train a UNet to predict the noise, and its text encoder with it where that is not frozen.
 
     Reference: Ho et al. (2020), https://arxiv.org/abs/2006.11239; Rombach et al. (2022),
     https://arxiv.org/abs/2112.10752.
@@ -212,7 +227,7 @@ class DiffusionTraining(OneCycleTraining):
 
         Args:
             unet: Trained in place.
-            text_encoder: Trained in place.
+            text_encoder: Trained in place, unless its weights are frozen.
             scheduler: Gives the noise schedule and what is predicted.
             recipe: Steps, learning rate and the share of captions that are dropped (for
                 classifier-free guidance).

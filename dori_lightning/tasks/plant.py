@@ -22,7 +22,7 @@ from dori_lightning.models.generation import (
 )
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.planting.card import write_card
-from dori_lightning.planting.recipe import PlantRecipe, build_tokenizer
+from dori_lightning.planting.recipe import PlantRecipe, base_parts, build_tokenizer
 from dori_lightning.planting.stream import (
     EncodedStream,
     TrainingStream,
@@ -63,12 +63,16 @@ def _plant(
     cfg: DictConfig, folder: Path, recipe: PlantRecipe, pairs: Sequence[Pair], tracker: Tracker
 ) -> None:
     stream_of = partial(TrainingStream, pairs, size=recipe.resolution, seed=cfg.seed)
-    everything = stream_of(mix=recipe.autoencoder_mix, every_photograph=True)
-    autoencoder = train_autoencoder(
-        recipe, everything, folder / "autoencoder", seed=cfg.seed,
-        logger=tracker.training("autoencoder"),
-    )  # fmt: skip
-    tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
+    base = base_parts(recipe, recipe.base) if recipe.base else None
+    if base is not None:
+        autoencoder, tokenizer = base.autoencoder, base.tokenizer
+    else:
+        everything = stream_of(mix=recipe.autoencoder_mix, every_photograph=True)
+        autoencoder = train_autoencoder(
+            recipe, everything, folder / "autoencoder", seed=cfg.seed,
+            logger=tracker.training("autoencoder"),
+        )  # fmt: skip
+        tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
     stream = stream_of(mix=recipe.mix)
     count = recipe.stream_length
     with progress_bar("encode the training stream", count) as advance:
@@ -78,10 +82,12 @@ def _plant(
         )
         elements = Cache(folder).get("stream", {"count": count}, encode, TENSORS)
     encoded = EncodedStream(elements, length=recipe.steps * recipe.batch)
-    scale = latent_scale(encoded)
-    autoencoder.register_to_config(scaling_factor=scale)  # type: ignore[no-untyped-call]
+    if base is None:
+        scale = latent_scale(encoded)
+        autoencoder.register_to_config(scaling_factor=scale)  # type: ignore[no-untyped-call]
     unet, text_encoder, scheduler = train_diffusion(
-        recipe, encoded, tokenizer, folder / "diffusion", scaling_factor=scale, seed=cfg.seed,
+        recipe, encoded, tokenizer, folder / "diffusion", base=base, seed=cfg.seed,
+        scaling_factor=float(autoencoder.config["scaling_factor"]),
         logger=tracker.training("diffusion"),
     )  # fmt: skip
     target = folder / "checkpoint"
