@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dori_lightning.models.export import Parts, parts_of
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.planting.stream import StreamMix
-from dori_lightning.types import require, require_at_least_one
+from dori_lightning.types import InputError, require, require_at_least_one
 
 
 @dataclass(frozen=True)
