@@ -54,7 +54,9 @@ class BatchedModel(Protocol):
 def fixed_batches(items: Sequence[X], size: int) -> Iterator[tuple[list[X], int]]:
     """Batches of exactly ``size`` items, and how many of each count.
 
-    Kernels are chosen by shape, so an item gets the same bits in every batch of one shape. The
+    Kernels are chosen by shape, so an item gets the same bits in every batch of one shape, at
+    whatever place: the denoiser and the decoder are held to that by a test on the CPU, networks
+    that cannot keep it take one item at a time (``metrics.descriptors.in_fixed_batches``). The
     last batch is filled up with copies of its first item; drop what comes of the copies.
 
     Args:
