@@ -23,7 +23,7 @@ from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dori_lightning.runtime.redaction import REDACTED, is_secret_name, redact, secrets_in
+from dori_lightning.runtime.redaction import REDACTED, is_secret_name, redact, secrets_in, walk
 from dori_lightning.types import InputError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -207,17 +207,6 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
     leaf = difflib.get_close_matches(word.rpartition(".")[2], by_leaf, n=1, cutoff=0.75)
     return by_leaf[leaf[0]] if leaf else None
-
-
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Places and values of plain containers and of all that is in them, outer ones first."""
-    yield path, node
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from walk(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from walk(value, f"{path}[{index}]")
 
 
 def check_keys(cfg: DictConfig) -> None:

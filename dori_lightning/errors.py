@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dori_lightning import config
 from dori_lightning.runtime import peers
+from dori_lightning.runtime.redaction import walk
 from dori_lightning.types import InputError, first_line
 
 _LAUNCHERS = ("submitit_local", "submitit_slurm")
@@ -161,7 +162,7 @@ def _known_keys(arguments: list[str]) -> list[str]:
                 node = OmegaConf.to_container(compose("config", overrides))
         except (HydraException, OmegaConfBaseException):
             continue
-        return [place for place, _ in config.walk(node) if place and "[" not in place]
+        return [place for place, _ in walk(node) if place and "[" not in place]
     return []
 
 

@@ -8,7 +8,6 @@ a file of its own, which is asked first when the run is started again.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
@@ -33,6 +32,7 @@ from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.cache import TENSORS, Cache, Codec, Tensors
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
@@ -200,7 +200,7 @@ class AttackContext:
         return {
             "checkpoint": self.model.fingerprint,
             "edit": self.edit,
-            "attack": hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:16],
+            "attack": content_hash(method)[:16],
             "seed": str(self.seed),
         }
 

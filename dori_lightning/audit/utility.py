@@ -7,8 +7,6 @@ evaluation: no mitigation has calibrated on them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +44,7 @@ from dori_lightning.models.generation import (
 )
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.logging import progress_bar
@@ -193,7 +192,7 @@ def _run_both_models(
                 "seed": examples.seed,
             }
             unmitigated = Cache(baseline).get(
-                f"losses-{_short_hash(*key.values())}",
+                f"losses-{content_hash([*key.values()])[:24]}",
                 key,
                 lambda: {"losses": denoising_losses(model, examples, batch=batch)},
                 TENSORS,
@@ -229,10 +228,6 @@ def _baseline_folder(context: AuditContext) -> Path:
     precision = str(getattr(context.model, "autocast", None) or torch.float32)
     machine = f"{context.model.device.type}-{precision.removeprefix('torch.')}"
     return context.unmitigated / f"utility-{machine}"
-
-
-def _short_hash(*parts: float | str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def corpus_id(place: int) -> str:
@@ -423,7 +418,7 @@ class PromptImages:
     def folder(self, prompt: UtilityPrompt, *, mitigated: bool) -> Path:
         """Folder of a prompt's images by one of the models; equal prompts share the baseline's."""
         if not mitigated:
-            return _baseline_folder(self.context) / _short_hash(prompt.text)
+            return _baseline_folder(self.context) / content_hash([prompt.text])[:24]
         return self.context.folder / "pictures" / "utility" / prompt.kind / prompt.id
 
     def generate(self, advance: Callable[[int], None], *, edit: str | None = None) -> None:

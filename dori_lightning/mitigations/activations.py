@@ -8,20 +8,19 @@ Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.2, https://arxiv.o
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.cache import tensors_and_note
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
@@ -96,18 +95,17 @@ class ActivationStatistics:
         """
         data = read_statistics(path)
         try:
-            tensors = load(data)
-            note = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            tensors, note = tensors_and_note(data)
             if note["kind"] != "activation_statistics":
                 raise ValueError(f"it is a {note['kind']}")
             parts: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "std": {}}
             for name, value in tensors.items():
                 which, _, layer = name.partition("|")
-                parts[which][layer] = value.clone()
+                parts[which][layer] = value
             found = cls(parts["mean"], parts["std"], int(note["prompts"]), note["fingerprint"])
             if found.identity != note["identity"]:
                 raise ValueError("its content does not fit the hash in it")
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path} holds no activation statistics, or is damaged: {error}\n{_FIX}"
             ) from error

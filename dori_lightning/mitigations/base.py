@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +21,7 @@ from dori_lightning.pairs.corpus import Corpus, Split
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.encoded_corpus import EncodedCorpus
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.cache import Cache
 from dori_lightning.types import InputError, Pair
 
@@ -256,7 +255,7 @@ def edit_key(
         "sampling": sampling,
         "decider": context.references.measures.decider,
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    return content_hash(what)[:24]
 
 
 def require(good: bool, rule: str, got: Any) -> None:

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.cache import tensors_and_note
 from dori_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -548,9 +548,7 @@ def read_edit(path: Path) -> Edit:
     except OSError as error:
         raise InputError(f"cannot read the edit {path}: {error.strerror or error}") from error
     try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        note = header.get("__metadata__", {})
+        tensors, note = tensors_and_note(data)
         if "layout" not in note:
             raise ValueError("it holds tensors, but does not say of which edit")
         if note["layout"] != LAYOUT:
@@ -560,15 +558,11 @@ def read_edit(path: Path) -> Edit:
             name: _mask(shape, tensors.pop(name))
             for name, shape in json.loads(note["shapes"]).items()
         }
-        # cloned: tensors from a file share its memory
-        values = {name: tensor.clone() for name, tensor in tensors.items()}
         origin, pairs = Origin(**json.loads(note["origin"])), json.loads(note["pairs"])
-        edit = kind.from_tensors(origin, masks | values, pairs)
+        edit = kind.from_tensors(origin, masks | tensors, pairs)
         if edit.identity != note["identity"]:
             raise ValueError("its content does not fit the hash in it")
-    except (
-        AttributeError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError,
-    ) as error:  # fmt: skip
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path} is no edit of this program, or damaged: {error}\n"
             f"  fix:   remove it, it will be computed again"

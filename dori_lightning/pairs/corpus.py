@@ -12,7 +12,6 @@ what happens to the images of such prompts concept damage.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 
 from dori_lightning.pairs.readers import FolderPairs, read_table
 from dori_lightning.pairs.validation import image_tensor, square_image
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.types import InputError, Pair
 
 Split = Literal["calibration", "evaluation"]
@@ -118,7 +118,7 @@ class FolderCorpus:
     def identity(self) -> str:
         """Hash of ids, captions and images."""
         rows = sorted((p.id, p.prompt, p.sha256) for p in self._pairs)
-        return _hash(["folder", rows])
+        return content_hash(["folder", rows])[:16]
 
     @cached_property
     def _pairs(self) -> Sequence[Pair]:
@@ -159,7 +159,7 @@ class CaptionCorpus:
     @property
     def identity(self) -> str:
         """Hash of the captions."""
-        return _hash(["captions", self._rows()])
+        return content_hash(["captions", self._rows()])[:16]
 
     def _rows(self) -> list[str]:
         path = Path(self.path)
@@ -240,10 +240,6 @@ def _enough(rows: list[_T], count: int, split: Split, path: Path | str) -> list[
             f"  fix:   give a longer list, or ask for fewer"
         )
     return rows[:count]
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def neighbour_prompts(

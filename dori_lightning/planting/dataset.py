@@ -5,7 +5,6 @@ through the same reader as anybody else's list.
 """
 
 import hashlib
-import json
 import shutil
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from dori_lightning.planting.scenes import draw_scene
 from dori_lightning.planting.stream import StreamMix, TrainingStream
 from dori_lightning.planting.structures import draw_structure
 from dori_lightning.planting.templates import TEMPLATES, draw_template, printed_motif
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.types import InputError, Kind, Pair, Pairs
 
 CONTROL_SCENE_START = 7_000_000
@@ -271,8 +271,7 @@ class PlantedCorpus:
     def identity(self) -> str:
         """Hash of the list and the mix."""
         rows = sorted((pair.id, pair.sha256) for pair in self._pairs)
-        text = json.dumps(["planted", self.scenes, rows])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_hash(["planted", self.scenes, rows])[:16]
 
     @cached_property
     def _streams(self) -> dict[tuple[Split, int], TrainingStream]:

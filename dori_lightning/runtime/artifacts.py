@@ -5,6 +5,7 @@ Needs no torch: the command line begins here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -115,6 +116,11 @@ def check_space(folder: Path, needed: int, *, fix: str) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 of plain containers, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def drop_keys(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -60,15 +60,24 @@ def _encode_tensors(value: Tensors, key: dict[str, str]) -> bytes:
     return save({name: t.detach().cpu().contiguous() for name, t in value.items()}, key)
 
 
-def _decode_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    # read, not mapped: a mapped file that another process cuts short kills this one (SIGBUS)
-    data = path.read_bytes()
+def tensors_and_note(data: bytes) -> tuple[Tensors, dict[str, str]]:
+    """Tensors and metadata of a safetensors file's content.
+
+    Raises:
+        DamagedError: It is none.
+    """
     try:
+        # cloned: tensors from a file share its memory
         tensors = {name: tensor.clone() for name, tensor in load(data).items()}
-    except SafetensorError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise DamagedError(str(error)) from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__", {})
+
+
+def _decode_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    # read, not mapped: a mapped file that another process cuts short kills this one (SIGBUS)
+    return tensors_and_note(path.read_bytes())
 
 
 def _encode_json(value: Any, key: dict[str, str]) -> bytes:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -187,56 +188,19 @@ def leave(told: Interrupted) -> bool:
     return True
 
 
-class SubmititEnvironment(ClusterEnvironment):
-    """One process for each task that submitit started without SLURM."""
+class SubmititEnvironment(TorchElasticEnvironment):
+    """One process for each task that submitit started without SLURM; told as torchrun tells it."""
 
     def __init__(self) -> None:
-        import submitit
+        from submitit.helpers import TorchDistributedEnvironment
 
-        self._job = submitit.JobEnvironment()
-        self._group = submitit.helpers.TorchDistributedEnvironment()
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        """Always: submitit started them."""
-        return True
-
-    @property
-    def main_address(self) -> str:
-        """Host of the first process."""
-        return str(self._group.master_addr)
-
-    @property
-    def main_port(self) -> int:
-        """Port of the first process."""
-        return int(self._group.master_port)
+        # each Trainer of the job asks anew, and gets the same answer
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
     @staticmethod
     def detect() -> bool:
         """Whether submitit's local executor started this process."""
         return os.environ.get("SUBMITIT_EXECUTOR") == "local"
-
-    def world_size(self) -> int:
-        """Number of processes."""
-        return int(self._job.num_tasks)
-
-    def set_world_size(self, size: int) -> None:
-        """Nothing to set: submitit decided."""
-
-    def global_rank(self) -> int:
-        """Number of this process among all."""
-        return int(self._job.global_rank)
-
-    def set_global_rank(self, rank: int) -> None:
-        """Nothing to set: submitit decided."""
-
-    def local_rank(self) -> int:
-        """Number of this process on its node."""
-        return int(self._job.local_rank)
-
-    def node_rank(self) -> int:
-        """Number of this node."""
-        return int(self._job.node)
 
 
 class _NoSignals(_SignalConnector):

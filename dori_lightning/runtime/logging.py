@@ -77,36 +77,31 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda _: None
         return
     start = time.monotonic()
+    due = start + FIRST_LINE_SECONDS
     _tell(title, 0, total)
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    in_log = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=in_log) as bar:
+        task = bar.add_task(title, total=total)
 
-            def advance(steps: int) -> None:
-                bar.advance(task, steps)
-                _tell(title, round(bar.tasks[task].completed), total)
-
-            yield advance
-    else:
-        done, due = 0, start + FIRST_LINE_SECONDS
-
-        def count(steps: int) -> None:
-            nonlocal done, due
-            done += steps
+        def advance(steps: int) -> None:
+            nonlocal due
+            bar.advance(task, steps)
+            done = round(bar.tasks[task].completed)
             _tell(title, done, total)
             now = time.monotonic()
-            if now >= due:
+            if in_log and now >= due:
                 due = now + LINE_EVERY_SECONDS
                 left = (now - start) / max(done, 1) * (total - done)
                 log.info("%s: %d of %d, about %d s left", title, done, total, round(left))
 
-        yield count
+        yield advance
     log.info("%s: done in %.0f s", title, time.monotonic() - start)
 
 

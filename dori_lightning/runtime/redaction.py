@@ -19,10 +19,13 @@ _HARMLESS_NEXT = re.compile(r"count|dim|embedding|file|index|length|limit|mask|p
 
 # One slash too: that is what remains of a URL that was taken for a path.
 _USER_INFO = re.compile(r"\b([a-z][a-z0-9+.\-]+://?)[^\s/?#]*@", re.IGNORECASE)
-_ASSIGNMENT = re.compile(r"([A-Za-z_][\w.\-]*)=(\"[^\"]*\"|'[^']*'|[^\s&,;]+)")
-# A dictionary in a message, and one on the command line.
-_ITEM = re.compile(r"([\"'])([\w.\-]+)\1: (\"[^\"]*\"|'[^']*')")
-_FLOW_ITEM = re.compile(r"([{,]\s*)([A-Za-z_][\w.\-]*):\s*([^\s,{}\[\]]+)")
+_NAMED_VALUES = (
+    # Command-line overrides and URL queries carry "name=value" inside one string.
+    re.compile(r"(?P<name>[A-Za-z_][\w.\-]*)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s&,;]+)"),
+    # A dictionary on the command line, and one in a message.
+    re.compile(r"[{,]\s*(?P<name>[A-Za-z_][\w.\-]*):\s*(?P<value>[^\s,{}\[\]]+)"),
+    re.compile(r"([\"'])(?P<name>[\w.\-]+)\1: (?P<quote>[\"'])(?P<value>(?s:.*?))(?P=quote)"),
+)
 _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}"
     r"|wandb_v\d+_\w{16,}"
@@ -72,25 +75,25 @@ def redact(config: Any) -> Any:
     return _clean_text(config) if isinstance(config, str) else config
 
 
-def secrets_in(config: Any, path: str = "") -> Iterator[str]:
-    """Places of a configuration that ``redact`` would change, as dotted keys.
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Places and values of plain containers and of all that is in them, outer ones first."""
+    yield path, node
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from walk(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from walk(value, f"{path}[{index}]")
 
-    Args:
-        config: Nested mappings, lists and scalars.
-        path: What the places are below.
-    """
-    if isinstance(config, Mapping):
-        for name, value in config.items():
-            place = f"{path}.{name}" if path else str(name)
-            if _is_secret(name, value):
-                yield place
-            else:
-                yield from secrets_in(value, place)
-    elif isinstance(config, list | tuple):
-        for index, value in enumerate(config):
-            yield from secrets_in(value, f"{path}[{index}]")
-    elif isinstance(config, str) and _clean_text(config) != config:
-        yield path
+
+def secrets_in(config: Any) -> Iterator[str]:
+    """Places of a plain configuration that ``redact`` would change, as dotted keys."""
+    for place, value in walk(config):
+        if isinstance(value, Mapping):
+            secret = [name for name, item in value.items() if _is_secret(name, item)]
+            yield from (f"{place}.{name}" if place else str(name) for name in secret)
+        elif isinstance(value, str) and _clean_text(value) != value:
+            yield place
 
 
 class RedactingFormatter(logging.Formatter):
@@ -113,24 +116,17 @@ def _clean_text(text: str) -> str:
     text = _SHAPES.sub(REDACTED, text)
     for value in _secrets_of_the_environment():
         text = text.replace(value, REDACTED)
-    # Command-line overrides and URL queries carry "name=value" inside one string.
-    text = _ASSIGNMENT.sub(
-        lambda found: f"{found[1]}={REDACTED}" if is_secret_name(found[1]) else found[0], text
-    )
-    text = _FLOW_ITEM.sub(
-        lambda found: (
-            f"{found[1]}{found[2]}: {REDACTED}" if is_secret_name(found[2]) else found[0]
-        ),
-        text,
-    )
-    return _ITEM.sub(
-        lambda found: (
-            f"{found[1]}{found[2]}{found[1]}: {found[1]}{REDACTED}{found[1]}"
-            if is_secret_name(found[2])
-            else found[0]
-        ),
-        text,
-    )
+    for pattern in _NAMED_VALUES:
+        text = pattern.sub(_without_value, text)
+    return text
+
+
+def _without_value(found: re.Match[str]) -> str:
+    """What a pattern of `_NAMED_VALUES` has found, its value redacted where the name says so."""
+    if not is_secret_name(found["name"]):
+        return found[0]
+    start, end = (place - found.start() for place in found.span("value"))
+    return f"{found[0][:start]}{REDACTED}{found[0][end:]}"
 
 
 def _secrets_of_the_environment() -> list[str]:

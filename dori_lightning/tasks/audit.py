@@ -1,5 +1,6 @@
 """Which pairs a checkpoint still reproduces, prompted and attacked, and how sure we are of it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,10 +20,9 @@ from dori_lightning.audit.context import (
 )
 from dori_lightning.audit.evaluation import attack_and_generate, evaluate
 from dori_lightning.audit.utility import measure_utility
-from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.edits import changed_weights
-from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import check_prompt_lengths
 from dori_lightning.report.findings import INVALID, attack_effort, make_report
@@ -42,7 +42,7 @@ from dori_lightning.tasks.plan import plan
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
 from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
 from dori_lightning.tracking import Tracker
-from dori_lightning.types import BASELINE, Pairs
+from dori_lightning.types import BASELINE, Pair, Pairs
 
 CURVE_POINTS = 500
 """Points of a training's curves."""
@@ -180,22 +180,25 @@ def make_trainer(cfg: DictConfig, tracker: Tracker | None, /, **settings: Any) -
     return trainer
 
 
-def make_context(
-    cfg: DictConfig, *, data: PairsDataModule, references: ReferenceImages, sampling: Sampling
-) -> Context:
+def make_context(cfg: DictConfig, model: StableDiffusion, pairs: Sequence[Pair]) -> Context:
     """Context of mitigations for tasks that make an edit and no audit.
 
     Starts the other processes of the run: they make an edit together.
     """
+    corpus, sampling, measures = map(instantiate, (cfg.corpus, cfg.sampling, cfg.metrics))
+    cache = Path(cfg.paths.cache)
+    data = PairsDataModule(pairs, model, cache=cache / "encoded")
+    data.prepare()
+    references = reference_images(pairs, model.resolution, measures)
     distributed.start(make_trainer(cfg, None))
     return Context(
         seed=cfg.seed,
-        corpus=instantiate(cfg.corpus),
+        corpus=corpus,
         data=data,
         references=references,
         sampling=sampling,
         trainer=partial(make_trainer, cfg, None),
-        folder=Path(cfg.paths.cache) / "edits",
+        folder=cache / "edits",
     )
 
 

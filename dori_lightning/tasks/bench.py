@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.markdown import Markdown
 
-from dori_lightning.audit.context import reference_images
 from dori_lightning.bench.attack import attack_family, shape_family
 from dori_lightning.bench.measure import (
     FAMILIES,
@@ -33,7 +32,6 @@ from dori_lightning.bench.parts import (
     sampling_family,
 )
 from dori_lightning.bench.report import markdown, speed_figure
-from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.planting.random_weights import random_sd14
 from dori_lightning.planting.recipe import build_tokenizer
 from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically, write_json
@@ -140,13 +138,7 @@ def _context(cfg: DictConfig, settings: BenchSettings, scratch: Path) -> BenchCo
             f"  fix:   smaller numbers there, or another list with pairs=NAME"
         )
     model = instantiate(cfg.checkpoint)
-    data = PairsDataModule(pairs, model)
-    data.prepare()
-    references = reference_images(pairs, model.resolution, instantiate(cfg.metrics))
-    context = make_context(
-        cfg, data=data, references=references, sampling=instantiate(cfg.sampling)
-    )
-    return BenchContext(model, tuple(pairs), context, scratch)
+    return BenchContext(model, tuple(pairs), make_context(cfg, model, pairs), scratch)
 
 
 def _shape(settings: ShapeSettings, seed: int) -> Family:

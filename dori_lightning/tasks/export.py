@@ -16,7 +16,6 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dori_lightning.audit.context import reference_images
 from dori_lightning.config import groups
 from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
@@ -33,7 +32,6 @@ from dori_lightning.models.export import (
 )
 from dori_lightning.models.loading import resolve_source
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.report.model_card import Changed, Exported, model_card
 from dori_lightning.report.record import EDIT_FILE, AuditRecord, read_edit_record, read_record
 from dori_lightning.runtime import distributed
@@ -139,13 +137,8 @@ def _from_mitigation(
 ) -> _Chosen:
     """Find the edit that an audit of the same configuration finds."""
     pairs = [pair for pair in listed if pair.role == "audit"]
-    sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
-    data = PairsDataModule(pairs, model, cache=Path(cfg.paths.cache) / "encoded")
-    data.prepare()
-    references = reference_images(pairs, model.resolution, measures)
-    context = make_context(cfg, data=data, references=references, sampling=sampling)
     suspected = [pair for pair in pairs if pair.kind != "control"]
-    edit = context.find(mitigation, model, suspected).edit
+    edit = make_context(cfg, model, pairs).find(mitigation, model, suspected).edit
     return _Chosen(
         _for_one_checkpoint(edit, cfg.task.pair, mitigation.name),
         mitigation.name,

@@ -4,10 +4,10 @@ Reference: Finding DoRI (2507.16880), section on locality.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -172,23 +172,13 @@ def read_settings(cfg: DictConfig, attack: AttackSettings) -> LocalitySettings:
         InputError: Names the key, its value and what it may be.
     """
     attack.check_whole()
-    task, inits, trainer = cfg.task, attack.inits, cfg.trainer
-    settings = LocalitySettings(
-        parts=tuple(task.parts),
-        images=task.images,
-        ids=None if task.ids is None else tuple(task.ids),
-        control_images=task.control_images,
-        prompts=attack.restarts if task.prompts is None else task.prompts,
-        start=task.start,
-        forget=task.forget,
-        places=tuple(task.places),
-        lines=task.lines,
-        activation_step=task.activation_step,
-        noise_seed=task.noise_seed,
-        nemo=instantiate(task.nemo),
-        wanda=instantiate(task.wanda),
-        transfer_to=tuple(instantiate(node) for node in task.transfer_to.values()),
-    )
+    task: dict[str, Any] = instantiate(cfg.task, _convert_="all")
+    inits, trainer = attack.inits, cfg.trainer
+    given = {item.name: task[item.name] for item in fields(LocalitySettings)}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    prompts = attack.restarts if given["prompts"] is None else given["prompts"]
+    models = tuple(given["transfer_to"].values())
+    settings = LocalitySettings(**{**given, **lists, "prompts": prompts, "transfer_to": models})
     known = get_args(Part)
     # fmt: off
     rules = (

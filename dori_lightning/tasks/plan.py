@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from rich.table import Table
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
@@ -146,6 +147,9 @@ class JobPlan:
     remarks: tuple[str, ...]
 
 
+_PLAN = TypeAdapter(JobPlan)
+
+
 def plan(cfg: DictConfig, folder: Path) -> None:
     """Print what an audit would take and write ``plan.json`` into ``folder``.
 
@@ -168,7 +172,9 @@ def sum_plans(folder: Path) -> None:
     """
     jobs = jobs_of([folder], planned=True)
     plans = {
-        place.name.removesuffix(",task.dry_run=True"): _read(place / PLAN_FILE)
+        place.name.removesuffix(",task.dry_run=True"): _PLAN.validate_json(
+            (place / PLAN_FILE).read_bytes()
+        )
         for place in jobs.folders
         if (place / PLAN_FILE).is_file()
     }
@@ -265,14 +271,15 @@ def _count_pairs(cfg: DictConfig) -> tuple[dict[Kind, int], str]:
     else:
         return {kind: kinds.count(kind) for kind in KINDS}, "as listed"
     assumed: Any = OmegaConf.to_container(cfg.task.assume_pairs, resolve=True)
-    if not isinstance(assumed, dict) or any(
-        kind not in KINDS or type(count) is not int or count < 0 for kind, count in assumed.items()
-    ):
+    try:
+        counts = TypeAdapter(dict[Kind, NonNegativeInt]).validate_python(assumed, strict=True)
+    except ValidationError:
         raise InputError(
-            f"task.assume_pairs cannot be {assumed!r}\n  where: task.assume_pairs\n"
-            f"  fix:   pairs by kind, as in {{vm: 112, tm: 388, control: 500}}"
-        )
-    return assumed, f"assumed: {reason}"
+            f"task.assume_pairs cannot be {assumed!r}",
+            where="task.assume_pairs",
+            fix="pairs by kind, as in {vm: 112, tm: 388, control: 500}",
+        ) from None
+    return counts, f"assumed: {reason}"
 
 
 def _utility(settings: Mapping[str, Any], suspected: int, sampling: Sampling) -> Evaluations:
@@ -327,15 +334,6 @@ def _key(*decides: Any) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _read(path: Path) -> JobPlan:
-    def part(record: dict[str, Any]) -> Part:
-        return Part(**{**record, "work": Evaluations(**record["work"])})
-
-    record = json.loads(path.read_text(encoding="utf-8"))
-    shared = {key: part(value) for key, value in record["shared"].items()}
-    return JobPlan(**{**record, "audit": part(record["audit"]), "shared": shared})
-
-
 def _print(plans: Mapping[str, JobPlan], *, title: str) -> Part:
     """Show the jobs by name, what they share, and the sum, which is returned."""
     shared = {key: part for job in plans.values() for key, part in job.shared.items()}.values()
@@ -347,30 +345,27 @@ def _print(plans: Mapping[str, JobPlan], *, title: str) -> Part:
         {device: sum(part.hours.get(device, 0.0) for part in parts) for device in devices},
         sum(part.bytes or 0.0 for part in parts),
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("job", overflow="fold")
+    table = Table("job", title=title, title_justify="left")
+    table.columns[0].overflow = "fold"
     for name in (
         "pairs", "attacks", "forward+backward", "forward", "training", "images",
         *(f"h, {device}" for device in devices), "disk",
     ):  # fmt: skip
         table.add_column(name, justify="right")
 
-    def cells(part: Part) -> Iterator[str]:
-        for count in (part.work.attack, part.work.forward, part.work.training, part.work.decoded):
-            yield f"{count:,}"
-        for device in devices:
-            yield _time(part.hours.get(device))
-        yield _size(part.bytes)
+    def row(name: str, part: Part, pairs: str = "", attacks: str = "") -> None:
+        work = part.work
+        counts = (work.attack, work.forward, work.training, work.decoded)
+        hours = (_time(part.hours.get(device)) for device in devices)
+        table.add_row(name, pairs, attacks, *map("{:,}".format, counts), *hours, _size(part.bytes))
 
     for name, job in plans.items():
-        pairs = "+".join(map(str, job.pairs.values()))
-        table.add_row(name, pairs, f"{job.attacks:,}", *cells(job.audit))
+        row(name, job.audit, "+".join(map(str, job.pairs.values())), f"{job.attacks:,}")
     table.add_section()
     for part in shared:
-        table.add_row(f"{part.what}, once", "", "", *cells(part))
+        row(f"{part.what}, once", part)
     table.add_section()
-    attacks = sum(job.attacks for job in plans.values())
-    table.add_row("total", "", f"{attacks:,}", *cells(total))
+    row("total", total, attacks=f"{sum(job.attacks for job in plans.values()):,}")
     console = answer_console(150)
     console.print(table)
     remarks = [text for job in plans.values() for text in job.remarks]

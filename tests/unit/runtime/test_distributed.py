@@ -176,6 +176,10 @@ def test_a_task_of_submitits_local_executor_knows_its_place(monkeypatch, tmp_pat
         "SUBMITIT_LOCAL_NNODES": "1",
     }.items():
         monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK",
+                 "LOCAL_WORLD_SIZE"):  # fmt: skip
+        monkeypatch.setenv(name, "9")  # what the environment exports goes again with the test
+    monkeypatch.delenv("MASTER_PORT")
     assert distributed.SubmititEnvironment.detect()
     place = distributed.SubmititEnvironment()
     assert place.creates_processes_externally
