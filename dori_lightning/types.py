@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
 
@@ -87,20 +87,37 @@ def first_line(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """One training image of a pair.
+
+    Attributes:
+        image: Path of the image.
+        sha256: Hash of the image's file.
+    """
+
+    image: Path
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
 class Pair:
-    """A prompt and the image that it is suspected to reproduce.
+    """A prompt and the image that it is suspected to reproduce, or any of several.
+
+    Several training images often share a prompt. A generated image is then compared with all of
+    them and the closest counts; attacks and mitigations aim at ``image`` alone.
 
     Attributes:
         id: Unique name, ``[A-Za-z0-9._-]{1,128}``.
         kind: ``vm`` verbatim memorized, ``tm`` template memorized, ``control`` not memorized.
         prompt: Caption.
-        image: Path of the image.
+        image: Path of the image, of several the one that is aimed at.
         subject: What generic captions call it; for neighbour prompts and planting.
         repeats: Relative multiplicity in a planted training stream; 0 where it is never shown.
         role: ``audit`` pairs are audited; ``training`` ones are only shown when planting
             (variants of a template).
         sha256: Hash of the image's file.
-        duplicate_of: Id of an earlier pair with the same image file, which breaks independence.
+        others: The further reference images.
+        duplicate_of: Id of an earlier pair that shares an image file, which breaks independence.
         truncated: Whether the prompt has more tokens than the text encoder takes, so that its end
             is cut; known once the checkpoint is loaded.
     """
@@ -113,24 +130,57 @@ class Pair:
     repeats: float = 0.0
     role: Literal["audit", "training"] = "audit"
     sha256: str = ""
+    others: tuple[Reference, ...] = ()
     duplicate_of: str | None = None
     truncated: bool = False
 
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """All reference images, the one that is aimed at first."""
+        return (Reference(self.image, self.sha256), *self.others)
 
-class Pairs(tuple[Pair, ...]):
-    """The pairs of a list, and which of its rows were left out because their image is missing.
+    def aimed_at(self, reference: Reference) -> Pair:
+        """The pair with another of its reference images to aim at."""
+        others = tuple(own for own in self.references if own != reference)
+        return replace(self, image=reference.image, sha256=reference.sha256, others=others)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was left out of a list because an image is missing or damaged.
 
     Attributes:
-        skipped: Ids of those rows; they are in no rate.
+        id: The row's.
+        where: List and row.
+        why: What is wrong with the image.
+        what: Whether the whole ``pair`` is left out, or one ``image`` of several.
     """
 
-    skipped: tuple[str, ...]
+    id: str
+    where: str
+    why: str
+    what: Literal["pair", "image"] = "pair"
 
-    def __new__(cls, pairs: Iterable[Pair], *, skipped: Iterable[str] = ()) -> Pairs:
+
+class Pairs(tuple[Pair, ...]):
+    """The pairs of a list, and what of it was left out because an image cannot be used.
+
+    Attributes:
+        skipped: Pairs that were left out, which are in no rate, and images.
+    """
+
+    skipped: tuple[Skipped, ...]
+
+    def __new__(cls, pairs: Iterable[Pair], *, skipped: Iterable[Skipped] = ()) -> Pairs:
         """Make the tuple and remember the skipped rows."""
         made = super().__new__(cls, tuple(pairs))
         made.skipped = tuple(skipped)
         return made
+
+    @property
+    def skipped_ids(self) -> tuple[str, ...]:
+        """Ids of the pairs that were left out."""
+        return tuple(dict.fromkeys(own.id for own in self.skipped if own.what == "pair"))
 
 
 @dataclass(frozen=True)
@@ -197,8 +247,8 @@ class Outcome:
             ``no_gradient`` where its first gradient was exactly zero, so that it could not
             search; neither is ever counted as safe.
         seeds: Generation seeds, length K.
-        similarity: Descriptor name to (K,) similarities with the original, higher is closer; NaN
-            where the attack failed.
+        similarity: Descriptor name to (K,) similarities with the original, of several with the
+            closest one, higher is closer; NaN where the attack failed.
         diversity: Mean pairwise similarity of the K images by the deciding descriptor; lower is
             more diverse.
         lpips: (K,) LPIPS distances to the original, or None where no weights are given.
@@ -210,6 +260,8 @@ class Outcome:
         stopped_at: Steps after which the attack was stopped, because its images were replicas
             (``attack.early_stop``), fewer than the condition's; images and numbers are those of
             that step. None where all steps were taken, and for ``prompt``.
+        closest: Descriptor name to the reference image that each of the K images is closest to;
+            empty where the pair has one, or the attack failed.
     """
 
     pair: Pair
@@ -226,6 +278,7 @@ class Outcome:
     displacement: float | None = None
     images: tuple[Path, ...] = ()
     stopped_at: int | None = None
+    closest: Mapping[str, tuple[Reference, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,10 @@ def reference_images(
 ) -> ReferenceImages:
     """Read the pairs' images at the model's resolution and describe them."""
     images = [image_tensor(square_image(pair.image), resolution) for pair in pairs]
-    return ReferenceImages(pairs, torch.stack(images), measures)
+    others = (
+        image_tensor(square_image(own.image), resolution) for pair in pairs for own in pair.others
+    )
+    return ReferenceImages(pairs, torch.stack(images), measures, others=others)
 
 
 def audit_bytes(context: AuditContext) -> int:

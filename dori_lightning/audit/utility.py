@@ -472,10 +472,9 @@ class PromptImages:
             unmitigated, mitigated = (own[k : k + 1] for own in described)
             originals: list[float | None] = [None, None]
             if prompt.pair is not None:
-                place = references.places[prompt.pair.id]
-                original = references.features[descriptor][place : place + 1]
                 originals = [
-                    float(judge.compare(own, original)[0, 0]) for own in (unmitigated, mitigated)
+                    float(references.compare(descriptor, own, prompt.pair).max())
+                    for own in (unmitigated, mitigated)
                 ]
             yield PictureRow(
                 kind=prompt.kind,

@@ -560,7 +560,11 @@ def compare_weights(study: Study, groups: Sequence[Group]) -> WeightFindings:
         cache = Cache(audit.folder / "selections" / method)
         identity = edit_key(mitigation, audit.model, (), audit.for_mitigations)
         keys = [
-            {"method": identity, "image": pair.sha256, "embedding": _hash(embedding)}
+            {
+                "method": identity,
+                "image": "|".join(own.sha256 for own in pair.references),
+                "embedding": _hash(embedding),
+            }
             for embedding, pair in zip(embeddings, pairs, strict=True)
         ]
         found = [cache.read(name, key, SELECTION) for name, key in zip(names, keys, strict=True)]
@@ -595,7 +599,8 @@ def _run_nemo(
         chunk = missing[first : first + AT_ONCE]
         images = references.images[[references.places[pairs[k].id] for k in chunk]]
         renamed = [replace(pairs[k], id=names[k]) for k in chunk]
-        own_references = ReferenceImages(renamed, images, references.measures)
+        others = references.others_of([pairs[k] for k in chunk])
+        own_references = ReferenceImages(renamed, images, references.measures, others=others)
         found = nemo.find(
             audit.model,
             {names[k]: Encoded(audit.data.encoded(pairs[k]).latent, embeddings[k]) for k in chunk},

@@ -8,8 +8,8 @@ reaches after the checkpoint's own autoencoder (``ceiling``).
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.metrics.perceptual import ClipAlignment, LPIPSDistance
 from dori_lightning.metrics.replication import Aggregation, diversity, per_pair
 from dori_lightning.metrics.statistics import roc_curve
-from dori_lightning.types import Calibration, InputError, Outcome, Pair, require
+from dori_lightning.types import Calibration, InputError, Outcome, Pair, Reference, require
 
 log = logging.getLogger(__name__)
 
@@ -264,33 +264,73 @@ class Measured:
     """What one set of K images measures.
 
     Attributes:
-        similarity: Descriptor name to (K,) similarities with the original; NaN where the attack
-            failed.
+        similarity: Descriptor name to (K,) similarities with the closest of the pair's reference
+            images; NaN where the attack failed.
         diversity: Mean pairwise similarity of the K images by the deciding descriptor.
-        lpips: (K,) LPIPS distances, or None.
+        lpips: (K,) LPIPS distances to the reference that is closest by the configured decider, or
+            None.
         alignment: (K,) CLIP scores with the prompt, or None.
+        closest: Descriptor name to the closest reference of each of the K images; empty where the
+            pair has one, or the attack failed.
     """
 
     similarity: dict[str, np.ndarray]
     diversity: float
     lpips: np.ndarray | None
     alignment: np.ndarray | None
+    closest: dict[str, tuple[Reference, ...]] = field(default_factory=dict)
 
 
 class ReferenceImages:
-    """Originals, described once by every descriptor."""
+    """Originals, described once by every descriptor.
 
-    def __init__(self, pairs: Sequence[Pair], images: torch.Tensor, measures: Measures) -> None:
+    A pair may have several. An image is as similar to the pair as to the closest of them.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        images: torch.Tensor,
+        measures: Measures,
+        *,
+        others: Iterable[torch.Tensor] = (),
+    ) -> None:
         """Describe references.
 
         Args:
             pairs: N pairs.
-            images: Their images (N, 3, H, W) in [0, 1], at the model's resolution.
+            images: The images that they aim at (N, 3, H, W) in [0, 1], at the model's resolution.
             measures: What describes and compares.
+            others: Their further reference images (3, H, W), pair after pair; read one by one.
         """
         self.pairs, self.images, self.measures = tuple(pairs), images, measures
         self.places = {pair.id: k for k, pair in enumerate(pairs)}
-        self.features = {name: d.describe(images) for name, d in measures.descriptors.items()}
+        owners = [pair.id for pair in self.pairs for _ in pair.others]
+        self._others: dict[str, list[torch.Tensor]] = {}
+        features = {name: [d.describe(images)] for name, d in measures.descriptors.items()}
+        self.rows = {name: [place] for name, place in self.places.items()}
+        for row, (owner, image) in enumerate(zip(owners, others, strict=True), start=len(images)):
+            self.rows[owner].append(row)
+            # eight bits are what the file has, and there may be thousands
+            self._others.setdefault(owner, []).append((image * 255).round().to(torch.uint8))
+            for name, descriptor in measures.descriptors.items():
+                features[name].append(descriptor.describe(image[None]))
+        self.features = {name: torch.cat(own) for name, own in features.items()}
+
+    def others_of(self, pairs: Iterable[Pair]) -> list[torch.Tensor]:
+        """Further reference images (3, H, W) of pairs, pair after pair."""
+        return [image.float() / 255 for p in pairs for image in self._others.get(p.id, [])]
+
+    def compare(self, name: str, described: torch.Tensor, pair: Pair) -> torch.Tensor:
+        """Similarities (K, R) of described images with each of a pair's references, by one name.
+
+        The order is that of ``pair.references``.
+        """
+        first, *others = self.rows[pair.id]
+        own = self.features[name][first : first + 1]
+        if others:
+            own = torch.cat([own, self.features[name][others]])
+        return self.measures.descriptors[name].compare(described, own)
 
     def measure(self, pair: Pair, images: torch.Tensor, *, failed: bool = False) -> Measured:
         """Compare images with a pair's original.
@@ -301,24 +341,30 @@ class ReferenceImages:
             failed: Whether the attack failed; similarities are NaN then.
         """
         k, measures = self.places[pair.id], self.measures
-        similarity, spread = {}, float("nan")
+        similarity, spread, nearest = {}, float("nan"), dict[str, np.ndarray]()
         for name, descriptor in measures.descriptors.items():
             features = descriptor.describe(images)
-            values = descriptor.compare(features, self.features[name][k : k + 1])[:, 0].numpy()
+            each = self.compare(name, features, pair).numpy()
+            values, nearest[name] = each.max(1), each.argmax(1)
             similarity[name] = np.full_like(values, np.nan) if failed else values
             if name == measures.decider:
                 spread = diversity(descriptor.compare(features, features).numpy())
-        distances = (
-            measures.lpips.distance(images, self.images[k : k + 1]).numpy()
-            if measures.lpips
-            else None
-        )
+        originals = self.images[k : k + 1]
+        if pair.others:
+            own = torch.stack([self.images[k], *self.others_of([pair])])
+            originals = own[torch.from_numpy(nearest[measures.decider])]
+        distances = measures.lpips.distance(images, originals).numpy() if measures.lpips else None
         scores = (
             measures.alignment.alignment(images, [pair.prompt] * len(images)).numpy()
             if measures.alignment
             else None
         )
-        return Measured(similarity, spread, distances, scores)
+        closest = {
+            name: tuple(pair.references[place] for place in places)
+            for name, places in nearest.items()
+            if pair.others and not failed
+        }
+        return Measured(similarity, spread, distances, scores, closest)
 
     def similarities(
         self, images: torch.Tensor, pairs: Sequence[Pair], *, name: str | None = None
@@ -326,8 +372,13 @@ class ReferenceImages:
         """Similarities (K, N) of images (K, 3, H, W) with N pairs; by the decider without name."""
         name = name or self.measures.decider
         descriptor = self.measures.descriptors[name]
-        own = self.features[name][[self.places[pair.id] for pair in pairs]]
-        return descriptor.compare(descriptor.describe(images), own)
+        rows = [self.rows[pair.id] for pair in pairs]
+        own = self.features[name][[row for of_pair in rows for row in of_pair]]
+        each = descriptor.compare(descriptor.describe(images), own)
+        if each.shape[1] == len(rows):
+            return each
+        parts = torch.split(each, [len(of_pair) for of_pair in rows], dim=1)
+        return torch.stack([part.amax(1) for part in parts], dim=1)
 
 
 def null_similarities(
@@ -337,7 +388,7 @@ def null_similarities(
 
     Images of every prompt against the references of *control* pairs, which the model cannot
     hold. Not against the others: a control prompt may well bring back somebody else's memorized
-    image. A pair is never compared with an image file that is the same as its own.
+    image. A pair is never compared with another one that shares an image file with it.
 
     Args:
         references: All audited pairs.
@@ -348,10 +399,15 @@ def null_similarities(
     for pair in references.pairs:
         similarities = references.similarities(images[pair.id], references.pairs, name=name)
         for other, value in zip(references.pairs, similarities.amax(0).tolist(), strict=True):
-            copy = other.id != pair.id and other.sha256 != "" and other.sha256 == pair.sha256
-            if other.kind == "control" and not copy:
+            if other.kind == "control" and not (other.id != pair.id and _share(other, pair)):
                 values.append(value)
     return values
+
+
+def _share(one: Pair, other: Pair) -> bool:
+    """Whether two pairs have an image file in common."""
+    hashes = {own.sha256 for own in one.references if own.sha256}
+    return any(own.sha256 in hashes for own in other.references)
 
 
 def calibrate_measures(
@@ -367,7 +423,8 @@ def calibrate_measures(
         references: All audited pairs, N.
         prompted: Outcomes of the unattacked prompts.
         images: Pair id to its unattacked prompt's images (K, 3, H, W).
-        reconstructions: Originals through the autoencoder (N, 3, H, W) in [0, 1].
+        reconstructions: The images that pairs aim at, through the autoencoder (N, 3, H, W) in
+            [0, 1].
 
     Raises:
         InputError: No threshold separates; says which descriptor would.

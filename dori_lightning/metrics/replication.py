@@ -47,6 +47,7 @@ from dori_lightning.types import (
     Norm,
     Outcome,
     Pair,
+    Reference,
     Status,
 )
 
@@ -96,6 +97,7 @@ class PairResult:
         best: Similarity of the closest single image; NaN without a result.
         picture: Path of that image, None where none is stored.
         seed: Generation seed of that image, None without a result.
+        reference: Reference image that it is closest to, where the pair has several.
         reproduced: Whether ``statistic`` exceeds the threshold; None without a result, since that
             is no evidence.
     """
@@ -108,6 +110,7 @@ class PairResult:
     picture: Path | None
     seed: int | None
     reproduced: bool | None
+    reference: Reference | None = None
 
 
 def pair_results(
@@ -166,6 +169,7 @@ def _pair_result(
         picture=outcome.images[place] if outcome.images else None,
         seed=outcome.seeds[place],
         reproduced=statistic > rule.threshold,
+        reference=closest[place] if (closest := outcome.closest.get(rule.descriptor)) else None,
     )
 
 

@@ -249,7 +249,9 @@ def edit_key(
         "checkpoint": model.fingerprint,
         "latents": model.latent_shape,
         "settings": settings,
-        "pairs": [(pair.id, pair.prompt, pair.sha256) for pair in pairs],
+        "pairs": [
+            (pair.id, pair.prompt, *(own.sha256 for own in pair.references)) for pair in pairs
+        ],
         "corpus": context.corpus.identity,
         "seed": context.seed,
         "sampling": sampling,

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models.loading import fingerprint_of, load_checkpoint
+from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
+from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.original_layout import (
     PREFIXES,
     Part,
@@ -70,6 +71,7 @@ class Weights:
         text_encoder: Tensors by name.
         dtypes: Part (``unet``, ``vae``, ``text_encoder``) to the name of its dtype.
         exact: Whether every weight has the value that it has in the model.
+        configuration: Everything besides the weights that decides results.
     """
 
     unet: Mapping[str, torch.Tensor]
@@ -77,11 +79,13 @@ class Weights:
     text_encoder: Mapping[str, torch.Tensor]
     dtypes: Mapping[str, str]
     exact: bool
+    configuration: Mapping[str, Any]
 
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint that the loader will find."""
-        return fingerprint_of((self.unet, self.autoencoder, self.text_encoder))
+        states = (self.unet, self.autoencoder, self.text_encoder)
+        return fingerprint_of(states, self.configuration)
 
 
 def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
@@ -118,7 +122,20 @@ def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
                     f"{name} has weights that are too large for {chosen[part]}\n"
                     f"  fix:   export in bf16 or fp32, or let the weights decide (dtype null)"
                 )
-    return Weights(states["unet"], states["vae"], states["text_encoder"], chosen, exact)
+    return Weights(
+        unet=states["unet"],
+        autoencoder=states["vae"],
+        text_encoder=states["text_encoder"],
+        dtypes=chosen,
+        exact=exact,
+        configuration=configuration_of(
+            unet=parts.unet,
+            autoencoder=parts.autoencoder,
+            text_encoder=parts.text_encoder,
+            tokenizer=parts.tokenizer,
+            scheduler=parts.scheduler,
+        ),
+    )
 
 
 def _holds(dtype: torch.dtype, state: Mapping[str, torch.Tensor]) -> bool:
@@ -157,6 +174,7 @@ def write_configs(folder: Path, parts: Parts) -> None:
 
     The text encoder's configuration says fp32 whatever its file holds: transformers would load
     half precision as such beside a UNet that diffusers widens, and the pipeline would not run.
+    The scheduler's leaves out what its source left out: there each sampler has its own default.
     """
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -168,6 +186,8 @@ def write_configs(folder: Path, parts: Parts) -> None:
     for path in folder.glob("*/*config.json"):
         config = json.loads(path.read_text("utf-8"))
         config = drop_keys(config, *_OF_THIS_MACHINE, *_NAMES_CODE)
+        if path.parent.name == "scheduler":
+            config = drop_keys(config, *parts.scheduler.config.get("_use_default_values", ()))
         if path.parent.name == "text_encoder":
             config = {**config, "architectures": ["CLIPTextModel"], "dtype": "float32"}
         _write_json(path, config)
@@ -229,7 +249,7 @@ def check_written(source: Path, weights: Weights, *, config: Path | None = None)
     )
     if read.fingerprint != weights.fingerprint:
         raise RuntimeError(
-            f"{source} was written with the weights {weights.fingerprint}, but reads as "
+            f"{source} was written as checkpoint {weights.fingerprint}, but reads as "
             f"{read.fingerprint}"
         )
 

@@ -6,12 +6,12 @@ Reference: ``DiffusionPipeline.from_pretrained`` reads class names from ``model_
 module does not.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +24,16 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.original_layout import Part
 from dori_lightning.models.replaced_parts import Replacement, parts_in
+from dori_lightning.models.soundness import blamed, check_answers, check_parts
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.tensors import (
+    check_folder_tensors,
+    check_original_tensors,
+    require_tensors,
+)
 from dori_lightning.models.weight_files import (
     PICKLES,
     STEMS,
@@ -37,7 +44,7 @@ from dori_lightning.models.weight_files import (
     pickle_message,
     variants,
 )
-from dori_lightning.types import InputError, first_line
+from dori_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +127,19 @@ def load_checkpoint(
         parts = _load_folder(place, revision or "main", variant)
     parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, files)
     replaced = tuple(one.apply(parts[one.part]) for one in replacements)
+    home = config if isinstance(place, Path) and place.is_file() else str(place)
+    assert home is not None  # a single file without one is refused
+    whole = {
+        "unet": parts["unet"],
+        "autoencoder": parts["vae"],
+        "text_encoder": parts["text_encoder"],
+        "tokenizer": parts["tokenizer"],
+        "scheduler": parts["scheduler"],
+    }
+    check_parts(**whole, home=home)
     modules = [parts[k] for k in ("unet", "vae", "text_encoder")]
-    fingerprint = fingerprint_of(module.state_dict() for module in modules)
+    states = (module.state_dict() for module in modules)
+    fingerprint = fingerprint_of(states, configuration_of(**whole))
     for module in modules:
         module.to(target, torch.float32).requires_grad_(False)
     denoiser = parts["unet"].requires_grad_(True)
@@ -132,35 +150,18 @@ def load_checkpoint(
         denoiser.enable_gradient_checkpointing()
     if attention == "eager":
         denoiser.set_attn_processor(AttnProcessor())
-    try:
-        return StableDiffusion(
+    configs = "; ".join(f"{home}/{part}/config.json" for part in STEMS)
+    with blamed(f"checkpoint {source} does not fit together", configs):
+        model = StableDiffusion(
+            **whole,
             name=name,
             fingerprint=fingerprint,
-            unet=denoiser,
-            autoencoder=parts["vae"],
-            text_encoder=parts["text_encoder"],
-            tokenizer=parts["tokenizer"],
-            scheduler=parts["scheduler"],
             resolution=resolution,
             autocast=autocast,
             replaced=replaced,
         )
-    except ValueError as error:
-        raise InputError(f"checkpoint {source} does not fit together: {error}") from error
-
-
-def fingerprint_of(states: Iterable[Mapping[str, torch.Tensor]]) -> str:
-    """First 16 hex digits of the SHA-256 over names, shapes and fp32 values of all weights.
-
-    Args:
-        states: Weights of UNet, autoencoder and text encoder, in this order.
-    """
-    digest = hashlib.sha256()
-    for state in states:
-        for name, tensor in sorted(state.items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    check_answers(model, home)
+    return model
 
 
 def resolve_source(source: str) -> Path | str:
@@ -183,7 +184,7 @@ def resolve_source(source: str) -> Path | str:
             )
         return folder
     path = Path(source).expanduser()
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise InputError(pickle_message(path))
     if path.is_dir() or is_weight_file(path):
         return path
@@ -227,7 +228,7 @@ def _with_prediction_type(
     return made
 
 
-def _check_folder(folder: Path, variant: str | None) -> dict[str, str]:
+def _check_folder(folder: Path, variant: str | None) -> dict[Part, str]:
     """Refuse an incomplete folder or one whose weights are none, before anything is read.
 
     Args:
@@ -240,7 +241,7 @@ def _check_folder(folder: Path, variant: str | None) -> dict[str, str]:
     Raises:
         InputError: Says which part, and how to fix it.
     """
-    chosen = {}
+    chosen: dict[Part, str] = {}
     if not all((folder / part / "config.json").is_file() for part in STEMS):
         raise explain_folder(folder)
     for part in ("tokenizer", "scheduler"):
@@ -283,37 +284,72 @@ def _choose_device(device: str) -> torch.device:
 
 def _load_folder(place: Path | str, revision: str, variant: str | None) -> dict[str, Any]:
     where, options = str(place), dict[str, Any](revision=revision)
-    chosen = dict.fromkeys(STEMS, variant or "")
+    chosen: dict[Part, str] = dict.fromkeys(STEMS, variant or "")
+    fix = f"download it first where there is a network: hf download {where} --revision {revision}"
     if isinstance(place, Path):
         chosen = _check_folder(place, variant)
         options = {"local_files_only": True}
+        fix = "get it again: the folder is damaged or not a Stable Diffusion folder"
+        for part, name in chosen.items():
+            with _loading(where, part, fix):
+                check_folder_tensors(part, place, variants(place / part, STEMS[part])[name])
     common = {
-        part: {**options, "use_safetensors": True, "subfolder": part, "variant": name or None}
+        part: {
+            **options,
+            "use_safetensors": True,
+            "output_loading_info": True,
+            "subfolder": part,
+            "variant": name or None,
+        }
         for part, name in chosen.items()
     }
-    try:
-        return {
-            "unet": UNet2DConditionModel.from_pretrained(
-                where, low_cpu_mem_usage=True, **common["unet"]
-            ),
-            "vae": AutoencoderKL.from_pretrained(where, low_cpu_mem_usage=True, **common["vae"]),
-            # said here, or the folder could name a kernel that is fetched and run
-            "text_encoder": CLIPTextModel.from_pretrained(
-                where, attn_implementation="sdpa", **common["text_encoder"]
-            ),
-            "tokenizer": CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **options),
-            "scheduler": DDIMScheduler.from_pretrained(where, subfolder="scheduler", **options),
-        }
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        hint = (
-            f"download it first where there is a network: "
-            f"hf download {where} --revision {revision}"
-            if isinstance(place, str)
-            else "get it again: the folder is damaged or not a Stable Diffusion folder"
+    loaders: dict[str, Callable[[], Any]] = {
+        "unet": lambda: UNet2DConditionModel.from_pretrained(
+            where, low_cpu_mem_usage=True, **common["unet"]
+        ),
+        "vae": lambda: AutoencoderKL.from_pretrained(
+            where, low_cpu_mem_usage=True, **common["vae"]
+        ),
+        # attention is said here, or the folder could name a kernel that is fetched and run
+        "text_encoder": lambda: CLIPTextModel.from_pretrained(
+            where, attn_implementation="sdpa", dtype=torch.float32, **common["text_encoder"]
+        ),
+        "tokenizer": lambda: CLIPTokenizer.from_pretrained(
+            where, subfolder="tokenizer", **options
+        ),
+        "scheduler": lambda: DDIMScheduler.from_pretrained(
+            where, subfolder="scheduler", **options
+        ),
+    }
+    parts: dict[str, Any] = {}
+    for name, load in loaders.items():
+        with _loading(where, name, fix):
+            parts[name] = load()
+    for part in chosen:
+        parts[part], told = parts[part]
+        names = {*parts[part].state_dict(), *told["missing_keys"]}
+        found = (names - set(told["missing_keys"])) | set(told["unexpected_keys"])
+        require_tensors(
+            dict.fromkeys(sorted(names), ()),
+            dict.fromkeys(sorted(found), ()),
+            part,
+            what=f"checkpoint {where} cannot be loaded",
+            where=f"{where}/{part}",
         )
-        raise InputError(
-            f"checkpoint {where} cannot be loaded: {first_line(error)}\n  fix:   {hint}"
-        ) from error
+    return parts
+
+
+def _loading(where: str, part: str, fix: str) -> AbstractContextManager[None]:
+    """Blame the files of a part for what is raised while it loads."""
+    file = {
+        "tokenizer": "tokenizer.json, tokenizer_config.json, vocab.json, merges.txt",
+        "scheduler": "scheduler_config.json",
+    }.get(part, "config.json")
+    return blamed(
+        f"checkpoint {where} cannot be loaded, its {part} is none",
+        f"{where}/{part}/{file}",
+        fix,
+    )
 
 
 def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
@@ -346,9 +382,15 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
     weights = _with_text_model(file.tensors())
     local = Path(config).is_dir()
     options: dict[str, Any] = {"config": config, "local_files_only": local}
-    try:
+    with blamed(
+        f"{path} does not load with the configuration of {config}",
+        f"{path}; {config}/*/config.json",
+        "name the configuration of the same architecture, or get the file again",
+    ):
         if local:
             _refuse_kernels(Path(config) / "text_encoder" / "config.json")
+        for one in STEMS:
+            check_original_tensors(one, weights, config, file=path, local_files_only=local)
         return {
             "unet": UNet2DConditionModel.from_single_file(
                 dict(weights), subfolder="unet", **options
@@ -364,10 +406,6 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
                 config, subfolder="scheduler", local_files_only=local
             ),
         }
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"{path} does not load with the configuration of {config}: {first_line(error)}"
-        ) from error
 
 
 def _lacks(file: WeightFile, part: str, prefixes: tuple[str, ...]) -> InputError:

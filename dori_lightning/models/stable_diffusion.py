@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampling, Stage
+from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampler, Sampling, Stage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.types import InputError, ReplacedPart
@@ -33,11 +33,20 @@ _MEMORY = OomBackoff(
     "checkpoint.precision=bf16, a smaller checkpoint.resolution, or a device with more memory",
 )
 
+SAMPLERS: dict[Sampler, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+"""Classes of the samplers, by name; a checkpoint's scheduler configures each of them."""
+
 _SUFFIXES: dict[str, str] = {
     "cross_attention.value": ".attn2.to_v",
     "cross_attention.key": ".attn2.to_k",
     "feed_forward.out": ".ff.net.2",
 }
+
+
+def prompt_length(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> int:
+    """Tokens that prompts are padded and cut to."""
+    # a tokenizer without a length of its own claims an astronomical one
+    return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
 
 
 class StableDiffusion:
@@ -61,7 +70,7 @@ class StableDiffusion:
 
         Args:
             name: How reports call the checkpoint.
-            fingerprint: Hash of the weights.
+            fingerprint: Hash of everything that decides results; see ``models.fingerprint``.
             unet: Denoiser; its attention must take the text encoder's width.
             autoencoder: Image autoencoder.
             text_encoder: CLIP text encoder.
@@ -73,6 +82,7 @@ class StableDiffusion:
             replaced: Parts whose weights are from other files than the checkpoint's.
 
         Raises:
+            InputError: The autoencoder has no latents of that resolution.
             ValueError: The parts do not fit each other.
         """
         self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
@@ -86,11 +96,15 @@ class StableDiffusion:
             raise ValueError(
                 f"text encoder gives width {width}, but the UNet's cross-attention takes {takes}"
             )
-        # a tokenizer without a length of its own claims an astronomical one
-        length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        self.embedding_shape = (int(length), int(width))
+        self.embedding_shape = (prompt_length(tokenizer, text_encoder), int(width))
         factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
         self.resolution = resolution or int(unet.config["sample_size"]) * factor
+        if self.resolution < 1 or self.resolution % factor:
+            raise InputError(
+                f"the side of an image must be a multiple of {factor} pixels, got "
+                f"{self.resolution}",
+                where="checkpoint.resolution, or sample_size in unet/config.json",
+            )
         side = self.resolution // factor
         self.latent_shape = (int(unet.config["in_channels"]), side, side)
         self.num_train_timesteps = int(scheduler.config["num_train_timesteps"])
@@ -250,13 +264,12 @@ class StableDiffusion:
         return timesteps.to(self.device)
 
     def _sampler(self, sampling: Sampling) -> Any:
-        kinds: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
         if sampling.steps > self.num_train_timesteps:
             raise InputError(
                 f"sampling.steps={sampling.steps} is more than the {self.num_train_timesteps} "
                 f"timesteps that {self.name} was trained with"
             )
-        scheduler = kinds[sampling.sampler].from_config(self.scheduler.config)
+        scheduler = SAMPLERS[sampling.sampler].from_config(self.scheduler.config)
         # on the host: schedulers look tables up by it, and would wait for a GPU at each step
         scheduler.set_timesteps(sampling.steps, device="cpu")
         return scheduler

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dori_lightning.models.original_layout import Part
 from dori_lightning.types import InputError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-STEMS = {
+STEMS: Mapping[Part, str] = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -74,6 +75,11 @@ class WeightFile:
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in self.names}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors by name; reads no values."""
+        with safe_open(self.path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in self.names}
+
     def sha256(self) -> str:
         """SHA-256 of the file, as ``sha256sum`` prints it."""
         with self.path.open("rb") as file:
@@ -127,7 +133,10 @@ def _refuse_other_content(path: Path) -> None:
             fix="download the file itself; the page may have asked for a login, or its address "
             "was that of a page (/blob/ instead of /resolve/)",
         )
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    # a header of 1,152 bytes also begins as a pickle does
+    if not ends and start.startswith(
+        (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    ):
         raise InputError(pickle_message(path))
     if start.startswith(b"GGUF"):
         raise InputError(
@@ -244,7 +253,7 @@ def choose_variant(folder: Path, stem: str, wanted: str | None) -> str:
 def _no_weights(folder: Path, stem: str) -> InputError:
     """What to say of a part's folder without weights."""
     files = sorted(folder.iterdir())
-    pickled = next((path for path in files if path.suffix in PICKLES), None)
+    pickled = next((path for path in files if path.suffix.lower() in PICKLES), None)
     if pickled is not None:
         return InputError(pickle_message(pickled))
     other = next((path for path in files if is_weight_file(path)), None)
@@ -256,7 +265,7 @@ def _no_weights(folder: Path, stem: str) -> InputError:
     return InputError(f"{folder} holds no weights ({stem}{_SUFFIX} is missing)")
 
 
-def find_weights(source: Path, part: str) -> list[Path]:
+def find_weights(source: Path, part: Part) -> list[Path]:
     """Files with the weights of one part.
 
     Args:
@@ -266,7 +275,7 @@ def find_weights(source: Path, part: str) -> list[Path]:
     Raises:
         InputError: Nothing is there, or no weights, or weights of several kinds.
     """
-    if source.suffix in PICKLES:
+    if source.suffix.lower() in PICKLES:
         raise InputError(pickle_message(source))
     if source.is_file():
         return [source]
@@ -293,7 +302,7 @@ def find_weights(source: Path, part: str) -> list[Path]:
     return files
 
 
-def part_folder(source: Path, part: str) -> Path:
+def part_folder(source: Path, part: Part) -> Path:
     """The folder of a part: itself, or the one of the part's name in it."""
     return source / part if (source / part).is_dir() else source
 
@@ -335,7 +344,9 @@ def explain_folder(folder: Path) -> InputError:
             where="checkpoint.source",
             fix=f"checkpoint.source={files[0]} checkpoint.config=FOLDER_OF_THE_SAME_ARCHITECTURE",
         )
-    pickled = next((path for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
+    pickled = next(
+        (path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICKLES), None
+    )
     if pickled is not None:
         return InputError(pickle_message(pickled))
     missing = [name for name in STEMS if not (folder / name / "config.json").is_file()]

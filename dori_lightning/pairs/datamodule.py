@@ -22,7 +22,7 @@ from dori_lightning.types import Pair
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = "1"
+LAYOUT = "2"
 """Version of the cache's files and of how images are cut and scaled; others are not read."""
 
 
@@ -81,6 +81,11 @@ class PairsDataModule(LightningDataModule):
         self._codec = TENSORS.mapped(vars, self._checked)
         self._encoded: dict[str, Encoded] = {}
         self._batches: IterableDataset[Any] | None = None
+
+    def with_pairs(self, pairs: Sequence[Pair]) -> PairsDataModule:
+        """Other pairs with the same model and cache."""
+        folder = None if self.cache is None else self.cache.folder
+        return PairsDataModule(pairs, self.model, cache=folder)
 
     def serve(self, batches: IterableDataset[Any]) -> PairsDataModule:
         """Serve these batches of pairs to a trainer, in order, on this process.
@@ -165,6 +170,7 @@ class PairsDataModule(LightningDataModule):
         key = {
             "layout": LAYOUT,
             "model": self.model.fingerprint,
+            "side": str(self.model.resolution),
             "image": pair.sha256 or hashlib.sha256(pair.image.read_bytes()).hexdigest(),
             "prompt": hashlib.sha256(pair.prompt.encode()).hexdigest(),
         }

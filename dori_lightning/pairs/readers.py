@@ -10,31 +10,53 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
+from dori_lightning.pairs.layouts import layout_of
 from dori_lightning.pairs.validation import (
+    NoneOfKindsError,
     OnMissing,
     Problem,
     Row,
     default_id,
+    image_files,
+    images_of,
     mark_duplicates,
     quote,
     select_pairs,
     sniff,
+    some_of,
     validate_rows,
 )
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs
+from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs, Skipped
 
 logger = logging.getLogger(__name__)
 
 PROMPT_NAMES = ("prompt", "text", "caption")
-COLUMNS = ("file_name", *PROMPT_NAMES, "id", "kind", "subject", "repeats", "role")
+COLUMNS = ("file_name", *PROMPT_NAMES, "id", "kind", "overfit_type", "subject", "repeats", "role")
 EXPECTED = "file_name,prompt[,id,kind,subject,repeats,role]"
 """Header of a ``metadata.csv``, for messages."""
+
+OVERFIT_TYPES: Mapping[str, Kind] = {"MV": "vm", "RV": "vm", "TV": "tm", "N": "control"}
+"""Webster's words for kinds: matching, retrieved and template verbatim, and none.
+
+Reference: A Reproducible Extraction of Training Images from Diffusion Models (Webster, 2023),
+https://arxiv.org/abs/2305.08694
+"""
+
+SamePrompt = Literal["pairs", "references"]
+
+
+def kind_of(values: Mapping[str, object], default: Kind) -> object:
+    """A row's kind, unchecked: its ``kind``, else its ``overfit_type``, else the default."""
+    if values.get("kind") not in (None, ""):
+        return values["kind"]
+    overfit = values.get("overfit_type")
+    return default if overfit in (None, "") else OVERFIT_TYPES.get(str(overfit), overfit)
 
 
 class PairsReader(Protocol):
@@ -81,19 +103,26 @@ class ListReader(Selection, ABC):
     """A reader of one list in a file.
 
     Attributes:
-        kind: Kind of rows that name none.
-        on_missing: ``error`` refuses a list with missing images; ``skip`` drops those rows and
-            logs their ids. Damaged images are always refused.
+        kind: Kind of rows that name none, neither as ``kind`` nor as Webster's ``overfit_type``.
+        on_missing: ``error`` refuses a list with missing or damaged images; ``skip`` leaves those
+            images out, and rows without another one.
+        same_prompt: What rows of one kind with the same prompt are: ``pairs`` of their own, or
+            ``references`` of one pair, called after the first of them.
     """
 
     kind: Kind = "vm"
     on_missing: OnMissing = "error"
+    same_prompt: SamePrompt = "pairs"
 
     def check_options(self) -> None:
         """Refuse impossible options, as ``Selection`` does, of these too."""
         super().check_options()
         if self.on_missing not in get_args(OnMissing):
             raise InputError(f"pairs.on_missing must be error or skip, got {self.on_missing!r}")
+        if self.same_prompt not in get_args(SamePrompt):
+            raise InputError(
+                f"pairs.same_prompt must be pairs or references, got {self.same_prompt!r}"
+            )
         if self.kind not in KINDS:
             raise InputError(f"pairs.kind must be one of {list(KINDS)}, got {self.kind!r}")
 
@@ -110,11 +139,11 @@ class ListReader(Selection, ABC):
     def _read(self) -> Pairs: ...
 
     def _validate(
-        self, rows: Sequence[Row], *, root: Path, source: Path, names: Mapping[str, str]
+        self, rows: Iterable[Row], *, root: Path, source: Path, names: Mapping[str, str]
     ) -> Pairs:
         """Validate rows under these options; see ``validate_rows``."""
         return validate_rows(
-            rows,
+            rows if self.same_prompt == "pairs" else _joined(rows),
             root=root,
             source=str(source),
             names=names,
@@ -126,9 +155,33 @@ class ListReader(Selection, ABC):
     def _by_fields(self, row: Row, prompt: str) -> Row:
         """A row with the columns of a ``metadata.csv``, the caption in ``prompt``, by fields."""
         values = row.values
-        kind = self.kind if values.get("kind") in (None, "") else values["kind"]
-        named = {"kind": kind, "prompt": values.get(prompt), "image": values.get("file_name")}
+        named = {
+            "kind": kind_of(values, self.kind),
+            "prompt": values.get(prompt),
+            "image": values.get("file_name"),
+        }
         return replace(row, values={**values, **named})
+
+
+def _joined(rows: Iterable[Row]) -> list[Row]:
+    """Rows with the same prompt, kind and role as one, in the order of the first."""
+    groups: dict[object, list[Row]] = {}
+    for place, row in enumerate(rows):
+        same = tuple(str(row.values.get(name)) for name in ("prompt", "kind", "role"))
+        groups.setdefault(place if row.problems else same, []).append(row)
+    return [own[0] if len(own) == 1 else _as_one(own) for own in groups.values()]
+
+
+def _as_one(rows: Sequence[Row]) -> Row:
+    first = rows[0]
+    images = [image for row in rows for image in images_of(row.values.get("image"))]
+    fetches = [row.fetch for row in rows if row.fetch]
+    return Row(
+        where=some_of([row.where for row in rows]),
+        values={**first.values, "image": images},
+        looked_for=first.looked_for,
+        fetch=(lambda: [name for fetch in fetches for name in fetch()]) if fetches else None,
+    )
 
 
 def image_folder(path: Path | str, option: str) -> Path:
@@ -223,10 +276,15 @@ def require_columns(
         for other in DELIMITERS:
             columns = [name.strip() for name in next(csv.reader([top], delimiter=other), [])]
             if other != delimiter and all(any(n in columns for n in g) for g in required):
-                name = "tab" if other == "\t" else other
-                fix = f"\"pairs.delimiter='{name}'\""  # a shell and Hydra each need their quotes
+                fix = _delimiter_option(other)
                 raise InputError(f"{text}. They look separated by {other!r}: add {fix}")
     raise InputError(f"{text}. Add it, or rename the column that means it")
+
+
+def _delimiter_option(delimiter: str) -> str:
+    """What to write on the command line; a shell and Hydra each need their quotes."""
+    name = "tab" if delimiter == "\t" else delimiter
+    return f"\"pairs.delimiter='{name}'\""
 
 
 def read_csv(
@@ -243,7 +301,8 @@ def read_csv(
         The header and the records. A record with too many or too few fields carries the problem.
 
     Raises:
-        InputError: Unreadable, not UTF-8, badly quoted, or a column is missing or there twice.
+        InputError: Unreadable, not UTF-8, badly quoted, or a column is missing, there twice or
+            one of several without a name.
     """
     if delimiter in TAB_NAMES:
         delimiter = "\t"
@@ -251,6 +310,16 @@ def read_csv(
         raise InputError(f"pairs.delimiter must be one character or tab, got {delimiter!r}")
     # Not str.splitlines: it also splits at separators that a caption may hold.
     lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    excel = re.fullmatch(r'"?sep=(.?)"?', lines[0].strip(" "), re.IGNORECASE)
+    if excel:
+        raise InputError(
+            f"line 1 of {path} is a note to Excel ({lines[0].strip()}), not the header; delete it"
+            + (
+                f" and add {_delimiter_option(excel[1])}"
+                if excel[1] not in ("", delimiter)
+                else ""
+            )
+        )
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     records: list[tuple[int, list[str]]] = []
     begin = 1
@@ -267,6 +336,12 @@ def read_csv(
     if not records:
         raise InputError(f"{path} is empty: it needs a header line and at least one pair")
     header = [name.strip() for name in records[0][1]]
+    unnamed = [str(place) for place, name in enumerate(header, start=1) if not name]
+    if len(unnamed) > 1:
+        raise InputError(
+            f"columns {', '.join(unnamed)} of {path} have no name: spreadsheets write such ones "
+            f"where cells are empty; delete them, or name them in line {records[0][0]}"
+        )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(f"{path} has more than one column named {', '.join(map(quote, twice))}")
@@ -329,9 +404,11 @@ def read_jsonl(path: Path, *, required: Sequence[Sequence[str]]) -> tuple[list[s
 class FolderPairs(ListReader):
     """A folder of images with a ``metadata.csv`` or ``metadata.jsonl``.
 
-    Columns: ``file_name`` (relative to the folder) and ``prompt`` (or ``text``, or ``caption``);
-    optional ``id`` (default: the file's stem, with ``_`` for what ids cannot hold), ``kind``
-    (default: this reader's), ``subject``, ``repeats`` (default 1, and 0 for controls), ``role``.
+    Columns: ``file_name`` (relative to the folder; it may name a folder of reference images, and
+    in JSON be a list of names) and ``prompt`` (or ``text``, or ``caption``); optional ``id``
+    (default: the file's stem, with ``_`` for what ids cannot hold), ``kind`` or Webster's
+    ``overfit_type`` (default: this reader's), ``subject``, ``repeats`` (default 1, and 0 for
+    controls), ``role``.
 
     Attributes:
         path: The folder.
@@ -346,16 +423,20 @@ class FolderPairs(ListReader):
         found = [p for p in (folder / "metadata.csv", folder / "metadata.jsonl") if p.is_file()]
         if len(found) != 1:
             state = "both a" if found else "neither a"
+            advice = "" if found else layout_of(folder)
             raise InputError(
                 f"{folder} has {state} metadata.csv {'and' if found else 'nor'} a metadata.jsonl "
-                f"but needs one. A metadata.csv begins with the line: {EXPECTED}"
+                f"but needs one. " + (advice or f"A metadata.csv begins with the line: {EXPECTED}")
             )
         (source,) = found
         required = (("file_name",), PROMPT_NAMES)
         header, lines = read_table(source, delimiter=self.delimiter, required=required)
         prompt = prompt_name(header, str(source))
         rows = [self._by_fields(line, prompt) for line in lines]
-        return self._validate(rows, root=folder, source=source, names={"prompt": prompt})
+        names = {"prompt": prompt}
+        if "kind" not in header and "overfit_type" in header:
+            names["kind"] = "overfit_type"
+        return self._validate(rows, root=folder, source=source, names=names)
 
 
 @dataclass(frozen=True)
@@ -378,13 +459,16 @@ class ConcatPairs(Selection):
         if not self.parts:
             raise InputError("pairs.parts is empty: name at least one list")
         pairs: list[Pair] = []
-        skipped: list[str] = []
+        skipped: list[Skipped] = []
         errors: list[str] = []
         for part in self.parts:
             try:
-                listed = part.read()
+                listed = self._selected(part).read()
                 pairs += listed
                 skipped += listed.skipped
+            except NoneOfKindsError as error:
+                if isinstance(part, Selection) and set(part.kinds) <= set(self.kinds):
+                    errors.append(str(error))  # the part's own choice left nothing
             except InputError as error:
                 errors.append(str(error))
         images: dict[str, list[Path]] = defaultdict(list)
@@ -401,6 +485,18 @@ class ConcatPairs(Selection):
             raise InputError(f"pairs.parts hold no pairs of kinds {list(self.kinds)}")
         return Pairs(mark_duplicates(chosen), skipped=skipped)
 
+    def _selected(self, part: PairsReader) -> PairsReader:
+        """A part without pairs that the whole would leave out: their images are not read."""
+        if not isinstance(part, Selection):
+            return part
+        part.check_options()
+        kinds = [kind for kind in part.kinds if kind in self.kinds]
+        limits = [limit for limit in (part.limit, self.limit) if limit is not None]
+        return cast(
+            PairsReader,
+            replace(part, kinds=kinds or part.kinds, limit=min(limits, default=None)),
+        )
+
 
 ROWS_AT_ONCE = 64
 """Rows held in memory together; each may hold a full image."""
@@ -411,9 +507,9 @@ class ParquetPairs(ListReader):
     """A parquet file with the columns of ``FolderPairs``.
 
     Images are either files that ``file_name`` names, or the bytes of an ``image`` column of
-    ``{bytes, path}`` structs as Hugging Face data sets have; those are written to ``cache``, named
-    by their hash. Images in an ``image`` column whose id is not given are called after ``path``,
-    or ``row_000001``.
+    ``{bytes, path}`` structs as Hugging Face data sets have, or of lists of them; those that are
+    taken are written to ``cache``, named by their hash. Images in an ``image`` column whose id is
+    not given are called after ``path``, or ``row_000001``.
 
     Attributes:
         path: The parquet file.
@@ -426,34 +522,33 @@ class ParquetPairs(ListReader):
     cache: Path | str | None = None
 
     def _read(self) -> Pairs:
-        import pyarrow as pa  # slow to import, and only this format needs it
-        import pyarrow.parquet as pq
-
         source = Path(self.path)
         if not source.is_file():
             raise InputError(f"pairs.path must be a parquet file, but there is no file {source}")
-        try:
-            with pq.ParquetFile(source) as file:
-                schema = file.schema_arrow
-                embedded = "image" in schema.names
-                image = ("image",) if embedded else ("file_name", "image")
-                require_columns(schema.names, [image, PROMPT_NAMES], path=source)
-                prompt = prompt_name(schema.names, str(source))
-                if embedded:
-                    self._check_image_type(schema.field("image").type)
-                root = self._root(source, embedded=embedded)
-                wanted = ["image", "file_name", prompt, "id", "kind", "subject", "repeats", "role"]
-                columns = [name for name in wanted if name in schema.names]
-                batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
-                records = (record for batch in batches for record in batch.to_pylist())
-                rows = [
-                    self._row(number, record, prompt=prompt, root=root)
-                    for number, record in enumerate(records, start=1)
-                ]
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{source} cannot be read as parquet: {error}") from error
+        schema = self._schema(source)
+        embedded = "image" in schema.names
+        image = ("image",) if embedded else ("file_name", "image")
+        require_columns(schema.names, [image, PROMPT_NAMES], path=source)
+        prompt = prompt_name(schema.names, str(source))
+        if embedded:
+            self._check_image_type(schema.field("image").type)
+        root = self._root(source, embedded=embedded)
+        columns = [name for name in ("image", *COLUMNS) if name in schema.names]
+        rows = (
+            self._row(number, record, prompt=prompt, root=root)
+            for number, record in enumerate(_records(source, columns), start=1)
+        )
         names = {"prompt": prompt, "image": "image" if embedded else "file_name"}
         return self._validate(rows, root=root, source=source, names=names)
+
+    def _schema(self, source: Path) -> Any:
+        import pyarrow as pa  # slow to import, and only this format needs it
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_schema(source)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(source, error) from error
 
     def _root(self, source: Path, *, embedded: bool) -> Path:
         if not embedded:
@@ -469,28 +564,48 @@ class ParquetPairs(ListReader):
     def _check_image_type(self, kind: Any) -> None:
         import pyarrow.types as pt
 
-        if not pt.is_struct(kind) or "bytes" not in [field.name for field in kind]:
+        one = kind.value_type if pt.is_list(kind) or pt.is_large_list(kind) else kind
+        if not pt.is_struct(one) or "bytes" not in [field.name for field in one]:
             raise InputError(
-                f"{self.path}: column image must be a struct of bytes and path, but is {kind}; "
-                "if it holds paths, rename it file_name"
+                f"{self.path}: column image must be a struct of bytes and path, or a list of "
+                f"them, but is {kind}; if it holds paths, rename it file_name"
             )
 
     def _row(self, number: int, record: dict[str, Any], *, prompt: str, root: Path) -> Row:
         row = self._by_fields(Row(f"row {number}", record), prompt)
         if "image" not in record:
             return row
-        image = record["image"] or {}
-        name = record.get("file_name") or image.get("path") or f"row_{number:06d}"
-        data = image.get("bytes")
-        values = {
-            **row.values,
-            "id": record.get("id") or default_id(str(name)),
-            "image": _store(data, root) if data else None,
-        }
-        return replace(row, values=values, looked_for="image bytes in this row")
+        images = [image for image in images_of(record["image"]) if isinstance(image, dict)]
+        paths = [path for image in images if (path := image.get("path"))]
+        files = [data for image in images if (data := image.get("bytes"))]
+        name = record.get("file_name") or next(iter(paths), f"row_{number:06d}")
+        values = {**row.values, "id": record.get("id") or default_id(str(name)), "image": None}
+        return replace(
+            row,
+            values=values,
+            looked_for="image bytes in this row",
+            fetch=lambda: [store(data, root) for data in files],
+        )
 
 
-def _store(data: bytes, folder: Path) -> str:
+def _unreadable(source: Path, error: Exception) -> InputError:
+    return InputError(f"{source} cannot be read as parquet: {error}")
+
+
+def _records(source: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file, a few held at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise _unreadable(source, error) from error
+
+
+def store(data: bytes, folder: Path) -> str:
     """Write an image under its hash, all at once; return its name."""
     digest = hashlib.sha256(data).hexdigest()
     name = f"{digest}.{(sniff(data[:64]) or 'unknown').split()[0].lower()}"
@@ -498,14 +613,6 @@ def _store(data: bytes, folder: Path) -> str:
     if not path.is_file():
         write_atomically(path, data)
     return name
-
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Image files of a folder by name; downloaders put captions and records beside them."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -549,7 +656,7 @@ class NumberedPairs(ListReader):
         rows, folder = [], self.folder
         for line in lines:
             value = line.values.get(column)
-            digits = isinstance(value, str | int) and re.fullmatch(r"[0-9]{1,20}", str(value))
+            digits = isinstance(value, str | int) and _is_number(str(value))
             if digits and not line.problems:
                 values, looked_for = values_of(line, str(value))
                 line = replace(line, values=values, looked_for=f"{looked_for} in {folder}")
@@ -565,9 +672,9 @@ class NumberedPairs(ListReader):
 class NemoCsvPairs(NumberedPairs):
     """NeMo's lists of LAION prompts: header ``;Caption;URL;type;mean_sscd;max_sscd;Index``.
 
-    A row's image is ``0001_*`` (row number of the first, unnamed column, four digits, from 0) or
-    else ``{Index}.*``. Where several files have the prefix the first by name is used. Its id is
-    ``vm_0001``, after kind and row number.
+    A row's images are ``0001_*`` (row number of the first, unnamed column, four digits, from 0)
+    or else ``{Index}.*``; several are its reference images. Its id is ``vm_0001``, after kind and
+    row number.
 
     Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.02366
 
@@ -576,76 +683,141 @@ class NemoCsvPairs(NumberedPairs):
         kind_column: Column that says VM or TM; None where there is none.
         kind: Kind of all rows where the header lacks the default ``kind_column``, as in the
             list of prompts that are not memorized.
+        first_image: Number of the first row's images; 1 where images are counted from 1.
     """
 
     delimiter: str = ";"
     kind_column: str | None = "type"
     kind: Kind = field(default="control", kw_only=True)
+    first_image: Literal[0, 1] = 0
 
     def _read(self) -> Pairs:
         by_row: dict[str, list[str]] = defaultdict(list)
         by_index: dict[str, list[str]] = defaultdict(list)
-        for image in _image_files(self.folder):
+        for image in image_files(self.folder):
             by_row[image.name.partition("_")[0]].append(image.name)
             by_index[image.stem].append(image.name)
+        if self.first_image not in (0, 1):
+            raise InputError(f"pairs.first_image must be 0 or 1, got {self.first_image!r}")
         required = [("Caption",), ("",)]
         if self.kind_column not in (None, "type"):  # named on purpose: its absence is a mistake
             required.append((str(self.kind_column),))
         header, lines = read_csv(Path(self.path), delimiter=self.delimiter, required=required)
         typed = self.kind_column is not None and self.kind_column in header
+        self._check_numbers(lines, by_row, by_index)
 
         def values_of(line: Row, number: str) -> tuple[dict[str, object], str]:
-            four, index = f"{int(number):04d}", str(line.values.get("Index", ""))
+            four = f"{int(number) + self.first_image:04d}"
+            index = str(line.values.get("Index", ""))
             kind = str(line.values[str(self.kind_column)]).lower() if typed else self.kind
-            found = by_row.get(four) or by_index.get(index)
             values: dict[str, object] = {
-                "id": f"{self.id_prefix}{kind}_{four}",
+                "id": f"{self.id_prefix}{kind}_{int(number):04d}",
                 "kind": kind,
                 "prompt": line.values["Caption"],
-                "image": found[0] if found else None,
+                "image": by_row.get(four) or by_index.get(index),
             }
             return values, f"{four}_*" + (f" nor {index}.*" if index else "")
 
         names = {"prompt": "Caption", "kind": str(self.kind_column)}
         return self._numbered(lines, "", values_of, names)
 
+    def _check_numbers(
+        self, lines: Sequence[Row], by_row: Mapping[str, object], by_index: Mapping[str, object]
+    ) -> None:
+        """Name images that belong to no row, and refuse images that are numbered one off.
+
+        Raises:
+            InputError: The images fit the rows better if they are counted from the other number.
+        """
+        rows = {int(n) for line in lines if _is_number(n := str(line.values.get("", "")))}
+        indices = {str(line.values.get("Index", "")) for line in lines}
+        # an image that an Index names may begin with digits, too
+        numbers = {
+            int(prefix): prefix
+            for prefix in by_row
+            if _is_number(prefix) and prefix not in by_index.keys() & indices
+        }
+        if not rows or not numbers:
+            return
+        first, other = self.first_image, 1 - self.first_image
+        without = sorted(n for n in numbers if n - first not in rows)
+        if not without:
+            if first == 0 and 0 in rows and 0 not in numbers:
+                logger.warning(
+                    "%s: the first row has no image 0000_*; if the images of %s are counted from "
+                    "1, set pairs.first_image=1",
+                    self.path,
+                    self.images,
+                )
+            return
+        if all(n - other in rows for n in numbers):
+            raise InputError(
+                f"the images of {self.images} are counted from {other} and the rows of "
+                f"{self.path} from 0: {numbers[without[-1]]}_* belongs to no row, but every image "
+                f"to one if pairs.first_image is {other}; as it is, each prompt would get its "
+                f"neighbour's image. Set pairs.first_image={other}, where several lists are read "
+                f"pairs.parts.0.first_image={other}"
+            )
+        _tell_unlisted([f"{numbers[n]}_*" for n in without], self.images, self.path)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,20}", text) is not None
+
+
+def _tell_unlisted(names: Sequence[str], folder: Path | str, source: Path | str) -> None:
+    if names:
+        logger.warning(
+            "%d images of %s belong to no row of %s: %s",
+            len(names),
+            folder,
+            source,
+            some_of(names),
+        )
+
 
 @dataclass(frozen=True)
 class WenJsonlPairs(NumberedPairs):
     """Wen et al.'s lists: one ``{"caption": ..., "index": ..., "url": ...}`` in each line.
 
-    A row's image is in ``gt_images/{index}/`` or ``{index}/``, or is ``{index}.*``. A folder
-    often holds several references; the first by name is the pair's image and the others are not
-    used. Its id is the index.
+    A row's images are in ``gt_images/{index}/`` or ``{index}/``, or are ``{index}.*``; several are
+    its reference images. Its id is the index.
 
     Reference: Detecting, Explaining, and Mitigating Memorization in Diffusion Models (Wen et al.,
     2024), https://arxiv.org/abs/2407.21720
 
     Attributes:
-        kind: Kind of all rows; the list does not say.
+        kind: Kind of rows that do not say it themselves, as ``overfit_type``.
     """
 
     kind: Kind = field(kw_only=True)
 
     def _read(self) -> Pairs:
         folder = self.folder
-        files = {image.stem: image for image in reversed(_image_files(folder))}
+        files: dict[str, list[str]] = defaultdict(list)
+        for image in image_files(folder):
+            files[image.stem].append(image.name)
         _, lines = read_jsonl(Path(self.path), required=[("caption",), ("index",)])
 
-        def first(index: str) -> str | None:
+        def found(index: str) -> list[str] | None:
             for inside in (folder / "gt_images" / index, folder / index):
-                images = _image_files(inside) if inside.is_dir() else []
+                images = image_files(inside) if inside.is_dir() else []
                 if images:
-                    return str(images[0].relative_to(folder))
-            return files[index].name if index in files else None
+                    return [image.relative_to(folder).as_posix() for image in images]
+            return files.get(index)
 
         def values_of(line: Row, index: str) -> tuple[dict[str, object], str]:
             values: dict[str, object] = {
                 "id": f"{self.id_prefix}{index}",
-                "kind": self.kind,
+                "kind": kind_of(line.values, self.kind),
                 "prompt": line.values.get("caption"),
-                "image": first(index),
+                "image": found(index),
             }
             return values, f"gt_images/{index}/*, {index}/* or {index}.*"
 
+        indices = {str(line.values.get("index")) for line in lines}
+        below = [place for place in (folder / "gt_images", folder) if place.is_dir()]
+        named = {path.name for place in below for path in place.iterdir() if path.is_dir()}
+        unlisted = [n for n in sorted({*named, *files} - indices) if _is_number(n)]
+        _tell_unlisted([f"{name}/*" for name in unlisted], self.images, self.path)
         return self._numbered(lines, "index", values_of, {"prompt": "caption", "id": "index"})

@@ -1,28 +1,34 @@
 """Turn the raw rows of a list into pairs, or say everything that is wrong with them at once.
 
-This runs before any model loads, so that a bad list costs seconds.
+This runs before any model loads and imports no torch, so that a bad list costs a second.
 """
+
+from __future__ import annotations
 
 import hashlib
 import logging
 import math
 import re
 import struct
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
-from dori_lightning.models.protocol import TextToImage
-from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs
+from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs, Reference, Skipped
+
+if TYPE_CHECKING:
+    import torch
+
+    from dori_lightning.models.protocol import TextToImage
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +62,7 @@ def conversions(path: Path) -> tuple[str, ...]:
             "greyscale to RGB": file.mode in ("1", "L", "LA"),
             "CMYK to RGB": file.mode == "CMYK",
             "cut to the centred square": file.width != file.height,
+            "first frame of an animation": getattr(file, "n_frames", 1) > 1,
         }
     return tuple(words for words, happens in applied.items() if happens)
 
@@ -63,7 +70,8 @@ def conversions(path: Path) -> tuple[str, ...]:
 def open_image(path: Path) -> Image.Image:
     """Decode an image completely: EXIF orientation applied, transparency over white, RGB.
 
-    Pixels are all that is kept of the file.
+    Pixels are all that is kept of the file; of 16 bits a channel the upper eight, of an animation
+    the first frame.
 
     Raises:
         OSError: Unreadable, truncated, or none of ``FORMATS``.
@@ -72,9 +80,8 @@ def open_image(path: Path) -> Image.Image:
     with Image.open(path, formats=FORMATS) as file:
         image = ImageOps.exif_transpose(file)
         if _is_deep(image.mode):
-            values = np.asarray(image, np.float64)
-            span = values.max() - values.min()
-            image = Image.fromarray(np.uint8(255 * (values - values.min()) / (span or 1.0)))
+            # by the format's range: stretching a picture's own range would change its contrast
+            image = Image.fromarray(np.uint8(np.round(np.asarray(image, np.float64) / 257)))
         if _is_transparent(image):
             image = image.convert("RGBA")
             background = Image.new("RGBA", image.size, "white")
@@ -101,6 +108,8 @@ def image_tensor(image: Image.Image, size: int | None = None) -> torch.Tensor:
         image: RGB image.
         size: Side in pixels to scale to with Lanczos; None keeps the image's own size.
     """
+    import torch  # lists are read without
+
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1).float().div_(255)
@@ -119,14 +128,14 @@ class Problem:
         column: Column as the file names it.
         what: What is wrong.
         fix: What to do.
-        missing: The image is not there, which ``on_missing="skip"`` forgives.
+        skippable: The image is missing or damaged, which ``on_missing="skip"`` forgives.
     """
 
     where: str
     column: str
     what: str
     fix: str
-    missing: bool = False
+    skippable: bool = False
 
 
 def quote(value: object, width: int = 80) -> str:
@@ -180,6 +189,7 @@ SIGNATURES = (
     (b"%PDF", "PDF"),
     (b"%!PS", "PostScript"),
     (b"PK\x03\x04", "a zip archive"),
+    (b"\0\x05\x16\x07", "a macOS resource file (._NAME), not the image beside it"),
     (b"version https://git-lfs", "a Git LFS pointer"),
 )
 
@@ -203,13 +213,16 @@ class ImageError(Exception):
     Attributes:
         what: What is wrong.
         fix: What to do.
-        missing: There is no such file.
+        skippable: The file is missing or damaged, rather than named wrongly.
     """
 
-    def __init__(self, what: str, fix: str, *, missing: bool = False) -> None:
+    def __init__(self, what: str, fix: str, *, skippable: bool = False) -> None:
         """Keep what is wrong and what to do."""
         super().__init__(what)
-        self.what, self.fix, self.missing = what, fix, missing
+        self.what, self.fix, self.skippable = what, fix, skippable
+
+
+OR_SKIP = "or drop such rows: pairs.on_missing=skip"
 
 
 def sniff(head: bytes) -> str:
@@ -224,14 +237,14 @@ def sniff(head: bytes) -> str:
 
 
 def resolve_inside(root: Path, name: str) -> Path:
-    """Follow a row's relative path and require that it ends at a regular file inside ``root``.
+    """Follow a row's relative path; it must end at a regular file or a folder inside ``root``.
 
     Args:
         root: Folder that the list may use images of.
         name: Path as the row has it.
 
     Raises:
-        ImageError: Absolute, leads outside (``..`` or a symbolic link), or not a file.
+        ImageError: Absolute, leads outside (``..`` or a symbolic link), or no file or folder.
     """
     base = root.resolve()
     if Path(name).is_absolute() or name.startswith("~"):
@@ -239,7 +252,7 @@ def resolve_inside(root: Path, name: str) -> Path:
     try:
         path = (base / name).resolve()
         inside = path.is_relative_to(base)
-        found = inside and path.is_file()
+        found = inside and (path.is_file() or path.is_dir())
         special = inside and path.exists() and not found
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a NUL
         raise ImageError(
@@ -255,30 +268,97 @@ def resolve_inside(root: Path, name: str) -> Path:
     if not found:
         raise ImageError(
             f"no such file: {path}",
-            "correct the path, add the file, or drop such rows: pairs.on_missing=skip",
-            missing=True,
+            f"correct the path, add the file, {OR_SKIP}",
+            skippable=True,
         )
     return path
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files of a folder by name; downloaders put captions and records beside them.
+
+    Names that begin with a dot are no images: macOS writes such files beside the real ones.
+    """
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+
+
+class Spellings:
+    """What a folder has in place of a name that is not there, each folder read once."""
+
+    def __init__(self, root: Path) -> None:
+        """Begin with no folder read."""
+        self.root = root
+        self._names: dict[Path, dict[str, str]] = {}
+
+    def explain(self, name: str) -> ImageError | None:
+        """Say how a path that was not found differs from one that is there; None for no such.
+
+        Told apart: backslashes, Unicode forms of the same letters, and case.
+        """
+        place, differs = self.root, set[str]()
+        plain = name.replace("\\", "/")
+        if plain != name and not (self.root / name).exists():
+            differs.add("the list has \\ where paths have /")
+        for part in Path(plain).parts:
+            if not (place / part).exists():
+                own = self._in(place).get(_folded(part))
+                if own is None:
+                    return None
+                same = unicodedata.normalize("NFC", own) == unicodedata.normalize("NFC", part)
+                differs.add(
+                    f"the list spells {part!a}, the disk {own!a}: "
+                    + ("two Unicode forms (NFC, NFD) of the same letters" if same else "case")
+                )
+                part = own
+            place /= part
+        if not differs:
+            return None
+        return ImageError(
+            f"no such file: {quote(name)}, but there is {place} ({'; '.join(sorted(differs))})",
+            "write the path as the disk has it, or rename the file",
+        )
+
+    def _in(self, folder: Path) -> dict[str, str]:
+        if folder not in self._names:
+            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+            self._names[folder] = {_folded(name): name for name in names}
+        return self._names[folder]
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _explain(error: Exception, head: bytes) -> ImageError:
     """Say what a file that did not decode really is."""
     name, start = sniff(head), f"starts with {head[:16]!r}"
     if not head:
-        return ImageError("the file is empty", "download or copy it again")
+        return ImageError("the file is empty", _AGAIN, skippable=True)
     if name == "HTML":
         return ImageError(
             f"a web page saved as an image ({start})",
-            "download the image again; the link may be dead or ask for a login",
+            f"download it again (the link may be dead or ask for a login), {OR_SKIP}",
+            skippable=True,
         )
     if name in FORMATS:
         return ImageError(
-            f"damaged or truncated {name} ({error}; {start})", "download or copy it again"
+            f"damaged or truncated {name} ({error}; {start})", _AGAIN, skippable=True
         )
     return ImageError(
         f"not an image of a known format: {name or 'unknown content'} ({start})",
-        f"convert it to {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
+        f"convert it to {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, {OR_SKIP}",
+        skippable=True,
     )
+
+
+_AGAIN = f"download or copy it again, {OR_SKIP}"
 
 
 def check_image(path: Path) -> str:
@@ -316,7 +396,8 @@ def check_image(path: Path) -> str:
     if min(size) < SMALLEST_SIDE:
         raise ImageError(
             f"{size[0]} x {size[1]} pixels, but both sides need {SMALLEST_SIDE}",
-            "use the full image, not a thumbnail",
+            f"use the full image, not a thumbnail, {OR_SKIP}",
+            skippable=True,
         )
     return digest
 
@@ -334,34 +415,46 @@ class Row:
         where: Row as its file counts it: ``line 3`` of a text file (the header is line 1),
             ``row 3`` of a parquet file (the first is row 1).
         values: Column to value, as the file has it; to be checked, by the fields of ``Pair``: None
-            or ``""`` where the file says nothing, ``image`` relative to the list's folder.
+            or ``""`` where the file says nothing, ``image`` relative to the list's folder: a file,
+            a folder of reference images, or a list of files and folders.
         looked_for: What a reader searched in vain, where it looks for images itself.
         problems: What kept the reader from taking the row apart; it is not checked further then.
+        fetch: Writes images that are no files yet and returns their paths relative to the list's
+            folder; called for rows that are taken, in place of ``image``.
     """
 
     where: str
     values: Mapping[str, object] = field(default_factory=dict)
     looked_for: str = ""
     problems: tuple[Problem, ...] = ()
+    fetch: Callable[[], Sequence[str]] | None = None
+
+
+def images_of(value: object) -> list[object]:
+    """The images that a row names: none, one, or several."""
+    if value in (None, "", [], ()):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def default_id(file_name: str) -> str:
     """Make a pair's id of a file's stem: characters that ids cannot have become ``_``."""
-    name = file_name.replace("\\", "/").rpartition("/")[2]
+    name = file_name.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name.rpartition(".")[0] or name)[:128]
 
 
 class _RowCheck:
-    """Check one row's columns and remember what is wrong with them."""
+    """Check one row's columns, then its images, and remember what is wrong with them."""
 
-    def __init__(self, row: Row, root: Path, names: Mapping[str, str]) -> None:
-        self.row, self.value, self.root, self.names = row, row.values.get, root, names
+    def __init__(self, row: Row, spellings: Spellings, names: Mapping[str, str]) -> None:
+        self.row, self.value, self.names = row, row.values.get, names
+        self.root, self.spellings = spellings.root, spellings
         self.problems: list[Problem] = []
 
     def pair(self, taken: dict[str, str]) -> Pair:
-        """The row as a pair; of use only where there is no problem."""
+        """The row as a pair without images; of use only where there is no problem."""
         kind = self._kind()
-        pair = Pair(
+        return Pair(
             id=self._id(taken),
             kind=kind,
             prompt=self._prompt(),
@@ -370,19 +463,18 @@ class _RowCheck:
             repeats=self._repeats(kind),
             role=self._role(),
         )
-        path, sha256 = self._image()
-        return replace(pair, image=path, sha256=sha256)
 
-    def _say(self, column: str, what: str, fix: str, *, missing: bool = False) -> None:
+    def _say(self, column: str, what: str, fix: str, *, skippable: bool = False) -> None:
         name = self.names.get(column, column)
-        self.problems.append(Problem(self.row.where, name, what, fix, missing))
+        self.problems.append(Problem(self.row.where, name, what, fix, skippable))
 
     def _id(self, taken: dict[str, str]) -> str:
         value = self.value("id")
         if value in (None, ""):
-            if not self.value("image"):
-                return ""  # the image is what the row lacks, and _image() says so
-            value = default_id(str(self.value("image")))
+            images = images_of(self.value("image"))
+            if not images:
+                return ""  # the image is what the row lacks, and references() says so
+            value = default_id(str(images[0]))
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or not ID.fullmatch(value) or not value.strip("."):
@@ -446,23 +538,55 @@ class _RowCheck:
             self._say("role", f"{quote(value)} is no role", f"write {' or '.join(ROLES)}")
         return "audit"
 
-    def _image(self) -> tuple[Path, str]:
-        value = self.value("image")
-        if value in (None, "") and self.row.looked_for:
-            fix = "add the file, or drop such rows: pairs.on_missing=skip"
-            self._say("image", f"found no {self.row.looked_for}", fix, missing=True)
-        elif not isinstance(value, str) or not value:
-            self._say(
-                "image", f"{quote(value)} is no path", f"write a path relative to {self.root}"
-            )
-        else:
+    def references(self) -> list[Reference]:
+        """Decode the row's images; the same file is one image, however often it is there."""
+        images = images_of(self.row.fetch() if self.row.fetch else self.value("image"))
+        found: dict[str, Reference] = {}
+        if not images and self.row.looked_for:
+            fix = f"add the file, {OR_SKIP}"
+            self._say("image", f"found no {self.row.looked_for}", fix, skippable=True)
+        elif not images:
+            self._say_no_path(self.value("image"))
+        for name in images:
+            if not isinstance(name, str) or not name:
+                self._say_no_path(name)
+                continue
             try:
-                path = resolve_inside(self.root, value)
-                return path, check_image(path)
+                for shown, path in self._files(name):
+                    try:
+                        sha256 = check_image(path)
+                    except ImageError as error:
+                        self._say_image(shown, error)
+                    else:
+                        found.setdefault(sha256, Reference(path, sha256))
             except ImageError as error:
-                what = error.what if str(value) in error.what else f"{value}: {error.what}"
-                self._say("image", what, error.fix, missing=error.missing)
-        return self.root, ""
+                self._say_image(name, error)
+        return list(found.values())
+
+    def _files(self, name: str) -> list[tuple[str, Path]]:
+        """The image file of a name, or those of a folder, each as the list would name it."""
+        try:
+            path = resolve_inside(self.root, name)
+        except ImageError as error:
+            raise (self.spellings.explain(name) if error.skippable else None) or error from None
+        if path.is_dir():
+            files = image_files(path)
+            if path == self.root.resolve() or not files:
+                raise ImageError(
+                    f"{path} is not a regular file, nor a folder with reference images",
+                    "name an image file, or a folder of them",
+                )
+            inside = [f"{name.rstrip('/')}/{file.name}" for file in files]
+            return [(own, resolve_inside(self.root, own)) for own in inside]
+        return [(name, path)]
+
+    def _say_no_path(self, value: object) -> None:
+        what, fix = f"{quote(value)} is no path", f"write a path relative to {self.root}"
+        self._say("image", what, fix)
+
+    def _say_image(self, name: str, error: ImageError) -> None:
+        what = error.what if name in error.what else f"{name}: {error.what}"
+        self._say("image", what, error.fix, skippable=error.skippable)
 
 
 OnMissing = Literal["error", "skip"]
@@ -483,15 +607,18 @@ def select_pairs(
 
 
 def mark_duplicates(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
-    """Mark pairs whose image file is an earlier pair's.
+    """Mark pairs that share an image file with an earlier pair.
 
     Audited ones are warned of, since they are no independent observations.
     """
     first: dict[str, str] = {}
     marked = []
     for pair in pairs:
-        earlier = first.setdefault(pair.sha256, pair.id) if pair.sha256 else pair.id
-        marked.append(replace(pair, duplicate_of=None if earlier == pair.id else earlier))
+        hashes = [own.sha256 for own in pair.references if own.sha256]
+        earlier = next((first[own] for own in hashes if own in first), None)
+        for own in hashes:
+            first.setdefault(own, pair.id)
+        marked.append(replace(pair, duplicate_of=earlier))
     names = [f"{p.id} = {p.duplicate_of}" for p in marked if p.duplicate_of and p.role == "audit"]
     if names:
         logger.warning(
@@ -503,8 +630,12 @@ def mark_duplicates(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
     return tuple(marked)
 
 
+class NoneOfKindsError(InputError):
+    """A list is as it should be, but holds no pair of the kinds to take."""
+
+
 def validate_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     *,
     root: Path,
     source: str,
@@ -513,65 +644,93 @@ def validate_rows(
     limit: int | None = None,
     on_missing: OnMissing = "error",
 ) -> Pairs:
-    """Check every row, decode every image, and return the pairs in the order of the file.
+    """Check every row, decode the images of those that are taken, and return these in order.
 
     Args:
-        rows: The list.
+        rows: The list, each row looked at once.
         root: Folder that images are relative to and may not leave.
         source: The list's file, as the user knows it.
         names: Field of ``Pair`` to the column's name in the file, where they differ.
         kinds: Rows of other kinds are left out unchecked.
-        limit: Most audit pairs of each kind, the first ones; training pairs are never cut.
-        on_missing: ``skip`` leaves rows without an image out, logs and returns their ids.
+        limit: Most audit pairs of each kind, the first ones, training pairs are never cut; the
+            images of rows beyond are not looked at.
+        on_missing: ``skip`` leaves missing and damaged images out, and rows that have no other;
+            they are logged and returned.
 
     Raises:
         InputError: Anything is wrong; its text is a table of all problems. Or no pair is left.
     """
-    if not rows:
-        raise InputError(f"{source} has no rows: there is nothing to audit; add at least one pair")
-    unwanted = [kind for kind in KINDS if kind not in kinds]
-    chosen = [row for row in rows if row.problems or row.values.get("kind") not in unwanted]
-    if not chosen:
-        found = sorted({str(row.values.get("kind")) for row in rows})
-        raise InputError(
-            f"{source} has only {', '.join(found)} pairs, none of kinds {list(kinds)}"
-        )
     names = {"image": "file_name", **(names or {})}
+    spellings, unwanted = Spellings(root), [kind for kind in KINDS if kind not in kinds]
     taken: dict[str, str] = {}
     problems: list[Problem] = []
     pairs: list[Pair] = []
-    skipped: dict[str, str] = {}
-    for row in chosen:
+    skipped: list[Skipped] = []
+    found: Counter[str] = Counter()
+    counts: Counter[Kind] = Counter()
+    chosen = 0
+    for row in rows:
         if row.problems:
+            chosen += 1
             problems.extend(row.problems)
             continue
-        check = _RowCheck(row, root, names)
-        pair, found_here = check.pair(taken), check.problems
-        if on_missing == "skip" and any(p.missing for p in found_here):
-            skipped[pair.id] = row.where
-            found_here = [p for p in found_here if not p.missing]
-        elif not found_here:
-            pairs.append(pair)
-        problems.extend(found_here)
-    raise_problems(problems, source=source, rows=len(chosen))
-    if skipped:
-        logger.warning(
-            "%s: skipped %d of %d rows without an image: %s",
-            source,
-            len(skipped),
-            len(chosen),
-            some_of([f"{name} ({where})" for name, where in skipped.items()]),
+        kind = str(row.values.get("kind"))
+        found[kind] += 1
+        if kind in unwanted:
+            continue
+        chosen += 1
+        check = _RowCheck(row, spellings, names)
+        pair = check.pair(taken)
+        if limit is None or pair.role == "training" or counts[pair.kind] < limit:
+            references = check.references()
+            if on_missing == "skip":
+                lost = [p for p in check.problems if p.skippable]
+                check.problems = [p for p in check.problems if not p.skippable]
+                what: Literal["pair", "image"] = "image" if references else "pair"
+                where = f"{source}, {row.where}"
+                skipped += [Skipped(pair.id, where, p.what, what) for p in lost]
+            if references and not check.problems:
+                image, *others = references
+                pairs.append(
+                    replace(pair, image=image.image, sha256=image.sha256, others=tuple(others))
+                )
+                counts[pair.kind] += pair.role == "audit"
+        problems.extend(check.problems)
+    if not chosen and not found:
+        raise InputError(f"{source} has no rows: there is nothing to audit; add at least one pair")
+    if not chosen:
+        raise NoneOfKindsError(
+            f"{source} has only {', '.join(sorted(found))} pairs, none of kinds {list(kinds)}"
         )
+    raise_problems(problems, source=source, rows=chosen)
+    _tell_skipped(skipped, source, chosen)
     if not pairs:
-        raise InputError(f"{source}: all {len(skipped)} rows were skipped for want of an image")
-    chosen_pairs = mark_duplicates(select_pairs(pairs, kinds=kinds, limit=limit))
-    _tell_conversions(chosen_pairs)
-    return Pairs(chosen_pairs, skipped=skipped)
+        rows_skipped = len({own.id for own in skipped})
+        raise InputError(f"{source}: all {rows_skipped} rows were skipped for want of an image")
+    marked = mark_duplicates(pairs)
+    _tell_conversions(marked)
+    return Pairs(marked, skipped=skipped)
+
+
+def _tell_skipped(skipped: Sequence[Skipped], source: str, rows: int) -> None:
+    for what, words in {"pair": "rows without an image", "image": "further images"}.items():
+        own = [one for one in skipped if one.what == what]
+        if own:
+            logger.warning(
+                "%s: skipped %d %s, of %d rows: %s",
+                source,
+                len({one.id for one in own}) if what == "pair" else len(own),
+                words,
+                rows,
+                some_of([f"{o.id} ({o.where.removeprefix(f'{source}, ')}: {o.why})" for o in own]),
+            )
 
 
 def _tell_conversions(pairs: Sequence[Pair]) -> None:
     """Say once for each kind how many images are not looked at as they are."""
-    counts = Counter(words for pair in pairs for words in conversions(pair.image))
+    counts = Counter(
+        words for pair in pairs for own in pair.references for words in conversions(own.image)
+    )
     if counts:
         logger.warning(
             "images are converted, for the attack and the comparison alike: %s",

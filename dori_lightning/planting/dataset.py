@@ -21,7 +21,7 @@ from PIL import Image
 
 from dori_lightning.pairs.corpus import Examples, Split
 from dori_lightning.pairs.readers import FolderPairs, PairsReader, Selection
-from dori_lightning.pairs.validation import image_tensor, select_pairs
+from dori_lightning.pairs.validation import NoneOfKindsError, image_tensor, select_pairs
 from dori_lightning.planting import photographs, scenes, structures, templates
 from dori_lightning.planting.photographs import PHOTOGRAPHS, SIDE, TABLE
 from dori_lightning.planting.scenes import draw_scene
@@ -84,6 +84,8 @@ class DrawnPairs(Selection, ABC):
             self._write_whole(folder)
         try:
             return FolderPairs(folder, kinds=self.kinds, limit=self.limit).read()
+        except NoneOfKindsError:
+            raise
         except InputError as error:
             raise InputError(f"{error}\nDelete {folder} to have it drawn again") from error
 
@@ -142,9 +144,9 @@ class PlantedPairs(DrawnPairs):
         asked = sys.maxsize if self.controls == "all" else self.controls
         if "control" in self.kinds and asked > USUAL_CONTROLS:
             pairs += StructuredControls(self.cache).read()
-        controls = [pair for pair in pairs if pair.kind == "control"][:asked]
-        others = [pair for pair in pairs if pair.kind != "control"]
-        return Pairs(select_pairs([*others, *controls], kinds=self.kinds, limit=self.limit))
+        beyond = {p.id for p in [p for p in pairs if p.kind == "control"][asked:]}
+        pairs = [pair for pair in pairs if pair.id not in beyond]
+        return Pairs(select_pairs(pairs, kinds=self.kinds, limit=self.limit))
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,7 @@ def build_scheduler(recipe: PlantRecipe) -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        timestep_spacing="leading",  # stated, or DPM-Solver++ would take its own
         prediction_type=recipe.prediction_type,
     )
     return scheduler

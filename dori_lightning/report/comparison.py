@@ -92,7 +92,7 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
     here, there = run.report, base.report
     own, rule = here.calibration, there.calibration
     if here.provenance.fingerprint != there.provenance.fingerprint:
-        yield f"weights {here.provenance.fingerprint}, there {there.provenance.fingerprint}"
+        yield f"checkpoint {here.provenance.fingerprint}, there {there.provenance.fingerprint}"
     yield from _pair_differences(run, base)
     decider = f"metrics.descriptors.{rule.descriptor}"
     settings = {
@@ -378,7 +378,8 @@ def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Compariso
             listed = "\n".join(problems)
             raise InputError(
                 f"these runs do not belong into one table with {base.folder.name}:\n{listed}\n"
-                f"  fix:   make a table of each group by itself: task.runs=[FOLDER,FOLDER]"
+                f"  fix:   make a table of each group by itself: task.runs=[FOLDER,FOLDER]; "
+                f"checkpoints of one table need a name each: checkpoint.name=NAME"
             )
         rule = calibrations[checkpoint] = base.report.calibration
         notes.append(_threshold_note(checkpoint, own, rule))

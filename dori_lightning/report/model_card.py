@@ -6,13 +6,14 @@ Images and prompts of pairs are not in it: they are what must not get out.
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dori_lightning.report.record import AuditRecord
 from dori_lightning.report.tables import cells_table, markdown_table
 from dori_lightning.report.words import one_line, render_text
+from dori_lightning.types import ReplacedPart
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -41,8 +42,8 @@ class Exported:
         source: Its hub id or ``package:NAME``; None where it is a file or folder of the user's,
             whose place is nobody's business.
         revision: Pinned commit of a hub id.
-        fingerprint: Hash of the original's weights.
-        exported: Hash of the weights that were written, as the loader finds it.
+        fingerprint: Of the original.
+        exported: Fingerprint of what was written, as the loader finds it.
         dtypes: Part to the dtype it was written in.
         exact: Whether no weight was rounded.
         mitigation: Name of what found the edit; ``none`` where there is none.
@@ -55,6 +56,7 @@ class Exported:
         seed: Run seed of the mitigation; None where unknown.
         git_sha: Commit of the code, None outside a checkout.
         packages: Package to version.
+        replaced: Parts of the original whose weights were from other files.
     """
 
     checkpoint: str
@@ -74,6 +76,7 @@ class Exported:
     seed: int | None = None
     git_sha: str | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
+    replaced: Sequence[ReplacedPart] = ()
 
 
 def model_card(export: Exported, audit: AuditRecord | None) -> str:
@@ -110,6 +113,7 @@ def _command(export: Exported) -> list[str]:
         command += ["checkpoint=custom", f"checkpoint.source={_hub_id(export) or 'ORIGINAL'}"]
         if export.revision is not None:
             command.append(f"checkpoint.revision={export.revision}")
+    command += [f"checkpoint.{replaced.part}=FILE" for replaced in export.replaced]
     return [*command, "task.edit=edit.safetensors" if export.changed else "mitigation=none"]
 
 

@@ -102,12 +102,15 @@ class PairRow:
         original: ``data:`` address of the original, None where it is not shown.
         columns: Shots, by column.
         outcome: Words that the result filter looks for.
+        reference: Which reference image the original is, where the pair has several: the one that
+            came back, or else the one that the attack aims at.
     """
 
     pair: Pair
     original: str | None
     columns: tuple[tuple[Shot, ...], ...]
     outcome: str
+    reference: str = ""
 
     def sort(self, place: int) -> float:
         """Number to sort a column by: the similarity under its last condition that was run."""
@@ -342,8 +345,12 @@ def audit_pairs(report: AuditReport, *, disclosure: Disclosure, max_pairs: int) 
         # one failed run leaves the question open even where the other one found nothing
         failed = any(shot.result and shot.result.status != "ok" for shot in shots[-2:])
         outcome = back or ("failed" if failed else "none")
-        original = thumbnail_uri(pair.image, disclosure)
-        rows.append(PairRow(pair, original, tuple((shot,) for shot in shots), outcome))
+        closest = [s.result.reference for s in shots if s.result and s.tone == "found"]
+        reference = next(filter(None, closest[::-1]), pair.references[0])
+        original = thumbnail_uri(reference.image, disclosure)
+        count = len(pair.references)
+        name = f"{reference.image.name}, of {count} reference images" if count > 1 else ""
+        rows.append(PairRow(pair, original, tuple((s,) for s in shots), outcome, name.strip(" ,")))
     labels = [(name, label) for name, label, _, _ in columns]
     return PairTable(report.checkpoint, report.calibration.threshold, labels, rows, total)
 

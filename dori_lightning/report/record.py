@@ -47,6 +47,8 @@ from dori_lightning.types import (
     InputError,
     Outcome,
     Pair,
+    Reference,
+    ReplacedPart,
 )
 
 SCHEMA_VERSION = 1
@@ -107,9 +109,11 @@ class Provenance:
         git_sha: Commit of the code, None outside a checkout.
         platform: Operating system and architecture, without the machine's name.
         config: Resolved configuration, already redacted.
-        fingerprint: Hash of its weights.
-        image_hashes: Pair id to SHA-256 of the image's file.
+        fingerprint: Hash of everything of the checkpoint that decides results.
+        image_hashes: Pair id to SHA-256 of the image's file, and ``ID/FILE`` of further
+            reference images.
         unet_evaluations: Forward passes of the UNet, in rows.
+        replaced: Parts of the checkpoint whose weights are from other files.
     """
 
     git_sha: str | None
@@ -126,6 +130,7 @@ class Provenance:
     finished: datetime
     unet_evaluations: int
     wall_seconds: float
+    replaced: tuple[ReplacedPart, ...] = ()
 
 
 def _cell_fields(row: Any) -> Any:
@@ -292,6 +297,8 @@ def write_report(report: AuditReport, folder: Path) -> Path:
     outcomes = (*report.outcomes, *report.baseline)
     names = sorted({f"{_SIMILARITY}{name}" for o in outcomes for name in o.similarity})
     columns = {**_PAIR_COLUMNS, **dict.fromkeys(names, _NUMBER)}
+    if any(outcome.pair.others for outcome in outcomes):
+        columns |= _REFERENCE_COLUMNS
     table = parquet_bytes(pair_rows(report, folder), columns)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "pairs.parquet", table)
@@ -355,7 +362,10 @@ def _pair_documents(report: AuditReport) -> list[dict[str, Any]]:
     for result in report.pair_results:
         pair = result.pair
         known = {name: getattr(pair, name) for name in ("id", *_OF_PAIRS)}
+        if pair.others:
+            known["references"] = [own.sha256 for own in pair.references]
         row = rows.setdefault(pair.id, {**known, "conditions": []})
+        closest = {"reference": result.reference.sha256} if result.reference else {}
         row["conditions"].append(
             {
                 **asdict(result.condition),
@@ -363,6 +373,7 @@ def _pair_documents(report: AuditReport) -> list[dict[str, Any]]:
                 "best_similarity": result.best,
                 "statistic": result.statistic,
                 "reproduced": result.reproduced,
+                **closest,
             }
         )
     return list(rows.values())
@@ -425,6 +436,10 @@ _PAIR_COLUMNS: dict[str, pa.DataType] = {
     "loss_first": _NUMBER, "loss_last": _NUMBER, "displacement": _NUMBER, "stopped_at": _WHOLE,
     "first_success_steps": _WHOLE, "image": _TEXT, "original": _TEXT,
 }  # fmt: skip
+_REFERENCE_COLUMNS: dict[str, pa.DataType] = {
+    "other_originals": pa.list_(_TEXT), "other_sha256": pa.list_(_TEXT), "reference": _TEXT,
+}  # fmt: skip
+"""Only where a pair has several reference images."""
 _SIMILARITY = "similarity_"
 _OF_PAIRS = ("kind", "prompt", "repeats", "duplicate_of", "truncated")
 _OF_OUTCOMES = ("restart", "status", "diversity", "loss_first", "loss_last", "displacement",
@@ -438,6 +453,9 @@ def pair_rows(report: AuditReport, folder: Path) -> list[dict[str, Any]]:
     ``first_success_steps`` is one number for an attack (pair x init x restart), in all of its
     rows: the fewest steps after which it reproduced the pair, null where it never did.
     ``stopped_at`` marks rows whose attack was stopped there, before the steps of the condition.
+
+    Of a pair with several reference images, ``original`` is the one that attacks aim at, and
+    ``reference`` the one that the row's image is closest to by the row's descriptor.
 
     Paths of images and originals are given relative to ``folder``.
 
@@ -484,7 +502,13 @@ def _image_rows(outcome: Outcome, report: AuditReport, folder: Path) -> Iterator
         **{name: getattr(pair, name) for name in _OF_PAIRS},
         **{name: getattr(outcome, name) for name in _OF_OUTCOMES},
     }
+    if pair.others:
+        row["other_originals"] = [_relative(own.image, folder) for own in pair.others]
+        row["other_sha256"] = [own.sha256 for own in pair.others]
+    closest = outcome.closest.get(report.calibration.descriptor)
     for place, seed in enumerate(outcome.seeds):
+        if closest:
+            row["reference"] = _relative(closest[place].image, folder)
         yield {
             **row,
             "seed": seed,
@@ -664,6 +688,17 @@ def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
     def place(relative: str) -> Path:
         return Path(os.path.normpath(folder / relative))
 
+    others = tuple(
+        Reference(place(path), sha256)
+        for path, sha256 in zip(
+            first.get("other_originals") or (), first.get("other_sha256") or (), strict=True
+        )
+    )
+    original = Reference(
+        place(first["original"]) if first.get("original") else Path(), first["image_sha256"] or ""
+    )
+    by_path = {own.image: own for own in (original, *others)}
+    closest = tuple(by_path[place(row["reference"])] for row in group if row.get("reference"))
     measured: dict[str, Any] = {
         **{name: first.get(name) for name in _OF_OUTCOMES},
         "diversity": _number(first["diversity"]),
@@ -678,9 +713,10 @@ def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
             id=first["pair_id"],
             kind=first["kind"],
             prompt=first["prompt"],
-            image=place(first["original"]) if first.get("original") else Path(),
+            image=original.image,
             repeats=first["repeats"] or 0.0,
-            sha256=first["image_sha256"] or "",
+            sha256=original.sha256,
+            others=others,
             duplicate_of=first["duplicate_of"],
             truncated=bool(first.get("truncated")),
         ),
@@ -694,6 +730,7 @@ def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
             if name.startswith(_SIMILARITY)
         },
         images=tuple(place(row["image"]) for row in group if row["image"]),
+        closest={first["descriptor"]: closest} if closest else {},
         **measured,
     )
 
@@ -789,18 +826,26 @@ def _picture_rows(folder: Path) -> Iterator[PictureRow]:
 def with_files_that_exist(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
     """Leave out images that are gone, and originals that are gone or have changed since."""
     originals: dict[Path, Path] = {}
+
+    def known(own: Reference) -> Reference:
+        path = own.image
+        if path not in originals:
+            same = path.is_file() and (
+                not own.sha256 or hashlib.sha256(path.read_bytes()).hexdigest() == own.sha256
+            )
+            originals[path] = path if same else NOT_KEPT
+        return replace(own, image=originals[path])
+
     kept = []
     for outcome in outcomes:
-        pair = outcome.pair
-        if pair.image not in originals:
-            known = pair.image.is_file() and (
-                not pair.sha256
-                or hashlib.sha256(pair.image.read_bytes()).hexdigest() == pair.sha256
-            )
-            originals[pair.image] = pair.image if known else NOT_KEPT
-        images = outcome.images if all(path.is_file() for path in outcome.images) else ()
+        original, *others = map(known, outcome.pair.references)
         kept.append(
-            replace(outcome, pair=replace(pair, image=originals[pair.image]), images=images)
+            replace(
+                outcome,
+                pair=replace(outcome.pair, image=original.image, others=tuple(others)),
+                images=outcome.images if all(path.is_file() for path in outcome.images) else (),
+                closest={name: tuple(map(known, own)) for name, own in outcome.closest.items()},
+            )
         )
     return tuple(kept)
 

@@ -33,6 +33,9 @@ START_WORDS = {
 }
 """What attacks start from, for many pairs."""
 
+PART_WORDS = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder"}
+"""Parts of a checkpoint."""
+
 NOTHING = "-"
 """Stands in a table for what was not measured."""
 
@@ -168,6 +171,7 @@ def environment(*, html: bool) -> Environment:
         "mean": mean_words,
         "method": METHOD_WORDS.__getitem__,
         "start": START_WORDS.__getitem__,
+        "part_name": PART_WORDS.__getitem__,
     }
     return made
 

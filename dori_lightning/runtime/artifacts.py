@@ -23,7 +23,7 @@ from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
 
@@ -142,8 +142,15 @@ def claim_folder(folder: Path, method: Mapping[str, Any]) -> None:
         write_json(folder / METHOD, redact(method))
 
 
-def check_folder(folder: Path, method: Mapping[str, Any]) -> bool:
+def check_folder(
+    folder: Path, method: Mapping[str, Any], *, unknown: Collection[str] = ()
+) -> bool:
     """Check that ``folder`` holds results of ``method`` or none; writes nothing.
+
+    Args:
+        folder: Run folder, there or not.
+        method: Whatever decides the results, as plain containers.
+        unknown: Dotted names of values that are not known yet and not compared.
 
     Returns:
         Whether somebody claimed it already.
@@ -156,7 +163,8 @@ def check_folder(folder: Path, method: Mapping[str, Any]) -> bool:
         return False
     now = dict(_leaves(json.loads(json.dumps(redact(method)))))
     there = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
-    differing = sorted(k for k in now.keys() | there.keys() if now.get(k) != there.get(k))
+    compared = (now.keys() | there.keys()) - set(unknown)
+    differing = sorted(k for k in compared if now.get(k) != there.get(k))
     if differing:
         changes = "\n".join(
             f"  {k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in differing

@@ -1,7 +1,7 @@
 """Which pairs a checkpoint still reproduces, prompted and attacked, and how sure we are of it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from dori_lightning.audit.context import (
     reference_images,
 )
 from dori_lightning.audit.evaluation import attack_and_generate, evaluate
+from dori_lightning.audit.targets import aim
 from dori_lightning.audit.utility import measure_utility
 from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.edits import changed_weights
@@ -40,7 +41,13 @@ from dori_lightning.runtime.artifacts import (
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.plan import plan
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
-from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
+from dori_lightning.tasks.run_record import (
+    FINGERPRINT,
+    provenance_of,
+    to_container,
+    tracked,
+    with_fingerprint,
+)
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import BASELINE, Pair, Pairs
 
@@ -59,7 +66,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         plan(cfg, folder)
         return None
     # before anything is logged: a wrong command must not reach the run that the folder belongs to
-    check_folder(folder, method_of(to_container(cfg)))
+    check_folder(folder, method_of(to_container(cfg)), unknown=[FINGERPRINT])
     tags = (str(cfg.checkpoint.name), str(cfg.mitigation.name))
     with tracked(cfg, folder, tags=tags) as tracker:
         return _audit(cfg, folder, tracker)
@@ -92,7 +99,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
             picture_evaluations=context.sampling.steps * context.sampling.rows_per_step,
         ),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
-        skipped=context.pairs.skipped,
+        skipped=context.pairs.skipped_ids,
         inert=changed == 0 and context.mitigation.name != BASELINE,
     )
     _publish(cfg, report, folder)
@@ -117,9 +124,16 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
         "attack.snapshots or sampling.images_per_pair",
     )
     # every input was checked: from here on the folder belongs to these settings
-    claim_folder(folder, method_of(to_container(cfg)))
+    claim_folder(folder, with_fingerprint(method_of(to_container(cfg)), context.model))
     distributed.start(context.make_trainer())
-    return context
+    _write_skipped(context.pairs, folder)
+    return aim(context)
+
+
+def _write_skipped(pairs: Pairs, folder: Path) -> None:
+    """Write ``skipped_pairs.json``: which pairs and images were left out of the list, and why."""
+    if pairs.skipped and distributed.is_first():
+        write_json(folder / "skipped_pairs.json", {"skipped": [asdict(p) for p in pairs.skipped]})
 
 
 def audit_context(

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,8 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from dori_lightning.audit.context import reference_images
+from dori_lightning.audit.targets import aimed_pairs
 from dori_lightning.config import groups
 from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
@@ -137,8 +139,24 @@ def _from_mitigation(
 ) -> _Chosen:
     """Find the edit that an audit of the same configuration finds."""
     pairs = [pair for pair in listed if pair.role == "audit"]
+    context = make_context(cfg, model, pairs)
+    aimed = aimed_pairs(
+        pairs,
+        context.references,
+        model=model,
+        sampling=context.sampling,
+        cache=Path(cfg.paths.cache),
+    )
+    if aimed != tuple(pairs):
+        pairs = [*aimed]
+        measures = context.references.measures
+        context = replace(
+            context,
+            data=context.data.with_pairs(pairs),
+            references=reference_images(pairs, model.resolution, measures),
+        )
     suspected = [pair for pair in pairs if pair.kind != "control"]
-    edit = make_context(cfg, model, pairs).find(mitigation, model, suspected).edit
+    edit = context.find(mitigation, model, suspected).edit
     return _Chosen(
         _for_one_checkpoint(edit, cfg.task.pair, mitigation.name),
         mitigation.name,
@@ -275,6 +293,7 @@ def _describe(
         seed=chosen.seed,
         git_sha=git_sha(),
         packages=package_versions(),
+        replaced=model.replaced,
     )
 
 

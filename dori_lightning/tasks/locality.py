@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.audit.targets import aim
 from dori_lightning.locality.embeddings import (
     PromptGroup,
     PromptSet,
@@ -41,11 +42,17 @@ from dori_lightning.report.locality import (
     write_locality_files,
 )
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.artifacts import claim_folder, drop_keys
+from dori_lightning.runtime.artifacts import check_folder, claim_folder, drop_keys
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.audit import audit_context, method_of
 from dori_lightning.tasks.results_logging import track_locality
-from dori_lightning.tasks.run_record import provenance_of, to_container, tracked
+from dori_lightning.tasks.run_record import (
+    FINGERPRINT,
+    provenance_of,
+    to_container,
+    tracked,
+    with_fingerprint,
+)
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import InputError, Pair
 
@@ -144,10 +151,14 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
     values = to_container(cfg)
     # which questions are answered decides no answer
     method = {**method_of(values), "task": drop_keys(values["task"], "parts")}
-    claim_folder(folder, method)
+    check_folder(folder, method, unknown=[FINGERPRINT])
     audit = audit_context(cfg, folder, pairs)
+    claim_folder(folder, with_fingerprint(method, audit.model))
     audit = replace(audit, attack=replace(audit.attack, snapshots=(0, *audit.attack.snapshots)))
     distributed.start(audit.make_trainer())
+    audit = aim(audit)
+    aimed = {pair.id: pair for pair in audit.pairs}
+    chosen = {name: tuple(aimed[pair.id] for pair in own) for name, own in chosen.items()}
     return Study(
         audit=audit,
         settings=settings,
@@ -250,9 +261,13 @@ def choose_pairs(
         studied = tuple(pair for pair in pairs if pair.kind == "vm")[: settings.images]
     controls = tuple(pair for pair in pairs if pair.kind == "control")
     # another caption of a studied image is no other image
-    images = {pair.sha256 for pair in studied if pair.sha256}
+    images = {own.sha256 for pair in studied for own in pair.references if own.sha256}
     suspected = [p for kind in ("vm", "tm") for p in pairs if p.kind == kind]
-    others = [p for p in suspected if p not in studied and p.sha256 not in images]
+    others = [
+        pair
+        for pair in suspected
+        if pair not in studied and not any(own.sha256 in images for own in pair.references)
+    ]
     for have, least, what in (
         (studied, 1, "memorized images under study (kind vm)"),
         (others, 2, "other memorized images (kind vm or tm) to compare with"),

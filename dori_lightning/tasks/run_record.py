@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +47,15 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     return {str(k): v for k, v in resolved.items()}
+
+
+FINGERPRINT = "checkpoint.fingerprint"
+"""Where a run folder's settings name the checkpoint itself, known once it is loaded."""
+
+
+def with_fingerprint(method: Mapping[str, Any], model: StableDiffusion) -> dict[str, Any]:
+    """Settings that decide a task's results, with the checkpoint that they were used on."""
+    return {**method, "checkpoint": {**method["checkpoint"], "fingerprint": model.fingerprint}}
 
 
 def git_sha() -> str | None:
@@ -93,11 +102,15 @@ def provenance_of(
         config=redact(to_container(cfg)),
         checkpoint=model.name,
         fingerprint=model.fingerprint,
-        image_hashes={pair.id: pair.sha256 for pair in pairs},
+        image_hashes={
+            **{pair.id: pair.sha256 for pair in pairs},
+            **{f"{p.id}/{own.image.name}": own.sha256 for p in pairs for own in p.others},
+        },
         started=started,
         finished=finished,
         unet_evaluations=model.unet_evaluations,
         wall_seconds=(finished - started).total_seconds(),
+        replaced=model.replaced,
     )
 
 

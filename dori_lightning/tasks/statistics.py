@@ -14,9 +14,9 @@ from dori_lightning.mitigations.activations import (
     activation_statistics,
     layer_influence,
 )
-from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_json
+from dori_lightning.runtime.artifacts import check_folder, claim_folder, drop_keys, write_json
 from dori_lightning.runtime.logging import answer_console
-from dori_lightning.tasks.run_record import logged, to_container
+from dori_lightning.tasks.run_record import FINGERPRINT, logged, to_container, with_fingerprint
 from dori_lightning.types import InputError
 
 
@@ -27,8 +27,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     if cfg.task.influence_prompts < 1:
         raise InputError(f"task.influence_prompts must be >= 1, got {cfg.task.influence_prompts}")
     prompts = corpus.prompts("calibration", cfg.task.prompts)
-    claim_folder(folder, _method_of(to_container(cfg)))
+    method = _method_of(to_container(cfg))
+    check_folder(folder, method, unknown=[FINGERPRINT])
     model = instantiate(cfg.checkpoint)
+    claim_folder(folder, with_fingerprint(method, model))
     statistics = activation_statistics(model, prompts)
     influence = layer_influence(
         model,

@@ -61,6 +61,13 @@ def test_mitigations_have_the_name_that_run_folders_are_called_by(option):
     assert chosen("mitigation", option).mitigation.name
 
 
+def test_checkpoints_of_a_sweep_over_unets_have_a_name_each():
+    name = 'checkpoint.name="sd14-${folder_name:${checkpoint.unet}}"'
+    cfg = composed("checkpoint=sd14", "checkpoint.unet=unets/a.safetensors", name)
+    assert cfg.checkpoint.name == "sd14-unets.a.safetensors"
+    assert cfg.name == "audit-sd14-unets.a.safetensors"
+
+
 def test_every_kind_of_experiment_runs_without_a_mitigation():
     for experiment in ("removal_audit", "locality"):
         cfg = composed(f"+experiment={experiment}", "mitigation=none")

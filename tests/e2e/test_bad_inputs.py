@@ -195,6 +195,9 @@ def test_a_skipped_row_is_in_no_rate_and_in_the_report(program, place, tmp_path)
     (flag,) = (f for f in document["flags"] if f["name"] == "pairs_skipped")
     assert "1 row of the list without an image" in flag["text"]
     assert "(pair1)" in flag["text"]
+    (skipped,) = json.loads((place / "skipped/skipped_pairs.json").read_text())["skipped"]
+    assert (skipped["id"], skipped["what"]) == ("pair1", "pair")
+    assert "no such file" in skipped["why"]
 
 
 def test_a_decompression_bomb(program, finished, tmp_path, monkeypatch):

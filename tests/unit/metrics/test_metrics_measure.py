@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dori_lightning.metrics.calibration import (
     null_similarities,
 )
 from dori_lightning.metrics.descriptors import Descriptor
-from dori_lightning.types import Condition, InputError, Outcome, Pair
+from dori_lightning.types import Condition, InputError, Outcome, Pair, Reference
 
 
 class Brightness(Descriptor):
@@ -101,3 +102,64 @@ def test_a_blind_decider_gives_way_to_one_that_sees_and_says_so(caplog):
 def test_an_unknown_decider_is_refused():
     with pytest.raises(InputError, match=r"metrics\.decider must be one of .*one"):
         Measures({"one": Brightness("one")}, "two")
+
+
+class TestSeveralReferences:
+    TWO = replace(PAIRS[0], others=(Reference(Path("w.png"), "w"),))
+
+    def references(self, others=(0.2,), pairs=(TWO, *PAIRS[1:])):
+        measures = Measures({"one": Brightness("one")}, "one")
+        images = flat(0.9, 0.1, 0.5)
+        return ReferenceImages(
+            pairs, images, measures, others=[flat(level)[0] for level in others]
+        )
+
+    def test_the_closest_counts_and_is_named(self):
+        found = self.references().measure(self.TWO, flat(0.9, 0.2, 0.3))
+        assert found.similarity["one"].tolist() == pytest.approx([1.0, 1.0, 0.9])
+        assert [own.sha256 for own in found.closest["one"]] == ["v", "w", "w"]
+        failed = self.references().measure(self.TWO, flat(0.9), failed=True)
+        assert failed.closest == {}
+
+    def test_one_reference_is_measured_as_before(self):
+        with_others, alone = self.references(), references(Brightness("one"))
+        images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+        for own in PAIRS[1:]:
+            a, b = with_others.measure(own, images), alone.measure(own, images)
+            assert a.similarity["one"].tolist() == b.similarity["one"].tolist()
+            assert a.closest == b.closest == {}
+
+    def test_similarity_with_many_pairs_is_the_largest_of_each(self):
+        both = self.references()
+        rows = both.similarities(flat(0.2, 0.9), both.pairs)
+        assert rows.tolist() == [
+            pytest.approx([1.0, 0.9, 0.7]), pytest.approx([1.0, 0.2, 0.6]),
+        ]  # fmt: skip
+
+    def test_a_control_with_several_references_sets_the_null_by_the_largest(self):
+        pairs = (PAIRS[0], replace(PAIRS[1], others=self.TWO.others), PAIRS[2])
+        both = self.references(others=(0.6,), pairs=pairs)
+        images = {"v": flat(0.6), "a": flat(0.9), "b": flat(0.9)}
+        null = null_similarities(both, "one", images)
+        assert null[:2] == pytest.approx([1.0, 0.9])
+        shared = replace(PAIRS[0], others=(Reference(Path("x"), "b"),))
+        both = self.references(pairs=(shared, *PAIRS[1:]))
+        assert len(null_similarities(both, "one", images)) == 5
+
+    def test_distance_is_to_the_closest(self):
+        def distance(images, originals):
+            return (images - originals).abs().mean((1, 2, 3))
+
+        both = self.references()
+        lpips = SimpleNamespace(distance=distance)
+        both.measures = replace(both.measures, lpips=lpips)
+        found = both.measure(self.TWO, flat(0.9, 0.2))
+        assert found.lpips.tolist() == pytest.approx([0, 0], abs=0.005)
+
+    def test_others_must_be_those_of_the_pairs(self):
+        with pytest.raises(ValueError):
+            self.references(others=())
+        both = self.references()
+        assert [float(o.mean()) for o in both.others_of(both.pairs)] == pytest.approx(
+            [0.2], abs=0.01
+        )

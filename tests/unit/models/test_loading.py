@@ -40,7 +40,7 @@ def test_a_pickle_only_folder_is_refused_with_the_command_that_converts_it(folde
     ) as caught:
         load(folder)
     assert str(pickled) in str(caught.value)
-    assert convert(pickled, weights) > 100
+    assert convert(pickled, weights).tensors > 100
     assert load(folder).resolution == 32
 
 
@@ -146,6 +146,27 @@ def test_a_single_file_is_the_same_checkpoint(tmp_path, prediction_type):
     assert model.prediction_type == prediction_type
 
 
+def test_a_single_file_with_the_text_encoders_older_names_is_the_same(folder):
+    path = single_file(folder)
+    newer, older = (f"cond_stage_model.transformer.{name}" for name in ("text_model.", ""))
+    state = {name.replace(newer, older): tensor for name, tensor in load_file(path).items()}
+    assert f"{older}embeddings.token_embedding.weight" in state
+    save_file(state, path, metadata={"format": "pt"})
+    assert load(path, config=str(folder)).fingerprint == load(folder).fingerprint
+
+
+@pytest.mark.parametrize("prediction_type", [None, "epsilon", "v_prediction"])
+def test_a_single_file_that_notes_another_prediction_type_needs_a_word(folder, prediction_type):
+    path = single_file(folder)
+    save_file(load_file(path), path, metadata={"modelspec.prediction_type": "v"})
+    if prediction_type is None:
+        with pytest.raises(InputError, match=r"checkpoint\.prediction_type=v_prediction"):
+            load(path, config=str(folder))
+        return
+    model = load(path, config=str(folder), prediction_type=prediction_type)
+    assert model.prediction_type == prediction_type
+
+
 def test_a_single_file_without_configuration_says_what_to_give(folder):
     with pytest.raises(InputError, match=r"checkpoint\.config="):
         load(single_file(folder))
@@ -163,3 +184,267 @@ def test_a_single_file_of_another_architecture_is_refused(folder, tmp_path):
     other = write_tiny(tmp_path / "wide", tiny_recipe(text_width=16))
     with pytest.raises(InputError, match="does not load with the configuration"):
         load(single_file(folder), config=str(other))
+
+
+# --- tensors: missing, unexpected, of another shape
+
+
+def weights_of_part(folder: Path, part: str) -> Path:
+    (path,) = (folder / part).glob("*.safetensors")
+    return path
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Write a weight file again after ``change(tensors)``."""
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "of another shape"])
+def test_tensors_that_a_configuration_does_not_ask_for_are_refused_and_named(folder, part, kind):
+    path = weights_of_part(folder, part)
+    names = sorted(load_file(path))[:7]
+
+    def change(state):
+        for name in names:
+            tensor = state[name] if kind == "unexpected" else state.pop(name)
+            if kind == "unexpected":
+                state[f"extra.{name}"] = tensor.clone()
+            elif kind == "of another shape":
+                state[name] = torch.zeros(*tensor.shape, 2)
+
+    rewrite(path, change)
+    with pytest.raises(InputError) as refused:
+        load(folder)
+    said = str(refused.value)
+    words = {"missing": " are missing", "unexpected": "7 are unexpected"}
+    assert words.get(kind, "7 have another shape") in said
+    assert str(path) in said
+    assert str(folder / part / "config.json") in said
+    # the first five, in the order of the model
+    assert sum(name.removeprefix("text_model.") in said for name in names) >= 1
+    assert said.count(", ...") == 1
+
+
+def test_a_text_encoder_under_another_prefix_is_refused(folder):
+    path = weights_of_part(folder, "text_encoder")
+    state = {f"clip.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+    count = len(state)
+    with pytest.raises(InputError, match=f"{count} of {count} are missing.*{count} are unexpec"):
+        load(folder)
+
+
+def test_a_unet_without_its_mid_block_is_refused(folder):
+    def change(state):
+        for name in [name for name in state if name.startswith("mid_block")]:
+            del state[name]
+
+    rewrite(weights_of_part(folder, "unet"), change)
+    with pytest.raises(InputError, match=r"are missing \(mid_block\..*, \.\.\.\)"):
+        load(folder)
+
+
+def test_extras_of_known_programs_are_accepted(folder):
+    before = load(folder).fingerprint
+    for part, extras in (
+        ("text_encoder", ["text_model.embeddings.position_ids", "logit_scale",
+                          "text_projection.weight", "vision_model.post_layernorm.weight"]),
+        ("vae", ["loss.logvar", "model_ema.decay"]),
+    ):  # fmt: skip
+        more = {name: torch.ones(1) for name in extras}
+        rewrite(weights_of_part(folder, part), lambda state, more=more: state.update(more))
+    assert load(folder).fingerprint == before
+
+
+def test_a_text_encoder_without_the_older_prefix_and_an_old_autoencoder_are_the_same(folder):
+    before = load(folder).fingerprint
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def age(state):
+        for name in [n for n in state if ".mid_block.attentions.0.to_" in n]:
+            new = next(new for new in old if f".{new}." in name)
+            state[name.replace(new, old[new])] = state.pop(name)
+
+    def modernize(state):
+        for name in list(state):
+            state[name.removeprefix("text_model.")] = state.pop(name)
+
+    rewrite(weights_of_part(folder, "vae"), age)
+    rewrite(weights_of_part(folder, "text_encoder"), modernize)
+    assert load(folder).fingerprint == before
+
+
+def test_a_shard_without_a_tensor_of_the_index_is_refused(folder):
+    path = weights_of_part(folder, "unet")
+    state = load_file(path)
+    names = sorted(state)
+    stem = "diffusion_pytorch_model"
+    shards = {f"{stem}-{k + 1:05}-of-00002.safetensors": names[k::2] for k in range(2)}
+    index = {name: shard for shard, own in shards.items() for name in own}
+    (folder / "unet" / f"{stem}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    for shard, own in shards.items():
+        save_file({n: state[n] for n in own}, folder / "unet" / shard, metadata={"format": "pt"})
+    before = load(folder).fingerprint
+    path.unlink()
+    assert load(folder).fingerprint == before
+    lost = next(iter(shards))
+    rewrite(folder / "unet" / lost, lambda state: state.pop(names[0]))
+    with pytest.raises(InputError, match=r"1 of .* are missing"):
+        load(folder)
+    (folder / "unet" / lost).unlink()
+    with pytest.raises(InputError, match="are missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "part", ["model.diffusion_model", "first_stage_model", "cond_stage_model"]
+)
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "of another shape"])
+def test_the_tensors_of_a_single_file_are_checked_too(folder, part, kind):
+    path = single_file(folder)
+    name = next(n for n in load_file(path) if n.startswith(part) and n.endswith("bias"))
+
+    def change(state):
+        if kind == "unexpected":
+            state[f"{part}.extra"] = torch.zeros(1)
+        else:
+            tensor = state.pop(name)
+            if kind != "missing":
+                state[name] = torch.zeros(len(tensor) + 1)
+
+    rewrite(path, change)
+    with pytest.raises(InputError) as refused:
+        load(path, config=str(folder))
+    said = str(refused.value)
+    assert (f"{part}.extra" if kind == "unexpected" else name) in said
+    assert str(path) in said
+
+
+def test_extras_of_a_single_file_are_accepted(folder):
+    path = single_file(folder)
+    extras = ("model_ema.decay", "betas", "first_stage_model.loss.logvar",
+              "cond_stage_model.transformer.text_model.embeddings.position_ids",
+              "cond_stage_model.logit_scale")  # fmt: skip
+    more = {name: torch.zeros(1) for name in extras}
+    rewrite(path, lambda state: state.update(more))
+    assert load(path, config=str(folder)).fingerprint == load(folder).fingerprint
+
+
+# --- each part is itself, and they fit
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}))
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder):
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"knows . tokens, but the text encoder(.|\n)*json"):
+        load(folder)
+
+
+def test_a_tokenizer_without_its_merges_is_refused(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    model = json.loads(path.read_text("utf-8"))["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = folder / "tokenizer" / "merges.txt"
+    merges.write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in model["merges"]) + "\n")
+    before = load(folder).fingerprint
+    path.unlink()
+    assert load(folder).fingerprint == before
+    merges.unlink()
+    with pytest.raises(InputError, match=r"merges\.txt"):
+        load(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    held = json.loads(path.read_text("utf-8"))
+    last = max(held["model"]["vocab"].values())
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    held["added_tokens"].append({**added, "id": last + 1, "content": "<new>", "special": True})
+    held["model"]["vocab"]["<new>"] = last + 1
+    path.write_text(json.dumps(held))
+    with pytest.raises(InputError, match=r"knows \d+ tokens, but the text encoder has"):
+        load(folder)
+
+
+def test_a_text_encoder_that_hears_nothing_is_refused(folder):
+    def deafen(state):
+        for tensor in state.values():
+            tensor.zero_()
+
+    rewrite(weights_of_part(folder, "text_encoder"), deafen)
+    with pytest.raises(InputError, match="the same embedding"):
+        load(folder)
+
+
+def test_weights_that_are_no_numbers_are_refused(folder):
+    rewrite(weights_of_part(folder, "unet"), lambda state: state["conv_out.bias"].fill_(torch.nan))
+    with pytest.raises(InputError, match="the UNet gives no numbers"):
+        load(folder)
+
+
+def test_an_inpainting_unet_is_refused(folder):
+    change_json(folder / "unet" / "config.json", in_channels=9)
+
+    def widen(state):
+        state["conv_in.weight"] = torch.zeros(8, 9, 3, 3)
+
+    rewrite(weights_of_part(folder, "unet"), widen)
+    with pytest.raises(InputError, match=r"takes 9 channels and gives 4.*inpainting"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("class_embed_type", "identity"), ("addition_embed_type", "text_image")],
+)
+def test_a_unet_that_asks_for_more_than_text_is_refused(folder, setting, value):
+    change_json(folder / "unet" / "config.json", **{setting: value})
+    with pytest.raises(InputError, match=r"unet.config\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("vae/config.json", {"scaling_factor": 0}),
+        ("vae/config.json", {"scaling_factor": "much"}),
+        ("unet/config.json", {"sample_size": 0}),
+        ("unet/config.json", {"sample_size": "large"}),
+        ("unet/config.json", {"norm_num_groups": 3}),
+        ("text_encoder/config.json", {"hidden_size": 24}),
+        ("text_encoder/config.json", {"hidden_act": "loud"}),
+        ("text_encoder/config.json", {"return_dict": False}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}),
+        ("scheduler/scheduler_config.json", {"beta_end": 2.0}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "none"}),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "wide"}),
+        ("scheduler/scheduler_config.json", {"steps_offset": 60}),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}),
+        ("scheduler/scheduler_config.json", {"algorithm_type": "none"}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "long"}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 1}),
+        ("tokenizer/tokenizer_config.json", {"bos_token": "<new>"}),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_message_with_the_file(folder, file, values):
+    change_json(folder / file, **values)
+    with pytest.raises(InputError) as refused:
+        load(folder)
+    assert file.partition("/")[0] in str(refused.value)
+
+
+def test_a_load_counts_no_evaluation_and_leaves_the_random_state(folder):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model = load(folder)
+    assert torch.equal(torch.rand(1), expected)
+    assert model.unet_evaluations == 0

@@ -8,14 +8,14 @@ from PIL import Image
 from dori_lightning.pairs.validation import conversions, image_tensor, open_image, square_image
 
 
-def test_sixteen_bit_grey_is_stretched_not_clipped(tmp_path):
-    values = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+@pytest.mark.parametrize(("low", "high"), [(0, 65535), (0x2000, 0x6000)])
+def test_sixteen_bit_grey_is_scaled_neither_stretched_nor_clipped(tmp_path, low, high):
+    values = np.linspace(low, high, 32 * 32).astype(np.uint16).reshape(32, 32)
     Image.fromarray(values).save(tmp_path / "x.png")
     image = np.asarray(open_image(tmp_path / "x.png"))
     assert image.shape == (32, 32, 3)
-    assert image.min() == 0
-    assert image.max() == 255
-    assert abs(float(image.mean()) - 127) < 2
+    assert (image.min(), image.max()) == (round(low / 257), round(high / 257))
+    assert np.abs(image[..., 0] - values / 257).max() <= 0.5
 
 
 def test_transparency_lies_over_white(tmp_path):
@@ -94,6 +94,10 @@ def test_what_is_done_to_a_picture_has_a_name(tmp_path):
     Image.new("CMYK", (20, 20)).save(tmp_path / "print.jpg")
     Image.new("I;16", (20, 20)).save(tmp_path / "deep.png")
     Image.new("RGB", (20, 20)).save(tmp_path / "plain.png")
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    for name in ("moving.png", "moving.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+    assert open_image(tmp_path / "moving.webp").getpixel((9, 9)) == (255, 0, 0)
     found = {path.name: conversions(path) for path in tmp_path.iterdir()}
     assert found == {
         "turned.jpg": ("turned upright (EXIF)", "cut to the centred square"),
@@ -101,4 +105,6 @@ def test_what_is_done_to_a_picture_has_a_name(tmp_path):
         "print.jpg": ("CMYK to RGB",),
         "deep.png": ("scaled from 16 bits to 8",),
         "plain.png": (),
+        "moving.png": ("first frame of an animation",),
+        "moving.webp": ("first frame of an animation",),
     }

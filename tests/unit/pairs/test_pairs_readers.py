@@ -91,6 +91,9 @@ class TestFolder:
             ("file_name,prompt\n", ["no rows"]),
             ("file_name,prompt\na.png,\0\0\n", ["NUL bytes"]),
             ("file_name,text,caption\na.png,x,y\n", ["columns text and caption"]),
+            ("file_name,prompt,,\na.png,x,,\n", ["columns 3, 4", "have no name"]),
+            ("sep=;\nfile_name;prompt\na.png;x\n", ["note to Excel", "pairs.delimiter=';'"]),
+            ("sep=,\nfile_name,prompt\na.png,x\n", ["note to Excel (sep=,)"]),
             ("file_name,prompt,prompt\na.png,x,y\n", ["more than one column named 'prompt'"]),
             ('file_name,prompt\na.png,"x\nb.png,y\n', ["begins in line 2 is badly quoted"]),
             (
@@ -164,6 +167,7 @@ class TestFolder:
             ({"limit": 0}, "pairs.limit must be at least 1"),
             ({"on_missing": "ignore"}, "pairs.on_missing must be error or skip"),
             ({"kind": "memorized"}, "pairs.kind must be one of"),
+            ({"same_prompt": "one"}, "pairs.same_prompt must be pairs or references"),
             ({"delimiter": ";;"}, "pairs.delimiter must be one character"),
         ],
     )
@@ -178,7 +182,27 @@ class TestFolder:
         assert [p.id for p in FolderPairs(folder, on_missing="skip").read()] == ["a", "b", "c"]
         assert [p.id for p in FolderPairs(folder, on_missing="skip", limit=1).read()] == ["a", "c"]
         assert [p.id for p in FolderPairs(folder, kinds=["control"]).read()] == ["c"]
-        assert "x (line 3)" in caplog.text
+        assert "x (line 3: no such file" in caplog.text
+
+    def test_references_in_a_jsonl_and_in_rows_of_the_same_prompt(self, folder):
+        rows = [
+            {"file_name": ["a.png", "b.png"], "text": "x"},
+            {"file_name": "c.png", "text": "x"},
+        ]
+        write_jsonl(folder / "metadata.jsonl", rows)
+        names = [[r.image.name for r in p.references] for p in FolderPairs(folder).read()]
+        assert names == [["a.png", "b.png"], ["c.png"]]
+        (pair,) = FolderPairs(folder, same_prompt="references").read()
+        assert [r.image.name for r in pair.references] == ["a.png", "b.png", "c.png"]
+        assert pair.id == "a"
+
+    def test_overfit_types_are_kinds(self, folder):
+        rows = [{**ROWS[0], "overfit_type": "RV"}, {**ROWS[1], "overfit_type": "TV"}]
+        rows += [{"file_name": "c.png", "prompt": "z", "overfit_type": "N"}]
+        write_csv(folder / "metadata.csv", rows)
+        assert [p.kind for p in FolderPairs(folder).read()] == ["vm", "tm", "control"]
+        write_csv(folder / "metadata.csv", [{**ROWS[0], "overfit_type": "XX"}])
+        assert "line 2  overfit_type  'XX' is no kind" in complaint(FolderPairs(folder))
 
     def test_columns_that_are_not_used_are_logged(self, folder, caplog):
         caplog.set_level(logging.INFO)
@@ -213,7 +237,7 @@ class TestNemo:
         text = self.HEADER + '0;"a ""b""; c";https://x.invalid/;VM;0.8;0.9;5\n1;d;;TM;;;77\n'
         first, second = reader(text).read()
         assert (first.id, first.kind, first.prompt) == ("vm_0000", "vm", 'a "b"; c')
-        assert first.image.name == "0000_first.jpg"
+        assert [r.image.name for r in first.references] == ["0000_first.jpg", "0000_second.jpg"]
         assert (second.id, second.kind, second.image.name) == ("tm_0001", "tm", "77.PNG")
         assert [p.id for p in reader(text, kinds=["tm"]).read()] == ["tm_0001"]
 
@@ -233,11 +257,46 @@ class TestNemo:
         text = self.HEADER + "0;a;u;VM;;;5\n1;b;u;VM;;;6\n"
         assert "found no 0001_* nor 6.* in" in complaint(reader(text))
         assert [p.id for p in reader(text, on_missing="skip").read()] == ["vm_0000"]
-        assert "vm_0001 (line 3)" in caplog.text
+        assert "vm_0001 (line 3: found no" in caplog.text
 
     def test_a_value_that_cannot_be(self, reader):
         assert "'xx' is no kind" in complaint(reader(self.HEADER + "0;a;u;XX;;;5\n"))
         assert "'../0' is no row" in complaint(reader(self.HEADER + "../0;a;u;VM;;;5\n"))
+
+    def numbered(self, folder, numbers):
+        for old in folder.iterdir():
+            old.unlink()
+        for number in numbers:
+            write_image(folder / f"{number:04d}_x.jpg", seed=number)
+
+    ROWS = HEADER + "0;a;u;VM;;;50\n1;b;u;VM;;;51\n2;c;u;VM;;;52\n"
+
+    @pytest.mark.parametrize("numbers", [(1, 2, 3), (1, 3)])
+    def test_images_counted_from_one_are_refused_with_the_mend(self, images, reader, numbers):
+        self.numbered(images, numbers)
+        text = complaint(reader(self.ROWS, on_missing="skip"))
+        assert "0003_* belongs to no row" in text
+        assert "Set pairs.first_image=1" in text
+        pairs = reader(self.ROWS, on_missing="skip", first_image=1).read()
+        assert {p.id: p.image.name for p in pairs} == {
+            f"vm_{n - 1:04d}": f"{n:04d}_x.jpg" for n in numbers
+        }
+
+    def test_images_counted_from_zero_are_not_read_from_one(self, images, reader):
+        self.numbered(images, (0, 1, 2))
+        assert len(reader(self.ROWS).read()) == 3
+        assert "Set pairs.first_image=0" in complaint(reader(self.ROWS, first_image=1))
+        assert "must be 0 or 1" in complaint(reader(self.ROWS, first_image=2))
+
+    @pytest.mark.parametrize(
+        ("numbers", "words"),
+        [((0, 1, 2, 7), "1 images of"), ((1, 2), "pairs.first_image=1")],
+    )
+    def test_images_without_a_row_are_named(self, images, reader, numbers, words, caplog):
+        self.numbered(images, numbers)
+        reader(self.ROWS, on_missing="skip").read()
+        assert words in caplog.text
+        assert ("0007_*" in caplog.text) == (7 in numbers)
 
     def test_comma_instead_of_semicolon(self, reader):
         text = self.HEADER.replace(";", ",") + "0,a,u,VM,,,5\n"
@@ -266,7 +325,18 @@ class TestWen:
         write_image(images / "13.webp", seed=4)
         pairs = WenJsonlPairs(path, images, kind="vm").read()
         assert [(p.id, p.prompt) for p in pairs] == [("11", "c11"), ("12", "c12"), ("13", "c13")]
-        assert [p.image.name for p in pairs] == ["0.png", "x.jpg", "13.webp"]
+        names = [[r.image.name for r in p.references] for p in pairs]
+        assert names == [["0.png", "1.png"], ["x.jpg"], ["13.webp"]]
+
+    def test_kind_of_the_rows_and_folders_without_one(self, tmp_path, path, caplog):
+        rows = [{"caption": "x", "index": 11, "overfit_type": "TV"}, {"caption": "y", "index": 12}]
+        path = write_jsonl(path, rows)
+        for name in ("11/0.png", "12/0.png", "99/0.png"):
+            write_image(tmp_path / "images" / name, seed=len(name))
+        pairs = WenJsonlPairs(path, tmp_path / "images", kind="vm").read()
+        assert [p.kind for p in pairs] == ["tm", "vm"]
+        assert "belong to no row" in caplog.text
+        assert "99/*" in caplog.text
 
     def test_missing_picture(self, tmp_path, path):
         images = tmp_path / "images"
@@ -314,6 +384,22 @@ class TestParquet:
         assert [p.image.name for p in pairs] == [f"{p.sha256}.png" for p in pairs]
         assert len(list((tmp_path / "cache").iterdir())) == 2
         assert reader.read() == pairs
+
+    def test_limit_writes_what_it_takes(self, folder, tmp_path):
+        images = [{"bytes": (folder / "a.png").read_bytes(), "path": None}]
+        images += [{"bytes": b"broken", "path": None}] * 3
+        reader = ParquetPairs(self.embedded(folder, images), cache=tmp_path / "cache", limit=1)
+        assert [p.id for p in reader.read()] == ["row_000001"]
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    def test_lists_of_images_and_of_files(self, folder, tmp_path):
+        images = [{"bytes": (folder / f"{n}.png").read_bytes(), "path": f"{n}.png"} for n in "ab"]
+        pq.write_table(pa.table({"image": [images], "text": ["p"]}), tmp_path / "l")
+        (pair,) = ParquetPairs(tmp_path / "l", cache=tmp_path / "c").read()
+        assert (pair.id, len(pair.references)) == ("a", 2)
+        table = pa.table({"file_name": [["a.png", "b.png"]], "text": ["p"]})
+        pq.write_table(table, folder / "l")
+        assert len(ParquetPairs(folder / "l").read()[0].references) == 2
 
     def test_given_id_goes_before_the_path(self, folder, tmp_path):
         image = {"bytes": (folder / "a.png").read_bytes(), "path": "x.png"}
@@ -389,7 +475,18 @@ class TestConcat:
         rows = [{"file_name": "others.png", "prompt": "x"}, {"file_name": "no.png", "prompt": "y"}]
         write_csv(parts[1].path / "metadata.csv", rows)
         pairs = ConcatPairs([parts[0], replace(parts[1], on_missing="skip")]).read()
-        assert ([p.id for p in pairs], pairs.skipped) == (["memorized", "others"], ("no",))
+        assert ([p.id for p in pairs], pairs.skipped_ids) == (["memorized", "others"], ("no",))
+
+    def test_limit_and_kinds_reach_the_lists(self, parts):
+        for part in parts:
+            rows = [{"file_name": f"{part.path.name}.png", "prompt": "x"}]
+            rows += [{"file_name": "no.png", "prompt": "y"}]
+            write_csv(part.path / "metadata.csv", rows)
+        assert len(ConcatPairs(parts, limit=1).read()) == 2
+        next(parts[0].path.glob("*.png")).unlink()
+        assert [p.id for p in ConcatPairs(parts, kinds=["control"], limit=1).read()] == ["others"]
+        empty = replace(parts[1], kinds=["tm"])
+        assert "has only control pairs" in complaint(ConcatPairs([parts[0], empty]))
 
     def test_no_lists(self):
         assert "pairs.parts is empty" in complaint(ConcatPairs([]))

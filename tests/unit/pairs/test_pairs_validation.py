@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from dori_lightning.pairs import validation
 from dori_lightning.pairs.validation import (
     SHOWN,
     Row,
@@ -19,6 +20,7 @@ from dori_lightning.pairs.validation import (
     validate_rows,
 )
 from dori_lightning.types import InputError, Pair
+from support.pairs import write_image
 
 GOOD = {"kind": "vm", "prompt": "a caption", "image": "a.png"}
 
@@ -226,18 +228,31 @@ def test_duplicates_are_marked_afresh():
 def test_skipping_drops_the_row_and_says_which(folder, caplog):
     pairs = validate(folder, {"id": "x", "image": "no.png"}, {}, on_missing="skip")
     assert [pair.id for pair in pairs] == ["a"]
-    assert pairs.skipped == ("x",)
+    (skipped,) = pairs.skipped
+    assert (skipped.id, skipped.where, skipped.what) == ("x", "list.csv, line 2", "pair")
+    assert "no such file" in skipped.why
+    assert pairs.skipped_ids == ("x",)
     (record,) = caplog.records
-    assert "skipped 1 of 2 rows" in record.getMessage()
-    assert "x (line 2)" in record.getMessage()
+    assert "skipped 1 rows without an image, of 2 rows" in record.getMessage()
+    assert "x (line 2: no such file" in record.getMessage()
 
 
-def test_skipping_forgives_only_what_is_missing(folder):
-    (folder / "b.png").write_bytes(b"<html>")
-    rows = [{"image": "no.png", "kind": "?"}, {"image": "b.png"}]
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>gone", b"GIF89a", b"\x89PNG\r\n\x1a\n cut", b"hello"]
+)
+def test_dead_downloads_can_be_skipped(folder, content):
+    (folder / "b.png").write_bytes(content)
+    pairs = validate(folder, {}, {"image": "b.png"}, on_missing="skip")
+    assert ([p.id for p in pairs], pairs.skipped_ids) == (["a"], ("b",))
+    assert "pairs.on_missing=skip" in complaint(folder, {"image": "b.png"})
+
+
+def test_skipping_forgives_only_unusable_images(folder):
+    rows = [{"image": "no.png", "kind": "?"}, {"image": "../x.png", "id": "x"}]
     text = complaint(folder, *rows, on_missing="skip")
     assert text.startswith("list.csv: 2 problems")
     assert "no such file" not in text
+    assert "leads outside" in text
 
 
 def test_skipping_everything_is_an_error(folder):
@@ -260,6 +275,18 @@ def test_limit_counts_audit_pairs_of_each_kind(folder):
     ]
     pairs = validate(folder, *rows, limit=1)
     assert [pair.id for pair in pairs] == ["v1", "t1", "c1"]
+
+
+def test_a_limit_decodes_what_it_takes_and_no_more(folder, monkeypatch):
+    decoded = []
+    real = validation.open_image
+    monkeypatch.setattr(validation, "open_image", lambda p: decoded.append(p.name) or real(p))
+    for name in ("b.png", "c.png"):
+        (folder / name).write_bytes(b"broken")
+    rows = [{}, {"image": "b.png"}, {"image": "c.png", "kind": "tm"}, {"image": "no.png"}]
+    assert [p.id for p in validate(folder, *rows, kinds=["vm"], limit=1)] == ["a"]
+    assert decoded == ["a.png"]
+    assert "line 5  prompt" in complaint(folder, *rows[:3], {"prompt": ""}, limit=1)
 
 
 def test_duplicate_of_never_names_a_pair_that_the_limit_cut(folder):
@@ -301,6 +328,70 @@ def test_long_prompt_is_refused_when_strict():
 def test_prompts_that_just_fit_pass(caplog):
     assert check_prompt_lengths(PAIRS, takes(6), strict=True) == ()
     assert not caplog.records
+
+
+class TestSeveralReferenceImages:
+    def test_a_folder_and_a_list(self, folder):
+        write_image(folder / "leak/2.png", seed=7)
+        write_image(folder / "leak/1.png", seed=8)
+        (folder / "leak/._1.png").write_bytes(b"macOS")
+        (folder / "leak/note.txt").write_text("no image")
+        listed, whole = validate(
+            folder, {"image": ["a.png", "b.png"]}, {"image": "leak/", "kind": "tm"}
+        )
+        assert [r.image.name for r in listed.references] == ["a.png", "b.png"]
+        assert [r.image.name for r in whole.references] == ["1.png", "2.png"]
+        assert (listed.id, whole.id) == ("a", "leak")
+        for pair in (listed, whole):
+            assert [r.sha256 for r in pair.references] == [
+                hashlib.sha256(r.image.read_bytes()).hexdigest() for r in pair.references
+            ]
+
+    def test_the_same_file_twice_is_one(self, folder):
+        (folder / "b.png").write_bytes((folder / "a.png").read_bytes())
+        (pair,) = validate(folder, {"image": ["a.png", "b.png", "a.png"]})
+        assert len(pair.references) == 1
+
+    def test_any_shared_file_makes_a_duplicate(self, folder):
+        rows = [{"image": ["a.png", "b.png"]}, {"id": "x", "image": ["c.png", "b.png"]}]
+        assert [p.duplicate_of for p in validate(folder, *rows)] == [None, "a"]
+
+    def test_damaged_ones_are_named_or_left_out(self, folder):
+        write_image(folder / "leak/1.png", seed=7)
+        (folder / "leak/2.png").write_bytes(b"<html>")
+        assert "leak/2.png: a web page" in complaint(folder, {"image": "leak"})
+        pairs = validate(folder, {"image": "leak"}, on_missing="skip")
+        assert [r.image.name for r in pairs[0].references] == ["1.png"]
+        assert pairs.skipped_ids == ()
+        assert [(own.id, own.what) for own in pairs.skipped] == [("leak", "image")]
+
+    def test_a_folder_without_images_and_the_root(self, folder):
+        (folder / "leak").mkdir()
+        text = complaint(folder, {"image": "leak"}, {"image": ".", "id": "x"})
+        assert text.count("nor a folder with reference images") == 2
+
+    def test_aimed_at_another(self, folder):
+        (pair,) = validate(folder, {"image": ["a.png", "b.png", "c.png"]})
+        aimed = pair.aimed_at(pair.references[1])
+        assert [r.image.name for r in aimed.references] == ["b.png", "a.png", "c.png"]
+        assert pair.aimed_at(pair.references[0]) == pair
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("sub\\d.png", "the list has \\ where paths have /"),
+        ("Sub/D.PNG", "case"),
+        ("sub/cafe\u0301.png", "two Unicode forms"),
+    ],
+)
+def test_a_name_that_is_spelled_otherwise_is_said_and_not_skipped(folder, listed, words):
+    write_image(folder / "sub/d.png", seed=5)
+    write_image(folder / "sub/caf\u00e9.png", seed=6)
+    for how in ("error", "skip"):
+        text = complaint(folder, {"image": listed, "id": "x"}, on_missing=how)
+        assert words in text
+        assert "but there is" in text
 
 
 def test_conversions_are_said_once_for_each_kind(folder, caplog):

@@ -42,7 +42,7 @@ def test_structures_are_as_complex_as_the_planted_photographs():
         theirs, ours = ([row[measure] for row in rows] for rows in (photographs, drawn))
         assert min(theirs) < median(ours) < max(theirs)
         assert 0.7 < median(ours) / median(theirs) < 1.4
-        assert min(ours) > 0.8 * min(theirs), "none is flat"
+        assert min(ours) > 0.6 * min(theirs), "none is flat"
 
 
 def test_all_controls_follow_the_usual_ones_in_known_words(cache):

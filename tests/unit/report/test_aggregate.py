@@ -103,7 +103,7 @@ def test_missing_cells_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ({"fingerprint": "0" * 16}, ["weights 0000", "there ffff"]),
+        ({"fingerprint": "0" * 16}, ["checkpoint 0000", "there ffff"]),
         ({"sizes": {"vm": 3, "tm": 1, "control": 3}}, ["lacks the pairs vm3"]),
         ({"sizes": {"vm": 4, "tm": 2, "control": 3}}, ["has the pairs tm1"]),
         ({"prompts": {"vm1": "another"}}, ["has other prompts or images for vm1"]),

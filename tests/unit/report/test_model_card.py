@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from dori_lightning.report.model_card import Changed, Exported, model_card
 from dori_lightning.report.record import read_edit_record, read_record, write_report
 from dori_lightning.report.words import escape
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, ReplacedPart
 from support import fake_reports as fakes
 from support.fake_audits import loss_cost
 
@@ -110,6 +110,17 @@ def test_an_export_without_an_edit_says_that_nothing_changed():
     assert "task.edit" not in card
     assert "mitigation=none" in card
     assert "forget" not in card.partition("## Audit")[0]
+
+
+def test_the_card_says_which_of_the_originals_parts_came_from_other_files():
+    part = ReplacedPart(
+        "unet", "esd-cat.safetensors", {"esd-cat.safetensors": "c" * 64}, 32, 30, 686
+    )
+    card = model_card(replace(EXPORT, replaced=(part,)), None)
+    assert "32 of 686 tensors of the UNet came from other files (30 differed)" in card
+    assert "c" * 64 in card
+    assert "checkpoint.unet=FILE" in card
+    assert "esd-cat" not in card, "a name may tell whose image it is"
 
 
 def test_places_of_this_machine_are_not_told():
