@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +9,9 @@ import torch
 
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.corpus import Corpus, Split
+from dori_lightning.pairs.datamodule import LAYOUT
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.cache import TENSORS, Cache
-
-LAYOUT = "1"
-"""Version of the cache's files and of how images are cut and scaled; others are not read."""
 
 ENCODED_AT_ONCE = 16
 """Elements whose images are in memory together."""
@@ -71,8 +68,7 @@ class EncodedCorpus:
             "corpus": corpus.identity,
             "split": split,
         }
-        text = json.dumps(self._key, sort_keys=True)
-        self._folder = hashlib.sha256(text.encode()).hexdigest()[:24]
+        self._folder = content_hash(self._key)[:24]
         self._encoded: dict[int, Encodings] = {}
 
     def __len__(self) -> int:
@@ -91,6 +87,9 @@ class EncodedCorpus:
             places: Their places, from 0, at least one; a place may come twice.
             advance: Called with the number of elements that are there now, those of earlier calls
                 too.
+
+        Raises:
+            ValueError: Latents are not finite.
         """
         model = self._model
         missing = [place for place in dict.fromkeys(places) if place not in self._encoded]
@@ -123,6 +122,11 @@ class EncodedCorpus:
             count, resolution = len(self), self._model.resolution
             images = self._corpus.examples(self._split, count, resolution, only=missing).images
             latents = self._model.encode_images(images).cpu()
+            if not latents.isfinite().all():
+                raise ValueError(
+                    f"{self._model.name} encodes ordinary images to latents that are not finite; "
+                    f"with fp16 weights, try fp32 or bf16"
+                )
             for place, latent in zip(missing, latents, strict=True):
                 stored = found[place] = {"latent": latent}
                 self._cache.write(self._name(place), stored, self._key, TENSORS)
