@@ -34,8 +34,9 @@ class EncodedCorpus:
     """The first elements of a corpus' split, each encoded when it is first asked for.
 
     Latents are kept in files, one an element, so whoever asks later, such as another job of a
-    sweep, reads them; embeddings of prompts are computed faster than they are read, and kept in
-    memory alone. Every element is encoded by itself, so it is the same whoever asks first.
+    sweep, reads them. Embeddings of prompts take far more room than latents and one pass of the
+    text encoder, so they are kept in memory alone. Every element is encoded by itself, so it is
+    the same whoever asks first.
 
     Attributes:
         prompts: All N captions.
