@@ -188,7 +188,6 @@ def measure(context: AuditContext, conditioning: Conditioning, folder: Path) -> 
         displacement=conditioning.displacement,
         images=tuple(place / f"{seed}.png" for seed in seeds),
         stopped_at=conditioning.stopped_at,
-        closest=scores.closest,
     )
 
 
