@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -15,8 +16,9 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +27,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dori_lightning import config, errors
-from dori_lightning.report.claims import ClaimsFailedError
 from dori_lightning.runtime import job_status, peers, signals
-from dori_lightning.runtime.artifacts import one_writer, remove_partials
+from dori_lightning.runtime.artifacts import one_writer, released_on_failure, remove_partials
 from dori_lightning.runtime.logging import quiet_libraries
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
-from dori_lightning.types import InputError
+from dori_lightning.types import ClaimsFailedError, InputError
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
@@ -50,6 +52,15 @@ SWEEP_LOCK = "sweep.lock"
 
 _CLOCK = "${now:"
 """How a setting asks the clock."""
+
+_WITHOUT_PAIRS = ("report", "statistics", "status")
+"""Tasks that read no list of pairs."""
+
+_LISTS = "dori_lightning.pairs.readers."
+"""Where readers of lists of text are, which are imported without torch."""
+
+_HOLDS_IMAGES = f"{_LISTS}ParquetPairs"
+"""The reader among them whose files may hold the images too, and so are long."""
 
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 _NOT_SWEPT = "cannot be swept: jobs of one sweep share a process"
@@ -71,7 +82,32 @@ def main() -> int:
     Returns:
         Exit code of a run that came back; single jobs that fail leave by `SystemExit` with theirs.
     """
-    arguments = sys.argv[1:]
+    try:
+        return _main([_with_home(argument) for argument in sys.argv[1:]])
+    except BrokenPipeError:  # whoever reads, such as head, has enough
+        return 0
+    finally:
+        _close_output()
+
+
+def _with_home(argument: str) -> str:
+    """An override whose value begins with ``~`` with the home folder: Hydra would refuse it."""
+    name, equals, value = argument.partition("=")
+    at_home = re.match(r"~[\w.-]*(/|$)", value)
+    return f"{name}={os.path.expanduser(value)}" if equals and at_home else argument  # noqa: PTH111
+
+
+def _close_output() -> None:
+    """Write what standard output still holds; nobody is told where nobody reads."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _main(arguments: list[str]) -> int:
+    """Run a command line; returns as `main` does."""
     if not arguments:
         sys.stderr.write(
             "Nothing chosen. Two commands to begin with:\n\n"
@@ -86,8 +122,9 @@ def main() -> int:
     code = 0
     forget_sweep()
     try:
+        peers.check_environment()
         config.refuse_secrets(arguments)
-        refuse_rerun(arguments)
+        refuse_flags(arguments)
         refuse_device_sweep(arguments)
         try:
             # Hydra would print its own errors and exit with 1; this makes it raise them
@@ -98,6 +135,7 @@ def main() -> int:
         except BrokenProcessPool:
             _say(f"dori: {lost_worker()}\n")
             code = 1
+        _say_how_to_sync()
         # also after a failed job: the others have a table all the same
         close_sweep()
     except Interrupted as received:
@@ -106,6 +144,8 @@ def main() -> int:
     except KeyboardInterrupt:
         _say_how_to_resume("interrupted", arguments)
         return 130
+    except BrokenPipeError:
+        raise
     except Exception as error:
         reported = _report(error, errors.explain(error, arguments))
         return code or reported
@@ -152,6 +192,7 @@ def _run_task(cfg: DictConfig) -> float | None:
             stack.enter_context(one_writer(folder))
             remove_partials(folder)
             status = stack.enter_context(job_status.status_of(folder))
+            stack.enter_context(released_on_failure(folder))
         task = _checked_task(cfg)
         # late: the errors above come at once, and these import torch
         from dori_lightning.runtime.distributed import pin
@@ -177,9 +218,32 @@ def _checked_task(cfg: DictConfig) -> Any:
     if not cfg.task.get("dry_run"):  # a plan needs no data
         config.check_missing(cfg)
     config.check_targets(cfg)
+    if not cfg.task.get("dry_run"):
+        check_inputs(cfg)
     task = _task(cfg.task.get("name"))
     config.check_signatures(cfg)
     return task
+
+
+def check_inputs(cfg: DictConfig) -> None:
+    """Look for files, and read the list of pairs without its images: all before torch is imported.
+
+    Raises:
+        InputError: A file is not there, or something is wrong with the list.
+    """
+    config.check_files(cfg)
+    # an edit that is given has been found for its pairs already
+    if cfg.task.get("name") in _WITHOUT_PAIRS or cfg.task.get("edit"):
+        return
+    named = [node["_target_"] for _, node in config.targets(cfg, "pairs")]
+    # others may need torch, such as the embedded benchmark's, which draws its images
+    if _HOLDS_IMAGES in named or not all(name.startswith(_LISTS) for name in named):
+        return
+    config.check_signatures(cfg, under="pairs")
+    from dori_lightning.pairs.validation import names_only
+
+    with names_only():
+        instantiate(cfg.pairs).read()
 
 
 def _task(name: Any) -> Any:
@@ -256,12 +320,23 @@ def command(arguments: list[str]) -> str:
 # Commands that would go wrong without a message of their own.
 
 
-def refuse_rerun(arguments: list[str]) -> None:
-    """Refuse the one flag of Hydra's that unpickles a file."""
-    for argument in arguments:
-        if argument.startswith("--e"):
+def refuse_flags(arguments: list[str]) -> None:
+    """Refuse settings written as flags, and the one flag of Hydra's that unpickles a file."""
+    settings = {*config.groups(), *(item.name for item in fields(config.Config))}
+    for argument, following in pairwise([*arguments, ""]):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("--"):
+            continue
+        if name in settings or name.partition(".")[0] in settings:
+            plus = "+" if name == "experiment" else ""
             raise InputError(
-                f"{argument.partition('=')[0]} loads a pickle, which may execute anything",
+                f"{name} is a setting, not a flag",
+                where=argument,
+                fix=f"write {plus}{name}={value if equals else following or 'VALUE'}",
+            )
+        if name.startswith("e"):
+            raise InputError(
+                f"--{name} loads a pickle, which may execute anything",
                 where="command line",
                 fix="give the command of the run again; it finishes what is missing",
             )
@@ -346,9 +421,7 @@ def refuse_clock(cfg: DictConfig) -> None:
 
 def _started_processes() -> tuple[int, str]:
     """How many processes torchrun or srun started, and the variable that says so."""
-    counts = {
-        name: int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    }
+    counts = {name: peers.number_in(name, 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")}
     name = max(counts, key=counts.__getitem__)
     return counts[name], name
 
@@ -474,6 +547,17 @@ def lost_worker() -> str:
             "with fewer jobs at once: hydra.launcher.n_jobs=N",
         )
     )
+
+
+def _say_how_to_sync() -> None:
+    """Say how the runs of a sweep are uploaded that were written offline."""
+    if _sweep.folder is None or not any(_sweep.folder.glob("*/wandb")):
+        return
+    from dori_lightning.tracking import has_offline_runs, sync_command  # late: imports torch
+
+    if has_offline_runs(_sweep.folder, sweep=True):
+        command = sync_command(_sweep.folder, sweep=True)
+        log.info("Weights & Biases: offline. To upload the runs of this sweep:\n%s", command)
 
 
 def close_sweep() -> None:

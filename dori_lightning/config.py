@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -51,6 +53,14 @@ _LOGGING_REFERENCES = {
 
 _RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _FOLDERS = ("paths.output", "paths.cache", "hydra.run.dir", "hydra.sweep.dir")
+_NOT_EMPTY = ("name", "sweep", "paths.output", "paths.cache")
+_READ_FROM = {
+    "audit", "config", "edit", "expected", "path", "source", "statistics", "text_encoder", "unet",
+    "vae", "weights",
+}  # fmt: skip
+"""Last part of keys that name a file or folder to be read."""
+
+_HOME = re.compile(r"~[\w.-]*(/|$)")
 _FROM_ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
 
 MEANINGS = {
@@ -237,7 +247,7 @@ def check_missing(cfg: DictConfig) -> None:
     # parts[0] as Hydra's command line writes it: parts.0
     missing = sorted(re.sub(r"\[(\d+)\]", r".\1", key) for key in OmegaConf.missing_keys(cfg))
     if missing:
-        meanings = {key: MEANINGS.get(re.sub(r"\.parts\.\d+", "", key)) for key in missing}
+        meanings = {key: _meaning(key) for key in missing}
         raise InputError(
             f"missing value for {', '.join(missing)}",
             where="the composed config",
@@ -246,26 +256,65 @@ def check_missing(cfg: DictConfig) -> None:
         )
 
 
+def _meaning(key: str) -> str | None:
+    """What a value is that the yaml files leave to the user; None for other keys."""
+    return MEANINGS.get(re.sub(r"\.parts(\.|\[)\d+\]?", "", key))
+
+
+def check_files(cfg: DictConfig) -> None:
+    """Refuse names of files and folders to be read that are not there.
+
+    Only what can be nothing but a path is looked at: absolute, or beginning with ``./`` or
+    ``../``. Lists of pairs say more of theirs.
+
+    Raises:
+        InputError: Names the first that is missing.
+    """
+    composed: Any = OmegaConf.to_container(cfg, resolve=True)
+    read = {
+        key: value for key, value in composed.items() if key not in ("hydra", "pairs", "paths")
+    }
+    for place, value in walk(read):
+        named = re.split(r"[.\[]", place)[-1] in _READ_FROM
+        is_path = named and isinstance(value, str) and re.match(r"\.{0,2}/", value)
+        if is_path and not Path(value).exists():
+            raise InputError(
+                f"there is no file or folder {value}",
+                where=place,
+                fix=_meaning(place) or "correct the path",
+            )
+
+
 def check_targets(cfg: DictConfig) -> None:
     """Refuse a config that would build something outside `ALLOWED_TARGETS`; imports nothing.
 
     Raises:
         InputError: Names the key and the target.
     """
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+    for path, node in targets(cfg):
         _check_name(path, node["_target_"], ALLOWED_TARGETS)
 
 
-def check_signatures(cfg: DictConfig) -> None:
+def check_signatures(cfg: DictConfig, *, under: str = "") -> None:
     """Check every node that builds something against the signature of what it builds.
 
     Imports the targets, builds nothing.
 
+    Args:
+        cfg: The root.
+        under: Only nodes of this key; empty for all.
+
     Raises:
         InputError: A key the target does not take, one it needs, or a value of the wrong type.
     """
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+    for path, node in targets(cfg, under):
         _check_arguments(path, node, _import_target(path, node["_target_"], ALLOWED_TARGETS))
+
+
+def targets(cfg: DictConfig, under: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Nodes that build something, of the whole config or of one key, with their places."""
+    whole: Any = OmegaConf.to_container(cfg, resolve=True)
+    return _targets(whole[under] if under else whole, under)
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -392,20 +441,27 @@ def guard() -> None:
 
 
 def check_composed(cfg: DictConfig) -> None:
-    """Refuse what must not be written down, and what Hydra must not build or call.
+    """Refuse what must not be written down or is lacking, and what Hydra must not build or call.
+
+    A ``~`` at the beginning of a path becomes the home folder, in every setting.
 
     Args:
         cfg: The root, with Hydra's own node; nothing in it need be resolvable yet.
 
     Raises:
-        InputError: A secret, a folder that is an address, or a target that is on no list.
+        InputError: A secret, a part that was deleted, a value that is empty, a folder that is an
+            address, or a target that is on no list.
     """
-    composed = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(composed, dict)
+    composed: Any = OmegaConf.to_container(cfg, resolve=False)
     hydra = composed.get("hydra") or {}
     given = hydra.get("overrides") or {}
-    refuse_secrets([*(given.get("task") or []), *(given.get("hydra") or [])])
+    overrides = given.get("task") or []
+    refuse_secrets([*overrides, *(given.get("hydra") or [])])
     _refuse_secret_values(composed)
+    if OmegaConf.get_type(cfg) is Config:
+        _refuse_incomplete(composed, overrides)
+    _refuse_empty(composed)
+    _expand_home(cfg, composed)
     _refuse_addresses(cfg)
     for path, node in _targets(hydra, "hydra"):
         if path in ("hydra.launcher", "hydra.sweeper"):
@@ -437,6 +493,68 @@ def refuse_secrets(overrides: Iterable[str]) -> None:
 def unescaped(override: str) -> str:
     """An override without escapes, which would hide an address and its password."""
     return re.sub(r"\\(.)", r"\1", override)
+
+
+def _refuse_incomplete(composed: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a configuration that lacks a key of its root, or merges several options of a group.
+
+    Of all groups only ``logger`` may be none or several.
+    """
+    options = groups()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        names = override.value()
+        group = override.key_or_group
+        if group in options and group != "logger" and isinstance(names, list):
+            each = ",".join(map(str, names)) or "NAME"
+            raise InputError(
+                f"{group} takes one option, not a list",
+                where=str(override.input_line),
+                fix=f"one job for each, with -m: {group}={each}",
+            )
+    chosen = composed["hydra"]["runtime"]["choices"]
+    for item in fields(Config):
+        of_group = item.name in options and item.name != "logger"
+        if item.name not in composed or (of_group and item.name not in chosen):
+            fix = f"; to choose another one: {item.name}=NAME" if of_group else ""
+            raise InputError(
+                f"{item.name} was deleted, and no run goes without",
+                where=next((o for o in overrides if o.startswith(f"~{item.name}")), item.name),
+                fix=f"leave that out{fix}",
+            )
+
+
+def _refuse_empty(composed: Mapping[str, Any]) -> None:
+    """Refuse an empty text where a file, a folder or a name is to be."""
+    for place, value in walk(dict(composed)):
+        if value == "" and (place in _NOT_EMPTY or _meaning(place)):
+            raise InputError(
+                f"{place} is empty",
+                where=f"{place}=",
+                fix=_meaning(place) or "give a value, or leave it out; is a shell variable unset?",
+            )
+
+
+def _expand_home(cfg: DictConfig, composed: Mapping[str, Any]) -> None:
+    """Replace a leading ``~`` or ``~user`` by the home folder, as a shell does.
+
+    Raises:
+        InputError: There is no such user: a folder of that name would be made here.
+    """
+    hydra = composed.get("hydra") or {}
+    own = {key: value for key, value in composed.items() if key != "hydra"}
+    folders = {"run": hydra.get("run"), "sweep": hydra.get("sweep")}
+    for place, value in (*walk(own), *walk(folders, "hydra")):
+        if not isinstance(value, str) or not _HOME.match(value):
+            continue
+        expanded = os.path.expanduser(value)  # noqa: PTH111  # leaves users that are not here
+        if expanded.startswith("~") and "/" in expanded:
+            user = expanded.partition("/")[0][1:]
+            raise InputError(
+                f"{value} begins with the home folder of {user}, and there is no such user",
+                where=place,
+                fix="write the whole path",
+            )
+        OmegaConf.update(cfg, place, expanded)
 
 
 def _refuse_secret_values(composed: Mapping[Any, Any]) -> None:

@@ -2,10 +2,15 @@
 
 import errno
 import re
+import shlex
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -27,6 +32,8 @@ _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote proces
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """A disk or quota that is full, a file larger than allowed, a file system gone read-only."""
 
+_CONFIG_FOLDERS = ("--config-dir", "-cd", "--config-path", "-cp")
+
 _COMPOSED = "the command line or the config it composes"
 _HELP = "python -m dori_lightning --help lists what there is"
 
@@ -46,10 +53,19 @@ def explain(error: BaseException, arguments: list[str]) -> str | None:
         if isinstance(link, InputError):
             return str(link)
         if isinstance(link, OverrideParseException):
+            return _message("cannot read an override", link.override, _quoting(link.override))
+        if isinstance(link, yaml.YAMLError | UnicodeDecodeError):
+            return _unreadable_file(link, arguments)
+        if isinstance(link, ValueError) and str(link).startswith("Config group override must"):
+            given = [a for a in arguments if a.partition("=")[0] in config.groups()]
             return _message(
-                "cannot read an override",
-                link.override,
-                "write key=value; quote what is not a plain word, as in 'key=\"a, b\"'",
+                "a group takes the name of an option",
+                " ".join(given),
+                f"write GROUP=NAME; {_HELP}",
+            )
+        if isinstance(link, ValueError) and str(link).startswith("Invalid defaults list"):
+            return _message(
+                first_line(link), "a yaml file of yours", "write a list: - group: name"
             )
         if isinstance(link, MissingConfigException):
             return _unknown_option(link)
@@ -65,6 +81,50 @@ def explain(error: BaseException, arguments: list[str]) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _message(first_line(error), _COMPOSED, _HELP)
     return None
+
+
+def _quoting(override: str) -> str:
+    """How to write an override that cannot be read: quoted for Hydra, then for the shell."""
+    name, equals, value = override.partition("=")
+    if not equals or value[:1] in ("'", '"'):  # quoted already, only not to the end
+        return "write NAME=VALUE, and close every quote and bracket"
+    brackets = "close every bracket; or where it is a text, " if value[:1] in "[{" else ""
+    return f"{brackets}quote it: {_quoted(name, value)}"
+
+
+def _quoted(name: str, value: str) -> str:
+    """An override as a shell takes it, whose value is read as the text that it is."""
+    return shlex.quote(f"{name}={QuotedString(value, Quote.double).with_quotes()}")
+
+
+def _unreadable_file(error: yaml.YAMLError | UnicodeDecodeError, arguments: list[str]) -> str:
+    """Say where in a configuration file of the user's the mistake is."""
+    if isinstance(error, UnicodeDecodeError):
+        files = ", ".join(map(str, filter(_is_not_utf8, _yaml_files(arguments))))
+        return _message("a yaml file is not UTF-8", files or _COMPOSED, "save it as UTF-8")
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or getattr(error, "reason", None) or first_line(error)
+    place = f"{mark.name}, line {mark.line + 1}" if mark else getattr(error, "name", _COMPOSED)
+    fix = "indent with spaces: yaml takes no tab" if "\\t" in what else "correct the file"
+    return _message(f"cannot read a yaml file: {what}", place, fix)
+
+
+def _yaml_files(arguments: list[str]) -> Iterator[Path]:
+    """Files of the folders that ``--config-dir`` and its kin name."""
+    for argument, following in pairwise([*arguments, ""]):
+        flag, equals, value = argument.partition("=")
+        if flag in _CONFIG_FOLDERS:
+            yield from sorted(Path(value if equals else following).rglob("*.yaml"))
+
+
+def _is_not_utf8(path: Path) -> bool:
+    try:
+        path.read_text("utf-8")
+    except UnicodeDecodeError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def explain_in_task(error: BaseException) -> str | None:
@@ -113,13 +173,18 @@ def _composition(
     merging = re.search(r"Error merging override (.*)", text)
     if merging is not None and cause is not error:
         return _message(first_line(cause), merging[1], "give a value of that type")
-    if "Ambiguous value" in text:
+    ambiguous = re.search(r"Ambiguous value for argument '(([^=]*)=(.*))'", text)
+    if ambiguous is not None:
+        override, name, value = ambiguous.groups()
         return _message(
             "several values for one key",
-            re.sub(r"^Ambiguous value for argument '(.*)'$", r"\1", first_line(error)),
-            "add -m to run a job for each, or write key=[a,b] for a list",
+            override,
+            f"add -m to run a job for each; write {name}=[{value}] for a list; or where the comma "
+            f"is part of a text, quote it: {_quoted(name, value)}",
         )
-    return _message(first_line(error if text.strip() else cause), _COMPOSED, _HELP)
+    lines = text.strip().splitlines() or [first_line(cause)]
+    # a line that ends in a colon only says which file it is of
+    return _message(" ".join(lines[: 1 + lines[0].endswith(":")]), _COMPOSED, _HELP)
 
 
 def _unknown_option(error: MissingConfigException) -> str:
@@ -142,6 +207,14 @@ def _unknown_option(error: MissingConfigException) -> str:
 
 def _unknown_key(key: str, arguments: list[str]) -> str:
     where = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
+    added = next((a for a in arguments if a.startswith("+experiment=")), None)
+    if added is not None and (key == "experiment" or "@experiment." in key):
+        file = f"experiment/{added.partition('=')[2]}.yaml"
+        return _message(
+            f"{file} does not say that its keys belong to the whole configuration",
+            added,
+            f"begin {file} with the line: # @package _global_",
+        )
     if key == "experiment":
         return _message(
             "an experiment is added, not changed", where, f"write +{where.lstrip('+')}"

@@ -14,6 +14,7 @@ import netrc
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,22 +244,43 @@ class RunIdentity:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def kept_id(folder: Path, purpose: str, *, prefix: str = "") -> str:
+def kept_id(folder: Path, purpose: str, *, prefix: str = "", given: str | None = None) -> str:
     """Read the id that a folder stores for a purpose; made at the first call.
 
     Args:
         folder: Run folder or sweep folder, shared by all processes that need the same id.
         purpose: Name of the id within the folder.
         prefix: First part of a new id.
+        given: The new id, where somebody else chose one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FILE
     with FileLock(folder / f".{_FILE}.lock"):
         ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if purpose not in ids:
-            ids[purpose] = f"{prefix}{secrets.token_hex(4)}"
+            ids[purpose] = given or f"{prefix}{secrets.token_hex(4)}"
             write_json(path, ids)
         return str(ids[purpose])
+
+
+_OFFLINE_RUNS = "wandb/offline-run-*"
+
+
+def sync_command(folder: Path, *, sweep: bool = False) -> str:
+    """The line for a shell that uploads what was written offline.
+
+    A run that was resumed has several parts of one id, which the client joins, the oldest first.
+
+    Args:
+        folder: Run folder, or the folder of a sweep.
+        sweep: Whether it holds the run folders of a sweep.
+    """
+    return f"wandb sync {shlex.quote(str(folder))}/{'*/' if sweep else ''}{_OFFLINE_RUNS}"
+
+
+def has_offline_runs(folder: Path, *, sweep: bool = False) -> bool:
+    """Whether a run, or any run of a sweep, was written offline."""
+    return any(folder.glob(f"{'*/' if sweep else ''}{_OFFLINE_RUNS}"))
 
 
 @dataclass(frozen=True)
@@ -302,8 +324,7 @@ class WeightsAndBiases:
                 project=self.project,
                 entity=self.entity,
                 dir=str(folder),
-                # an agent of a W&B sweep names the runs that it starts
-                id=os.environ.get("WANDB_RUN_ID") or run.id,
+                id=run.id,
                 resume="allow",
                 name=self.name or run.name,
                 group=self.group or run.group,
@@ -318,7 +339,8 @@ class WeightsAndBiases:
             raise InputError(
                 f"no online run in Weights & Biases: {first_line(error)}\n"
                 f"  where: logger.wandb\n"
-                f"  fix:   wandb login, or logger.wandb.offline=true and later: wandb sync FOLDER"
+                f"  fix:   wandb login, or logger.wandb.offline=true and later:\n"
+                f"         {sync_command(folder)}"
             ) from error
         return WandbLogger(experiment=started, save_dir=folder)
 

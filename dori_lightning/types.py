@@ -1,4 +1,4 @@
-"""Frozen dataclasses that travel between the stages of a task, and the error of bad input."""
+"""Frozen dataclasses that travel between the stages of a task, and the errors that end a run."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ class InputError(Exception):
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         parts = [what, where and f"  where: {where}", fix and f"  fix:   {fix}"]
         super().__init__("\n".join(part for part in parts if part))
+
+
+class ClaimsFailedError(Exception):
+    """A recorded claim does not hold: nothing is wrong with the input, the numbers differ."""
 
 
 def require(good: bool, rule: str, got: object) -> None:

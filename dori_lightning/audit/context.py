@@ -1,5 +1,6 @@
 """The context of an audit: its inputs, checked before any expensive step."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ from dori_lightning.pairs.corpus import Corpus
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.types import Budget, InputError, Pair, Pairs
+
+log = logging.getLogger(__name__)
 
 PNG_BYTES_PER_PIXEL = 3
 """At most: noise does not compress."""
@@ -122,10 +125,24 @@ class AuditContext:
 def check_controls(pairs: Sequence[Pair], attack: AttackSettings, measures: Measures) -> None:
     """Refuse a list without the control pairs that calibration or the attack needs.
 
+    Warns of controls with fewer reference images than suspected pairs have.
+
     Raises:
         InputError: Names the setting that needs them.
     """
-    controls = sum(pair.kind == "control" for pair in pairs)
+    counts = {
+        control: [len(pair.references) for pair in pairs if (pair.kind == "control") == control]
+        for control in (False, True)
+    }
+    suspected, unseen = (sum(own) / len(own) if own else 1.0 for own in counts.values())
+    if counts[True] and suspected > unseen:
+        log.warning(
+            "suspected pairs have %.1f reference images on average and controls %.1f: each is a "
+            "chance to resemble one, so the controls' rate is too low; give controls as many",
+            suspected,
+            unseen,
+        )
+    controls = len(counts[True])
     if not controls and measures.descriptors[measures.decider].threshold is None:
         raise InputError(
             f"{measures.decider} has no fixed threshold: it is calibrated on control pairs, and "

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
+import pyarrow as pa
 import torch
 from filelock import FileLock
 
@@ -44,9 +46,10 @@ from dori_lightning.models.generation import (
 )
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
-from dori_lightning.runtime.artifacts import content_hash
+from dori_lightning.runtime.artifacts import content_hash, write_atomically
 from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.cache import TENSORS, Cache
+from dori_lightning.runtime.documents import json_bytes, parquet_bytes, relative_to
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Calibration, InputError, Pair, first_line
@@ -507,3 +510,33 @@ def _gaps(name: str, comparison: Comparison, features: Features) -> dict[str, st
     if comparison.alignment is None:
         gaps[f"{prefix}alignment"] = "needs a local CLIP model (metrics.alignment)"
     return gaps
+
+
+def write_utility(utility: Utility, folder: Path) -> Path:
+    """Write ``utility_losses.parquet``, ``utility_pictures.parquet`` and ``utility.json``.
+
+    The JSON file comes last: where it is new, the tables belong to it.
+
+    Paths of images are stored relative to the folder.
+
+    Returns:
+        Path of ``utility.json``.
+    """
+
+    def rows(items: Iterable[LossRow | PictureRow]) -> list[dict[str, Any]]:
+        return [
+            {k: relative_to(v, folder) if isinstance(v, Path) else v for k, v in asdict(i).items()}
+            for i in items
+        ]
+
+    document = json_bytes(utility.to_dict())
+    losses = parquet_bytes(rows(utility.loss_rows), _columns(LossRow))
+    pictures = parquet_bytes(rows(utility.picture_rows), _columns(PictureRow))
+    write_atomically(folder / "utility_losses.parquet", losses)
+    write_atomically(folder / "utility_pictures.parquet", pictures)
+    return write_atomically(folder / "utility.json", document)
+
+
+def _columns(row: type[LossRow | PictureRow]) -> dict[str, pa.DataType]:
+    types = {int: pa.int64(), float: pa.float64(), float | None: pa.float64()}
+    return {name: types.get(hint, pa.string()) for name, hint in get_type_hints(row).items()}

@@ -29,6 +29,7 @@ later, or where it has a result at the budget.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,7 @@ from numpy.typing import ArrayLike
 from dori_lightning.metrics.statistics import median_mad, wilson_interval
 from dori_lightning.types import (
     INITS,
+    Budget,
     Calibration,
     Cell,
     Condition,
@@ -290,6 +292,30 @@ def attack_trust(own: Sequence[Cell], attack: Condition | None) -> Trust:
     return "sound" if cell.mr < FALSE_POSITIVE_LIMIT else "paints"
 
 
+def recommended_budget(cells: Iterable[Cell], *, init: Init = "prompt") -> Budget | None:
+    """Find the largest number of steps up to which the attack leaves the controls alone.
+
+    Read along the unbounded attacks from one initial point: the rate of reproduced controls (its
+    point estimate) must stay under 5 % at this budget and at every smaller one that was measured.
+
+    Returns:
+        The budget, or None where the smallest already fails or no control was attacked.
+    """
+    controls = [
+        cell
+        for cell in cells
+        if cell.kind == "control"
+        and cell.condition.attack == "dori"
+        and cell.condition.init == init
+        and cell.condition.budget.norm == "none"
+        and cell.condition.budget.steps > 0
+        and cell.n > 0
+    ]
+    controls.sort(key=lambda cell: cell.condition.budget.steps)
+    alone = list(takewhile(lambda cell: cell.mr < FALSE_POSITIVE_LIMIT, controls))
+    return alone[-1].condition.budget if alone else None
+
+
 Search = tuple[str, Init | None, Norm, float | None, int]
 """Pair id, initial point, norm, radius, restart: what the snapshots of one attack share."""
 
@@ -363,6 +389,57 @@ def first_success(
         n=n,
         mr=len(steps) / n if n else math.nan,
         median_steps=float(np.median(steps)) if steps else math.nan,
+    )
+
+
+@dataclass(frozen=True)
+class AttackEffort:
+    """UNet evaluations that the results rest on, one per row of a batch.
+
+    Steps that a resumed run did not repeat are counted, rows that only fill up a batch are not;
+    the evaluations of one process are ``Provenance.unet_evaluations``.
+
+    Attributes:
+        attack: Of the attack: noise samples of every step taken.
+        attack_saved: Of steps that stopped attacks did not take.
+        pictures: Of generating images from embeddings that the attack found.
+        pictures_saved: Of images of later budgets that stopped attacks did not generate.
+    """
+
+    attack: int
+    attack_saved: int
+    pictures: int
+    pictures_saved: int
+
+
+def attack_effort(
+    outcomes: Iterable[Outcome], *, noise_batch: int, picture_evaluations: int
+) -> AttackEffort:
+    """Count what the attack took, and what stopping it early saved.
+
+    Args:
+        outcomes: Outcomes under the edit, all budgets of an attack.
+        noise_batch: Noise samples of a pair and step.
+        picture_evaluations: UNet evaluations that one image takes.
+    """
+    taken: dict[object, int] = {}
+    planned: dict[object, int] = {}
+    generated = spared = 0
+    for outcome in outcomes:
+        search, steps = search_of(outcome), outcome.condition.budget.steps
+        if search is None:
+            continue
+        stopped = outcome.stopped_at is not None
+        generated += 0 if stopped else len(outcome.seeds)
+        spared += len(outcome.seeds) if stopped else 0
+        taken[search] = max(taken.get(search, 0), 0 if stopped else steps)
+        planned[search] = max(planned.get(search, 0), steps)
+    spent = sum(taken.values())
+    return AttackEffort(
+        attack=spent * noise_batch,
+        attack_saved=(sum(planned.values()) - spent) * noise_batch,
+        pictures=generated * picture_evaluations,
+        pictures_saved=spared * picture_evaluations,
     )
 
 

@@ -5,7 +5,7 @@ independent.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +112,46 @@ def mcnemar_exact(b: int, c: int) -> float:
     if min(b, c) < 0:
         raise ValueError(f"counts must be >= 0, got {b} and {c}")
     return float(binomtest(b, b + c).pvalue) if b + c else 1.0
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The same pairs under two conditions.
+
+    Attributes:
+        n: Pairs with a result under both.
+        lost: Reproduced under the first only.
+        gained: Reproduced under the second only.
+        p: Two-sided exact McNemar p-value.
+        p_holm: The same, corrected for the rows of the checkpoint; NaN where it is not.
+    """
+
+    n: int
+    lost: int
+    gained: int
+    p: float
+    p_holm: float = math.nan
+
+
+def paired(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) -> Paired | None:
+    """Compare two conditions pair by pair; a pair that diverged under either is left out.
+
+    Args:
+        first: Pair id to whether it was reproduced, None where that is unknown.
+        second: The same under the other condition.
+
+    Returns:
+        The comparison, None where no pair has a result under both.
+    """
+    both = [
+        (a, b)
+        for name, a in first.items()
+        if a is not None and (b := second.get(name)) is not None
+    ]
+    if not both:
+        return None
+    lost, gained = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
+    return Paired(len(both), lost, gained, mcnemar_exact(lost, gained))
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -148,7 +148,7 @@ def _named(held: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"{key}.{name}", tensor
 
 
-def _main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Convert as the command line says, and tell what was written; returns the exit code."""
     if len(arguments) != 2:
         sys.stderr.write(
@@ -160,11 +160,11 @@ def _main(arguments: list[str]) -> int:
     except InputError as problem:
         sys.stderr.write(f"error: {problem}\n")
         return 2
-    sys.stdout.write(f"{made.tensors} tensors written to {arguments[1]}\n")
+    sys.stdout.write(f"tensors written to {arguments[1]}: {made.tensors}\n")
     if made.dropped:
         sys.stdout.write(f"left out: {', '.join(made.dropped)}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

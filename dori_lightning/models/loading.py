@@ -44,7 +44,7 @@ from dori_lightning.models.weight_files import (
     pickle_message,
     variants,
 )
-from dori_lightning.types import InputError
+from dori_lightning.types import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -273,10 +273,31 @@ def _choose_autocast(precision: str, device: torch.device) -> torch.dtype | None
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def _existing_device(name: str) -> torch.device:
+    """A device by torch's name for it.
+
+    Raises:
+        InputError: Torch knows no such device, or the machine has none.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("meta holds no numbers")
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        there = ", ".join(f"cuda:{k}" for k in range(torch.cuda.device_count()))
+        raise InputError(
+            f"there is no device {name!r} here: {first_line(error)}",
+            where="checkpoint.device",
+            fix=f"checkpoint.device=auto takes what there is: {there or 'the CPU (cpu)'}",
+        ) from error
+    return device
+
+
 def _choose_device(device: str) -> torch.device:
     """The named device; ``auto`` is this process's GPU, told by LOCAL_RANK, or else the CPU."""
     if device != "auto":
-        return torch.device(device)
+        return _existing_device(device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -286,6 +307,8 @@ def _load_folder(place: Path | str, revision: str, variant: str | None) -> dict[
     where, options = str(place), dict[str, Any](revision=revision)
     chosen: dict[Part, str] = dict.fromkeys(STEMS, variant or "")
     fix = f"download it first where there is a network: hf download {where} --revision {revision}"
+    if variant is None:
+        fix += "; if it has half-precision weights alone, add checkpoint.variant=fp16"
     if isinstance(place, Path):
         chosen = _check_folder(place, variant)
         options = {"local_files_only": True}
@@ -346,7 +369,7 @@ def _loading(where: str, part: str, fix: str) -> AbstractContextManager[None]:
         "scheduler": "scheduler_config.json",
     }.get(part, "config.json")
     return blamed(
-        f"checkpoint {where} cannot be loaded, its {part} is none",
+        f"checkpoint {where} cannot be loaded, its {part} fails",
         f"{where}/{part}/{file}",
         fix,
     )
@@ -369,16 +392,16 @@ def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
         InputError: A part is missing from the file, or no configuration is given or it does not
             fit.
     """
+    file = WeightFile.open(path)
+    for part, prefixes in _PREFIXES.items():
+        if not any(key.startswith(prefixes) for key in file.names):
+            raise _lacks(file, part, prefixes)
     if config is None:
         raise InputError(
             f"{path} is a single file and holds no configuration; name a diffusers folder or hub "
             f"id of the same architecture with checkpoint.config=..., "
             f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    file = WeightFile.open(path)
-    for part, prefixes in _PREFIXES.items():
-        if not any(key.startswith(prefixes) for key in file.names):
-            raise _lacks(file, part, prefixes)
     weights = _with_text_model(file.tensors())
     local = Path(config).is_dir()
     options: dict[str, Any] = {"config": config, "local_files_only": local}

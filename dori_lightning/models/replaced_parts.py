@@ -108,7 +108,7 @@ class Replacement:
         module.load_state_dict(given, strict=False)
         found = ReplacedPart(
             part=self.part,
-            source=self.source.resolve().name,
+            source=self._name(),
             files={file.path.name: file.sha256() for file in self.files},
             replaced=len(given),
             changed=changed,
@@ -124,6 +124,11 @@ class Replacement:
                 self.source, self.part,
             )  # fmt: skip
         return found
+
+    def _name(self) -> str:
+        """What reports call the source: no more of its place than tells which it is."""
+        place = self.source.absolute()  # not resolved: files of the hub cache are links to hashes
+        return f"{place.parent.name}/{place.name}" if place.name == self.part else place.name
 
     def _tensors(
         self, module: nn.Module, base: Mapping[str, torch.Tensor]

@@ -36,6 +36,9 @@ _CONDITIONING = (
 )
 """Settings of a UNet that asks for more than latents, a timestep and text."""
 
+_SCHEDULE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
+"""Settings of a noise schedule that every checkpoint states; a library's own are another's."""
+
 _ONE = "get the checkpoint's folder again, or the file that was changed in it"
 
 
@@ -181,6 +184,12 @@ def _check_schedule(scheduler: DDIMScheduler, home: str) -> None:
     with blamed("the noise schedule cannot be used", where):
         alphas = torch.as_tensor(scheduler.alphas_cumprod)
         count = int(scheduler.config["num_train_timesteps"])
+        unsaid = set(scheduler.config.get("_use_default_values", ())) & _SCHEDULE
+        _require(
+            not unsaid or scheduler.config["trained_betas"] is not None,
+            f"the noise schedule is not said: {', '.join(sorted(unsaid))} is missing",
+            where,
+        )
         kind = scheduler.config["prediction_type"]
         _require(
             kind in ("epsilon", "v_prediction"),
@@ -232,6 +241,11 @@ def _check_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, home: s
     length = tokenizer.model_max_length
     _require(length >= 3, f"prompts of {length} tokens hold no word", f"{where}: model_max_length")
     where = f"{home}/tokenizer: tokenizer.json, or vocab.json with merges.txt"
+    _require(
+        set(tokenizer.get_vocab().values()) == set(range(known)),
+        f"the ids of the tokenizer's {known} tokens are not 0 to {known - 1}: some are missing",
+        where,
+    )
     unreachable = _unreachable(tokenizer)
     _require(
         not unreachable,

@@ -58,10 +58,9 @@ def empty_part(part: Part, config: str, **options: Any) -> nn.Module:
     """
     with torch.device("meta"):
         if part == "text_encoder":
+            settings = CLIPTextConfig.from_pretrained(config, subfolder=part, **options)
             # said here, or the folder could name a kernel that is fetched and run
-            settings = CLIPTextConfig.from_pretrained(
-                config, subfolder=part, attn_implementation="sdpa", **options
-            )
+            settings._attn_implementation = "sdpa"
             return CLIPTextModel(settings)
         kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
         made: nn.Module = kind.from_config(kind.load_config(config, subfolder=part, **options))

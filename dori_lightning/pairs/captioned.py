@@ -121,7 +121,8 @@ class Img2datasetPairs(ListReader):
             )
         if not shards:
             raise InputError(
-                f"{source} has no shards of img2dataset: folders called 00000 or files 00000.tar"
+                f"{source} has no shards of img2dataset: folders called 00000 or files 00000.tar "
+                f"(--output_format files or webdataset)"
             )
         archives = [shard for shard in shards if shard.suffix == ".tar"]
         if archives and len(archives) < len(shards):
@@ -220,7 +221,8 @@ def _archived(shard: Path, *, root: Path) -> Iterator[_Sample]:
         }
         images = [member for suffix, member in by_suffix.items() if suffix in SUFFIXES]
         record, problem = _record(texts)
-        yield _Sample(key, record, fetch=partial(_stored, shard, images, root), problem=problem)
+        fetch = partial(_stored, shard, images, root) if images else None
+        yield _Sample(key, record, fetch=fetch, problem=problem)
 
 
 def _content(shard: Path, member: tarfile.TarInfo) -> bytes:

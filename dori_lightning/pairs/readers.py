@@ -78,7 +78,7 @@ class Selection:
     Attributes:
         kinds: Kinds to take; rows of other kinds are left out unchecked.
         limit: Most audit pairs of each kind, the first of the list; None takes all. Training pairs
-            are never cut.
+            are never cut. Images of rows beyond are not looked at.
     """
 
     kinds: Sequence[Kind] = KINDS
@@ -176,10 +176,12 @@ def _as_one(rows: Sequence[Row]) -> Row:
     first = rows[0]
     images = [image for row in rows for image in images_of(row.values.get("image"))]
     fetches = [row.fetch for row in rows if row.fetch]
+    empty = [row for row in rows if not row.fetch and not images_of(row.values.get("image"))]
     return Row(
         where=some_of([row.where for row in rows]),
         values={**first.values, "image": images},
         looked_for=first.looked_for,
+        lost=tuple(f"{row.looked_for} ({row.where})" for row in empty),
         fetch=(lambda: [name for fetch in fetches for name in fetch()]) if fetches else None,
     )
 
@@ -584,7 +586,7 @@ class ParquetPairs(ListReader):
             row,
             values=values,
             looked_for="image bytes in this row",
-            fetch=lambda: [store(data, root) for data in files],
+            fetch=(lambda: [store(data, root) for data in files]) if files else None,
         )
 
 
@@ -672,9 +674,9 @@ class NumberedPairs(ListReader):
 class NemoCsvPairs(NumberedPairs):
     """NeMo's lists of LAION prompts: header ``;Caption;URL;type;mean_sscd;max_sscd;Index``.
 
-    A row's images are ``0001_*`` (row number of the first, unnamed column, four digits, from 0)
-    or else ``{Index}.*``; several are its reference images. Its id is ``vm_0001``, after kind and
-    row number.
+    A row's images are ``0001_*`` or ``img_0001_*`` (row number of the first, unnamed column, four
+    digits, from 0), or else ``{Index}.*``; several are its reference images. Its id is
+    ``vm_0001``, after kind and row number.
 
     Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.02366
 
@@ -695,7 +697,7 @@ class NemoCsvPairs(NumberedPairs):
         by_row: dict[str, list[str]] = defaultdict(list)
         by_index: dict[str, list[str]] = defaultdict(list)
         for image in image_files(self.folder):
-            by_row[image.name.partition("_")[0]].append(image.name)
+            by_row[image.name.removeprefix("img_").partition("_")[0]].append(image.name)
             by_index[image.stem].append(image.name)
         if self.first_image not in (0, 1):
             raise InputError(f"pairs.first_image must be 0 or 1, got {self.first_image!r}")

@@ -14,8 +14,9 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -361,6 +362,25 @@ def _explain(error: Exception, head: bytes) -> ImageError:
 _AGAIN = f"download or copy it again, {OR_SKIP}"
 
 
+_names_only: ContextVar[bool] = ContextVar("names_only", default=False)
+
+
+@contextmanager
+def names_only() -> Iterator[None]:
+    """Read lists, columns and names of files while open, and no image.
+
+    Remarks are left out too: they come when the list is read for good.
+    """
+    remarks = logging.getLogger(__package__)
+    level, token = remarks.level, _names_only.set(True)
+    remarks.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        remarks.setLevel(level)
+        _names_only.reset(token)
+
+
 def check_image(path: Path) -> str:
     """Decode an image completely and hash its file.
 
@@ -368,11 +388,13 @@ def check_image(path: Path) -> str:
         path: A regular file.
 
     Returns:
-        SHA-256 of the file, in hexadecimal.
+        SHA-256 of the file, in hexadecimal; empty within `names_only`.
 
     Raises:
         ImageError: Unreadable, not a known format, damaged, too many pixels, or too small.
     """
+    if _names_only.get():
+        return ""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -421,6 +443,7 @@ class Row:
         problems: What kept the reader from taking the row apart; it is not checked further then.
         fetch: Writes images that are no files yet and returns their paths relative to the list's
             folder; called for rows that are taken, in place of ``image``.
+        lost: What a reader searched in vain, of a row that has other images.
     """
 
     where: str
@@ -428,6 +451,7 @@ class Row:
     looked_for: str = ""
     problems: tuple[Problem, ...] = ()
     fetch: Callable[[], Sequence[str]] | None = None
+    lost: tuple[str, ...] = ()
 
 
 def images_of(value: object) -> list[object]:
@@ -540,12 +564,14 @@ class _RowCheck:
 
     def references(self) -> list[Reference]:
         """Decode the row's images; the same file is one image, however often it is there."""
+        if self.row.fetch and _names_only.get():
+            return [Reference(self.root, "")]
         images = images_of(self.row.fetch() if self.row.fetch else self.value("image"))
         found: dict[str, Reference] = {}
-        if not images and self.row.looked_for:
-            fix = f"add the file, {OR_SKIP}"
-            self._say("image", f"found no {self.row.looked_for}", fix, skippable=True)
-        elif not images:
+        missing = self.row.lost if images else (self.row.looked_for,)
+        for what in filter(None, missing):
+            self._say("image", f"found no {what}", f"add the file, {OR_SKIP}", skippable=True)
+        if not images and not self.row.looked_for:
             self._say_no_path(self.value("image"))
         for name in images:
             if not isinstance(name, str) or not name:
@@ -703,6 +729,8 @@ def validate_rows(
             f"{source} has only {', '.join(sorted(found))} pairs, none of kinds {list(kinds)}"
         )
     raise_problems(problems, source=source, rows=chosen)
+    if _names_only.get():  # the rest is of images, or is said when the list is read for good
+        return Pairs(pairs, skipped=skipped)
     _tell_skipped(skipped, source, chosen)
     if not pairs:
         rows_skipped = len({own.id for own in skipped})

@@ -11,26 +11,18 @@ alone. A claim holds where the measured number is within ``tol`` of ``value``. A
 file.
 """
 
-from __future__ import annotations
-
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from dori_lightning.types import INITS, KINDS, InputError, Norm
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, model_validator
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+from dori_lightning.report.comparison import HeadlineRow
+from dori_lightning.runtime.documents import stored
+from dori_lightning.types import Cell, Init, Kind, Norm
 
-    from dori_lightning.report.comparison import HeadlineRow
-    from dori_lightning.types import Cell
-
-
-CELL_KEYS = ("checkpoint", "mitigation", "attack", "init", "norm", "eps", "steps", "kind")
-ROW_KEYS = ("checkpoint", "mitigation")
 METRICS: dict[str, tuple[float, float]] = {
     "mr": (0.0, 1.0),
     "similarity": (-1.0, 1.0),
@@ -39,31 +31,79 @@ METRICS: dict[str, tuple[float, float]] = {
     "unet_evaluations": (0.0, math.inf),
 }
 """What can be claimed, and in which range its numbers lie."""
-_OF_ROWS = {"denoising_loss_ratio": "loss_ratio", "kid": "kid",
-            "unet_evaluations": "unet_evaluations"}  # fmt: skip
 
 
-class ClaimsFailedError(Exception):
-    """A recorded claim does not hold: nothing is wrong with the input, the numbers differ."""
+class RowKey(BaseModel, extra="forbid", strict=True, frozen=True):
+    """Which row of the table."""
+
+    checkpoint: Annotated[str, Field(min_length=1)]
+    mitigation: Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One recorded number.
+class CellKey(RowKey, frozen=True):
+    """Which cell of a row."""
 
-    Attributes:
-        cell: Which cell, or which row.
-        metric: A key of `METRICS`.
-        value: The number.
-        tol: How far the measured number may be away.
-        sweep: Name of the sweep's folder that it is about; None for any.
-    """
+    attack: Literal["prompt", "dori"]
+    init: Init | None
+    norm: Norm
+    eps: FiniteFloat | None
+    steps: NonNegativeInt
+    kind: Kind
 
-    cell: Mapping[str, Any]
+    @model_validator(mode="after")
+    def _is_a_condition(self) -> Self:
+        if (self.norm == "none") != (self.eps is None):
+            raise ValueError("eps must be null for norm none and a number otherwise")
+        if (self.attack == "prompt") != (self.init is None):
+            raise ValueError("init must be null for attack prompt and a start otherwise")
+        if self.attack == "prompt" and (self.norm, self.steps) != ("none", 0):
+            raise ValueError("attack prompt has norm none and 0 steps")
+        return self
+
+
+class _Claim(BaseModel, extra="forbid", strict=True, frozen=True):
     metric: str
-    value: float
-    tol: float
+    value: FiniteFloat
+    tol: Annotated[FiniteFloat, Field(ge=0)]
     sweep: str | None = None
+
+    @model_validator(mode="after")
+    def _is_in_range(self) -> Self:
+        low, high = METRICS[self.metric]
+        if not low <= self.value <= high:
+            raise ValueError(f"value of {self.metric} must lie in [{low:g}, {high:g}]")
+        return self
+
+
+class CellClaim(_Claim, frozen=True):
+    """A recorded number of one cell."""
+
+    cell: CellKey
+    metric: Literal["mr", "similarity"]
+
+    def measured(self, cells: Sequence[Cell], rows: Sequence[HeadlineRow]) -> float:  # noqa: ARG002
+        """The same number in a table, NaN where that has none."""
+        cell = next((cell for cell in cells if _is(cell, self.cell)), None)
+        if cell is None:
+            return math.nan
+        return cell.mr if self.metric == "mr" else cell.similarity_median
+
+
+class CostClaim(_Claim, frozen=True):
+    """A recorded number of what a mitigation costs."""
+
+    cell: RowKey
+    metric: Literal["denoising_loss_ratio", "kid", "unet_evaluations"]
+
+    def measured(self, cells: Sequence[Cell], rows: Sequence[HeadlineRow]) -> float:  # noqa: ARG002
+        """The same number in a table, NaN where that has none."""
+        wanted = (self.cell.checkpoint, self.cell.mitigation)
+        row = next((row for row in rows if (row.checkpoint, row.mitigation) == wanted), None)
+        found: float = getattr(row, self.metric.removeprefix("denoising_"), math.nan)
+        return found
+
+
+Claim = Annotated[CellClaim | CostClaim, Field(discriminator="metric")]
 
 
 @dataclass(frozen=True)
@@ -75,99 +115,22 @@ class Checked:
         holds: Whether it is within the tolerance.
     """
 
-    claim: Claim
+    claim: CellClaim | CostClaim
     measured: float
     holds: bool
 
 
-def read_claims(path: Path) -> tuple[Claim, ...]:
+def read_claims(path: Path) -> tuple[CellClaim | CostClaim, ...]:
     """Read a file of claims; an empty list claims nothing.
 
     Raises:
-        InputError: The file is missing or no list of claims; names every malformed entry.
+        InputError: The file is missing or no list of claims; names malformed entries.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read the claims: {error.strerror}\n  where: {path}\n"
-            f"  fix:   task.expected=FILE"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise InputError(f"{path} must hold a list of claims, not a {type(entries).__name__}")
-    problems = [f"  [{k}] {text}" for k, entry in enumerate(entries) for text in _problems(entry)]
-    if problems:
-        listed = "\n".join(problems)
-        raise InputError(f"{path} has malformed claims:\n{listed}")
-    return tuple(
-        Claim(e["cell"], e["metric"], float(e["value"]), float(e["tol"]), e.get("sweep"))
-        for e in entries
-    )
-
-
-def _problems(entry: Any) -> Iterator[str]:
-    """Say everything that is wrong with the form of one claim."""
-    if not isinstance(entry, Mapping):
-        yield f"must be an object, not {entry!r}"
-        return
-    wanted = {"cell", "metric", "value", "tol"}
-    if missing := wanted - entry.keys():
-        yield f"lacks {', '.join(sorted(missing))}"
-        return
-    if stray := entry.keys() - wanted - {"sweep"}:
-        yield f"has unknown keys {', '.join(sorted(map(str, stray)))}"
-    if not isinstance(entry.get("sweep", ""), str):
-        yield f"sweep must be a name, not {entry['sweep']!r}"
-    metric = entry["metric"]
-    if not isinstance(metric, str) or metric not in METRICS:
-        yield f"metric must be one of {', '.join(METRICS)}, not {metric!r}"
-        return
-    low, high = METRICS[metric]
-    if not _is_number(entry["value"]) or not low <= entry["value"] <= high:
-        yield f"value of {metric} must be a number in [{low:g}, {high:g}], not {entry['value']!r}"
-    if not _is_number(entry["tol"]) or not 0 <= entry["tol"] < math.inf:
-        yield f"tol must be a number of at least 0, not {entry['tol']!r}"
-    yield from _cell_problems(entry["cell"], ROW_KEYS if metric in _OF_ROWS else CELL_KEYS)
-
-
-def _cell_problems(cell: Any, keys: Sequence[str]) -> Iterator[str]:
-    if not isinstance(cell, Mapping):
-        yield f"cell must be an object, not {cell!r}"
-        return
-    if set(cell) != set(keys):
-        yield f"cell must have the keys {', '.join(keys)}, not {', '.join(map(str, cell))}"
-        return
-    for key in ROW_KEYS:
-        if not isinstance(cell[key], str) or not cell[key]:
-            yield f"{key} must be a name, not {cell[key]!r}"
-    if "attack" not in keys:
-        return
-    if cell["kind"] not in KINDS:
-        yield f"kind must be one of {', '.join(KINDS)}, not {cell['kind']!r}"
-    if cell["norm"] not in get_args(Norm):
-        yield f"norm must be one of {', '.join(get_args(Norm))}, not {cell['norm']!r}"
-    steps, eps = cell["steps"], cell["eps"]
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        yield f"steps must be a whole number of at least 0, not {steps!r}"
-    if (cell["norm"] == "none") != (eps is None) or not (eps is None or _is_number(eps)):
-        yield f"eps must be null for norm none and a number otherwise, not {eps!r}"
-    if cell["attack"] == "prompt":
-        if (cell["init"], cell["norm"], steps) != (None, "none", 0):
-            yield "attack prompt has init null, norm none and 0 steps"
-    elif cell["attack"] != "dori":
-        yield f"attack must be prompt or dori, not {cell['attack']!r}"
-    elif cell["init"] not in INITS:
-        yield f"init must be one of {', '.join(INITS)}, not {cell['init']!r}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return tuple(stored(list[Claim], path, fix="mend the claims, or task.expected=FILE"))
 
 
 def check_claims(
-    claims: Sequence[Claim],
+    claims: Sequence[CellClaim | CostClaim],
     cells: Sequence[Cell],
     rows: Sequence[HeadlineRow],
     *,
@@ -179,33 +142,23 @@ def check_claims(
     """
     checked = []
     for claim in claims:
-        if claim.sweep is not None and claim.sweep not in sweeps:
-            continue
-        measured = _measured(claim, cells, rows)
-        checked.append(Checked(claim, measured, abs(measured - claim.value) <= claim.tol + 1e-12))
+        if claim.sweep is None or claim.sweep in sweeps:
+            found = claim.measured(cells, rows)
+            checked.append(Checked(claim, found, abs(found - claim.value) <= claim.tol + 1e-12))
     return tuple(checked)
 
 
-def _measured(claim: Claim, cells: Sequence[Cell], rows: Sequence[HeadlineRow]) -> float:
-    wanted = claim.cell
-    if claim.metric in _OF_ROWS:
-        named = (wanted["checkpoint"], wanted["mitigation"])
-        row = next((r for r in rows if (r.checkpoint, r.mitigation) == named), None)
-        found: float = getattr(row, _OF_ROWS[claim.metric], math.nan)
-        return found
-    cell = next((c for c in cells if _is(c, wanted)), None)
-    if cell is None:
-        return math.nan
-    return cell.mr if claim.metric == "mr" else cell.similarity_median
-
-
-def _is(cell: Cell, wanted: Mapping[str, Any]) -> bool:
+def _is(cell: Cell, wanted: CellKey) -> bool:
     condition, budget = cell.condition, cell.condition.budget
-    own = (cell.checkpoint, cell.mitigation, condition.attack, condition.init, budget.norm,
-           budget.steps, cell.kind)  # fmt: skip
-    keys = ("checkpoint", "mitigation", "attack", "init", "norm", "steps", "kind")
-    if own != tuple(wanted[key] for key in keys):
-        return False
-    if budget.eps is None or wanted["eps"] is None:
-        return budget.eps is None and wanted["eps"] is None
-    return math.isclose(budget.eps, wanted["eps"], rel_tol=1e-3)
+    found = {
+        "checkpoint": cell.checkpoint,
+        "mitigation": cell.mitigation,
+        "attack": condition.attack,
+        "init": condition.init,
+        "norm": budget.norm,
+        "steps": budget.steps,
+        "kind": cell.kind,
+    }
+    # a file holds a radius to some digits
+    near = math.isclose(budget.eps or 0.0, wanted.eps or 0.0, rel_tol=1e-3)
+    return near and found == wanted.model_dump(exclude={"eps"})

@@ -13,11 +13,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from dori_lightning.metrics.replication import (
     PairResult,
@@ -27,10 +28,11 @@ from dori_lightning.metrics.replication import (
     prompt_condition,
 )
 from dori_lightning.metrics.replication import cells as cells_of
-from dori_lightning.metrics.statistics import holm, mcnemar_exact
+from dori_lightning.metrics.statistics import Paired, holm, paired
 from dori_lightning.metrics.utility import Utility
 from dori_lightning.report.record import EditRecord, Flag, Run
 from dori_lightning.report.words import condition_words
+from dori_lightning.runtime.artifacts import leaves
 from dori_lightning.types import (
     BASELINE,
     INITS,
@@ -98,8 +100,8 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
     settings = {
         f"{decider}.{key}"
         for one in (run, base)
-        for key, _ in _flat(_look_up(one, decider))
-        if key != "threshold"
+        for key, _ in leaves(_look_up(one, decider))
+        if key not in ("", "threshold")
     }
     for key in (*_SHARED, *sorted(settings)):
         absent = _ABSENT if key in _SHARED else None
@@ -155,8 +157,8 @@ def _labels(runs: Sequence[Run]) -> dict[Path, str]:
         named[run.mitigation].append(run)
     labels: dict[Path, str] = {}
     for name, group in named.items():
-        settings = [dict(_flat(_look_up(run, "mitigation"))) for run in group]
-        keys = list(dict.fromkeys(key for chosen in settings for key in chosen))
+        settings = [dict(leaves(_look_up(run, "mitigation"))) for run in group]
+        keys = list(dict.fromkeys(key for chosen in settings for key in chosen if key))
         differing = [
             key for key in keys if len({json.dumps(chosen.get(key)) for chosen in settings}) > 1
         ]
@@ -172,15 +174,6 @@ def _look_up(run: Run, key: str, absent: str | None = _ABSENT) -> Any:
     for part in key.split("."):
         config = config.get(part, absent) if isinstance(config, Mapping) else absent
     return config
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings by dotted name."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else str(key))
-    elif name:
-        yield name, value
 
 
 @dataclass(frozen=True)
@@ -401,34 +394,17 @@ def compare(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> Compariso
 
 
 def _threshold_note(checkpoint: str, runs: Sequence[Run], rule: Calibration) -> str:
-    """Say which threshold all rows share, and what it changes."""
+    """Say which threshold all rows share, and which the runs had by themselves."""
     set_by = (
         "fixed beforehand" if rule.rule == "fixed" else "calibrated on the run without mitigation"
     )
-    own = [run.report.calibration for run in runs]
-    text = (
+    rules = [run.report.calibration for run in runs]
+    own = dict.fromkeys(f"{own.threshold:.3f} by {own.descriptor}" for own in rules)
+    others = f"; by themselves the runs had {', '.join(own)}" if len(own) > 1 else ""
+    return (
         f"{checkpoint}: all rows are counted under one threshold, {rule.threshold:.3f} by "
-        f"{rule.descriptor}, {set_by}"
+        f"{rule.descriptor}, {set_by}{others}."
     )
-    others = sorted({run.descriptor for run in own} - {rule.descriptor})
-    if others:
-        text += f"; some runs by themselves chose {', '.join(others)}"
-    values = [c.threshold for c in own if c.descriptor == rule.descriptor]
-    if any(not math.isclose(value, rule.threshold, abs_tol=1e-9) for value in values):
-        changed = sum(
-            before.hits != after.hits
-            for run, rule_of_run in zip(runs, own, strict=True)
-            for before, after in zip(
-                _cells(run.report.outcomes, run, rule_of_run, run.mitigation),
-                _cells(run.report.outcomes, run, rule, run.mitigation),
-                strict=True,
-            )
-        )
-        text += (
-            f"; by themselves the runs had {min(values):.3f} to {max(values):.3f}, and {changed} "
-            f"of their cells count otherwise here"
-        )
-    return text + "."
 
 
 def _missing(entries: Sequence[Entry]) -> Iterator[str]:
@@ -460,17 +436,12 @@ def _edits_note(runs: Sequence[Run]) -> Iterator[str]:
 
 Source = Literal["C", "S", "F"]
 
-# The numbers of Finding DoRI (ICML 2026, arXiv 2507.16880) that a table is shown beside. They were
-# measured on Stable Diffusion 1.4 and 2.x, on verbatim memorized LAION images, by SSCD above 0.7:
-# another model, list and descriptor than the embedded benchmark's. They show in which direction to
-# look, they are no target. Where nothing was published there is no number here.
-
 SOURCES: dict[Source, str] = {
     "C": "the authors' page",
     "S": "notes or reviews of the paper, written by others",
     "F": "read off a figure, approximate",
 }
-"""Where a number was read."""
+"""Where a published number was read."""
 
 
 @dataclass(frozen=True)
@@ -490,119 +461,62 @@ class Figure:
     spread: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
-    """What the paper gives for one row; None where it gives nothing.
+    """What Finding DoRI (ICML 2026) gives for one row; None where it gives nothing.
+
+    Its numbers (``published.json``) were measured on Stable Diffusion 1.4 and 2.x, on verbatim
+    memorized LAION images, by SSCD above 0.7: another model, list and descriptor than the embedded
+    benchmark's. They show in which direction to look, they are no target.
 
     Attributes:
+        mitigation: Name of the mitigation, or its beginning, up to an underscore.
+        exact: Whether variants, whose names only begin so, are not the paper's.
+        checkpoints: Beginning of the names of the checkpoints that it is for.
+        row: What the paper calls it.
+        model: The paper's model.
         prompt: Verbatim memorized images, from their prompts.
         attacked: The same, by the attack.
         control_prompt: Images that are not memorized, from their prompts.
         control_attacked: The same, by the attack.
     """
 
+    mitigation: str
+    checkpoints: str
     row: str
     model: str
+    exact: bool = False
     prompt: Figure | None = None
     attacked: Figure | None = None
     control_prompt: Figure | None = None
     control_attacked: Figure | None = None
 
 
-_SD1 = "SD 1.4"
-_SD2 = "SD 2"
-
-# Variants of these are not the paper's, or it gives no rate for them.
-_EXACT = ("none", "adversarial_finetuning")
-
-# By the beginning of a mitigation's name, up to an underscore; the longest that fits decides.
-# Numbers from the prompts come first, then those by the attack.
-_ON_SD1 = {
-    "none": Published(
-        "no mitigation",
-        _SD1,
-        prompt=Figure(0.98, "C", 0.90, 0.04),
-        control_prompt=Figure(0.00, "C", 0.17, 0.05),
-        control_attacked=Figure(0.00, "C", 0.48, 0.06),
-    ),
-    "nemo": Published("NeMo", _SD1, Figure(0.20, "C", 0.33, 0.18), Figure(0.99, "C", 0.91, 0.03)),
-    "wanda": Published(
-        "Wanda", _SD1, Figure(0.00, "C", 0.20, 0.08), Figure(0.72, "C", 0.76, 0.05)
-    ),
-    "wanda_10": Published("Wanda, 10 %", _SD1, None, Figure(0.01, "C", 0.40, 0.13)),
-    "esd": Published("ESD", _SD1, None, Figure(0.98, "C", 0.90, 0.04)),
-    "concept_ablation": Published("Concept Ablation", _SD1, None, Figure(0.97, "C", 0.91, 0.04)),
-    "siss": Published("SISS", _SD1, None, Figure(0.39, "S", 0.60, 0.22)),
-    "adversarial_finetuning": Published(
-        "adversarial fine-tuning, 5 epochs", _SD1, None, Figure(0.02, "C", 0.36, 0.14)
-    ),
-}
-_ON_SD2 = {
-    "nemo": Published("NeMo", _SD2, Figure(0.06, "S"), Figure(1.00, "C", 0.87, 0.02)),
-    "adversarial_finetuning": Published(
-        "adversarial fine-tuning", _SD2, None, Figure(0.06, "C", 0.14, 0.06)
-    ),
-}
+@cache
+def _published() -> tuple[Published, ...]:
+    path = Path(__file__).with_name("published.json")
+    return TypeAdapter(tuple[Published, ...]).validate_json(path.read_bytes())
 
 
 def published_for(mitigation: str, *, checkpoint: str) -> Published | None:
-    """Find what the paper gives for a row, by the beginning of the mitigation's name.
+    """Find what the paper gives for a row: the longest beginning of the mitigation's name decides.
 
     Args:
         mitigation: Name of the mitigation, such as ``nemo`` or ``wanda_10``.
         checkpoint: Name of the checkpoint; names that begin with ``sd2`` get the numbers of
             Stable Diffusion 2, all others those of 1.4.
-
-    Returns:
-        The paper's row, None where it has none.
     """
-    rows = _ON_SD2 if checkpoint.startswith("sd2") else _ON_SD1
+    model = "sd2" if checkpoint.startswith("sd2") else ""
     fitting = [
-        name
-        for name in rows
-        if mitigation == name or (name not in _EXACT and mitigation.startswith(f"{name}_"))
+        row
+        for row in _published()
+        if row.checkpoints == model
+        and (
+            row.mitigation == mitigation
+            or (not row.exact and mitigation.startswith(f"{row.mitigation}_"))
+        )
     ]
-    return rows[max(fitting, key=len)] if fitting else None
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The same pairs under two conditions.
-
-    Attributes:
-        n: Pairs with a result under both.
-        lost: Reproduced under the first only.
-        gained: Reproduced under the second only.
-        p: Two-sided exact McNemar p-value.
-        p_holm: The same, corrected for the rows of the checkpoint; NaN where it is not.
-    """
-
-    n: int
-    lost: int
-    gained: int
-    p: float
-    p_holm: float = math.nan
-
-
-def paired(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) -> Paired | None:
-    """Compare two conditions pair by pair; a pair that diverged under either is left out.
-
-    Args:
-        first: Pair id to whether it was reproduced, None where that is unknown.
-        second: The same under the other condition.
-
-    Returns:
-        The comparison, None where no pair has a result under both.
-    """
-    both = [
-        (a, b)
-        for name, a in first.items()
-        if a is not None and (b := second.get(name)) is not None
-    ]
-    if not both:
-        return None
-    lost, gained = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
-    return Paired(len(both), lost, gained, mcnemar_exact(lost, gained))
+    return max(fitting, key=lambda row: len(row.mitigation), default=None)
 
 
 _Radius = tuple[Norm, float | None]

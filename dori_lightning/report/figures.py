@@ -9,6 +9,7 @@ paper, its text is text, and CSS scales it to the screen.
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ from dori_lightning.report.words import INIT_NAMES, condition_words
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.types import (
     BASELINE,
-    INITS,
     KINDS,
     Calibration,
     Cell,
@@ -209,31 +209,17 @@ def audit_figures(report: AuditReport) -> dict[str, Figure]:
         ),
         roc=roc(rule),
         memorization_against_repeats=memorization_against_repeats(
-            {"": (results, conditions)}, threshold=rule.threshold
+            results, conditions=conditions, threshold=rule.threshold
         ),
     )
 
 
-def sweep_figures(
-    rows: Sequence[HeadlineRow],
-    cells: Sequence[Cell],
-    repeats: Mapping[str, tuple[Sequence[PairResult], Sequence[Condition]]],
-    *,
-    threshold: float,
-) -> dict[str, Figure]:
-    """Draw the figures of a comparison, by name; those with nothing to show are left out.
-
-    Args:
-        rows: Its table.
-        cells: Its cells.
-        repeats: Label of each mitigation to its results and the conditions to show.
-        threshold: Similarity above which an image is a replica.
-    """
+def sweep_figures(rows: Sequence[HeadlineRow], cells: Sequence[Cell]) -> dict[str, Figure]:
+    """Draw the figures of a comparison's table and cells, as ``audit_figures``."""
     return _drawn(
         before_and_after=before_and_after(rows),
         rates_against_steps=rates_against_steps(rows, cells),
         rate_against_radius=rate_against_radius(rows),
-        repeats_by_mitigation=memorization_against_repeats(repeats, threshold=threshold),
         removal_against_cost=removal_against_cost(rows),
     )
 
@@ -252,76 +238,78 @@ def write_figures(figures: Mapping[str, Figure], folder: Path) -> tuple[Path, ..
     )
 
 
-_Look = Mapping[str, Any]
+@dataclass(frozen=True)
+class RatePoint:
+    """A rate with its 95 % interval, and where it is drawn: panel, curve, and place along it."""
+
+    panel: str
+    curve: str
+    place: float
+    rate: float
+    ci95: tuple[float, float]
+
+
+Look = Mapping[str, Any]
 """Colour, marker and line of a curve, as matplotlib names them."""
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """Memorization rates by position on the horizontal axis."""
-
-    label: str
-    look: _Look
-    cells: Mapping[int, Cell]
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """Curves over one horizontal axis, and its ticks by position."""
-
-    title: str
-    curves: Sequence[_Curve]
-    ticks: Mapping[int, str]
-    xlabel: str = ""
-
-
-_Attack = tuple[Init | None, Norm, float | None]
-"""Initial point, norm and radius: what the points of one curve have in common."""
 
 
 def rate_against_steps(cells: Sequence[Cell]) -> Figure | None:
     """Draw an audit's memorization rate against the attack's steps, by kind of pair.
 
-    Each start and radius has a panel. The rate from the prompts is the attack from there at 0
-    steps. None where no attack was run.
+    Each start and radius has a panel. None where no attack was run.
     """
-    panels = []
-    for attack in dict.fromkeys(_attack_of(c) for c in cells if c.condition.attack == "dori"):
-        curves = []
-        for kind, (colour, marker, line) in KIND_LOOK.items():
-            look = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 1.8}
-            curve = _by_steps((cell for cell in cells if cell.kind == kind), attack)
-            if curve:
-                count = max(cell.n for cell in curve.values())
-                curves.append(_Curve(f"{_KIND_PLURALS[kind]} (n = {count})", look, curve))
-        if curves:  # an attack whose every pair failed has no rate
-            panels.append(_step_panel("", attack, curves))
-    return _curve_panels(panels, "images reproduced")
+    looks: dict[str, Look] = {}
+    points: list[RatePoint] = []
+    for kind, (colour, marker, line) in KIND_LOOK.items():
+        own = [cell for cell in cells if cell.kind == kind]
+        name = f"{_KIND_PLURALS[kind]} (n = {max((cell.n for cell in own), default=0)})"
+        looks[name] = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 1.8}
+        points += _along_steps(own, name)
+    return rate_curves(points, looks, "images reproduced", "attack steps", logarithmic=True)
 
 
 def rates_against_steps(rows: Sequence[HeadlineRow], cells: Sequence[Cell]) -> Figure | None:
     """Draw each mitigation's rate of suspected images against the attack's steps.
 
-    A panel for each checkpoint, initial point and radius. The rate from the prompts is the attack
-    from there at 0 steps. None where no attack was measured at several steps.
+    A panel for each checkpoint, initial point and radius. None where no attack was measured at
+    several steps.
     """
-    looks, panels = _looks(rows), {}
-    suspected = [cell for cell in cells if cell.kind == "vm"]
-    attacks = [(row.checkpoint, (i, row.norm, row.eps)) for row in rows for i in row.inits]
-    for checkpoint, attack in dict.fromkeys(attacks):
-        curves = []
-        for name, look in looks.items():
-            own = [c for c in suspected if (c.checkpoint, c.mitigation) == (checkpoint, name)]
-            if curve := _by_steps(own, attack):
-                curves.append(_Curve(name, look, curve))
-        if any(len(curve.cells) > 2 for curve in curves):
-            panels[checkpoint, attack] = curves
-    several = len({checkpoint for checkpoint, _ in panels}) > 1
-    drawn = [
-        _step_panel(f"{checkpoint}: " if several else "", attack, curves)
-        for (checkpoint, attack), curves in panels.items()
-    ]
-    return _curve_panels(drawn, "suspected images reproduced")
+    several = len({row.checkpoint for row in rows}) > 1
+    points: list[RatePoint] = []
+    for checkpoint, name in dict.fromkeys((row.checkpoint, row.mitigation) for row in rows):
+        own = [
+            cell
+            for cell in cells
+            if (cell.checkpoint, cell.mitigation, cell.kind) == (checkpoint, name, "vm")
+        ]
+        points += _along_steps(own, name, prefix=f"{checkpoint}: " if several else "")
+    lengths = Counter((point.panel, point.curve) for point in points)
+    curved = {panel for (panel, _), length in lengths.items() if length > 2}
+    points = [point for point in points if point.panel in curved]
+    ylabel = "suspected images reproduced"
+    return rate_curves(points, _looks(rows), ylabel, "attack steps", logarithmic=True)
+
+
+def _along_steps(cells: Sequence[Cell], curve: str, *, prefix: str = "") -> Iterator[RatePoint]:
+    """Points of one curve in the panel of each attack.
+
+    The rate from the prompts is that of the attack from there at 0 steps.
+    """
+    attacks = dict.fromkeys(_attack_of(c) for c in cells if c.condition.attack == "dori")
+    for init, norm, eps in attacks:
+        radius = "" if norm == "none" else f", {norm} radius {eps:.3g}"
+        panel = f"{prefix}from {INIT_NAMES[init]}{radius}" if init else f"{prefix}attack"
+        for cell in cells:
+            start = init == "prompt" and cell.condition.attack == "prompt"
+            if cell.n and (start or _attack_of(cell) == (init, norm, eps)):
+                steps = cell.condition.budget.steps
+                yield RatePoint(panel, curve, steps, cell.mr, cell.mr_ci95)
+
+
+def _attack_of(cell: Cell) -> tuple[Init | None, Norm, float | None]:
+    """Initial point, norm and radius: what the points of one curve have in common."""
+    budget = cell.condition.budget
+    return cell.condition.init, budget.norm, budget.eps
 
 
 def rate_against_radius(rows: Sequence[HeadlineRow]) -> Figure | None:
@@ -330,62 +318,33 @@ def rate_against_radius(rows: Sequence[HeadlineRow]) -> Figure | None:
     A panel for each checkpoint and initial point; the widest radius is on the right.
     None where all attacks had one radius.
     """
-    looks = _looks(rows)
-    panels = []
-    for checkpoint in dict.fromkeys(row.checkpoint for row in rows):
-        attacked = [row for row in rows if row.checkpoint == checkpoint and row.inits]
-        radii = {(r.norm == "none", r.norm, r.eps or 0.0): ball_words(r) for r in attacked}
-        if len(radii) < 2:
-            continue
-        places = {words: place for place, (_, words) in enumerate(sorted(radii.items()), 1)}
-        for init in INITS:
-            if not any(init in row.inits for row in attacked):
-                continue
-            found: dict[str, dict[int, Cell]] = {}
-            for row in attacked:
-                cells = {places[ball_words(row)]: row.cells.get(("vm", init))}
-                if init == "prompt":
-                    cells[0] = row.prompted("vm")
-                measured = {place: cell for place, cell in cells.items() if cell and cell.n}
-                found.setdefault(row.mitigation, {}).update(measured)
-            ticks = {0: "prompt", **{place: words for words, place in places.items()}}
-            panels.append(
-                _Panel(
-                    f"{checkpoint}: from {INIT_NAMES[init]}",
-                    [_Curve(name, looks[name], cells) for name, cells in found.items() if cells],
-                    {
-                        place: words.replace(", ", "\n")
-                        for place, words in ticks.items()
-                        if any(place in cells for cells in found.values())
-                    },
-                )
-            )
-    return _curve_panels(panels, "suspected images reproduced")
+    attacked = [row for row in rows if row.inits]
+    radii = sorted({(r.norm == "none", r.norm, r.eps or 0.0, ball_words(r)) for r in attacked})
+    words = ["prompt", *(ball.replace(", ", "\n") for *_, ball in radii)]
+    points: dict[tuple[str, str, int], RatePoint] = {}
+    for row in attacked:
+        own = {ball_words(r) for r in attacked if r.checkpoint == row.checkpoint}
+        place = [ball for *_, ball in radii].index(ball_words(row)) + 1
+        for init in row.inits if len(own) > 1 else ():
+            panel = f"{row.checkpoint}: from {INIT_NAMES[init]}"
+            found = {place: row.cells.get(("vm", init))}
+            if init == "prompt":
+                found[0] = row.prompted("vm")
+            for at, cell in found.items():
+                if cell is not None and cell.n:
+                    point = RatePoint(panel, row.mitigation, at, cell.mr, cell.mr_ci95)
+                    points[panel, row.mitigation, at] = point
+    return rate_curves(
+        points.values(), _looks(rows), "suspected images reproduced", "",
+        words=lambda place: words[int(place)],
+    )  # fmt: skip
 
 
-def _attack_of(cell: Cell) -> _Attack:
-    budget = cell.condition.budget
-    return cell.condition.init, budget.norm, budget.eps
-
-
-def _by_steps(cells: Iterable[Cell], attack: _Attack) -> dict[int, Cell]:
-    """Cells of one attack by steps; that of the prompts is at 0 where it starts there."""
-    return {
-        cell.condition.budget.steps: cell
-        for cell in cells
-        if cell.n
-        and (
-            attack[0] == "prompt" if cell.condition.attack == "prompt"
-            else _attack_of(cell) == attack
-        )
-    }  # fmt: skip
-
-
-def _looks(rows: Sequence[HeadlineRow]) -> dict[str, _Look]:
+def _looks(rows: Sequence[HeadlineRow]) -> dict[str, Look]:
     """The look of each mitigation; the baseline stands out."""
     names = dict.fromkeys(row.mitigation for row in rows if row.mitigation != BASELINE)
     lines, markers = ("-", "--", ":"), "osD^vPX"
-    looks: dict[str, _Look] = {
+    looks: dict[str, Look] = {
         BASELINE: {"color": TEXT, "linestyle": "-", "marker": "o", "linewidth": 2.6}
     }
     for place, name in enumerate(names):
@@ -398,46 +357,58 @@ def _looks(rows: Sequence[HeadlineRow]) -> dict[str, _Look]:
     return looks
 
 
-def _step_panel(prefix: str, attack: _Attack, curves: Sequence[_Curve]) -> _Panel:
-    init, norm, eps = attack
-    radius = "" if norm == "none" else f", {norm} radius {eps:.3g}"
-    return _Panel(
-        f"{prefix}from {INIT_NAMES[init]}{radius}" if init else f"{prefix}attack",
-        curves,
-        {step: str(step) for step in sorted({step for curve in curves for step in curve.cells})},
-        "attack steps (0: the prompt itself)" if init == "prompt" else "attack steps",
-    )
-
-
 @styled()
-def _curve_panels(panels: Sequence[_Panel], ylabel: str) -> Figure | None:
-    """Draw panels of rates; where there are few curves, with intervals a little apart."""
+def rate_curves(
+    points: Iterable[RatePoint],
+    looks: Mapping[str, Look],
+    ylabel: str,
+    xlabel: str,
+    *,
+    logarithmic: bool = False,
+    words: Callable[[float], str] = "{:g}".format,
+) -> Figure | None:
+    """Draw curves of rates; where there are few, with intervals a little apart.
+
+    Args:
+        points: Panels and curves appear in their order; None is drawn where there are none.
+        looks: By curve.
+        ylabel: What the rates are.
+        xlabel: What the places are.
+        logarithmic: Whether places are drawn so; 0 is then the prompt itself.
+        words: What a place is called.
+    """
+    panels: dict[str, dict[str, list[RatePoint]]] = {}
+    for point in points:
+        panels.setdefault(point.panel, {}).setdefault(point.curve, []).append(point)
     if not panels:
         return None
     figure, grid = panel_grid(len(panels))
-    for axes, panel in zip(grid, panels, strict=True):
+    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
         plain_axes(axes)
-        few = len(panel.curves) <= _MOST_INTERVALS
-        for place, curve in enumerate(panel.curves):
-            at = sorted(curve.cells)
-            rates = np.array([curve.cells[x].mr for x in at])
-            bounds = np.array([curve.cells[x].mr_ci95 for x in at]).T
-            aside = (place - (len(panel.curves) - 1) / 2) * 5 / 72 if few else 0.0
-            axes.errorbar(
-                at, rates, yerr=np.clip(abs(bounds - rates), 0, None) if few else None,
-                **curve.look, elinewidth=1.2, capsize=2.5, markersize=5.5,
-                transform=axes.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans),
-                clip_on=False, label=curve.label,
-            )  # fmt: skip
-        if panel.xlabel:  # steps
-            axes.set_xscale("symlog", linthresh=1.0)
-            axes.set_xlim(0.8 * min(panel.ticks) or -0.25, 1.2 * max(panel.ticks) or 0.25)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
-        axes.tick_params(axis="x", labelsize=8.5 if len(panel.ticks) > 6 else 10)
-        axes.set_xlabel(panel.xlabel)
-        axes.set_title(panel.title)
         share_axis(axes)
+        few = len(curves) <= _MOST_INTERVALS
+        for number, (name, curve) in enumerate(curves.items()):
+            curve.sort(key=lambda point: point.place)
+            rates = np.array([point.rate for point in curve])
+            bounds = np.array([point.ci95 for point in curve]).T
+            aside = (number - (len(curves) - 1) / 2) * 5 / 72 if few else 0.0
+            axes.errorbar(
+                [point.place for point in curve], rates,
+                yerr=np.clip(abs(bounds - rates), 0, None) if few else None,
+                **looks[name], elinewidth=1.2, capsize=2.5, markersize=5.5,
+                transform=axes.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans),
+                clip_on=False, label=name,
+            )  # fmt: skip
+        places = sorted({point.place for curve in curves.values() for point in curve})
+        if logarithmic:
+            axes.set_xscale("symlog", linthresh=1.0)
+            axes.set_xlim(0.8 * places[0] or -0.25, 1.2 * places[-1] or 0.25)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(places, [words(place) for place in places])
+        axes.tick_params(axis="x", labelsize=8.5 if len(places) > 6 else 10)
+        axes.set_xlabel(f"{xlabel} (0: the prompt itself)" if logarithmic and not places[0]
+                        else xlabel)  # fmt: skip
+        axes.set_title(title)
     figure.supylabel(ylabel, fontsize=10)
     under_legend(figure, *grid)
     return figure
@@ -512,53 +483,41 @@ def roc(calibration: Calibration) -> Figure | None:
 
 @styled()
 def memorization_against_repeats(
-    groups: Mapping[str, tuple[Sequence[PairResult], Sequence[Condition]]], *, threshold: float
+    results: Sequence[PairResult], *, conditions: Sequence[Condition], threshold: float
 ) -> Figure | None:
     """Draw similarity of suspected images against how often each was repeated in training.
 
     None where no pair has repetitions. Filled marks are images from prompts, open ones those of
-    the attack; a dash is the median of a number of repetitions.
-
-    Args:
-        groups: Title of each panel to its results and the conditions to show.
-        threshold: Similarity above which an image counts as a replica.
+    the attack; a dash is the median of a number of repetitions; an image above ``threshold``
+    counts as a replica.
     """
-    panels = {}
-    for label, (results, conditions) in groups.items():
-        shown = [
-            result
-            for result in results
-            if result.pair.kind == "vm"
-            and result.pair.repeats > 0
-            and result.condition in conditions
-            and not math.isnan(result.statistic)
-        ]
-        if shown:
-            panels[label] = shown
-    if not panels:
+    shown = [
+        result
+        for result in results
+        if result.pair.kind == "vm"
+        and result.pair.repeats > 0
+        and result.condition in conditions
+        and not math.isnan(result.statistic)
+    ]
+    if not shown:
         return None
-    low = min(0.0, *(result.statistic for shown in panels.values() for result in shown))
-    figure, grid = panel_grid(len(panels), columns=3, height=2.4 if len(panels) > 1 else 2.9)
-    for axes, (label, shown) in zip(grid, panels.items(), strict=True):
-        plain_axes(axes)
-        axes.axhline(
-            threshold, color=ALARM, linewidth=1.5, linestyle="--",
-            label=f"threshold {threshold:.2f}",
-        )  # fmt: skip
-        _repeat_marks(axes, [r for r in shown if r.condition.attack == "prompt"], attacked=False)
-        _repeat_marks(axes, [r for r in shown if r.condition.attack == "dori"], attacked=True)
-        levels = sorted({result.pair.repeats for result in shown})
-        margin = 0.15 * ((levels[-1] - levels[0]) or 1.0)
-        axes.set_xlim(levels[0] - margin, levels[-1] + margin)
-        if len(levels) <= 8:
-            axes.set_xticks(levels, [f"{level:g}" for level in levels])
-        axes.set_ylim(low - 0.05, 1.05)
-        axes.set_title(label.replace("_", "_\n") if len(label) > 24 else label, fontsize=9.5)
-        axes.set_xlabel(
-            "relative repetitions" if len(panels) > 1 else "relative number of repetitions"
-        )
-    figure.supylabel("similarity to the original", fontsize=10)
-    under_legend(figure, *grid)
+    figure = new_figure(5.4, 3.5)
+    axes = figure.subplots()
+    plain_axes(axes)
+    axes.axhline(
+        threshold, color=ALARM, linewidth=1.5, linestyle="--", label=f"threshold {threshold:.2f}"
+    )
+    _repeat_marks(axes, [r for r in shown if r.condition.attack == "prompt"], attacked=False)
+    _repeat_marks(axes, [r for r in shown if r.condition.attack == "dori"], attacked=True)
+    levels = sorted({result.pair.repeats for result in shown})
+    margin = 0.15 * ((levels[-1] - levels[0]) or 1.0)
+    axes.set_xlim(levels[0] - margin, levels[-1] + margin)
+    if len(levels) <= 8:
+        axes.set_xticks(levels, [f"{level:g}" for level in levels])
+    axes.set_ylim(min(0.0, *(result.statistic for result in shown)) - 0.05, 1.05)
+    axes.set_xlabel("relative number of repetitions")
+    axes.set_ylabel("similarity to the original")
+    under_legend(figure, axes)
     return figure
 
 

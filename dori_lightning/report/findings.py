@@ -1,4 +1,4 @@
-"""What an audit or a sweep shows, decided from counts: the answer, its limits, and the effort.
+"""What an audit or a sweep shows, decided from counts: the answer and its limits.
 
 Numbers and enums only; the words are in the templates ``verdict.txt.j2`` and ``flags.txt.j2``. The
 rule that matters most: an attack that also "reproduces" images which the model does not hold
@@ -8,31 +8,28 @@ proves nothing, whatever it does on the suspected ones.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, Literal
 
-from dori_lightning.metrics.replication import FALSE_POSITIVE_LIMIT, Trust, find_cell, search_of
-from dori_lightning.metrics.utility import Utility
+from dori_lightning.metrics.replication import (
+    FALSE_POSITIVE_LIMIT,
+    Trust,
+    find_cell,
+    recommended_budget,
+)
 from dori_lightning.report.comparison import HeadlineRow
 from dori_lightning.report.record import (
-    AttackEffort,
     AuditRecord,
     AuditReport,
     Flag,
-    Provenance,
     Severity,
 )
 from dori_lightning.report.words import text_macro
 from dori_lightning.types import (
     BASELINE,
     INITS,
-    Budget,
-    Calibration,
     Cell,
     Condition,
-    Init,
     Kind,
-    Outcome,
 )
 
 BASELINE_LIMIT = 0.5
@@ -144,61 +141,6 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
         control_attack=cell("control", headline),
         template_prompt=cell("tm", report.prompt_condition),
         template_attack=cell("tm", headline),
-    )
-
-
-def recommended_budget(cells: Iterable[Cell], *, init: Init = "prompt") -> Budget | None:
-    """Find the largest number of steps up to which the attack leaves the controls alone.
-
-    Read along the unbounded attacks from one initial point: the rate of reproduced controls (its
-    point estimate) must stay under 5 % at this budget and at every smaller one that was measured.
-
-    Returns:
-        The budget, or None where the smallest already fails or no control was attacked.
-    """
-    controls = [
-        cell
-        for cell in cells
-        if cell.kind == "control"
-        and cell.condition.attack == "dori"
-        and cell.condition.init == init
-        and cell.condition.budget.norm == "none"
-        and cell.condition.budget.steps > 0
-        and cell.n > 0
-    ]
-    controls.sort(key=lambda cell: cell.condition.budget.steps)
-    alone = list(takewhile(lambda cell: cell.mr < FALSE_POSITIVE_LIMIT, controls))
-    return alone[-1].condition.budget if alone else None
-
-
-def attack_effort(
-    outcomes: Iterable[Outcome], *, noise_batch: int, picture_evaluations: int
-) -> AttackEffort:
-    """Count what the attack took, and what stopping it early saved.
-
-    Args:
-        outcomes: Outcomes under the edit, all budgets of an attack.
-        noise_batch: Noise samples of a pair and step.
-        picture_evaluations: UNet evaluations that one image takes.
-    """
-    taken: dict[object, int] = {}
-    planned: dict[object, int] = {}
-    generated = spared = 0
-    for outcome in outcomes:
-        search, steps = search_of(outcome), outcome.condition.budget.steps
-        if search is None:
-            continue
-        stopped = outcome.stopped_at is not None
-        generated += 0 if stopped else len(outcome.seeds)
-        spared += len(outcome.seeds) if stopped else 0
-        taken[search] = max(taken.get(search, 0), 0 if stopped else steps)
-        planned[search] = max(planned.get(search, 0), steps)
-    spent = sum(taken.values())
-    return AttackEffort(
-        attack=spent * noise_batch,
-        attack_saved=(sum(planned.values()) - spent) * noise_batch,
-        pictures=generated * picture_evaluations,
-        pictures_saved=spared * picture_evaluations,
     )
 
 
@@ -430,48 +372,16 @@ def sweep_verdict(rows: Sequence[HeadlineRow]) -> Verdict:
 
 
 def make_report(
-    *,
-    checkpoint: str,
-    mitigation: str,
-    cells: Sequence[Cell],
-    calibration: Calibration,
-    outcomes: Sequence[Outcome],
-    provenance: Provenance,
-    baseline: Sequence[Outcome] = (),
-    utility: Utility | None = None,
-    effort: AttackEffort | None = None,
-    inert: bool = False,
-    skipped: Sequence[str] = (),
+    *, inert: bool = False, skipped: Sequence[str] = (), **measurements: Any
 ) -> AuditReport:
     """Put an audit's measurements into one report, with the flags and the verdict they call for.
 
     Args:
-        checkpoint: Name of the checkpoint.
-        mitigation: Name of the mitigation under audit.
-        cells: Its cells, and those of mitigation ``none`` where the baseline was measured.
-        calibration: How the threshold was set.
-        outcomes: Every pair under every condition.
-        provenance: Where the numbers come from.
-        baseline: Outcomes of the prompts before the mitigation.
-        utility: What the mitigation costs, where that was measured.
-        effort: What the attack took.
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no image.
+        measurements: The other fields of ``AuditReport``.
     """
-    measured = AuditReport(
-        checkpoint=checkpoint,
-        mitigation=mitigation,
-        verdict="",
-        cells=tuple(cells),
-        calibration=calibration,
-        outcomes=tuple(outcomes),
-        recommended_budget=None,
-        flags=(),
-        provenance=provenance,
-        baseline=tuple(baseline),
-        utility=utility,
-        effort=effort,
-    )
+    measured = AuditReport(verdict="", flags=(), recommended_budget=None, **measurements)
     headline = measured.headline_condition
     init = headline.init if headline is not None and headline.init is not None else "prompt"
     concluded = replace(

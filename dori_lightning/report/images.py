@@ -69,11 +69,6 @@ def png_file(image: Image.Image) -> bytes:
     return sink.getvalue()
 
 
-def png_uri(data: bytes) -> str:
-    """Put the bytes of a PNG file into a ``data:`` address."""
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
 def attack_grid(
     report: AuditReport, attack: Condition | None, *, images: Disclosure
 ) -> Image.Image | None:

@@ -1,36 +1,48 @@
 """What a locality run found: ``locality.json``, figures, a summary in Markdown and a page."""
 
-import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.ticker import PercentFormatter
 
-from dori_lightning.locality.embeddings import EmbeddingFindings
-from dori_lightning.locality.estimates import Rate
-from dori_lightning.locality.layers import ActivationFindings, WeightFindings
-from dori_lightning.locality.study import TransferFindings
-from dori_lightning.pairs.validation import PARSER_ERRORS, ImageError, resolve_inside
-from dori_lightning.report import locality_figures
-from dori_lightning.report.figures import png_bytes, svg_element
-from dori_lightning.report.images import png_uri
-from dori_lightning.report.locality_figures import short_layer
-from dori_lightning.report.pages import rendered_page
-from dori_lightning.report.record import (
-    LOCALITY_FILE,
-    Disclosure,
-    LocalityFigure,
-    LocalitySection,
-    Provenance,
-    plain_values,
-    stored_json,
+from dori_lightning.locality.embeddings import EmbeddingFindings, Move, Place, Spread
+from dori_lightning.locality.estimates import Estimate, Rate
+from dori_lightning.locality.layers import (
+    GROUPS,
+    METHODS,
+    ActivationFindings,
+    GroupName,
+    Method,
+    WeightFindings,
+    block_of,
 )
-from dori_lightning.report.tables import Columns, TextTable, tables_markdown, text_table
+from dori_lightning.locality.study import TransferFindings
+from dori_lightning.report.figures import (
+    ALARM,
+    CALM,
+    GROUND,
+    KIND_LOOK,
+    SERIES,
+    TEXT,
+    RatePoint,
+    new_figure,
+    plain_axes,
+    png_bytes,
+    rate_curves,
+    styled,
+    svg_element,
+    under_legend,
+)
+from dori_lightning.report.pages import rendered_page
+from dori_lightning.report.record import LOCALITY_FILE, Provenance
+from dori_lightning.report.tables import TextTable, tables_markdown, text_table
 from dori_lightning.report.words import (
     METHOD_WORDS,
     NOTHING,
@@ -41,20 +53,17 @@ from dori_lightning.report.words import (
     interval_words,
     mean_words,
     number_words,
-    percent_words,
+    rate_words,
     text_macro,
 )
 from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.documents import json_bytes
 from dori_lightning.runtime.redaction import redact
-from dori_lightning.types import Budget, Init, InputError, Kind
+from dori_lightning.types import Budget, Init, Kind
 
 LOCALITY_SCHEMA_VERSION = 1
 
-
 _TEMPLATE = "locality.txt.j2"
-
-_WIDEST = 1600
-"""Pixels; wider figures are made smaller, for the page's weight."""
 
 _QUESTIONS = {
     "budget": ("Budget", "How often does an arbitrary embedding become a trigger?"),
@@ -188,8 +197,7 @@ def write_locality_files(report: LocalityReport, folder: Path) -> Path:
     document["at_large"] = document.pop("transfer")
     document["provenance"]["config"] = redact(report.provenance.config)
     document |= {"figures": listed, "verdict": verdict(report)}
-    text = json.dumps(plain_values(document), sort_keys=True, indent=1, allow_nan=False)
-    write_atomically(folder / LOCALITY_FILE, (text + "\n").encode())
+    write_atomically(folder / LOCALITY_FILE, json_bytes(document, indent=1))
     write_atomically(folder / "locality.md", locality_markdown(report).encode())
     page = render_locality_page(report, figures)
     return write_atomically(folder / "locality.html", page.encode())
@@ -231,88 +239,18 @@ def draw_locality(report: LocalityReport) -> dict[str, Figure]:
     """Draw one figure per question that has something to show, by the question's name."""
     figures: dict[str, Figure | None] = {}
     if report.transfer is not None:
-        figures["budget"] = locality_figures.budget(report.transfer, report.start)
-        figures["lines"] = locality_figures.lines(report.transfer)
-        figures["transfer"] = locality_figures.transfer(report.transfer)
+        figures["budget"] = _draw_budget(report.transfer, report.start)
+        figures["lines"] = _draw_lines(report.transfer)
+        figures["transfer"] = _draw_transfer(report.transfer)
     if report.embeddings is not None:
-        figures["spread"] = locality_figures.spread(report.embeddings)
-        figures["map"] = locality_figures.map_of(report.embeddings)
+        figures["spread"] = _draw_spread(report.embeddings)
+        figures["map"] = _draw_map(report.embeddings)
     if report.activations is not None:
-        figures["activations"] = locality_figures.activations(report.activations)
+        figures["activations"] = _draw_activations(report.activations)
     if report.weights is not None:
-        figures["weights"] = locality_figures.weights(report.weights)
-        figures["methods"] = locality_figures.methods(report.weights)
+        figures["weights"] = _draw_weights(report.weights)
+        figures["methods"] = _draw_methods(report.weights)
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def read_locality(folder: Path, *, disclosure: Disclosure) -> LocalitySection | None:
-    """Read an audit page's section on locality out of a locality run's folder.
-
-    Figures are ``figures/locality_*.png``; ``locality.json`` lists their titles and captions under
-    ``figures`` and may give an answer under ``verdict``. A figure that it does not list is shown
-    under its file's name.
-
-    Args:
-        folder: The run folder.
-        disclosure: Figures that hold images (``shows_pictures``) need ``full``.
-
-    Returns:
-        The section, None where the folder holds no locality result.
-
-    Raises:
-        InputError: A file is damaged, or a listed figure is missing.
-    """
-    path = folder / LOCALITY_FILE
-    if not path.is_file():
-        return None
-    document = stored_json(path, fix="\n  fix:   run task=locality again in this folder")
-    document = document if isinstance(document, dict) else {}
-    entries = document.get("figures")
-    listed: dict[str, Mapping[str, Any]] = {
-        str(entry["file"]): entry
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict) and entry.get("file")
-    }
-    for file in sorted(folder.glob("figures/locality_*.png")):
-        listed.setdefault(f"figures/{file.name}", {})
-    shown = {
-        name: entry
-        for name, entry in listed.items()
-        if disclosure == "full" or not entry.get("shows_pictures")
-    }
-    return LocalitySection(
-        name=folder.name,
-        lead=str(document.get("verdict") or ""),
-        figures=tuple(_figure(folder, name, entry) for name, entry in shown.items()),
-        withheld=len(listed) - len(shown),
-    )
-
-
-def _figure(folder: Path, name: str, entry: Mapping[str, Any]) -> LocalityFigure:
-    """One figure; the list may be somebody else's, so it may name images of its folder only."""
-    try:
-        path = resolve_inside(folder, name)
-        with Image.open(path, formats=("PNG",)) as opened:
-            image = opened.convert("RGB")
-    except (*PARSER_ERRORS, Image.DecompressionBombError, ImageError) as error:
-        raise InputError(
-            f"cannot show {folder / name}: {error}\n"
-            f"  fix:   run task=locality again in this folder"
-        ) from None
-    if image.width > _WIDEST:
-        height = round(image.height * _WIDEST / image.width)
-        image = image.resize((_WIDEST, height), Image.Resampling.LANCZOS)
-    sink = io.BytesIO()
-    image.save(sink, "PNG", optimize=True)
-    title = path.stem.removeprefix("locality_").replace("_", " ").capitalize()
-    return LocalityFigure(
-        title=str(entry.get("title") or title),
-        caption=str(entry.get("caption") or ""),
-        uri=png_uri(sink.getvalue()),
-        width=image.width,
-        height=image.height,
-        pictures=bool(entry.get("shows_pictures")),
-    )
 
 
 def answers(report: LocalityReport) -> tuple[Answer, ...]:
@@ -408,26 +346,17 @@ def _spread(report: LocalityReport, found: EmbeddingFindings) -> dict[str, Any] 
 def _activations(found: ActivationFindings) -> dict[str, Any] | None:
     methods = {}
     for method in METHOD_WORDS:
-        by_group: dict[str, list[Any]] = {}
-        for row in found.layers:
-            if row.method == method:
-                by_group.setdefault(row.group, []).append(row)
+        by_group = _by_group(found.layers, method)
         if "triggers" not in by_group:
             return None
-        ours, starts = by_group["triggers"], by_group["starts"]
-        prompts = by_group["memorized_prompts"]
+        ours = by_group["triggers"]
+        beside = list(zip(ours, by_group["memorized_prompts"], by_group["starts"], strict=True))
         methods[method] = {
             "layers": len(ours),
-            "apart": sum(
-                a.distance.value > b.distance.value for a, b in zip(ours, prompts, strict=True)
-            ),
-            "closer": sum(
-                a.relative.value < b.relative.value for a, b in zip(ours, starts, strict=True)
-            ),
-            "closer_within": sum(
-                a.relative.value < a.relative_between.value
-                for a in ours
-                if a.relative_between.count
+            "apart": sum(own.distance.value > prompt.distance.value for own, prompt, _ in beside),
+            "closer": sum(own.relative.value < start.relative.value for own, _, start in beside),
+            "closer_within": sum(  # false where no two images are compared: NaN
+                own.relative.value < own.relative_between.value for own in ours
             ),
         }
     return {"methods": methods}
@@ -436,13 +365,10 @@ def _activations(found: ActivationFindings) -> dict[str, Any] | None:
 def _weights(found: WeightFindings) -> dict[str, Any] | None:
     methods = {}
     for method in METHOD_WORDS:
-        by_group = {
-            group: [row for row in found.layers if (row.method, row.group) == (method, group)]
-            for group in ("triggers", "starts", "memorized_prompts", "control_prompts")
-        }
-        ours = by_group.pop("triggers")
-        if not ours:
+        by_group = _by_group(found.layers, method)
+        if "triggers" not in by_group:
             return None
+        ours = by_group["triggers"]
         methods[method] = {
             "layers": len(ours),
             "iou": _mean(row.iou.value for row in ours),
@@ -452,9 +378,21 @@ def _weights(found: WeightFindings) -> dict[str, Any] | None:
             "both_empty": sum(row.both_empty for row in ours),
             "compared": sum(row.compared for row in ours),
             "memorized": found.memorized.get(method),
-            **{group: _mean(row.iou.value for row in rows) for group, rows in by_group.items()},
+            **{
+                group: _mean(row.iou.value for row in by_group.get(group, ()))
+                for group in ("starts", "memorized_prompts", "control_prompts")
+            },
         }
     return {"methods": methods}
+
+
+def _by_group(layers: Iterable[Any], method: str) -> dict[str, list[Any]]:
+    """A method's rows of layers, by group of embeddings."""
+    groups: dict[str, list[Any]] = {}
+    for row in layers:
+        if row.method == method:
+            groups.setdefault(row.group, []).append(row)
+    return groups
 
 
 def _transfer(report: LocalityReport, found: TransferFindings) -> dict[str, Any] | None:
@@ -495,136 +433,371 @@ def image_table(report: LocalityReport) -> TextTable:
     )
 
 
+_TABLES = (
+    "transfer.budget", "transfer.lines", "transfer.transfers", "embeddings.spreads",
+    "embeddings.moves", "embeddings.nearest", "activations.layers", "weights.layers",
+)  # fmt: skip
+"""Rows of a report's findings; the template has the title and the caption of their tables."""
+
+
 def number_tables(report: LocalityReport) -> Iterator[TextTable]:
-    """Every number behind the figures, with its interval."""
-    if report.transfer is not None:
-        yield text_table(
-            "Success against budget",
-            "Attacks that draw their image after some steps, on the model that was attacked.",
-            report.transfer.budget,
-            {**_HELD, **_START, "steps": lambda p: str(p.steps)},
-            {**_RATE, "diverged": lambda p: str(p.diverged)},
-        )
-        yield text_table(
-            "Lines between embeddings",
-            "Embeddings on straight lines from a trigger that draw its image.",
-            report.transfer.lines,
-            {
-                "towards": lambda p: p.toward.replace("_", " "),
-                "share of the way": lambda p: f"{p.place:g}",
-            },
-            _RATE,
-        )
-        yield text_table(
-            "Transfer",
-            "Triggers that draw their image on each model; those of memorized images worked on "
-            "the searched one.",
-            report.transfer.transfers,
-            {
-                "model": lambda t: t.model + (" (searched)" if t.searched else ""),
-                **_HELD,
-                **_START,
-            },
-            _RATE,
-        )
-    if report.embeddings is not None:
-        yield text_table(
-            "Distances of embeddings",
-            "Means over pairs of one image and of two images (prompts: over all pairs), with 95 % "
-            "bootstrap intervals.",
-            report.embeddings.spreads,
-            {**_GROUP, **_START},
-            {
-                "embeddings": lambda s: str(s.count),
-                "length": lambda s: estimate_words(s.length, 1),
-                **_within_and_between("distance", digits=1),
-                **_within_and_between("cosine"),
-            },
-        )
-        yield text_table(
-            "What the attack changes",
-            "Displacement from start to end; share of the distance of two starts; cosine of two "
-            "displacements; ends whose nearest start is their own.",
-            report.embeddings.moves,
-            {**_HELD, **_START},
-            {
-                "displacement": lambda m: estimate_words(m.displacement, 1),
-                "share": lambda m: NOTHING if m.share is None else percent_words(m.share),
-                **_within_and_between("cosine"),
-                "own start nearest": lambda m: _counts(m.own_start),
-            },
-        )
-        yield text_table(
-            "Nearest prompt",
-            "Whose prompt is nearest: the image's own, another memorized image's, or a control's.",
-            report.embeddings.nearest,
-            {"embeddings": lambda n: n.what, **_START, "by": lambda n: n.measure},
-            {
-                "own": lambda n: _counts(n.own),
-                "memorized": lambda n: _counts(n.memorized),
-                "control": lambda n: _counts(n.control),
-                "own by chance": lambda n: percent_words(n.chance),
-            },
-        )
-    if report.activations is not None:
-        yield text_table(
-            "Activations",
-            "Mean distances of activations within an image and between images, and the same "
-            "relative to the activations' size, with 95 % bootstrap intervals.",
-            report.activations.layers,
-            {**_METHOD, "layer": lambda r: short_layer(r.layer), **_GROUP},
-            {
-                "n": lambda r: str(r.count),
-                "size": lambda r: estimate_words(r.length, 1),
-                **_within_and_between("distance", digits=1),
-                **_within_and_between("relative"),
-            },
-        )
-    if report.weights is not None:
-        yield text_table(
-            "Selected weights",
-            "Size of selections (mean, smallest to largest) and their intersection over union "
-            "within an image and between images; without pairs that are both empty; by chance at "
-            "these sizes; pairs that are both empty, of those compared.",
-            report.weights.layers,
-            {**_METHOD, "layer": lambda r: short_layer(r.parameter), **_GROUP},
-            {
-                "n": lambda r: str(r.count),
-                "could be": lambda r: str(r.units),
-                "selected": lambda r: f"{r.size:.1f} ({r.smallest} to {r.largest})",
-                **_within_and_between("iou", words="IoU"),
-                "not both empty": lambda r: mean_words(r.iou_nonempty),
-                "chance": lambda r: mean_words(r.chance),
-                "both empty": lambda r: f"{r.both_empty} of {r.compared}",
-            },
-        )
+    """Every number behind the figures, with its interval; a column for each field of the rows."""
+    for part, name in (path.split(".") for path in _TABLES):
+        rows: Sequence[Any] = getattr(getattr(report, part), name, ())
+        if rows:
+            title, _, caption = text_macro(_TEMPLATE, f"{part}_{name}").partition(": ")
+            columns = {item.name: _column(item.name) for item in fields(rows[0])}
+            # the fields that name a row come first
+            values = (getattr(rows[0], name) for name in columns)
+            named = next(k for k, v in enumerate(values) if not isinstance(v, str | bool | None))
+            yield text_table(
+                title,
+                caption,
+                rows,
+                {_heading(name): columns[name] for name in list(columns)[:named]},
+                {_heading(name): columns[name] for name in list(columns)[named:]},
+            )
 
 
-_HELD: Columns[Any] = {"images": lambda row: row.held}
-_START: Columns[Any] = {"start": lambda row: START_WORDS.get(row.start, NOTHING)}
-_GROUP: Columns[Any] = {"group": lambda row: row.group.replace("_", " ")}
-_METHOD: Columns[Any] = {"method": lambda row: METHOD_WORDS[row.method]}
-_RATE: Columns[Any] = {
-    "n": lambda row: str(row.rate.n),
-    "draw it": lambda row: str(row.rate.hits),
-    "rate": lambda row: percent_words(row.rate.rate),
-    "95 % over triggers": lambda row: interval_words(row.rate.ci95),
-    "95 % over images": lambda row: interval_words(row.rate.ci95_images),
+def _heading(name: str) -> str:
+    return name.replace("_between", ", two images").replace("held", "images").replace("_", " ")
+
+
+def _column(name: str) -> Callable[[Any], str]:
+    return lambda row: _words(name, getattr(row, name))
+
+
+def _words(name: str, value: Any) -> str:
+    """One field of a row as text."""
+    match value:
+        case None:
+            return NOTHING
+        case Rate():
+            over_images = f"; over images {interval_words(value.ci95_images)}" if value.n else ""
+            return rate_words(value) + over_images
+        case Estimate():
+            return estimate_words(value)
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return mean_words(value)
+        case str() if name in ("layer", "parameter"):
+            return _short_layer(value)
+        case str() if name != "model":
+            return {**METHOD_WORDS, **START_WORDS}.get(value, value.replace("_", " "))
+    return str(value)
+
+
+_GROUP_LOOK: dict[str, tuple[str, str, str]] = {
+    "triggers": (SERIES[1], "o", "triggers of one image"),
+    "starts": (KIND_LOOK["control"][0], "s", "their starts"),
+    "control_ends": (SERIES[3], "v", "attacks on controls"),
+    "memorized_prompts": (SERIES[0], "D", "memorized prompts"),
+    "control_prompts": (SERIES[2], "^", "control prompts"),
 }
+"""Colour, marker and words of each group of embeddings."""
+
+_SHORT_START = {"random": "random", "prompt": "own prompt", "control_prompt": "other prompt"}
+_START_MARKERS = {"random": "o", "prompt": "s", "control_prompt": "^"}
 
 
-def _within_and_between(attribute: str, *, words: str = "", digits: int = 2) -> Columns[Any]:
-    """Columns of a mean over pairs of one image, and of that over pairs of two images."""
-    words = words or attribute
-    return {
-        words: lambda row: estimate_words(getattr(row, attribute), digits),
-        f"{words}, two images": lambda row: estimate_words(
-            getattr(row, f"{attribute}_between"), digits
-        ),
+def _draw_budget(found: TransferFindings, start: str) -> Figure | None:
+    """Draw success against steps for memorized and control images."""
+    looks = {
+        f"{held} images": {"color": colour, "marker": marker}
+        for held, (colour, marker, _) in (
+            ("memorized", KIND_LOOK["vm"]), ("control", KIND_LOOK["control"]),
+        )
+    }  # fmt: skip
+    points = [
+        RatePoint("", f"{p.held} images", p.steps, p.rate.rate, p.rate.ci95)
+        for p in found.budget
+        if p.start == start
+    ]
+    xlabel = f"attack steps from {START_WORDS[start]}"
+    return rate_curves(points, looks, "draw their image", xlabel, logarithmic=True)
+
+
+def _draw_lines(found: TransferFindings) -> Figure | None:
+    """Draw success along lines from triggers."""
+    names = {
+        "same_image": ("to the same image", "triggers"),
+        "other_image": ("to another image", "memorized_prompts"),
+        "random": ("to a random embedding", "starts"),
     }
+    looks = {
+        name: dict(zip(("color", "marker"), _GROUP_LOOK[group], strict=False))
+        for name, group in names.values()
+    }
+    points = [
+        RatePoint("", names[p.toward][0], p.place, p.rate.rate, p.rate.ci95) for p in found.lines
+    ]
+    xlabel = "share of the way; the trigger is at 0"
+    return rate_curves(points, looks, "draw their image", xlabel)
 
 
-def _counts(rate: Rate | None) -> str:
-    if rate is None or not rate.n:
-        return NOTHING
-    return f"{rate.hits} of {rate.n} ({interval_words(rate.ci95)})"
+@styled()
+def _draw_transfer(found: TransferFindings) -> Figure | None:
+    """Draw success on each model by where the search began."""
+    if not found.transfers:
+        return None
+    models = list(dict.fromkeys(t.model for t in found.transfers))
+    starts = list(dict.fromkeys(t.start for t in found.transfers))
+    figure = new_figure(8.0, 0.85 * len(models) + 1.7)
+    axes = figure.subplots()
+    plain_axes(axes, grid="x")
+    width = 0.76 / len(starts)
+    for t in found.transfers:
+        if not t.rate.n:
+            continue
+        row, k, memorized = models.index(t.model), starts.index(t.start), t.held == "memorized"
+        colour = SERIES[k % len(SERIES)]
+        place = row - 0.38 + width * (k + 0.5) + (0 if memorized else 0.06)
+        words = START_WORDS[t.start]
+        label = words if t.start == "prompt_itself" else f"attacked from {words}"
+        alpha = 1.0 if memorized else 0.45
+        axes.plot(t.rate.ci95, [place] * 2, color=colour, linewidth=1.6, alpha=alpha)
+        axes.plot(
+            t.rate.rate, place, linestyle="none", color=colour, clip_on=False,
+            marker="o" if memorized else "^", markersize=8 if memorized else 6,
+            markerfacecolor=colour if memorized else GROUND, label=label if memorized else None,
+        )  # fmt: skip
+    searched = {t.model for t in found.transfers if t.searched}
+    names = [
+        ("checkpoint\nas it is" if model == "none" else model)
+        + ("\n(searched)" if model in searched else "")
+        for model in models
+    ]
+    axes.set_yticks(range(len(models)), names)
+    axes.set_ylim(len(models) - 0.5, -0.5)
+    axes.set_xlim(-0.02, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("embeddings that draw their image; open triangles: control images")
+    under_legend(figure, axes, columns=2)
+    return figure
+
+
+@styled()
+def _draw_spread(found: EmbeddingFindings) -> Figure:
+    """Draw how far embeddings of each group are apart, and whether attacks move alike."""
+    rows = [(row.group, row.start, row) for row in found.spreads]
+    moves = [
+        ("triggers" if move.held == "memorized" else "control_ends", move.start, move)
+        for move in found.moves
+    ]
+    figure = new_figure(11.4, 0.42 * max(len(rows), 6) + 1.3)
+    left, middle, right = figure.subplots(1, 3)
+    _bars(left, rows, "distance", "mean distance of two")
+    _bars(middle, rows, "cosine", "mean cosine of two")
+    _bars(right, moves, "cosine", "mean cosine of two moves")
+    left.axvline(found.random_distance, color=ALARM, linestyle="--", linewidth=1.2)
+    left.set_xlim(left=0)
+    left.set_xlabel("dashed: random embeddings")
+    middle.set_xlabel("filled: one image; open: two images")
+    middle.set_yticklabels([])
+    right.axvline(0, color=CALM, linewidth=0.8)
+    return figure
+
+
+def _bars(
+    axes: Axes, rows: Sequence[tuple[str, str | None, Spread | Move]], name: str, title: str
+) -> None:
+    """Draw one mean a row, within an image (filled) and between images (open)."""
+    plain_axes(axes, grid="x")
+    for place, (group, _, row) in enumerate(rows):
+        for shift, suffix in ((-0.12, ""), (0.2, "_between")):
+            _draw_mean(axes, getattr(row, name + suffix), place + shift, group, filled=not suffix)
+    names = [
+        _GROUP_LOOK[group][2] + ("" if start is None else f"\n(from {_SHORT_START[start]})")
+        for group, start, _ in rows
+    ]
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.6)
+    axes.set_title(title)
+
+
+def _draw_mean(
+    axes: Axes,
+    estimate: Estimate,
+    place: float,
+    group: str,
+    *,
+    filled: bool = True,
+    upright: bool = False,
+    **style: Any,
+) -> None:
+    """Draw a mean with its interval, lying or upright."""
+    if math.isnan(estimate.value):
+        return
+    colour, marker, _ = _GROUP_LOOK[group]
+    interval, centre = ([estimate.low, estimate.high], [place] * 2), (estimate.value, place)
+    if not math.isnan(estimate.low) and (filled or not upright):
+        axes.plot(*(interval[::-1] if upright else interval), color=colour, linewidth=1.6)
+    axes.plot(
+        *(centre[::-1] if upright else centre), marker=marker, color=colour, markersize=6,
+        linestyle="none", markerfacecolor=colour if filled else GROUND, clip_on=False, **style,
+    )  # fmt: skip
+
+
+@styled()
+def _draw_map(found: EmbeddingFindings) -> Figure | None:
+    """Draw embeddings in two dimensions; None where there are too few."""
+    if not found.places:
+        return None
+    figure = new_figure(11.0, 5.4)
+    grid = figure.subplots(1, 2)
+    for axes, kind in zip(grid, ("pca", "tsne"), strict=True):
+        _scatter(axes, found.places, kind)
+        axes.set(xticks=[], yticks=[])
+    grid[0].set_title("principal components")
+    grid[1].set_title("t-SNE")
+    under_legend(figure, grid[0], columns=3)
+    return figure
+
+
+def _scatter(axes: Axes, places: Sequence[Place], kind: str) -> None:
+    """Draw prompts, starts and the triggers found from there."""
+    images = list(dict.fromkeys(p.pair for p in places if p.what == "own_prompt"))
+    colours = {image: SERIES[k % len(SERIES)] for k, image in enumerate(images)}
+    starts = {(p.pair, p.start, p.restart): getattr(p, kind) for p in places if p.what == "start"}
+
+    def point(at: tuple[float, float], colour: str, marker: str, **style: Any) -> None:
+        axes.plot(*at, linestyle="none", color=colour, marker=marker, **style)
+
+    for what, label, marker, colour in (
+        ("control_prompt", "control prompts", "x", CALM),
+        ("memorized_prompt", "other memorized prompts", "+", TEXT),
+    ):
+        for place in places:
+            if place.what == what:
+                at = getattr(place, kind)
+                point(at, colour, marker, label=label, markersize=6, alpha=0.75)
+    for place in places:
+        at, colour = getattr(place, kind), colours.get(place.pair, CALM)
+        if place.what == "own_prompt":
+            style: dict[str, Any] = {"markersize": 15, "markeredgecolor": GROUND, "zorder": 5}
+            point(at, colour, "*", label=f"{place.pair}: its prompt", **style)
+        elif place.what == "end":
+            start, marker = starts[place.pair, place.start, place.restart], str(place.start)
+            axes.plot(*zip(start, at, strict=True), color=colour, linewidth=0.8, alpha=0.5)
+            point(start, colour, _START_MARKERS[marker], markerfacecolor=GROUND, markersize=4.5)
+            point(at, colour, _START_MARKERS[marker], markersize=6.5, zorder=4)
+    for start in dict.fromkeys(str(start) for _, start, _ in starts):
+        label = f"trigger found from {START_WORDS[start]}"
+        axes.plot([], [], linestyle="none", marker=_START_MARKERS[start], color=TEXT, label=label)
+
+
+def _short_layer(name: str) -> str:
+    """A layer's place in the network: ``down 1.0``, ``mid 0``."""
+    parts = block_of(name).split(".")
+    stage = parts[0].split("_")[0]
+    return f"{stage} {'.'.join(part for part in parts[1:] if part.isdigit())}"
+
+
+@styled()
+def _draw_activations(found: ActivationFindings) -> Figure | None:
+    """Draw mean distances of activations by layer and group, for each method's layers."""
+    if not found.layers:
+        return None
+    places = _layer_places((row.method, row.layer) for row in found.layers)
+    figure, panels = _layer_panels(places, "mean distance", "relative to size")
+    for row in found.layers:
+        upper, lower = panels[row.method]
+        place = places[row.method].index(row.layer)
+        _draw_group(upper, row.distance, row.distance_between, place, row.group)
+        _draw_group(lower, row.relative, row.relative_between, place, row.group)
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)
+    under_legend(figure, *figure.axes)
+    return figure
+
+
+@styled()
+def _draw_weights(found: WeightFindings) -> Figure | None:
+    """Draw agreement of selections by layer and group, with their sizes, for each method."""
+    if not found.layers:
+        return None
+    places = _layer_places((row.method, row.parameter) for row in found.layers)
+    figure, panels = _layer_panels(places, "intersection over union", "selected, % of layer")
+    for row in found.layers:
+        upper, lower = panels[row.method]
+        place = places[row.method].index(row.parameter)
+        _draw_group(upper, row.iou, row.iou_between, place, row.group)
+        at = place + _shift(row.group)
+        if not math.isnan(row.chance):
+            style: dict[str, Any] = {"color": TEXT, "markersize": 9, "linestyle": "none"}
+            upper.plot(at, row.chance, marker="_", label="random selections", **style)
+        lower.bar(at, 100 * row.size / row.units, width=0.17, color=_GROUP_LOOK[row.group][0])
+    for upper, lower in panels.values():
+        upper.set_ylim(-0.03, 1.05)
+        lower.set_ylim(bottom=0)
+    under_legend(figure, *figure.axes)
+    return figure
+
+
+@styled()
+def _draw_methods(found: WeightFindings) -> Figure | None:
+    """Draw in which blocks the two methods select with triggers."""
+    own = next((a for a in found.agreement if a.group == "triggers" and a.nemo), None)
+    if own is None:
+        return None
+    figure = new_figure(8.0, 3.8)
+    axes = figure.subplots()
+    places = np.arange(len(own.blocks))
+    for shift, values, group, label in (
+        (-0.2, own.nemo, "triggers", "NeMo: value neurons"),
+        (0.2, own.wanda, "memorized_prompts", "Wanda: feed-forward weights"),
+    ):
+        shares = [100 * value for value in values]
+        axes.bar(places + shift, shares, width=0.38, label=label, color=_GROUP_LOOK[group][0])
+    _layer_axis(axes, own.blocks)
+    axes.set_ylabel("% of the selection")
+    under_legend(figure, axes, columns=2)
+    return figure
+
+
+def _layer_places(layers: Iterable[tuple[Method, str]]) -> dict[Method, list[str]]:
+    """Layers of each method, in the order of its panels."""
+    named = list(dict.fromkeys(layers))
+    of = {method: [layer for own, layer in named if own == method] for method in METHODS}
+    return {method: own for method, own in of.items() if own}
+
+
+def _layer_panels(
+    layers: Mapping[Method, Sequence[str]], upper_label: str, lower_label: str
+) -> tuple[Figure, dict[Method, tuple[Axes, Axes]]]:
+    """A figure with two panels above each other per method; methods beside each other."""
+    widths = [len(own) for own in layers.values()]
+    figure = new_figure(2.0 + 0.48 * sum(widths), 6.4)
+    grid = figure.subplots(2, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
+    for (upper, lower), (method, own) in zip(grid.T, layers.items(), strict=True):
+        _layer_axis(upper, [])
+        _layer_axis(lower, own)
+        upper.set_title(METHOD_WORDS[method])
+    grid[0, 0].set_ylabel(upper_label)
+    grid[1, 0].set_ylabel(lower_label)
+    return figure, dict(zip(layers, map(tuple, grid.T), strict=True))
+
+
+def _layer_axis(axes: Axes, layers: Sequence[str]) -> None:
+    plain_axes(axes)
+    axes.set_xticks(
+        range(len(layers)), [_short_layer(name) for name in layers],
+        rotation=60, fontsize=9, ha="right", rotation_mode="anchor",
+    )  # fmt: skip
+
+
+def _shift(group: GroupName) -> float:
+    """Place of a group's mark beside the middle of its layer."""
+    return 0.19 * (GROUPS.index(group) - (len(GROUPS) - 1) / 2)
+
+
+def _draw_group(
+    axes: Axes, within: Estimate, between: Estimate, layer: int, group: GroupName
+) -> None:
+    """Draw a layer's mean of one group; of triggers also that between images."""
+    at = layer + _shift(group)
+    _draw_mean(axes, within, at, group, upright=True, label=_GROUP_LOOK[group][2])
+    if group == "triggers":
+        words = "triggers of two images"
+        _draw_mean(axes, between, at + 0.07, group, upright=True, filled=False, label=words)

@@ -33,7 +33,6 @@ from dori_lightning.report.record import (
     NOT_KEPT,
     AuditReport,
     Disclosure,
-    LocalitySection,
     strictest,
     with_files_that_exist,
 )
@@ -190,7 +189,6 @@ def render_page(
     *,
     images: Disclosure = "full",
     max_pairs: int = 40,
-    locality: Sequence[LocalitySection] = (),
     figures: Mapping[str, Figure] | None = None,
 ) -> str:
     """Render the page of an audit; it loads nothing from anywhere.
@@ -217,7 +215,6 @@ def render_page(
         table=audit_pairs(report, disclosure=images, max_pairs=max_pairs),
         cells=ranked_cells(report.cells),
         twins=utility_twins(report.utility, images) if report.utility else (),
-        locality=locality,
         figures=_elements(audit_figures(report) if figures is None else figures),
         images_each=max((len(o.seeds) for o in report.outcomes), default=0),
         restarts=max((o.restart + 1 for o in report.outcomes), default=0),
@@ -250,7 +247,6 @@ def render_sweep_page(
     *,
     images: Disclosure = "full",
     max_pairs: int = 40,
-    locality: Sequence[LocalitySection] = (),
 ) -> str:
     """Render the page of a comparison; it loads nothing from anywhere.
 
@@ -268,14 +264,7 @@ def render_sweep_page(
     for run in runs:
         link = os.path.relpath(run.folder / "report.html", folder).replace(os.sep, "/")
         links[run.folder] = "" if link.startswith("..") else quote(link)
-    verdict, rule = sweep_verdict(rows), next(iter(comparison.calibrations.values()))
-    # one checkpoint's threshold would be a lie in another one's panels
-    repeats = {
-        entry.label: (entry.pair_results, [c for c in entry.spoken if c is not None])
-        for entry in comparison.entries
-        if len(comparison.calibrations) == 1
-    }
-    figures = sweep_figures(rows, comparison.cells, repeats, threshold=rule.threshold)
+    verdict = sweep_verdict(rows)
     return rendered_page(
         "sweep.html.j2",
         comparison=comparison,
@@ -284,7 +273,7 @@ def render_sweep_page(
         remarks=remarks(comparison, rows),
         incomplete=incomplete,
         tone="doubt" if incomplete else verdict.tone,
-        figures=_elements(figures),
+        figures=_elements(sweep_figures(rows, comparison.cells)),
         images=shown,
         tables=[
             sweep_pairs(
@@ -295,7 +284,6 @@ def render_sweep_page(
             )
             for checkpoint, rule in comparison.calibrations.items()
         ],
-        locality=locality,
         links=links,
     )
 

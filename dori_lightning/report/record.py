@@ -6,8 +6,6 @@ the files that say what a mitigation costs (``utility.json`` and two tables).
 """
 
 import hashlib
-import io
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,15 +13,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator
 
 from dori_lightning.metrics.replication import (
     Aggregation,
+    AttackEffort,
     PairResult,
     Search,
     Trust,
@@ -35,8 +33,15 @@ from dori_lightning.metrics.replication import (
     prompt_condition,
     search_of,
 )
-from dori_lightning.metrics.utility import LossRow, PictureRow, Utility
+from dori_lightning.metrics.utility import PictureRow, Utility
 from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.documents import (
+    json_bytes,
+    parquet_bytes,
+    read_rows,
+    relative_to,
+    stored,
+)
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import (
     BASELINE,
@@ -51,10 +56,8 @@ from dori_lightning.types import (
     ReplacedPart,
 )
 
-SCHEMA_VERSION = 1
 EDIT_FILE = "edit.json"
 LOCALITY_FILE = "locality.json"
-_AGAIN = "\n  fix:   run the audit's command again: it rewrites the file"
 
 Disclosure = Literal["full", "blurred", "none"]
 """How images may be shown, from all to nothing; what blurring throws away is gone."""
@@ -79,26 +82,6 @@ class Flag:
     name: str
     severity: Severity
     text: str
-
-
-@dataclass(frozen=True)
-class AttackEffort:
-    """UNet evaluations that the results rest on, one per row of a batch.
-
-    Steps that a resumed run did not repeat are counted, rows that only fill up a batch are not;
-    the evaluations of one process are ``Provenance.unet_evaluations``.
-
-    Attributes:
-        attack: Of the attack: noise samples of every step taken.
-        attack_saved: Of steps that stopped attacks did not take.
-        pictures: Of generating images from embeddings that the attack found.
-        pictures_saved: Of images of later budgets that stopped attacks did not generate.
-    """
-
-    attack: int
-    attack_saved: int
-    pictures: int
-    pictures_saved: int
 
 
 @dataclass(frozen=True)
@@ -197,6 +180,7 @@ class AuditRecord:
     What follows from its fields (from ``invalid`` on) is computed once and not written.
 
     Attributes:
+        schema_version: Version of the layout of ``report.json``.
         mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
         verdict: The answer in words, for a reader who is not an engineer.
         recommended_budget: Largest budget that leaves the controls alone, None where there is
@@ -204,9 +188,9 @@ class AuditRecord:
         flags: What limits the numbers' meaning, gravest first.
         utility: What the mitigation costs; None where it was not measured.
         effort: What the attack took; None in records of earlier versions.
-        schema_version: Version of the layout of ``report.json``.
     """
 
+    schema_version: Literal[1] = 1
     checkpoint: str
     mitigation: str
     verdict: str
@@ -217,7 +201,6 @@ class AuditRecord:
     provenance: Provenance
     utility: Annotated[Utility | None, BeforeValidator(_utility_fields)] = None
     effort: AttackEffort | None = None
-    schema_version: int = SCHEMA_VERSION
 
     @property
     def invalid(self) -> tuple[str, ...]:
@@ -293,7 +276,7 @@ def write_report(report: AuditReport, folder: Path) -> Path:
     Raises:
         TypeError: The configuration holds something that JSON cannot.
     """
-    document = json.dumps(_document(report), sort_keys=True, indent=2, allow_nan=False)
+    document = json_bytes(_document(report))
     outcomes = (*report.outcomes, *report.baseline)
     names = sorted({f"{_SIMILARITY}{name}" for o in outcomes for name in o.similarity})
     columns = {**_PAIR_COLUMNS, **dict.fromkeys(names, _NUMBER)}
@@ -302,13 +285,13 @@ def write_report(report: AuditReport, folder: Path) -> Path:
     table = parquet_bytes(pair_rows(report, folder), columns)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "pairs.parquet", table)
-    return write_atomically(folder / "report.json", (document + "\n").encode())
+    return write_atomically(folder / "report.json", document)
 
 
 def _document(report: AuditReport) -> dict[str, Any]:
     """The content of ``report.json`` as plain values."""
     budget, effort = report.recommended_budget, report.effort
-    document = {
+    return {
         "schema_version": report.schema_version,
         "checkpoint": report.checkpoint,
         "mitigation": report.mitigation,
@@ -323,7 +306,6 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "effort": asdict(effort) if effort else None,
         "provenance": {**asdict(report.provenance), "config": redact(report.provenance.config)},
     }
-    return dict(plain_values(document))
 
 
 def _cell_document(cell: Cell) -> dict[str, Any]:
@@ -377,53 +359,6 @@ def _pair_documents(report: AuditReport) -> list[dict[str, Any]]:
             }
         )
     return list(rows.values())
-
-
-def plain_values(value: Any) -> Any:
-    """Turn a value into what JSON has; NaN and infinities become null.
-
-    Raises:
-        TypeError: JSON has nothing for it; writing its ``repr`` would hide that.
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.bool_ | np.integer):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {str(name): plain_values(item) for name, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain_values(item) for item in value]
-    if isinstance(value, Path):
-        return value.as_posix()
-    if isinstance(value, datetime):
-        return value.isoformat(timespec="seconds")
-    raise TypeError(f"report.json cannot hold a {type(value).__name__}: {value!r}")
-
-
-def parquet_bytes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, pa.DataType]) -> bytes:
-    """Serialise rows; a column keeps its type also where it holds no value.
-
-    NaN becomes null, since NaN would take part in means, and a path becomes text.
-
-    Raises:
-        ValueError: A row has a name that the columns lack.
-    """
-    stray = {name for row in rows for name in row} - columns.keys()
-    if stray:
-        raise ValueError(f"no column for {', '.join(sorted(stray))}")
-    plain = [
-        {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in row.items()
-        }
-        for row in rows
-    ]
-    sink = io.BytesIO()
-    table = pa.Table.from_pylist(plain, schema=pa.schema(list(columns.items())))
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
 
 
 _TEXT, _NUMBER, _WHOLE = pa.string(), pa.float64(), pa.int64()
@@ -492,7 +427,7 @@ def _image_rows(outcome: Outcome, report: AuditReport, folder: Path) -> Iterator
         "checkpoint": report.checkpoint,
         "pair_id": pair.id,
         "image_sha256": pair.sha256,
-        "original": _relative(pair.image, folder),
+        "original": relative_to(pair.image, folder),
         "attack": condition.attack,
         "init": condition.init,
         **asdict(condition.budget),
@@ -503,83 +438,28 @@ def _image_rows(outcome: Outcome, report: AuditReport, folder: Path) -> Iterator
         **{name: getattr(outcome, name) for name in _OF_OUTCOMES},
     }
     if pair.others:
-        row["other_originals"] = [_relative(own.image, folder) for own in pair.others]
+        row["other_originals"] = [relative_to(own.image, folder) for own in pair.others]
         row["other_sha256"] = [own.sha256 for own in pair.others]
     closest = outcome.closest.get(report.calibration.descriptor)
     for place, seed in enumerate(outcome.seeds):
         if closest:
-            row["reference"] = _relative(closest[place].image, folder)
+            row["reference"] = relative_to(closest[place].image, folder)
         yield {
             **row,
             "seed": seed,
-            "image": _relative(outcome.images[place], folder) if outcome.images else None,
+            "image": relative_to(outcome.images[place], folder) if outcome.images else None,
             **{name: float(values[place]) for name, values in measured.items()},
         }
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path, folder).replace(os.sep, "/")
-
-
-def stored_json(path: Path, *, fix: str, missing: str = "") -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-        fix: End of the message, after what is wrong.
-        missing: What it means that there is no such file; empty leaves that to the caller.
-
-    Raises:
-        InputError: It is not JSON, or is missing and ``missing`` says what that means.
-        FileNotFoundError: It is missing and ``missing`` is empty.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not missing:
-            raise
-        raise InputError(f"{path} does not exist: {missing}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}){fix}") from None
-
-
-def validated(adapter: TypeAdapter[Any], document: Any, path: Path) -> Any:
-    """Check the content of a file against a type, and build it.
-
-    Raises:
-        InputError: The content does not fit; names the first keys that do not.
-    """
-    try:
-        return adapter.validate_python(document)
-    except ValidationError as error:
-        problems = "".join(
-            f"\n  {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-            for problem in error.errors(include_url=False)[:5]
-        )
-        raise InputError(f"{path} is not as this version writes it:{problems}{_AGAIN}") from None
-
-
-_RECORD = TypeAdapter(AuditRecord)
 
 
 def read_record(folder: Path) -> AuditRecord:
     """Read a run folder's ``report.json``, of this or an earlier version.
 
     Raises:
-        InputError: It is missing, is not JSON, is of another schema version, or does not hold
-            what an audit writes.
+        InputError: It is missing (the run has not finished, or this is no run folder), is not
+            JSON, is of another schema version, or does not hold what an audit writes.
     """
-    path = folder / "report.json"
-    missing = "the run has not finished, or this is no run folder"
-    document = stored_json(path, fix=_AGAIN, missing=missing)
-    if not isinstance(document, dict) or "schema_version" not in document:
-        raise InputError(f"{path} has no schema_version: it was not written by an audit")
-    if document["schema_version"] != SCHEMA_VERSION:
-        raise InputError(
-            f"{path} has schema_version {document['schema_version']!r}, this version reads "
-            f"{SCHEMA_VERSION}\n  fix:   run the audit again, or install the version that wrote it"
-        )
-    return cast(AuditRecord, validated(_RECORD, document, path))
+    return cast(AuditRecord, stored(AuditRecord, folder / "report.json"))
 
 
 @dataclass(frozen=True)
@@ -601,9 +481,6 @@ class EditRecord:
     counts: dict[str, float] = field(default_factory=dict)
 
 
-_EDIT = TypeAdapter(EditRecord)
-
-
 def read_edit_record(folder: Path) -> EditRecord | None:
     """Read a run folder's ``edit.json``; None where there is none.
 
@@ -611,9 +488,7 @@ def read_edit_record(folder: Path) -> EditRecord | None:
         InputError: It is damaged.
     """
     path = folder / EDIT_FILE
-    if not path.is_file():
-        return None
-    return cast(EditRecord, validated(_EDIT, stored_json(path, fix=_AGAIN), path))
+    return cast(EditRecord, stored(EditRecord, path)) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -650,7 +525,7 @@ def read_run(folder: Path) -> Run:
         InputError: A file is missing or damaged, or the two do not belong together.
     """
     record = read_record(folder)
-    rows = _stored_rows(folder / "pairs.parquet")
+    rows = read_rows(folder / "pairs.parquet")
     report = AuditReport(
         **{item.name: getattr(record, item.name) for item in fields(record)},
         outcomes=_outcomes(rows, record.mitigation, folder),
@@ -658,13 +533,6 @@ def read_run(folder: Path) -> Run:
     )
     _check_same_audit(report, folder)
     return Run(folder, report, read_edit_record(folder))
-
-
-def _stored_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        return list(pq.read_table(path).to_pylist())
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read ({error}){_AGAIN}") from None
 
 
 def _outcomes(
@@ -759,40 +627,9 @@ def _check_same_audit(report: AuditReport, folder: Path) -> None:
     if now != then:
         raise InputError(
             f"{folder}: report.json and pairs.parquet do not say the same, so they come from "
-            f"different audits\n  fix:   run the audit again: it rewrites both"
+            f"different audits",
+            fix="run the audit again: it rewrites both",
         )
-
-
-def write_utility(utility: Utility, folder: Path) -> Path:
-    """Write ``utility_losses.parquet``, ``utility_pictures.parquet`` and ``utility.json``.
-
-    The JSON file comes last: where it is new, the tables belong to it.
-
-    Paths of images are stored relative to the folder.
-
-    Returns:
-        Path of ``utility.json``.
-    """
-
-    def rows(items: Iterable[LossRow | PictureRow]) -> list[dict[str, Any]]:
-        return [
-            {k: _relative(v, folder) if isinstance(v, Path) else v for k, v in asdict(i).items()}
-            for i in items
-        ]
-
-    document = json.dumps(
-        plain_values(utility.to_dict()), sort_keys=True, indent=2, allow_nan=False
-    )
-    losses = parquet_bytes(rows(utility.loss_rows), _columns(LossRow))
-    pictures = parquet_bytes(rows(utility.picture_rows), _columns(PictureRow))
-    write_atomically(folder / "utility_losses.parquet", losses)
-    write_atomically(folder / "utility_pictures.parquet", pictures)
-    return write_atomically(folder / "utility.json", (document + "\n").encode())
-
-
-def _columns(row: type[LossRow | PictureRow]) -> dict[str, pa.DataType]:
-    types = {int: _WHOLE, float: _NUMBER, float | None: _NUMBER}
-    return {name: types.get(hint, _TEXT) for name, hint in get_type_hints(row).items()}
 
 
 def shown_report(run: Run) -> AuditReport:
@@ -814,7 +651,7 @@ def shown_report(run: Run) -> AuditReport:
 
 def _picture_rows(folder: Path) -> Iterator[PictureRow]:
     """Rows of ``utility_pictures.parquet`` whose images both exist."""
-    for row in _stored_rows(folder / "utility_pictures.parquet"):
+    for row in read_rows(folder / "utility_pictures.parquet"):
         images = {
             name: Path(os.path.normpath(folder / row[name]))
             for name in ("unmitigated", "mitigated")
@@ -859,40 +696,6 @@ def strictest(runs: Iterable[Run], chosen: Disclosure) -> Disclosure:
         run.report.provenance.config.get("report", {}).get("images", "full") for run in runs
     ]
     return max((chosen, *allowed), key=get_args(Disclosure).index)
-
-
-@dataclass(frozen=True)
-class LocalityFigure:
-    """One figure.
-
-    Attributes:
-        caption: What it shows and how to read it.
-        pictures: Whether it holds images, whose colours a dark page must leave alone.
-    """
-
-    title: str
-    caption: str
-    uri: str
-    width: int
-    height: int
-    pictures: bool = False
-
-
-@dataclass(frozen=True)
-class LocalitySection:
-    """What one locality run shows.
-
-    Attributes:
-        name: Its run folder's name.
-        lead: Its answer in words, a paragraph a line; empty where it gives none.
-        figures: Its figures, in its own order.
-        withheld: How many figures hold images that may not be shown.
-    """
-
-    name: str
-    lead: str
-    figures: tuple[LocalityFigure, ...]
-    withheld: int = 0
 
 
 def is_locality(folder: Path) -> bool:

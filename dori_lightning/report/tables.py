@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from rich.markup import escape as rich_text
 from rich.table import Table
 
+from dori_lightning.metrics.statistics import Paired
 from dori_lightning.report.claims import Checked
 from dori_lightning.report.comparison import (
     OTHERS,
@@ -17,9 +17,7 @@ from dori_lightning.report.comparison import (
     Figure,
     HeadlineRow,
     Other,
-    Paired,
 )
-from dori_lightning.report.record import parquet_bytes
 from dori_lightning.report.words import (
     NOTHING,
     counts_words,
@@ -29,6 +27,7 @@ from dori_lightning.report.words import (
     percent_words,
     similarity_words,
 )
+from dori_lightning.runtime.documents import parquet_bytes
 from dori_lightning.types import INITS, KINDS, Cell, Init, Kind
 
 _INIT_WORDS: dict[Init, str] = {
@@ -93,7 +92,7 @@ def rich_table(table: TextTable) -> Table:
         else:
             made.add_column(name, justify="right")
     for row in table.rows:
-        made.add_row(*map(rich_text, row))
+        made.add_row(*row)
     return made
 
 
@@ -182,7 +181,7 @@ def claims_table(checked: Sequence[Checked]) -> TextTable:
         "Recorded claims",
         "",
         checked,
-        {"claim": lambda c: ", ".join(str(v) for v in c.claim.cell.values() if v not in _UNSAID)},
+        {"claim": lambda c: ", ".join(str(v) for _, v in c.claim.cell if v not in _UNSAID)},
         {
             "metric": lambda c: c.claim.metric,
             "recorded": lambda c: f"{c.claim.value:g} ± {c.claim.tol:g}",
@@ -349,20 +348,11 @@ def cells_parquet(comparison: Comparison) -> bytes:
     """Serialise every cell under its checkpoint's one threshold, one row each."""
     return _parquet(
         [
-            {
-                "checkpoint": cell.checkpoint,
-                "mitigation": cell.mitigation,
-                "kind": cell.kind,
-                "attack": cell.condition.attack,
-                "init": cell.condition.init,
-                "norm": cell.condition.budget.norm,
-                "eps": cell.condition.budget.eps,
-                "steps": cell.condition.budget.steps,
-                **_cell_values("", cell),
-                "descriptor": cell.descriptor,
-                "threshold": cell.threshold,
-                "aggregation": cell.aggregation,
-            }
+            {name: getattr(cell, name) for name in ("checkpoint", "mitigation", "kind")}
+            | {"attack": cell.condition.attack, "init": cell.condition.init}
+            | asdict(cell.condition.budget)
+            | _cell_values("", cell)
+            | {name: getattr(cell, name) for name in ("descriptor", "threshold", "aggregation")}
             for cell in comparison.cells
         ]
     )

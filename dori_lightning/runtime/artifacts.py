@@ -161,8 +161,8 @@ def check_folder(
     path = folder / METHOD
     if not path.is_file():
         return False
-    now = dict(_leaves(json.loads(json.dumps(redact(method)))))
-    there = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+    now = dict(leaves(json.loads(json.dumps(redact(method)))))
+    there = dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
     compared = (now.keys() | there.keys()) - set(unknown)
     differing = sorted(k for k in compared if now.get(k) != there.get(k))
     if differing:
@@ -176,11 +176,36 @@ def check_folder(
     return True
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+_NO_RESULT = re.compile(r"\..*|csv|wandb|dori.*\.log|.*\.lock|run\.lock\.owner|"
+                        r"method\.json|status\.json|tracking\.json")  # fmt: skip
+"""Files and folders directly in a run folder that say how a start went, not what it found."""
+
+
+@contextmanager
+def released_on_failure(folder: Path) -> Iterator[None]:
+    """Give a folder back to other settings where a start that claimed it leaves without a result.
+
+    Only a folder that nobody had claimed before and that holds no file of a result is given back.
+    """
+    claimed = (folder / METHOD).is_file()
+    try:
+        yield
+    except Exception:
+        if not claimed and not _has_results(folder):
+            (folder / METHOD).unlink(missing_ok=True)
+        raise
+
+
+def _has_results(folder: Path) -> bool:
+    own = [path for path in folder.iterdir() if not _NO_RESULT.fullmatch(path.name)]
+    return any(path.is_file() or any(p.is_file() for p in path.rglob("*")) for path in own)
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested containers by dotted name."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+            yield from leaves(item, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
 

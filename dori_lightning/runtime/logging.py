@@ -36,8 +36,12 @@ _disabled: list[None] = []
 
 
 def answer_console(columns: int = 120) -> Console:
-    """Console for a task's answer: standard error, so wide where no terminal says how wide."""
-    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else columns)
+    """Console for a task's answer: standard error, so wide where no terminal says how wide.
+
+    Brackets are printed as they are: names of folders and of pairs hold them.
+    """
+    width = None if sys.stderr.isatty() else columns
+    return Console(file=sys.stderr, width=width, markup=False)
 
 
 @contextmanager
@@ -80,7 +84,7 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     due = start + FIRST_LINE_SECONDS
     _tell(title, 0, total)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -6,11 +6,14 @@ Needs no torch: the command line asks, too.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dori_lightning.types import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,9 +24,43 @@ RANKS = (*_AMONG_ALL, "LOCAL_RANK", "GROUP_RANK", "NODE_RANK")
 """How Lightning, torchrun, SLURM and submitit number a process; the first one is 0 in all."""
 
 
+NUMBERS = (*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_NTASKS",
+           "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")  # fmt: skip
+"""Variables in which a launcher gives a number; libraries read some of them too."""
+
+
+def number_in(variable: str, default: int = 0) -> int:
+    """The number in a launcher's variable.
+
+    Raises:
+        InputError: The variable is set to something else, such as nothing.
+    """
+    value = os.environ.get(variable)
+    if value is None:
+        return default
+    if not re.fullmatch(r"[0-9]+", value):
+        raise InputError(
+            f"the environment variable {variable} holds no number: {value!r}",
+            where=variable,
+            fix=f"unset {variable} where no launcher starts several processes; else let the "
+            f"launcher (torchrun, srun) set it",
+        )
+    return int(value)
+
+
+def check_environment() -> None:
+    """Refuse variables of launchers that hold no number.
+
+    Raises:
+        InputError: Names the first of them.
+    """
+    for variable in NUMBERS:
+        number_in(variable)
+
+
 def speaks() -> bool:
     """Whether this process is the first of its run, or the only one."""
-    return not any(int(os.environ.get(name, 0)) for name in RANKS)
+    return not any(map(number_in, RANKS))
 
 
 def label() -> str:
@@ -35,7 +72,7 @@ def label() -> str:
     if speaks():
         return ""
     for name in _AMONG_ALL:
-        if int(os.environ.get(name, 0)):
+        if number_in(name):
             return os.environ[name]
     node, place = (os.environ.get(name, "0") for name in ("NODE_RANK", "LOCAL_RANK"))
     return place if node == "0" else f"{node}.{place}"

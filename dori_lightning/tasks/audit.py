@@ -20,15 +20,16 @@ from dori_lightning.audit.context import (
 )
 from dori_lightning.audit.evaluation import attack_and_generate, evaluate
 from dori_lightning.audit.targets import aim
-from dori_lightning.audit.utility import measure_utility
+from dori_lightning.audit.utility import measure_utility, write_utility
+from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.edits import changed_weights
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import check_prompt_lengths
-from dori_lightning.report.findings import INVALID, attack_effort, make_report
+from dori_lightning.report.findings import INVALID, make_report
 from dori_lightning.report.pages import write_audit_page
-from dori_lightning.report.record import AuditReport, write_report, write_utility
+from dori_lightning.report.record import AuditReport, write_report
 from dori_lightning.report.tables import cells_table, rich_table
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import (
@@ -126,11 +127,11 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
     # every input was checked: from here on the folder belongs to these settings
     claim_folder(folder, with_fingerprint(method_of(to_container(cfg)), context.model))
     distributed.start(context.make_trainer())
-    _write_skipped(context.pairs, folder)
+    write_skipped(context.pairs, folder)
     return aim(context)
 
 
-def _write_skipped(pairs: Pairs, folder: Path) -> None:
+def write_skipped(pairs: Pairs, folder: Path) -> None:
     """Write ``skipped_pairs.json``: which pairs and images were left out of the list, and why."""
     if pairs.skipped and distributed.is_first():
         write_json(folder / "skipped_pairs.json", {"skipped": [asdict(p) for p in pairs.skipped]})
@@ -262,5 +263,5 @@ def _publish(cfg: DictConfig, report: AuditReport, folder: Path) -> None:
     console = answer_console()
     title = f"{INVALID}: {', '.join(report.invalid)}" if report.invalid else ""
     console.print(rich_table(cells_table(report.cells, title=title)))
-    console.print(report.verdict, markup=False)
+    console.print(report.verdict)
     console.print(f"page: {page}", soft_wrap=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from filelock import FileLock
 from hydra.utils import instantiate
@@ -98,10 +97,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
         weights = weights_of(parts, cfg.task.dtype)
         if audit is not None and record is not None:
             _check_audit(audit, record, model=model, edit=chosen.edit, weights=weights)
-        claim_folder(folder, _method(cfg, model, chosen, weights))
+        exported = _describe(cfg, model, chosen, weights, changed)
+        decides = {
+            "checkpoint": {"name": exported.checkpoint, "fingerprint": exported.fingerprint},
+            "edit": {"mitigation": exported.mitigation, "identity": exported.edit},
+            "exported": {"dtype": cfg.task.dtype, "fingerprint": exported.exported},
+        }
+        claim_folder(folder, decides)
         if chosen.edit.kind:
             write_edit(folder / "edit.safetensors", chosen.edit)
-        exported = _describe(cfg, model, chosen, weights, changed)
         card = model_card(exported, record).encode()
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model.name}-{chosen.mitigation}").strip(".-")
         with progress_bar("export", len(formats)) as advance:
@@ -149,11 +153,10 @@ def _from_mitigation(
     )
     if aimed != tuple(pairs):
         pairs = [*aimed]
-        measures = context.references.measures
         context = replace(
             context,
             data=context.data.with_pairs(pairs),
-            references=reference_images(pairs, model.resolution, measures),
+            references=reference_images(pairs, model.resolution, context.references.measures),
         )
     suspected = [pair for pair in pairs if pair.kind != "control"]
     edit = context.find(mitigation, model, suspected).edit
@@ -252,17 +255,6 @@ def _check_audit(
             f"  fix:   give the audit of the same checkpoint, mitigation and pairs, or audit what "
             f"was exported: checkpoint=custom checkpoint.source=FOLDER"
         )
-
-
-def _method(
-    cfg: DictConfig, model: StableDiffusion, chosen: _Chosen, weights: Weights
-) -> dict[str, Any]:
-    """What decides the exported weights."""
-    return {
-        "checkpoint": {"name": model.name, "fingerprint": model.fingerprint},
-        "edit": {"mitigation": chosen.mitigation, "identity": chosen.edit.identity},
-        "exported": {"dtype": cfg.task.dtype, "fingerprint": weights.fingerprint},
-    }
 
 
 def _describe(

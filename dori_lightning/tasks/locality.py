@@ -44,7 +44,7 @@ from dori_lightning.report.locality import (
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import check_folder, claim_folder, drop_keys
 from dori_lightning.runtime.logging import answer_console
-from dori_lightning.tasks.audit import audit_context, method_of
+from dori_lightning.tasks.audit import audit_context, method_of, write_skipped
 from dori_lightning.tasks.results_logging import track_locality
 from dori_lightning.tasks.run_record import (
     FINGERPRINT,
@@ -156,6 +156,7 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
     claim_folder(folder, with_fingerprint(method, audit.model))
     audit = replace(audit, attack=replace(audit.attack, snapshots=(0, *audit.attack.snapshots)))
     distributed.start(audit.make_trainer())
+    write_skipped(audit.pairs, folder)
     audit = aim(audit)
     aimed = {pair.id: pair for pair in audit.pairs}
     chosen = {name: tuple(aimed[pair.id] for pair in own) for name, own in chosen.items()}

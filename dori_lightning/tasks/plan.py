@@ -6,8 +6,6 @@ is listed as not counted. What finding an edit takes, each mitigation says itsel
 (``CostEstimate``).
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +24,7 @@ from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.runtime.artifacts import drop_keys, write_json
+from dori_lightning.runtime.artifacts import content_hash, drop_keys, write_json
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import to_container
 from dori_lightning.tasks.status import jobs_of
@@ -223,7 +221,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
     shared: dict[str, Part] = {}
     adjusted = 0
     for method, estimate in _edits(mitigation, sampling, suspected):
-        key = _key(decides, repr(replace(method, name="")))  # type: ignore[type-var]
+        key = content_hash([decides, repr(replace(method, name=""))])  # type: ignore[type-var]
         stored, unknown = estimate.stored_weights, estimate.not_counted
         shared[key] = part(f"edit {method.name}", estimate.work, unknown, weights=stored)
         adjusted = estimate.evaluations_per_image  # of the mitigation itself, which comes last
@@ -232,7 +230,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         images += utility.decoded
         work += utility + Evaluations(forward=adjusted * images, attack=adjusted * images)
         before = Evaluations.of_images(everyone * sampling.images_per_pair, sampling) + utility
-        shared[_key(decides, config["utility"])] = part(
+        shared[content_hash([decides, config["utility"]])] = part(
             "the unmitigated model", before, images=before.decoded
         )
     return JobPlan(
@@ -330,10 +328,6 @@ def _remarks(
         yield "attack.early_stop: counted as if no image came back before the last step"
 
 
-def _key(*decides: Any) -> str:
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
-
-
 def _print(plans: Mapping[str, JobPlan], *, title: str) -> Part:
     """Show the jobs by name, what they share, and the sum, which is returned."""
     shared = {key: part for job in plans.values() for key, part in job.shared.items()}.values()
@@ -372,7 +366,7 @@ def _print(plans: Mapping[str, JobPlan], *, title: str) -> Part:
     remarks += [f"not counted: {p.what}: {p.not_counted}" for p in shared if p.not_counted]
     remarks.append("not counted: loading, encoding of images, descriptors and reports")
     for text in dict.fromkeys(remarks):
-        console.print(f"- {text}", markup=False, highlight=False)
+        console.print(f"- {text}", highlight=False)
     return total
 
 

@@ -11,14 +11,12 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from dori_lightning.report.claims import Claim, ClaimsFailedError, check_claims, read_claims
+from dori_lightning.report.claims import CellClaim, CostClaim, check_claims, read_claims
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
 from dori_lightning.report.findings import sweep_verdict
-from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import write_page, write_table
 from dori_lightning.report.record import (
     Disclosure,
-    LocalitySection,
     Run,
     is_locality,
     read_run,
@@ -31,6 +29,7 @@ from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import tracked
 from dori_lightning.tasks.status import Jobs, jobs_of, places_of
 from dori_lightning.tracking import Tracker
+from dori_lightning.types import ClaimsFailedError
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +37,8 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig, folder: Path) -> None:
     """Put the audits in ``cfg.task.runs`` into one table and one page in ``folder``.
 
-    Locality runs among them add their figures. A single audit gets its own page and no table,
-    unless claims are to be checked against it.
+    Locality runs among them have pages of their own and are left out. A single audit gets its own
+    page and no table, unless claims are to be checked against it.
 
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
@@ -106,10 +105,9 @@ def make_table(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the places hold: audits, locality results, and runs without a result."""
+    """What the places hold: audits, and runs without a result."""
 
     runs: tuple[Run, ...]
-    locality: tuple[LocalitySection, ...]
     unfinished: tuple[str, ...]
     sweeps: tuple[str, ...]
     images: Disclosure
@@ -123,10 +121,8 @@ def _collect(places: Sequence[Path], *, images: Disclosure) -> _Inputs:
         log.info("%d run folders of other sweeps in there are left out", jobs.others)
     runs = tuple(read_run(place) for place in audits)
     shown = strictest(runs, images)
-    sections = (read_locality(place, disclosure=shown) for place in jobs.folders)
     return _Inputs(
         runs=runs,
-        locality=tuple(section for section in sections if section is not None),
         unfinished=_unfinished(jobs),
         sweeps=jobs.sweeps,
         images=shown,
@@ -149,9 +145,8 @@ def _publish_one(inputs: _Inputs, folder: Path, *, max_pairs: int) -> None:
         folder,
         images=inputs.images,
         max_pairs=max_pairs,
-        locality=inputs.locality,
     )
-    answer_console(150).print(f"page: {page}", soft_wrap=True, markup=False)
+    answer_console(150).print(f"page: {page}", soft_wrap=True)
 
 
 def _publish(
@@ -165,20 +160,19 @@ def _publish(
         folder,
         images=inputs.images,
         max_pairs=max_pairs,
-        locality=inputs.locality,
     )[-1]
     console = answer_console(150)
     for table in headline_tables(rows):
         console.print(rich_table(table))
-    console.print(sweep_verdict(rows).answer, markup=False)
+    console.print(sweep_verdict(rows).answer)
     for text in remarks(comparison, rows):
-        console.print(f"- {text}", markup=False, highlight=False)
-    console.print(f"page: {page}", soft_wrap=True, markup=False)
+        console.print(f"- {text}", highlight=False)
+    console.print(f"page: {page}", soft_wrap=True)
     return rows
 
 
 def _check_claims(
-    claims: Sequence[Claim],
+    claims: Sequence[CellClaim | CostClaim],
     comparison: Comparison,
     rows: Sequence[HeadlineRow],
     *,

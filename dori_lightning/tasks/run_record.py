@@ -1,8 +1,7 @@
 """The record of a run: its provenance, and its loggers, which are told how it ended."""
 
 import functools
-import hashlib
-import json
+import logging
 import os
 import platform
 import subprocess
@@ -25,11 +24,21 @@ from dori_lightning.config import unescaped
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report.record import Provenance
 from dori_lightning.runtime import peers
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks.status import sweep_overrides
-from dori_lightning.tracking import RunIdentity, Tracker, WeightsAndBiases, kept_id
+from dori_lightning.tracking import (
+    RunIdentity,
+    Tracker,
+    WeightsAndBiases,
+    has_offline_runs,
+    kept_id,
+    sync_command,
+)
 from dori_lightning.types import InputError, Pair, first_line
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = (
     "dori_lightning", "torch", "lightning", "diffusers", "transformers", "torchmetrics",
@@ -141,7 +150,11 @@ def tracked(cfg: DictConfig, folder: Path, *, tags: Sequence[str] = ()) -> Itera
             tracker.summary({"error": redact(f"{type(error).__name__}: {first_line(error)}")})
         tracker.finish(code)
         raise
-    tracker.finish()
+    else:
+        tracker.finish()
+    finally:
+        if tracker.loggers and has_offline_runs(folder):
+            log.info("Weights & Biases: offline. To upload this run:\n%s", sync_command(folder))
 
 
 def logged(run: Callable[[DictConfig, Path], None]) -> Callable[[DictConfig, Path], None]:
@@ -184,7 +197,8 @@ def _identity(cfg: DictConfig, folder: Path, tags: Sequence[str]) -> RunIdentity
             group = _sweep_id(place, str(cfg.sweep), swept)
             name = _differing(overrides, swept) or name
     return RunIdentity(
-        id=kept_id(folder, "run"),
+        # an agent of a W&B sweep names the one run that it starts
+        id=kept_id(folder, "run", given=None if group else os.environ.get("WANDB_RUN_ID")),
         name=redact(name)[:_NAME_LENGTH],
         group=group,
         job_type=str(cfg.task.name),
@@ -198,9 +212,9 @@ def _sweep_id(place: Path, name: str, overrides: Sequence[str]) -> str:
 
     Other overrides in the same folder are another sweep.
     """
-    digest = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:16]
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M")
-    return kept_id(place, f"sweep {digest}", prefix=f"{name}-{now}-")
+    purpose = f"sweep {content_hash(sorted(overrides))[:16]}"
+    return kept_id(place, purpose, prefix=f"{name}-{now}-")
 
 
 def _differing(job: Sequence[str], sweep: Sequence[str]) -> str:

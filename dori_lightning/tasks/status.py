@@ -1,6 +1,5 @@
 """How far a sweep is: which jobs wait, run, are done or failed and why, and when it will end."""
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dori_lightning.report.record import LOCALITY_FILE
 from dori_lightning.runtime.artifacts import is_held
@@ -137,12 +137,12 @@ def _table(jobs: Sequence[Job]) -> Table:
         table.add_column(column, overflow="fold")
     for job in jobs:
         table.add_row(
-            escape(job.name),
-            f"[{_STYLES[job.state]}]{job.state}[/]",
+            job.name,
+            Text(job.state, style=_STYLES[job.state]),
             job.stage,
             str(job.pairs),
             "" if job.seconds is None else str(timedelta(seconds=round(job.seconds))),
-            escape(job.error),
+            job.error,
         )
     return table
 
@@ -260,16 +260,9 @@ def _unresolved(path: Path) -> Any:
 
 def _job_overrides(overrides: Sequence[str]) -> list[tuple[str, ...]] | None:
     """Overrides of every job of a sweep; None where they cannot be told from the sweep's."""
-    options: dict[str, list[str]] = {}
     try:
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
-            key = override.get_key_element()
-            if override.is_sweep_override():
-                values = [str(value) for value in override.sweep_string_iterator()]
-            else:
-                values = [override.get_value_element_as_str()]
-            # the command line comes last and decides
-            options[key] = [f"{key}={value}" for value in values]
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except (HydraException, ValueError):
         return None
-    return list(itertools.product(*options.values()))
+    return [tuple(job) for job in jobs]

@@ -259,6 +259,16 @@ def test_other_settings_in_a_finished_folder(program, finished):
     refused(program, finished, *parts, more=more)
 
 
+def test_a_finished_folder_of_a_checkpoint_that_was_mended(program, finished, place):
+    path = place / "checkpoint" / "vae" / "config.json"
+    before = path.read_text("utf-8")
+    path.write_text(json.dumps({**json.loads(before), "scaling_factor": 0.5}), encoding="utf-8")
+    try:
+        refused(program, finished, "checkpoint.fingerprint: ", "name=NAME", more=[])
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
 def test_a_second_writer(program, finished):
     with one_writer(finished):
         refused(program, finished, f"process {os.getpid()} on ", "another run writes", more=[])

@@ -265,7 +265,7 @@ def test_what_changes_no_weight_cannot_be_exported(material, tmp_path):
         ("task.formats=[]", "task.formats"),
         ("task.formats=[diffusers,ckpt]", "task.formats"),
         ("task.dtype=half", "task.dtype"),
-        ("task.audit=no/such/run", "does not exist"),
+        ("task.audit=no/such/run", "cannot read"),
         ("task.edit=no/such/edit", "cannot read the edit"),
     ],
 )

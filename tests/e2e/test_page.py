@@ -5,10 +5,8 @@ from dataclasses import replace
 from hashlib import sha256
 
 import pytest
-from PIL import Image
 
 from dori_lightning.report.comparison import compare, headline_rows
-from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import render_page, render_sweep_page
 from dori_lightning.report.record import read_run, write_report
 from support import fake_reports as fakes
@@ -127,15 +125,6 @@ return { worst: worst, seen: seen, page: getComputedStyle(document.body).backgro
 """
 
 
-def locality(folder):
-    folder.joinpath("figures").mkdir(parents=True)
-    Image.new("RGB", (900, 300), "white").save(folder / "figures" / "locality_spread.png")
-    (folder / "locality.json").write_text('{"verdict": "It is spread out."}')
-    found = read_locality(folder, disclosure="full")
-    assert found is not None
-    return found
-
-
 def write_run(folder, report, mitigation):
     """Write a run folder whose references carry their true hashes."""
     hashes = {o.pair.id: sha256(o.pair.image.read_bytes()).hexdigest() for o in report.outcomes}
@@ -151,8 +140,7 @@ def write_run(folder, report, mitigation):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     place = tmp_path_factory.mktemp("audit")
-    report = fakes.report(place)
-    return render_page(report, locality=[locality(place / "locality")])
+    return render_page(fakes.report(place))
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +151,7 @@ def sweep(tmp_path_factory):
         for name, vm in (("none", 4), ("a_rather_long_mitigation", 4))
     ]
     found = compare(runs)
-    return render_sweep_page(
-        found, headline_rows(found), place, locality=[locality(place / "locality")]
-    )
+    return render_sweep_page(found, headline_rows(found), place)
 
 
 @pytest.fixture

@@ -3,11 +3,16 @@
 import csv
 import json
 import os
+import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import wandb
 
+from dori_lightning.tracking import has_offline_runs, sync_command
 from support.in_process import bytes_with, program_in
 from support.offline_runs import files_of, inspected, offline_runs
 from support.processes import PROGRAM, ended
@@ -92,6 +97,40 @@ def test_the_jobs_of_a_sweep_are_one_group_of_named_runs(runs):
     }
     assert {one["tags"][1] for one in about} == set(MITIGATIONS)
     assert all(run.exit_code == 0 for run in runs.values())
+
+
+def dry_run(line):
+    """What the client would upload for a line of a shell, by name of the part's folder."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    done = subprocess.run(
+        ["bash", "-c", f"{line} --dry-run"], capture_output=True, text=True, timeout=300,
+        env={**env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    parts = [line.split("/")[-2] for line in said.splitlines() if line.endswith(".wandb")]
+    assert f"Would sync {len(parts)} run(s)" in said
+    return parts
+
+
+def test_the_line_that_is_told_uploads_a_run_a_resumed_run_and_a_sweep(sweep, tmp_path):
+    place = tmp_path / "a sweep [1]"
+    shutil.copytree(sweep, place, symlinks=True)
+    job = sorted(path.parent for path in place.glob("*/report.json"))[0]
+    (first,) = offline_runs(job)
+    assert dry_run(sync_command(job)) == [first.name]
+    resumed = first.with_name(f"offline-run-20991231_235959-{first.name.rpartition('-')[2]}")
+    shutil.copytree(first, resumed)
+    assert dry_run(sync_command(job)) == [first.name, resumed.name], "the oldest first"
+    assert len(dry_run(sync_command(place, sweep=True))) == 4 + 1
+    assert has_offline_runs(job)
+    assert has_offline_runs(place, sweep=True)
+    assert not has_offline_runs(place)
+
+
+def test_a_run_says_how_it_is_uploaded(runs):
+    for folder in runs:
+        assert sync_command(folder) in (folder / "dori.log").read_text()
 
 
 def test_a_run_says_what_it_was_made_from(runs):

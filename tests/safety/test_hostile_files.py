@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import PngImagePlugin
 from safetensors.torch import save_file
 
 from dori_lightning.attacks.embedding_attack import RESULT
@@ -19,7 +19,6 @@ from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import open_image
 from dori_lightning.report.images import thumbnail, thumbnail_uri
-from dori_lightning.report.locality import read_locality
 from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.checkpoints import FitCheckpoints, last_checkpoint
 from dori_lightning.types import InputError
@@ -208,23 +207,3 @@ def test_what_is_behind_a_image_is_not_handed_on(tmp_path):
     shown.save(tmp_path / "shown.jpg")
     assert b"hidden words" not in (tmp_path / "shown.jpg").read_bytes()
     assert str(thumbnail_uri(pair.image, "full")).startswith("data:image/jpeg")
-
-
-@pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "figures/link.png"])
-def test_a_strangers_run_shows_images_of_its_own_folder_only(tmp_path, name):
-    folder = tmp_path / "run"
-    (folder / "figures").mkdir(parents=True)
-    Image.new("RGB", (40, 40)).save(tmp_path / "secret.png")
-    (folder / "figures" / "link.png").symlink_to(tmp_path / "secret.png")
-    name = str(tmp_path / "secret.png") if name.startswith("/") else name
-    (folder / "locality.json").write_text(json.dumps({"figures": [{"file": name}]}))
-    with pytest.raises(InputError, match=r"cannot show .*refused"):
-        read_locality(folder, disclosure="full")
-
-
-def test_a_figure_of_a_strangers_run_is_a_png(tmp_path):
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "locality_x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
-    (tmp_path / "locality.json").write_text("{}")
-    with pytest.raises(InputError, match="cannot show"):
-        read_locality(tmp_path, disclosure="full")

@@ -8,7 +8,7 @@ import wandb
 from omegaconf import OmegaConf
 
 from dori_lightning import config
-from dori_lightning.runtime.artifacts import claim_folder
+from dori_lightning.runtime.artifacts import claim_folder, write_json
 from dori_lightning.runtime.redaction import redact, secrets_in
 from dori_lightning.tasks.run_record import to_container, tracked
 from dori_lightning.types import InputError
@@ -117,6 +117,7 @@ def careless(cfg, folder):
     """A task that tells everybody what it knows."""
     with tracked(cfg, folder) as tracker:
         claim_folder(folder, to_container(cfg))
+        write_json(folder / "found.json", {})  # without a result the claim would be withdrawn
         logging.getLogger("dori_lightning.x").info(
             "opening %s with %s", cfg.checkpoint.source, HUB
         )

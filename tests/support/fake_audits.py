@@ -94,9 +94,9 @@ def write_audit(
     record = make_report(
         checkpoint=checkpoint,
         mitigation=mitigation,
-        cells=cells,
+        cells=tuple(cells),
         calibration=rule,
-        outcomes=outcomes,
+        outcomes=tuple(outcomes),
         provenance=replace(
             provenance({**SETTINGS, "mitigation": own, **(config or {})}),
             checkpoint=checkpoint,

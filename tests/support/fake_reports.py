@@ -132,7 +132,7 @@ def measured(cells: Sequence[Cell], *, mitigation: str = "none", **more: Any) ->
     return make_report(
         checkpoint="dori_tiny",
         mitigation=mitigation,
-        cells=cells,
+        cells=tuple(cells),
         calibration=calibration(),
         provenance=provenance(),
         **{"outcomes": (), **more},
@@ -182,8 +182,8 @@ def report(
     return make_report(
         checkpoint="dori_tiny",
         mitigation="none",
-        cells=[c for c in cells if c.n],
+        cells=tuple(c for c in cells if c.n),
         calibration=calibration(),
-        outcomes=outcomes,
+        outcomes=tuple(outcomes),
         provenance=provenance(config),
     )

@@ -2,20 +2,25 @@
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.errors import MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dori_lightning import cli, config, errors
 from dori_lightning.cli import SweepGuard
-from dori_lightning.runtime.artifacts import is_held
+from dori_lightning.runtime import peers
+from dori_lightning.runtime.artifacts import claim_folder, is_held, write_atomically
+from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import InputError
 from support.in_process import Program
 
@@ -72,6 +77,36 @@ def test_help_lists_every_option_and_imports_no_torch(tmp_path: Path):
         for name, claim in options.items():
             assert claim, f"{group}/{name}.yaml begins with no comment that says what it is"
             assert any(line.split() == [name, *claim.split()] for line in lines), (group, name)
+
+
+GOOD_ROWS = "file_name,prompt\na.png,x\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "parts"),
+    [
+        ("file_name,title\na.png,x\n", (), ["no column prompt"]),
+        ("file_name,prompt\na.png,x\ngone.png,y\n", (), ["line 3", "no such file"]),
+        ("file_name,prompt,kind\na.png,x,verbatim\n", (), ["'verbatim' is no kind"]),
+        (GOOD_ROWS, ("checkpoint.source=/gone",), ["no file or folder /gone", "a hub id"]),
+        (GOOD_ROWS, ("metrics=sscd", "metrics.descriptors.sscd.weights=./gone.pt"), ["./gone.pt"]),
+    ],
+)
+def test_an_input_with_a_mistake_is_refused_before_torch_is_imported(
+    tmp_path: Path, rows: str, settings: tuple[str, ...], parts: list[str]
+):
+    (tmp_path / "a.png").write_bytes(b"no image: that is told later")
+    (tmp_path / "metadata.csv").write_text(rows)
+    code = (
+        "import sys\nfrom dori_lightning.cli import main\n"
+        "try:\n    code = main()\nexcept SystemExit as leaving:\n    code = leaving.code\n"
+        "sys.exit('imported torch' if 'torch' in sys.modules else code)"
+    )
+    arguments = ("+experiment=audit", "pairs=folder", f"pairs.path={tmp_path}", *settings)
+    done = program(*arguments, cwd=tmp_path, code=code)
+    assert done.returncode == 2, done.stderr
+    for part in (*parts, "dori: "):
+        assert part in done.stderr
 
 
 def test_works_from_another_folder(tmp_path: Path):
@@ -207,6 +242,19 @@ def test_full_errors_on_request(
             ["refused to build 'os.system'", "checkpoint._target_"],
         ),
         (["--experimental-rerun=x.pickle"], ["loads a pickle"]),
+        (["--experiment=audit"], ["a setting, not a flag", "write +experiment=audit\n"]),
+        (["--experiment", "audit"], ["write +experiment=audit\n"]),
+        (["--sampling.steps=3"], ["write sampling.steps=3\n"]),
+        (["~attack"], ["attack was deleted", "where: ~attack", "attack=NAME"]),
+        (["~seed"], ["seed was deleted"]),
+        (["mitigation=[none,nemo]"], ["takes one option", "-m: mitigation=none,nemo\n"]),
+        (["attack/budget=[l2_small,unbounded]"], ["takes one option"]),
+        (["attack=null"], ["takes the name of an option", "where: attack=null"]),
+        (["checkpoint.source="], ["checkpoint.source is empty", "a diffusers folder, a hub id"]),
+        (["pairs=nemo_lists", "pairs.parts.1.path="], ["pairs.parts[1].path is empty"]),
+        (["name="], ["name is empty"]),
+        (["paths.output="], ["paths.output is empty"]),
+        (["paths.cache='~nobody-here/x'"], ["no such user", "where: paths.cache"]),
     ],
 )
 def test_mistakes_get_one_message_and_code_2(
@@ -221,6 +269,143 @@ def test_mistakes_get_one_message_and_code_2(
     assert captured.err.count("dori: ") == 1
     for part in (*parts, "where: ", "fix: "):
         assert part in captured.err
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(config.Config)])
+def test_no_part_of_the_configuration_can_be_deleted(name: str):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        whole = OmegaConf.to_container(compose("config", return_hydra_config=True))
+    assert isinstance(whole, dict)
+    config._refuse_incomplete(whole, [])
+    without = {key: value for key, value in whole.items() if key != name}
+    with pytest.raises(InputError, match=f"(?s){name} was deleted.*where: ~{name}"):
+        config._refuse_incomplete(without, [f"~{name}"])
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"lr:\n\tb: 1\n", ["attack/mine.yaml, line 2", "indent with spaces"]),
+        (b"lr: [1\n", ["attack/mine.yaml, line 2", "correct the file"]),
+        (b"lr: 1\nlr: 2\n", ["duplicate key lr", "line 2"]),
+        (b"lr: caf\xe9\n", ["not UTF-8", "mine/attack/mine.yaml"]),
+        (b"\0", ["special characters", "attack/mine.yaml"]),
+        (b"- 1\n", ["attack/mine", "Cannot merge DictConfig with ListConfig"]),
+        (b"defaults: 3\n", ["attack/mine", "write a list"]),
+    ],
+)
+def test_mistakes_in_a_file_of_the_users_own(
+    run: Program, capsys: pytest.CaptureFixture[str], content: bytes, parts: list[str]
+):
+    Path("mine/attack").mkdir(parents=True)
+    Path("mine/attack/mine.yaml").write_bytes(content)
+    assert run("--config-dir", "mine", "attack=mine") == 2
+    said = capsys.readouterr().err
+    assert said.count("dori: ") == 1
+    assert "Traceback" not in said
+    for part in (*parts, "where: ", "fix: "):
+        assert part in said
+
+
+@pytest.mark.parametrize("content", ["seed: 3\n", "defaults:\n  - override /task: audit\n"])
+def test_an_experiment_that_is_not_global_is_told(
+    run: Program, capsys: pytest.CaptureFixture[str], content: str
+):
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/bare.yaml").write_text(content)
+    assert run("--config-dir", "mine", "+experiment=bare") == 2
+    said = capsys.readouterr().err
+    assert "begin experiment/bare.yaml with the line: # @package _global_" in said
+
+
+PATHS = (
+    "/a/b (c)/d", "/a/[b]/c", "[a]/b", "{a}", "it's", 'say "so"', "/a,b", "/a#b", "a@b!c&d;e",
+    "/$(x)/`y`", "/a=b, c", "~/x", "/a/'b\"c", "tab\there", "/café —/写真",
+    "/a*b?", "\\\\server\\share name", "/ends with \\",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_cannot_be_read_comes_back_quoted_so_that_it_can(path: str):
+    said = errors.explain(OverrideParseException(override=f"pairs.path={path}", message="no"), [])
+    assert said is not None
+    assert "<redacted>" not in redact(said)
+    advised = said.partition("quote it: ")[2]
+    (override,) = shlex.split(advised)
+    read = OverridesParser.create().parse_override(override)
+    assert read.key_or_group == "pairs.path"
+    assert read.value() == path
+
+
+def test_several_values_may_have_been_one_text(
+    run: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    assert run("paths.output=a,b") == 2
+    said = capsys.readouterr().err
+    assert "<redacted>" not in said
+    (override,) = shlex.split(said.strip().rpartition("quote it: ")[2])
+    assert run(override) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/a,b/")
+
+
+def test_the_home_folder_in_every_path(
+    run: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    seen: list[DictConfig] = []
+    settings = (
+        "paths.output=~/out", 'pairs.path="~/list"', "pairs=folder",
+        "+task.runs=['~/a','~/b']", "checkpoint.source='~'",
+    )  # fmt: skip
+    assert run(*settings, task=lambda cfg, folder: seen.append(cfg)) == 0
+    (cfg,) = seen
+    home = str(tmp_path / "home")
+    assert cfg.pairs.path == f"{home}/list"
+    assert list(cfg.task.runs) == [f"{home}/a", f"{home}/b"]
+    assert cfg.checkpoint.source == home
+    assert (tmp_path / "home" / "out" / "audit-dori_tiny").is_dir()
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("variable", peers.NUMBERS)
+@pytest.mark.parametrize("value", ["", "two"])
+def test_a_launchers_variable_that_holds_no_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", ["dori-lightning", "seed=1"])
+    assert cli.main() == 2
+    said = capsys.readouterr().err
+    assert said.count("dori: ") == 1
+    assert f"where: {variable}\n" in said
+
+
+def test_nobody_reads_and_nothing_is_said(tmp_path: Path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "dori_lightning", "--help"],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("result", [None, "attacks/random/a.safetensors", "report.json"])
+def test_a_failed_start_claims_its_folder_only_with_a_result(
+    run: Program, capsys: pytest.CaptureFixture[str], result: str | None
+):
+    def task(cfg: Any, folder: Path) -> None:
+        claim_folder(folder, {"seed": cfg.seed})
+        if cfg.seed == 1:
+            if result:
+                write_atomically(folder / result, b"")
+            raise InputError("no such luck")
+
+    assert run("seed=1", task=task) == 2
+    assert run("seed=2", task=task) == (2 if result else 0)
+    assert ("holds results of other settings" in capsys.readouterr().err) is (result is not None)
 
 
 def test_the_real_program_has_these_codes_too(tmp_path: Path):

@@ -125,6 +125,16 @@ def test_a_sweep_that_another_command_left_behind_is_forgotten(
     assert cli._sweep.config is None
 
 
+def test_a_sweep_says_how_its_offline_runs_are_uploaded(
+    run: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(cfg: Any, folder: Path) -> None:
+        (folder / "wandb" / f"offline-run-{cfg.seed}").mkdir(parents=True)
+
+    assert run("-m", "sweep=a b", "seed=1,2", task=offline) == 0
+    assert "wandb sync 'outputs/sweeps/a b'/*/wandb/offline-run-*\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_asks_for_its_table_and_its_baseline(name: str) -> None:
     with initialize_config_dir(str(config.CONF), version_base="1.3"):

@@ -107,6 +107,16 @@ def test_ids_are_made_once_for_each_purpose(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tracking.json").read_text())["run"] == first
 
 
+def test_one_run_has_one_id_whoever_chose_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "agents1")
+    cfg = configuration("name=x")
+    assert run_record._identity(cfg, tmp_path, ()).id == "agents1"
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert run_record._identity(cfg, tmp_path, ()).id == "agents1", "the oldest one"
+
+
 @pytest.mark.parametrize(
     ("environment", "first"),
     [

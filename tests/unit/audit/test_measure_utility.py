@@ -9,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_lightning.audit.utility import LossExamples, corpus_id, measure_utility, near_prompts
+from dori_lightning.audit.utility import (
+    LossExamples,
+    corpus_id,
+    measure_utility,
+    near_prompts,
+    write_utility,
+)
 from dori_lightning.metrics.utility import Utility, UtilitySettings
 from dori_lightning.mitigations.edits import (
     Edit,
@@ -22,7 +28,6 @@ from dori_lightning.mitigations.edits import (
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import CaptionCorpus, Corpus, Examples, NoCorpus, Split
-from dori_lightning.report.record import write_utility
 from dori_lightning.types import Calibration, InputError, Pair
 from support.context import FakeCorpus, make_audit_context
 from support.tiny import tiny_model, tiny_recipe

@@ -19,7 +19,7 @@ from dori_lightning.report.locality import (
     answers,
     draw_locality,
     findings,
-    read_locality,
+    number_tables,
     render_locality_page,
     verdict,
     write_locality_files,
@@ -158,7 +158,7 @@ def test_answers_say_the_numbers(whole):
     assert all(answer.caption and "  " not in answer.text for answer in answers(whole))
 
 
-def test_files_are_written_and_read_back(whole, tmp_path):
+def test_files_are_written_and_listed(whole, tmp_path):
     page = write_locality_files(whole, tmp_path)
     assert page == tmp_path / "locality.html"
     record = json.loads((tmp_path / "locality.json").read_text())
@@ -171,10 +171,23 @@ def test_files_are_written_and_read_back(whole, tmp_path):
     assert [f.read_bytes() for f in figures] == [
         f.read_bytes() for f in sorted((again / "figures").iterdir())
     ]
-    section = read_locality(tmp_path, disclosure="none")
-    assert section is not None
-    assert [figure.title for figure in section.figures] == [a.question for a in answers(whole)]
-    assert section.lead == verdict(whole)
+    assert [entry["title"] for entry in record["figures"]] == [a.question for a in answers(whole)]
+    assert all((tmp_path / entry["file"]).is_file() for entry in record["figures"])
+    assert record["verdict"] == verdict(whole)
+
+
+def test_every_row_of_numbers_is_in_a_table(whole):
+    tables = {table.title: table for table in number_tables(whole)}
+    assert len(tables) == 8
+    budget = tables["Success against budget"]
+    assert budget.header == ("images", "start", "steps", "rate", "diverged")
+    assert budget.rows[1] == (
+        "memorized", "random embeddings", "50",
+        "3 of 4 (75 %, interval 30 to 95 %); over images 50 to 100 %", "1",
+    )  # fmt: skip
+    moved = tables["Transfer"]
+    assert moved.rows[0][:4] == ("nemo", "yes", "memorized", "the prompt itself, not attacked")
+    assert len(tables["Selected weights"].rows) == len(whole.weights.layers)
 
 
 def test_the_page_stands_alone_and_escapes(whole):

@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from dori_lightning.models.convert import convert
+from dori_lightning.models.convert import convert, main
 from dori_lightning.types import InputError
 
 
@@ -68,6 +68,15 @@ def test_a_file_that_asks_for_code_is_refused(tmp_path, capsys, function):
         convert(path, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
     assert not capsys.readouterr().out
+
+
+def test_the_command_says_what_it_wrote_and_what_it_left_out(tmp_path, capsys):
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "last.ckpt")
+    target = tmp_path / "out.safetensors"
+    assert main([str(tmp_path / "last.ckpt"), str(target)]) == 0
+    assert capsys.readouterr().out == f"tensors written to {target}: 1\nleft out: epoch\n"
+    assert main([str(tmp_path / "nothing.ckpt"), str(target)]) == 2
+    assert main([]) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", None])

@@ -12,6 +12,9 @@ from dori_lightning.models.export import parts_of, weights_of, write_folder, wri
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.readers import FolderPairs
+from support.runs import write_pairs
 from support.tiny import write_tiny
 
 
@@ -55,14 +58,21 @@ def test_what_decides_a_result_is_in_the_fingerprint(folder, file, values):
     assert load(folder).fingerprint != before
 
 
-def test_so_are_the_tokens_of_a_prompt(folder):
-    before = load(folder).fingerprint
-    path = folder / "tokenizer" / "tokenizer.json"
+def test_so_are_the_tokens_of_a_prompt_and_no_cache_is_shared(folder, tmp_path):
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    path = other / "tokenizer" / "tokenizer.json"
     held = json.loads(path.read_text("utf-8"))
     vocabulary = held["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    vocabulary["a</w>"], vocabulary["red</w>"] = vocabulary["red</w>"], vocabulary["a</w>"]
     path.write_text(json.dumps(held), encoding="utf-8")
-    assert load(folder).fingerprint != before
+    pairs = FolderPairs(write_pairs(tmp_path / "pairs", vm=1, control=0)).read()
+    embeddings = {}
+    for place in (other, folder):
+        model = load(place)
+        data = PairsDataModule(pairs, model, cache=tmp_path / "cache")
+        embeddings[place] = data.batch(pairs).embeddings
+        assert torch.equal(embeddings[place], model.encode_prompts([pairs[0].prompt]))
+    assert not torch.equal(embeddings[other], embeddings[folder])
 
 
 def test_a_moved_folder_with_other_notes_has_the_same_fingerprint(folder, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dori_lightning.models import loading
 from dori_lightning.models.convert import convert
 from dori_lightning.models.export import parts_of, weights_of, write_single
 from dori_lightning.models.loading import load_checkpoint
@@ -28,6 +29,12 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path):
     other = load(write_tiny(tmp_path / "other", seed=1))
     assert first.fingerprint == again.fingerprint
     assert first.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "xpu", "cpu:x"])
+def test_a_device_that_is_not_here_is_told(folder, device):
+    with pytest.raises(InputError, match=r"(?s)no device.*where: checkpoint\.device.*=auto"):
+        load_checkpoint(name="x", source=str(folder), device=device)
 
 
 def test_a_pickle_only_folder_is_refused_with_the_command_that_converts_it(folder):
@@ -223,9 +230,31 @@ def test_tensors_that_a_configuration_does_not_ask_for_are_refused_and_named(fol
     assert words.get(kind, "7 have another shape") in said
     assert str(path) in said
     assert str(folder / part / "config.json") in said
-    # the first five, in the order of the model
-    assert sum(name.removeprefix("text_model.") in said for name in names) >= 1
+    assert sum(name.removeprefix("text_model.") in said for name in names) == 5
     assert said.count(", ...") == 1
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "of another shape"])
+def test_so_are_those_of_a_hub_id(folder, monkeypatch, part, kind):
+    monkeypatch.setattr(loading, "resolve_source", str)  # read by the libraries alone
+    assert load(folder).name == "x"
+    path = weights_of_part(folder, part)
+    name = next(name for name in sorted(load_file(path)) if name.endswith("bias"))
+
+    def change(state):
+        tensor = state[name] if kind == "unexpected" else state.pop(name)
+        if kind == "unexpected":
+            state["extra"] = tensor.clone()
+        elif kind == "of another shape":
+            state[name] = torch.zeros(len(tensor) + 1)
+
+    rewrite(path, change)
+    with pytest.raises(InputError) as refused:
+        load(folder)
+    told = "extra" if kind == "unexpected" else name.removeprefix("text_model.")
+    assert part in str(refused.value)
+    assert kind == "of another shape" or told in str(refused.value)
 
 
 def test_a_text_encoder_under_another_prefix_is_refused(folder):

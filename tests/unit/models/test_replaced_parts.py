@@ -118,7 +118,10 @@ def test_a_part_is_that_of_the_file_under_every_known_naming(place, states, tmp_
 
 def test_a_parts_folder_is_the_part(place, states):
     model = load(place / "base", unet=str(place / "other"), vae=str(place / "other" / "vae"))
-    assert [found.part for found in model.replaced] == ["unet", "vae"]
+    assert [(found.part, found.source) for found in model.replaced] == [
+        ("unet", "other"),
+        ("vae", "other/vae"),
+    ]
     for name in FILES:
         expected = states["base" if name == "text_encoder" else "other", name]
         assert all(torch.equal(expected[k], v) for k, v in state(model, name).items()), name

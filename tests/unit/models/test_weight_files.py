@@ -178,7 +178,7 @@ def a_unets_file(checkpoint, _):
 def test_a_source_that_is_something_near_is_told_the_setting(checkpoint, tmp_path, brought):
     source, fix = brought(checkpoint, tmp_path)
     with pytest.raises(InputError) as refused:
-        load(source, config=str(checkpoint))
+        load(source)
     assert fix in str(refused.value)
 
 

@@ -115,8 +115,13 @@ class TestImg2dataset:
                 for path in sorted(again.iterdir()):
                     archive.add(path, path.name)
             shutil.rmtree(again)
+        dead = {"key": "000010001", "caption": "two", "status": "failed_to_download"}
+        pq.write_table(pa.Table.from_pylist([dead]), again.with_suffix(".parquet"))
         pairs = self.reader(source, on_missing="skip", same_prompt="references").read()
         assert {p.prompt: len(p.references) for p in pairs} == {"one": 1, "two": 2}
+        assert {(own.id, own.what) for own in pairs.skipped} == {
+            ("000000001", "image"), ("000000002", "pair"),
+        }  # fmt: skip
 
 
 class TestArchives:

@@ -241,6 +241,12 @@ class TestNemo:
         assert (second.id, second.kind, second.image.name) == ("tm_0001", "tm", "77.PNG")
         assert [p.id for p in reader(text, kinds=["tm"]).read()] == ["tm_0001"]
 
+    def test_references_as_nemos_own_scripts_name_them(self, images, reader):
+        for name in ("img_0001_00.jpg", "img_0001_01.jpg"):
+            write_image(images / name, seed=len(name) + int(name[-5]))
+        (pair,) = reader(self.HEADER + "1;a;u;VM;;;5\n").read()
+        assert [r.image.name for r in pair.references] == ["img_0001_00.jpg", "img_0001_01.jpg"]
+
     def test_row_number_goes_before_the_index(self, images, reader):
         write_image(images / "5.png", seed=9)
         (pair,) = reader(self.HEADER + "0;a;u;VM;;;5\n").read()

@@ -106,6 +106,17 @@ def test_duplicate_id_names_both_rows(folder):
     assert "'x' is already the id of line 2" in text
 
 
+def test_names_alone_are_checked_without_opening_an_image(folder, caplog, monkeypatch):
+    (folder / "damaged.png").write_bytes(b"no image")
+    monkeypatch.setattr(validation, "open_image", lambda path: pytest.fail("an image is opened"))
+    caplog.set_level(logging.INFO)
+    with validation.names_only():
+        assert [p.id for p in validate(folder, {"image": "damaged.png"}, {})] == ["damaged", "a"]
+        assert "no such file" in complaint(folder, {"image": "gone.png"})
+        assert validate(folder, {"image": "gone.png"}, {}, on_missing="skip")
+    assert not caplog.records, "remarks come when the list is read for good"
+
+
 def test_all_problems_come_at_once(folder):
     rows = [{"id": "a b", "prompt": ""}, {}, {"id": "z", "kind": "wm", "image": "no"}]
     text = complaint(folder, *rows)

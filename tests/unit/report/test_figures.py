@@ -40,8 +40,9 @@ def test_figures_without_data_are_left_out(tmp_path):
     prompts = [fakes.PROMPT]
     assert figures.rate_against_steps([fakes.cell("vm", fakes.PROMPT, 1, 2)]) is None
     assert figures.roc(replace(rule, roc=())) is None
-    groups = {"": (report.pair_results, prompts)}
-    assert figures.memorization_against_repeats(groups, threshold=0.7) is None
+    results = report.pair_results
+    drawn = figures.memorization_against_repeats(results, conditions=prompts, threshold=0.7)
+    assert drawn is None
     assert figures.similarity_histograms([], conditions=prompts, calibration=rule) is None
 
 

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from dori_lightning.metrics.replication import headline_condition
-from dori_lightning.report.findings import audit_findings, recommended_budget
+from dori_lightning.metrics.replication import headline_condition, recommended_budget
+from dori_lightning.report.findings import audit_findings
 from dori_lightning.report.record import AuditReport
 from support import fake_reports as fakes
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dori_lightning.metrics.image_distances import KernelDistance
-from dori_lightning.metrics.statistics import holm
+from dori_lightning.metrics.statistics import holm, paired
 from dori_lightning.metrics.utility import Comparison as UtilityComparison
 from dori_lightning.report import pages
 from dori_lightning.report.comparison import (
@@ -19,7 +19,6 @@ from dori_lightning.report.comparison import (
     Comparison,
     compare,
     headline_rows,
-    paired,
     published_for,
 )
 from dori_lightning.report.figures import rate_against_radius, rates_against_steps, sweep_figures
@@ -353,7 +352,7 @@ def test_an_attack_that_paints_controls_is_doubted(tmp_path):
 
 
 def test_figures_with_nothing_to_show_are_left_out(compared, rows):
-    drawn = sweep_figures(rows, compared.cells, {}, threshold=0.5)
+    drawn = sweep_figures(rows, compared.cells)
     assert set(drawn) == {"before_and_after", "rates_against_steps", "removal_against_cost"}, (
         "all attacks had one radius"
     )

@@ -7,14 +7,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
+from dori_lightning.audit.utility import write_utility
 from dori_lightning.metrics.utility import DenoisingLoss, PictureRow, Utility
 from dori_lightning.report import pages
 from dori_lightning.report.comparison import compare, headline_rows
-from dori_lightning.report.locality import read_locality
 from dori_lightning.report.pages import render_page, write_table
 from dori_lightning.report.record import (
     NOT_KEPT,
@@ -23,7 +22,6 @@ from dori_lightning.report.record import (
     shown_report,
     strictest,
     write_report,
-    write_utility,
 )
 from dori_lightning.types import InputError
 from support import fake_reports as fakes
@@ -167,50 +165,3 @@ def test_a_sweeps_page_shows_pictures_and_links_its_runs(tmp_path, monkeypatch):
     hidden = page(images="none")
     assert "data:image" not in hidden
     assert "no longer where" not in hidden
-
-
-# --- locality
-
-
-def locality(folder: Path, document: Any, *figures: str) -> Path:
-    (folder / "figures").mkdir(parents=True)
-    (folder / "locality.json").write_text(
-        document if isinstance(document, str) else json.dumps(document)
-    )
-    for name in figures:
-        noise = np.random.default_rng(0).integers(0, 256, (9, 1700, 3), np.uint8)
-        Image.fromarray(noise).save(folder / "figures" / name)
-    return folder
-
-
-def test_locality_figures_come_with_their_captions(tmp_path):
-    listed = {"file": "figures/locality_b.png", "title": "Spread", "caption": "How far <apart>."}
-    folder = locality(
-        tmp_path / "x", {"figures": [listed], "verdict": "It is not local."},
-        "locality_a_map.png", "locality_b.png", "other.png",
-    )  # fmt: skip
-    section = read_locality(folder, disclosure="none")
-    assert [figure.title for figure in section.figures] == ["Spread", "A map"]
-    assert {figure.width for figure in section.figures} == {1600}
-    text = render_page(fakes.report(tmp_path / "audit"), locality=[section])
-    assert "It is not local." in text
-    assert "How far &lt;apart&gt;." in text
-    assert 'href="#locality"' in text
-    assert "locality" not in render_page(fakes.report(tmp_path / "audit"), images="none")
-
-
-def test_locality_figures_with_pictures_need_leave(tmp_path):
-    entry = {"file": "figures/locality_faces.png", "shows_pictures": True}
-    folder = locality(tmp_path, {"figures": [entry]}, "locality_faces.png")
-    for disclosure, shown in (("full", 1), ("blurred", 0), ("none", 0)):
-        section = read_locality(folder, disclosure=disclosure)  # type: ignore[arg-type]
-        assert (len(section.figures), section.withheld) == (shown, 1 - shown)
-
-
-def test_damaged_locality_results_are_refused(tmp_path):
-    assert read_locality(tmp_path, disclosure="full") is None
-    with pytest.raises(InputError, match="not valid JSON"):
-        read_locality(locality(tmp_path / "a", "{"), disclosure="full")
-    missing = {"figures": [{"file": "figures/locality_x.png"}]}
-    with pytest.raises(InputError, match=r"cannot show .*locality_x\.png"):
-        read_locality(locality(tmp_path / "b", missing), disclosure="full")

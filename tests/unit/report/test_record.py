@@ -119,10 +119,10 @@ def test_rows_refuse_a_wrong_number_of_similarities(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "does not exist"),
-        ("{", "not valid JSON"),
-        ("[]", "no schema_version"),
-        ('{"schema_version": 99}', "schema_version 99"),
+        (None, "cannot read"),
+        ("{", "Invalid JSON"),
+        ("[]", "all of it"),
+        ('{"schema_version": 99}', "schema_version"),
         ('{"schema_version": 1}', "checkpoint"),
         ('{"schema_version": 1, "checkpoint": 1}', "checkpoint"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from dori_lightning.audit.utility import write_utility
 from dori_lightning.metrics.image_distances import KernelDistance
 from dori_lightning.metrics.utility import (
     Alignment,
@@ -17,7 +18,7 @@ from dori_lightning.metrics.utility import (
     Utility,
 )
 from dori_lightning.report.pages import MOST_PROMPTS, render_page, utility_twins
-from dori_lightning.report.record import read_record, write_report, write_utility
+from dori_lightning.report.record import read_record, write_report
 from dori_lightning.types import InputError
 from support import fake_reports as fakes
 from support.records import report_json

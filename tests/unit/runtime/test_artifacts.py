@@ -7,6 +7,7 @@ import pytest
 
 from dori_lightning.runtime import artifacts
 from dori_lightning.runtime.artifacts import (
+    check_folder,
     check_space,
     claim_folder,
     drop_keys,
@@ -77,6 +78,14 @@ def test_every_setting_that_differs_is_named(tmp_path):
     assert "new: None there, 2 now" in message
     assert "steps" not in message
     assert "name=NAME" in message
+
+
+def test_what_is_not_known_yet_is_compared_later(tmp_path):
+    claim_folder(tmp_path, {"checkpoint": {"source": "x", "fingerprint": "abc"}})
+    early = {"checkpoint": {"source": "x"}}
+    assert check_folder(tmp_path, early, unknown=["checkpoint.fingerprint"])
+    with pytest.raises(InputError, match=r"checkpoint\.fingerprint: 'abc' there, 'def' now"):
+        claim_folder(tmp_path, {"checkpoint": {"source": "x", "fingerprint": "def"}})
 
 
 def test_settings_without_those_that_change_no_result():

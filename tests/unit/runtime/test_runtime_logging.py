@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from dori_lightning.report.tables import TextTable, rich_table
 from dori_lightning.runtime import logging as progress
 from dori_lightning.runtime import peers
 from dori_lightning.runtime.logging import ProcessFileHandler, quiet_libraries
@@ -115,3 +116,12 @@ def test_the_hint_at_srun_is_dropped_and_other_warnings_kept():
         )
         warnings.warn("The `srun` command failed.", stacklevel=1)
     assert [str(w.message) for w in heard] == ["The `srun` command failed."]
+
+
+def test_brackets_are_printed_as_they_are(capsys):
+    console = progress.answer_console()
+    console.print("page: /runs/[red]/a[/]/[b", soft_wrap=True)
+    console.print(rich_table(TextTable("[bold]title", "", ("[dim]name",), (("[link]row",),), 1)))
+    said = capsys.readouterr().err
+    for text in ("/runs/[red]/a[/]/[b", "[bold]title", "[dim]name", "[link]row"):
+        assert text in said
