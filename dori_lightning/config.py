@@ -496,31 +496,35 @@ def unescaped(override: str) -> str:
 
 
 def _refuse_incomplete(composed: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse a configuration that lacks a key of its root, or merges several options of a group.
+    """Refuse a configuration that lacks a group or a key, or merges several options of a group.
 
     Of all groups only ``logger`` may be none or several.
     """
-    options = groups()
+    options = {name: found for name, found in groups().items() if name != "logger"}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        names = override.value()
-        group = override.key_or_group
-        if group in options and group != "logger" and isinstance(names, list):
+        line, names, key = str(override.input_line), override.value(), override.key_or_group
+        if override.is_delete() and key.replace(".", "/") in options:
+            raise _deleted(key, line, chosen=True)
+        if key in options and isinstance(names, list):
             each = ",".join(map(str, names)) or "NAME"
             raise InputError(
-                f"{group} takes one option, not a list",
-                where=str(override.input_line),
-                fix=f"one job for each, with -m: {group}={each}",
+                f"{key} takes one option, not a list",
+                where=line,
+                fix=f"one job for each, with -m: {key}={each}",
             )
     chosen = composed["hydra"]["runtime"]["choices"]
-    for item in fields(Config):
-        of_group = item.name in options and item.name != "logger"
-        if item.name not in composed or (of_group and item.name not in chosen):
-            fix = f"; to choose another one: {item.name}=NAME" if of_group else ""
-            raise InputError(
-                f"{item.name} was deleted, and no run goes without",
-                where=next((o for o in overrides if o.startswith(f"~{item.name}")), item.name),
-                fix=f"leave that out{fix}",
-            )
+    for name in (item.name for item in fields(Config)):
+        if name not in composed or (name in options and name not in chosen):
+            line = next((o for o in overrides if o.startswith(f"~{name}")), name)
+            raise _deleted(name, line, chosen=name in options)
+
+
+def _deleted(key: str, where: str, *, chosen: bool) -> InputError:
+    """What is said of a deleted key; of a group another option may be ``chosen``."""
+    fix = f"; to choose another one: {key.replace('.', '/')}=NAME" if chosen else ""
+    return InputError(
+        f"{key} was deleted, and no run goes without", where=where, fix=f"leave that out{fix}"
+    )
 
 
 def _refuse_empty(composed: Mapping[str, Any]) -> None:

@@ -247,6 +247,8 @@ def test_full_errors_on_request(
         (["--sampling.steps=3"], ["write sampling.steps=3\n"]),
         (["~attack"], ["attack was deleted", "where: ~attack", "attack=NAME"]),
         (["~seed"], ["seed was deleted"]),
+        (["~attack/budget"], ["attack/budget was deleted", "attack/budget=NAME"]),
+        (["~attack.budget"], ["attack.budget was deleted", "attack/budget=NAME"]),
         (["mitigation=[none,nemo]"], ["takes one option", "-m: mitigation=none,nemo\n"]),
         (["attack/budget=[l2_small,unbounded]"], ["takes one option"]),
         (["attack=null"], ["takes the name of an option", "where: attack=null"]),
