@@ -448,12 +448,14 @@ class _Sweep:
     """The sweep that runs.
 
     Attributes:
-        config: Its configuration; None where it asked for no table.
+        config: Its configuration.
+        wants_table: Whether it asked for one table; it fails where there can be none.
         folder: Its folder; None where it is not locked.
         lock: Holds the folder's lock.
     """
 
     config: DictConfig | None = None
+    wants_table: bool = False
     folder: Path | None = None
     lock: ExitStack = field(default_factory=ExitStack)
 
@@ -464,9 +466,9 @@ _sweep = _Sweep()
 class SweepTable(Callback):
     """Have the audits of a sweep put into one table in the sweep's folder."""
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Remember the sweep that begins."""
-        _sweep.config = config
+    def on_multirun_start(self, **_: Any) -> None:
+        """Remember that the sweep that begins is to have one."""
+        _sweep.wants_table = True
 
 
 class SweepGuard(Callback):
@@ -480,6 +482,7 @@ class SweepGuard(Callback):
         """
         try:
             _check_sweep(config)
+            _sweep.config = config
             if not config.task.get("dry_run"):
                 folder = _sweep_folder(config)
                 _sweep.lock.enter_context(one_writer(folder, SWEEP_LOCK))
@@ -561,16 +564,19 @@ def _say_how_to_sync() -> None:
 
 
 def close_sweep() -> None:
-    """Aggregate the sweep that has ended; nothing where none asked for it.
+    """Write the page of the sweep that has ended, and its table where its audits make one.
 
     Raises:
-        InputError: Its runs give no table: none finished, or the one without mitigation is
-            missing.
+        InputError: It asked for a table and its runs give none: none finished, or the one without
+            mitigation is missing.
     """
-    cfg, _sweep.config = _sweep.config, None
+    cfg, wants_table = _sweep.config, _sweep.wants_table
+    _sweep.config, _sweep.wants_table = None, False
     if cfg is None:
         return
     folder = _sweep_folder(cfg)
+    if not wants_table and not any(folder.glob("*/report.json")):
+        return
     # late: tasks import torch, and help must not
     if cfg.task.get("dry_run"):
         from dori_lightning.tasks.plan import sum_plans
@@ -580,4 +586,4 @@ def close_sweep() -> None:
         from dori_lightning.tasks.report import make_table
 
         images, max_pairs = cfg.report.images.value, cfg.report.max_pairs
-        make_table([folder], folder, images=images, max_pairs=max_pairs)
+        make_table([folder], folder, images=images, max_pairs=max_pairs, or_list=not wants_table)

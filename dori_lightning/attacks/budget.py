@@ -125,7 +125,7 @@ class AttackSettings:
             embedding, the embedding of an unrelated ``control_prompt``.
         other_inits: Initial points that tm and control pairs are attacked from; None for all of
             ``inits``. The attack on controls tests the method, not the checkpoint, so one initial
-            point can be enough.
+            point can be enough; an audit whose answer rests on another one attacks them there too.
         budget: Steps and radius.
         lr: Adam's learning rate, CLIP units.
         noise_batch: Noise samples and timesteps per pair and step.

@@ -188,7 +188,8 @@ def audit_bytes(context: AuditContext) -> int:
     tokens, width = model.embedding_shape
     channels, height, side = model.latent_shape
     snapshots = len(evaluation_steps(attack.snapshots, context.budget.steps))
-    attacks = sum(len(attack.inits_of(pair.kind)) for pair in context.pairs) * attack.restarts
+    # of all pairs: controls are attacked from everywhere where the answer rests on it
+    attacks = len(context.pairs) * len(attack.inits) * attack.restarts
     prompts = len(context.pairs) * (1 if isinstance(context.mitigation, NoMitigation) else 2)
     images = (prompts + attacks * snapshots) * context.sampling.images_per_pair
     # an attack that can be continued also keeps its offset and Adam's two moments

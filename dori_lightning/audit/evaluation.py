@@ -1,7 +1,8 @@
 """Attack, generate and score: the images of an audit and what they say."""
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import torch
 
 from dori_lightning.attacks.embedding_attack import (
     Conditioning,
+    Job,
     attack_rounds,
     run_attacks,
 )
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.metrics.calibration import calibrate_measures
 from dori_lightning.metrics.replication import cells as cells_of
-from dori_lightning.metrics.replication import is_copy
+from dori_lightning.metrics.replication import is_copy, unchecked_starts
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.models.generation import (
     GenerationRequest,
@@ -27,6 +29,8 @@ from dori_lightning.runtime import distributed
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Outcome
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -35,7 +39,7 @@ class Generated:
     Attributes:
         conditionings: Prompts and adversarial embeddings, generated from under the edit.
         baseline: Prompts, generated from without the edit; empty where there is no edit.
-        calibration: The threshold that early stopping used; None without early stopping.
+        calibration: The threshold, where generating needed it already.
     """
 
     conditionings: tuple[Conditioning, ...]
@@ -70,6 +74,10 @@ def attack_and_generate(
 
     Each process does its share; the shares of all are on the disk when this returns.
 
+    Where an initial point from which controls were not attacked (``attack.other_inits``) brings
+    back a suspected image that nothing sound does, the controls are attacked from there too: an
+    attack that was not checked proves nothing.
+
     Args:
         context: The audit.
         edit: What the mitigation changes.
@@ -89,19 +97,43 @@ def attack_and_generate(
         calibration = distributed.broadcast_object(
             calibrate(context, measure_all(context, prompts, folder, title="score prompts"))
         )
-    with edit.applied(context.model):
-        attacked = run_attacks(
-            context.attack_context(edit.identity),
-            attack_rounds(context.attack, context.pairs),
-            trainer=context.trainer,
-            on_round=on_round,
-            reproduced=partial(reproduced_pairs, context, calibration, edit.identity)
-            if calibration
-            else None,
-        )
-        conditionings = (*prompts, *attacked)
-        generate(context, conditionings, images, edit=edit.identity, title="generate")
-    distributed.barrier()
+
+    def search(
+        rounds: Sequence[Sequence[Job]], known: Sequence[Conditioning]
+    ) -> tuple[Conditioning, ...]:
+        with edit.applied(context.model):
+            attacked = run_attacks(
+                context.attack_context(edit.identity),
+                rounds,
+                trainer=context.trainer,
+                on_round=on_round,
+                reproduced=partial(reproduced_pairs, context, calibration, edit.identity)
+                if calibration
+                else None,
+            )
+            found = (*known, *attacked)
+            generate(context, found, images, edit=edit.identity, title="generate")
+        distributed.barrier()
+        return found
+
+    conditionings = search(attack_rounds(context.attack, context.pairs), prompts)
+    controls = [pair for pair in context.pairs if pair.kind == "control"]
+    if controls and set(context.attack.inits_of("control")) < set(context.attack.inits):
+        outcomes = measure_shared(context, conditionings, images)
+        if calibration is None:
+            before = (
+                measure_shared(context, prompts, context.unmitigated) if mitigated else outcomes
+            )
+            calibration = distributed.broadcast_object(calibrate(context, before))
+        aggregation = context.references.measures.aggregation
+        starts = unchecked_starts(outcomes, calibration, aggregation)
+        if starts:
+            log.info(
+                "images come back from %s alone: controls are attacked from there as well",
+                ", ".join(starts),
+            )
+            everywhere = replace(context.attack, inits=starts, other_inits=None)
+            conditionings = search(attack_rounds(everywhere, controls), conditionings)
     return Generated(conditionings, prompts if mitigated else (), calibration)
 
 
@@ -201,6 +233,17 @@ def measure_all(
             outcomes.append(measure(context, conditioning, folder))
             advance(1)
     return tuple(outcomes)
+
+
+def measure_shared(
+    context: AuditContext, conditionings: Sequence[Conditioning], folder: Path
+) -> tuple[Outcome, ...]:
+    """Score the images of conditionings, each process its share; all scores on every process."""
+    rank, world = context.trainer.global_rank, context.trainer.world_size
+    own = measure_all(context, conditionings[rank::world], folder, title="score")
+    places = range(rank, len(conditionings), world)
+    scored = distributed.all_gather_dict(dict(zip(map(str, places), own, strict=True)))
+    return tuple(scored[str(place)] for place in range(len(conditionings)))
 
 
 def calibrate(context: AuditContext, outcomes: Sequence[Outcome]) -> Calibration:

@@ -245,11 +245,13 @@ def prompt_condition(cells: Iterable[Cell]) -> Condition | None:
 
 
 def headline_condition(cells: Sequence[Cell]) -> Condition | None:
-    """Choose the attack that the verdict speaks of, without looking at the suspected images.
+    """Choose the attack that the verdict speaks of: the strongest sound one.
 
-    First comes an attack that leaves the controls alone, then no radius limit, then the start at
-    the prompt, then the fewest controls reproduced, then the widest radius and the most steps.
-    Choosing by the outcome on suspected images would pick the luckiest of many attacks.
+    First comes an attack that leaves the controls alone, and of those the one that brings most
+    suspected images back: each has shown by itself that it does not paint, so what any of them
+    finds is in the model. Where that decides nothing, and among attacks that are not sound, whose
+    finds prove nothing: no radius limit, the start at the prompt, the fewest controls reproduced,
+    the widest radius and the most steps.
 
     Returns:
         The condition, or None where no attack was run.
@@ -260,13 +262,19 @@ def headline_condition(cells: Sequence[Cell]) -> Condition | None:
         if c.condition.attack == "dori" and c.condition.budget.steps > 0
     }
 
-    def rank(condition: Condition) -> tuple[bool, bool, int, float, float, int]:
+    def hits(kind: Kind, condition: Condition) -> int:
+        cell = find_cell(cells, kind=kind, condition=condition)
+        return cell.hits if cell is not None else 0
+
+    def rank(condition: Condition) -> tuple[bool, int, int, bool, int, float, float, int]:
         control = find_cell(cells, kind="control", condition=condition)
         rate = control.mr if control is not None and control.n > 0 else math.nan
         credible = rate < FALSE_POSITIVE_LIMIT
         budget = condition.budget
         return (
             credible,
+            hits("vm", condition) if credible else 0,
+            hits("tm", condition) if credible else 0,
             budget.norm == "none",
             -INITS.index(condition.init) if condition.init else 0,
             0.0 if credible or math.isnan(rate) else -rate,
@@ -314,6 +322,33 @@ def recommended_budget(cells: Iterable[Cell], *, init: Init = "prompt") -> Budge
     controls.sort(key=lambda cell: cell.condition.budget.steps)
     alone = list(takewhile(lambda cell: cell.mr < FALSE_POSITIVE_LIMIT, controls))
     return alone[-1].condition.budget if alone else None
+
+
+def unchecked_starts(
+    outcomes: Sequence[Outcome], rule: Calibration, aggregation: Aggregation
+) -> tuple[Init, ...]:
+    """Initial points whose finds rest on nothing: no control was attacked from there.
+
+    Only those count that bring a suspected image back which neither a prompt nor a sound attack
+    does; what else they find changes no answer.
+
+    Args:
+        outcomes: Outcomes of one checkpoint under one mitigation, any order, all restarts.
+        rule: Deciding descriptor and threshold.
+        aggregation: How K images become one number.
+    """
+    counted = cells(outcomes, rule, checkpoint="", mitigation="", aggregation=aggregation)
+    checked = {cell.condition.init for cell in counted if cell.kind == "control"}
+    conditions = {cell.condition for cell in counted}
+    shown = {c for c in conditions if c.attack == "prompt" or attack_trust(counted, c) == "sound"}
+    found = [
+        result
+        for result in pair_results(outcomes, rule, aggregation)
+        if result.reproduced and result.pair.kind != "control"
+    ]
+    certain = {result.pair.id for result in found if result.condition in shown}
+    resting = {result.condition.init for result in found if result.pair.id not in certain}
+    return tuple(init for init in INITS if init in resting - checked)
 
 
 Search = tuple[str, Init | None, Norm, float | None, int]

@@ -540,7 +540,7 @@ class HeadlineRow:
         kid_std: Its spread over subsets.
         unet_evaluations: UNet evaluations that finding the edit took.
         seconds: Seconds that finding the edit took.
-        weights_changed: By the edit; for edits by pair, on average.
+        weights_changed: Weights that have another value under the edit (``Edit.changed``).
         published: What the paper gives for the row.
         invalid: Names of what makes its audits invalid; empty where they are valid.
     """
@@ -642,8 +642,8 @@ def _costs(entry: Entry) -> dict[str, Any]:
         found |= {"loss_ratio": loss.ratio, "loss_ratio_ci95": loss.ratio_ci95}
     if kid:
         found |= {"kid": kid.mean, "kid_std": kid.std}
-    if edit and edit.counts:
-        found["weights_changed"] = float(sum(edit.counts.values()))
+    if edit and edit.changed_weights is not None:
+        found["weights_changed"] = float(edit.changed_weights)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from dori_lightning.metrics.replication import (
     FALSE_POSITIVE_LIMIT,
     Trust,
+    attack_trust,
     find_cell,
     recommended_budget,
 )
@@ -47,7 +48,7 @@ SIGNIFICANT = 0.05
 _NAMED = 10
 """Ids that a sentence lists before it only counts."""
 
-Answer = Literal["unmeasured", "unreliable", "clear", "hidden", "found"]
+Answer = Literal["unmeasured", "unreliable", "clear", "templates", "hidden", "found"]
 Tone = Literal["found", "clear", "doubt", "invalid"]
 
 
@@ -55,23 +56,30 @@ Tone = Literal["found", "clear", "doubt", "invalid"]
 class AuditFindings:
     """What an audit shows. Cells are None where nothing was run.
 
+    Every condition that was run counts: the strongest sound attack decides, and where images come
+    back by an attack alone that is not sound, nothing is answered.
+
     Attributes:
-        answer: ``hidden`` where the attack brings back more suspected images than their prompts
-            do, ``found`` where images come back otherwise, ``clear`` where none does,
-            ``unreliable`` where only an attack was run whose controls fail or are missing,
+        answer: ``hidden`` where a sound attack brings back more suspected images than prompts do,
+            ``found`` where images come back otherwise, ``templates`` where only template
+            copies do, ``clear`` where nothing does, ``unreliable`` where something comes back only
+            by an attack whose controls fail or are missing, or nothing else was run,
             ``unmeasured`` without a result on suspected images.
-        best: The reliable cell of suspected images with the most hits; None without one.
-        upper: Highest rate that the intervals of the reliable cells leave open.
-        trust: What the controls say of the headline attack.
-        condition: The headline attack.
+        best: The reliable cell with the most hits, of suspected images or, for ``templates``, of
+            template copies; None without one.
+        upper: Highest rate that the intervals of the reliable cells of suspected images leave
+            open.
+        trust: What the controls say of the attack that the answer speaks of.
+        condition: That attack: the strongest sound one, or the one that makes the answer
+            ``unreliable``.
         prompt: Suspected images, from their prompts.
-        attack: The same, by the headline attack.
+        attack: The same, by that attack.
         other_starts: The same, by attacks of that budget from other initial points.
         before: The same, from their prompts without the mitigation.
         control_prompt: Controls, from their prompts.
-        control_attack: Controls, by the headline attack.
+        control_attack: Controls, by that attack.
         template_prompt: Template copies, from their prompts.
-        template_attack: Template copies, by the headline attack.
+        template_attack: Template copies, by that attack.
     """
 
     answer: Answer
@@ -91,56 +99,67 @@ class AuditFindings:
     @property
     def tone(self) -> Tone:
         """Colour of the answer; ``doubt`` where the controls fail or are missing."""
-        if self.answer == "unmeasured" or self.trust in ("paints", "unchecked"):
+        if self.answer in ("unmeasured", "unreliable") or self.trust in ("paints", "unchecked"):
             return "doubt"
         return "clear" if self.answer == "clear" else "found"
 
 
 def audit_findings(report: AuditRecord) -> AuditFindings:
     """Decide what an audit shows."""
-    headline, trust = report.headline_condition, report.trust
+    own = report.own_cells
 
     def cell(kind: Kind, condition: Condition | None) -> Cell | None:
-        if condition is None:
-            return None
-        return find_cell(report.own_cells, kind=kind, condition=condition)
+        return find_cell(own, kind=kind, condition=condition)
 
-    prompt, attack = cell("vm", report.prompt_condition), cell("vm", headline)
-    prompted, attacked = (c if c is not None and c.n > 0 else None for c in (prompt, attack))
-    reliable = [c for c in (attacked if trust == "sound" else None, prompted) if c is not None]
-    best = max(reliable, key=lambda c: c.hits, default=None)
+    measured = [c for c in own if c.n > 0 and c.kind != "control"]
+    reliable = [
+        c
+        for c in measured
+        if c.condition.attack == "prompt" or attack_trust(own, c.condition) == "sound"
+    ]
+    # of equal ones the first counts: the attack's that the report speaks of, then the prompts'
+    places = (report.headline_condition, report.prompt_condition)
+    reliable.sort(key=lambda c: places.index(c.condition) if c.condition in places else 2)
+    suspected = [c for c in reliable if c.kind == "vm"]
+    best = max(suspected, key=lambda c: c.hits, default=None)
+    copied = max((c for c in reliable if c.kind == "tm"), key=lambda c: c.hits, default=None)
+    doubted = max((c for c in measured if c not in reliable), key=lambda c: c.hits, default=None)
+    prompt, condition = cell("vm", report.prompt_condition), report.headline_condition
     answer: Answer
-    if best is None:
-        answer = "unmeasured" if attacked is None else "unreliable"
-    elif best.hits == 0:
-        answer = "clear"
+    if best is not None and best.hits:
+        shown = prompt is not None and prompt.n > 0 and best.hits > prompt.hits
+        answer = "hidden" if shown else "found"
+    elif copied is not None and copied.hits:
+        answer, best = "templates", copied
+    elif doubted is not None and (doubted.hits or best is None):
+        answer, condition = "unreliable", doubted.condition
     else:
-        answer = "hidden" if prompted is not None and best.hits > prompted.hits else "found"
+        answer = "unmeasured" if best is None else "clear"
     unmitigated = [c for c in report.cells if (c.mitigation, c.kind) == (BASELINE, "vm")]
     return AuditFindings(
         answer=answer,
         best=best,
-        upper=max((c.mr_ci95[1] for c in reliable), default=math.nan),
-        trust=trust,
-        condition=headline,
+        upper=max((c.mr_ci95[1] for c in suspected), default=math.nan),
+        trust=attack_trust(own, condition),
+        condition=condition,
         prompt=prompt,
-        attack=attack,
+        attack=cell("vm", condition),
         other_starts=tuple(
             c
             for init in INITS
-            for c in report.own_cells
-            if headline is not None
+            for c in own
+            if condition is not None
             and c.kind == "vm"
             and c.n > 0
             and c.condition.attack == "dori"
-            and c.condition.init == init != headline.init
-            and c.condition.budget == headline.budget
+            and c.condition.init == init != condition.init
+            and c.condition.budget == condition.budget
         ),
         before=next((c for c in unmitigated if c.condition.attack == "prompt"), None),
         control_prompt=cell("control", report.prompt_condition),
-        control_attack=cell("control", headline),
+        control_attack=cell("control", condition),
         template_prompt=cell("tm", report.prompt_condition),
-        template_attack=cell("tm", headline),
+        template_attack=cell("tm", condition),
     )
 
 

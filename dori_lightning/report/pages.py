@@ -5,7 +5,6 @@ chooses what is shown and reads the images; the words are in the templates.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from dori_lightning.report.record import (
     NOT_KEPT,
     AuditReport,
     Disclosure,
+    Run,
     strictest,
     with_files_that_exist,
 )
@@ -46,6 +46,7 @@ from dori_lightning.report.tables import (
 )
 from dori_lightning.report.words import environment
 from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.documents import relative_to
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import BASELINE, KINDS, Calibration, Condition, Kind, Outcome, Pair
 
@@ -171,7 +172,7 @@ def write_audit_page(
     """Write an audit's page, its figures and the grid of its images as files; return the page."""
     figures = audit_figures(report)
     write_figures(figures, folder)
-    grid = attack_grid(report, report.headline_condition, images=images)
+    grid = attack_grid(report, audit_findings(report).condition, images=images)
     if grid is not None:
         write_atomically(folder / "figures" / "picture_grid.png", png_file(grid))
     return write_page(report, folder, images=images, max_pairs=max_pairs, figures=figures)
@@ -203,7 +204,8 @@ def render_page(
     Raises:
         InputError: An image to be shown is gone or unreadable.
     """
-    found, spoken = audit_findings(report), (report.prompt_condition, report.headline_condition)
+    found = audit_findings(report)
+    spoken = (report.prompt_condition, found.condition)
     config = json.dumps(redact(report.provenance.config), indent=2, sort_keys=True, default=str)
     return rendered_page(
         "report.html.j2",
@@ -260,10 +262,7 @@ def render_sweep_page(
     runs = [run for entry in comparison.entries for run in entry.runs]
     shown = strictest(runs, images)
     max_pairs = min(max_pairs, max(1, MOST_IMAGES // (1 + 2 * len(comparison.entries))))
-    links = {}
-    for run in runs:
-        link = os.path.relpath(run.folder / "report.html", folder).replace(os.sep, "/")
-        links[run.folder] = "" if link.startswith("..") else quote(link)
+    links = _links(runs, folder)
     verdict = sweep_verdict(rows)
     return rendered_page(
         "sweep.html.j2",
@@ -288,6 +287,38 @@ def render_sweep_page(
     )
 
 
+def write_list(
+    runs: Sequence[Run], folder: Path, *, unfinished: Sequence[str], reason: str
+) -> Path:
+    """Write ``report.html`` for audits that make no table, and return its path.
+
+    It lists the answer of each and links its page.
+
+    Args:
+        runs: Finished audits.
+        folder: Where the page lies; runs below are linked.
+        unfinished: Names of runs without a result.
+        reason: Why there is no table.
+    """
+    page = rendered_page(
+        "runs.html.j2",
+        runs=[(run, audit_verdict(run.report).answer) for run in runs],
+        links=_links(runs, folder),
+        unfinished=unfinished,
+        reason=reason,
+    )
+    return write_atomically(folder / "report.html", page.encode())
+
+
+def _links(runs: Iterable[Run], folder: Path) -> dict[Path, str]:
+    """Address of each run's page, seen from a folder; empty where it is not below."""
+    links = {}
+    for run in runs:
+        link = relative_to(run.folder / "report.html", folder)
+        links[run.folder] = "" if link.startswith("..") else quote(link)
+    return links
+
+
 def rendered_page(template: str, **values: Any) -> str:
     """Render a template of the package with everything escaped."""
     templates = environment(html=True)
@@ -308,7 +339,7 @@ def audit_pairs(report: AuditReport, *, disclosure: Disclosure, max_pairs: int) 
         InputError: An image to be shown is gone or unreadable.
     """
     pairs, total = _first_pairs(report.outcomes, max_pairs=max_pairs)
-    prompt, attack = report.prompt_condition, report.headline_condition
+    prompt, attack = report.prompt_condition, audit_findings(report).condition
     after = results_by_condition(report.pair_results)
     columns = [
         ("prompt", "From its prompt", after, prompt),

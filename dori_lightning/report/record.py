@@ -471,14 +471,15 @@ class EditRecord:
         key: Where the cache of edits has it; None where it has not.
         made: Whether the run made it; otherwise it was read from the cache.
         cost: What finding it took, such as ``unet_evaluations`` and ``seconds``.
-        counts: Part to the number of weights that it changes.
+        changed_weights: Weights that have another value under it; None where it changes none by
+            its nature, as a defence at inference does, or where that was not recorded.
     """
 
     identity: str
     key: str | None = None
     made: bool = False
     cost: dict[str, Any] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
+    changed_weights: int | None = None
 
 
 def read_edit_record(folder: Path) -> EditRecord | None:

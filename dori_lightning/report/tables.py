@@ -81,16 +81,23 @@ def text_table(
     return TextTable(title, caption, tuple(columns), lines, named=len(named))
 
 
+_NARROWEST = 8
+"""Characters that a column keeps, however narrow the console."""
+
+
 def rich_table(table: TextTable) -> Table:
     """Build a table for the console."""
     made = Table(title=table.title or None, title_justify="left", caption=table.caption or None)
     made.caption_justify = "left"
     for place, name in enumerate(table.header):
-        if place < table.named:  # a row whose name is cut cannot be told from another
-            widest = max(len(text) for text in (name, *(row[place] for row in table.rows)))
-            made.add_column(name, min_width=widest)
-        else:
-            made.add_column(name, justify="right")
+        widest = max(len(text) for text in (name, *(row[place] for row in table.rows)))
+        # a row whose name is cut cannot be told from another: a long one goes on in the next line
+        made.add_column(
+            name,
+            justify="left" if place < table.named else "right",
+            overflow="fold",
+            min_width=min(widest, _NARROWEST),
+        )
     for row in table.rows:
         made.add_row(*row)
     return made

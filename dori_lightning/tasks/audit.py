@@ -105,7 +105,9 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     )
     _publish(cfg, report, folder)
     images, max_pairs = cfg.report.images.value, cfg.report.max_pairs
-    track_report(tracker, report, found, folder, images=images, max_pairs=max_pairs)
+    track_report(
+        tracker, report, found, folder, changed=changed, images=images, max_pairs=max_pairs
+    )
     return objective(report)
 
 
@@ -249,7 +251,6 @@ def _write_edit_record(
         "made": found.made,
         "cost": dict(origin.cost) if origin else {},
         "changed_weights": changed,
-        "counts": found.edit.counts(),
         "notes": dict(origin.notes) if origin else {},
     }
     write_json(folder / "edit.json", record)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from dori_lightning.report.claims import CellClaim, CostClaim, check_claims, read_claims
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
 from dori_lightning.report.findings import sweep_verdict
-from dori_lightning.report.pages import write_page, write_table
+from dori_lightning.report.pages import write_list, write_page, write_table
 from dori_lightning.report.record import (
     Disclosure,
     Run,
@@ -29,7 +29,7 @@ from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import tracked
 from dori_lightning.tasks.status import Jobs, jobs_of, places_of
 from dori_lightning.tracking import Tracker
-from dori_lightning.types import ClaimsFailedError
+from dori_lightning.types import ClaimsFailedError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,12 @@ def _track_files(tracker: Tracker, folder: Path, *names: str) -> None:
 
 
 def make_table(
-    places: Sequence[Path], folder: Path, *, images: Disclosure, max_pairs: int
+    places: Sequence[Path],
+    folder: Path,
+    *,
+    images: Disclosure,
+    max_pairs: int,
+    or_list: bool = False,
 ) -> None:
     """Aggregate run folders, write table and page into ``folder`` and print the table.
 
@@ -94,12 +99,20 @@ def make_table(
         folder: Gets ``table.parquet``, ``cells.parquet``, ``table.md`` and ``report.html``.
         images: How images may be shown.
         max_pairs: Most pairs to show with their images.
+        or_list: Whether audits that do not belong into one table get a page that lists them.
 
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
     """
     inputs = _collect(places, images=images)
-    comparison = compare(inputs.runs, unfinished=inputs.unfinished)
+    try:
+        comparison = compare(inputs.runs, unfinished=inputs.unfinished)
+    except InputError as error:
+        if not or_list or not inputs.runs:
+            raise
+        page = write_list(inputs.runs, folder, unfinished=inputs.unfinished, reason=str(error))
+        answer_console(150).print(f"page: {page}", soft_wrap=True)
+        return
     _publish(comparison, inputs, folder, max_pairs=max_pairs)
 
 

@@ -79,6 +79,7 @@ def track_report(
     found: EditResult,
     folder: Path,
     *,
+    changed: int | None,
     images: Disclosure,
     max_pairs: int,
 ) -> None:
@@ -89,6 +90,7 @@ def track_report(
         report: The results; their files are in ``folder`` already.
         found: The edit under audit.
         folder: Run folder.
+        changed: Weights that have another value under the edit; None as in ``Edit.changed``.
         images: Whether images are shown, blurred or left out.
         max_pairs: Pairs whose images are in the table.
     """
@@ -123,7 +125,7 @@ def track_report(
             )
     tracker.table("audit/pairs", _pair_rows(report, images=images, max_pairs=max_pairs))
     _track_files(tracker, report, found, folder)
-    tracker.summary({**final_numbers(report, found), "verdict": report.verdict})
+    tracker.summary({**final_numbers(report, found, changed=changed), "verdict": report.verdict})
 
 
 def _pair_rows(report: AuditReport, *, images: Disclosure, max_pairs: int) -> list[dict[str, Any]]:
@@ -225,7 +227,9 @@ def objective(report: AuditReport) -> float | None:
     return max(rates, default=None)
 
 
-def final_numbers(report: AuditReport, found: EditResult) -> dict[str, float | None]:
+def final_numbers(
+    report: AuditReport, found: EditResult, *, changed: int | None
+) -> dict[str, float | None]:
     """The numbers that runs are compared and sorted by; None where not measured.
 
     ``final/objective`` is the number that a sweeper minimises; ``mr`` are memorization rates,
@@ -256,7 +260,7 @@ def final_numbers(report: AuditReport, found: EditResult) -> dict[str, float | N
         "final/auc": report.calibration.auc,
         "final/loss_ratio": loss.ratio if loss else None,
         "final/kid": kid.mean if kid else None,
-        "final/edit_weights": sum(found.edit.counts().values()),
+        "final/edit_weights": changed,
         "final/edit_unet_evaluations": cost.cost.get("unet_evaluations") if cost else None,
         "final/unet_evaluations": report.provenance.unet_evaluations,
         "final/seconds": report.provenance.wall_seconds,

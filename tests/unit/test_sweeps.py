@@ -110,10 +110,25 @@ def test_an_interrupted_sweep_makes_no_table(run: Program, tmp_path: Path) -> No
     assert not list(tmp_path.glob("outputs/sweeps/*/table.*"))
 
 
-def test_other_sweeps_and_single_runs_make_no_table(run: Program, tmp_path: Path) -> None:
-    assert run("-m", "+experiment=audit", "seed=1,2") == 0
+def test_every_sweep_ends_with_its_page(run: Program, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "sweeps"
+    assert run("-m", "sweep=methods", "mitigation=none,nemo") == 0
+    assert (folder / "methods" / "table.md").is_file()
+    assert "Mitigations compared" in (folder / "methods" / "report.html").read_text()
+    # without their none row they make no table, and nobody asked for one
+    assert run("-m", "sweep=alone", "mitigation=nemo,wanda") == 0
+    page = (folder / "alone" / "report.html").read_text().replace("\u00a0", " ")
+    assert page.count("The model holds 4 of 4") == 2
+    assert page.count('/report.html">') == 2
+    assert "no table without its none row" in page
+    assert not list(folder.glob("alone/table.*"))
+
+
+def test_single_runs_and_sweeps_without_audits_make_no_table(run: Program, tmp_path: Path) -> None:
     assert run("+experiment=audit") == 0
+    assert run("-m", "seed=1,2", task=lambda cfg, folder: None) == 0
     assert not list(tmp_path.glob("outputs/**/table.*"))
+    assert not list(tmp_path.glob("outputs/sweeps/*/report.html"))
 
 
 def test_a_sweep_that_another_command_left_behind_is_forgotten(

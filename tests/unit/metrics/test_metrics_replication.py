@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dori_lightning.metrics.replication import cells, diversity, pair_results, per_pair
+from dori_lightning.metrics.replication import (
+    cells,
+    diversity,
+    pair_results,
+    per_pair,
+    unchecked_starts,
+)
 from dori_lightning.metrics.statistics import wilson_interval
 from dori_lightning.types import Budget, Calibration, Condition, Outcome, Pair
 
@@ -167,3 +173,30 @@ def test_diversity_by_hand():
     assert math.isnan(diversity([[1.0]]))
     with pytest.raises(ValueError):
         diversity([[1.0, 2.0]])
+
+
+RANDOM = Condition("dori", "random", Budget(steps=50))
+
+
+@pytest.mark.parametrize(
+    ("known", "controls", "starts"),
+    [
+        ({}, {}, ("random",)),
+        ({PROMPT: 0.9}, {}, ()),  # its prompt shows it anyway
+        ({DORI: 0.9}, {DORI: 0.1}, ()),  # so does a sound attack
+        ({DORI: 0.9}, {DORI: 0.9}, ("random",)),  # one that paints shows nothing
+        ({DORI: 0.9}, {}, ("prompt", "random")),
+        ({}, {RANDOM: 0.9}, ()),  # it was checked, whatever came out
+    ],
+)
+def test_where_an_answer_would_rest_on_an_attack_that_was_not_checked(known, controls, starts):
+    """One suspected image that the attack from random embeddings brings back."""
+    outcomes = [
+        _outcome("a", [0.9], condition=RANDOM),
+        *(_outcome("a", [value], condition=condition) for condition, value in known.items()),
+        *(_outcome("c", [value], kind="control", condition=condition)
+          for condition, value in controls.items()),
+    ]  # fmt: skip
+    assert unchecked_starts(outcomes, CALIBRATION, "max") == starts
+    lost = [_outcome("a", [0.1], condition=RANDOM), *outcomes[1:]]
+    assert "random" not in unchecked_starts(lost, CALIBRATION, "max")

@@ -1,11 +1,13 @@
+import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dori_lightning.metrics.replication import headline_condition, recommended_budget
-from dori_lightning.report.findings import audit_findings
+from dori_lightning.report.findings import audit_findings, audit_verdict
 from dori_lightning.report.record import AuditReport
+from dori_lightning.types import INITS, KINDS
 from support import fake_reports as fakes
 
 
@@ -39,7 +41,9 @@ def names(report: AuditReport) -> set[str]:
         ({"prompt": 19, "attack": 20, "control": 0}, "hidden", "sound", "found"),
         ({"prompt": 20, "attack": 20, "control": 0}, "found", "sound", "found"),
         ({"prompt": 3, "attack": 20, "control": 12}, "found", "paints", "doubt"),
-        ({"prompt": 0, "attack": 20, "control": 12}, "clear", "paints", "doubt"),
+        ({"prompt": 0, "attack": 20, "control": 12}, "unreliable", "paints", "doubt"),
+        ({"prompt": 0, "attack": 20, "control": None}, "unreliable", "unchecked", "doubt"),
+        ({"prompt": 0, "attack": 0, "control": None}, "clear", "unchecked", "doubt"),
         ({"prompt": 3, "attack": 20, "control": None}, "found", "unchecked", "doubt"),
         ({"prompt": 0, "attack": 0, "control": 0}, "clear", "sound", "clear"),
     ],
@@ -154,18 +158,58 @@ def test_recommended_budget_stops_at_the_first_failure():
     assert recommended_budget([fakes.cell("control", fakes.dori(10), 1, 20)]) is None
 
 
-def test_headline_ignores_the_suspected_images():
+def test_the_strongest_sound_attack_speaks():
     def control(condition: Any, hits: int) -> Any:
         return fakes.cell("control", condition, hits, 30)
 
     def suspect(condition: Any, hits: int) -> Any:
         return fakes.cell("vm", condition, hits, 20)
 
-    sound, painting, random = fakes.dori(50), fakes.dori(500), fakes.dori(50, "random")
-    cells = [control(sound, 0), control(painting, 20), control(random, 0)]
-    cells += [suspect(sound, 2), suspect(painting, 20), suspect(random, 19)]
-    assert headline_condition(cells) == sound
+    sound, painting, other = fakes.dori(50), fakes.dori(500), fakes.dori(50, "random")
+    cells = [control(sound, 0), control(painting, 20), control(other, 0)]
+    cells += [suspect(sound, 2), suspect(painting, 20), suspect(other, 19)]
+    assert headline_condition(cells) == other, "what paints does not count, however much it finds"
+    assert headline_condition(cells[:5]) == sound
     assert headline_condition([suspect(fakes.PROMPT, 2)]) is None
+    found = audit_findings(fakes.measured(cells))
+    assert (found.best.hits, found.condition, found.trust) == (19, other, "sound")
+
+
+def test_template_copies_that_come_back_are_no_verdict_of_none():
+    cells = [*audit(prompt=0, attack=0, control=0).cells, fakes.cell("tm", fakes.PROMPT, 3, 4)]
+    found = audit_findings(fakes.measured(cells))
+    assert (found.answer, found.best.hits, found.tone) == ("templates", 3, "found")
+    alone = audit_findings(fakes.measured([fakes.cell("tm", fakes.dori(), 3, 4)]))
+    assert (alone.answer, alone.trust) == ("unreliable", "unchecked")
+
+
+def test_no_table_with_a_hit_has_a_verdict_of_none():
+    """Whatever was run, attacked and checked: many random tables."""
+    draw = random.Random(0)
+    conditions = [
+        fakes.PROMPT,
+        *(fakes.dori(steps, init) for steps in (10, 50) for init in INITS),
+        fakes.dori(50, norm="l2", eps=1.0),
+    ]
+    answers = set()
+    for _ in range(200):
+        chosen = draw.sample(conditions, draw.randint(1, len(conditions)))
+        cells = [
+            fakes.cell(kind, condition, draw.choice((0, 0, 0, 1, 3)), draw.choice((3, 20)))
+            for condition in chosen
+            for kind in draw.sample(KINDS, draw.randint(1, 3))
+        ]
+        report = fakes.measured(cells)
+        found, verdict = audit_findings(report), audit_verdict(report)
+        answers.add(found.answer)
+        suspected = [cell for cell in cells if cell.kind != "control"]
+        if any(cell.hits for cell in suspected):
+            assert found.answer in ("found", "hidden", "templates", "unreliable"), cells
+            assert found.tone != "clear"
+            assert not verdict.answer.startswith("None")
+        elif suspected:
+            assert found.answer in ("clear", "unmeasured", "unreliable")
+    assert len(answers) == 6, "every answer was drawn"
 
 
 # --- invalid audits: what did not come back says nothing

@@ -50,7 +50,8 @@ UTILITY = replace(
 )  # fmt: skip
 EDIT = {
     "identity": "e", "key": "k", "made": True,
-    "cost": {"unet_evaluations": 1234, "seconds": 5.5}, "counts": {"a": 3, "b": 4},
+    "cost": {"unet_evaluations": 1234, "seconds": 5.5},
+    "changed_weights": 5280, "counts": {"a": 55},
 }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def test_one_row_for_each_mitigation_at_its_full_budget(rows):
     assert {key: nemo.cells[key].hits for key in cells} == cells
     assert nemo.inits == ("prompt", "random")
     assert (nemo.loss_ratio, nemo.loss_ratio_ci95) == (1.03, (1.01, 1.05))
-    assert (nemo.kid, nemo.unet_evaluations, nemo.weights_changed) == (0.004, 1234, 7)
+    assert (nemo.kid, nemo.unet_evaluations, nemo.weights_changed) == (0.004, 1234, 5280)
     assert math.isnan(rows[0].loss_ratio)
 
 
@@ -358,6 +359,28 @@ def test_figures_with_nothing_to_show_are_left_out(compared, rows):
     )
     one_count = [c for c in compared.cells if c.condition.budget.steps in (0, 50)]
     assert rates_against_steps(rows, one_count) is None, "two points are no curve"
+
+
+@pytest.mark.parametrize("width", [120, 100, 80])
+def test_a_narrow_console_loses_no_column_and_no_name(width):
+    budget, mitigation = "50 steps, linf 0.0123", "adversarial_finetuning_cheap"
+    attacked = fakes.dori(50, "control_prompt", norm="linf", eps=0.0123)
+    cells = [
+        fakes.cell("vm", condition, 15, 16, failed=1, mitigation=name)
+        for name in ("none", mitigation)
+        for condition in (fakes.PROMPT, attacked)
+    ]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(rich_table(cells_table(cells)))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    columns = ["".join(part) for part in zip(*(re.split("[│┃]", x) for x in lines if x[0] in "│┃"),
+                                             strict=True)]  # fmt: skip
+    shown = [re.sub(r"\s", "", column) for column in columns[1:-1]]
+    assert len(shown) == 9
+    assert mitigation in shown[0]
+    assert shown[4].count(budget.replace(" ", "")) == 2
+    assert "threshold" in shown[-1]
 
 
 def test_both_tables_hold_every_number():
