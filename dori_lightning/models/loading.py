@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +41,7 @@ from dori_lightning.models.weight_files import (
     explain_folder,
     is_weight_file,
     pickle_message,
+    shipped_folder,
     variants,
 )
 from dori_lightning.types import InputError, first_line
@@ -174,15 +174,9 @@ def resolve_source(source: str) -> Path | str:
     Raises:
         InputError: Nothing is there, or it is a pickle.
     """
-    if source.startswith("package:"):
-        assets = Path(str(resources.files("dori_lightning"))) / "assets"
-        folder = assets / source.removeprefix("package:")
-        if not (folder / "unet").is_dir():
-            raise InputError(
-                f"checkpoint {source} is not installed at {folder}; reinstall the package or "
-                f"plant it anew with: python -m dori_lightning task=plant"
-            )
-        return folder
+    shipped = shipped_folder(source)
+    if shipped is not None:
+        return shipped
     path = Path(source).expanduser()
     if path.suffix.lower() in PICKLES:
         raise InputError(pickle_message(path))

@@ -23,7 +23,12 @@ import torch
 from torch import nn
 
 from dori_lightning.models.original_layout import PREFIXES, Part, original_names
-from dori_lightning.models.weight_files import WeightFile, find_weights, part_folder
+from dori_lightning.models.weight_files import (
+    WeightFile,
+    find_weights,
+    part_folder,
+    shipped_folder,
+)
 from dori_lightning.types import InputError, ReplacedPart
 
 log = logging.getLogger(__name__)
@@ -78,12 +83,13 @@ class Replacement:
         Args:
             part: Of which part.
             source: A ``.safetensors`` file, the part's folder, or a folder that holds it under
-                its name (``checkpoint-500`` with ``unet/`` in it).
+                its name (``checkpoint-500`` with ``unet/`` in it), or ``package:NAME`` for one
+                that ships with this package.
 
         Raises:
             InputError: There are none, or they are something else; says how to mend it.
         """
-        place = Path(source).expanduser()
+        place = shipped_folder(source) or Path(source).expanduser()
         files = tuple(WeightFile.open(path) for path in find_weights(place, part))
         return cls(part, place, files)
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -263,6 +264,24 @@ def _no_weights(folder: Path, stem: str) -> InputError:
             fix=f"rename it if these are its weights: mv {other} {folder / stem}{_SUFFIX}",
         )
     return InputError(f"{folder} holds no weights ({stem}{_SUFFIX} is missing)")
+
+
+def shipped_folder(source: str) -> Path | None:
+    """Folder of what a source calls ``package:NAME``; None of other sources.
+
+    Raises:
+        InputError: This package ships no such checkpoint.
+    """
+    if not source.startswith("package:"):
+        return None
+    assets = Path(str(resources.files("dori_lightning"))) / "assets"
+    folder = assets / source.removeprefix("package:")
+    if not (folder / "unet").is_dir():
+        raise InputError(
+            f"checkpoint {source} is not installed at {folder}; reinstall the package or "
+            f"plant it anew with: python -m dori_lightning task=plant"
+        )
+    return folder
 
 
 def find_weights(source: Path, part: Part) -> list[Path]:
