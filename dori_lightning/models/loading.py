@@ -36,6 +36,7 @@ from dori_lightning.models.tensors import (
 from dori_lightning.models.weight_files import (
     PICKLES,
     STEMS,
+    PredictionNote,
     WeightFile,
     choose_variant,
     explain_folder,
@@ -113,7 +114,7 @@ def load_checkpoint(
     replacements = [
         Replacement.open(part, given) for part, given in others.items() if given is not None
     ]
-    files = [file for replacement in replacements for file in replacement.files]
+    notes = [note for replacement in replacements for note in replacement.prediction_notes()]
     if isinstance(place, Path) and place.is_file():
         if variant is not None:
             raise InputError(
@@ -121,11 +122,12 @@ def load_checkpoint(
                 where="checkpoint.variant",
                 fix="leave it out",
             )
-        files.append(WeightFile.open(place))
+        note = WeightFile.open(place).prediction_note
+        notes += [note] if note is not None and unet is None else []
         parts = load_single_file(place, config)
     else:
         parts = _load_folder(place, revision or "main", variant)
-    parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, files)
+    parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, notes)
     replaced = tuple(one.apply(parts[one.part]) for one in replacements)
     home = config if isinstance(place, Path) and place.is_file() else str(place)
     assert home is not None  # a single file without one is refused
@@ -192,29 +194,28 @@ def resolve_source(source: str) -> Path | str:
 
 
 def _with_prediction_type(
-    scheduler: DDIMScheduler, wanted: PredictionType | None, files: Sequence[WeightFile]
+    scheduler: DDIMScheduler, wanted: PredictionType | None, notes: Sequence[PredictionNote]
 ) -> DDIMScheduler:
-    """A scheduler with the wanted prediction type, held against what the weights' files note.
+    """A scheduler with the wanted prediction type, held against what the UNet's files note.
 
     Raises:
         InputError: A file notes another type than the configuration, and none is wanted.
     """
     configured = str(scheduler.config["prediction_type"])
-    for file in files:
-        noted = file.prediction_type
-        if noted is None or noted[0] == (wanted or configured):
+    for note in notes:
+        if note.kind == (wanted or configured):
             continue
         if wanted is None:
             raise InputError(
-                f"{file.path} notes that it predicts {noted[0]} ({noted[1]}), but the "
-                f"configuration says {configured}",
+                f"{note.path} notes that the UNet predicts {note.kind} ({note.words}), but the "
+                f"checkpoint's configuration says {configured}",
                 where="checkpoint.prediction_type",
-                fix=f"checkpoint.prediction_type={noted[0]} if the file is right, "
+                fix=f"checkpoint.prediction_type={note.kind} if the file is right, "
                 f"checkpoint.prediction_type={configured} if the configuration is",
             )
         log.warning(
-            "%s notes that it predicts %s (%s); checkpoint.prediction_type=%s is used",
-            file.path, *noted, wanted,
+            "%s notes that the UNet predicts %s (%s); checkpoint.prediction_type=%s is used",
+            note.path, note.kind, note.words, wanted,
         )  # fmt: skip
     if wanted is None or wanted == configured:
         return scheduler

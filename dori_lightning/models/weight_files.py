@@ -38,6 +38,21 @@ _OTHER_FAMILIES = {
 
 
 @dataclass(frozen=True)
+class PredictionNote:
+    """What a file says that a UNet predicts.
+
+    Attributes:
+        path: The file.
+        kind: ``epsilon`` or ``v_prediction``.
+        words: The note itself.
+    """
+
+    path: Path
+    kind: str
+    words: str
+
+
+@dataclass(frozen=True)
 class WeightFile:
     """The header of a safetensors file.
 
@@ -87,17 +102,19 @@ class WeightFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
-    def prediction_type(self) -> tuple[str, str] | None:
-        """Prediction type that the file notes, and the note; None where there is none."""
+    def prediction_note(self) -> PredictionNote | None:
+        """What the file notes of its prediction type; None where it notes nothing."""
         noted = self.notes.get("modelspec.prediction_type", "").lower()
         if noted in ("v", "v_prediction", "epsilon"):
             kind = "epsilon" if noted == "epsilon" else "v_prediction"
-            return kind, f"modelspec.prediction_type {noted!r}"
+            return PredictionNote(self.path, kind, f"modelspec.prediction_type {noted!r}")
         if "v_pred" in self.names:
-            return "v_prediction", "a tensor 'v_pred'"
+            return PredictionNote(self.path, "v_prediction", "a tensor 'v_pred'")
         architecture = self.notes.get("modelspec.architecture", "")
         if architecture.startswith("stable-diffusion-v2-768-v"):
-            return "v_prediction", f"modelspec.architecture {architecture!r}"
+            return PredictionNote(
+                self.path, "v_prediction", f"modelspec.architecture {architecture!r}"
+            )
         return None
 
 
