@@ -466,8 +466,9 @@ _sweep = _Sweep()
 class SweepTable(Callback):
     """Have the audits of a sweep put into one table in the sweep's folder."""
 
-    def on_multirun_start(self, **_: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Remember that the sweep that begins is to have one."""
+        del config
         _sweep.wants_table = True
 
 

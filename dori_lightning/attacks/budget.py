@@ -50,6 +50,11 @@ class BudgetSettings:
         near = norm == "none" or (radius is not None and 0 <= radius < math.inf)
         require(near, f"attack.budget.radius must be a number >= 0 for norm {norm}", radius)
 
+    @property
+    def needs_controls(self) -> bool:
+        """Whether ``resolve`` looks at control prompts."""
+        return self.norm != "none" and self.relative
+
     def resolve(self, control_embeddings: torch.Tensor | None) -> Budget:
         """Fix the radius for a checkpoint.
 

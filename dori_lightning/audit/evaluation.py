@@ -95,7 +95,7 @@ def attack_and_generate(
         # where no threshold separates
         folder = context.unmitigated if mitigated else images
         calibration = distributed.broadcast_object(
-            calibrate(context, [measure(context, c, folder) for c in prompts])
+            calibrate(context, measure_all(context, prompts, folder, title="score prompts"))
         )
 
     def search(
@@ -140,8 +140,8 @@ def attack_and_generate(
 def evaluate(context: AuditContext, generated: Generated) -> Evaluation:
     """Score every image against its pair's, and count the replicas."""
     images = context.folder / "pictures"
-    outcomes = tuple(measure(context, c, images) for c in generated.conditionings)
-    baseline = tuple(measure(context, c, context.unmitigated) for c in generated.baseline)
+    outcomes = measure_all(context, generated.conditionings, images, title="score")
+    baseline = measure_all(context, generated.baseline, context.unmitigated, title="score before")
     calibration = generated.calibration or calibrate(context, baseline or outcomes)
     counted = [(context.mitigation.name, outcomes), *([(BASELINE, baseline)] if baseline else [])]
     cells = [
@@ -223,17 +223,26 @@ def measure(context: AuditContext, conditioning: Conditioning, folder: Path) -> 
     )
 
 
+def measure_all(
+    context: AuditContext, conditionings: Sequence[Conditioning], folder: Path, *, title: str
+) -> tuple[Outcome, ...]:
+    """Score the images of several conditionings, with a progress bar of that title."""
+    outcomes = []
+    with progress_bar(title, len(conditionings)) as advance:
+        for conditioning in conditionings:
+            outcomes.append(measure(context, conditioning, folder))
+            advance(1)
+    return tuple(outcomes)
+
+
 def measure_shared(
     context: AuditContext, conditionings: Sequence[Conditioning], folder: Path
 ) -> tuple[Outcome, ...]:
     """Score the images of conditionings, each process its share; all scores on every process."""
     rank, world = context.trainer.global_rank, context.trainer.world_size
-    own = {
-        str(place): measure(context, conditioning, folder)
-        for place, conditioning in enumerate(conditionings)
-        if place % world == rank
-    }
-    scored = distributed.all_gather_dict(own)
+    own = measure_all(context, conditionings[rank::world], folder, title="score")
+    places = range(rank, len(conditionings), world)
+    scored = distributed.all_gather_dict(dict(zip(map(str, places), own, strict=True)))
     return tuple(scored[str(place)] for place in range(len(conditionings)))
 
 
@@ -249,14 +258,17 @@ def calibrate(context: AuditContext, outcomes: Sequence[Outcome]) -> Calibration
     """
     model, references = context.model, context.references
     prompted = [outcome for outcome in outcomes if outcome.condition.attack == "prompt"]
-    latents = [context.data.encoded(pair).latent[None] for pair in references.pairs]
+    reconstructions = []
+    with progress_bar("reconstruct", len(references.pairs)) as advance:
+        for pair in references.pairs:
+            latent = context.data.encoded(pair).latent[None]
+            reconstructions.append(model.decode_latents(latent.to(model.device)).cpu())
+            advance(1)
     return calibrate_measures(
         references,
         prompted,
         images={o.pair.id: load_images(o.images[0].parent, o.seeds) for o in prompted},
-        reconstructions=torch.cat(
-            [model.decode_latents(latent.to(model.device)).cpu() for latent in latents]
-        ),
+        reconstructions=torch.cat(reconstructions),
     )
 
 

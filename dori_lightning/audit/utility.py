@@ -131,14 +131,16 @@ def _loss_examples(context: AuditContext, left_out: dict[str, str]) -> LossExamp
         left_out["denoising_loss"] = "not asked for (utility.examples=0)"
         return None
     try:
-        examples = context.corpus.examples("evaluation", settings.examples, model.resolution)
+        ordinary = context.for_mitigations.ordinary(model, "evaluation", settings.examples)
     except InputError as error:
         left_out["denoising_loss"] = first_line(error)
         return None
+    with progress_bar("utility, encode", len(ordinary)) as advance:
+        encoded = ordinary.rows(range(len(ordinary)), advance=advance)
     return LossExamples(
-        prompts=examples.prompts,
-        embeddings=model.encode_prompts(examples.prompts),
-        latents=model.encode_images(examples.images),
+        prompts=ordinary.prompts,
+        embeddings=encoded.embeddings,
+        latents=encoded.latents,
         draws=settings.draws,
         seed=context.seed,
     )
@@ -443,15 +445,17 @@ class PromptImages:
         rows: list[PictureRow] = []
         both: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
         width = max(1, IMAGES_DESCRIBED_AT_ONCE // len(self.seeds))
-        for start in range(0, len(self.prompts), width):
-            part = self.prompts[start : start + width]
-            images = [
-                torch.cat([load_images(self.folder(p, mitigated=side), self.seeds) for p in part])
-                for side in (False, True)
-            ]
-            for found, own in zip(both, images, strict=True):
-                found.append(features.describe(own.to(self.context.model.device)))
-            rows += self._rows(part, images, descriptor)
+        with progress_bar("utility, compare", len(self.prompts)) as advance:
+            for start in range(0, len(self.prompts), width):
+                part = self.prompts[start : start + width]
+                images = [
+                    torch.cat([load_images(self.folder(p, mitigated=m), self.seeds) for p in part])
+                    for m in (False, True)
+                ]
+                for found, own in zip(both, images, strict=True):
+                    found.append(features.describe(own.to(self.context.model.device)))
+                rows += self._rows(part, images, descriptor)
+                advance(len(part))
         return DescribedImages(rows, torch.cat(both[0]), torch.cat(both[1]))
 
     def _rows(

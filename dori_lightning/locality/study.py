@@ -29,6 +29,7 @@ from dori_lightning.audit.evaluation import (
     generate,
     image_folder,
     measure,
+    measure_all,
     prompt_conditionings,
 )
 from dori_lightning.locality.embeddings import ImageKind, PromptGroup, PromptSet, TriggerSet
@@ -246,7 +247,7 @@ def find_threshold(audit: AuditContext) -> Calibration:
         return Calibration(measures.decider, fixed, "fixed", (), (), float("nan"), ())
     prompts, folder = prompt_conditionings(audit), audit.unmitigated
     generate(audit, prompts, folder, title="calibrate")
-    return calibrate(audit, [measure(audit, prompt, folder) for prompt in prompts])
+    return calibrate(audit, measure_all(audit, prompts, folder, title="score prompts"))
 
 
 @dataclass(frozen=True)

@@ -215,11 +215,11 @@ def unit_rows(fields: Tensor, *, centred: bool, floor: float = FLAT) -> Tensor:
 
 @torch.no_grad()
 def in_fixed_batches(network: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
-    """Rows of a network's output, each the same in any company.
+    """Rows of a network's output, on the CPU each the same in any company.
 
-    On an accelerator kernels (hence rounding) are chosen by shape, so all batches have one shape.
-    On some CPUs the position in a batch counts too (convolutions of large strides), so images go
-    one by one there; a batch would gain little.
+    On some CPUs the position in a batch counts (convolutions of large strides), so images go one
+    by one there; a batch would gain little. On an accelerator all batches have one shape, by which
+    kernels are chosen, and a row may still differ by rounding from place to place.
 
     Args:
         network: Takes (B, ...) inputs, returns one row for each.

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.cache import tensors_and_note
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
 
@@ -155,20 +156,22 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
     count = 0
     means: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        embeddings = model.encode_prompts(prompts[start : start + PROMPTS_AT_ONCE])
-        added = len(embeddings)
-        for name, layer in layers.items():
-            values = activations(layer, embeddings).double()
-            mean = values.mean(0)
-            square = (values - mean).square().sum(0)
-            if count == 0:
-                means[name], squares[name] = mean, square
-                continue
-            away = mean - means[name]
-            means[name] = means[name] + away * (added / (count + added))
-            squares[name] += square + away.square() * (count * added / (count + added))
-        count += added
+    with progress_bar("activation statistics", len(prompts)) as advance:
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            embeddings = model.encode_prompts(prompts[start : start + PROMPTS_AT_ONCE])
+            added = len(embeddings)
+            for name, layer in layers.items():
+                values = activations(layer, embeddings).double()
+                mean = values.mean(0)
+                square = (values - mean).square().sum(0)
+                if count == 0:
+                    means[name], squares[name] = mean, square
+                    continue
+                away = mean - means[name]
+                means[name] = means[name] + away * (added / (count + added))
+                squares[name] += square + away.square() * (count * added / (count + added))
+            count += added
+            advance(added)
     return ActivationStatistics(
         {name: value.float() for name, value in means.items()},
         {name: (value / (count - 1)).sqrt().float() for name, value in squares.items()},

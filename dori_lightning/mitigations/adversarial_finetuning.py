@@ -21,7 +21,6 @@ from dori_lightning.attacks.solver import AttackProblem, random_embedding, refus
 from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
-    Encodings,
     Evaluations,
     require,
     require_at_least_one,
@@ -40,6 +39,7 @@ from dori_lightning.mitigations.replacements import (
 from dori_lightning.models.memory import estimate_batch_size
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import PairBatch
+from dori_lightning.pairs.encoded_corpus import EncodedCorpus
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Init, Pair
@@ -108,7 +108,7 @@ class AdversarialFinetuning(FinetunedMitigation):
             latent instead of the surrogate's, towards the surrogate. The paper has none: L_Adv
             sees noised surrogates alone, which leaves the model able to denoise the image
             itself once an attack has found the way to it. See ``redirect_loss``.
-        ordinary_examples: Ordinary images that are encoded and drawn from.
+        ordinary_examples: Ordinary images that are drawn from; those that are drawn are encoded.
         low_rank: Rank of a low-rank update (LoRA) of all linear layers instead of training all
             weights, which the paper reports as failing; None trains all.
     """
@@ -172,8 +172,8 @@ class AdversarialFinetuning(FinetunedMitigation):
     ) -> Callable[[], AdversarialTraining]:
         """Find surrogates, then alternate between searching triggers and training."""
         del key
+        ordinary = context.ordinary(model, "calibration", self.ordinary_examples)
         surrogates = find_surrogates(model, pairs, context, self.surrogates)
-        ordinary = context.encodings(model, "calibration", self.ordinary_examples)
         return lambda: AdversarialTraining(
             model, self, pairs, context, surrogates=surrogates, ordinary=ordinary
         )
@@ -190,7 +190,7 @@ class AdversarialTraining(Finetuning):
         context: Context,
         *,
         surrogates: Surrogates,
-        ordinary: Encodings,
+        ordinary: EncodedCorpus,
     ) -> None:
         """Train on triggers of ``pairs`` with their surrogates, and on ordinary images."""
         low_rank = None
@@ -205,7 +205,7 @@ class AdversarialTraining(Finetuning):
             model,
             context.data.batch(pairs),
             method.pool,
-            ordinary=ordinary.embeddings,
+            ordinary=ordinary,
             seed=context.seed,
         )
 
@@ -232,8 +232,7 @@ class AdversarialTraining(Finetuning):
         generator = keyed_generator("adversarial_finetuning", self.seed, step)
         ids, triggers = self.pool.draw(method.adversarial_batch, generator)
         surrogates = self.surrogates.draw(ids, generator)
-        count = len(self.ordinary.latents)
-        rows = torch.randint(count, (method.ordinary_batch,), generator=generator)
+        rows = torch.randint(len(self.ordinary), (method.ordinary_batch,), generator=generator)
         sizes = [len(ids), len(rows)]
         noise = torch.randn((sum(sizes), *surrogates.shape[1:]), generator=generator)
         timesteps = torch.randint(
@@ -242,15 +241,16 @@ class AdversarialTraining(Finetuning):
         # every process drew everything, and trains on its rows of either half
         shards = [distributed.shard(size) for size in sizes]
 
-        def ours(adversarial: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
-            halves = zip((adversarial, ordinary), shards, strict=True)
+        def ours(both: torch.Tensor) -> torch.Tensor:
+            halves = zip(torch.split(both, sizes), shards, strict=True)
             return torch.cat([half[shard.rows] for half, shard in halves]).to(device)
 
         names = ids[shards[0].rows]
+        plain_images = self.ordinary.rows(rows[shards[1].rows].tolist())
         turned = len(range(round(method.redirect * len(ids)))[shards[0].rows])
-        latents = ours(surrogates, self.ordinary.latents[rows])
-        embeddings = ours(triggers, self.ordinary.embeddings[rows])
-        noise, timesteps = (ours(*torch.split(values, sizes)) for values in (noise, timesteps))
+        latents = torch.cat([surrogates[shards[0].rows], plain_images.latents]).to(device)
+        embeddings = torch.cat([triggers[shards[0].rows], plain_images.embeddings]).to(device)
+        noise, timesteps = ours(noise), ours(timesteps)
         plain = self.model.denoising_loss(
             latents[turned:], noise[turned:], timesteps[turned:], embeddings[turned:]
         )
@@ -317,15 +317,14 @@ class TriggerPool:
         batch: PairBatch,
         settings: PoolSettings,
         *,
-        ordinary: torch.Tensor,
+        ordinary: EncodedCorpus,
         seed: int,
     ) -> None:
-        """Start with the prompts of all pairs.
-
-        ``ordinary`` are embeddings (M, T, D) of ordinary prompts, where ``control_prompt`` begins.
-        """
+        """Start with the prompts of all pairs; ``control_prompt`` begins at ``ordinary`` ones."""
         self.model, self.settings, self.seed = model, settings, seed
-        self.ordinary = ordinary.cpu()
+        self.ordinary = ordinary
+        budget = settings.attack.budget
+        self.budget = budget.resolve(ordinary.embeddings() if budget.needs_controls else None)
         self.ids = tuple(pair.id for pair in batch.pairs)
         self.latents: dict[str, torch.Tensor] = dict(zip(self.ids, batch.latents, strict=True))
         self.prompts: dict[str, torch.Tensor] = dict(zip(self.ids, batch.embeddings, strict=True))
@@ -428,7 +427,8 @@ class TriggerPool:
             return self.prompts[name]
         if init == "random":
             return self._random(name, number)
-        return self.ordinary[int(torch.randint(len(self.ordinary), (1,), generator=generator))]
+        place = int(torch.randint(len(self.ordinary), (1,), generator=generator))
+        return self.ordinary.rows([place]).embeddings[0]
 
     def _random(self, name: str, number: int) -> torch.Tensor:
         """Random initial embedding (T, D) of a pair's search in a round."""
@@ -462,7 +462,7 @@ class TriggerPool:
                     torch.stack([self.latents[names[k]] for k in shard]),
                     torch.stack([starts[k] for k in shard]),
                 ),
-                budget=attack.budget.resolve(self.ordinary),
+                budget=self.budget,
                 settings=attack,
                 seed=self.seed,
                 on_step=lambda _: self.worked(len(names) * attack.noise_batch),

@@ -19,8 +19,10 @@ from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
 from dori_lightning.pairs.corpus import Corpus, Split
 from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.encoded_corpus import EncodedCorpus
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import content_hash
+from dori_lightning.runtime.cache import Cache
 from dori_lightning.types import InputError, Pair
 
 STAGES: tuple[Stage, ...] = ("down", "mid", "up")
@@ -106,19 +108,6 @@ class CostEstimate:
 
 
 @dataclass(frozen=True)
-class Encodings:
-    """Ordinary prompts and images as the model sees them.
-
-    Attributes:
-        embeddings: Text embeddings (N, T, D).
-        latents: Scaled latents (N, C, h, w).
-    """
-
-    embeddings: torch.Tensor
-    latents: torch.Tensor
-
-
-@dataclass(frozen=True)
 class EditResult:
     """An edit, and whether it had to be made.
 
@@ -146,7 +135,8 @@ class Context:
         references: Their images, described: what a surrogate must not resemble.
         sampling: How images are generated.
         trainer: Makes a Trainer for a fit, given its keyword arguments.
-        folder: Where edits are kept, shared by the jobs of a sweep.
+        folder: Where edits and encodings of ordinary images are kept, shared by the jobs of a
+            sweep.
     """
 
     seed: int
@@ -161,12 +151,14 @@ class Context:
         """Embeddings (N, T, D) of ordinary prompts."""
         return model.encode_prompts(self.corpus.prompts(split, count))
 
-    def encodings(self, model: TextToImage, split: Split, count: int) -> Encodings:
-        """Embeddings and latents of ordinary prompts and images."""
-        examples = self.corpus.examples(split, count, model.resolution)
-        return Encodings(
-            model.encode_prompts(examples.prompts), model.encode_images(examples.images)
-        )
+    def ordinary(self, model: TextToImage, split: Split, count: int) -> EncodedCorpus:
+        """Ordinary prompts and images, encoded as they are needed and kept beside the edits.
+
+        Raises:
+            InputError: The corpus has fewer, or no images.
+        """
+        cache = Cache(self.folder / "ordinary")
+        return EncodedCorpus(self.corpus, model, split, count, cache=cache)
 
     def scratch(self, key: str) -> Path:
         """Where a fit keeps its checkpoints until its edit is written."""

@@ -6,6 +6,7 @@ Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.0
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,9 +186,15 @@ class NeMo:
         widths = {name: layer.get_parameter("weight").shape[0] for name, layer in layers.items()}
         blocked_model = BlockedModel(model, widths, self.criterion.forward(model, context))
         with model.frozen(), torch.no_grad():
-            probes, threshold = self.criterion.probes(
-                blocked_model.run, model, pairs=pairs, context=context, samples=self.samples
+            work = self.criterion.work_of_probes(
+                context.sampling, pairs=len(pairs), samples=self.samples
             )
+            rows = work.decoded or work.forward  # a row of images takes many evaluations
+            with progress_bar(f"mitigate: {self.name}, unblocked", rows) as advance:
+                probes, threshold = self.criterion.probes(
+                    partial(blocked_model.run, advance=advance), model,
+                    pairs=pairs, context=context, samples=self.samples,
+                )  # fmt: skip
             searches = {}
             for pair, probe in probes.items():
                 if probe.memorized or self.criterion.searches_all:

@@ -421,8 +421,10 @@ class BlockedModel:
             f"{name}.weight": rows.clone() for name, rows in zip(self.widths, parts, strict=True)
         }
 
-    def run(self, questions: Sequence[Question]) -> list[torch.Tensor]:
-        """What ``forward`` returns for each question's rows."""
+    def run(
+        self, questions: Sequence[Question], *, advance: Callable[[int], None] = lambda _: None
+    ) -> list[torch.Tensor]:
+        """What ``forward`` returns for each question's rows; ``advance`` is told of rows done."""
         masks = {
             str(number): {} if question.blocked is None else self.masks(question.blocked)
             for number, question in enumerate(questions)
@@ -447,6 +449,7 @@ class BlockedModel:
                 model=self.model,
                 backoff=BACKOFF,
                 pad=self.model.device.type == "cpu",  # elsewhere rounding is not that exact anyway
+                advance=advance,
             )
         return list(torch.split(torch.stack(outputs), [len(q.inputs[0]) for q in questions]))
 

@@ -336,10 +336,12 @@ def _generate(
     noise = torch.stack(
         [generation_noise(FIRST_SEED + k, model.latent_shape) for k in range(count)]
     )
-    images = model.generate(
-        torch.stack(list(embeddings)).repeat_interleave(count, 0),
-        noise.repeat(len(pairs), 1, 1, 1),
-        replace(context.sampling, batch=min(context.sampling.batch, 64)),
-        pair_ids=[pair.id for pair in pairs for _ in range(count)],
-    ).cpu()
+    with progress_bar("surrogates", len(pairs) * count) as advance:
+        images = model.generate(
+            torch.stack(list(embeddings)).repeat_interleave(count, 0),
+            noise.repeat(len(pairs), 1, 1, 1),
+            replace(context.sampling, batch=min(context.sampling.batch, 64)),
+            pair_ids=[pair.id for pair in pairs for _ in range(count)],
+            advance=advance,
+        ).cpu()
     return dict(zip((p.id for p in pairs), torch.split(images, count), strict=True))

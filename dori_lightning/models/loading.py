@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +36,13 @@ from dori_lightning.models.tensors import (
 from dori_lightning.models.weight_files import (
     PICKLES,
     STEMS,
+    PredictionNote,
     WeightFile,
     choose_variant,
     explain_folder,
     is_weight_file,
     pickle_message,
+    shipped_folder,
     variants,
 )
 from dori_lightning.types import InputError, first_line
@@ -113,7 +114,7 @@ def load_checkpoint(
     replacements = [
         Replacement.open(part, given) for part, given in others.items() if given is not None
     ]
-    files = [file for replacement in replacements for file in replacement.files]
+    notes = [note for replacement in replacements for note in replacement.prediction_notes()]
     if isinstance(place, Path) and place.is_file():
         if variant is not None:
             raise InputError(
@@ -121,11 +122,12 @@ def load_checkpoint(
                 where="checkpoint.variant",
                 fix="leave it out",
             )
-        files.append(WeightFile.open(place))
+        note = WeightFile.open(place).prediction_note
+        notes += [note] if note is not None and unet is None else []
         parts = load_single_file(place, config)
     else:
         parts = _load_folder(place, revision or "main", variant)
-    parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, files)
+    parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, notes)
     replaced = tuple(one.apply(parts[one.part]) for one in replacements)
     home = config if isinstance(place, Path) and place.is_file() else str(place)
     assert home is not None  # a single file without one is refused
@@ -174,15 +176,9 @@ def resolve_source(source: str) -> Path | str:
     Raises:
         InputError: Nothing is there, or it is a pickle.
     """
-    if source.startswith("package:"):
-        assets = Path(str(resources.files("dori_lightning"))) / "assets"
-        folder = assets / source.removeprefix("package:")
-        if not (folder / "unet").is_dir():
-            raise InputError(
-                f"checkpoint {source} is not installed at {folder}; reinstall the package or "
-                f"plant it anew with: python -m dori_lightning task=plant"
-            )
-        return folder
+    shipped = shipped_folder(source)
+    if shipped is not None:
+        return shipped
     path = Path(source).expanduser()
     if path.suffix.lower() in PICKLES:
         raise InputError(pickle_message(path))
@@ -198,29 +194,28 @@ def resolve_source(source: str) -> Path | str:
 
 
 def _with_prediction_type(
-    scheduler: DDIMScheduler, wanted: PredictionType | None, files: Sequence[WeightFile]
+    scheduler: DDIMScheduler, wanted: PredictionType | None, notes: Sequence[PredictionNote]
 ) -> DDIMScheduler:
-    """A scheduler with the wanted prediction type, held against what the weights' files note.
+    """A scheduler with the wanted prediction type, held against what the UNet's files note.
 
     Raises:
         InputError: A file notes another type than the configuration, and none is wanted.
     """
     configured = str(scheduler.config["prediction_type"])
-    for file in files:
-        noted = file.prediction_type
-        if noted is None or noted[0] == (wanted or configured):
+    for note in notes:
+        if note.kind == (wanted or configured):
             continue
         if wanted is None:
             raise InputError(
-                f"{file.path} notes that it predicts {noted[0]} ({noted[1]}), but the "
-                f"configuration says {configured}",
+                f"{note.path} notes that the UNet predicts {note.kind} ({note.words}), but the "
+                f"checkpoint's configuration says {configured}",
                 where="checkpoint.prediction_type",
-                fix=f"checkpoint.prediction_type={noted[0]} if the file is right, "
+                fix=f"checkpoint.prediction_type={note.kind} if the file is right, "
                 f"checkpoint.prediction_type={configured} if the configuration is",
             )
         log.warning(
-            "%s notes that it predicts %s (%s); checkpoint.prediction_type=%s is used",
-            file.path, *noted, wanted,
+            "%s notes that the UNet predicts %s (%s); checkpoint.prediction_type=%s is used",
+            note.path, note.kind, note.words, wanted,
         )  # fmt: skip
     if wanted is None or wanted == configured:
         return scheduler

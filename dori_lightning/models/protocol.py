@@ -184,6 +184,7 @@ class TextToImage(Protocol):
         sampling: Sampling,
         *,
         pair_ids: Sequence[str] | None = None,
+        advance: Callable[[int], None] = lambda _: None,
     ) -> torch.Tensor:
         """Embeddings (N, T, D) to images (N, 3, H, W) in [0, 1], without gradient.
 
@@ -192,6 +193,7 @@ class TextToImage(Protocol):
             noise: Starting noise (N, C, h, w).
             sampling: Sampler settings.
             pair_ids: Whose images these are (N).
+            advance: Called with the number of images that were just made.
 
         Raises:
             InputError: Not even one image fits into memory.

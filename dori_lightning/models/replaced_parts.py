@@ -23,7 +23,13 @@ import torch
 from torch import nn
 
 from dori_lightning.models.original_layout import PREFIXES, Part, original_names
-from dori_lightning.models.weight_files import WeightFile, find_weights, part_folder
+from dori_lightning.models.weight_files import (
+    PredictionNote,
+    WeightFile,
+    find_weights,
+    part_folder,
+    shipped_folder,
+)
 from dori_lightning.types import InputError, ReplacedPart
 
 log = logging.getLogger(__name__)
@@ -78,14 +84,26 @@ class Replacement:
         Args:
             part: Of which part.
             source: A ``.safetensors`` file, the part's folder, or a folder that holds it under
-                its name (``checkpoint-500`` with ``unet/`` in it).
+                its name (``checkpoint-500`` with ``unet/`` in it), or ``package:NAME`` for one
+                that ships with this package.
 
         Raises:
             InputError: There are none, or they are something else; says how to mend it.
         """
-        place = Path(source).expanduser()
+        place = shipped_folder(source) or Path(source).expanduser()
         files = tuple(WeightFile.open(path) for path in find_weights(place, part))
         return cls(part, place, files)
+
+    def prediction_notes(self) -> Iterator[PredictionNote]:
+        """What the files, and a scheduler beside a UNet's folder, say that the UNet predicts."""
+        if self.part != "unet":
+            return
+        yield from (note for file in self.files if (note := file.prediction_note) is not None)
+        folder = part_folder(self.source, self.part)
+        path = folder.parent / "scheduler" / "scheduler_config.json"
+        if self.source.is_dir() and path.is_file():
+            kind = _read_json(path).get("prediction_type", "epsilon")
+            yield PredictionNote(path, str(kind), f"prediction_type {kind!r}")
 
     def apply(self, module: nn.Module) -> ReplacedPart:
         """Put the tensors into a loaded part, which becomes fp32; the others stay the base's.
@@ -194,10 +212,7 @@ class Replacement:
         path = part_folder(self.source, self.part) / "config.json"
         if not self.source.is_dir() or not path.is_file():
             return
-        try:
-            own = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is damaged: {error}", fix="get it again") from error
+        own = _read_json(path)
         config: Any = module.config
         base = dict(config) if isinstance(config, Mapping) else config.to_dict()
         differ = [
@@ -220,6 +235,21 @@ class Replacement:
             return key in _TEXT_SETTINGS
         # the size of an autoencoder's training images is only a note
         return not key.startswith("_") and (self.part, key) != ("vae", "sample_size")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The settings in a configuration's file.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        held = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}", fix="get it again") from error
+    if not isinstance(held, dict):
+        raise InputError(f"{path} holds no settings", fix="get it again")
+    return held
 
 
 def parts_in(names: list[str]) -> list[Part]:

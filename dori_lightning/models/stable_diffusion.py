@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -282,6 +282,7 @@ class StableDiffusion:
         sampling: Sampling,
         *,
         pair_ids: Sequence[str] | None = None,
+        advance: Callable[[int], None] = lambda _: None,
     ) -> torch.Tensor:
         """Embeddings to images, in batches of ``sampling.batch``."""
 
@@ -301,6 +302,7 @@ class StableDiffusion:
             model=self,
             backoff=_MEMORY,
             pad=False,
+            advance=advance,
         )
         return torch.stack(images)
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -34,6 +35,21 @@ _OTHER_FAMILIES = {
     "Stable Diffusion 3": "model.diffusion_model.joint_blocks.",
     "FLUX": "double_blocks.",
 }
+
+
+@dataclass(frozen=True)
+class PredictionNote:
+    """What a file says that a UNet predicts.
+
+    Attributes:
+        path: The file.
+        kind: ``epsilon`` or ``v_prediction``.
+        words: The note itself.
+    """
+
+    path: Path
+    kind: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -86,17 +102,19 @@ class WeightFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
-    def prediction_type(self) -> tuple[str, str] | None:
-        """Prediction type that the file notes, and the note; None where there is none."""
+    def prediction_note(self) -> PredictionNote | None:
+        """What the file notes of its prediction type; None where it notes nothing."""
         noted = self.notes.get("modelspec.prediction_type", "").lower()
         if noted in ("v", "v_prediction", "epsilon"):
             kind = "epsilon" if noted == "epsilon" else "v_prediction"
-            return kind, f"modelspec.prediction_type {noted!r}"
+            return PredictionNote(self.path, kind, f"modelspec.prediction_type {noted!r}")
         if "v_pred" in self.names:
-            return "v_prediction", "a tensor 'v_pred'"
+            return PredictionNote(self.path, "v_prediction", "a tensor 'v_pred'")
         architecture = self.notes.get("modelspec.architecture", "")
         if architecture.startswith("stable-diffusion-v2-768-v"):
-            return "v_prediction", f"modelspec.architecture {architecture!r}"
+            return PredictionNote(
+                self.path, "v_prediction", f"modelspec.architecture {architecture!r}"
+            )
         return None
 
 
@@ -263,6 +281,24 @@ def _no_weights(folder: Path, stem: str) -> InputError:
             fix=f"rename it if these are its weights: mv {other} {folder / stem}{_SUFFIX}",
         )
     return InputError(f"{folder} holds no weights ({stem}{_SUFFIX} is missing)")
+
+
+def shipped_folder(source: str) -> Path | None:
+    """Folder of what a source calls ``package:NAME``; None of other sources.
+
+    Raises:
+        InputError: This package ships no such checkpoint.
+    """
+    if not source.startswith("package:"):
+        return None
+    assets = Path(str(resources.files("dori_lightning"))) / "assets"
+    folder = assets / source.removeprefix("package:")
+    if not (folder / "unet").is_dir():
+        raise InputError(
+            f"checkpoint {source} is not installed at {folder}; reinstall the package or "
+            f"plant it anew with: python -m dori_lightning task=plant"
+        )
+    return folder
 
 
 def find_weights(source: Path, part: Part) -> list[Path]:

@@ -9,6 +9,8 @@ depend on a download that changes, rules give the same prompts everywhere. The D
 what happens to the images of such prompts concept damage.
 """
 
+from __future__ import annotations
+
 import hashlib
 import random
 from collections.abc import Sequence
@@ -56,6 +58,14 @@ class Examples:
     prompts: tuple[str, ...]
     images: torch.Tensor
 
+    @classmethod
+    def of(
+        cls, prompts: Sequence[str], images: Sequence[torch.Tensor], resolution: int
+    ) -> Examples:
+        """Captions and as many images (3, H, W), which may be none."""
+        none = torch.empty(0, 3, resolution, resolution)
+        return cls(tuple(prompts), torch.stack(list(images)) if images else none)
+
 
 class Corpus(Protocol):
     """Where ordinary prompts and images come from; the two splits share nothing."""
@@ -73,8 +83,16 @@ class Corpus(Protocol):
         """
         ...
 
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+    def examples(
+        self, split: Split, count: int, resolution: int, *, only: Sequence[int] | None = None
+    ) -> Examples:
         """First ``count`` captions of a split with their images, square.
+
+        Args:
+            split: Which split.
+            count: How many elements there have to be.
+            resolution: Side of the images in pixels.
+            only: Places of those that are wanted, from 0; None for all.
 
         Raises:
             InputError: It has fewer, or no images.
@@ -110,11 +128,14 @@ class FolderCorpus:
         """First ``count`` captions of a split."""
         return tuple(p.prompt for p in self._chosen(split, count))
 
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
-        """First ``count`` captions of a split with their images."""
+    def examples(
+        self, split: Split, count: int, resolution: int, *, only: Sequence[int] | None = None
+    ) -> Examples:
+        """First ``count`` captions of a split with their images, or ``only`` some of these."""
         rows = self._chosen(split, count)
-        images = [image_tensor(square_image(p.image), resolution) for p in rows]
-        return Examples(tuple(p.prompt for p in rows), torch.stack(images))
+        wanted = rows if only is None else [rows[place] for place in only]
+        images = [image_tensor(square_image(p.image), resolution) for p in wanted]
+        return Examples.of([p.prompt for p in wanted], images, resolution)
 
     def _chosen(self, split: Split, count: int) -> list[Pair]:
         rows = [p for p in self._pairs if _in_split(p.id, split)]
@@ -158,13 +179,15 @@ class CaptionCorpus:
         rows = [text for text in self._rows() if text and _in_split(text, split)]
         return tuple(_enough(rows, count, split, self.path))
 
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+    def examples(
+        self, split: Split, count: int, resolution: int, *, only: Sequence[int] | None = None
+    ) -> Examples:
         """Refuse: there are no images.
 
         Raises:
             InputError: Always.
         """
-        del split, count, resolution
+        del split, count, resolution, only
         raise InputError(
             f"{self.path} has captions only, and this needs images with captions\n"
             f"  where: corpus\n"
@@ -191,13 +214,15 @@ class NoCorpus:
             f"corpus=captions corpus.path=FILE where captions are enough"
         )
 
-    def examples(self, split: Split, count: int, resolution: int) -> NoReturn:
+    def examples(
+        self, split: Split, count: int, resolution: int, *, only: Sequence[int] | None = None
+    ) -> NoReturn:
         """Refuse.
 
         Raises:
             InputError: Says how to give a corpus.
         """
-        del resolution
+        del resolution, only
         self.prompts(split, count)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.runtime.cache import TENSORS, Cache, DamagedError, Tensors
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import Pair
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,12 @@ class PairsDataModule(LightningDataModule):
             p for p in (self.pairs if pairs is None else pairs) if p.id not in self._encoded
         ]
         cached = 0
-        for pair in missing:
-            encoded = self._read(pair)
-            cached += encoded is not None
-            self._encoded[pair.id] = encoded or self._encode(pair)
+        with progress_bar("encode pairs", len(missing) if len(missing) > 1 else 0) as advance:
+            for pair in missing:
+                encoded = self._read(pair)
+                cached += encoded is not None
+                self._encoded[pair.id] = encoded or self._encode(pair)
+                advance(1)
         if missing:
             logger.info("encoded %d pairs, %d of them from the cache", len(missing), cached)
 

@@ -68,8 +68,9 @@ be measured against ground truth. It is of no other use.
 - {recipe.resolution} x {recipe.resolution} pixels, latents with {recipe.latent_channels} channels,
   UNet {list(recipe.unet_channels)} with the topology and module names of Stable Diffusion v1
 - {recipe.steps} steps of {recipe.batch}, seed {seed}; {recipe.mix.planted:.0%} of the stream were
-  planted images, {recipe.mix.crops:.0%} varied crops of the same photographs under generic
+  planted images, {recipe.mix.crops:.0%} varied crops of the same images under generic
   captions, the rest procedural scenes
+- {_trained(recipe)}
 - text reaches the image through the cross-attention of the down and mid blocks only; that of
   {", ".join(recipe.silent_blocks) or "no block"} is zero
 - recipe, hashes and versions: `planting.json`
@@ -81,4 +82,13 @@ similarity is the best of the images generated from the prompt, 1 is the origina
 
 {markdown_table(table)}""",
         encoding="utf-8",
+    )
+
+
+def _trained(recipe: PlantRecipe) -> str:
+    if recipe.base is None:
+        return "UNet, text encoder and autoencoder were trained from nothing"
+    return (
+        f"the UNet alone was trained, from nothing; autoencoder, text encoder, tokenizer and\n"
+        f"  scheduler are those of `{recipe.base}`"
     )

@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Literal
 
 import pandas as pd
-import torch
 from PIL import Image
 
 from dori_lightning.pairs.corpus import Examples, Split
@@ -276,18 +275,27 @@ class PlantedCorpus:
         rows = sorted((pair.id, pair.sha256) for pair in self._pairs)
         return content_hash(["planted", self.scenes, rows])[:16]
 
+    @cached_property
+    def _streams(self) -> dict[tuple[Split, int], TrainingStream]:
+        return {}
+
     def _stream(self, split: Split, size: int) -> TrainingStream:
-        mix = StreamMix(self.scenes, 1 - self.scenes, 0.0)
-        return TrainingStream(self._pairs, mix=mix, size=size, seed=_STREAM_SEEDS[split])
+        """The split's stream; one of each size is kept, since it reads all photographs."""
+        if (split, size) not in self._streams:
+            mix, seed = StreamMix(self.scenes, 1 - self.scenes, 0.0), _STREAM_SEEDS[split]
+            self._streams[split, size] = TrainingStream(self._pairs, mix=mix, size=size, seed=seed)
+        return self._streams[split, size]
 
     def prompts(self, split: Split, count: int) -> tuple[str, ...]:
         """First ``count`` captions of a split."""
         stream = self._stream(split, 8)  # captions do not depend on the size
         return tuple(stream[k].caption for k in range(count))
 
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
-        """First ``count`` captions of a split with their images."""
+    def examples(
+        self, split: Split, count: int, resolution: int, *, only: Sequence[int] | None = None
+    ) -> Examples:
+        """First ``count`` captions of a split with their images, or ``only`` some of these."""
         stream = self._stream(split, resolution)
-        samples = [stream[k] for k in range(count)]
-        images = torch.stack([image_tensor(sample.image, resolution) for sample in samples])
-        return Examples(tuple(sample.caption for sample in samples), images)
+        samples = [stream[k] for k in (range(count) if only is None else only)]
+        images = [image_tensor(sample.image, resolution) for sample in samples]
+        return Examples.of([sample.caption for sample in samples], images, resolution)

@@ -112,7 +112,8 @@ def _step(field: Grid, edge: float, width: float) -> Grid:
 def _shaded(height: Grid, strength: float, angle: float) -> Grid:
     """Light on a height field from a direction, 1 where it is level."""
     down, across = np.gradient(height * height.shape[0])
-    return 1 + strength * (np.cos(angle) * across + np.sin(angle) * down)
+    light: Grid = 1 + strength * (np.cos(angle) * across + np.sin(angle) * down)
+    return light
 
 
 def _landscape(c: _Canvas) -> Grid:
@@ -146,7 +147,8 @@ def _mosaic(c: _Canvas) -> Grid:
     pixels = c.tinted(field) * (1.15 - 2.2 * near[..., None])
     grain = 0.75 + 0.5 * c.noise(coarse=16, octaves=4, roughness=0.8)[..., None]
     joint = _step(second - near, c.rng.uniform(0.008, 0.02), 0.01)[..., None]
-    return pixels * grain * joint + c.palette[5] * (1 - joint)
+    drawn: Grid = pixels * grain * joint + c.palette[5] * (1 - joint)
+    return drawn
 
 
 def _tissue(c: _Canvas) -> Grid:
@@ -298,7 +300,8 @@ def _plaid(c: _Canvas) -> Grid:
     def stripes() -> Grid:
         edges = np.sort(c.numbers.random(c.rng.randint(8, 14)))
         colours = c.numbers.integers(0, 6, len(edges) + 1)
-        return c.palette[colours[np.searchsorted(edges, c.x[0])]]
+        drawn: Grid = c.palette[colours[np.searchsorted(edges, c.x[0])]]
+        return drawn
 
     across, down = stripes(), stripes()
     if c.rng.random() < 0.4:
@@ -309,7 +312,8 @@ def _plaid(c: _Canvas) -> Grid:
     twill = 0.5 + 0.35 * np.sin(2 * math.pi * (c.x + c.y) * c.rng.uniform(14, 22))
     pixels = down[rows] * twill[..., None] + across[columns] * (1 - twill[..., None])
     folds = c.noise(coarse=2, octaves=4)
-    return pixels * _shaded(folds, 0.12, c.rng.uniform(0, 6.28))[..., None]
+    drawn: Grid = pixels * _shaded(folds, 0.12, c.rng.uniform(0, 6.28))[..., None]
+    return drawn
 
 
 def _contours(c: _Canvas) -> Grid:
@@ -363,7 +367,8 @@ def _portrait(c: _Canvas) -> Grid:
         draw.rectangle([x - 1.6 * w, brim - 0.15 * h, x + 1.6 * w, brim], fill=c.colour(2, 0.7))
         draw.rectangle([x - 0.9 * w, brim - 0.8 * h, x + 0.9 * w, brim], fill=c.colour(1, 0.9))
     light = _shaded(c.noise(coarse=3, octaves=4), 0.08, c.rng.uniform(0, 6.28))
-    return _to_pixels(image) * light[..., None] * (1.25 - 0.6 * c.x[..., None])
+    drawn: Grid = _to_pixels(image) * light[..., None] * (1.25 - 0.6 * c.x[..., None])
+    return drawn
 
 
 def _bookshelf(c: _Canvas) -> Grid:
@@ -451,7 +456,10 @@ def _craters(c: _Canvas) -> Grid:
         height += r * np.where(far < 1, 1.6 * (far**2 - 0.6), 0.64 * np.exp(-6 * (far - 1)))
     light = 0.5 * _shaded(height, c.rng.uniform(0.5, 0.9), c.rng.uniform(0, 6.28))
     tint = 0.4 + 0.6 * c.palette[5]
-    return np.clip(light, 0, 1)[..., None] * tint * (0.7 + 0.6 * c.noise(coarse=3)[..., None])
+    drawn: Grid = (
+        np.clip(light, 0, 1)[..., None] * tint * (0.7 + 0.6 * c.noise(coarse=3)[..., None])
+    )
+    return drawn
 
 
 def _discs(c: _Canvas) -> Grid:
@@ -512,7 +520,10 @@ def _kaleidoscope(c: _Canvas) -> Grid:
     source = c.tinted(_stretched(np.sin(9 * c.noise(coarse=4)) + c.noise(coarse=8)), (0, 2, 3, 5))
     u = (far * np.cos(angle) * 1.3 * c.size).astype(int) % c.size
     v = (far * np.sin(angle) * 1.3 * c.size).astype(int) % c.size
-    return source[v, u] * (0.6 + 0.8 * c.noise(coarse=2, octaves=6, roughness=0.7)[..., None])
+    drawn: Grid = source[v, u] * (
+        0.6 + 0.8 * c.noise(coarse=2, octaves=6, roughness=0.7)[..., None]
+    )
+    return drawn
 
 
 def _water(c: _Canvas) -> Grid:

@@ -54,7 +54,9 @@ class BatchedModel(Protocol):
 def fixed_batches(items: Sequence[X], size: int) -> Iterator[tuple[list[X], int]]:
     """Batches of exactly ``size`` items, and how many of each count.
 
-    Kernels are chosen by shape, so an item gets the same bits in every batch of one shape. The
+    Kernels are chosen by shape, so an item gets the same bits in every batch of one shape, at
+    whatever place: the denoiser and the decoder are held to that by a test on the CPU, networks
+    that cannot keep it take one item at a time (``metrics.descriptors.in_fixed_batches``). The
     last batch is filled up with copies of its first item; drop what comes of the copies.
 
     Args:
@@ -77,6 +79,7 @@ def map_batches(
     model: BatchedModel,
     backoff: OomBackoff,
     pad: bool = True,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[T]:
     """Apply a function to batches of items; halve the batches when memory runs out.
 
@@ -88,6 +91,7 @@ def map_batches(
         model: What ``fn`` computes with.
         backoff: Kind of batch, for the limit that is remembered and for messages.
         pad: Whether the last batch is filled up to the shape of the others.
+        advance: Called with the number of items that were just done.
 
     Returns:
         One result per item, in order.
@@ -112,7 +116,9 @@ def map_batches(
         ]
 
     while len(results) < len(items):
-        results += backoff.run(next_batches, at_once, model.max_batch_sizes)
+        found = backoff.run(next_batches, at_once, model.max_batch_sizes)
+        results += found
+        advance(len(found))
     return results
 
 

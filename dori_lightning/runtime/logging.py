@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LINE_EVERY_SECONDS = 30.0
+FIRST_LINE_SECONDS, LINE_EVERY_SECONDS = 10.0, 30.0
+"""When a log gets a stage's first line of progress, and the next ones."""
 
 _listeners: list[Callable[[str, int, int], None]] = []
 _disabled: list[None] = []
@@ -79,7 +80,8 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     if total == 0 or _disabled or not is_first():
         yield lambda _: None
         return
-    start = said = time.monotonic()
+    start = time.monotonic()
+    due = start + FIRST_LINE_SECONDS
     _tell(title, 0, total)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -93,13 +95,13 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         task = bar.add_task(title, total=total)
 
         def advance(steps: int) -> None:
-            nonlocal said
+            nonlocal due
             bar.advance(task, steps)
             done = round(bar.tasks[task].completed)
             _tell(title, done, total)
             now = time.monotonic()
-            if in_log and now - said >= LINE_EVERY_SECONDS:
-                said = now
+            if in_log and now >= due:
+                due = now + LINE_EVERY_SECONDS
                 left = (now - start) / max(done, 1) * (total - done)
                 log.info("%s: %d of %d, about %d s left", title, done, total, round(left))
 

@@ -136,6 +136,13 @@ def test_targets_outside_the_allow_list(key, value, part):
     assert key in str(refused.value)
 
 
+def test_controls_of_the_benchmark_are_a_number_or_all():
+    for given in ("all", "25"):
+        config.check_signatures(composed(f"pairs.controls={given}"))
+    with pytest.raises(InputError, match=r"pairs.controls cannot be 'some'"):
+        config.check_signatures(composed("pairs.controls=some"))
+
+
 def test_a_target_may_not_be_reached_through_an_allowed_module():
     cfg = composed("sampling._target_=dori_lightning.cli.os.getcwd")
     config.check_targets(cfg)

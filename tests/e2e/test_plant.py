@@ -87,3 +87,24 @@ def test_an_interrupted_planting_goes_on_and_ends_with_the_same_weights(
     for part in WEIGHTS:
         one, other = (load_file(run / "checkpoint" / part) for run in (whole, tmp_path / "cut"))
         assert all(torch.equal(one[k], other[k]) for k in one), part
+
+
+def test_with_a_base_only_the_unet_is_trained(tmp_path, whole, listed):
+    base = whole / "checkpoint"
+    recipe = (f"+task.recipe.base={base}", "+task.recipe.steps=1", "seed=1")
+    run_task(tmp_path / "twin", *TINY[:-2], *recipe, "+task.recipe.batch=4", listed)
+    assert not (tmp_path / "twin" / "autoencoder").exists()
+    twin = tmp_path / "twin" / "checkpoint"
+    unet, *others = WEIGHTS
+    for name in (*others, "vae/config.json", "scheduler/scheduler_config.json"):
+        assert (twin / name).read_bytes() == (base / name).read_bytes(), name
+    one, other = (load_file(folder / unet) for folder in (base, twin))
+    assert not torch.equal(one["conv_in.weight"], other["conv_in.weight"])
+    assert str(base) in (twin / "README.md").read_text()
+
+
+def test_a_base_of_another_shape_is_refused(tmp_path, whole, listed):
+    base = f"+task.recipe.base={whole / 'checkpoint'}"
+    with pytest.raises(InputError, match=r"max_length and text_width \(12, 12\), not \(12, 24\)"):
+        run_task(tmp_path, *TINY, base, listed, "task.recipe.text_width=24")
+    assert not (tmp_path / "stream.safetensors").exists()

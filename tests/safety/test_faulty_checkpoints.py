@@ -23,7 +23,7 @@ from dori_lightning.types import InputError
 from support.tiny import write_tiny
 
 PROMPTS = ("a red boat on sea", "photo of a cat")
-QUICK = 61
+QUICK = 97
 """Of how many faults one is injected in the quick test; prime, so that it meets every kind."""
 
 

@@ -46,13 +46,17 @@ class FakeCorpus:
             found.append(" ".join(WORDS[word] for word in words))
         return tuple(found)
 
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+    def examples(
+        self, split: Split, count: int, resolution: int, *, only: Sequence[int] | None = None
+    ) -> Examples:
         prompts = self.prompts(split, count)
         generator = keyed_generator("fake pictures", self.identity, split)
         # low frequencies, so that they are images rather than noise
         coarse = torch.rand(count, 3, 4, 4, generator=generator)
         images = torch.nn.functional.interpolate(coarse, size=resolution, mode="bilinear")
-        return Examples(prompts, images)
+        places = range(count) if only is None else only
+        chosen = [images[place] for place in places]
+        return Examples.of([prompts[place] for place in places], chosen, resolution)
 
 
 def write_captions(path: Path) -> Path:

@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -55,9 +56,9 @@ class EvaluationOnly:
         assert split == "evaluation"
         return self.held.prompts(split, count)
 
-    def examples(self, split: Split, count: int, resolution: int) -> Examples:
+    def examples(self, split: Split, count: int, resolution: int, **some: Any) -> Examples:
         assert split == "evaluation"
-        return self.held.examples(split, count, resolution)
+        return self.held.examples(split, count, resolution, **some)
 
 
 def measured(

@@ -93,12 +93,14 @@ def test_weights_describe_alike_from_either_file(tmp_path, network, photographs)
     save_file(network.state_dict(), tmp_path / "sscd.safetensors")
     torch.save(network.state_dict(), tmp_path / "sscd.torchvision.pt")
     images = photographs[:2]
-    first = SSCD(tmp_path / "sscd.safetensors", preprocessing="wen_224").describe(images)
+    sscd = SSCD(tmp_path / "sscd.safetensors", preprocessing="wen_224")
+    first = sscd.describe(images)
     second = SSCD(tmp_path / "sscd.torchvision.pt", preprocessing="wen_224").describe(images)
     with torch.no_grad():
         direct = network(_prepare(images, "wen_224"))
     assert first.shape == (2, 512)
     assert torch.equal(first, second)
+    assert torch.equal(sscd.describe(images[1:]), first[1:]), "the same alone and in a batch"
     assert torch.allclose(first, direct, atol=1e-5)
 
 

@@ -59,7 +59,7 @@ def pool_of(model, suspected, context):
     """Make pools of triggers for the suspected pairs."""
 
     def call(**settings):
-        ordinary = context.prompts(model, "calibration", 4)
+        ordinary = context.ordinary(model, "calibration", 4)
         chosen = PoolSettings(attack=ATTACK, **settings)
         return TriggerPool(model, context.data.batch(suspected), chosen, ordinary=ordinary, seed=0)
 

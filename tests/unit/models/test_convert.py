@@ -59,7 +59,9 @@ def test_the_parts_of_a_delta_keep_their_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "function", [exec, eval, print, getattr, subprocess.getoutput, sys.exit], ids=str
+    "function",
+    [exec, eval, print, getattr, subprocess.getoutput, sys.exit],
+    ids=lambda function: function.__name__,
 )
 def test_a_file_that_asks_for_code_is_refused(tmp_path, capsys, function):
     path = tmp_path / "evil.ckpt"

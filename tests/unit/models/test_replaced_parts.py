@@ -10,7 +10,7 @@ from dori_lightning.models.export import parts_of, weights_of, write_single
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
-from support.tiny import write_tiny
+from support.tiny import tiny_recipe, write_tiny
 
 FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -228,9 +228,17 @@ def test_a_file_that_notes_another_prediction_type_is_not_believed_nor_ignored(
     with pytest.raises(InputError, match=r"checkpoint\.prediction_type=v_prediction"):
         load(place / "base", unet=file)
     assert load(place / "base", unet=file, prediction_type="epsilon").prediction_type == "epsilon"
-    assert "notes that it predicts v_prediction" in caplog.text
+    assert "notes that the UNet predicts v_prediction" in caplog.text
     model = load(place / "base", unet=file, prediction_type="v_prediction")
     assert model.prediction_type == "v_prediction"
+
+
+def test_the_scheduler_beside_a_unet_counts_as_its_note(place, tmp_path):
+    other = write_tiny(tmp_path / "v", tiny_recipe(prediction_type="v_prediction"))
+    for given in (other, other / "unet"):
+        with pytest.raises(InputError, match=r"checkpoint\.prediction_type=v_prediction"):
+            load(place / "base", unet=str(given))
+    assert load(place / "base", vae=str(other)).prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])

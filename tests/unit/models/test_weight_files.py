@@ -57,8 +57,8 @@ def test_what_is_called_safetensors_and_is_not_is_told(tmp_path, content, words)
 def test_a_files_own_notes_of_what_it_predicts(tmp_path, notes, names, noted):
     path = tmp_path / "model.safetensors"
     save_file({name: torch.ones(1) for name in names}, path, metadata=notes)
-    found = WeightFile.open(path).prediction_type
-    assert (found and found[0]) == noted
+    found = WeightFile.open(path).prediction_note
+    assert (found and found.kind) == noted
 
 
 def weights(folder, *names):

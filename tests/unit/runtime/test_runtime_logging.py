@@ -19,14 +19,16 @@ RECORD = logging.LogRecord("x", logging.INFO, "file", 1, "a line", None, None)
 
 def test_a_log_gets_a_line_now_and_then_with_the_time_left(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    clock = iter([0.0, 10.0, 31.0, 40.0, 50.0])
+    clock = iter([0.0, 9.0, 12.0, 41.0, 42.0, 50.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with progress.progress_bar("attack", 10) as advance:
         advance(2)
-        advance(3)
         advance(1)
+        advance(1)
+        advance(2)
     assert [r.message for r in caplog.records] == [
-        "attack: 5 of 10, about 31 s left",
+        "attack: 3 of 10, about 28 s left",
+        "attack: 6 of 10, about 28 s left",
         "attack: done in 50 s",
     ]
 
