@@ -110,7 +110,7 @@ def check_answers(model: StableDiffusion, home: str) -> None:
             tuple(embeddings.shape) == (len(PROBES), *model.embedding_shape)
             and bool(embeddings.isfinite().all()),
             "the text encoder gives no numbers, or embeddings of another shape",
-            f"{home}/text_encoder/model.safetensors",
+            f"{home}/text_encoder/model.safetensors, or its config.json",
         )
         same = _first_twins([row.tobytes() for row in embeddings.cpu().numpy()])
         _require(

@@ -159,6 +159,8 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkey
         rows_of["with gradient" if torch.is_grad_enabled() else "forward"] += len(noised)
         return unet(self, noised, *args)
 
+    # what a checkpoint is asked when it is loaded is no part of a run's work
+    monkeypatch.setattr("dori_lightning.models.loading.check_answers", lambda *_: None)
     monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
     # no rows that only fill up a pass
     monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)

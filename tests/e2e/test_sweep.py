@@ -151,16 +151,12 @@ def test_runs_of_one_budget_alone_make_a_table_too(grid, place):
     assert len(table) == 3
 
 
-def test_one_run_gets_its_own_page_with_what_is_known_of_locality(grid, place):
+def test_one_run_gets_its_own_page(grid, place):
     (alone,) = [r for r in _unbounded(grid) if report_json(r)["mitigation"] == "none"]
-    local = place / "outputs" / "local"
-    local.mkdir()
-    (local / "locality.json").write_text('{"verdict": "It is spread out.", "figures": []}')
-    code, folder = reported(place, "alone", _listed([alone, local]))
+    code, folder = reported(place, "alone", _listed([alone]))
     assert code == 0
     text = (folder / "report.html").read_text()
     assert "Memorization audit" in text
-    assert "It is spread out." in text
     assert "data:image" not in text, "the run kept its images out of its page"
     assert not (folder / "table.parquet").exists()
 
