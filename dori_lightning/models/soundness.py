@@ -90,7 +90,7 @@ def check_parts(
         f"the text encoder gives width {width}, but the UNet's cross-attention takes {wanted}",
         f"{home}/text_encoder/config.json; {home}/unet/config.json",
     )
-    with blamed("the tokenizer does not work", f"{home}/tokenizer"):
+    with blamed("the tokenizer does not work", _tokenizer_files(home)):
         _check_tokens(tokenizer, text_encoder, home)
 
 
@@ -104,19 +104,20 @@ def check_answers(model: StableDiffusion, home: str) -> None:
     Raises:
         InputError: A part does not run, or its answer cannot be one; names its file.
     """
-    with blamed("the text encoder does not run", f"{home}/text_encoder/config.json"):
+    files = f"{home}/text_encoder/config.json; {home}/text_encoder/model.safetensors"
+    with blamed("the text encoder does not run", files):
         embeddings = model.encode_prompts(PROBES)
         _require(
             tuple(embeddings.shape) == (len(PROBES), *model.embedding_shape)
             and bool(embeddings.isfinite().all()),
             "the text encoder gives no numbers, or embeddings of another shape",
-            f"{home}/text_encoder/model.safetensors, or its config.json",
+            files,
         )
         same = _first_twins([row.tobytes() for row in embeddings.cpu().numpy()])
         _require(
             same is None,
             f"the text encoder gives the prompts {same} the same embedding",
-            f"{home}/text_encoder/model.safetensors",
+            files,
         )
     factor = 2 ** (len(model.autoencoder.config["block_out_channels"]) - 1)
     # two pixels a side are left in the middle: some layers normalize over them
@@ -230,17 +231,16 @@ def _check_samplers(configured: DDIMScheduler, home: str) -> None:
 
 
 def _check_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, home: str) -> None:
-    where = f"{home}/tokenizer; {home}/text_encoder/config.json"
+    where = _tokenizer_files(home)
     known, takes = len(tokenizer), text_encoder.config.vocab_size
     _require(
         known <= takes < known + PADDED_TOKENS,
         f"the tokenizer knows {known} tokens, but the text encoder has embeddings of {takes}",
-        where,
+        f"{where}; {home}/text_encoder/config.json",
         "give both of one checkpoint: tokenizer.json, or vocab.json with merges.txt",
     )
     length = tokenizer.model_max_length
-    _require(length >= 3, f"prompts of {length} tokens hold no word", f"{where}: model_max_length")
-    where = f"{home}/tokenizer: tokenizer.json, or vocab.json with merges.txt"
+    _require(length >= 3, f"prompts of {length} tokens hold no word", where)
     _require(
         set(tokenizer.get_vocab().values()) == set(range(known)),
         f"the ids of the tokenizer's {known} tokens are not 0 to {known - 1}: some are missing",
@@ -253,12 +253,19 @@ def _check_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, home: s
         f"({', '.join(unreachable[:5])}): its merges are missing or those of another",
         where,
     )
-    tokens = [tuple(tokenizer(prompt).input_ids) for prompt in PROBES]
+    padded = {"padding": "max_length", "truncation": True, "max_length": 77}
+    tokens = [tuple(tokenizer(prompt, **padded).input_ids) for prompt in PROBES]
     same = _first_twins(tokens)
     _require(
         same is None,
         f"the tokenizer turns the prompts {same} into the same tokens: its vocabulary is missing",
         where,
+    )
+
+
+def _tokenizer_files(home: str) -> str:
+    return (
+        f"{home}/tokenizer: tokenizer.json, or vocab.json with merges.txt; tokenizer_config.json"
     )
 
 
