@@ -64,6 +64,7 @@ _HOME = re.compile(r"~[\w.-]*(/|$)")
 _FROM_ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
 
 MEANINGS = {
+    "reference.source": "a checkpoint that never saw the images: a folder, hub id or single file",
     "checkpoint.source": "a diffusers folder, a hub id, or a single .safetensors file",
     "pairs.path": "the list of prompts and images, or the folder that holds both",
     "pairs.images": "the folder with the list's images",
@@ -127,6 +128,9 @@ class Config:
         mitigation: What is done to the checkpoint before the audit.
         utility: How much is measured of what the mitigation costs.
         attack: The search for embeddings that reproduce an image.
+        evidence: How sure the verdict has to be of each image.
+        reference: A model that never saw the images; empty for none.
+        power: How it is measured whether the attack could have found an image.
         sampling: How images are generated.
         metrics: How images are compared.
         trainer: Lightning's Trainer.
@@ -145,6 +149,9 @@ class Config:
     mitigation: dict[str, Any] = field(default_factory=dict)
     utility: dict[str, Any] = field(default_factory=dict)
     attack: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
+    power: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)

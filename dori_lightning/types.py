@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -34,7 +35,7 @@ KINDS: tuple[Kind, ...] = ("vm", "tm", "control")
 Init = Literal["prompt", "random", "control_prompt"]
 INITS: tuple[Init, ...] = ("prompt", "random", "control_prompt")
 Norm = Literal["none", "l2", "linf"]
-Status = Literal["ok", "diverged", "no_gradient"]
+Status = Literal["ok", "diverged", "no_gradient", "not_auditable"]
 Counted = Literal["at_budget", "up_to_budget"]
 
 
@@ -124,6 +125,8 @@ class Pair:
         duplicate_of: Id of an earlier pair that shares an image file, which breaks independence.
         truncated: Whether the prompt has more tokens than the text encoder takes, so that its end
             is cut; known once the checkpoint is loaded.
+        copy_of: Id of the suspect whose altered copy this control is (``pairs.self_controls``);
+            None for the pairs of a list.
     """
 
     id: str
@@ -137,6 +140,7 @@ class Pair:
     others: tuple[Reference, ...] = ()
     duplicate_of: str | None = None
     truncated: bool = False
+    copy_of: str | None = None
 
     @property
     def references(self) -> tuple[Reference, ...]:
@@ -285,20 +289,62 @@ class Outcome:
     closest: Mapping[str, tuple[Reference, ...]] = field(default_factory=dict)
 
 
+MARGIN = 0.15
+"""An image can be audited where its ceiling clears its null by at least this similarity."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What similarity means for one original and descriptor.
+
+    A score is comparable between images, a similarity is not: a blurry autoencoder lowers what a
+    copy can reach, a plain image raises what anything reaches.
+
+    Attributes:
+        null: Highest similarity that images of ordinary prompts reach against the original.
+        ceiling: Similarity of its own autoencoder reconstruction: the best a model can do.
+    """
+
+    null: Number
+    ceiling: Number
+
+    @property
+    def auditable(self) -> bool:
+        """Whether the descriptor can tell copies of this image from other images."""
+        return self.ceiling - self.null >= MARGIN  # also false where a number is missing
+
+    @property
+    def threshold(self) -> float:
+        """Similarity above which an image is a copy: midway; NaN where it is not auditable."""
+        return (self.null + self.ceiling) / 2 if self.auditable else math.nan
+
+    def score(self, similarity: float) -> float:
+        """A similarity as share of the way from null to ceiling; NaN if it is not auditable.
+
+        Above 0.5 is a copy; below 0 and above 1 are possible.
+        """
+        if not self.auditable:
+            return math.nan
+        return (similarity - self.null) / (self.ceiling - self.null)
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """How the replication threshold was set and how well the descriptor separates.
+    """How the replication thresholds were set and how well the descriptor separates.
 
     Attributes:
         descriptor: Name of the deciding descriptor.
-        threshold: Similarity above which a generated image counts as a replica.
+        threshold: Similarity above which a generated image counts as a replica: the same for all
+            images where it is fixed, else the median of theirs.
         rule: ``fixed`` (the descriptor's published value or the user's) or ``calibrated``.
-        null: Similarities of images that are not replicas: those of any prompt, unattacked,
-            against references of control pairs, best of K.
+        null: Similarities of images that are not replicas: those of ordinary prompts against each
+            original, best of K.
         ceiling: Similarities of each original with its own autoencoder reconstruction: the best a
             model can do.
         auc: Area under the ROC of vm prompts against control prompts, NaN where either is missing.
         roc: (false positive rate, true positive rate, threshold) points, sorted by rate.
+        scales: Pair id to what similarity means for its image; empty where it was not measured, as
+            in records of earlier versions.
     """
 
     descriptor: str
@@ -308,6 +354,22 @@ class Calibration:
     ceiling: tuple[Number, ...]
     auc: Number
     roc: tuple[tuple[float, float, float], ...]
+    scales: dict[str, Scale] = field(default_factory=dict)
+
+    def threshold_of(self, pair_id: str) -> float:
+        """Similarity above which an image is a copy of this pair's; NaN: it cannot be audited.
+
+        A fixed threshold is taken as it is, for all images.
+        """
+        scale = self.scales.get(pair_id)
+        if scale is None or self.rule == "fixed":
+            return self.threshold
+        return scale.threshold
+
+    @property
+    def not_auditable(self) -> tuple[str, ...]:
+        """Ids of pairs whose copies the descriptor cannot tell from other images."""
+        return tuple(name for name in self.scales if math.isnan(self.threshold_of(name)))
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ import torch
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.attacks.embedding_attack import AttackContext, ControlPrompts
 from dori_lightning.metrics.calibration import Measures, ReferenceImages
+from dori_lightning.metrics.evidence import EvidenceSettings
 from dori_lightning.metrics.utility import UtilitySettings
 from dori_lightning.mitigations.base import Context, EditResult, Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.generation import baseline_cache_key
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.corpus import Corpus
+from dori_lightning.pairs.copies import alterations, altered_copies
+from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, Corpus
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.types import Budget, InputError, Pair, Pairs
@@ -54,6 +56,7 @@ class AuditContext:
         control_prompts: Initial points of the attack from ``control_prompt``.
         mitigation: What is done to the checkpoint.
         utility: How much of the mitigation's cost is measured.
+        evidence: How sure the verdict has to be.
         make_trainer: Makes a Trainer from keyword arguments.
     """
 
@@ -71,6 +74,7 @@ class AuditContext:
     control_prompts: ControlPrompts
     mitigation: Mitigation
     utility: UtilitySettings
+    evidence: EvidenceSettings
     make_trainer: Callable[..., L.Trainer]
 
     @cached_property
@@ -122,8 +126,24 @@ class AuditContext:
         return self.for_mitigations.find(self.mitigation, self.model, self.suspected)
 
 
-def check_controls(pairs: Sequence[Pair], attack: AttackSettings, measures: Measures) -> None:
-    """Refuse a list without the control pairs that calibration or the attack needs.
+def with_self_controls(pairs: Pairs, setting: str | Sequence[str], folder: Path) -> Pairs:
+    """Add altered copies of the suspects as controls; see ``pairs.copies``.
+
+    Args:
+        pairs: The list of pairs, as it was read.
+        setting: ``pairs.self_controls``.
+        folder: Where the copies' images are kept.
+
+    Raises:
+        InputError: An unknown alteration, or a pair of a copy's name.
+    """
+    audited = [pair for pair in pairs if pair.role == "audit"]
+    kinds = alterations(setting, controls=sum(pair.kind == "control" for pair in audited))
+    return Pairs((*pairs, *altered_copies(audited, kinds, folder)), skipped=pairs.skipped)
+
+
+def check_controls(pairs: Sequence[Pair], attack: AttackSettings) -> None:
+    """Refuse a list without the control pairs that the attack starts from.
 
     Warns of controls with fewer reference images than suspected pairs have.
 
@@ -142,15 +162,7 @@ def check_controls(pairs: Sequence[Pair], attack: AttackSettings, measures: Meas
             suspected,
             unseen,
         )
-    controls = len(counts[True])
-    if not controls and measures.descriptors[measures.decider].threshold is None:
-        raise InputError(
-            f"{measures.decider} has no fixed threshold: it is calibrated on control pairs, and "
-            f"the list has none\n"
-            f"  where: metrics.descriptors.{measures.decider}.threshold\n"
-            f"  fix:   add pairs of kind control (images that the checkpoint was not trained on, "
-            f"with their prompts), or set metrics.descriptors.{measures.decider}.threshold=NUMBER"
-        )
+    controls = sum(pair.kind == "control" and pair.copy_of is None for pair in pairs)
     if "control_prompt" in attack.inits and controls < 2:
         raise InputError(
             f"attack.inits has control_prompt, but the list has {controls} control pairs\n"
@@ -160,8 +172,8 @@ def check_controls(pairs: Sequence[Pair], attack: AttackSettings, measures: Meas
 
 
 def control_prompts(pairs: Sequence[Pair], data: PairsDataModule) -> ControlPrompts:
-    """Prompts of all control pairs, encoded: initial points of the attack."""
-    controls = [pair for pair in pairs if pair.kind == "control"]
+    """Prompts of all listed control pairs, encoded: initial points of the attack."""
+    controls = [pair for pair in pairs if pair.kind == "control" and pair.copy_of is None]
     return ControlPrompts(
         tuple(pair.id for pair in controls),
         data.batch(controls).embeddings if controls else None,
@@ -191,6 +203,7 @@ def audit_bytes(context: AuditContext) -> int:
     # of all pairs: controls are attacked from everywhere where the answer rests on it
     attacks = len(context.pairs) * len(attack.inits) * attack.restarts
     prompts = len(context.pairs) * (1 if isinstance(context.mitigation, NoMitigation) else 2)
+    prompts += ORDINARY_PROMPTS
     images = (prompts + attacks * snapshots) * context.sampling.images_per_pair
     # an attack that can be continued also keeps its offset and Adam's two moments
     tensors = snapshots + (3 if attack.early_stop else 0)

@@ -1,8 +1,8 @@
 """Attack, generate and score: the images of an audit and what they say."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from dori_lightning.attacks.embedding_attack import (
     run_attacks,
 )
 from dori_lightning.audit.context import AuditContext
+from dori_lightning.audit.loss_evidence import loss_evidence
 from dori_lightning.metrics.calibration import calibrate_measures
+from dori_lightning.metrics.evidence import ImageEvidence, LossEvidence, image_evidence
 from dori_lightning.metrics.replication import cells as cells_of
-from dori_lightning.metrics.replication import is_copy, unchecked_starts
+from dori_lightning.metrics.replication import is_copy, pair_results, unchecked_starts
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.models.generation import (
     GenerationRequest,
@@ -25,6 +27,7 @@ from dori_lightning.models.generation import (
     image_seeds,
     load_images,
 )
+from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, ordinary_prompts
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Outcome
@@ -39,12 +42,14 @@ class Generated:
     Attributes:
         conditionings: Prompts and adversarial embeddings, generated from under the edit.
         baseline: Prompts, generated from without the edit; empty where there is no edit.
-        calibration: The threshold, where generating needed it already.
+        calibration: The thresholds, where generating needed them already.
+        losses: Pair id to the evidence by loss; empty where it is not asked for.
     """
 
     conditionings: tuple[Conditioning, ...]
     baseline: tuple[Conditioning, ...]
     calibration: Calibration | None = None
+    losses: Mapping[str, LossEvidence] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,29 @@ class Evaluation:
         baseline: Of the prompts' images without it; empty where there is no edit.
         calibration: The threshold, set on the checkpoint without an edit.
         cells: Rows of the answer, those of mitigation ``none`` last.
+        evidence: One row for each suspected image.
+        reference: Rows of the model that never saw the images; empty without one.
     """
 
     outcomes: tuple[Outcome, ...]
     baseline: tuple[Outcome, ...]
     calibration: Calibration
     cells: tuple[Cell, ...]
+    evidence: tuple[ImageEvidence, ...]
+    reference: tuple[Cell, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """The same attacks on a model that never saw the images.
+
+    Attributes:
+        context: The audit, with that model.
+        generated: What its images were generated from.
+    """
+
+    context: AuditContext
+    generated: Generated
 
 
 def attack_and_generate(
@@ -83,6 +105,7 @@ def attack_and_generate(
         edit: What the mitigation changes.
         on_round: Called with the embeddings of one initial point and restart.
     """
+    generate_ordinary(context)
     prompts, images = prompt_conditionings(context), context.folder / "pictures"
     mitigated, calibration = not edit.is_empty, None
     if mitigated:
@@ -134,11 +157,20 @@ def attack_and_generate(
             )
             everywhere = replace(context.attack, inits=starts, other_inits=None)
             conditionings = search(attack_rounds(everywhere, controls), conditionings)
-    return Generated(conditionings, prompts if mitigated else (), calibration)
+    losses: Mapping[str, LossEvidence] = {}
+    if context.evidence.losses:
+        with edit.applied(context.model):
+            losses = loss_evidence(context, conditionings)
+    return Generated(conditionings, prompts if mitigated else (), calibration, losses)
 
 
-def evaluate(context: AuditContext, generated: Generated) -> Evaluation:
-    """Score every image against its pair's, and count the replicas."""
+def evaluate(
+    context: AuditContext, generated: Generated, reference: ReferenceRun | None = None
+) -> Evaluation:
+    """Score every image against its pair's, count the replicas, and judge every suspect.
+
+    The reference's images are judged by the thresholds of the checkpoint under audit.
+    """
     images = context.folder / "pictures"
     outcomes = measure_all(context, generated.conditionings, images, title="score")
     baseline = measure_all(context, generated.baseline, context.unmitigated, title="score before")
@@ -155,7 +187,29 @@ def evaluate(context: AuditContext, generated: Generated) -> Evaluation:
             aggregation=context.references.measures.aggregation,
         )
     ]
-    return Evaluation(outcomes, baseline, calibration, tuple(cells))
+    aggregation = context.references.measures.aggregation
+    there = reference and [
+        measure(reference.context, c, reference.context.folder / "pictures")
+        for c in reference.generated.conditionings
+    ]
+    evidence = image_evidence(
+        pair_results(outcomes, calibration, aggregation),
+        calibration,
+        rate=context.evidence.false_discovery_rate,
+        reference=pair_results(there or (), calibration, aggregation),
+        losses=generated.losses,
+        reference_losses=reference.generated.losses if reference else {},
+    )
+    reference_cells = reference and cells_of(
+        there or (),
+        calibration,
+        checkpoint=reference.context.model.name,
+        mitigation=BASELINE,
+        aggregation=aggregation,
+    )
+    return Evaluation(
+        outcomes, baseline, calibration, tuple(cells), evidence, tuple(reference_cells or ())
+    )
 
 
 def prompt_conditionings(context: AuditContext) -> tuple[Conditioning, ...]:
@@ -246,15 +300,35 @@ def measure_shared(
     return tuple(scored[str(place)] for place in range(len(conditionings)))
 
 
+def _ordinary_folder(context: AuditContext, place: int) -> Path:
+    return context.unmitigated / "ordinary" / f"{place:03d}"
+
+
+def generate_ordinary(context: AuditContext) -> None:
+    """Generate this process's share of the images that say what any image reaches.
+
+    Of ordinary prompts, by the checkpoint without an edit; shared by the jobs of a sweep.
+    """
+    trainer, sampling = context.trainer, context.sampling
+    embeddings = context.model.encode_prompts(ordinary_prompts(context.corpus, ORDINARY_PROMPTS))
+    requests = [
+        GenerationRequest(_ordinary_folder(context, k), embedding.cpu())
+        for k, embedding in enumerate(embeddings)
+    ][trainer.global_rank :: trainer.world_size]
+    with progress_bar("ordinary", len(requests) * sampling.images_per_pair) as advance:
+        generate_images(context.model, requests, sampling, advance=advance)
+
+
 def calibrate(context: AuditContext, outcomes: Sequence[Outcome]) -> Calibration:
-    """Set the threshold between images of unattacked prompts and the autoencoder's limit.
+    """Set each image's threshold between images of ordinary prompts and the autoencoder's limit.
 
     Args:
-        context: The audit; its model carries no edit.
-        outcomes: Outcomes of the checkpoint without an edit; only those of prompts are used.
+        context: The audit; its model carries no edit, and ``generate_ordinary`` was called.
+        outcomes: Outcomes of the checkpoint without an edit; those of prompts are used for the
+            ROC.
 
     Raises:
-        InputError: No threshold separates replicas from other images.
+        InputError: No descriptor separates replicas of any image from other images.
     """
     model, references = context.model, context.references
     prompted = [outcome for outcome in outcomes if outcome.condition.attack == "prompt"]
@@ -267,7 +341,10 @@ def calibrate(context: AuditContext, outcomes: Sequence[Outcome]) -> Calibration
     return calibrate_measures(
         references,
         prompted,
-        images={o.pair.id: load_images(o.images[0].parent, o.seeds) for o in prompted},
+        ordinary=[
+            load_images(_ordinary_folder(context, k), image_seeds(context.sampling))
+            for k in range(ORDINARY_PROMPTS)
+        ],
         reconstructions=torch.cat(reconstructions),
     )
 

@@ -27,6 +27,7 @@ from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.evaluation import (
     calibrate,
     generate,
+    generate_ordinary,
     image_folder,
     measure,
     measure_all,
@@ -246,6 +247,7 @@ def find_threshold(audit: AuditContext) -> Calibration:
     if fixed is not None:
         return Calibration(measures.decider, fixed, "fixed", (), (), float("nan"), ())
     prompts, folder = prompt_conditionings(audit), audit.unmitigated
+    generate_ordinary(audit)
     generate(audit, prompts, folder, title="calibrate")
     return calibrate(audit, measure_all(audit, prompts, folder, title="score prompts"))
 

@@ -1,9 +1,11 @@
-"""Set the replication threshold on the checkpoint and list at hand; choose the descriptor too.
+"""Say for each image what similarity makes a copy, on the checkpoint at hand.
 
-A threshold tuned on one benchmark means nothing on another checkpoint: a blurry autoencoder lowers
-every similarity, a list of look-alikes raises them. So it is placed between two things that can be
-measured anywhere: what images that are no replicas reach (``null``), and what a perfect replica
-reaches after the checkpoint's own autoencoder (``ceiling``).
+A threshold tuned on one benchmark means nothing on another checkpoint, nor one image's on another
+image: a blurry autoencoder lowers what a copy can reach, a plain image raises what anything
+reaches. So each image has its own, midway between two things that can be measured anywhere: what
+images of ordinary prompts reach against it (``null``), and what a perfect replica reaches after
+the checkpoint's own autoencoder (``ceiling``). Neither depends on the rest of the list: an image
+that the autoencoder cannot hold moves nobody's threshold but its own.
 """
 
 import logging
@@ -19,37 +21,18 @@ from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.metrics.perceptual import ClipAlignment, LPIPSDistance
 from dori_lightning.metrics.replication import Aggregation, diversity, per_pair
 from dori_lightning.metrics.statistics import roc_curve
-from dori_lightning.types import Calibration, InputError, Outcome, Pair, Reference, require
+from dori_lightning.types import (
+    MARGIN,
+    Calibration,
+    InputError,
+    Outcome,
+    Pair,
+    Reference,
+    Scale,
+    require,
+)
 
 log = logging.getLogger(__name__)
-
-NULL_QUANTILE = 0.99
-CEILING_QUANTILE = 0.05
-
-
-@dataclass(frozen=True)
-class Separation:
-    """How well one descriptor tells replicas from other images on one checkpoint and list.
-
-    Attributes:
-        descriptor: Its name.
-        auc: Area under the ROC of replicas against the null.
-        margin: ``(positive_low - null_high) / pooled standard deviation``; above 0 a threshold
-            fits in between.
-        positive_low: 5 % quantile of the replicas.
-        null_high: 99 % quantile of the null.
-    """
-
-    descriptor: str
-    auc: float
-    margin: float
-    positive_low: float
-    null_high: float
-
-    @property
-    def decides(self) -> bool:
-        """Whether a threshold fits between the two."""
-        return self.positive_low > self.null_high
 
 
 def _finite(values: ArrayLike, what: str) -> np.ndarray:
@@ -66,165 +49,110 @@ def _finite(values: ArrayLike, what: str) -> np.ndarray:
     return kept
 
 
-def _high(null: np.ndarray) -> float:
-    # "higher" and "lower" below: short lists answer with an observed value on the cautious side.
-    return float(np.quantile(null, NULL_QUANTILE, method="higher"))
-
-
-def _low(positives: np.ndarray) -> float:
-    return float(np.quantile(positives, CEILING_QUANTILE, method="lower"))
-
-
-def separation_table(samples: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Separation, ...]:
-    """Measure every descriptor on the same images, so that the deciding one is chosen by result.
-
-    Args:
-        samples: Descriptor name to (replicas, null): similarities of images known to be replicas
-            (reconstructions of the references, or unattacked prompts of memorized pairs) and of
-            images known not to be. Values that are not finite are left out with a warning.
-
-    Returns:
-        One row per descriptor, the widest margin first.
-
-    Raises:
-        ValueError: A descriptor lacks replicas or null.
-    """
-    rows = []
-    for name, (replicas, others) in samples.items():
-        positives = _finite(replicas, f"replicas by {name}")
-        null = _finite(others, f"non-replicas by {name}")
-        if positives.size == 0 or null.size == 0:
-            raise ValueError(
-                f"{name} needs replicas and non-replicas, got {positives.size} and {null.size}"
-            )
-        spread = math.sqrt((float(positives.var()) + float(null.var())) / 2)
-        low, high = _low(positives), _high(null)
-        rows.append(
-            Separation(
-                descriptor=name,
-                auc=roc_curve(positives, null).auc,
-                margin=(low - high) / max(spread, 1e-6),
-                positive_low=low,
-                null_high=high,
-            )
-        )
-    return tuple(sorted(rows, key=lambda row: -row.margin))
-
-
 def calibrate(
     descriptor: str,
     *,
-    null: ArrayLike,
-    ceiling: ArrayLike,
-    vm_scores: ArrayLike,
-    control_scores: ArrayLike,
+    nulls: Mapping[str, ArrayLike],
+    ceilings: Mapping[str, float],
+    vm_scores: ArrayLike = (),
+    control_scores: ArrayLike = (),
     fixed: float | None = None,
-    offered: Sequence[Separation] = (),
+    able: Sequence[str] = (),
 ) -> Calibration:
-    """Put the threshold midway between the null's 99 % and the ceiling's 5 % quantile.
+    """Put each image's threshold midway between what ordinary images and a perfect replica reach.
 
     Attacked controls are deliberately no part of this. If they were, the threshold would rise
     until they pass, and the false-positive rate of the attack, the one number that says whether
     "the attack brought it back" can be believed, would be low by construction. They stay a
     held-out test.
 
-    With fewer than 100 values the 99 % quantile is the highest value seen, with fewer than 21 the
-    5 % quantile is the lowest: the cautious side both times.
-
     Args:
         descriptor: Name of the deciding descriptor.
-        null: Similarities of images that are no replicas: those of any prompt, unattacked,
-            against references of control pairs, best of K each.
-        ceiling: Similarity of each original with its own autoencoder reconstruction.
+        nulls: Pair id to the similarities, with its original, of images of ordinary prompts; the
+            highest counts.
+        ceilings: Pair id to the similarity of its original's autoencoder reconstruction.
         vm_scores: Per-pair similarities of unattacked vm prompts; only for the ROC.
-        control_scores: Per-pair similarities of unattacked control prompts; only for the ROC, but
-            the calibrated rule wants at least one.
-        fixed: Threshold that is taken as it is (rule ``fixed``); warned about where the ceiling or
-            the null says that it cannot work here.
-        offered: The descriptors measured on the same checkpoint and list, to name those that could
-            decide.
+        control_scores: Per-pair similarities of unattacked control prompts; only for the ROC.
+        fixed: One threshold for all images, taken as it is (rule ``fixed``); warned about where
+            the ceilings or the nulls say that it cannot work here.
+        able: Other descriptors that can audit images here, for the message where this one cannot.
 
     Returns:
-        The calibration; it keeps the finite values of ``null`` and ``ceiling``.
+        The calibration; it keeps the finite values of all nulls and ceilings.
 
     Raises:
-        InputError: There are no controls, nothing to calibrate with, or null and ceiling overlap:
-            the descriptor cannot decide on this checkpoint and list.
+        InputError: There is not one image whose copies the descriptor can tell from others.
         ValueError: ``fixed`` is outside [-1, 1].
     """
-    others, best = _finite(null, "the null"), _finite(ceiling, "the ceiling")
-    memorized = _finite(vm_scores, "vm prompts")
-    controls = _finite(control_scores, "control prompts")
+    others = {name: _finite(values, f"the null of {name}") for name, values in nulls.items()}
+    scales = {
+        name: Scale(float(others[name].max()) if others[name].size else math.nan, ceiling)
+        for name, ceiling in ceilings.items()
+    }
+    everything = np.concatenate([*others.values(), np.empty(0)])
+    best = _finite(list(ceilings.values()), "the ceiling")
     if fixed is None:
-        threshold = _calibrated(descriptor, others, best, controls=controls, offered=offered)
+        thresholds = [scale.threshold for scale in scales.values() if scale.auditable]
+        if not thresholds:
+            raise InputError(_cannot_decide(descriptor, everything, best, able))
+        threshold = float(np.median(thresholds))
     else:
         if not -1 <= fixed <= 1:
             raise ValueError(f"a fixed threshold must lie in [-1, 1], got {fixed}")
         threshold = float(fixed)
-        _warn_about_fixed(descriptor, threshold, others, best)
-    roc = roc_curve(memorized, controls)
+        _warn_about_fixed(descriptor, threshold, everything, best)
+    roc = roc_curve(_finite(vm_scores, "vm prompts"), _finite(control_scores, "control prompts"))
     return Calibration(
         descriptor=descriptor,
         threshold=threshold,
         rule="calibrated" if fixed is None else "fixed",
-        null=tuple(others.tolist()),
+        null=tuple(everything.tolist()),
         ceiling=tuple(best.tolist()),
         auc=roc.auc,
         roc=roc.points,
+        scales=scales,
     )
 
 
-def _calibrated(
-    descriptor: str,
-    null: np.ndarray,
-    ceiling: np.ndarray,
-    *,
-    controls: np.ndarray,
-    offered: Sequence[Separation],
-) -> float:
+def _cannot_decide(
+    descriptor: str, null: np.ndarray, ceiling: np.ndarray, able: Sequence[str]
+) -> str:
     fix = (
         f"or give {descriptor} a fixed threshold (metrics.descriptors.{descriptor}.threshold=...)"
     )
-    if controls.size == 0:
-        raise InputError(
-            f"cannot calibrate the threshold of {descriptor}: there are no images of control "
-            f"pairs; add pairs of kind control (prompts and images that the checkpoint has not "
-            f"memorized) to the list, {fix}"
-        )
     if null.size == 0 or ceiling.size == 0:
-        raise InputError(
-            f"cannot calibrate the threshold of {descriptor}: {null.size} similarities of "
-            f"non-replicas and {ceiling.size} of autoencoder reconstructions are finite; if "
-            f"images come out as NaN, run the checkpoint in float32 or bfloat16, {fix}"
+        return (
+            f"cannot calibrate the thresholds of {descriptor}: {null.size} similarities of "
+            f"ordinary prompts' images and {ceiling.size} of autoencoder reconstructions are "
+            f"finite; if images come out as NaN, run the checkpoint in float32 or bfloat16, {fix}"
         )
-    high, low = _high(null), _low(ceiling)
-    if low <= high:
-        able = ", ".join(s.descriptor for s in offered if s.decides and s.descriptor != descriptor)
-        others = f"descriptors that could: {able} (metrics.decider=...)"
-        raise InputError(
-            f"{descriptor} cannot decide on this checkpoint and list: images that are no replicas "
-            f"reach {high:.3f} ({NULL_QUANTILE:.0%} quantile of {null.size}) while the "
-            f"references' own autoencoder reconstructions fall to {low:.3f} "
-            f"({CEILING_QUANTILE:.0%} quantile of {ceiling.size}); "
-            f"{others if able else 'no other descriptor measured here can'}, {fix}"
-        )
-    return max((high + low) / 2, high)
+    others = f"descriptors that could: {', '.join(able)} (metrics.decider=...)"
+    return (
+        f"{descriptor} cannot decide on this checkpoint and list: for none of the {ceiling.size} "
+        f"images does its own autoencoder reconstruction (median similarity "
+        f"{np.median(ceiling):.3f}) clear what images of ordinary prompts reach against it (up "
+        f"to {null.max():.3f}) by {MARGIN}; "
+        f"{others if able else 'no other descriptor measured here can'}, {fix}"
+    )
+
+
+FEW = 0.05
+"""Share of images on the wrong side of a fixed threshold that earns a warning."""
 
 
 def _warn_about_fixed(
     descriptor: str, threshold: float, null: np.ndarray, ceiling: np.ndarray
 ) -> None:
     """A threshold above the ceiling makes every rate 0 and every mitigation perfect; say so."""
-    lost, false = float((ceiling <= threshold).mean()) if ceiling.size else 0.0, 0.0
-    if null.size:
-        false = float((null > threshold).mean())
-    if lost > CEILING_QUANTILE:
+    lost = float((ceiling <= threshold).mean()) if ceiling.size else 0.0
+    false = float((null > threshold).mean()) if null.size else 0.0
+    if lost > FEW:
         log.warning(
             "fixed threshold %.3f of %s: %.0f %% of the references miss it even as plain "
             "autoencoder reconstructions, so low rates say little",
             threshold, descriptor, 100 * lost,
         )  # fmt: skip
-    if false > 1 - NULL_QUANTILE:
+    if false > FEW / 5:
         log.warning(
             "fixed threshold %.3f of %s: %.0f %% of the images that are no replicas pass it",
             threshold, descriptor, 100 * false,
@@ -381,65 +309,47 @@ class ReferenceImages:
         return torch.stack([part.amax(1) for part in parts], dim=1)
 
 
-def null_similarities(
-    references: ReferenceImages, name: str, images: Mapping[str, torch.Tensor]
-) -> list[float]:
-    """Best-of-K similarities of images that cannot be copies, by one descriptor.
-
-    Images of every prompt against the references of *control* pairs, which the model cannot
-    hold. Not against the others: a control prompt may well bring back somebody else's memorized
-    image. A pair is never compared with another one that shares an image file with it.
-
-    Args:
-        references: All audited pairs.
-        name: Descriptor.
-        images: Pair id to its unattacked prompt's images (K, 3, H, W).
-    """
-    values: list[float] = []
-    for pair in references.pairs:
-        similarities = references.similarities(images[pair.id], references.pairs, name=name)
-        for other, value in zip(references.pairs, similarities.amax(0).tolist(), strict=True):
-            if other.kind == "control" and not (other.id != pair.id and _share(other, pair)):
-                values.append(value)
-    return values
-
-
-def _share(one: Pair, other: Pair) -> bool:
-    """Whether two pairs have an image file in common."""
-    hashes = {own.sha256 for own in one.references if own.sha256}
-    return any(own.sha256 in hashes for own in other.references)
-
-
 def calibrate_measures(
     references: ReferenceImages,
     prompted: Sequence[Outcome],
     *,
-    images: Mapping[str, torch.Tensor],
+    ordinary: Sequence[torch.Tensor],
     reconstructions: torch.Tensor,
 ) -> Calibration:
-    """Set the deciding descriptor's threshold for this checkpoint and list.
+    """Set the deciding descriptor's thresholds for this checkpoint.
+
+    The configured descriptor decides if it can audit at least one image; otherwise the one that
+    can audit the most. An audit that ran for hours must not end without an answer because one
+    descriptor is blind to one checkpoint; which one decided is named in every row of the answer.
 
     Args:
         references: All audited pairs, N.
         prompted: Outcomes of the unattacked prompts.
-        images: Pair id to its unattacked prompt's images (K, 3, H, W).
+        ordinary: Images (K, 3, H, W) in [0, 1] of each of M ordinary prompts.
         reconstructions: The images that pairs aim at, through the autoencoder (N, 3, H, W) in
             [0, 1].
 
     Raises:
-        InputError: No threshold separates; says which descriptor would.
+        InputError: No descriptor can audit any image; says what each lacks.
     """
-    measures, samples = references.measures, {}
+    measures, names = references.measures, [pair.id for pair in references.pairs]
+    nulls, ceilings, able = {}, {}, dict[str, int]()
     for name, descriptor in measures.descriptors.items():
         features = references.features[name]
-        ceiling = [
+        ceilings[name] = [
             float(descriptor.compare(descriptor.describe(image[None]), features[k : k + 1])[0, 0])
             for k, image in enumerate(reconstructions)
         ]
-        samples[name] = (ceiling, null_similarities(references, name, images))
-    offered = separation_table({k: v for k, v in samples.items() if v[0] and v[1]})
-    decider = _decider(measures, offered)
-    ceiling, null = samples[decider]
+        reached = [
+            references.similarities(images, references.pairs, name=name).amax(0).numpy()
+            for images in ordinary
+        ]
+        nulls[name] = np.stack(reached, -1) if reached else np.empty((len(names), 0))
+        able[name] = sum(
+            Scale(float(np.nanmax(row, initial=-np.inf)), ceiling).auditable
+            for row, ceiling in zip(nulls[name], ceilings[name], strict=True)
+        )
+    decider = _decider(measures, able)
     scores = {
         kind: [
             float(per_pair(outcome.similarity[decider], measures.aggregation))
@@ -450,32 +360,26 @@ def calibrate_measures(
     }
     return calibrate(
         decider,
-        null=null,
-        ceiling=ceiling,
+        nulls=dict(zip(names, nulls[decider], strict=True)),
+        ceilings=dict(zip(names, ceilings[decider], strict=True)),
         vm_scores=scores["vm"],
         control_scores=scores["control"],
         fixed=measures.descriptors[decider].threshold,
-        offered=offered,
+        able=[name for name, count in able.items() if count and name != decider],
     )
 
 
-def _decider(measures: Measures, offered: Sequence[Separation]) -> str:
-    """The configured decider, or the one that separates most where it cannot decide here.
-
-    An audit that ran for hours must not end without an answer because one descriptor is blind to
-    one checkpoint; the descriptor that decided is named in every row of the answer.
-    """
+def _decider(measures: Measures, able: Mapping[str, int]) -> str:
+    """The configured decider, or the one that audits most images where it can audit none."""
     name = measures.decider
-    if measures.descriptors[name].threshold is not None:
-        return name
-    able = [row.descriptor for row in offered if row.decides]
-    if not able or name in able:
+    most = max(able, key=lambda other: able[other])
+    if measures.descriptors[name].threshold is not None or able[name] or not able[most]:
         return name
     log.warning(
-        "%s cannot tell copies from other images on this checkpoint and list; %s decides "
+        "%s cannot tell copies of any image from other images on this checkpoint; %s decides "
         "instead (metrics.decider=%s makes that the choice)",
         name,
-        able[0],
-        able[0],
+        most,
+        most,
     )
-    return able[0]
+    return most

@@ -10,7 +10,8 @@ Rules, in order:
 3. A restart that diverged says nothing. A pair is *failed* where every restart diverged, or where
    none reproduces it and one has no number: it is left out of the denominator and shown, because
    counting it as safe would reward a mitigation for breaking the attack's numerics.
-4. Similarity strictly above the threshold is a replica.
+4. Similarity strictly above the image's own threshold is a replica. An image whose copies the
+   descriptor cannot tell from other images is in no rate, and never "safe".
 5. A cell counts what comes back at its budget. Beside it stands what came back at any step
    evaluated up to there (``first_success``); where attacks were stopped at a success, only that
    is known.
@@ -92,7 +93,8 @@ class PairResult:
     Attributes:
         pair: The pair.
         condition: How its images were generated.
-        status: ``ok`` where there is a result; otherwise the status of the restarts that failed,
+        status: ``ok`` where there is a result; ``not_auditable`` where the descriptor cannot tell
+            copies of this image from others; otherwise the status of the restarts that failed,
             ``diverged`` where an image has no similarity.
         statistic: Similarity that decides ``reproduced``: K images aggregated, best restart; NaN
             without a result.
@@ -151,7 +153,8 @@ def _pair_result(
     known = [(n, o) for n, o in zip(numbers, searched, strict=True) if not math.isnan(n)]
     statistic = max((number for number, _ in known), default=math.nan)
     complete = len(known) == len(searched)
-    if not statistic > rule.threshold and not (known and complete):
+    threshold = rule.threshold_of(restarts[0].pair.id)
+    if not statistic > threshold and not (known and complete):
         unknown: Status = "diverged"
         status = next((o.status for o in restarts if o.status != "ok"), unknown)
         pair, condition = restarts[0].pair, restarts[0].condition
@@ -165,12 +168,12 @@ def _pair_result(
     return PairResult(
         pair=outcome.pair,
         condition=outcome.condition,
-        status="ok",
+        status="not_auditable" if math.isnan(threshold) else "ok",
         statistic=statistic,
         best=best,
         picture=outcome.images[place] if outcome.images else None,
         seed=outcome.seeds[place],
-        reproduced=statistic > rule.threshold,
+        reproduced=None if math.isnan(threshold) else statistic > threshold,
         reference=closest[place] if (closest := outcome.closest.get(rule.descriptor)) else None,
     )
 
@@ -185,7 +188,8 @@ def cells(
 ) -> tuple[Cell, ...]:
     """Count reproduced pairs per condition and kind, by the rules at the top of this module.
 
-    Pairs that repeat another pair's image (``duplicate_of``) count like any other.
+    Pairs that repeat another pair's image (``duplicate_of``) count like any other; those that
+    cannot be audited are in no cell.
 
     Args:
         outcomes: Outcomes of one checkpoint under one mitigation, any order, all restarts.
@@ -205,7 +209,9 @@ def cells(
     stopped = {(o.condition, o.pair.kind) for o in outcomes if o.stopped_at is not None}
     groups: dict[tuple[Condition, Kind], list[PairResult]] = {}
     for result in pair_results(outcomes, calibration, aggregation):
-        groups.setdefault((result.condition, result.pair.kind), []).append(result)
+        group = groups.setdefault((result.condition, result.pair.kind), [])
+        if result.pair.id not in calibration.not_auditable:
+            group.append(result)
     rows = []
     for (condition, kind), group in groups.items():
         known = np.array([result.statistic for result in group if result.status == "ok"])
@@ -368,7 +374,8 @@ def is_copy(outcome: Outcome, rule: Calibration, aggregation: Aggregation) -> bo
     """Whether an outcome's images reproduce the pair; never where its attack failed."""
     if outcome.status != "ok":
         return False
-    return bool(per_pair(outcome.similarity[rule.descriptor], aggregation) > rule.threshold)
+    statistic = per_pair(outcome.similarity[rule.descriptor], aggregation)
+    return bool(statistic > rule.threshold_of(outcome.pair.id))
 
 
 def first_successes(

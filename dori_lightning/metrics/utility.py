@@ -337,17 +337,18 @@ def compare_pictures(
 
 
 def count_replicas(
-    rows: Sequence[PictureRow], *, threshold: float, aggregation: Aggregation
+    rows: Sequence[PictureRow], *, threshold_of: Callable[[str], float], aggregation: Aggregation
 ) -> Replicas:
     """Count neighbour prompts that bring their pair's original back, by either model.
 
     Args:
         rows: Of neighbour prompts, at least one.
-        threshold: Similarity above which an image counts as a replica.
+        threshold_of: Pair id to the similarity above which an image is a replica of its original.
         aggregation: How a prompt's images become one number.
     """
     scores = _best_with_original(rows, aggregation)
-    over = np.array(list(scores.values())) > threshold
+    near = {row.id: row.group for row in rows}
+    over = np.array([best > threshold_of(near[name]) for name, best in scores.items()])
     before, after = (int(count) for count in over.sum(0))
     return Replicas(
         prompts=len(scores),
@@ -359,7 +360,7 @@ def count_replicas(
 
 
 def replicated_before(
-    rows: Sequence[PictureRow], *, threshold: float, aggregation: Aggregation
+    rows: Sequence[PictureRow], *, threshold_of: Callable[[str], float], aggregation: Aggregation
 ) -> set[str]:
     """Name the neighbour prompts that brought their pair's original back without the mitigation.
 
@@ -367,11 +368,12 @@ def replicated_before(
 
     Args:
         rows: Of neighbour prompts.
-        threshold: Similarity above which an image counts as a replica.
+        threshold_of: Pair id to the similarity above which an image is a replica of its original.
         aggregation: How a prompt's images become one number.
     """
     scores = _best_with_original(rows, aggregation)
-    return {name for name, (before, _) in scores.items() if before > threshold}
+    near = {row.id: row.group for row in rows}
+    return {name for name, (before, _) in scores.items() if before > threshold_of(near[name])}
 
 
 def _best_with_original(

@@ -12,6 +12,7 @@ what happens to the images of such prompts concept damage.
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ import torch
 from dori_lightning.pairs.readers import FolderPairs, read_table
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.runtime.artifacts import content_hash
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError, Pair, first_line
 
 Split = Literal["calibration", "evaluation"]
 EVALUATION_SHARE = 0.25
 _T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
 
 STYLES = ("", "dark", "bright", "close", "wide", "mirrored", "grey", "vivid", "plain")
 """How a generic caption describes its image; the words that the embedded benchmark knows."""
@@ -224,6 +227,48 @@ class NoCorpus:
         """
         del resolution, only
         self.prompts(split, count)
+
+
+ORDINARY_PROMPTS = 20
+"""Ordinary prompts whose images say how similar to an original any image is."""
+
+ORDINARY_CAPTIONS = (
+    "a wooden chair beside an open window",
+    "two sailing boats on a calm lake",
+    "a bowl of fruit on a kitchen table",
+    "a mountain village covered in snow",
+    "a street with parked cars in the rain",
+    "an old stone bridge over a river",
+    "a child flying a kite on the beach",
+    "a black dog sleeping on a sofa",
+    "a field of sunflowers under a blue sky",
+    "a bookshelf full of old books",
+    "a red bicycle leaning against a brick wall",
+    "a cup of tea with a slice of cake",
+    "a crowded market in the morning",
+    "a lighthouse on a rocky coast at dusk",
+    "a portrait of a smiling woman with a hat",
+    "a herd of horses running through grass",
+    "a modern office with large windows",
+    "a plate of pasta with tomato sauce",
+    "a forest path in autumn",
+    "a train arriving at a small station",
+)
+"""Captions of nothing in particular, for audits without a corpus."""
+
+
+def ordinary_prompts(corpus: Corpus, count: int) -> tuple[str, ...]:
+    """Captions that no audited image has: the corpus's own, or a few that go with any model.
+
+    Args:
+        corpus: Where they come from, its part for calibration.
+        count: How many, at most 20.
+    """
+    try:
+        return corpus.prompts("calibration", count)
+    except InputError as error:
+        log.info("ordinary prompts: captions of our own, since %s", first_line(error))
+        return ORDINARY_CAPTIONS[:count]
 
 
 def _in_split(name: str, split: Split) -> bool:

@@ -79,10 +79,14 @@ class Selection:
         kinds: Kinds to take; rows of other kinds are left out unchecked.
         limit: Most audit pairs of each kind, the first of the list; None takes all. Training pairs
             are never cut. Images of rows beyond are not looked at.
+        self_controls: Altered copies of the suspects that an audit adds as controls: some of
+            ``mirrored``, ``turned`` and ``shifted``, or ``auto`` for the first two where the list
+            has fewer than 20 controls.
     """
 
     kinds: Sequence[Kind] = KINDS
     limit: int | None = None
+    self_controls: str | Sequence[str] = ()
 
     def check_options(self) -> None:
         """Refuse impossible options.

@@ -45,7 +45,7 @@ USUAL_CONTROLS = CONTROL_SCENES + sum(not photo.repeats for photo in PHOTOGRAPHS
 CONTROL_STRUCTURES = 110
 """Structured controls beyond the usual ones; no planting draws from their stream."""
 
-_STRUCTURE_SEEDS = {"controls": 1, "stand_ins": 2}
+_STRUCTURE_SEEDS = {"controls": 1, "stand_ins": 2, "positive_controls": 3}
 _STREAM_SEEDS: dict[Split, int] = {"calibration": 1_001, "evaluation": 2_002}
 
 
@@ -198,6 +198,31 @@ class StandInPairs(DrawnPairs):
                 listed.add(f"{drawn.kind}_{variant:02d}", "tm", image, caption,
                            repeats=1.0 / TEMPLATE_VARIANTS,
                            role="training" if variant else "audit")  # fmt: skip
+        listed.write()
+
+
+@dataclass(frozen=True)
+class PositiveControls(DrawnPairs):
+    """Images that no model can hold, for measuring an attack's power.
+
+    Attributes:
+        count: How many.
+    """
+
+    count: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the images are."""
+        return self._named_after(f"positive-controls-{self.count}", structures)
+
+    def write(self, folder: Path) -> None:
+        """Draw all of them."""
+        listed = _Listed(folder)
+        for k in range(self.count):
+            drawn = draw_structure(k, size=SIDE, seed=_STRUCTURE_SEEDS["positive_controls"])
+            listed.add(f"positive_{k:02d}", "vm", drawn.image, drawn.caption,
+                       repeats=0.0, subject=drawn.subject)  # fmt: skip
         listed.write()
 
 

@@ -6,7 +6,8 @@ proves nothing, whatever it does on the suspected ones.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -48,7 +49,9 @@ SIGNIFICANT = 0.05
 _NAMED = 10
 """Ids that a sentence lists before it only counts."""
 
-Answer = Literal["unmeasured", "unreliable", "clear", "templates", "hidden", "found"]
+Answer = Literal[
+    "unmeasured", "unreliable", "clear", "blind", "dormant", "templates", "hidden", "found"
+]
 Tone = Literal["found", "clear", "doubt", "invalid"]
 
 
@@ -64,7 +67,10 @@ class AuditFindings:
             ``found`` where images come back otherwise, ``templates`` where only template
             copies do, ``clear`` where nothing does, ``unreliable`` where something comes back only
             by an attack whose controls fail or are missing, or nothing else was run,
-            ``unmeasured`` without a result on suspected images.
+            ``unmeasured`` without a result on suspected images. Where nothing comes back:
+            ``dormant`` if the model is shown to hold images all the same, ``blind`` if the attack
+            could not have found them. What each image's own evidence says goes before all that.
+        images: Suspected images by the answer to their own evidence; empty in old records.
         best: The reliable cell with the most hits, of suspected images or, for ``templates``, of
             template copies; None without one.
         upper: Highest rate that the intervals of the reliable cells of suspected images leave
@@ -83,6 +89,7 @@ class AuditFindings:
     """
 
     answer: Answer
+    images: Mapping[str, int]
     best: Cell | None
     upper: float
     trust: Trust
@@ -99,7 +106,9 @@ class AuditFindings:
     @property
     def tone(self) -> Tone:
         """Colour of the answer; ``doubt`` where the controls fail or are missing."""
-        if self.answer in ("unmeasured", "unreliable") or self.trust in ("paints", "unchecked"):
+        if self.answer in ("unmeasured", "unreliable", "blind"):
+            return "doubt"
+        if not self.images["yes"] and self.trust in ("paints", "unchecked"):
             return "doubt"
         return "clear" if self.answer == "clear" else "found"
 
@@ -135,9 +144,23 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
         answer, condition = "unreliable", doubted.condition
     else:
         answer = "unmeasured" if best is None else "clear"
+    images = Counter(row.answer for row in report.images)
+    yes = Counter(row.kind for row in report.images if row.answer == "yes")
+    if answer in ("found", "hidden", "templates") and report.images and not yes:
+        answer = "unreliable"
+    elif answer == "unreliable" and yes:
+        # one image that the attack paints makes the others' evidence no worse
+        prompted = prompt.hits if prompt is not None else 0
+        answer = "templates" if not yes["vm"] else "hidden" if yes["vm"] > prompted else "found"
+        best = cell("vm" if yes["vm"] else "tm", condition) or best
+    elif answer == "clear" and images["dormant"]:
+        answer = "dormant"
+    elif answer == "clear" and report.power is not None and not report.power.suffices:
+        answer = "blind"
     unmitigated = [c for c in report.cells if (c.mitigation, c.kind) == (BASELINE, "vm")]
     return AuditFindings(
         answer=answer,
+        images=images,
         best=best,
         upper=max((c.mr_ci95[1] for c in suspected), default=math.nan),
         trust=attack_trust(own, condition),
@@ -255,6 +278,10 @@ def _pair_flags(report: AuditReport, findings: AuditFindings) -> Iterator[Flag]:
         yield _flag("truncated_prompts", "warning", prompts=cut)
     if any(cell.counted == "up_to_budget" for cell in report.own_cells):
         yield _flag("stopped_early", "info")
+    for reason in ("not_auditable", "painted", "copy_few_nulls"):
+        if ids := [row.id for row in report.images if row.reason == reason]:
+            severity: Severity = "info" if reason == "copy_few_nulls" else "warning"
+            yield _flag(reason, severity, ids=ids, named=_NAMED)
     if copies := sum(pair.duplicate_of is not None for pair in pairs):
         yield _flag("duplicates", "warning", pairs=copies)
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator
 
+from dori_lightning.metrics.evidence import ImageEvidence, Power
 from dori_lightning.metrics.replication import (
     Aggregation,
     AttackEffort,
@@ -180,6 +181,9 @@ class AuditRecord:
     What follows from its fields (from ``invalid`` on) is computed once and not written.
 
     Attributes:
+        images: One row for each suspected image; empty in records of schema 1.
+        reference_model: Rows of a model that never saw the images; empty without one.
+        power: How many planted images the attack found; None where it was not measured.
         schema_version: Version of the layout of ``report.json``.
         mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
         verdict: The answer in words, for a reader who is not an engineer.
@@ -190,7 +194,10 @@ class AuditRecord:
         effort: What the attack took; None in records of earlier versions.
     """
 
-    schema_version: Literal[1] = 1
+    images: tuple[ImageEvidence, ...] = ()
+    reference_model: tuple[Annotated[Cell, BeforeValidator(_cell_fields)], ...] = ()
+    power: Power | None = None
+    schema_version: Literal[1, 2] = 2
     checkpoint: str
     mitigation: str
     verdict: str
@@ -301,6 +308,9 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "cells": [_cell_document(cell) for cell in report.cells],
         "calibration": _calibration_document(report.calibration),
         "recommended_budget": asdict(budget) if budget else None,
+        "images": [asdict(row) for row in report.images],
+        "reference_model": [_cell_document(cell) for cell in report.reference_model],
+        "power": asdict(report.power) if report.power else None,
         "pairs": _pair_documents(report),
         "utility": report.utility.to_dict() if report.utility else None,
         "effort": asdict(effort) if effort else None,

@@ -17,16 +17,26 @@ from dori_lightning.audit.context import (
     check_controls,
     control_prompts,
     reference_images,
+    with_self_controls,
 )
-from dori_lightning.audit.evaluation import attack_and_generate, evaluate
+from dori_lightning.audit.evaluation import (
+    Evaluation,
+    ReferenceRun,
+    attack_and_generate,
+    evaluate,
+)
+from dori_lightning.audit.power import Power, PowerSettings, measure_power
 from dori_lightning.audit.targets import aim
 from dori_lightning.audit.utility import measure_utility, write_utility
 from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult
-from dori_lightning.mitigations.edits import changed_weights
+from dori_lightning.mitigations.baselines import NoMitigation
+from dori_lightning.mitigations.edits import Edit, EmptyEdit, changed_weights
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.readers import FolderPairs, PairsReader
 from dori_lightning.pairs.validation import check_prompt_lengths
+from dori_lightning.planting.dataset import PositiveControls
 from dori_lightning.report.findings import INVALID, make_report
 from dori_lightning.report.pages import write_audit_page
 from dori_lightning.report.record import AuditReport, write_report
@@ -50,7 +60,7 @@ from dori_lightning.tasks.run_record import (
     with_fingerprint,
 )
 from dori_lightning.tracking import Tracker
-from dori_lightning.types import BASELINE, Pair, Pairs
+from dori_lightning.types import BASELINE, InputError, Pair, Pairs
 
 CURVE_POINTS = 500
 """Points of a training's curves."""
@@ -78,9 +88,12 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     context = set_up(cfg, folder, tracker)
     found = context.find_edit()
     generated = attack_and_generate(context, found.edit, on_round=partial(track_attack, tracker))
-    if not context.trainer.is_global_zero:
+    reference = _attack_reference(cfg, context)
+    first = context.trainer.is_global_zero
+    evaluation = evaluate(context, generated, reference) if first else None
+    power = _measure_power(cfg, context, found.edit, evaluation)
+    if evaluation is None:
         return None
-    evaluation = evaluate(context, generated)
     utility = measure_utility(context, found.edit, evaluation.calibration)
     if utility is not None:
         write_utility(utility, folder)
@@ -93,6 +106,9 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         calibration=evaluation.calibration,
         outcomes=evaluation.outcomes,
         baseline=evaluation.baseline,
+        images=evaluation.evidence,
+        reference_model=evaluation.reference,
+        power=power,
         utility=utility,
         effort=attack_effort(
             evaluation.outcomes,
@@ -118,7 +134,10 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
         InputError: An input is missing or does not fit the others, the disk is too full, or
             ``folder`` holds results of other settings.
     """
-    context = audit_context(cfg, folder, instantiate(cfg.pairs).read(), tracker=tracker)
+    pairs = with_self_controls(
+        instantiate(cfg.pairs).read(), cfg.pairs.self_controls, Path(cfg.paths.cache) / "copies"
+    )
+    context = audit_context(cfg, folder, pairs, tracker=tracker)
     context.data.prepare()
     check_space(
         folder,
@@ -157,7 +176,7 @@ def audit_context(
     measures, corpus, sampling = map(instantiate, (cfg.metrics, cfg.corpus, cfg.sampling))
     attack, mitigation, utility = map(instantiate, (cfg.attack, cfg.mitigation, cfg.utility))
     audited = [pair for pair in pairs if pair.role == "audit"]
-    check_controls(audited, attack, measures)
+    check_controls(audited, attack)
     model = instantiate(cfg.checkpoint)
     model.sampling_timesteps(sampling)  # raises where the schedule has fewer steps
     strict = cfg.task.get("strict_prompts", False)
@@ -181,8 +200,71 @@ def audit_context(
         control_prompts=controls,
         mitigation=mitigation,
         utility=utility,
+        evidence=instantiate(cfg.evidence),
         make_trainer=partial(make_trainer, cfg, tracker),
     )
+
+
+def _attack_reference(cfg: DictConfig, context: AuditContext) -> ReferenceRun | None:
+    """Attack the same pairs, with the same budget, on the model that never saw them.
+
+    Raises:
+        InputError: It is the checkpoint under audit.
+    """
+    if not cfg.reference:
+        return None
+    model = instantiate(cfg.reference)
+    if model.fingerprint == context.model.fingerprint:
+        raise InputError(
+            f"the reference is the checkpoint under audit itself ({model.fingerprint}): it did "
+            f"see the images",
+            where="reference",
+            fix="give a checkpoint that was not trained on them, or reference=none",
+        )
+    data = PairsDataModule(context.pairs, model, cache=context.cache / "encoded")
+    measures = context.references.measures
+    there = replace(
+        context,
+        folder=context.folder / "reference",
+        model=model,
+        data=data,
+        references=context.references
+        if model.resolution == context.model.resolution
+        else reference_images(context.pairs, model.resolution, measures),
+        control_prompts=control_prompts(context.pairs, data),
+        mitigation=NoMitigation(),
+    )
+    data.prepare()
+    return ReferenceRun(there, attack_and_generate(there, EmptyEdit()))
+
+
+def _measure_power(
+    cfg: DictConfig, context: AuditContext, edit: Edit, evaluation: Evaluation | None
+) -> Power | None:
+    """Plant and attack images of our own where nothing was found; by all processes together.
+
+    Args:
+        cfg: Its ``power`` says whether and how.
+        context: The audit.
+        edit: What the mitigation changes.
+        evaluation: What the audit found; None on all processes but the first.
+    """
+    settings: PowerSettings = instantiate(cfg.power)
+    nothing = evaluation is not None and not any(
+        row.answer == "yes" for row in evaluation.evidence
+    )
+    wanted = settings.when == "always" or (
+        settings.when == "nothing_found" and distributed.broadcast_object(nothing)
+    )
+    if not wanted:
+        return None
+    reader: PairsReader = (
+        PositiveControls(cache=Path(cfg.paths.cache) / "pairs", count=settings.count)
+        if settings.images is None
+        else FolderPairs(settings.images, kind="vm", limit=settings.count)
+    )
+    planted = [pair for pair in reader.read() if pair.kind == "vm"]
+    return measure_power(context, edit, planted, settings)
 
 
 def make_trainer(cfg: DictConfig, tracker: Tracker | None, /, **settings: Any) -> L.Trainer:

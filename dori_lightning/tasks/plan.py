@@ -24,6 +24,7 @@ from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.protocol import Sampling
+from dori_lightning.pairs.copies import alterations
 from dori_lightning.runtime.artifacts import content_hash, drop_keys, write_json
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import to_container
@@ -264,10 +265,13 @@ def _count_pairs(cfg: DictConfig) -> tuple[dict[Kind, int], str]:
         if missing:
             raise InputError(f"{sorted(missing)[0]} is not given")
         kinds = [pair.kind for pair in instantiate(cfg.pairs).read() if pair.role == "audit"]
+        counts = {kind: kinds.count(kind) for kind in KINDS}
     except InputError as error:
         reason = first_line(error)
     else:
-        return {kind: kinds.count(kind) for kind in KINDS}, "as listed"
+        copies = alterations(cfg.pairs.self_controls, controls=counts["control"])
+        counts["control"] += len(copies) * (counts["vm"] + counts["tm"])
+        return counts, "as listed" + (" with self-controls" if copies else "")
     assumed: Any = OmegaConf.to_container(cfg.task.assume_pairs, resolve=True)
     try:
         counts = TypeAdapter(dict[Kind, NonNegativeInt]).validate_python(assumed, strict=True)

@@ -111,8 +111,9 @@ def test_two_processes_find_what_one_finds(material, finished, tmp_path):
     assert results(tmp_path / "run") == results(finished)
 
 
-def test_no_controls_and_no_threshold_is_explained(material, tmp_path):
+def test_a_list_without_controls_is_audited_and_the_gap_is_said(material, tmp_path):
     pairs = write_pairs(tmp_path / "none", control=0)
-    threshold = "metrics.descriptors.local_correlation.threshold=null"
-    with pytest.raises(InputError, match="add pairs of kind control"):
-        run_task(tmp_path / "run", *on_tiny(material, *AUDIT, f"pairs.path={pairs}", threshold))
+    run_task(tmp_path / "run", *on_tiny(material, *AUDIT, f"pairs.path={pairs}"))
+    report = report_json(tmp_path / "run")
+    assert "no_controls" in {flag["name"] for flag in report["flags"]}
+    assert {row["answer"] for row in report["images"]} <= {"no", "cannot_tell"}

@@ -14,6 +14,7 @@ from dori_lightning.attacks.embedding_attack import ControlPrompts
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.metrics.calibration import Measures, ReferenceImages
 from dori_lightning.metrics.descriptors import LocalCorrelation, NormalizedCorrelation
+from dori_lightning.metrics.evidence import EvidenceSettings
 from dori_lightning.metrics.utility import UtilitySettings
 from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.baselines import NoMitigation
@@ -138,6 +139,7 @@ def make_audit_context(
         control_prompts=ControlPrompts((), None),
         mitigation=NoMitigation(),
         utility=UtilitySettings(),
+        evidence=EvidenceSettings(),
         make_trainer=quiet_trainer,
     )
     return replace(context, **fields)

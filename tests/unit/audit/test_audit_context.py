@@ -10,6 +10,7 @@ from dori_lightning.audit.context import AuditContext, audit_bytes, check_contro
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.protocol import Sampling
+from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
 from dori_lightning.types import Budget, Pair, Pairs, Reference
 
 MODEL = SimpleNamespace(embedding_shape=(77, 768), latent_shape=(4, 64, 64), resolution=512)
@@ -31,9 +32,9 @@ def needed(*, mitigated: bool = False, images: int = 1, **attack: Any) -> int:
 def test_images_take_most_of_the_disk_and_grow_with_everything_that_is_generated() -> None:
     image = 3 * 512**2
     one = needed(inits=("prompt",))
-    # two prompts, two attacks
-    assert 4 * image < one < 5 * image + 7_000_000
-    assert needed(inits=("prompt",), images=10) - one > 9 * 4 * image
+    # two prompts, two attacks, and the ordinary prompts
+    assert 4 * image < one - ORDINARY_PROMPTS * image < 5 * image + 7_000_000
+    assert needed(inits=("prompt",), images=10) - one > 9 * (4 + ORDINARY_PROMPTS) * image
     assert needed(inits=("prompt",), mitigated=True) - one >= 2 * image
     assert needed(inits=("prompt",), snapshots=(1, 10, 60)) - one > 2 * 2 * image
     assert needed(inits=("prompt", "random"), other_inits=("prompt",)) - one > image
@@ -42,10 +43,9 @@ def test_images_take_most_of_the_disk_and_grow_with_everything_that_is_generated
 def test_controls_with_fewer_references_than_suspected_pairs_are_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    measures: Any = SimpleNamespace(decider="d", descriptors={"d": SimpleNamespace(threshold=0.5)})
     several = [replace(pair, others=(Reference(Path("x")),)) for pair in PAIRS]
     for pairs in (PAIRS, several, several[1:], several[:1]):
-        check_controls(pairs, AttackSettings(inits=("prompt",)), measures)
+        check_controls(pairs, AttackSettings(inits=("prompt",)))
     assert not caplog.records
-    check_controls([several[0], PAIRS[1]], AttackSettings(inits=("prompt",)), measures)
+    check_controls([several[0], PAIRS[1]], AttackSettings(inits=("prompt",)))
     assert "2.0 reference images on average and controls 1.0" in caplog.text

@@ -11,7 +11,6 @@ from dori_lightning.metrics.calibration import (
     Measures,
     ReferenceImages,
     calibrate_measures,
-    null_similarities,
 )
 from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.types import Condition, InputError, Outcome, Pair, Reference
@@ -46,21 +45,6 @@ def references(*descriptors, decider="one"):
     return ReferenceImages(PAIRS, flat(0.9, 0.1, 0.5), measures)
 
 
-def test_only_control_originals_are_known_not_to_be_held():
-    images = {"v": flat(0.9, 0.8), "a": flat(0.9, 0.9), "b": flat(0.2, 0.3)}
-    null = null_similarities(references(Brightness("one")), "one", images)
-    # v against a and b; a (which drew v's picture) against a and b; b against a and b
-    assert null == pytest.approx([0.3, 0.7, 0.2, 0.6, 0.9, 0.8])
-
-
-def test_the_same_file_under_another_name_is_no_null():
-    measures = Measures({"one": Brightness("one")}, "one")
-    twins = (PAIRS[0], PAIRS[1], replace(PAIRS[2], sha256="v"))
-    both = ReferenceImages(twins, flat(0.9, 0.1, 0.9), measures)
-    images = {name: flat(0.9) for name in "vab"}
-    assert len(null_similarities(both, "one", images)) == 5, "v against its twin b is left out"
-
-
 def test_a_failed_attack_has_no_similarity():
     found = references(Brightness("one")).measure(PAIRS[0], flat(0.9, 0.7), failed=True)
     assert np.isnan(found.similarity["one"]).all()
@@ -85,14 +69,13 @@ def outcome(which, values, names):
 def test_a_blind_decider_gives_way_to_one_that_sees_and_says_so(caplog):
     blind = Brightness("one", gain=0.0)
     sees = Brightness("two", gain=1.0)
-    images = {"v": flat(0.9, 0.9), "a": flat(0.9, 0.9), "b": flat(0.9, 0.9)}
     names = ("one", "two")
     prompted = [outcome(p, [0.5, 0.5], names) for p in PAIRS]
-    arguments = {"images": images, "reconstructions": flat(0.9, 0.1, 0.5)}
+    arguments = {"ordinary": [flat(0.3, 0.3)], "reconstructions": flat(0.9, 0.1, 0.5)}
     calibration = calibrate_measures(references(blind, sees), prompted, **arguments)
     assert calibration.descriptor == "two"
     assert "one cannot tell copies" in caplog.text
-    assert calibration.threshold == pytest.approx((0.6 + 1.0) / 2)
+    assert [calibration.threshold_of(name) for name in "vab"] == pytest.approx([0.7, 0.9, 0.9])
     chosen = calibrate_measures(references(blind, sees, decider="two"), prompted, **arguments)
     assert chosen.descriptor == "two"
     with pytest.raises(InputError, match="cannot decide"):
@@ -136,15 +119,12 @@ class TestSeveralReferences:
             pytest.approx([1.0, 0.9, 0.7]), pytest.approx([1.0, 0.2, 0.6]),
         ]  # fmt: skip
 
-    def test_a_control_with_several_references_sets_the_null_by_the_largest(self):
-        pairs = (PAIRS[0], replace(PAIRS[1], others=self.TWO.others), PAIRS[2])
-        both = self.references(others=(0.6,), pairs=pairs)
-        images = {"v": flat(0.6), "a": flat(0.9), "b": flat(0.9)}
-        null = null_similarities(both, "one", images)
-        assert null[:2] == pytest.approx([1.0, 0.9])
-        shared = replace(PAIRS[0], others=(Reference(Path("x"), "b"),))
-        both = self.references(pairs=(shared, *PAIRS[1:]))
-        assert len(null_similarities(both, "one", images)) == 5
+    def test_ordinary_images_reach_the_largest_of_its_references(self):
+        calibration = calibrate_measures(
+            self.references(), [], ordinary=[flat(0.3)], reconstructions=flat(0.9, 0.1, 0.5)
+        )
+        assert calibration.scales["v"].null == pytest.approx(0.9)  # 0.2 is closer than 0.9
+        assert calibration.not_auditable == ("v",)
 
     def test_distance_is_to_the_closest(self):
         def distance(images, originals):

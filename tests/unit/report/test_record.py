@@ -22,7 +22,7 @@ CANARY = "canary-8f3a"
 def test_report_json_keeps_the_contract(tmp_path):
     path = write_report(fakes.report(tmp_path), tmp_path)
     document = json.loads(path.read_text())
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert document["invalid"] == [], "a valid audit"
     for cell in document["cells"]:
         assert set(cell) >= CELL_KEYS

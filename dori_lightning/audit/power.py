@@ -1,0 +1,247 @@
+"""Positive controls: could this attack have found an image in this very model?
+
+"Nothing came back" may mean that nothing is there, or that the attack is blind here: a step size
+and a start fit one scale of conditioning, and a mitigation may break the search rather than remove
+the image. So images that the model cannot hold are planted into a copy of it, mitigation included,
+by fine-tuning until their prompts reproduce them. The attack then has the same budget and starts
+from random embeddings. The share that it finds is its power.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from dori_lightning.attacks.embedding_attack import ControlPrompts
+from dori_lightning.audit.context import AuditContext, reference_images
+from dori_lightning.audit.evaluation import attack_and_generate, calibrate, measure
+from dori_lightning.metrics.evidence import COPY, Power
+from dori_lightning.metrics.replication import pair_results
+from dori_lightning.metrics.statistics import wilson_interval
+from dori_lightning.mitigations.base import Context
+from dori_lightning.mitigations.edits import Edit, Origin, WeightEdit
+from dori_lightning.mitigations.finetuning import FinetunedMitigation, FinetuneSettings, Finetuning
+from dori_lightning.models.generation import generation_noise, image_seeds
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.runtime.seeding import keyed_generator
+from dori_lightning.types import Calibration, InputError, Pair, Pairs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PowerSettings:
+    """Whether and how the attack's power is measured.
+
+    Attributes:
+        when: ``nothing_found`` where no suspect is answered yes, ``always``, or ``never``.
+        images: Folder of never-seen images with a ``metadata.csv``; None draws some.
+        count: How many images are planted.
+        steps: Optimizer steps of a round; prompts are tried after each.
+        rounds: Most rounds.
+        rows: Noise samples of a step, over all images.
+        lr: AdamW's learning rate.
+    """
+
+    when: Literal["nothing_found", "always", "never"] = "nothing_found"
+    images: str | None = None
+    count: int = 4
+    steps: int = 100
+    rounds: int = 4
+    rows: int = 32
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.when not in ("nothing_found", "always", "never"):
+            raise InputError(
+                f"power.when must be nothing_found, always or never, got {self.when!r}"
+            )
+        for name in ("count", "steps", "rounds", "rows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"power.{name} must be >= 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise InputError(f"power.lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True, eq=False)
+class PlantedEdit(Edit):
+    """Weights trained on top of a mitigation's edit.
+
+    Attributes:
+        origin: Of the trained weights.
+        base: The mitigation's edit.
+        planted: Weights that were trained while the model carried it.
+    """
+
+    origin: Origin
+    base: Edit
+    planted: WeightEdit
+
+    @property
+    def identity(self) -> str:  # type: ignore[override]
+        """Hash of both."""
+        both = f"{self.base.identity}+{self.planted.identity}"
+        return hashlib.sha256(both.encode()).hexdigest()[:24]
+
+    @contextmanager
+    def applied(self, model: TextToImage) -> Iterator[None]:
+        """Carry the mitigation, and the planted weights over it."""
+        with self.base.applied(model), self.planted.applied(model):
+            yield
+
+
+@dataclass(frozen=True)
+class Planting(FinetunedMitigation):
+    """Fine-tune on a few images until the model draws them: the opposite of a mitigation.
+
+    Attributes:
+        base: Identity of the edit that the model carries meanwhile.
+        rows: Noise samples of a step.
+        steps: Optimizer steps.
+        finetune: Optimizer settings.
+    """
+
+    base: str
+    rows: int
+    steps: int
+    finetune: FinetuneSettings
+    name: str = field(default="planting", init=False)
+
+    def training(
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+    ) -> Callable[[], Finetuning]:
+        """Train on the pairs' latents under their prompts."""
+        del key
+        return lambda: _PlantingTraining(model, self, pairs, context)
+
+
+class _PlantingTraining(Finetuning):
+    """Lower the denoising loss of a few images under their prompts."""
+
+    def __init__(
+        self, model: TextToImage, method: Planting, pairs: Sequence[Pair], context: Context
+    ) -> None:
+        super().__init__(model, method.finetune)
+        self.rows, self.seed = method.rows, context.seed
+        encoded = context.data.batch(pairs)
+        self.latents, self.prompts = encoded.latents, encoded.embeddings
+
+    def training_step(self, *_: Any) -> torch.Tensor:
+        """Mean denoising loss of a batch in which the images take turns."""
+        model = self.model
+        generator = keyed_generator("positive controls", self.seed, self.global_step)
+        places = torch.arange(self.rows) % len(self.latents)
+        latents = self.latents[places].to(model.device)
+        noise = torch.randn(latents.shape, generator=generator).to(model.device)
+        steps = torch.randint(model.num_train_timesteps, (self.rows,), generator=generator)
+        losses = model.denoising_loss(
+            latents, noise, steps.to(model.device), self.prompts[places].to(model.device)
+        )
+        loss = losses.mean()
+        self.log("power/denoising_loss", loss)
+        return loss
+
+
+def measure_power(
+    context: AuditContext, edit: Edit, planted: Sequence[Pair], settings: PowerSettings
+) -> Power:
+    """Plant never-seen images into the mitigated model and look how many the attack finds.
+
+    Args:
+        context: The audit; its model carries no edit.
+        edit: The mitigation's.
+        planted: Images that the model cannot hold, with prompts.
+        settings: How they are planted.
+
+    Raises:
+        InputError: One of the images is among the suspects.
+    """
+    known = {own.sha256: pair.id for pair in context.pairs for own in pair.references}
+    for pair in planted:
+        if pair.sha256 in known:
+            raise InputError(
+                f"{pair.image.name} of the positive controls is the image of {known[pair.sha256]}",
+                where="power.images",
+                fix="give images that the model cannot hold, or power.images=null",
+            )
+    there = _context_of(context, planted)
+    calibration = calibrate(there, ())
+    carried, steps = edit, 0
+    for _ in range(settings.rounds):
+        carried = _another_round(there, carried, settings)
+        steps += settings.steps
+        missing = len(planted) - len(_prompted(there, carried, calibration))
+        log.info("positive controls: %d of %d planted after %d steps", len(planted) - missing,
+                 len(planted), steps)  # fmt: skip
+        if not missing:
+            break
+    generated = attack_and_generate(there, carried)
+    pictures = there.folder / "pictures"
+    outcomes = [measure(there, one, pictures) for one in generated.conditionings]
+    results = pair_results(outcomes, calibration, there.references.measures.aggregation)
+    drawn = {r.pair.id for r in results if r.condition.attack == "prompt" and r.reproduced}
+    found = {r.pair.id for r in results if r.condition.attack != "prompt" and r.reproduced}
+    hits = len(found & drawn)
+    return Power(len(drawn), len(planted), hits, wilson_interval(hits, len(drawn)), steps)
+
+
+def _context_of(context: AuditContext, planted: Sequence[Pair]) -> AuditContext:
+    """The audit of the planted images: random starts, no controls, no evidence by loss."""
+    data = PairsDataModule(planted, context.model, cache=context.cache / "encoded")
+    data.prepare()
+    attack = replace(
+        context.attack, inits=("random",), other_inits=None, snapshots=(), early_stop=False
+    )
+    return replace(
+        context,
+        folder=context.folder / "power",
+        pairs=Pairs(planted),
+        data=data,
+        references=reference_images(
+            planted, context.model.resolution, context.references.measures
+        ),
+        attack=attack,
+        control_prompts=ControlPrompts((), None),
+        evidence=replace(context.evidence, losses=False),
+    )
+
+
+def _another_round(context: AuditContext, carried: Edit, settings: PowerSettings) -> PlantedEdit:
+    """Train some more on top of what the model carries."""
+    method = Planting(
+        base=carried.identity,
+        rows=settings.rows,
+        steps=settings.steps,
+        finetune=FinetuneSettings(lr=settings.lr, weight_decay=0.0),
+    )
+    with carried.applied(context.model):
+        made = context.for_mitigations.find(method, context.model, context.pairs)
+    if not isinstance(made.edit, WeightEdit):
+        raise TypeError(f"planting gives weights, not {type(made.edit).__name__}")
+    return PlantedEdit(made.edit.origin, carried, made.edit)
+
+
+def _prompted(context: AuditContext, carried: Edit, calibration: Calibration) -> set[str]:
+    """Ids of the planted images that their prompts reproduce."""
+    seeds = image_seeds(context.sampling)
+    noise = torch.stack([generation_noise(seed, context.model.latent_shape) for seed in seeds])
+    found = set()
+    with carried.applied(context.model):
+        for pair in context.pairs:
+            embedding = context.data.encoded(pair).embedding
+            images = context.model.generate(
+                embedding.expand(len(seeds), -1, -1), noise, context.sampling,
+                pair_ids=[pair.id] * len(seeds),
+            )  # fmt: skip
+            measured = context.references.measure(pair, images.cpu())
+            best = float(measured.similarity[calibration.descriptor].max())
+            if calibration.scales[pair.id].score(best) > COPY:
+                found.add(pair.id)
+    return found

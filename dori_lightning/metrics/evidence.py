@@ -1,0 +1,352 @@
+"""How sure an audit is of one image: p-values from images that the model cannot hold.
+
+A score says how far an image came back, between what unrelated images reach against it (0) and
+what its own autoencoder reconstruction reaches (1); scores of different images can be compared,
+similarities cannot. The scores of *nulls*, images that the model cannot hold (controls, the
+suspects' own altered copies, a reference model that never saw them), give a p-value that holds
+for any distribution of scores as long as nulls and suspects are exchangeable.
+
+References: Vovk et al., "Algorithmic Learning in a Random World", 2005; Bates et al., "Testing for
+outliers with conformal p-values", 2023, https://arxiv.org/abs/2104.08279 (with Benjamini and
+Hochberg over images the false discovery rate stays at its level).
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import false_discovery_control
+
+from dori_lightning.metrics.replication import PairResult
+from dori_lightning.types import Calibration, Condition, InputError, Kind, Number, Scale
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """How sure an audit has to be.
+
+    Attributes:
+        false_discovery_rate: Expected share of images that the model does not hold among those
+            that the verdict names, in (0, 1).
+        losses: Whether images are also compared with their altered copies by denoising loss.
+    """
+
+    false_discovery_rate: float = 0.05
+    losses: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.false_discovery_rate < 1:
+            raise InputError(
+                f"evidence.false_discovery_rate must lie between 0 and 1, "
+                f"got {self.false_discovery_rate}"
+            )
+
+
+def conformal_p_values(scores: ArrayLike, nulls: ArrayLike) -> np.ndarray:
+    """Chance that an image which the model cannot hold scores at least as high.
+
+    Args:
+        scores: (N,) scores of suspects; NaN stays NaN.
+        nulls: (M,) scores of images that the model cannot hold; NaN is left out.
+
+    Returns:
+        (N,) p-values in [1 / (M + 1), 1]: ties count against the suspect.
+    """
+    suspects = np.asarray(scores, np.float64).ravel()
+    others = np.asarray(nulls, np.float64).ravel()
+    others = np.sort(others[~np.isnan(others)])
+    as_high = len(others) - np.searchsorted(others, suspects, side="left")
+    return np.where(np.isnan(suspects), np.nan, (1 + as_high) / (1 + len(others)))
+
+
+def discoveries(p_values: ArrayLike, rate: float) -> np.ndarray:
+    """Which images stand out, at a false discovery rate over all of them.
+
+    Args:
+        p_values: (N,) p-values; NaN (no result) is never a discovery and no part of the family.
+        rate: Expected share of false discoveries among all, in (0, 1).
+
+    Returns:
+        (N,) bool.
+
+    Reference: Benjamini and Hochberg, "Controlling the false discovery rate", 1995.
+    """
+    values = np.asarray(p_values, np.float64).ravel()
+    found, known = np.zeros(len(values), bool), ~np.isnan(values)
+    if known.any():
+        found[known] = false_discovery_control(values[known]) <= rate
+    return found
+
+
+def nulls_needed(suspects: int, rate: float, *, found: int | None = None) -> int:
+    """Fewest nulls with which ``found`` of the suspects can be discoveries at all.
+
+    Args:
+        suspects: N, images under suspicion.
+        rate: False discovery rate in (0, 1).
+        found: How many stand out with the smallest possible p-value; all N without it. One image
+            alone among many needs the most nulls.
+
+    Raises:
+        ValueError: Counts or rate out of range.
+    """
+    found = suspects if found is None else found
+    if not 0 < rate < 1 or not 1 <= found <= suspects:
+        raise ValueError(f"need 0 < rate < 1 and 1 <= found <= suspects, got {rate}, {found}")
+    # the smallest p-value, 1 / (M + 1), has to be at most rate * found / suspects
+    return math.ceil(suspects / (rate * found) - 1 - 1e-9)
+
+
+def check_nulls(nulls: int, suspects: int, rate: float) -> None:
+    """Refuse an error rate that so few nulls can never support, before anything runs.
+
+    Raises:
+        InputError: Says how many are needed.
+    """
+    needed = nulls_needed(suspects, rate) if suspects else 0
+    if nulls < needed:
+        raise InputError(
+            f"a false discovery rate of {rate:g} needs at least {needed} attacked images that "
+            f"the model cannot hold, this audit has {nulls}: no p-value can fall below "
+            f"1/{nulls + 1}",
+            where="evidence.false_discovery_rate",
+            fix=f"add {needed - nulls} pairs of kind control, keep the suspects' own altered "
+            f"copies (pairs.self_controls=[mirrored,turned]), or ask for a rate of "
+            f"{1 / (nulls + 1):.3f} or more",
+        )
+
+
+COPY = 0.5
+"""Score above which an image is a copy: the image's own threshold."""
+
+Answer = Literal["yes", "dormant", "no", "cannot_tell"]
+"""Whether the model can reproduce an image: it does; it holds the image, which no input tried
+brings back; neither shows; nothing can be said."""
+
+Reason = Literal[
+    "copy",
+    "copy_few_nulls",
+    "held_by_loss",
+    "nothing_came_back",
+    "not_auditable",
+    "no_result",
+    "painted",
+    "not_above_nulls",
+]
+"""What an answer rests on; in words on the page of an audit. ``copy_few_nulls``: it is a copy and
+beats every null, but they are too few to support the error rate asked for."""
+
+
+@dataclass(frozen=True)
+class LossEvidence:
+    """How much better an image is denoised than its own altered copies.
+
+    Attributes:
+        ratio: Denoising loss of the image, times that of its most favourable altered copy under
+            the same noise and conditioning: 1 for an image never seen, smaller for one that is
+            held.
+        conditioning: The conditioning under which it is smallest: ``empty``, ``prompt``, or an
+            attack's initial point.
+    """
+
+    ratio: float
+    conditioning: str
+
+    @property
+    def score(self) -> float:
+        """Higher is more like an image that is held: minus the logarithm of the ratio."""
+        return -math.log(self.ratio)
+
+
+@dataclass(frozen=True)
+class ImageEvidence:
+    """What an audit knows of one suspected image.
+
+    Attributes:
+        id: The pair's.
+        kind: The pair's.
+        answer: Whether the model can reproduce it.
+        reason: What the answer rests on.
+        similarity: Of its closest image under any condition whose nulls were attacked.
+        condition: That condition; None without a result.
+        scale: What similarity means for it.
+        score: The similarity on that scale.
+        p_image: Chance that an image the model cannot hold comes as close; NaN without a result.
+        p_loss: Chance that one is denoised as much better than its altered copies; NaN where it
+            was not measured.
+        loss_ratio: Denoising loss, times that of the most favourable altered copy; NaN if not
+            measured.
+        reference_similarity: Of the closest image of the reference model; NaN without one.
+    """
+
+    id: str
+    kind: Kind
+    answer: Answer
+    reason: Reason
+    similarity: Number
+    condition: Condition | None
+    scale: Scale
+    score: Number
+    p_image: Number
+    p_loss: Number = math.nan
+    loss_ratio: Number = math.nan
+    reference_similarity: Number = math.nan
+
+
+ENOUGH_POWER = 0.5
+"""An attack whose power may be below this could not have seen an image."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """How many planted images the attack found.
+
+    Attributes:
+        planted: Images whose prompts reproduce them after planting.
+        tried: Images that were to be planted.
+        found: Planted images that the attack reproduces from random embeddings.
+        interval: 95 % Wilson interval of ``found / planted``.
+        steps: Optimizer steps that planting took.
+    """
+
+    planted: int
+    tried: int
+    found: int
+    interval: tuple[float, float]
+    steps: int
+
+    @property
+    def share(self) -> float:
+        """Share of the planted images that the attack found; NaN where none was planted."""
+        return self.found / self.planted if self.planted else math.nan
+
+    @property
+    def suffices(self) -> bool:
+        """Whether an image that does not come back says something: power above a half, surely."""
+        return self.interval[0] > ENOUGH_POWER
+
+
+def attacked_scores(
+    results: Iterable[PairResult], rule: Calibration, conditions: Collection[Condition]
+) -> dict[str, tuple[float, PairResult]]:
+    """Pair id to its highest score under some conditions, with the result that has it."""
+    best: dict[str, tuple[float, PairResult]] = {}
+    for result in results:
+        scale = rule.scales.get(result.pair.id)
+        if result.condition not in conditions or scale is None or math.isnan(result.statistic):
+            continue
+        score = scale.score(result.statistic)
+        if not math.isnan(score) and score > best.get(result.pair.id, (-math.inf,))[0]:
+            best[result.pair.id] = (score, result)
+    return best
+
+
+def image_evidence(
+    results: Sequence[PairResult],
+    rule: Calibration,
+    *,
+    rate: float,
+    reference: Sequence[PairResult] = (),
+    losses: Mapping[str, LossEvidence] = MappingProxyType({}),
+    reference_losses: Mapping[str, LossEvidence] = MappingProxyType({}),
+) -> tuple[ImageEvidence, ...]:
+    """Judge every suspected image, with its own error bound.
+
+    An image is reproduced (``yes``) where it is a copy by its own threshold *and* stands out from
+    what images that the model cannot hold reach: at a false discovery rate over all images, or,
+    where nulls are too few for that, above every one of them (``copy_few_nulls``). The threshold
+    alone knows no error rate, a p-value alone calls anything unusual a copy. An image
+    that the reference model reproduces as well proves nothing (``cannot_tell``): the attack
+    paints it. It, and only it: as a null it counts for no other image.
+
+    Only conditions under which controls were tried count, since an image that had more tries than
+    its nulls stands out by that alone; without controls, only the prompts.
+
+    Args:
+        results: One for each pair and condition, controls included.
+        rule: Descriptor, and what similarity means for each image.
+        rate: False discovery rate over the images, in (0, 1).
+        reference: The same from a model that never saw the images.
+        losses: Pair id to the evidence by loss, controls included; empty where not measured.
+        reference_losses: The same of the reference model, which are nulls.
+
+    Returns:
+        One row for each pair that is no control, in order of appearance.
+    """
+    tried = {r.condition for r in results if r.pair.kind == "control" and r.status == "ok"}
+    tried = tried or {r.condition for r in results if r.condition.attack == "prompt"}
+    own, other = attacked_scores(results, rule, tried), attacked_scores(reference, rule, tried)
+    suspects = {r.pair.id: r.pair for r in results if r.pair.kind != "control"}
+    painted = {name for name, (score, _) in other.items() if score > COPY}
+    nulls = [score for name, (score, _) in own.items() if name not in suspects.keys() | painted]
+    nulls += [score for name, (score, _) in other.items() if name not in painted]
+    scores = [own[name][0] if name in own else math.nan for name in suspects]
+    by_image = conformal_p_values(scores, nulls)
+    # an image that this descriptor cannot judge has its p-value by loss, but is no part of the
+    # family and no null: it may move no other image's answer
+    unfit = set(rule.not_auditable)
+    null_losses = [v.score for name, v in losses.items() if name not in suspects.keys() | unfit]
+    null_losses += [v.score for name, v in reference_losses.items() if name not in unfit]
+    by_loss = conformal_p_values(
+        [losses[name].score if name in losses else math.nan for name in suspects], null_losses
+    )
+    family = np.where([name in unfit for name in suspects], math.nan, by_loss)
+    dormant = discoveries(family, rate) | (np.isnan(family) & (by_loss <= rate))
+    stands_out = zip(discoveries(by_image, rate), dormant, strict=True)
+    rows = []
+    for (name, pair), p_image, p_loss, found in zip(
+        suspects.items(), by_image, by_loss, stands_out, strict=True
+    ):
+        score, result = own.get(name, (math.nan, None))
+        answer, reason = _answer(
+            score,
+            by_image=found[0],
+            # a discovery, or as small a p-value as the nulls allow
+            beats_all=found[0] or p_image * (1 + len(nulls)) < 1.5,
+            by_loss=found[1],
+            auditable=name not in unfit,
+            painted=name in painted,
+        )
+        rows.append(
+            ImageEvidence(
+                id=name,
+                kind=pair.kind,
+                answer=answer,
+                reason=reason,
+                similarity=math.nan if result is None else result.statistic,
+                condition=None if result is None else result.condition,
+                scale=rule.scales.get(name, Scale(math.nan, math.nan)),
+                score=score,
+                p_image=float(p_image),
+                p_loss=float(p_loss),
+                loss_ratio=losses[name].ratio if name in losses else math.nan,
+                reference_similarity=other[name][1].statistic if name in other else math.nan,
+            )
+        )
+    return tuple(rows)
+
+
+def _answer(
+    score: float,
+    *,
+    by_image: bool,
+    beats_all: bool,
+    by_loss: bool,
+    auditable: bool,
+    painted: bool,
+) -> tuple[Answer, Reason]:
+    if score > COPY and beats_all and not painted:
+        return "yes", "copy" if by_image else "copy_few_nulls"
+    if by_loss:
+        return "dormant", "held_by_loss"
+    if not auditable:
+        return "cannot_tell", "not_auditable"
+    if math.isnan(score):
+        return "cannot_tell", "no_result"
+    if score > COPY:
+        return "cannot_tell", "painted" if painted else "not_above_nulls"
+    return "no", "nothing_came_back"

@@ -1,0 +1,65 @@
+"""Altered copies of suspects as controls."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dori_lightning.pairs.copies import ALTER, alterations, altered_copies
+from dori_lightning.types import InputError, Kind, Pair
+
+
+def pair(folder: Path, name: str, kind: Kind = "vm") -> Pair:
+    path = folder / f"{name}.png"
+    pixels = np.random.default_rng(len(name)).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return Pair(name, kind, f"the {name}", path, repeats=3.0, sha256=f"hash-of-{name}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "controls", "expected"),
+    [
+        ("auto", 19, ("mirrored", "turned")),
+        ("auto", 20, ()),
+        ([], 0, ()),
+        (["shifted", "mirrored"], 99, ("mirrored", "shifted")),
+        ("turned", 0, ("turned",)),
+    ],
+)
+def test_copies_are_made_where_a_list_has_few_controls(
+    setting: str | list[str], controls: int, expected: tuple[str, ...]
+) -> None:
+    assert alterations(setting, controls=controls) == expected
+
+
+@pytest.mark.parametrize("setting", ["flipped", ["mirrored", "mirrored"], ["mirrored", "auto"]])
+def test_an_unknown_alteration_is_refused(setting: str | list[str]) -> None:
+    with pytest.raises(InputError, match=r"pairs\.self_controls must be auto or some of mirrored"):
+        alterations(setting, controls=0)
+
+
+def test_a_copy_is_a_control_with_the_suspects_prompt(tmp_path: Path) -> None:
+    suspect, control = pair(tmp_path, "cat"), pair(tmp_path, "horse", "control")
+    (made,) = altered_copies([suspect, control], ["mirrored"], tmp_path / "copies")
+    assert (made.id, made.kind, made.copy_of) == ("cat.mirrored", "control", "cat")
+    assert (made.prompt, made.repeats) == (suspect.prompt, 0.0)
+    original, copy = (np.asarray(Image.open(p.image)) for p in (suspect, made))
+    assert np.array_equal(copy, original[:, ::-1])
+    again = altered_copies([suspect], ["mirrored"], tmp_path / "copies")
+    assert again == (made,)
+
+
+@pytest.mark.parametrize("kind", ALTER)
+def test_an_alteration_keeps_every_pixel_and_moves_it(kind: str, tmp_path: Path) -> None:
+    image = Image.open(pair(tmp_path, "cat").image)
+    altered = ALTER[kind](image)  # type: ignore[index]
+    before, after = np.asarray(image), np.asarray(altered)
+    assert (before != after).mean() > 0.9
+    assert sorted(before.ravel()) == sorted(after.ravel())
+
+
+def test_a_listed_pair_of_a_copys_name_is_refused(tmp_path: Path) -> None:
+    pairs = [pair(tmp_path, "cat"), pair(tmp_path, "cat.mirrored", "control")]
+    with pytest.raises(InputError, match=r"cat.mirrored is both"):
+        altered_copies(pairs, ["mirrored"], tmp_path)
