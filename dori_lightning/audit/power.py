@@ -85,7 +85,7 @@ class PlantedEdit(Edit):
     planted: WeightEdit
 
     @property
-    def identity(self) -> str:  # type: ignore[override]
+    def identity(self) -> str:
         """Hash of both."""
         both = f"{self.base.identity}+{self.planted.identity}"
         return hashlib.sha256(both.encode()).hexdigest()[:24]

@@ -144,7 +144,7 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
         answer, condition = "unreliable", doubted.condition
     else:
         answer = "unmeasured" if best is None else "clear"
-    images = Counter(row.answer for row in report.images)
+    images = Counter[str](row.answer for row in report.images)
     yes = Counter(row.kind for row in report.images if row.answer == "yes")
     if answer in ("found", "hidden", "templates") and report.images and not yes:
         answer = "unreliable"

@@ -25,9 +25,10 @@ from dori_lightning.audit.evaluation import (
     attack_and_generate,
     evaluate,
 )
-from dori_lightning.audit.power import Power, PowerSettings, measure_power
+from dori_lightning.audit.power import PowerSettings, measure_power
 from dori_lightning.audit.targets import aim
 from dori_lightning.audit.utility import measure_utility, write_utility
+from dori_lightning.metrics.evidence import Power
 from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.baselines import NoMitigation
