@@ -34,6 +34,9 @@ all planted images from all controls without a prompt, higher ones do not."""
 DRAWS = 2
 """Noise samples at each level."""
 
+LOSS_ROWS = (1 + len(ALTER)) * len(LEVELS) * DRAWS
+"""Evaluations for one image under one conditioning."""
+
 _MEMORY = OomBackoff("losses", "sample", "checkpoint.precision=bf16, or a device with more memory")
 
 

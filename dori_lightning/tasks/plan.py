@@ -21,10 +21,13 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from rich.table import Table
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
+from dori_lightning.audit.loss_evidence import LOSS_ROWS
+from dori_lightning.audit.power import PowerSettings
 from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.copies import alterations
+from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
 from dori_lightning.runtime.artifacts import content_hash, drop_keys, write_json
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import to_container
@@ -211,6 +214,9 @@ def plan_of(cfg: DictConfig) -> JobPlan:
     images = (everyone + attacks * snapshots) * sampling.images_per_pair
     attack = Evaluations(attack=attacks * steps * settings.noise_batch)
     work = attack + Evaluations.of_images(images, sampling)
+    if config["evidence"]["losses"]:  # under the empty prompt, the own one and each start
+        asked = 2 * everyone + attacks // settings.restarts
+        work += Evaluations(forward=asked * LOSS_ROWS)
     # all that decides the work which jobs of a sweep may share
     decides = {
         "checkpoint": drop_keys(config["checkpoint"], "device", "channels_last"),
@@ -219,14 +225,23 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         "sampling": drop_keys(config["sampling"], "batch"),
         "seed": config["seed"],
     }
-    shared: dict[str, Part] = {}
+    ordinary = Evaluations.of_images(ORDINARY_PROMPTS * sampling.images_per_pair, sampling)
+    shared = {
+        content_hash([decides, "ordinary"]): part(
+            "images of ordinary prompts", ordinary, images=ordinary.decoded
+        )
+    }
+    if config["reference"]:
+        shared[content_hash([decides, config["reference"]])] = part(
+            "the reference model", work + ordinary, images=images, embeddings=attacks * snapshots
+        )
     adjusted = 0
     for method, estimate in _edits(mitigation, sampling, suspected):
         key = content_hash([decides, repr(replace(method, name=""))])  # type: ignore[type-var]
         stored, unknown = estimate.stored_weights, estimate.not_counted
         shared[key] = part(f"edit {method.name}", estimate.work, unknown, weights=stored)
         adjusted = estimate.evaluations_per_image  # of the mitigation itself, which comes last
-    if shared:  # a mitigated model is compared with the unmitigated one
+    if not isinstance(mitigation, NoMitigation):  # compared with the unmitigated model
         utility = _utility(config["utility"], suspected, sampling)
         images += utility.decoded
         work += utility + Evaluations(forward=adjusted * images, attack=adjusted * images)
@@ -240,7 +255,10 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         mitigation=mitigation.name,
         pairs=pairs,
         attacks=attacks,
-        remarks=tuple(_remarks(pairs, pairs_from, str(cfg.checkpoint.name), settings)),
+        remarks=(
+            *_remarks(pairs, pairs_from, str(cfg.checkpoint.name), settings),
+            *_power_remarks(instantiate(cfg.power), attack=steps * settings.noise_batch),
+        ),
     )
 
 
@@ -330,6 +348,24 @@ def _remarks(
             yield f"hours are of one card at {PEAK_FRACTION:.0%} of its dense bf16 peak: estimates"
     if settings.early_stop:
         yield "attack.early_stop: counted as if no image came back before the last step"
+
+
+def _power_remarks(settings: PowerSettings, *, attack: int) -> Iterator[str]:
+    """What measuring the attack's power would add.
+
+    Args:
+        settings: How it is measured.
+        attack: UNet evaluations of one attack.
+    """
+    if settings.when == "never":
+        return
+    trained = settings.steps * settings.rounds * settings.rows
+    where = {"always": "", "nothing_found": " where nothing is found"}[settings.when]
+    yield (
+        f"not counted: the attack's power{where}: {settings.count} images planted by up to "
+        f"{trained:,} evaluations with the gradient of all weights, and attacked by "
+        f"{settings.count * attack:,}"
+    )
 
 
 def _print(plans: Mapping[str, JobPlan], *, title: str) -> Part:

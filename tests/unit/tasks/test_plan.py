@@ -9,8 +9,10 @@ import pytest
 from hydra.utils import instantiate
 
 from dori_lightning import config
+from dori_lightning.audit.loss_evidence import LOSS_ROWS
 from dori_lightning.mitigations.base import Evaluations
 from dori_lightning.mitigations.wanda import Wanda
+from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
 from dori_lightning.tasks.plan import CHECKPOINTS, UNKNOWN, JobPlan, plan_of, sum_plans
 from dori_lightning.types import InputError
 from support.runs import configuration, run_task, write_pairs
@@ -39,7 +41,10 @@ def dry_run(folder: Path, *overrides: str) -> None:
 def listed(tmp_path: Path) -> tuple[str, ...]:
     if not (tmp_path / "pairs").is_dir():
         write_pairs(tmp_path / "pairs", vm=2, control=3)
-    return ("pairs=folder", f"pairs.path={tmp_path / 'pairs'}", *SMALL)
+    return (
+        "pairs=folder", f"pairs.path={tmp_path / 'pairs'}", "pairs.self_controls=[]",
+        "evidence.losses=false", "power=none", *SMALL,
+    )  # fmt: skip
 
 
 def test_the_attack_and_its_images_are_counted(tmp_path: Path) -> None:
@@ -54,7 +59,24 @@ def test_the_attack_and_its_images_are_counted(tmp_path: Path) -> None:
     assert job.audit.work.forward == job.audit.work.decoded * 3 * 2, (
         "guidance takes two rows a step"
     )
-    assert job.shared == {}
+    (ordinary,) = job.shared.values()
+    assert ordinary.work.decoded == ORDINARY_PROMPTS * 2
+
+
+def test_evidence_by_loss_self_controls_and_a_reference_are_priced(tmp_path: Path) -> None:
+    one = planned(*listed(tmp_path))
+    judged = planned(*listed(tmp_path), "evidence.losses=true")
+    # the empty prompt and the own one of five pairs, and seven starts
+    assert judged.audit.work.forward - one.audit.work.forward == (2 * 5 + 7) * LOSS_ROWS
+    copied = planned(*listed(tmp_path), "pairs.self_controls=auto")
+    assert copied.pairs["control"] == 3 + 2 * 2
+    assert "with self-controls" in copied.remarks[0]
+    seen = planned(*listed(tmp_path), "reference=checkpoint", "reference.source=unseen")
+    ordinary, reference = seen.shared.values()
+    assert reference.what == "the reference model"
+    assert reference.work == one.audit.work + ordinary.work
+    powered = planned(*listed(tmp_path), "power=planted", "attack.budget.steps=7")
+    assert f"and attacked by {4 * 7 * 2}" in powered.remarks[-1]
 
 
 def test_without_guidance_a_step_is_one_row(tmp_path: Path) -> None:
@@ -64,7 +86,7 @@ def test_without_guidance_a_step_is_one_row(tmp_path: Path) -> None:
 
 def test_a_mitigated_audit_also_draws_with_the_model_as_it_is(tmp_path: Path) -> None:
     job = planned(*listed(tmp_path), "mitigation=wanda", "sampling.steps=12")
-    edit, before = job.shared.values()
+    _, edit, before = job.shared.values()
     assert edit.what == "edit wanda"
     assert edit.work == Evaluations(forward=(2 + 1) * 10 * 2), "pairs and the empty prompt"
     assert before.work == Evaluations(forward=5 * 2 * 12 * 2, decoded=5 * 2)
@@ -81,8 +103,8 @@ def test_utility_is_counted_for_both_models(tmp_path: Path) -> None:
     assert job.audit.work.decoded - without.audit.work.decoded == images
     more = Evaluations(forward=7 * 3 + images * 3 * 2, decoded=images)
     assert job.audit.work == without.audit.work + more
-    _, before = job.shared.values()
-    _, less = without.shared.values()
+    *_, before = job.shared.values()
+    *_, less = without.shared.values()
     assert before.work == less.work + more
 
 
