@@ -12,6 +12,7 @@ from safetensors import safe_open
 from dori_lightning.attacks import embedding_attack
 from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError
 from support.processes import PROGRAM, ended
@@ -165,7 +166,7 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkey
     # no rows that only fill up a pass
     monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)
     monkeypatch.setattr(generation, "CPU_IMAGES", IMAGES)
-    folder = run(material, tmp_path / "run", STOP)
+    folder = run(material, tmp_path / "run", STOP, "evidence.losses=false")
     effort, steps = report_json(folder)["effort"], firsts(folder)
     spent = [first or 4 for first in steps.values()]
     each = IMAGES * SAMPLER * 2  # guided
@@ -177,7 +178,7 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkey
         "pictures_saved": each * (len(LOOKED_AT) * PAIRS - sum(looks)),
     }
     assert effort["attack_saved"] > 0
-    prompts = each * PAIRS
+    prompts = each * (PAIRS + ORDINARY_PROMPTS)
     assert rows_of == {
         "with gradient": effort["attack"], "forward": effort["pictures"] + prompts
     }  # fmt: skip

@@ -1,5 +1,5 @@
+import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_the_parts_of_a_delta_keep_their_names(tmp_path):
 
 @pytest.mark.parametrize(
     "function",
-    [exec, eval, print, getattr, subprocess.getoutput, sys.exit],
+    [exec, eval, print, getattr, subprocess.getoutput, os.system],
     ids=lambda function: function.__name__,
 )
 def test_a_file_that_asks_for_code_is_refused(tmp_path, capsys, function):
