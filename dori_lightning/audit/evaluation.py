@@ -7,11 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dori_lightning.attacks.embedding_attack import (
-    Conditioning,
-    attack_rounds,
-    run_attacks,
-)
+from dori_lightning.attacks.embedding_attack import Conditioning, attack_rounds, run_attacks
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.metrics.calibration import calibrate_measures
 from dori_lightning.metrics.replication import cells as cells_of
