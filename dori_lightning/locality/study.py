@@ -57,7 +57,6 @@ from dori_lightning.mitigations.edits import Edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import GenerationRequest, generate_images, generation_noise
-from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.runtime.cache import TENSORS, Cache, Tensors
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
@@ -573,7 +572,7 @@ def _run_nemo(
         own_references = ReferenceImages(renamed, images, references.measures)
         found = nemo.find(
             audit.model,
-            {names[k]: Encoded(audit.data.encoded(pairs[k]).latent, embeddings[k]) for k in chunk},
+            {names[k]: embeddings[k] for k in chunk},
             replace(audit.for_mitigations, references=own_references),
         )
         for k in chunk:
