@@ -7,7 +7,7 @@ attack draws them.
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ from dori_lightning.bench.measure import (
 from dori_lightning.models.memory import pairs_at_once
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.report.words import number_words
-from dori_lightning.runtime.batching import fixed_batches, parallel_batches
+from dori_lightning.runtime.batching import parallel_batches
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget
 
@@ -50,7 +50,7 @@ WAYS = {
     "one pair at a time",
     "B2": "B1 with channels-last memory and torch.compile",
     "ours": "the package's attack, as an audit calls it",
-    "by hand": "the same arithmetic in a loop without the package",
+    "solver": "its arithmetic alone, without Trainer, store and files",
 }
 ALONE = "layers alone"
 
@@ -140,40 +140,6 @@ def fair(model: StableDiffusion, task: AttackTask, denoiser: Any = None) -> Atta
     return Attacked(torch.stack(embeddings), torch.stack(losses))
 
 
-def hand_written(model: StableDiffusion, task: AttackTask, *, share: int) -> Attacked:
-    """The package's own arithmetic without the package: ``share`` pairs a pass, losses summed.
-
-    No Trainer, no store, no row that can stand still, no checks: the difference to the package's
-    own attack is what these cost.
-    """
-    batch, rows = task.noise_batch, len(task.ids)
-    embedding = task.initial.clone().to(model.device).requires_grad_(True)
-    repeated = task.latents.to(model.device).repeat_interleave(batch, 0)
-    optimizer = torch.optim.Adam([embedding], lr=task.lr)
-    losses = []
-    with model.frozen(), torch.enable_grad():
-        for step in range(task.steps):
-            drawn = [task.draw(model, row, step) for row in range(rows)]
-            noise, timesteps = (torch.cat(part) for part in zip(*drawn, strict=True))
-            gradient, of_pairs = torch.zeros_like(embedding), []
-            for places, count in fixed_batches(range(rows), share):
-                index = torch.tensor(places)
-                samples = (index[:, None] * batch + torch.arange(batch)).flatten()
-                point = embedding.detach()[index].requires_grad_(True)
-                error = _error(
-                    model, model.unet, repeated[samples], noise[samples], timesteps[samples],
-                    point.repeat_interleave(batch, 0),
-                )  # fmt: skip
-                loss = error.view(share, batch).mean(1)
-                (part,) = torch.autograd.grad(loss.sum(), point)
-                gradient[index[:count]] = part[:count]
-                of_pairs.append(loss.detach()[:count])
-            embedding.grad = gradient
-            optimizer.step()
-            losses.append(torch.cat(of_pairs))
-    return Attacked(embedding.detach().cpu(), torch.stack(losses, 1).cpu())
-
-
 def _error(
     model: StableDiffusion,
     denoiser: Any,
@@ -247,7 +213,9 @@ def attack_family(bench: BenchContext, settings: BenchSettings) -> Family:
     task = attack_task(
         bench, settings.pairs, steps=settings.steps, noise_batch=settings.noise_batch
     )
-    rows = attack_rows(bench.model, task, partial(audit_attack, bench), settings)
+    model = bench.model
+    ours = {"ours": partial(audit_attack, bench), "solver": partial(solver_attack, model)}
+    rows = attack_rows(model, task, ours, settings)
     return Family("attack", f"attack on {bench.model.name}: {task}", rows)
 
 
@@ -258,28 +226,26 @@ def shape_family(model: StableDiffusion, settings: ShapeSettings, *, seed: int) 
     latents = torch.randn(count, *model.latent_shape, generator=generator)
     initial = torch.randn(count, *model.embedding_shape, generator=generator)
     task = AttackTask(ids, latents, initial, settings.steps, settings.noise_batch, seed=seed)
-    rows = attack_rows(model, task, partial(solver_attack, model), settings)
+    rows = attack_rows(model, task, {"ours": partial(solver_attack, model)}, settings)
     title = f"attack on Stable Diffusion 1.4's UNet, random weights in {settings.dtype}, latents"
     return Family("sd14", f"{title} of side {settings.latent}: {task}", rows)
 
 
 def attack_rows(
-    model: StableDiffusion, task: AttackTask, ours: Attack, settings: BenchSettings | ShapeSettings
+    model: StableDiffusion,
+    task: AttackTask,
+    ours: Mapping[str, Attack],
+    settings: BenchSettings | ShapeSettings,
 ) -> tuple[Row, ...]:
     """Measure every way in turn, then what its operations take alone.
 
     Args:
         model: Model under attack.
         task: What is timed.
-        ours: The package's attack.
+        ours: The package's ways, one of which is ``ours``.
         settings: How often, and whether to compile; the row says why not where that cannot be.
     """
-    share = pairs_at_once(model) if model.device.type == "cpu" else len(task.ids)
-    attacks: dict[str, Attack] = {
-        "B1": partial(fair, model),
-        "ours": ours,
-        "by hand": partial(hand_written, model, share=share),
-    }
+    attacks: dict[str, Attack] = {"B1": partial(fair, model), **ours}
     # memory on the CPU is that of single operations, which compiled code does not show
     eager = dict(attacks)
     skipped = "" if settings.compile else "not asked for (compile)"
@@ -296,14 +262,16 @@ def attack_rows(
         model=model, pairs=len(task.ids), repeats=settings.repeats, title="attack",
     )  # fmt: skip
     # one step of one full pass
+    share = pairs_at_once(model) if model.device.type == "cpu" else len(task.ids)
     full = {name: getattr(task, name)[:share] for name in ("ids", "latents", "initial")}
     one, rows = replace(task, steps=1, **full), []
     for name, what in WAYS.items():
         if name not in timed:
-            rows.append(Row(name, what, skipped=skipped))
+            if name == "B2":
+                rows.append(Row(name, what, skipped=skipped))
             continue
         memory = peak_bytes(partial(eager[name], one), model.device)
-        if name == "ours" and model.device.type == "cpu":
+        if name in ours and model.device.type == "cpu":
             memory *= parallel_batches(model)  # measured with one pass after the other
         difference = (results[name].embeddings - results["ours"].embeddings).abs().max()
         values = {
@@ -311,6 +279,6 @@ def attack_rows(
             "furthest_from_ours": float(difference),
         }
         rows.append(replace(timed[name], peak_bytes=memory, values=values))
-    alone = task.steps * seconds_alone(partial(attacks["by hand"], one), model.device)
+    alone = task.steps * seconds_alone(partial(solver_attack, model, one), model.device)
     what = "its matrix products, convolutions and attention, each shape by itself"
     return (*rows, Row(ALONE, what, pairs=len(one.ids), seconds=(alone,)))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,13 +95,6 @@ class Family:
     def ratio(self, name: str, row: Row) -> float | None:
         """Time of the row of a name over a row's; None where there is no such row."""
         return next((r.per_pair / row.per_pair for r in self.measured if r.name == name), None)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Read what `asdict` gave; KeyError or TypeError for anything else."""
-        rows = tuple(Row(**{**row, "seconds": tuple(row["seconds"])}) for row in value["rows"])
-        before, after = value["load"]
-        return cls(value["name"], value["title"], rows, (before, after))
 
 
 def timed_in_turn(

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import product
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -38,54 +36,69 @@ PERPLEXITY = 30.0
 ImageKind = Literal["memorized", "control"]
 PlaceKind = Literal["start", "end", "own_prompt", "memorized_prompt", "control_prompt"]
 PromptGroup = Literal["memorized_prompts", "control_prompts"]
-SpreadGroup = Literal["starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"]
+GroupName = Literal["starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"]
+
+
+def held_as(pair: Pair) -> ImageKind:
+    """Whether the checkpoint is expected to hold an image."""
+    return "control" if pair.kind == "control" else "memorized"
 
 
 @dataclass(frozen=True)
-class TriggerSet:
-    """What N attacks on one image began with and ended with.
+class Attempt:
+    """What one attack began with and ended with.
 
     Attributes:
         pair: The image under attack, with its prompt.
-        start: Where they began.
-        prompt: Embedding (T, D) of the image's own prompt.
-        restarts: Number of each attack, length N.
-        starts: Initial embeddings (N, T, D).
-        ends: Final embeddings (N, T, D).
-        working: Whether each end replicates the image on the model it was searched on, length N.
+        init: What kind of embedding it began with.
+        restart: Number of the attack among those on this image from this kind.
+        start: Initial embedding (T, D).
+        end: Final embedding (T, D).
+        works: Whether the end replicates the image on the model it was searched on: an embedding
+            that gives another image is no trigger.
     """
 
     pair: Pair
-    start: Init
-    prompt: torch.Tensor
-    restarts: tuple[int, ...]
-    starts: torch.Tensor
-    ends: torch.Tensor
-    working: tuple[bool, ...]
+    init: Init
+    restart: int
+    start: torch.Tensor
+    end: torch.Tensor
+    works: bool
 
-    def only_working(self) -> TriggerSet:
-        """The attacks that succeeded: an embedding that gives another image is no trigger."""
-        chosen = [k for k, works in enumerate(self.working) if works]
-        return replace(
-            self,
-            restarts=tuple(self.restarts[k] for k in chosen),
-            starts=self.starts[chosen],
-            ends=self.ends[chosen],
-            working=(True,) * len(chosen),
-        )
+    @property
+    def held(self) -> ImageKind:
+        """Whether the checkpoint is expected to hold the image."""
+        return held_as(self.pair)
 
 
 @dataclass(frozen=True)
-class PromptSet:
-    """Prompts of different pairs.
+class Group:
+    """Embeddings that are compared with each other.
 
     Attributes:
-        pairs: N pairs.
-        embeddings: Their prompts' embeddings (N, T, D).
+        name: ``triggers`` of memorized images, the ``starts`` that those began with,
+            ``control_ends`` of attacks on control images, ``memorized_prompts`` of images that are
+            not under study, ``control_prompts``.
+        pairs: The pair that each should replicate, length N.
+        embeddings: Embeddings (N, T, D).
     """
 
+    name: GroupName
     pairs: tuple[Pair, ...]
     embeddings: torch.Tensor
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Image of each, length N; one label for all prompts."""
+        if self.name in get_args(PromptGroup):
+            return ("prompts",) * len(self.pairs)
+        return tuple(pair.id for pair in self.pairs)
+
+    @classmethod
+    def of(cls, name: GroupName, attempts: Sequence[Attempt]) -> Group:
+        """The starts or the ends of attacks, at least one."""
+        rows = [own.start if name == "starts" else own.end for own in attempts]
+        return cls(name, tuple(own.pair for own in attempts), torch.stack(rows))
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,7 @@ class Spread:
     """How far embeddings of one group are apart.
 
     Attributes:
-        group: ``starts`` or ``triggers`` of memorized images, ``control_ends`` of attacks on
-            control images, ``memorized_prompts``, ``control_prompts``.
+        group: Which embeddings.
         start: Where the attacks began; None for prompts.
         images: Images whose embeddings these are; 0 for prompts.
         count: Embeddings.
@@ -105,7 +117,7 @@ class Spread:
         cosine_between: The same for two images.
     """
 
-    group: SpreadGroup
+    group: GroupName
     start: Init | None
     images: int
     count: int
@@ -145,12 +157,11 @@ class Move:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Which prompt is nearest.
+    """Which prompt is nearest, by cosine.
 
     Attributes:
         what: ``triggers``, or the ``starts`` they came from, as a control.
         start: Where the attacks began.
-        measure: ``distance`` or ``cosine``.
         own: Embeddings whose nearest prompt is the image's own.
         memorized: Embeddings whose nearest prompt is another memorized image's.
         control: Embeddings whose nearest prompt is a control's.
@@ -159,7 +170,6 @@ class Nearest:
 
     what: Literal["triggers", "starts"]
     start: Init
-    measure: Literal["distance", "cosine"]
     own: Rate
     memorized: Rate
     control: Rate
@@ -209,50 +219,50 @@ class EmbeddingFindings:
 
 
 def embedding_findings(
-    triggers: Sequence[TriggerSet],
-    controls: Sequence[TriggerSet],
-    prompts: Mapping[PromptGroup, PromptSet],
+    attempts: Sequence[Attempt],
+    own_prompts: Mapping[str, torch.Tensor],
+    prompts: Mapping[PromptGroup, Group],
     *,
     seed: int = 0,
 ) -> EmbeddingFindings:
     """Compare triggers with their starts and with prompts.
 
     Args:
-        triggers: Of memorized images, from every start; those that work.
-        controls: Attacks on control images, whatever they gave.
+        attempts: Attacks from every start; of memorized images those that work are looked at, of
+            control images all.
+        own_prompts: Pair id to the embedding (T, D) of its prompt, of the memorized images.
         prompts: Of other memorized images, and of images that the checkpoint does not hold.
         seed: Of resampling and t-SNE.
     """
     length, width = (int(side) for side in prompts["control_prompts"].embeddings.shape[1:])
-    spread = partial(_spread, seed=seed)
     spreads: list[Spread] = []
     moves: list[Move] = []
     nearest: list[Nearest] = []
-    attacked: dict[ImageKind, Sequence[TriggerSet]] = {"memorized": triggers, "control": controls}
-    for kind, sets in attacked.items():
-        for start in dict.fromkeys(one.start for one in sets):
-            chosen = [one for one in sets if one.start == start and len(one.ends)]
-            if not chosen:
-                continue
-            labels = [one.pair.id for one in chosen for _ in one.ends]
-            starts = torch.cat([one.starts for one in chosen])
-            ends = torch.cat([one.ends for one in chosen])
-            if kind == "memorized":
-                spreads.append(spread("starts", starts, labels, start=start))
-                spreads.append(spread("triggers", ends, labels, start=start))
-                nearest += _nearest(chosen, labels, prompts)
-            else:
-                spreads.append(spread("control_ends", ends, labels, start=start))
-            moves.append(_move(kind, start, starts, ends, labels, seed=seed))
-    for group, own in prompts.items():
-        spreads.append(spread(group, own.embeddings, ["prompts"] * len(own.pairs)))
+    working = [own for own in attempts if own.works and own.held == "memorized"]
+    controls = [own for own in attempts if own.held == "control"]
+    for init in dict.fromkeys(own.init for own in working):
+        chosen = [own for own in working if own.init == init]
+        starts, ends = Group.of("starts", chosen), Group.of("triggers", chosen)
+        spreads += [_spread(starts, init, seed=seed), _spread(ends, init, seed=seed)]
+        nearest += [
+            _nearest(group, init, own_prompts, prompts)
+            for group in (ends, starts)
+            if group is ends or init != "prompt"  # else they are the image's own prompt
+        ]
+        moves.append(_move(starts, ends, init, seed=seed))
+    for init in dict.fromkeys(own.init for own in controls):
+        chosen = [own for own in controls if own.init == init]
+        starts, ends = Group.of("starts", chosen), Group.of("control_ends", chosen)
+        spreads.append(_spread(ends, init, seed=seed))
+        moves.append(_move(starts, ends, init, seed=seed))
+    spreads += [_spread(group, None, seed=seed) for group in prompts.values()]
     return EmbeddingFindings(
         shape=(length, width),
         random_distance=math.sqrt(2 * length * width),
         spreads=tuple(spreads),
         moves=tuple(moves),
         nearest=tuple(nearest),
-        places=_places(triggers, prompts, seed=seed),
+        places=_places(working, own_prompts, prompts, seed=seed),
     )
 
 
@@ -299,19 +309,13 @@ def lengths(rows: torch.Tensor) -> torch.Tensor:
     return found.cpu()
 
 
-def _spread(
-    group: SpreadGroup,
-    rows: torch.Tensor,
-    labels: Sequence[str],
-    *,
-    start: Init | None = None,
-    seed: int,
-) -> Spread:
-    """How far embeddings (N, T, D) are apart, within and between their labels."""
+def _spread(group: Group, start: Init | None, *, seed: int) -> Spread:
+    """How far embeddings are apart, within and between their labels."""
+    rows, labels = group.embeddings, group.labels
     distance, distance_between = pair_estimates(distances(rows), labels, seed=seed)
     cosine, cosine_between = pair_estimates(cosines(rows), labels, seed=seed)
     return Spread(
-        group=group,
+        group=group.name,
         start=start,
         images=0 if start is None else len(set(labels)),
         count=len(rows),
@@ -323,25 +327,18 @@ def _spread(
     )
 
 
-def _move(
-    kind: ImageKind,
-    start: Init,
-    starts: torch.Tensor,
-    ends: torch.Tensor,
-    labels: Sequence[str],
-    *,
-    seed: int,
-) -> Move:
-    moves = ends - starts
-    cosine, cosine_between = pair_estimates(cosines(moves), labels, seed=seed)
-    displacement = mean_estimate(lengths(moves).tolist(), labels, seed=seed)
+def _move(started: Group, ended: Group, start: Init, *, seed: int) -> Move:
+    """What attacks change; both groups have a row for each of them."""
+    starts, ends, labels = started.embeddings, ended.embeddings, ended.labels
+    cosine, cosine_between = pair_estimates(cosines(ends - starts), labels, seed=seed)
+    displacement = mean_estimate(lengths(ends - starts).tolist(), labels, seed=seed)
     apart, _ = pair_estimates(distances(starts), labels, seed=seed)
     own_start = None
     if 1 < len(starts) == len(torch.unique(starts.flatten(1), dim=0)):
         nearest = torch.cdist(ends.flatten(1).double(), starts.flatten(1).double()).argmin(1)
         own_start = rate_of((nearest == torch.arange(len(ends))).tolist(), labels)
     return Move(
-        held=kind,
+        held="memorized" if ended.name == "triggers" else "control",
         start=start,
         displacement=displacement,
         share=displacement.value / apart.value if apart.value > 0 else None,
@@ -352,46 +349,43 @@ def _move(
 
 
 def _nearest(
-    sets: Sequence[TriggerSet], labels: Sequence[str], prompts: Mapping[PromptGroup, PromptSet]
-) -> list[Nearest]:
-    start = sets[0].start
+    group: Group,
+    start: Init,
+    own_prompts: Mapping[str, torch.Tensor],
+    prompts: Mapping[PromptGroup, Group],
+) -> Nearest:
+    """Find the prompt nearest to each embedding, among the image's own and all others."""
+
+    def unit(rows: torch.Tensor) -> torch.Tensor:
+        return F.normalize(rows.flatten(1).double())
+
     memorized, control = prompts["memorized_prompts"], prompts["control_prompts"]
-    others = torch.cat([memorized.embeddings, control.embeddings]).flatten(1).double()
-    findings = []
-    whats: tuple[Literal["triggers", "starts"], ...] = ("triggers", "starts")
-    measures: tuple[Literal["distance", "cosine"], ...] = ("distance", "cosine")
-    for what, measure in product(whats, measures):
-        if what == "starts" and start == "prompt":
-            continue  # they are the image's own prompt
-        # number of each embedding's nearest prompt: 0 is the image's own
-        numbers: list[int] = []
-        for one in sets:
-            rows = (one.ends if what == "triggers" else one.starts).flatten(1).double()
-            near = torch.cat([one.prompt.flatten()[None].double(), others])
-            if measure == "cosine":
-                nearest = (F.normalize(rows) @ F.normalize(near).T).argmax(1)
-            else:
-                nearest = torch.cdist(rows, near).argmin(1)
-            numbers += nearest.tolist()
-        first_control, end = 1 + len(memorized.pairs), 1 + len(others)
-        own, by_memorized, by_control = (
-            rate_of([low <= number < high for number in numbers], labels)
-            for low, high in ((0, 1), (1, first_control), (first_control, end))
-        )
-        findings.append(Nearest(what, start, measure, own, by_memorized, by_control, 1 / end))
-    return findings
+    rows = unit(group.embeddings)
+    own = unit(torch.stack([own_prompts[pair.id] for pair in group.pairs]))
+    others = unit(torch.cat([memorized.embeddings, control.embeddings]))
+    # the first column is the image's own prompt
+    nearest = torch.cat([(rows * own).sum(1, keepdim=True), rows @ others.T], 1).argmax(1)
+    first_control, end = 1 + len(memorized.pairs), 1 + len(others)
+    by_own, by_memorized, by_control = (
+        rate_of(((low <= nearest) & (nearest < high)).tolist(), group.labels)
+        for low, high in ((0, 1), (1, first_control), (first_control, end))
+    )
+    what: Literal["starts", "triggers"] = "starts" if group.name == "starts" else "triggers"
+    return Nearest(what, start, by_own, by_memorized, by_control, 1 / end)
 
 
 def _places(
-    triggers: Sequence[TriggerSet], prompts: Mapping[PromptGroup, PromptSet], *, seed: int
+    triggers: Sequence[Attempt],
+    own_prompts: Mapping[str, torch.Tensor],
+    prompts: Mapping[PromptGroup, Group],
+    *,
+    seed: int,
 ) -> tuple[Place, ...]:
     """Project starts, ends and prompts together; nothing where there are fewer than four."""
     rows: list[tuple[PlaceKind, str, Init | None, int, torch.Tensor]] = []
     for one in triggers:
-        for restart, start, end in zip(one.restarts, one.starts, one.ends, strict=True):
-            rows.append(("start", one.pair.id, one.start, restart, start))
-            rows.append(("end", one.pair.id, one.start, restart, end))
-    own_prompts = {one.pair.id: one.prompt for one in triggers}
+        rows.append(("start", one.pair.id, one.init, one.restart, one.start))
+        rows.append(("end", one.pair.id, one.init, one.restart, one.end))
     rows += [("own_prompt", pair, None, 0, row) for pair, row in own_prompts.items()]
     kinds: tuple[tuple[PlaceKind, PromptGroup], ...] = (
         ("memorized_prompt", "memorized_prompts"), ("control_prompt", "control_prompts")

@@ -20,17 +20,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dori_lightning.locality.embeddings import distances, lengths, relative_distances
+from dori_lightning.locality.embeddings import (
+    Group,
+    GroupName,
+    distances,
+    lengths,
+    relative_distances,
+)
 from dori_lightning.locality.estimates import Estimate, mean_estimate, pair_estimates
 from dori_lightning.mitigations.wanda import heard_inputs
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.cache import TENSORS, Tensors
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.types import Pair
 
 MEMORY = 4 << 30
 """Bytes of activations in memory at once; layers beyond it get passes of their own."""
@@ -43,26 +49,7 @@ BYTES = 1 << 15
 
 Method = Literal["nemo", "wanda"]
 METHODS: tuple[Method, ...] = ("nemo", "wanda")
-GroupName = Literal["triggers", "starts", "memorized_prompts", "control_prompts"]
 GROUPS: tuple[GroupName, ...] = ("triggers", "starts", "memorized_prompts", "control_prompts")
-
-
-@dataclass(frozen=True)
-class Group:
-    """Embeddings that are compared with each other, layer by layer.
-
-    Attributes:
-        name: ``triggers`` of the images under study, the ``starts`` that those began with,
-            ``memorized_prompts`` of other memorized images, ``control_prompts``.
-        labels: Image of each, length N; one label for all prompts.
-        pairs: The pair that each should replicate, length N.
-        embeddings: Embeddings (N, T, D).
-    """
-
-    name: GroupName
-    labels: tuple[str, ...]
-    pairs: tuple[Pair, ...]
-    embeddings: torch.Tensor
 
 
 def _places(groups: Sequence[Group]) -> Iterator[tuple[Group, slice]]:
@@ -349,33 +336,24 @@ class LayerSelection:
 
 @dataclass(frozen=True)
 class BlockAgreement:
-    """Whether two methods select in the same transformer blocks for the same embedding.
+    """Whether NeMo and Wanda select in the same transformer blocks for the same embedding.
 
-    NeMo and Wanda prune different layers, so no weight can be in both selections; what can agree
-    is where in the network they select.
+    They prune different layers, so no weight can be in both selections; what can agree is where in
+    the network they select.
 
     Attributes:
         group: Which embeddings.
-        blocks: Blocks in which both could select.
-        nemo: Mean share of NeMo's selection that lies in each block.
-        wanda: The same for Wanda.
-        shared_parameters: Weights in which both could select.
-        overlap: Mean of the sum over blocks of the smaller share, in [0, 1]: both methods with the
-            same embedding.
+        overlap: Mean of the sum over blocks of the smaller of the two selections' shares, in
+            [0, 1]: both methods with the same embedding.
         overlap_other: The same with two different embeddings, as a control.
-        overlap_other_images: Whether those are of different images; else of one image, or of two
-            prompts.
-        undefined: Embeddings with which one of the methods selects nothing there.
+        other_images: Whether those are of different images; else of one image, or of two prompts.
+        undefined: Embeddings with which one of the methods selects nothing in a common block.
     """
 
     group: GroupName
-    blocks: tuple[str, ...]
-    nemo: tuple[float, ...]
-    wanda: tuple[float, ...]
-    shared_parameters: int
     overlap: Estimate
     overlap_other: Estimate
-    overlap_other_images: bool
+    other_images: bool
     undefined: int
 
 
@@ -414,20 +392,15 @@ def weight_findings(
         seed: Of the resampling.
     """
     layers: list[LayerSelection] = []
-    sizes: dict[Method, dict[str, np.ndarray]] = {}
+    sizes: dict[str, dict[str, list[float]]] = {}
     memorized: dict[str, dict[str, tuple[int, int]]] = {}
     for method, chosen in selections.items():
-        sizes[method] = {}
+        blocks = sizes.setdefault(method, {})
         for parameter, units in chosen[0].units.items():
-            shared = [
-                _intersections([one.bits[parameter] for one in chosen[place]])
-                for _, place in _places(groups)
-            ]
-            layers += [
-                _layer(method, parameter, group, both, units=units, seed=seed)
-                for group, both in zip(groups, shared, strict=True)
-            ]
-            sizes[method][parameter] = np.concatenate([both.diagonal() for both in shared])
+            for group, place in _places(groups):
+                shared = _intersections([one.bits[parameter] for one in chosen[place]])
+                layers.append(_layer(method, parameter, group, shared, units=units, seed=seed))
+                blocks.setdefault(parameter, []).extend(shared.diagonal())
         if any(one.memorized is not None for one in chosen):
             memorized[method] = {
                 group.name: (sum(bool(one.memorized) for one in chosen[place]), len(group.labels))
@@ -491,48 +464,33 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _block_agreements(
-    sizes: Mapping[Method, Mapping[str, np.ndarray]], groups: Sequence[Group], *, seed: int
+    sizes: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[Group], *, seed: int
 ) -> tuple[BlockAgreement, ...]:
-    """Compare in which blocks NeMo and Wanda select.
+    """Compare in which blocks two methods select.
 
     Args:
-        sizes: Method to weight's name to the sizes of its N selections (N,).
+        sizes: Method to weight's name to the sizes of its N selections.
         groups: The groups.
         seed: Of the resampling.
     """
-    by_method = {m: dict.fromkeys(map(block_of, names)) for m, names in sizes.items()}
-    blocks = tuple(name for name in by_method["nemo"] if name in by_method["wanda"])
-    shared = len(set(sizes["nemo"]) & set(sizes["wanda"]))
-    nemo, wanda = (_shares(sizes[method], blocks) for method in ("nemo", "wanda"))
+    # by method: blocks, and selections; summed over the weights of a block
+    tables = [pd.DataFrame(own).T.groupby(block_of).sum() for own in sizes.values()]
+    common = tables[0].index.intersection(tables[1].index)
+    shares = [(table.loc[common] / table.loc[common].sum()).to_numpy().T for table in tables]
     findings = []
     for group, place in _places(groups):
-        ours, theirs = nemo[place], wanda[place]
+        ours, theirs = (own[place] for own in shares)
         defined = np.isfinite(ours).all(1) & np.isfinite(theirs).all(1)
-        ours, theirs = ours[defined], theirs[defined]
         labels = [label for label, known in zip(group.labels, defined, strict=True) if known]
-        overlaps = np.minimum(ours[:, None], theirs[None]).sum(2)
+        overlaps = np.minimum(ours[defined][:, None], theirs[defined][None]).sum(2)
         within, between = pair_estimates((overlaps + overlaps.T) / 2, labels, seed=seed)
         findings.append(
             BlockAgreement(
                 group=group.name,
-                blocks=blocks,
-                nemo=tuple(map(float, ours.mean(0))) if labels else (),
-                wanda=tuple(map(float, theirs.mean(0))) if labels else (),
-                shared_parameters=shared,
                 overlap=mean_estimate(overlaps.diagonal(), labels, seed=seed),
                 overlap_other=between if between.count else within,
-                overlap_other_images=between.count > 0,
+                other_images=between.count > 0,
                 undefined=len(group.labels) - len(labels),
             )
         )
     return tuple(findings)
-
-
-def _shares(sizes: Mapping[str, np.ndarray], blocks: Sequence[str]) -> np.ndarray:
-    """Share of each selection by block (N, blocks); NaN where nothing is selected there."""
-    by_block = np.zeros((len(next(iter(sizes.values()))), len(blocks)))
-    for name, size in sizes.items():
-        if block_of(name) in blocks:
-            by_block[:, blocks.index(block_of(name))] += size
-    total = by_block.sum(1, keepdims=True)
-    return np.where(total > 0, by_block / np.where(total > 0, total, 1), np.nan)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import quote
@@ -33,12 +33,17 @@ from dori_lightning.audit.evaluation import (
     measure_all,
     prompt_conditionings,
 )
-from dori_lightning.locality.embeddings import ImageKind, PromptGroup, PromptSet, TriggerSet
+from dori_lightning.locality.embeddings import (
+    Attempt,
+    Group,
+    ImageKind,
+    PromptGroup,
+    held_as,
+)
 from dori_lightning.locality.estimates import Rate, rate_of
 from dori_lightning.locality.layers import (
     SELECTION,
     ActivationFindings,
-    Group,
     Method,
     Selection,
     WeightFindings,
@@ -54,7 +59,6 @@ from dori_lightning.mitigations.edits import Edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import GenerationRequest, generate_images, generation_noise
-from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.runtime.cache import TENSORS, Cache, Tensors
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
@@ -197,7 +201,7 @@ class Study:
     settings: LocalitySettings
     studied: tuple[Pair, ...]
     controls: tuple[Pair, ...]
-    prompts: Mapping[PromptGroup, PromptSet]
+    prompts: Mapping[PromptGroup, Group]
     calibration: Calibration
     replications: dict[Path, bool] = field(default_factory=dict)
 
@@ -258,18 +262,16 @@ class SearchedTriggers:
 
     Attributes:
         attacks: One per image, start, restart and snapshot, those of controls too.
-        memorized: Attacks on memorized images, one set per image and start, those that diverged
-            left out.
-        controls: The same for control images.
+        attempts: The whole attacks, by start and then by image; those that diverged left out.
     """
 
     attacks: tuple[Conditioning, ...]
-    memorized: tuple[TriggerSet, ...]
-    controls: tuple[TriggerSet, ...]
+    attempts: tuple[Attempt, ...]
 
-    def working(self, start: Init) -> tuple[TriggerSet, ...]:
-        """Triggers of memorized images from one start."""
-        return tuple(one.only_working() for one in self.memorized if one.start == start)
+    @property
+    def working(self) -> list[Attempt]:
+        """Attacks on memorized images whose end is a trigger."""
+        return [own for own in self.attempts if own.works and own.held == "memorized"]
 
 
 def search(study: Study, *, edit: str) -> SearchedTriggers:
@@ -292,35 +294,17 @@ def search(study: Study, *, edit: str) -> SearchedTriggers:
     queries = [("searched", attack) for attack in finite]
     works = study.replicates(queries, edit=edit, title="generate from ends")
     starts = {_attack(a): a.embedding for a in attacks if a.condition.budget.steps == 0}
-    sets: dict[ImageKind, list[TriggerSet]] = {"memorized": [], "control": []}
-    for init in audit.attack.inits:
-        for pair in pairs:
-            chosen = [
-                (attack, success)
-                for attack, success in zip(finite, works, strict=True)
-                if attack.pair.id == pair.id and attack.condition.init == init
-            ]
-            if chosen:
-                sets[_kind(pair)].append(
-                    TriggerSet(
-                        pair=pair,
-                        start=init,
-                        prompt=audit.data.encoded(pair).embedding,
-                        restarts=tuple(attack.restart for attack, _ in chosen),
-                        starts=torch.stack([starts[_attack(attack)] for attack, _ in chosen]),
-                        ends=torch.stack([attack.embedding for attack, _ in chosen]),
-                        working=tuple(success for _, success in chosen),
-                    )
-                )
-    return SearchedTriggers(tuple(attacks), tuple(sets["memorized"]), tuple(sets["control"]))
+    attempts = [
+        Attempt(a.pair, init, a.restart, starts[_attack(a)], a.embedding, success)
+        for init in audit.attack.inits
+        for a, success in zip(finite, works, strict=True)
+        if a.condition.init == init
+    ]
+    return SearchedTriggers(tuple(attacks), tuple(attempts))
 
 
 def _attack(attack: Conditioning) -> tuple[str, str | None, int]:
     return attack.pair.id, attack.condition.init, attack.restart
-
-
-def _kind(pair: Pair) -> ImageKind:
-    return "control" if pair.kind == "control" else "memorized"
 
 
 def _rates(
@@ -360,7 +344,7 @@ def _budget_points(
     """Success against steps from ``settings.start``, and after all steps from every start."""
 
     def key(attack: Conditioning) -> tuple[ImageKind, Init | None, int]:
-        return _kind(attack.pair), attack.condition.init, attack.condition.budget.steps
+        return held_as(attack.pair), attack.condition.init, attack.condition.budget.steps
 
     steps = study.audit.budget.steps
     attacks = [
@@ -383,75 +367,70 @@ def _budget_points(
     )
 
 
-@dataclass(frozen=True)
-class Line:
-    """A straight line from one trigger to another embedding.
+def on_lines(
+    triggers: Sequence[Attempt],
+    places: Sequence[float],
+    condition: Condition,
+    *,
+    count: int,
+    seed: int = 0,
+) -> Iterator[tuple[Toward, float, Conditioning]]:
+    """Embeddings on straight lines from triggers of each image.
 
-    Attributes:
-        pair: The image whose trigger it begins with.
-        toward: Where it ends.
-        number: Which line of the image.
-        first: Where it begins (T, D).
-        last: Where it ends (T, D).
-    """
-
-    pair: Pair
-    toward: Toward
-    number: int
-    first: torch.Tensor
-    last: torch.Tensor
-
-    def at(self, place: float) -> torch.Tensor:
-        """Embedding (T, D) at a share of the way, 0 at the beginning and 1 at the end."""
-        return (1 - place) * self.first + place * self.last
-
-
-def lines_between(triggers: Sequence[TriggerSet], *, count: int, seed: int = 0) -> list[Line]:
-    """Lines from triggers of each image to another one's, another image's, and random ones.
-
-    Trigger k of an image is paired with the next one of the same image, with trigger k of the next
-    image, and with a standard normal embedding. Where an image has one trigger, or is alone, the
+    Lines go from trigger k of an image to the next one of the same image, to trigger k of the next
+    image, and to a standard normal embedding. Where an image has one trigger, or is alone, the
     lines that would need another are left out.
 
     Args:
-        triggers: Working triggers of the images, from one start.
+        triggers: Of all images, from one start.
+        places: Shares of the way, 0 at the trigger.
+        condition: How the triggers were found.
         count: Lines of each kind and image, at most.
         seed: Of the random embeddings.
+
+    Yields:
+        Where the line ends, the share of the way, and the embedding there.
     """
-    lines = []
-    sets = [one for one in triggers if len(one.ends)]
-    for place, own in enumerate(sets):
+    images: dict[str, list[Attempt]] = {}
+    for trigger in triggers:
+        images.setdefault(trigger.pair.id, []).append(trigger)
+    sets = list(images.values())
+    for own, following in zip(sets, sets[1:] + sets[:1], strict=True):
         # a line there and the same line back would be counted twice
-        pairs = 1 if len(own.ends) == 2 else len(own.ends)
-        for k, first in enumerate(own.ends[: min(count, pairs)]):
-            if len(own.ends) > 1:
-                last = own.ends[(k + 1) % len(own.ends)]
-                lines.append(Line(own.pair, "same_image", k, first, last))
+        lines = 1 if len(own) == 2 else len(own)
+        for k, first in enumerate(own[: min(count, lines)]):
+            generator = keyed_generator("line", seed, first.pair.id, k)
+            ends: dict[Toward, torch.Tensor] = {
+                "random": torch.randn(first.end.shape, generator=generator)
+            }
+            if len(own) > 1:
+                ends["same_image"] = own[(k + 1) % len(own)].end
             if len(sets) > 1:
-                other = sets[(place + 1) % len(sets)].ends
-                lines.append(Line(own.pair, "other_image", k, first, other[k % len(other)]))
-            generator = keyed_generator("line", seed, own.pair.id, k)
-            noise = torch.randn(first.shape, generator=generator)
-            lines.append(Line(own.pair, "random", k, first, noise))
-    return lines
+                ends["other_image"] = following[k % len(following)].end
+            for toward, last in ends.items():
+                for place in places:
+                    embedding = (1 - place) * first.end + place * last
+                    yield toward, place, Conditioning(first.pair, condition, k, embedding)
 
 
 def _line_points(study: Study, triggers: SearchedTriggers, *, edit: str) -> tuple[LinePoint, ...]:
     """Success on lines from triggers."""
     settings, audit = study.settings, study.audit
-    condition = Condition("dori", settings.start, audit.budget)
-    lines = lines_between(triggers.working(settings.start), count=settings.lines, seed=audit.seed)
-    points = [(toward, place) for toward in TOWARDS for place in settings.places]
-    queries, keys = [], []
-    for toward, place in points:
-        for line in lines:
-            if line.toward == toward:
-                one = Conditioning(line.pair, condition, line.number, line.at(place))
-                queries.append((f"lines/{toward}/{place:g}", one))
-                keys.append((toward, place))
+    points = list(
+        on_lines(
+            [own for own in triggers.working if own.init == settings.start],
+            settings.places,
+            Condition("dori", settings.start, audit.budget),
+            count=settings.lines,
+            seed=audit.seed,
+        )
+    )
+    queries = [(f"lines/{toward}/{place:g}", one) for toward, place, one in points]
     works = study.replicates(queries, edit=edit, title="generate on lines")
+    keys = [(toward, place) for toward, place, _ in points]
     rates = _rates(keys, [one for _, one in queries], works)
-    return tuple(LinePoint(*point, rates[point]) for point in points if point in rates)
+    order = product(TOWARDS, settings.places)
+    return tuple(LinePoint(*point, rates[point]) for point in order if point in rates)
 
 
 def _transfers(
@@ -463,13 +442,13 @@ def _transfers(
     prompts = {prompt.pair.id: prompt for prompt in prompt_conditionings(audit)}
     embeddings = [prompts[pair.id] for pair in (*study.studied, *study.controls)]
     keys: list[tuple[ImageKind, Init | Literal["prompt_itself"]]] = [
-        (_kind(prompt.pair), "prompt_itself") for prompt in embeddings
+        (held_as(prompt.pair), "prompt_itself") for prompt in embeddings
     ]
-    for own in (*(own.only_working() for own in triggers.memorized), *triggers.controls):
-        for restart, end in zip(own.restarts, own.ends, strict=True):
-            condition = Condition("dori", own.start, audit.budget)
-            embeddings.append(Conditioning(own.pair, condition, restart, end))
-            keys.append((_kind(own.pair), own.start))
+    controls = [own for own in triggers.attempts if own.held == "control"]
+    for own in (*triggers.working, *controls):
+        condition = Condition("dori", own.init, audit.budget)
+        embeddings.append(Conditioning(own.pair, condition, own.restart, own.end))
+        keys.append((own.held, own.init))
     folder = "searched" if searched else f"on_{quote(model, safe='')}"
     queries = [(folder, one) for one in embeddings]
     works = study.replicates(queries, edit=edit, title=f"generate on {model}")
@@ -481,23 +460,19 @@ def _transfers(
 
 def groups_of(study: Study, triggers: SearchedTriggers) -> tuple[Group, ...]:
     """Embeddings that are compared layer by layer; a group of fewer than two is left out."""
-    sets = triggers.working(study.settings.start)
-    labels = tuple(own.pair.id for own in sets for _ in own.ends)
-    pairs = tuple(own.pair for own in sets for _ in own.ends)
-    groups = []
-    if len(labels) > 1:
-        groups = [
-            Group("triggers", labels, pairs, torch.cat([own.ends for own in sets])),
-            Group("starts", labels, pairs, torch.cat([own.starts for own in sets])),
-        ]
-    else:
-        log.warning(
-            "%d working triggers from %s: there is nothing to compare in layers but prompts",
-            len(labels), study.settings.start,
-        )  # fmt: skip
-    for name, own in study.prompts.items():
-        groups.append(Group(name, ("prompts",) * len(own.pairs), own.pairs, own.embeddings))
-    return tuple(groups)
+    start = study.settings.start
+    working = [own for own in triggers.working if own.init == start]
+    if len(working) > 1:
+        return (
+            Group.of("triggers", working),
+            Group.of("starts", working),
+            *study.prompts.values(),
+        )
+    log.warning(
+        "%d working triggers from %s: there is nothing to compare in layers but prompts",
+        len(working), start,
+    )  # fmt: skip
+    return tuple(study.prompts.values())
 
 
 def compare_activations(study: Study, groups: Sequence[Group]) -> ActivationFindings:
@@ -605,7 +580,7 @@ def _run_nemo(
         own_references = ReferenceImages(renamed, images, references.measures, others=others)
         found = nemo.find(
             audit.model,
-            {names[k]: Encoded(audit.data.encoded(pairs[k]).latent, embeddings[k]) for k in chunk},
+            {names[k]: embeddings[k] for k in chunk},
             replace(audit.for_mitigations, references=own_references),
         )
         for k in chunk:

@@ -46,22 +46,18 @@ class ActivationStatistics:
     prompts: int
     fingerprint: str
 
-    def z_scores(
-        self, layer: str, activation: torch.Tensor, *, two_sided: bool = True
-    ) -> torch.Tensor:
-        """How far activations are from the mean, in standard deviations (C,).
+    def z_scores(self, layer: str, activation: torch.Tensor) -> torch.Tensor:
+        """How far activations are from the mean on either side, in standard deviations (C,).
 
+        Both sides count in the paper's text and the released code; its algorithm 2 is one-sided.
         A neuron that no ordinary prompt moves has no spread: it scores 0 at its mean and infinity
         anywhere else, since nothing could be more out of the ordinary.
 
         Args:
             layer: Its name.
             activation: Activations (C,) of one prompt.
-            two_sided: Whether being below the mean counts as well; if not, it scores negative.
         """
-        distance = activation - self.means[layer]
-        if two_sided:
-            distance = distance.abs()
+        distance = (activation - self.means[layer]).abs()
         spread = self.stds[layer]
         return torch.where(distance == 0, torch.zeros_like(distance), distance / spread)
 

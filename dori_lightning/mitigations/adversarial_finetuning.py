@@ -25,11 +25,7 @@ from dori_lightning.mitigations.base import (
     require,
     require_at_least_one,
 )
-from dori_lightning.mitigations.finetuning import (
-    FinetunedMitigation,
-    FinetuneSettings,
-    Finetuning,
-)
+from dori_lightning.mitigations.finetuning import FinetunedMitigation, FinetuneSettings, Finetuning
 from dori_lightning.mitigations.replacements import (
     Surrogates,
     SurrogateSettings,

@@ -32,8 +32,7 @@ from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Pair
 
-Variant = Literal["x", "u", "strict", "full"]
-LatentSource = Literal["current", "base"]
+Variant = Literal["x", "u"]
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,13 @@ class ESD(FinetunedMitigation):
     Attributes:
         name: How reports call it.
         variant: ``x`` trains all cross-attention layers, ``u`` all that is neither
-            cross-attention nor time embedding nor output, ``strict`` the keys and values of the
-            cross-attention, ``full`` everything.
+            cross-attention nor time embedding nor output.
         steps: Optimizer steps in all.
         batch: Captions of a step.
         eta: How far beyond the unconditional prediction the target lies, away from the caption's.
-        guidance: Guidance scale of the partial sampling.
+        guidance: Guidance scale of the partial sampling, which the model in training does, as in
+            the first release.
         sampling_steps: Steps of the sampler that is stopped on its way; None for the run's.
-        latents_from: Which model is sampled: the ``current`` one (the first release) or the
-            ``base``, which is not trained (the second).
         finetune: Optimizer settings.
     """
 
@@ -69,13 +66,12 @@ class ESD(FinetunedMitigation):
     eta: float = 1.0
     guidance: float = 3.0
     sampling_steps: int | None = 50
-    latents_from: LatentSource = "current"
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(lr=1e-5, weight_decay=0.0, clip=None)
     )
 
     def __post_init__(self) -> None:
-        require_choices(self, variant=Variant, latents_from=LatentSource)
+        require_choices(self, variant=Variant)
         require_at_least_one(self, "steps", "batch")
         require(self.eta > 0, "eta must be > 0", self.eta)
         visited = self.sampling_steps
@@ -87,10 +83,10 @@ class ESD(FinetunedMitigation):
         rows = self.steps * self.batch
         visited = self.sampling_steps or sampling.steps
         # on average the sampler is stopped half way; then the teacher predicts with and without
-        partly = rows * (visited - 1) // 2 * (1 if self.guidance == 1.0 else 2)
+        partly = rows * (visited - 1)
         return CostEstimate(
             Evaluations(forward=partly + 2 * rows, training=rows),
-            stored_weights={"x": 0.051, "strict": 0.022, "u": 0.946, "full": 1.0}[self.variant],
+            stored_weights={"x": 0.051, "u": 0.946}[self.variant],
         )
 
     def trains(self, name: str) -> bool:
@@ -138,7 +134,7 @@ class ESDTraining(Finetuning):
         reached, timesteps = reached[shard.rows], timesteps[shard.rows]
         with torch.no_grad():
             latents = partly_denoised(
-                teacher if method.latents_from == "base" else model,
+                model,
                 prompts,
                 noise.to(device),
                 timesteps=self.visited.to(device),
@@ -175,12 +171,8 @@ def is_trained(name: str, variant: Variant) -> bool:
     ``conv_norm_out`` and ``conv_out`` (first release: ``attn2``, ``time_embed``, ``out.``); it
     does train the projections ``time_emb_proj`` of the blocks, as that does.
     """
-    if variant == "full":
-        return True
     if variant == "x":
         return ".attn2." in name
-    if variant == "strict":
-        return ".attn2.to_k." in name or ".attn2.to_v." in name
     outside = ("time_embedding.", "conv_norm_out.", "conv_out.")
     return ".attn2." not in name and not name.startswith(outside)
 
@@ -217,7 +209,7 @@ def partly_denoised(
         noise: Starting noise (N, C, h, w), at ``timesteps[0]``.
         timesteps: Timesteps that the sampler visits (S,), falling.
         reached: Steps of each row (N,), 0..S - 1.
-        guidance: Guidance scale; 1 turns guidance off.
+        guidance: Guidance scale.
 
     Returns:
         Latents (N, C, h, w), row n at the noise level of ``timesteps[reached[n]]``.
@@ -226,11 +218,8 @@ def partly_denoised(
     for k in range(int(reached.max())):
         rows = (reached > k).nonzero()[:, 0]
         x, t = latents[rows], timesteps[k].expand(len(rows))
-        if guidance == 1.0:
-            predicted = model.predict_noise(x, t, prompts[rows])
-        else:
-            without, with_prompt = _both(model, x, t, prompts[rows])
-            predicted = without + guidance * (with_prompt - without)
+        without, with_prompt = _both(model, x, t, prompts[rows])
+        predicted = without + guidance * (with_prompt - without)
         now, later = model.alphas_cumprod[timesteps[k]], model.alphas_cumprod[timesteps[k + 1]]
         clean = (x - (1 - now).sqrt() * predicted) / now.sqrt()
         latents[rows] = later.sqrt() * clean + (1 - later).sqrt() * predicted

@@ -32,6 +32,7 @@ from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.mitigations.nemo_criteria import (
     BlockedModel,
     Criterion,
+    Embeddings,
     MemorizationProbe,
     NoiseDifference,
     Question,
@@ -43,7 +44,6 @@ from dori_lightning.mitigations.nemo_search import (
     search_neurons,
 )
 from dori_lightning.models.protocol import Sampling, Stage, TextToImage
-from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
@@ -114,7 +114,7 @@ class NeMo:
         if not isinstance(criterion, Criterion):
             raise InputError(
                 f"mitigation.criterion must be a criterion with its settings, got {criterion!r}\n"
-                f"  fix:   mitigation/criterion=noise_difference, denoising_loss or replication"
+                f"  fix:   mitigation/criterion=noise_difference or replication"
             )
         fewest, prompts = self.criterion.min_samples, self.statistics_prompts
         require_choices(self, scope=Scope)
@@ -144,7 +144,8 @@ class NeMo:
     ) -> MaskEdit | PairMaskEdit:
         """Find the neurons of every pair and return their masks."""
         require_pairs(pairs, self.name)
-        found = self.find(model, {pair.id: context.data.encoded(pair) for pair in pairs}, context)
+        embeddings = {pair.id: context.data.encoded(pair).embedding for pair in pairs}
+        found = self.find(model, embeddings, context)
         origin = Origin(
             model.fingerprint,
             notes={
@@ -161,19 +162,17 @@ class NeMo:
         }
         return MaskEdit(origin, union)
 
-    def find(
-        self, model: TextToImage, pairs: Mapping[str, Encoded], context: Context
-    ) -> NeMoFindings:
+    def find(self, model: TextToImage, pairs: Embeddings, context: Context) -> NeMoFindings:
         """Find neurons for embeddings, whether they are those of prompts or not.
 
         Args:
             model: Checkpoint; left as it was.
-            pairs: Name to embedding and latent; `DenoisingLoss` alone reads latents.
-            context: Gives ordinary prompts and the seed.
+            pairs: Name to embedding; `Replication` takes names for those of reference images.
+            context: Gives ordinary prompts, sampler and reference images.
 
         Raises:
             InputError: The model has no such layers, the statistics belong to another checkpoint,
-                the corpus has too few prompts, or the similarity does not fit into the latents.
+                or the corpus has too few prompts.
         """
         layers = self._value_layers(model)
         statistics = (
@@ -198,7 +197,7 @@ class NeMo:
             searches = {}
             for pair, probe in probes.items():
                 if probe.memorized or self.criterion.searches_all:
-                    embedding = pairs[pair].embedding[None]
+                    embedding = pairs[pair][None]
                     active = {name: activations(m, embedding)[0] for name, m in layers.items()}
                     levels = self.levels.of(active, statistics)
                     searches[pair] = search_neurons(

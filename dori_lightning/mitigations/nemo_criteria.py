@@ -4,9 +4,8 @@
 memorized, the noises predicted from different latents resemble each other, and blocking counts as
 successful where the noise no longer resembles the unblocked one's.
 
-`DenoisingLoss` and `Replication` are ours, for models whose noises do not tell, such as small
-ones. Both read the pair's image, as an auditor may: how well the prompt still helps to denoise it,
-or whether it is still generated.
+`Replication` is ours, for models whose noises do not tell, such as small ones. It reads the pair's
+image, as an auditor may: whether it is still generated.
 
 Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.1, https://arxiv.org/abs/2406.02366.
 """
@@ -26,10 +25,8 @@ from dori_lightning.mitigations.base import Context, Evaluations, require, requi
 from dori_lightning.mitigations.edits import Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, TextToImage
-from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
-from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import Pair
 
 ROWS = 16
 """Rows of a batch. On the CPU, 32 save 8 % of the time of a row and 8 cost 20 % more, but with few
@@ -45,7 +42,8 @@ FIRST_SEED = 60_000
 
 WhenNotMemorized = Literal["leave", "block"]
 Forward = Callable[..., torch.Tensor]
-Pairs = Mapping[str, Encoded]
+Embeddings = Mapping[str, torch.Tensor]
+"""Name to text embedding (T, D)."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,14 @@ class Criterion(ABC):
 
     @abstractmethod
     def probes(
-        self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
+        self, run: Run, model: TextToImage, *, pairs: Embeddings, context: Context, samples: int
     ) -> tuple[dict[str, MemorizationProbe], float]:
         """Look at the unblocked model.
 
         Args:
             run: Answers questions by ``forward``.
             model: Checkpoint.
-            pairs: Name to embedding and latent.
+            pairs: Name to embedding.
             context: Gives seed, sampler, references and ordinary prompts.
             samples: Noises S of each question.
 
@@ -149,8 +147,6 @@ class NoiseDifference(Criterion):
         threshold_stds: See ``threshold``.
         when_not_memorized: What becomes of a pair whose prompt shows no memorization: ``leave``
             blocks nothing, as published; ``block`` goes on with all samples.
-        scales: Scales of the similarity; None for the published 3, or what fits.
-        window: Its window; None for the published 11, or what fits.
     """
 
     min_samples: ClassVar[int] = 2  # they are compared with each other
@@ -160,8 +156,6 @@ class NoiseDifference(Criterion):
     threshold_prompts: int = 100
     threshold_stds: float = 1.0
     when_not_memorized: WhenNotMemorized = "leave"
-    scales: int | None = None
-    window: int | None = None
 
     def __post_init__(self) -> None:
         last, limit, prompts = PUBLISHED_STEPS - 1, self.threshold, self.threshold_prompts
@@ -189,15 +183,14 @@ class NoiseDifference(Criterion):
         return model.predict_noise
 
     def probes(
-        self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
+        self, run: Run, model: TextToImage, *, pairs: Embeddings, context: Context, samples: int
     ) -> tuple[dict[str, MemorizationProbe], float]:
         """Compare the samples of every prompt with each other; see `Criterion.probes`.
 
         Raises:
-            InputError: The corpus has too few prompts, or the similarity does not fit into the
-                latents.
+            InputError: The corpus has too few prompts.
         """
-        similarity = self._similarity(min(model.latent_shape[1:]))
+        similarity = fitting(min(model.latent_shape[1:]))
         # one draw for all samples, as released
         generator = torch.Generator("cpu").manual_seed(self.noise_seed)
         latents = torch.randn((samples, *model.latent_shape), generator=generator).to(model.device)
@@ -223,7 +216,7 @@ class NoiseDifference(Criterion):
             largest = torch.tensor([float(best.max()) for _, _, best in unblocked(named)])
             threshold = float(largest.mean() + self.threshold_stds * largest.std())
         probes = {}
-        for question, differences, best in unblocked({n: e.embedding for n, e in pairs.items()}):
+        for question, differences, best in unblocked(pairs):
             memorized = bool((best > threshold).any())
             kept = best > threshold if memorized else torch.ones_like(best, dtype=torch.bool)
 
@@ -248,94 +241,14 @@ class NoiseDifference(Criterion):
         ordinary = self.threshold_prompts if self.threshold is None else 0
         return Evaluations(forward=(pairs + ordinary) * samples)
 
-    def _similarity(self, side: int) -> MultiScaleSimilarity:
-        fits = fitting(side)
-        similarity = MultiScaleSimilarity(
-            fits.scales if self.scales is None else self.scales,
-            fits.window if self.window is None else self.window,
-        )
-        similarity.check(side)
-        return similarity
-
-
-@dataclass(frozen=True)
-class DenoisingLoss(Criterion):
-    """How much of the prompt's help in denoising the pair's image is left.
-
-    1 as unblocked, 0 as under the empty prompt; a pair is not memorized where its prompt does not
-    lower the loss.
-
-    Attributes:
-        suppressed_share: Share of the prompt's help that must be gone, in (0, 1].
-    """
-
-    suppressed_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        share = self.suppressed_share
-        require(0 < share <= 1, "criterion.suppressed_share must be in (0, 1]", share)
-
-    def forward(self, model: TextToImage, context: Context) -> Forward:
-        """Denoising loss of each row."""
-        del context
-        return model.denoising_loss
-
-    def probes(
-        self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
-    ) -> tuple[dict[str, MemorizationProbe], float]:
-        """Denoise each pair's image with and without its prompt; see `Criterion.probes`.
-
-        Noises and timesteps follow from the pair's name; timestep k is uniform on the k-th of S
-        equal parts of the schedule.
-        """
-        questions = []
-        for pair, encoded in pairs.items():
-            latent = encoded.latent.to(model.device)
-            generator = keyed_generator("nemo loss", context.seed, pair)
-            noise = torch.randn((samples, *latent.shape), generator=generator)
-            place = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
-            timesteps = (place * model.num_train_timesteps).long()
-            noised = (
-                latent.expand_as(noise),
-                noise.to(model.device),
-                timesteps.clamp(max=model.num_train_timesteps - 1).to(model.device),
-            )
-            questions += [
-                Question(pair, (*noised, _repeated(embedding, samples, model)))
-                for embedding in (encoded.embedding, model.empty_embedding()[0])
-            ]
-        losses = [float(loss.double().mean()) for loss in run(questions)]
-        probes = {}
-        for question, prompted, empty in zip(
-            questions[::2], losses[::2], losses[1::2], strict=True
-        ):
-
-            def help_left(
-                losses: torch.Tensor, prompted: float = prompted, empty: float = empty
-            ) -> float:
-                return (empty - float(losses.double().mean())) / (empty - prompted)
-
-            probes[question.pair] = MemorizationProbe(
-                question.inputs,
-                help_left,
-                prompted < empty,
-                {"loss": prompted, "loss_empty_prompt": empty},
-            )
-        return probes, 1 - self.suppressed_share
-
-    def work_of_probes(self, sampling: Sampling, *, pairs: int, samples: int) -> Evaluations:
-        """A loss of every sample with the prompt and with the empty one."""
-        del sampling
-        return Evaluations(forward=2 * pairs * samples)
-
 
 @dataclass(frozen=True)
 class Replication(Criterion):
     """Whether the pair's image is still generated: what an audit asks.
 
-    It lies between noise differences, which do not tell on small models, and the denoising loss,
-    which falls to the empty prompt's level long before guided sampling stops generating the image.
-    Every question costs a whole sampling.
+    Noise differences do not tell on small models; how much the prompt helps to denoise the image
+    falls to nothing long before guided sampling stops generating it. Every question costs a whole
+    sampling.
 
     Attributes:
         limit: Similarity by the deciding descriptor that a pair's images must not exceed, in
@@ -359,7 +272,7 @@ class Replication(Criterion):
         return generate
 
     def probes(
-        self, run: Run, model: TextToImage, *, pairs: Pairs, context: Context, samples: int
+        self, run: Run, model: TextToImage, *, pairs: Embeddings, context: Context, samples: int
     ) -> tuple[dict[str, MemorizationProbe], float]:
         """Generate S images of each pair; names must be those of the context's references."""
         references = context.references
@@ -367,8 +280,8 @@ class Replication(Criterion):
             [generation_noise(FIRST_SEED + k, model.latent_shape) for k in range(samples)]
         ).to(model.device)
         questions = [
-            Question(pair, (noise, _repeated(encoded.embedding, samples, model)))
-            for pair, encoded in pairs.items()
+            Question(pair, (noise, _repeated(embedding, samples, model)))
+            for pair, embedding in pairs.items()
         ]
         probes = {}
         for question, images in zip(questions, run(questions), strict=True):
@@ -476,29 +389,6 @@ class MultiScaleSimilarity:
 
     scales: int = PUBLISHED_SCALES
     window: int = PUBLISHED_WINDOW
-
-    def __post_init__(self) -> None:
-        if self.scales < 1 or self.window < 3 or self.window % 2 == 0:
-            raise InputError(
-                f"the similarity of noises needs scales >= 1 and an odd window >= 3, got {self}"
-            )
-
-    def check(self, side: int) -> None:
-        """Refuse maps that the coarsest window does not fit into.
-
-        Args:
-            side: Shorter side of the maps, in latent pixels.
-
-        Raises:
-            InputError: Says what would fit.
-        """
-        if side // 2 ** (self.scales - 1) < self.window:
-            fits = fitting(side)
-            raise InputError(
-                f"{self.scales} scales with a window of {self.window} do not fit into a latent of "
-                f"{side} pixels\n"
-                f"  fix:   scales={fits.scales} window={fits.window}, or null to let them adapt"
-            )
 
     def __call__(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """Similarity (N,) of maps with maps, in [0, 1], 1 where they are equal.

@@ -26,8 +26,6 @@ class Levels:
         min_z: Levels are above it.
         start_k: First level: how many of each layer's most active neurons are blocked.
         k_step: How many more each next level has; 0 with ``start_k`` 0 goes by z alone.
-        two_sided: Whether activations below the mean count, as in the paper's text and the
-            released code; its algorithm 2 is one-sided.
     """
 
     start_z: float = 5.0
@@ -35,7 +33,6 @@ class Levels:
     min_z: float = 1.0
     start_k: int = 0
     k_step: int = 1
-    two_sided: bool = True
 
     def __post_init__(self) -> None:
         require(
@@ -78,10 +75,7 @@ class Levels:
             activations: Layer name to the prompt's activations (C,), in execution order.
             statistics: Of ordinary prompts.
         """
-        scores = {
-            name: statistics.z_scores(name, value, two_sided=self.two_sided)
-            for name, value in activations.items()
-        }
+        scores = {name: statistics.z_scores(name, value) for name, value in activations.items()}
         # stable, so that equal activations keep their order on every machine
         ranks = {
             name: torch.sort(value, descending=True, stable=True).indices.tolist()

@@ -9,18 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from dori_lightning.mitigations.base import (
-    Context,
-    CostEstimate,
-    require,
-    require_at_least_one,
-    require_choices,
-)
+from dori_lightning.mitigations.base import Context, CostEstimate, require, require_at_least_one
 from dori_lightning.mitigations.finetuning import (
     FinetunedMitigation,
     FinetuneSettings,
@@ -33,10 +28,6 @@ from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
-Variant = Literal["siss", "no_importance", "erase_diff", "neg_grad"]
-Timesteps = Literal["last", "uniform"]
-Condition = Literal["prompt", "neighbour"]
-
 MEASURED_BATCHES = 4
 """Batches whose naive deletion gradients are averaged to set ``scaling_norm``."""
 
@@ -46,22 +37,18 @@ NAIVE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class SISS(FinetunedMitigation):
-    """SISS and the baselines of its paper, all weights of the denoiser.
+    """SISS on all weights of the denoiser.
 
     The published method makes one model per prompt, from images of that prompt that k-means
     sorted into memorized and not. An audit of N pairs would need N models, so one model is
     trained on all pairs in turn; what is forgotten is the pair's own image, what is kept are its
-    anchors. How the DoRI paper ran it is unknown, as are its settings. The defaults are the
-    published ones, except for the gradient's length: the published 750 fits Stable Diffusion v1.4
-    alone.
+    anchors. It trains at the last timestep only, as published. How the DoRI paper ran it is
+    unknown, as are its settings. The defaults are the published ones, except for the gradient's
+    length: the published 750 fits Stable Diffusion v1.4 alone.
 
     Attributes:
         name: How reports call it.
         anchors: How the images to keep are found.
-        variant: ``siss`` mixes images to keep and to forget in one pass and weighs them;
-            ``no_importance`` takes a pass for each; ``erase_diff`` (Wu et al., 2024) teaches
-            uniform noise where an image is to be forgotten; ``neg_grad`` only climbs the loss of
-            what is to be forgotten.
         steps: Optimizer steps in all.
         batch: Images of a step; the published 16 are one by one.
         micro_batch: Images of a forward pass; changes memory, not results (up to rounding).
@@ -69,28 +56,19 @@ class SISS(FinetunedMitigation):
         scaling_norm: Length that the forget gradient is given. None: a tenth of the length of the
             naive deletion gradient (the ordinary loss of the images to keep) of the model as it
             is, which is what the published 750 is.
-        timesteps: ``last`` trains at the last timestep only, as published; ``uniform`` at all.
-        condition: Trained under the pair's ``prompt``, or under the prompt of the anchor
-            (``neighbour``), which is closer to the published "modified prompt".
-        eta: Least share of the forget gradient in ``erase_diff``.
         finetune: Optimizer settings.
     """
 
     name: str
     anchors: AnchorSettings = field(default_factory=AnchorSettings)
-    variant: Variant = "siss"
     steps: int = 35
     batch: int = 16
     micro_batch: int = 1
     mixture: float = 0.5
     scaling_norm: float | None = None
-    timesteps: Timesteps = "last"
-    condition: Condition = "prompt"
-    eta: float = 1e-2
     finetune: FinetuneSettings = field(default_factory=lambda: FinetuneSettings(lr=1e-5))
 
     def __post_init__(self) -> None:
-        require_choices(self, variant=Variant, timesteps=Timesteps, condition=Condition)
         require_at_least_one(self, "steps", "batch", "micro_batch")
         require(0 < self.mixture < 1, "mixture must be in (0, 1)", self.mixture)
         norm = self.scaling_norm
@@ -137,30 +115,23 @@ class SISSTraining(Finetuning):
         self.ids = [pair.id for pair in pairs]
         encoded = context.data.batch(pairs)
         self.forgotten, self.prompts = encoded.latents, encoded.embeddings
-        self.scaling_norm = method.scaling_norm
-        if self.scaling_norm is None and method.variant in ("siss", "no_importance"):
-            self.scaling_norm = self._measured_norm()
+        norm = method.scaling_norm
+        self.scaling_norm = self._measured_norm() if norm is None else norm
 
     @property
     def notes(self) -> dict[str, Any]:
-        """How many anchors there are, and the forget gradient's length if it is fixed."""
-        norm = {} if self.scaling_norm is None else {"scaling_norm": self.scaling_norm}
-        return {**self.anchors.notes, **norm}
+        """How many anchors there are, and the forget gradient's length."""
+        return {**self.anchors.notes, "scaling_norm": self.scaling_norm}
 
     def training_step(self, *_: Any) -> dict[str, torch.Tensor]:
         """One step along the combined gradient."""
         optimizer, rising = self.optimizers(), self.lr_schedulers()
-        keep, forget, loss = self._gradients(self._draws("siss", self.global_step))
+        draws, method = self._draws("siss", self.global_step), self.method
+        (keep, forget), loss = self._gradients(draws, partial(losses, mixture=method.mixture))
         self.log("finetune/keep_gradient_norm", length(keep))
         self.log("finetune/forget_gradient_norm", length(forget))
-        gradient = combined(
-            keep,
-            forget,
-            variant=self.method.variant,
-            scaling_norm=self.scaling_norm or 0.0,
-            eta=self.method.eta,
-        )
         trained = self.trained_weights()
+        gradient = combined(keep, forget, self.scaling_norm)
         for parameter, value in zip(trained, gradient, strict=True):
             parameter.grad = value
         if self.settings.clip is not None:
@@ -175,61 +146,49 @@ class SISSTraining(Finetuning):
         method, model, device = self.method, self.model, self.model.device
         generator = keyed_generator(name, self.seed, step)
         rows = shuffled_indices("siss", self.seed, step, batch=method.batch, count=len(self.ids))
-        kept, neighbours = self.anchors.draw([self.ids[k] for k in rows], generator)
-        prompts = self.prompts[rows] if method.condition == "prompt" else neighbours
-        last = model.num_train_timesteps - 1
-        timesteps = torch.full((len(rows),), last)
-        if method.timesteps == "uniform":
-            timesteps = torch.randint(last + 1, (len(rows),), generator=generator)
+        kept, _ = self.anchors.draw([self.ids[k] for k in rows], generator)
+        noise = torch.randn(kept.shape, generator=generator)
+        torch.rand(kept.shape, generator=generator)  # passed over: recorded edits drew it
         draws = Draws(
             kept=kept,
             forgotten=self.forgotten[rows],
-            prompts=prompts,
-            noise=torch.randn(kept.shape, generator=generator),
-            uniform=torch.rand(kept.shape, generator=generator),
-            timesteps=timesteps,
+            prompts=self.prompts[rows],
+            noise=noise,
+            timesteps=torch.full((len(rows),), model.num_train_timesteps - 1),
             forgets=torch.rand(len(rows), generator=generator) < method.mixture,
         )
         return draws.each(lambda tensor: tensor.to(device))
 
     def _gradients(
-        self, draws: Draws, variant: Literal["naive"] | Variant | None = None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-        """Keep and forget gradients of all trained weights, and the sum of both losses.
+        self, draws: Draws, losses: Callable[[TextToImage, Draws], Sequence[torch.Tensor]]
+    ) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+        """Gradients of both losses by all trained weights, and the losses' sum.
 
-        Both are means over the batch of sums over pixels, summed over processes here: an
-        optimization by hand passes by what Lightning averages. A loss that a variant does not
-        have gives a gradient of zeros.
+        Losses are means over the batch of sums over pixels, summed over processes here: an
+        optimization by hand passes by what Lightning averages. A loss that is not there gives a
+        gradient of zeros.
         """
-        method, trained = self.method, self.trained_weights()
-        keep, forget = ([torch.zeros_like(p) for p in trained] for _ in range(2))
+        micro_batch, trained = self.method.micro_batch, self.trained_weights()
+        gradients = [[torch.zeros_like(p) for p in trained] for _ in range(2)]
         total = torch.zeros((), device=self.model.device)
         shard = distributed.shard(len(draws))
         ours = draws.each(lambda tensor: tensor[shard.rows])
-        for start in range(0, len(ours), method.micro_batch):
-            rows = slice(start, start + method.micro_batch)
-            kept, forgotten = losses(
-                self.model,
-                ours.each(lambda tensor, rows=rows: tensor[rows]),  # type: ignore[misc]
-                variant=variant or method.variant,
-                mixture=method.mixture,
-            )
-            # SISS has both losses from one pass
-            for loss, into, more in ((kept, keep, forgotten), (forgotten, forget, None)):
-                if loss is None:
-                    continue
-                again = method.variant == "siss" and more is not None
+        for start in range(0, len(ours), micro_batch):
+            rows = slice(start, start + micro_batch)
+            found = losses(self.model, ours.each(lambda tensor, rows=rows: tensor[rows]))  # type: ignore[misc]
+            for k, loss in enumerate(found):
+                again = k + 1 < len(found)  # both come from one pass
                 gradient = torch.autograd.grad(loss / len(draws), trained, retain_graph=again)
-                torch._foreach_add_(into, gradient)
+                torch._foreach_add_(gradients[k], gradient)
                 total += loss.detach() / len(draws)
         if not shard.whole:
-            distributed.all_reduce_sum([*keep, *forget, total])
-        return keep, forget, total
+            distributed.all_reduce_sum([*gradients[0], *gradients[1], total])
+        return gradients, total
 
     def _measured_norm(self) -> float:
         """A tenth of the naive deletion gradient's length, averaged over a few batches."""
         lengths = [
-            length(self._gradients(self._draws("siss scale", k), "naive")[0])
+            length(self._gradients(self._draws("siss scale", k), naive_loss)[0][0])
             for k in range(MEASURED_BATCHES)
         ]
         return NAIVE_SHARE * float(torch.stack(lengths).mean())
@@ -244,7 +203,6 @@ class Draws:
         forgotten: Latents to forget (N, C, h, w).
         prompts: Text embeddings (N, T, D).
         noise: Standard normal noise (N, C, h, w).
-        uniform: Noise (N, C, h, w), uniform in [0, 1).
         timesteps: Timesteps (N,).
         forgets: Which elements of the mixture are of those to forget (N,).
     """
@@ -253,7 +211,6 @@ class Draws:
     forgotten: torch.Tensor
     prompts: torch.Tensor
     noise: torch.Tensor
-    uniform: torch.Tensor
     timesteps: torch.Tensor
     forgets: torch.Tensor
 
@@ -284,46 +241,36 @@ def importance_weights(excess: torch.Tensor, mixture: float) -> tuple[torch.Tens
 
 
 def losses(
-    model: TextToImage,
-    draws: Draws,
-    *,
-    variant: Literal["naive"] | Variant,
-    mixture: float = 0.5,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Keep and forget loss, summed over elements and pixels; None where a variant has none.
+    model: TextToImage, draws: Draws, *, mixture: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep and forget loss, from one pass and summed over elements and pixels.
 
     Args:
         model: Predicts noise.
         draws: N elements.
-        variant: One of ``VARIANTS``, or ``naive``: the ordinary loss of what is kept.
-        mixture: Share of images to forget, for ``siss``.
+        mixture: Share of images to forget.
     """
     alpha = model.alphas_cumprod[draws.timesteps][:, None, None, None]
-    if variant == "siss":
-        scale, spread = alpha.sqrt(), (1 - alpha).sqrt()
-        latents = torch.where(draws.forgets[:, None, None, None], draws.forgotten, draws.kept)
-        noised = model.noised(latents, draws.noise, draws.timesteps)
-        to_kept = (noised - scale * draws.kept) / spread
-        to_forgotten = (noised - scale * draws.forgotten) / spread
-        # the difference of squares, factored: both alone are as large as the image
-        excess = ((to_kept - to_forgotten) * (to_kept + to_forgotten)).flatten(1).sum(1) / 2
-        weights = importance_weights(excess, mixture)
-        predicted = model.predict_noise(noised, draws.timesteps, draws.prompts)
-        return (
-            (weights[0] * _squares(predicted, to_kept)).sum(),
-            (weights[1] * _squares(predicted, to_forgotten)).sum(),
-        )
-
-    def loss(latents: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        noised = model.noised(latents, draws.noise, draws.timesteps)
-        predicted = model.predict_noise(noised, draws.timesteps, draws.prompts)
-        return _squares(predicted, wanted).sum()
-
-    wanted = draws.uniform if variant == "erase_diff" else draws.noise
+    scale, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    latents = torch.where(draws.forgets[:, None, None, None], draws.forgotten, draws.kept)
+    noised = model.noised(latents, draws.noise, draws.timesteps)
+    to_kept = (noised - scale * draws.kept) / spread
+    to_forgotten = (noised - scale * draws.forgotten) / spread
+    # the difference of squares, factored: both alone are as large as the image
+    excess = ((to_kept - to_forgotten) * (to_kept + to_forgotten)).flatten(1).sum(1) / 2
+    keep, forget = importance_weights(excess, mixture)
+    predicted = model.predict_noise(noised, draws.timesteps, draws.prompts)
     return (
-        None if variant == "neg_grad" else loss(draws.kept, draws.noise),
-        None if variant == "naive" else loss(draws.forgotten, wanted),
+        (keep * _squares(predicted, to_kept)).sum(),
+        (forget * _squares(predicted, to_forgotten)).sum(),
     )
+
+
+def naive_loss(model: TextToImage, draws: Draws) -> tuple[torch.Tensor]:
+    """The ordinary loss of what is kept, alone: naive deletion."""
+    noised = model.noised(draws.kept, draws.noise, draws.timesteps)
+    predicted = model.predict_noise(noised, draws.timesteps, draws.prompts)
+    return (_squares(predicted, draws.noise).sum(),)
 
 
 def _squares(predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -337,33 +284,18 @@ def length(gradient: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def combined(
-    keep: Sequence[torch.Tensor],
-    forget: Sequence[torch.Tensor],
-    *,
-    variant: Variant,
-    scaling_norm: float = 0.0,
-    eta: float = 0.0,
+    keep: Sequence[torch.Tensor], forget: Sequence[torch.Tensor], scaling_norm: float
 ) -> list[torch.Tensor]:
-    """Gradient to descend along.
+    """Gradient to descend along: the forget gradient is subtracted at a fixed length.
+
+    Nothing is subtracted where it is zero: the importance weights of a whole batch may vanish.
 
     Args:
         keep: Gradient of the keep loss, one tensor for each weight.
         forget: Gradient of the forget loss.
-        variant: How they are combined: ``siss`` and ``no_importance`` subtract the forget
-            gradient at length ``scaling_norm`` (and nothing where it is zero: the importance
-            weights of a whole batch may vanish); ``erase_diff`` adds it, at least ``eta`` times
-            and as often as it takes to descend; ``neg_grad`` climbs it.
-        scaling_norm: Length.
-        eta: Factor.
+        scaling_norm: The length.
     """
-    if variant == "neg_grad":
-        return [-g for g in forget]
     size = length(forget)
     if float(size) == 0.0:
         return list(keep)
-    if variant == "erase_diff":
-        product = torch.stack([(x * a).sum() for x, a in zip(keep, forget, strict=True)]).sum()
-        factor = (eta - product / size**2).clamp_min(0)
-    else:
-        factor = -scaling_norm / size
-    return [x + factor * a for x, a in zip(keep, forget, strict=True)]
+    return [x - scaling_norm / size * a for x, a in zip(keep, forget, strict=True)]

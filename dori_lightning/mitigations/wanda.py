@@ -1,4 +1,4 @@
-"""Zero the feed-forward weights that a memorized prompt uses more than an ordinary one.
+"""Zero the feed-forward weights that a memorized prompt uses more than the empty one.
 
 Reference: Chavhan et al., Memorized images in diffusion models share a subspace that can be
 located and deleted (2024); the scores are Wanda's (Sun et al., 2024).
@@ -33,7 +33,6 @@ from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
 Scope = Literal["pair", "union", "shared"]
-Base = Literal["empty", "corpus"]
 
 CPU_ROWS = 8
 """Embeddings of a batch on the CPU: kernels are chosen by shape, so in batches of one shape an
@@ -42,11 +41,10 @@ embedding gets the same norms in any company."""
 
 @dataclass(frozen=True)
 class Wanda:
-    """Wanda scores against a base prompt, row by row, over the first denoising steps.
+    """Wanda scores against the empty prompt, row by row, over the first denoising steps.
 
-    What the paper on attacks does not say is a field: its sparsity (only 10 % is named), whether
-    masks are per pair, and the base prompt. Defaults are those of the published scripts, with
-    masks per pair.
+    What the paper on attacks does not say is a field: its sparsity (only 10 % is named) and
+    whether masks are per pair. Defaults are those of the published scripts, with masks per pair.
 
     Masks of single weights take a byte per weight and pair: about 50 MB a pair for Stable
     Diffusion, in memory and on the device where the edit is applied. The file keeps places only.
@@ -54,46 +52,32 @@ class Wanda:
     Attributes:
         name: How reports call it.
         fraction: r, share of each output row that may be pruned, in (0, 1).
-        steps: tau_max, first steps of the sampler that are looked at.
-        select_ratio: A weight is pruned where it is chosen in more than this share of the steps;
-            0 is the union over steps.
+        steps: tau_max, first steps of the sampler that are looked at; a weight is pruned where
+            any of them chooses it.
         scope: ``pair``: each pair has its own mask. ``union``: one mask, everything that any
             pair's mask has. ``shared``: one mask from norms that are pooled over all pairs, the
             published way.
-        base: What scores are compared with: ``empty``, the empty prompt (the reference's "null"),
-            or ``corpus``, ordinary prompts of the corpus' calibration split.
-        base_prompts: How many of those; not used with ``empty``.
         stages: Which feed-forward layers; all in the reference.
-        sampling: Sampler whose steps are looked at; None for the run's own.
-        seed: First seed of the starting noise.
-        seeds: Starting noises per prompt.
+        seed: Of the starting noise.
     """
 
     name: str = "wanda"
     fraction: float = 0.01
     steps: int = 10
-    select_ratio: float = 0.0
     scope: Scope = "pair"
-    base: Base = "empty"
-    base_prompts: int = 32
     stages: tuple[Stage, ...] = STAGES
-    sampling: Sampling | None = None
     seed: int = 0
-    seeds: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         require(0 < self.fraction < 1, "fraction must be in (0, 1)", self.fraction)
-        require(0 <= self.select_ratio < 1, "select_ratio must be in [0, 1)", self.select_ratio)
-        require_at_least_one(self, "steps", "seeds", "base_prompts")
-        require_choices(self, scope=Scope, base=Base)
+        require_at_least_one(self, "steps")
+        require_choices(self, scope=Scope)
         require_stages(self.stages)
 
     def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
         """Estimate what finding the edit takes for a number of pairs to forget."""
-        base = 1 if self.base == "empty" else self.base_prompts
-        rows = (pairs + base) * self.steps * self.seeds
-        rows *= (self.sampling or sampling).rows_per_step
+        rows = (pairs + 1) * self.steps * sampling.rows_per_step
         return CostEstimate(Evaluations(forward=rows))
 
     def apply(
@@ -138,7 +122,7 @@ class Wanda:
         Args:
             model: Checkpoint; left as it was.
             embeddings: Text embeddings (N, T, D).
-            context: Gives the sampler and ordinary prompts.
+            context: Gives the sampler.
             pool: One mask for all embeddings, from their pooled norms, rather than one for each.
 
         Returns:
@@ -150,25 +134,19 @@ class Wanda:
                 weight.
         """
         layers = self._layers(model)
-        base_embeddings = (
-            model.empty_embedding()
-            if self.base == "empty"
-            else context.prompts(model, "calibration", self.base_prompts)
-        )
         count, device = len(embeddings), model.device
-        together = torch.cat([embeddings.to(device), base_embeddings.to(device)])
         norms = input_norms(
             model,
-            together,
-            self.sampling or context.sampling,
+            torch.cat([embeddings.to(device), model.empty_embedding().to(device)]),
+            context.sampling,
             steps=self.steps,
             seed=self.seed,
-            seeds=self.seeds,
             stages=self.stages,
         )
-        base = {name: pooled(value[count:]) for name, value in norms.items()}
         if pool:
-            targets = [{name: pooled(value[:count]) for name, value in norms.items()}]
+            # the reference adds squares over as many target as base prompts: the mean gives the
+            # same choice there, and is comparable where the numbers differ
+            targets = [{n: value[:-1].square().mean(0).sqrt() for n, value in norms.items()}]
         else:
             targets = [{name: value[k] for name, value in norms.items()} for k in range(count)]
 
@@ -179,9 +157,8 @@ class Wanda:
                         f"{name}.weight": select_over_time(
                             layer.weight,
                             target[name],
-                            base[name],
-                            fraction=self.fraction,
-                            select_ratio=self.select_ratio,
+                            norms[name][-1],
+                            self.fraction,
                         ).cpu()
                         for name, layer in layers.items()
                     }
@@ -240,14 +217,13 @@ def input_norms(
     *,
     steps: int,
     seed: int = 0,
-    seeds: int = 1,
     stages: Sequence[Stage] = STAGES,
 ) -> dict[str, torch.Tensor]:
     """Norms of the inputs of every feed-forward output layer, for each embedding by itself.
 
     Every token's input vector is scaled to length 1 first, so that no token counts more than
-    another; then each input's Euclidean norm is taken over tokens, guidance halves and seeds, in
-    fp32. Nothing is decoded, and the sampler is left after the last step that counts.
+    another; then each input's Euclidean norm is taken over tokens and guidance halves, in fp32.
+    Nothing is decoded, and the sampler is left after the last step that counts.
 
     Args:
         model: Checkpoint; left as it was.
@@ -255,8 +231,7 @@ def input_norms(
         sampling: Sampler, steps and guidance. With guidance both halves, the prompt's and the
             empty prompt's, count, as in the reference.
         steps: First steps of the sampler that are looked at; the rest is not run.
-        seed: First seed of the starting noise, the same noise for every embedding.
-        seeds: Starting noises ``seed``, ``seed + 1``, ...; their norms are pooled.
+        seed: Of the starting noise, the same for every embedding.
         stages: Which feed-forward layers.
 
     Returns:
@@ -281,28 +256,17 @@ def input_norms(
         name: torch.zeros(count, steps, layer.in_features, device=model.device)
         for name, layer in layers.items()
     }
-    with model.frozen(), progress_bar("wanda: trace", count * seeds) as advance:
-        for noise_seed in range(seed, seed + seeds):
-            noise = generation_noise(noise_seed, model.latent_shape)
-            for batch, valid in fixed_batches(range(count), batch_size):
-                rows = batch if on_cpu else batch[:valid]
-                traced = _trace(
-                    model, layers, embeddings[rows], noise=noise, sampling=sampling, steps=steps
-                )
-                for name, value in traced.items():
-                    squares[name][batch[:valid]] += value[:valid]
-                advance(valid)
+    noise = generation_noise(seed, model.latent_shape)
+    with model.frozen(), progress_bar("wanda: trace", count) as advance:
+        for batch, valid in fixed_batches(range(count), batch_size):
+            rows = batch if on_cpu else batch[:valid]
+            traced = _trace(
+                model, layers, embeddings[rows], noise=noise, sampling=sampling, steps=steps
+            )
+            for name, value in traced.items():
+                squares[name][batch[:valid]] = value[:valid]
+            advance(valid)
     return {name: value.sqrt() for name, value in squares.items()}
-
-
-def pooled(norms: torch.Tensor) -> torch.Tensor:
-    """Root mean square over embeddings: norms (N, S, C_in) to (S, C_in).
-
-    The reference adds squares over as many target as base prompts. The mean gives the same
-    choice there, and is comparable where the numbers differ.
-    """
-    # a square root's square is not the number: one embedding must stay as it is
-    return norms[0] if len(norms) == 1 else norms.square().mean(0).sqrt()
 
 
 def feed_forward_layers(model: TextToImage, stages: Sequence[Stage]) -> dict[str, nn.Linear]:
@@ -393,29 +357,13 @@ def select(
 
 
 def select_over_time(
-    weight: torch.Tensor,
-    target_norms: torch.Tensor,
-    base_norms: torch.Tensor,
-    *,
-    fraction: float,
-    select_ratio: float,
+    weight: torch.Tensor, target_norms: torch.Tensor, base_norms: torch.Tensor, fraction: float
 ) -> torch.Tensor:
-    """Weights that ``select`` chooses in more than ``select_ratio`` of S steps.
-
-    Args:
-        weight: (C_out, C_in).
-        target_norms: Norms of each step (S, C_in).
-        base_norms: The same under the base (S, C_in).
-        fraction: As for ``select``.
-        select_ratio: In [0, 1).
-
-    Returns:
-        Boolean mask (C_out, C_in).
-    """
-    times = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
+    """Weights that ``select`` chooses in any of S steps, by the norms (S, C_in) of each."""
+    chosen = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     for target, base in zip(target_norms, base_norms, strict=True):
-        times += select(weight, target, base, fraction)
-    return times > select_ratio * len(target_norms)
+        chosen |= select(weight, target, base, fraction)
+    return chosen
 
 
 def _row_count(width: int, fraction: float) -> int:

@@ -451,14 +451,10 @@ class Figure:
     Attributes:
         rate: Memorization rate in [0, 1].
         source: Where it was read, a key of `SOURCES`.
-        similarity: SSCD with the original, None where not given.
-        spread: What the paper writes after the plus-minus sign.
     """
 
     rate: float
     source: Source
-    similarity: float | None = None
-    spread: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,8 +473,6 @@ class Published:
         model: The paper's model.
         prompt: Verbatim memorized images, from their prompts.
         attacked: The same, by the attack.
-        control_prompt: Images that are not memorized, from their prompts.
-        control_attacked: The same, by the attack.
     """
 
     mitigation: str
@@ -488,8 +482,6 @@ class Published:
     exact: bool = False
     prompt: Figure | None = None
     attacked: Figure | None = None
-    control_prompt: Figure | None = None
-    control_attacked: Figure | None = None
 
 
 @cache

@@ -32,16 +32,7 @@ from dori_lightning.report.record import AuditReport
 from dori_lightning.report.tables import ball_words
 from dori_lightning.report.words import INIT_NAMES, condition_words
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.types import (
-    BASELINE,
-    KINDS,
-    Calibration,
-    Cell,
-    Condition,
-    Init,
-    Kind,
-    Norm,
-)
+from dori_lightning.types import BASELINE, KINDS, Calibration, Cell, Condition, Init, Kind, Norm
 
 KIND_LOOK: dict[Kind, tuple[str, str, str]] = {
     "vm": ("#0072B2", "o", "-"),
@@ -228,14 +219,10 @@ def _drawn(**figures: Figure | None) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def write_figures(figures: Mapping[str, Figure], folder: Path) -> tuple[Path, ...]:
-    """Write figures as PNG into ``folder/figures``."""
-    target = folder / "figures"
-    target.mkdir(parents=True, exist_ok=True)
-    return tuple(
-        write_atomically(target / f"{name}.png", png_bytes(figure))
-        for name, figure in figures.items()
-    )
+def write_figures(figures: Mapping[str, Figure], folder: Path, *, prefix: str = "") -> None:
+    """Write figures as PNG into ``folder/figures``; names of files begin with the prefix."""
+    for name, figure in figures.items():
+        write_atomically(folder / "figures" / f"{prefix}{name}.png", png_bytes(figure))
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,9 @@ from dori_lightning.metrics.replication import (
     recommended_budget,
 )
 from dori_lightning.report.comparison import HeadlineRow
-from dori_lightning.report.record import (
-    AuditRecord,
-    AuditReport,
-    Flag,
-    Severity,
-)
+from dori_lightning.report.record import AuditRecord, AuditReport, Flag, Severity
 from dori_lightning.report.words import text_macro
-from dori_lightning.types import (
-    BASELINE,
-    INITS,
-    Cell,
-    Condition,
-    Kind,
-)
+from dori_lightning.types import BASELINE, INITS, Cell, Condition, Kind
 
 BASELINE_LIMIT = 0.5
 """Below this rate from the unmitigated prompts, the list is not what the model memorized."""

@@ -62,13 +62,6 @@ def thumbnail_uri(path: Path, disclosure: Disclosure, *, side: int = THUMBNAIL) 
     return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
-def png_file(image: Image.Image) -> bytes:
-    """Encode an image as PNG."""
-    sink = io.BytesIO()
-    image.save(sink, "PNG")
-    return sink.getvalue()
-
-
 def attack_grid(
     report: AuditReport, attack: Condition | None, *, images: Disclosure
 ) -> Image.Image | None:

@@ -1,24 +1,23 @@
-"""What a locality run found: ``locality.json``, figures, a summary in Markdown and a page."""
+"""What a locality run found: ``locality.json``, figures and a page."""
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from dori_lightning.locality.embeddings import EmbeddingFindings, Move, Place, Spread
+from dori_lightning.locality.embeddings import EmbeddingFindings, GroupName, Move, Place, Spread
 from dori_lightning.locality.estimates import Estimate, Rate
 from dori_lightning.locality.layers import (
     GROUPS,
     METHODS,
     ActivationFindings,
-    GroupName,
     Method,
     WeightFindings,
     block_of,
@@ -34,25 +33,23 @@ from dori_lightning.report.figures import (
     RatePoint,
     new_figure,
     plain_axes,
-    png_bytes,
     rate_curves,
     styled,
     svg_element,
     under_legend,
+    write_figures,
 )
 from dori_lightning.report.pages import rendered_page
 from dori_lightning.report.record import LOCALITY_FILE, Provenance
-from dori_lightning.report.tables import TextTable, tables_markdown, text_table
+from dori_lightning.report.tables import TextTable, text_table
 from dori_lightning.report.words import (
     METHOD_WORDS,
     NOTHING,
     START_WORDS,
     budget_words,
-    escape,
     estimate_words,
     interval_words,
     mean_words,
-    number_words,
     rate_words,
     text_macro,
 )
@@ -65,20 +62,8 @@ LOCALITY_SCHEMA_VERSION = 1
 
 _TEMPLATE = "locality.txt.j2"
 
-_QUESTIONS = {
-    "budget": ("Budget", "How often does an arbitrary embedding become a trigger?"),
-    "spread": ("Distances", "Do triggers of one image lie together?"),
-    "map": ("Map", "What does that look like?"),
-    "activations": ("Activations", "Do triggers of one image activate a model alike?"),
-    "weights": (
-        "Weights",
-        "Does a pruning method find the same weights whatever triggers the image?",
-    ),
-    "methods": ("NeMo and Wanda", "Do NeMo and Wanda point to the same place?"),
-    "lines": ("Lines", "Does the middle between two triggers trigger?"),
-    "transfer": ("Transfer", "Do triggers work on other models?"),
-}
-"""Name of each question, also of its figure, to a word for the page's menu and the question."""
+_QUESTIONS = ("budget", "spread", "map", "activations", "weights", "lines", "transfer")
+"""What is asked, in the order of the page; the names are those of figures and macros."""
 
 
 @dataclass(frozen=True)
@@ -142,16 +127,6 @@ class LocalityReport:
     provenance: Provenance
     schema_version: int = LOCALITY_SCHEMA_VERSION
 
-    @property
-    def studied(self) -> tuple[StudiedImage, ...]:
-        """Memorized images."""
-        return tuple(image for image in self.images if image.kind != "control")
-
-    @property
-    def controls(self) -> tuple[StudiedImage, ...]:
-        """Control images that were attacked."""
-        return tuple(image for image in self.images if image.kind == "control")
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -171,14 +146,9 @@ class Answer:
     text: str
     caption: str
 
-    @property
-    def file(self) -> str:
-        """Where the figure lies below the run folder."""
-        return f"figures/locality_{self.name}.png"
-
 
 def write_locality_files(report: LocalityReport, folder: Path) -> Path:
-    """Write ``locality.json``, ``figures/*.png``, ``locality.md`` and ``locality.html``.
+    """Write ``locality.json``, ``figures/*.png`` and ``locality.html``.
 
     Returns:
         Path of the page, which is written last.
@@ -186,19 +156,13 @@ def write_locality_files(report: LocalityReport, folder: Path) -> Path:
     Raises:
         TypeError: The report holds something that JSON cannot.
     """
-    figures, listed = draw_locality(report), []
-    for answer in answers(report):
-        if answer.name in figures:
-            write_atomically(folder / answer.file, png_bytes(figures[answer.name]))
-            listed.append(
-                {"file": answer.file, "title": answer.question, "caption": answer.caption}
-            )
+    figures = draw_locality(report)
+    write_figures(figures, folder, prefix="locality_")
     document = asdict(report)
     document["at_large"] = document.pop("transfer")
     document["provenance"]["config"] = redact(report.provenance.config)
-    document |= {"figures": listed, "verdict": verdict(report)}
+    document["answers"] = {answer.name: answer.text for answer in answers(report)}
     write_atomically(folder / LOCALITY_FILE, json_bytes(document, indent=1))
-    write_atomically(folder / "locality.md", locality_markdown(report).encode())
     page = render_locality_page(report, figures)
     return write_atomically(folder / "locality.html", page.encode())
 
@@ -218,23 +182,6 @@ def render_locality_page(report: LocalityReport, figures: Mapping[str, Figure]) 
     )
 
 
-def locality_markdown(report: LocalityReport) -> str:
-    """Questions, answers and numbers as Markdown."""
-    lines = [
-        f"# Locality: {escape(report.checkpoint)}, triggers searched on "
-        f"{escape(report.mitigation)}",
-        "",
-        f"{report.restarts} attacks per image and start, {budget_words(report.budget)}; "
-        f"{number_words(len(report.studied), 'memorized image')}, "
-        f"{number_words(len(report.controls), 'control image')}.",
-    ]
-    for answer in answers(report):
-        lines += ["", f"## {answer.question}", "", escape(answer.text)]
-        lines += ["", f"![{answer.question}]({answer.file})"]
-    tables = tables_markdown((image_table(report), *number_tables(report)), ())
-    return "\n".join([*lines, "", "## Numbers", "", tables])
-
-
 def draw_locality(report: LocalityReport) -> dict[str, Figure]:
     """Draw one figure per question that has something to show, by the question's name."""
     figures: dict[str, Figure | None] = {}
@@ -249,7 +196,6 @@ def draw_locality(report: LocalityReport) -> dict[str, Figure]:
         figures["activations"] = _draw_activations(report.activations)
     if report.weights is not None:
         figures["weights"] = _draw_weights(report.weights)
-        figures["methods"] = _draw_methods(report.weights)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -257,8 +203,9 @@ def answers(report: LocalityReport) -> tuple[Answer, ...]:
     """Answer the questions that were asked, in the order of the page."""
     found = findings(report)
     said = []
-    for name, (label, question) in _QUESTIONS.items():
+    for name in _QUESTIONS:
         if name in found:
+            label, _, question = text_macro(_TEMPLATE, f"{name}_question").partition(": ")
             macro = name if found[name] is not None else "too_few"
             text, caption = (
                 text_macro(_TEMPLATE, part, report, found[name])
@@ -266,17 +213,6 @@ def answers(report: LocalityReport) -> tuple[Answer, ...]:
             )
             said.append(Answer(name, label, question, text, caption))
     return tuple(said)
-
-
-def verdict(report: LocalityReport) -> str:
-    """What a reader should take away: a line for each of the questions asked."""
-    found = findings(report)
-    macros = {"budget": "budget", "spread": "spread_verdict", "weights": "weights_verdict"}
-    return "\n".join(
-        text_macro(_TEMPLATE, macro, report, found[name])
-        for name, macro in macros.items()
-        if found.get(name) is not None
-    )
 
 
 def findings(report: LocalityReport) -> dict[str, dict[str, Any] | None]:
@@ -298,13 +234,9 @@ def findings(report: LocalityReport) -> dict[str, dict[str, Any] | None]:
             "prompts": sum("prompt" in kind for kind in kinds),
         }
     if report.activations is not None:
-        found["activations"] = _activations(report.activations)
+        found["activations"] = _by_method(report.activations.layers, _activations)
     if report.weights is not None:
-        found["weights"] = _weights(report.weights)
-        by_group = {own.group: own for own in report.weights.agreement}
-        own, prompts = by_group.get("triggers"), by_group.get("memorized_prompts")
-        known = own is not None and own.overlap.count
-        found["methods"] = {"triggers": own, "prompts": prompts} if known else None
+        found["weights"] = _by_method(report.weights.layers, _weights)
     return found
 
 
@@ -328,9 +260,7 @@ def _spread(report: LocalityReport, found: EmbeddingFindings) -> dict[str, Any] 
         return None
     ends, starts = spreads["triggers"], spreads["starts"]
     moves = {move.held: move for move in found.moves if move.start == report.start}
-    nearest = {
-        n.what: n for n in found.nearest if n.start == report.start and n.measure == "cosine"
-    }
+    nearest = {near.what: near for near in found.nearest if near.start == report.start}
     apart = starts.distance.value
     return {
         "ends": ends,
@@ -343,56 +273,45 @@ def _spread(report: LocalityReport, found: EmbeddingFindings) -> dict[str, Any] 
     }
 
 
-def _activations(found: ActivationFindings) -> dict[str, Any] | None:
-    methods = {}
-    for method in METHOD_WORDS:
-        by_group = _by_group(found.layers, method)
-        if "triggers" not in by_group:
-            return None
-        ours = by_group["triggers"]
-        beside = list(zip(ours, by_group["memorized_prompts"], by_group["starts"], strict=True))
-        methods[method] = {
-            "layers": len(ours),
-            "apart": sum(own.distance.value > prompt.distance.value for own, prompt, _ in beside),
-            "closer": sum(own.relative.value < start.relative.value for own, _, start in beside),
-            "closer_within": sum(  # false where no two images are compared: NaN
-                own.relative.value < own.relative_between.value for own in ours
-            ),
-        }
-    return {"methods": methods}
+Groups = Mapping[str, Sequence[Any]]
+"""Group of embeddings to a method's rows of layers."""
 
 
-def _weights(found: WeightFindings) -> dict[str, Any] | None:
-    methods = {}
-    for method in METHOD_WORDS:
-        by_group = _by_group(found.layers, method)
-        if "triggers" not in by_group:
-            return None
-        ours = by_group["triggers"]
-        methods[method] = {
-            "layers": len(ours),
-            "iou": _mean(row.iou.value for row in ours),
-            "iou_between": _mean(row.iou_between.value for row in ours),
-            "iou_nonempty": _mean(row.iou_nonempty for row in ours),
-            "chance": _mean(row.chance for row in ours),
-            "both_empty": sum(row.both_empty for row in ours),
-            "compared": sum(row.compared for row in ours),
-            "memorized": found.memorized.get(method),
-            **{
-                group: _mean(row.iou.value for row in by_group.get(group, ()))
-                for group in ("starts", "memorized_prompts", "control_prompts")
-            },
-        }
-    return {"methods": methods}
-
-
-def _by_group(layers: Iterable[Any], method: str) -> dict[str, list[Any]]:
-    """A method's rows of layers, by group of embeddings."""
-    groups: dict[str, list[Any]] = {}
+def _by_method(
+    layers: Iterable[Any], numbers: Callable[[Groups], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The numbers of each method's layers; None where no triggers were compared."""
+    methods: dict[str, dict[str, list[Any]]] = {}
     for row in layers:
-        if row.method == method:
-            groups.setdefault(row.group, []).append(row)
-    return groups
+        methods.setdefault(row.method, {}).setdefault(row.group, []).append(row)
+    if not all("triggers" in groups for groups in methods.values()):
+        return None
+    return {"methods": {method: numbers(groups) for method, groups in methods.items()}}
+
+
+def _activations(groups: Groups) -> dict[str, Any]:
+    ours = groups["triggers"]
+    beside = list(zip(ours, groups["memorized_prompts"], groups["starts"], strict=True))
+    return {
+        "layers": len(ours),
+        "apart": sum(own.distance.value > prompt.distance.value for own, prompt, _ in beside),
+        "closer": sum(own.relative.value < start.relative.value for own, _, start in beside),
+        # false where no two images are compared: NaN
+        "closer_within": sum(own.relative.value < own.relative_between.value for own in ours),
+    }
+
+
+def _weights(groups: Groups) -> dict[str, Any]:
+    ours = groups["triggers"]
+    return {
+        "layers": len(ours),
+        "iou_between": _mean(row.iou_between.value for row in ours),
+        "iou_nonempty": _mean(row.iou_nonempty for row in ours),
+        "chance": _mean(row.chance for row in ours),
+        "both_empty": sum(row.both_empty for row in ours),
+        "compared": sum(row.compared for row in ours),
+        "iou": {name: _mean(row.iou.value for row in rows) for name, rows in groups.items()},
+    }
 
 
 def _transfer(report: LocalityReport, found: TransferFindings) -> dict[str, Any] | None:
@@ -436,39 +355,32 @@ def image_table(report: LocalityReport) -> TextTable:
 _TABLES = (
     "transfer.budget", "transfer.lines", "transfer.transfers", "embeddings.spreads",
     "embeddings.moves", "embeddings.nearest", "activations.layers", "weights.layers",
+    "weights.agreement",
 )  # fmt: skip
 """Rows of a report's findings; the template has the title and the caption of their tables."""
 
 
 def number_tables(report: LocalityReport) -> Iterator[TextTable]:
     """Every number behind the figures, with its interval; a column for each field of the rows."""
-    for part, name in (path.split(".") for path in _TABLES):
-        rows: Sequence[Any] = getattr(getattr(report, part), name, ())
+    for part, kind in (path.split(".") for path in _TABLES):
+        rows: Sequence[Any] = getattr(getattr(report, part), kind, ())
         if rows:
-            title, _, caption = text_macro(_TEMPLATE, f"{part}_{name}").partition(": ")
-            columns = {item.name: _column(item.name) for item in fields(rows[0])}
+            title, _, caption = text_macro(_TEMPLATE, f"{part}_{kind}").partition(": ")
+            names = [item.name for item in fields(rows[0])]
+            columns = [(_heading(name), partial(_words, name)) for name in names]
             # the fields that name a row come first
-            values = (getattr(rows[0], name) for name in columns)
+            values = (getattr(rows[0], name) for name in names)
             named = next(k for k, v in enumerate(values) if not isinstance(v, str | bool | None))
-            yield text_table(
-                title,
-                caption,
-                rows,
-                {_heading(name): columns[name] for name in list(columns)[:named]},
-                {_heading(name): columns[name] for name in list(columns)[named:]},
-            )
+            yield text_table(title, caption, rows, dict(columns[:named]), dict(columns[named:]))
 
 
 def _heading(name: str) -> str:
     return name.replace("_between", ", two images").replace("held", "images").replace("_", " ")
 
 
-def _column(name: str) -> Callable[[Any], str]:
-    return lambda row: _words(name, getattr(row, name))
-
-
-def _words(name: str, value: Any) -> str:
+def _words(name: str, row: Any) -> str:
     """One field of a row as text."""
+    value = getattr(row, name)
     match value:
         case None:
             return NOTHING
@@ -501,80 +413,55 @@ _SHORT_START = {"random": "random", "prompt": "own prompt", "control_prompt": "o
 _START_MARKERS = {"random": "o", "prompt": "s", "control_prompt": "^"}
 
 
+_HELD_LOOK: dict[str, dict[str, Any]] = {
+    "memorized images": {"color": KIND_LOOK["vm"][0], "marker": KIND_LOOK["vm"][1]},
+    "control images": {"color": KIND_LOOK["control"][0], "marker": KIND_LOOK["control"][1]},
+}
+
+
 def _draw_budget(found: TransferFindings, start: str) -> Figure | None:
     """Draw success against steps for memorized and control images."""
-    looks = {
-        f"{held} images": {"color": colour, "marker": marker}
-        for held, (colour, marker, _) in (
-            ("memorized", KIND_LOOK["vm"]), ("control", KIND_LOOK["control"]),
-        )
-    }  # fmt: skip
     points = [
         RatePoint("", f"{p.held} images", p.steps, p.rate.rate, p.rate.ci95)
         for p in found.budget
         if p.start == start
     ]
     xlabel = f"attack steps from {START_WORDS[start]}"
-    return rate_curves(points, looks, "draw their image", xlabel, logarithmic=True)
+    return rate_curves(points, _HELD_LOOK, "draw their image", xlabel, logarithmic=True)
 
 
 def _draw_lines(found: TransferFindings) -> Figure | None:
     """Draw success along lines from triggers."""
-    names = {
-        "same_image": ("to the same image", "triggers"),
-        "other_image": ("to another image", "memorized_prompts"),
-        "random": ("to a random embedding", "starts"),
-    }
+    words = {"same_image": "to the same image", "other_image": "to another image",
+             "random": "to a random embedding"}  # fmt: skip
+    groups = ("triggers", "memorized_prompts", "starts")
     looks = {
-        name: dict(zip(("color", "marker"), _GROUP_LOOK[group], strict=False))
-        for name, group in names.values()
+        name: {"color": _GROUP_LOOK[group][0], "marker": _GROUP_LOOK[group][1]}
+        for name, group in zip(words.values(), groups, strict=True)
     }
     points = [
-        RatePoint("", names[p.toward][0], p.place, p.rate.rate, p.rate.ci95) for p in found.lines
+        RatePoint("", words[p.toward], p.place, p.rate.rate, p.rate.ci95) for p in found.lines
     ]
     xlabel = "share of the way; the trigger is at 0"
     return rate_curves(points, looks, "draw their image", xlabel)
 
 
-@styled()
 def _draw_transfer(found: TransferFindings) -> Figure | None:
-    """Draw success on each model by where the search began."""
-    if not found.transfers:
-        return None
-    models = list(dict.fromkeys(t.model for t in found.transfers))
-    starts = list(dict.fromkeys(t.start for t in found.transfers))
-    figure = new_figure(8.0, 0.85 * len(models) + 1.7)
-    axes = figure.subplots()
-    plain_axes(axes, grid="x")
-    width = 0.76 / len(starts)
+    """Draw success on each model, with a panel for where the search began."""
+    models = {t.model: "checkpoint" if t.model == "none" else t.model for t in found.transfers}
+    models |= {t.model: f"{models[t.model]}\n(searched)" for t in found.transfers if t.searched}
+    places = list(models)
+    points = []
     for t in found.transfers:
-        if not t.rate.n:
-            continue
-        row, k, memorized = models.index(t.model), starts.index(t.start), t.held == "memorized"
-        colour = SERIES[k % len(SERIES)]
-        place = row - 0.38 + width * (k + 0.5) + (0 if memorized else 0.06)
-        words = START_WORDS[t.start]
-        label = words if t.start == "prompt_itself" else f"attacked from {words}"
-        alpha = 1.0 if memorized else 0.45
-        axes.plot(t.rate.ci95, [place] * 2, color=colour, linewidth=1.6, alpha=alpha)
-        axes.plot(
-            t.rate.rate, place, linestyle="none", color=colour, clip_on=False,
-            marker="o" if memorized else "^", markersize=8 if memorized else 6,
-            markerfacecolor=colour if memorized else GROUND, label=label if memorized else None,
-        )  # fmt: skip
-    searched = {t.model for t in found.transfers if t.searched}
-    names = [
-        ("checkpoint\nas it is" if model == "none" else model)
-        + ("\n(searched)" if model in searched else "")
-        for model in models
-    ]
-    axes.set_yticks(range(len(models)), names)
-    axes.set_ylim(len(models) - 0.5, -0.5)
-    axes.set_xlim(-0.02, 1.02)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("embeddings that draw their image; open triangles: control images")
-    under_legend(figure, axes, columns=2)
-    return figure
+        if t.rate.n:
+            words = START_WORDS[t.start]
+            panel = words if t.start == "prompt_itself" else f"attacked from {words}"
+            place = places.index(t.model)
+            points.append(RatePoint(panel, f"{t.held} images", place, t.rate.rate, t.rate.ci95))
+    looks = {name: {**look, "linestyle": "none"} for name, look in _HELD_LOOK.items()}
+    return rate_curves(
+        points, looks, "draw their image", "", words=lambda place: models[places[int(place)]]
+    )
 
 
 @styled()
@@ -630,12 +517,12 @@ def _draw_mean(
     if math.isnan(estimate.value):
         return
     colour, marker, _ = _GROUP_LOOK[group]
-    interval, centre = ([estimate.low, estimate.high], [place] * 2), (estimate.value, place)
-    if not math.isnan(estimate.low) and (filled or not upright):
-        axes.plot(*(interval[::-1] if upright else interval), color=colour, linewidth=1.6)
-    axes.plot(
-        *(centre[::-1] if upright else centre), marker=marker, color=colour, markersize=6,
-        linestyle="none", markerfacecolor=colour if filled else GROUND, clip_on=False, **style,
+    spread = np.clip([[estimate.value - estimate.low], [estimate.high - estimate.value]], 0, None)
+    x, y = (place, estimate.value) if upright else (estimate.value, place)
+    axes.errorbar(
+        x, y, xerr=None if upright else spread, yerr=spread if upright and filled else None,
+        color=colour, marker=marker, markersize=6, elinewidth=1.6, linestyle="none",
+        markerfacecolor=colour if filled else GROUND, clip_on=False, **style,
     )  # fmt: skip
 
 
@@ -661,37 +548,35 @@ def _scatter(axes: Axes, places: Sequence[Place], kind: str) -> None:
     colours = {image: SERIES[k % len(SERIES)] for k, image in enumerate(images)}
     starts = {(p.pair, p.start, p.restart): getattr(p, kind) for p in places if p.what == "start"}
 
-    def point(at: tuple[float, float], colour: str, marker: str, **style: Any) -> None:
-        axes.plot(*at, linestyle="none", color=colour, marker=marker, **style)
+    def points(chosen: Iterable[Any], colour: str, marker: str, **style: Any) -> None:
+        for at in chosen:
+            axes.plot(*at, linestyle="none", color=colour, marker=marker, **style)
 
     for what, label, marker, colour in (
         ("control_prompt", "control prompts", "x", CALM),
         ("memorized_prompt", "other memorized prompts", "+", TEXT),
     ):
-        for place in places:
-            if place.what == what:
-                at = getattr(place, kind)
-                point(at, colour, marker, label=label, markersize=6, alpha=0.75)
+        chosen = [getattr(place, kind) for place in places if place.what == what]
+        points(chosen, colour, marker, label=label, markersize=6, alpha=0.75)
     for place in places:
         at, colour = getattr(place, kind), colours.get(place.pair, CALM)
         if place.what == "own_prompt":
             style: dict[str, Any] = {"markersize": 15, "markeredgecolor": GROUND, "zorder": 5}
-            point(at, colour, "*", label=f"{place.pair}: its prompt", **style)
+            points([at], colour, "*", label=f"{place.pair}: its prompt", **style)
         elif place.what == "end":
             start, marker = starts[place.pair, place.start, place.restart], str(place.start)
             axes.plot(*zip(start, at, strict=True), color=colour, linewidth=0.8, alpha=0.5)
-            point(start, colour, _START_MARKERS[marker], markerfacecolor=GROUND, markersize=4.5)
-            point(at, colour, _START_MARKERS[marker], markersize=6.5, zorder=4)
-    for start in dict.fromkeys(str(start) for _, start, _ in starts):
-        label = f"trigger found from {START_WORDS[start]}"
-        axes.plot([], [], linestyle="none", marker=_START_MARKERS[start], color=TEXT, label=label)
+            points([start], colour, _START_MARKERS[marker], markerfacecolor=GROUND, markersize=4.5)
+            points([at], colour, _START_MARKERS[marker], markersize=6.5, zorder=4)
+    for init in dict.fromkeys(str(init) for _, init, _ in starts):
+        label = f"trigger found from {START_WORDS[init]}"
+        points([([], [])], TEXT, _START_MARKERS[init], label=label)
 
 
 def _short_layer(name: str) -> str:
     """A layer's place in the network: ``down 1.0``, ``mid 0``."""
-    parts = block_of(name).split(".")
-    stage = parts[0].split("_")[0]
-    return f"{stage} {'.'.join(part for part in parts[1:] if part.isdigit())}"
+    stage, *parts = block_of(name).split(".")
+    return f"{stage.split('_')[0]} {'.'.join(part for part in parts if part.isdigit())}"
 
 
 @styled()
@@ -699,11 +584,10 @@ def _draw_activations(found: ActivationFindings) -> Figure | None:
     """Draw mean distances of activations by layer and group, for each method's layers."""
     if not found.layers:
         return None
-    places = _layer_places((row.method, row.layer) for row in found.layers)
-    figure, panels = _layer_panels(places, "mean distance", "relative to size")
+    named = [(row.method, row.layer) for row in found.layers]
+    figure, panels = _layer_panels(named, "mean distance", "relative to size")
     for row in found.layers:
-        upper, lower = panels[row.method]
-        place = places[row.method].index(row.layer)
+        upper, lower, place = panels[row.method, row.layer]
         _draw_group(upper, row.distance, row.distance_between, place, row.group)
         _draw_group(lower, row.relative, row.relative_between, place, row.group)
     for axes in figure.axes:
@@ -717,74 +601,54 @@ def _draw_weights(found: WeightFindings) -> Figure | None:
     """Draw agreement of selections by layer and group, with their sizes, for each method."""
     if not found.layers:
         return None
-    places = _layer_places((row.method, row.parameter) for row in found.layers)
-    figure, panels = _layer_panels(places, "intersection over union", "selected, % of layer")
+    named = [(row.method, row.parameter) for row in found.layers]
+    figure, panels = _layer_panels(named, "intersection over union", "selected, % of layer")
     for row in found.layers:
-        upper, lower = panels[row.method]
-        place = places[row.method].index(row.parameter)
+        upper, lower, place = panels[row.method, row.parameter]
         _draw_group(upper, row.iou, row.iou_between, place, row.group)
         at = place + _shift(row.group)
         if not math.isnan(row.chance):
             style: dict[str, Any] = {"color": TEXT, "markersize": 9, "linestyle": "none"}
             upper.plot(at, row.chance, marker="_", label="random selections", **style)
         lower.bar(at, 100 * row.size / row.units, width=0.17, color=_GROUP_LOOK[row.group][0])
-    for upper, lower in panels.values():
         upper.set_ylim(-0.03, 1.05)
         lower.set_ylim(bottom=0)
     under_legend(figure, *figure.axes)
     return figure
 
 
-@styled()
-def _draw_methods(found: WeightFindings) -> Figure | None:
-    """Draw in which blocks the two methods select with triggers."""
-    own = next((a for a in found.agreement if a.group == "triggers" and a.nemo), None)
-    if own is None:
-        return None
-    figure = new_figure(8.0, 3.8)
-    axes = figure.subplots()
-    places = np.arange(len(own.blocks))
-    for shift, values, group, label in (
-        (-0.2, own.nemo, "triggers", "NeMo: value neurons"),
-        (0.2, own.wanda, "memorized_prompts", "Wanda: feed-forward weights"),
-    ):
-        shares = [100 * value for value in values]
-        axes.bar(places + shift, shares, width=0.38, label=label, color=_GROUP_LOOK[group][0])
-    _layer_axis(axes, own.blocks)
-    axes.set_ylabel("% of the selection")
-    under_legend(figure, axes, columns=2)
-    return figure
-
-
-def _layer_places(layers: Iterable[tuple[Method, str]]) -> dict[Method, list[str]]:
-    """Layers of each method, in the order of its panels."""
-    named = list(dict.fromkeys(layers))
-    of = {method: [layer for own, layer in named if own == method] for method in METHODS}
-    return {method: own for method, own in of.items() if own}
-
-
 def _layer_panels(
-    layers: Mapping[Method, Sequence[str]], upper_label: str, lower_label: str
-) -> tuple[Figure, dict[Method, tuple[Axes, Axes]]]:
-    """A figure with two panels above each other per method; methods beside each other."""
+    named: Iterable[tuple[Method, str]], upper_label: str, lower_label: str
+) -> tuple[Figure, dict[tuple[Method, str], tuple[Axes, Axes, int]]]:
+    """A figure with two panels above each other per method; methods beside each other.
+
+    Args:
+        named: Methods and their layers, which may come several times.
+        upper_label: What the upper panels show.
+        lower_label: What the lower panels show.
+
+    Returns:
+        The figure; and method and layer to its panels and its place on their horizontal axis.
+    """
+    known = list(dict.fromkeys(named))
+    layers = {m: [layer for own, layer in known if own == m] for m in METHODS if m in dict(known)}
     widths = [len(own) for own in layers.values()]
     figure = new_figure(2.0 + 0.48 * sum(widths), 6.4)
     grid = figure.subplots(2, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
-    for (upper, lower), (method, own) in zip(grid.T, layers.items(), strict=True):
-        _layer_axis(upper, [])
-        _layer_axis(lower, own)
-        upper.set_title(METHOD_WORDS[method])
     grid[0, 0].set_ylabel(upper_label)
     grid[1, 0].set_ylabel(lower_label)
-    return figure, dict(zip(layers, map(tuple, grid.T), strict=True))
-
-
-def _layer_axis(axes: Axes, layers: Sequence[str]) -> None:
-    plain_axes(axes)
-    axes.set_xticks(
-        range(len(layers)), [_short_layer(name) for name in layers],
-        rotation=60, fontsize=9, ha="right", rotation_mode="anchor",
-    )  # fmt: skip
+    panels: dict[tuple[Method, str], tuple[Axes, Axes, int]] = {}
+    for (upper, lower), (method, own) in zip(grid.T, layers.items(), strict=True):
+        plain_axes(upper)
+        plain_axes(lower)
+        upper.set_title(METHOD_WORDS[method])
+        upper.set_xticks([])
+        lower.set_xticks(
+            range(len(own)), [_short_layer(name) for name in own],
+            rotation=60, fontsize=9, ha="right", rotation_mode="anchor",
+        )  # fmt: skip
+        panels |= {(method, layer): (upper, lower, k) for k, layer in enumerate(own)}
+    return figure, panels
 
 
 def _shift(group: GroupName) -> float:

@@ -4,6 +4,7 @@ The page of an audit and the page of a comparison share one table of pairs and o
 chooses what is shown and reads the images; the words are in the templates.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,6 @@ from dori_lightning.report.findings import audit_findings, audit_verdict, sweep_
 from dori_lightning.report.images import (
     THUMBNAIL,
     attack_grid,
-    png_file,
     results_by_condition,
     thumbnail_uri,
 )
@@ -174,7 +174,9 @@ def write_audit_page(
     write_figures(figures, folder)
     grid = attack_grid(report, audit_findings(report).condition, images=images)
     if grid is not None:
-        write_atomically(folder / "figures" / "picture_grid.png", png_file(grid))
+        sink = io.BytesIO()
+        grid.save(sink, "PNG")
+        write_atomically(folder / "figures" / "picture_grid.png", sink.getvalue())
     return write_page(report, folder, images=images, max_pairs=max_pairs, figures=figures)
 
 

@@ -327,25 +327,10 @@ def _cell_document(cell: Cell) -> dict[str, Any]:
 
 
 def _calibration_document(calibration: Calibration) -> dict[str, Any]:
-    def quantiles(values: tuple[float, ...]) -> dict[str, float | int]:
-        finite = np.array([v for v in values if math.isfinite(v)])
-        levels = {"min": 0.0, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-        return {
-            "n": finite.size,
-            **{
-                name: float(np.quantile(finite, level)) if finite.size else math.nan
-                for name, level in levels.items()
-            },
-        }
-
     roc = ("false_positive_rate", "true_positive_rate", "threshold")
     return {
         **asdict(calibration),
         "roc": [dict(zip(roc, point, strict=True)) for point in calibration.roc],
-        "quantiles": {
-            "null": quantiles(calibration.null),
-            "ceiling": quantiles(calibration.ceiling),
-        },
     }
 
 

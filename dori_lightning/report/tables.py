@@ -335,7 +335,7 @@ def remarks(comparison: Comparison, rows: Sequence[HeadlineRow]) -> tuple[str, .
 
 _TEXTS = {
     "checkpoint", "mitigation", "kind", "attack", "init", "norm", "invalid", "descriptor",
-    "aggregation", "published_row", "published_model",
+    "aggregation",
 }  # fmt: skip
 _WHOLE = {"steps", "hits", "n", "failed", "lost", "gained"}
 
@@ -394,14 +394,10 @@ def _headline_values(row: HeadlineRow) -> dict[str, Any]:
     values["loss_ratio_low"], values["loss_ratio_high"] = row.loss_ratio_ci95
     costs = ("kid", "kid_std", "unet_evaluations", "seconds", "weights_changed")
     values |= {name: getattr(row, name) for name in costs}
-    values |= {f"published_{name}": _get(row.published, name) for name in ("row", "model")}
-    for name in ("prompt", "attacked", "control_prompt", "control_attacked"):
+    for name in ("prompt", "attacked"):
         figure = _get(row.published, name)
-        values |= {
-            f"published_{name}_mr": _get(figure, "rate"),
-            f"published_{name}_similarity": _get(figure, "similarity"),
-            f"published_{name}_source": _get(figure, "source"),
-        }
+        values[f"published_{name}_mr"] = _get(figure, "rate")
+        values[f"published_{name}_source"] = _get(figure, "source")
     return values
 
 

@@ -14,6 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pydantic import TypeAdapter
 from rich.markdown import Markdown
 
 from dori_lightning.bench.attack import attack_family, shape_family
@@ -43,7 +44,7 @@ from dori_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
-_FAMILY = JSON.mapped(asdict, Family.from_json)
+_FAMILY = JSON.mapped(asdict, TypeAdapter(Family).validate_python)
 
 
 @logged

@@ -3,6 +3,7 @@
 Reference: Finding DoRI (2507.16880), section on locality.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -14,12 +15,7 @@ from omegaconf import DictConfig
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.audit.targets import aim
-from dori_lightning.locality.embeddings import (
-    PromptGroup,
-    PromptSet,
-    TriggerSet,
-    embedding_findings,
-)
+from dori_lightning.locality.embeddings import Group, PromptGroup, embedding_findings
 from dori_lightning.locality.study import (
     LocalitySettings,
     Part,
@@ -94,12 +90,12 @@ def _study(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         descriptor=study.calibration.descriptor,
         threshold=study.calibration.threshold,
         pictures_each=audit.sampling.images_per_pair,
-        images=_images(triggers),
+        images=tuple(_image(pair, triggers) for pair in (*study.studied, *study.controls)),
         memorized_prompts=compared["memorized_prompts"],
         control_prompts=compared["control_prompts"],
         embeddings=embedding_findings(
-            [own.only_working() for own in triggers.memorized],
-            triggers.controls,
+            triggers.attempts,
+            {pair.id: audit.data.encoded(pair).embedding for pair in study.studied},
             study.prompts,
             seed=audit.seed,
         )
@@ -115,26 +111,23 @@ def _study(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     for answer in answers(report):
         console.print(f"{answer.question} {answer.text}")
     console.print(f"page: {page}", soft_wrap=True)
-    attacked = sum(image.attacked.get(settings.start, 0) for image in report.studied)
-    working = sum(image.working.get(settings.start, 0) for image in report.studied)
-    rate = working / attacked if attacked else None
+    ours = [own for own in triggers.attempts if own.init == settings.start]
+    works = [own.works for own in ours if own.held == "memorized"]
+    rate = sum(works) / len(works) if works else None
     track_locality(tracker, report, folder, objective=rate)
     return rate
 
 
-def _images(triggers: SearchedTriggers) -> tuple[StudiedImage, ...]:
-    by_id: dict[str, list[TriggerSet]] = {}
-    for own in (*triggers.memorized, *triggers.controls):
-        by_id.setdefault(own.pair.id, []).append(own)
-    return tuple(
-        StudiedImage(
-            id=name,
-            kind=sets[0].pair.kind,
-            prompt=sets[0].pair.prompt,
-            attacked={own.start: len(own.working) for own in sets},
-            working={own.start: sum(own.working) for own in sets},
-        )
-        for name, sets in by_id.items()
+def _image(pair: Pair, triggers: SearchedTriggers) -> StudiedImage:
+    own = [attempt for attempt in triggers.attempts if attempt.pair.id == pair.id]
+    attacked = Counter(attempt.init for attempt in own)
+    working = Counter(attempt.init for attempt in own if attempt.works)
+    return StudiedImage(
+        id=pair.id,
+        kind=pair.kind,
+        prompt=pair.prompt,
+        attacked=dict(attacked),
+        working={init: working[init] for init in attacked},
     )
 
 
@@ -166,7 +159,7 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
         studied=chosen["studied"],
         controls=chosen["controls"],
         prompts={
-            name: PromptSet(chosen[name], audit.data.batch(chosen[name]).embeddings)
+            name: Group(name, chosen[name], audit.data.batch(chosen[name]).embeddings)
             for name in get_args(PromptGroup)
         },
         calibration=find_threshold(audit),

@@ -8,26 +8,23 @@ An audit: curves ``attack/loss/{init}/{kind}`` against ``attack/step``, and
 
 A locality run: curves ``locality/rate/{start}/{held}`` and its interval against
 ``locality/steps``, and ``locality/line_rate/{toward}`` against ``locality/percent_of_line``;
-tables ``locality/transfers`` (success on other models) and ``locality/weights`` (agreement of the
-selected sets by layer); every figure, and the record with its page as an artifact. No image of a
+every table and figure of its page, and the record with its page as an artifact. No image of a
 pair is among them.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from dori_lightning.attacks.embedding_attack import Conditioning
-from dori_lightning.metrics.replication import find_cell, per_pair
+from dori_lightning.metrics.replication import find_cell
 from dori_lightning.mitigations.base import EditResult
 from dori_lightning.report.images import attack_grid, thumbnail
-from dori_lightning.report.locality import LocalityReport
+from dori_lightning.report.locality import LocalityReport, number_tables
 from dori_lightning.report.record import AuditReport, Disclosure
 from dori_lightning.report.words import condition_words
 from dori_lightning.tracking import Tracker
@@ -129,28 +126,21 @@ def track_report(
 
 
 def _pair_rows(report: AuditReport, *, images: Disclosure, max_pairs: int) -> list[dict[str, Any]]:
-    """One row for each pair, condition and restart.
+    """One row for each pair and condition; ``pairs.parquet`` has one for each image.
 
     The first ``max_pairs`` pairs have an image in the rows of their prompts and of the attack that
     the verdict names: the one closest to the original.
     """
     shown = (_PROMPT, report.headline_condition)
     pictured = list(dict.fromkeys(o.pair.id for o in report.outcomes))[:max_pairs]
-    rule = report.calibration
     rows = []
-    for mitigation, outcomes in (
-        (report.mitigation, report.outcomes), (BASELINE, report.baseline),
+    for mitigation, results in (
+        (report.mitigation, report.pair_results), (BASELINE, report.baseline_results),
     ):  # fmt: skip
-        for outcome in outcomes:
-            pair, condition = outcome.pair, outcome.condition
-            values = outcome.similarity[rule.descriptor]
-            similarity = float(per_pair(values, report.aggregation))
-            embedding = f"attacks/{condition.init}/{pair.id}.r{outcome.restart}.safetensors"
-            shows = condition in shown and pair.id in pictured and outcome.images
-            picture = None
-            if shows and not np.isnan(values).all():
-                closest = outcome.images[int(np.nanargmax(values))]
-                picture = thumbnail(closest, images, side=_SIDE)
+        for result in results:
+            pair, condition, picture = result.pair, result.condition, None
+            if result.picture and condition in shown and pair.id in pictured:
+                picture = thumbnail(result.picture, images, side=_SIDE)
             rows.append(
                 {
                     "mitigation": mitigation,
@@ -161,25 +151,13 @@ def _pair_rows(report: AuditReport, *, images: Disclosure, max_pairs: int) -> li
                     "attack": condition.attack,
                     "init": condition.init or "",
                     "steps": condition.budget.steps,
-                    "restart": outcome.restart,
-                    "status": outcome.status,
-                    "similarity": similarity,
-                    "reproduced": similarity > rule.threshold,
-                    "diversity": outcome.diversity,
-                    "lpips": _mean(outcome.lpips),
-                    "alignment": _mean(outcome.alignment),
-                    "loss_first": _mean(outcome.loss_first),
-                    "loss_last": _mean(outcome.loss_last),
-                    "displacement": _mean(outcome.displacement),
-                    "embedding": embedding if condition.attack == "dori" else "",
+                    "status": result.status,
+                    "similarity": result.statistic,
+                    "reproduced": result.reproduced,
                     "picture": picture,
                 }
             )
     return rows
-
-
-def _mean(value: np.ndarray | float | None) -> float:
-    return math.nan if value is None else float(np.mean(value))
 
 
 def _track_files(tracker: Tracker, report: AuditReport, found: EditResult, folder: Path) -> None:
@@ -301,43 +279,9 @@ def track_locality(
             ),
             step_metric="locality/percent_of_line",
         )
-        tracker.table(
-            "locality/transfers",
-            [
-                {
-                    "model": row.model,
-                    "searched": row.searched,
-                    "images": row.held,
-                    "start": row.start,
-                    "hits": row.rate.hits,
-                    "asked": row.rate.n,
-                    "rate": row.rate.rate,
-                    "low": row.rate.ci95[0],
-                    "high": row.rate.ci95[1],
-                }
-                for row in transfer.transfers
-            ],
-        )
-    if report.weights is not None:
-        tracker.table(
-            "locality/weights",
-            [
-                {
-                    "method": row.method,
-                    "parameter": row.parameter,
-                    "group": row.group,
-                    "sets": row.count,
-                    "smallest": row.smallest,
-                    "largest": row.largest,
-                    "iou": row.iou.value,
-                    "iou_between": row.iou_between.value,
-                    "iou_nonempty": row.iou_nonempty,
-                    "chance": row.chance,
-                    "both_empty": row.both_empty,
-                }
-                for row in report.weights.layers
-            ],
-        )
+    for table in number_tables(report):
+        rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+        tracker.table(f"locality/{table.title.lower().replace(' ', '_')}", rows)
     for path in sorted(folder.glob("figures/locality_*.png")):
         with Image.open(path) as figure:
             tracker.image(f"locality/{path.stem}", figure, caption=path.stem)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -88,21 +87,14 @@ def test_the_record_answers_every_question(finished):
     assert len(record["embeddings"]["places"]) == 2 * 2 * 3 * 3 + 2 + 2 + 2
 
 
-def test_figures_page_and_summary_are_there(finished):
-    record = record_of(finished)
-    names = [Path(figure["file"]).stem for figure in record["figures"]]
-    assert names == [
-        f"locality_{name}"
-        for name in ("budget", "spread", "map", "activations", "weights", "methods", "lines",
-                     "transfer")
-    ]  # fmt: skip
-    assert all((finished / figure["file"]).is_file() for figure in record["figures"])
-    assert record["verdict"]
+def test_figures_and_page_are_there(finished):
+    names = {"budget", "spread", "map", "activations", "weights", "lines", "transfer"}
+    assert record_of(finished)["answers"].keys() == names
+    files = {f"locality_{name}.png" for name in names}
+    assert {path.name for path in (finished / "figures").iterdir()} == files
     page = (finished / "locality.html").read_text(encoding="utf-8")
     assert page.count("<figure") == len(names)
     assert "http" not in page.replace("http-equiv", "")
-    summary = (finished / "locality.md").read_text(encoding="utf-8")
-    assert summary.count("![") == len(names)
 
 
 def test_running_again_computes_nothing_and_finds_the_same(study_in, finished, monkeypatch):
@@ -116,7 +108,7 @@ def test_running_again_computes_nothing_and_finds_the_same(study_in, finished, m
     study_in(finished)
     after = record_of(finished)
     assert not calls
-    for key in before.keys() - {"provenance", "figures"}:
+    for key in before.keys() - {"provenance"}:
         assert before[key] == after[key], key
 
 

@@ -203,8 +203,7 @@ def test_one_grid_for_each_start_and_one_table(runs):
         ]
         assert len(own) == 5 * 3, "pairs x (prompt and two snapshots)"
         assert all(row["picture"] for row in own if row["attack"] == "prompt")
-        attacked = [row for row in own if row["attack"] == "dori"]
-        assert all((folder / row["embedding"]).is_file() for row in attacked)
+        assert {row["status"] for row in own} == {"ok"}
 
 
 def test_files_are_artifacts_whose_bytes_lie_in_the_run_folder(runs, place):

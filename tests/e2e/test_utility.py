@@ -12,7 +12,7 @@ from support.runs import SMALL, configuration, on_tiny, run_task, write_pairs
 
 AUDIT = (*SMALL, "corpus=folder", "utility=light", "report.images=full", "attack.budget.steps=1")
 SIZES = ("utility.examples=3", "utility.draws=1", "utility.prompts=4", "utility.neighbours=1")
-PRUNING = ("mitigation=wanda_10", "mitigation.steps=2", "mitigation.base_prompts=4")
+PRUNING = ("mitigation=wanda_10", "mitigation.steps=2")
 
 
 @pytest.fixture(scope="module")

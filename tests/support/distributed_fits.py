@@ -35,7 +35,7 @@ METHODS: dict[str, Mitigation] = {
     # an odd batch: one process has two rows, the other one
     "esd": ESD(
         "esd",
-        variant="full",
+        variant="u",
         steps=2,
         batch=3,
         sampling_steps=3,

@@ -1,10 +1,10 @@
-"""Pairs, random embeddings and trigger sets for tests of locality."""
+"""Pairs, random embeddings and attempts for tests of locality."""
 
 from pathlib import Path
 
 import torch
 
-from dori_lightning.locality.embeddings import PromptGroup, PromptSet, TriggerSet
+from dori_lightning.locality.embeddings import Attempt, Group, PromptGroup
 from dori_lightning.types import Pair
 
 
@@ -16,25 +16,26 @@ def rows(count: int, seed: int, *, shape: tuple[int, int] = (4, 6)) -> torch.Ten
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def triggers(
-    name: str, starts: torch.Tensor, ends: torch.Tensor, *, kind: str = "vm", seed: int = 99
-) -> TriggerSet:
-    return TriggerSet(
-        pair=pair(name, kind),
-        start="random",
-        prompt=rows(1, seed)[0],
-        restarts=tuple(range(len(starts))),
-        starts=starts,
-        ends=ends,
-        working=(True,) * len(starts),
-    )
+def attempts(
+    name: str, starts: torch.Tensor, ends: torch.Tensor, *, kind: str = "vm"
+) -> list[Attempt]:
+    """Attacks on one image from random embeddings, all of which work."""
+    return [
+        Attempt(pair(name, kind), "random", k, start, end, works=True)
+        for k, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
 
 
-def prompt_sets() -> dict[PromptGroup, PromptSet]:
+def own_prompts(*names: str) -> dict[str, torch.Tensor]:
+    return {name: rows(1, 99)[0] for name in names}
+
+
+def prompt_groups() -> dict[PromptGroup, Group]:
     """Three memorized and three control prompts."""
+    controls = tuple(pair(f"c{k}", "control") for k in range(3))
     return {
-        "memorized_prompts": PromptSet(tuple(pair(f"m{k}") for k in range(3)), rows(3, 50)),
-        "control_prompts": PromptSet(
-            tuple(pair(f"c{k}", "control") for k in range(3)), rows(3, 51)
+        "memorized_prompts": Group(
+            "memorized_prompts", tuple(pair(f"m{k}") for k in range(3)), rows(3, 50)
         ),
+        "control_prompts": Group("control_prompts", controls, rows(3, 51)),
     }

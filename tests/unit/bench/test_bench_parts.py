@@ -4,7 +4,7 @@ from dori_lightning.bench.parts import finetuning_family, mask_family, nemo_fami
 from dori_lightning.mitigations.adversarial_finetuning import AdversarialFinetuning, PoolSettings
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.nemo import NeMo
-from dori_lightning.mitigations.nemo_criteria import DenoisingLoss
+from dori_lightning.mitigations.nemo_criteria import Replication
 from dori_lightning.mitigations.nemo_search import Levels
 from dori_lightning.mitigations.replacements import SurrogateSettings
 from dori_lightning.mitigations.wanda import Wanda
@@ -25,10 +25,11 @@ def test_generating_in_batches_gives_the_same_images_in_fewer_passes(bench):
 
 def test_nemo_finds_the_same_neurons_for_all_pairs_together(bench):
     method = NeMo(
-        criterion=DenoisingLoss(suppressed_share=0.1),
-        samples=2,
+        criterion=Replication(limit=0.01),
+        samples=1,
         statistics_prompts=4,
-        levels=Levels(start_z=1.0, z_step=0.5, min_z=0.0),
+        levels=Levels(start_z=1.0, z_step=1.0, min_z=0.0),
+        refine=False,
     )
     alone, ours = nemo_family(bench, SMALL, method).rows
     assert ours.values["pairs_with_equal_masks"] == 2

@@ -1,18 +1,18 @@
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dori_lightning.locality.embeddings import (
+    Attempt,
     EmbeddingFindings,
-    TriggerSet,
     cosines,
     distances,
     embedding_findings,
     relative_distances,
 )
-from support.locality import prompt_sets, rows, triggers
+from support.locality import attempts, own_prompts, prompt_groups, rows
 
 
 def test_distances_and_cosines_are_those_of_flat_vectors():
@@ -45,17 +45,18 @@ def test_relative_distance_knows_no_scale():
     )
 
 
-PROMPTS = prompt_sets()
+PROMPTS = prompt_groups()
 
 
-def compare(*sets: TriggerSet, controls: Sequence[TriggerSet] = ()) -> EmbeddingFindings:
-    return embedding_findings(sets, controls, PROMPTS)
+def compare(*sets: list[Attempt]) -> EmbeddingFindings:
+    every = [attempt for own in sets for attempt in own]
+    return embedding_findings(every, own_prompts("a", "b"), PROMPTS)
 
 
 def test_short_moves_from_far_starts_are_seen_as_such():
     """The honest control: ends are as scattered as starts, and stay beside their own."""
     way = rows(1, 7)[0] / 10
-    sets = [triggers(name, rows(6, k), rows(6, k) + way) for k, name in enumerate("ab")]
+    sets = [attempts(name, rows(6, k), rows(6, k) + way) for k, name in enumerate("ab")]
     found = compare(*sets)
     spread = {s.group: s for s in found.spreads}
     assert spread["triggers"].distance.value == pytest.approx(spread["starts"].distance.value)
@@ -70,7 +71,7 @@ def test_short_moves_from_far_starts_are_seen_as_such():
 
 def test_ends_that_meet_in_one_place_are_seen_as_such():
     sets = [
-        triggers(name, rows(6, k), rows(1, 90 + k).expand(6, -1, -1) + 0.01 * rows(6, 40 + k))
+        attempts(name, rows(6, k), rows(1, 90 + k).expand(6, -1, -1) + 0.01 * rows(6, 40 + k))
         for k, name in enumerate("ab")
     ]
     found = compare(*sets)
@@ -82,20 +83,19 @@ def test_ends_that_meet_in_one_place_are_seen_as_such():
 
 
 def test_the_nearest_prompt_is_counted_with_its_chance():
-    own = triggers("a", rows(4, 0), rows(4, 1))
-    at_prompt = triggers("a", rows(4, 0), own.prompt.expand(4, -1, -1) + 0.01 * rows(4, 2))
-    at_memorized = triggers("b", rows(2, 3), PROMPTS["memorized_prompts"].embeddings[:2])
+    prompt = own_prompts("a")["a"]
+    at_prompt = attempts("a", rows(4, 0), prompt.expand(4, -1, -1) + 0.01 * rows(4, 2))
+    at_memorized = attempts("b", rows(2, 3), PROMPTS["memorized_prompts"].embeddings[:2])
     found = compare(at_prompt, at_memorized)
-    for measure in ("distance", "cosine"):
-        near = next(n for n in found.nearest if (n.what, n.measure) == ("triggers", measure))
-        assert (near.own.hits, near.memorized.hits, near.control.hits) == (4, 2, 0)
-        assert near.chance == pytest.approx(1 / 7)
-    assert any(n.what == "starts" for n in found.nearest)
+    near, started = found.nearest
+    assert (near.what, started.what) == ("triggers", "starts")
+    assert (near.own.hits, near.memorized.hits, near.control.hits) == (4, 2, 0)
+    assert near.chance == pytest.approx(1 / 7)
 
 
 def test_controls_are_a_group_of_their_own():
-    attacked = triggers("c0", rows(3, 2), rows(3, 3), kind="control")
-    found = compare(triggers("a", rows(3, 0), rows(3, 1)), controls=[attacked])
+    attacked = attempts("c0", rows(3, 2), rows(3, 3), kind="control")
+    found = compare(attempts("a", rows(3, 0), rows(3, 1)), attacked)
     assert [s.group for s in found.spreads] == [
         "starts", "triggers", "control_ends", "memorized_prompts", "control_prompts"
     ]  # fmt: skip
@@ -107,6 +107,7 @@ def test_controls_are_a_group_of_their_own():
 
 
 def test_no_working_trigger_leaves_the_prompts():
-    found = compare(triggers("a", rows(0, 0), rows(0, 1)))
+    failed = [replace(one, works=False) for one in attempts("a", rows(2, 0), rows(2, 1))]
+    found = compare(failed)
     assert [s.group for s in found.spreads] == ["memorized_prompts", "control_prompts"]
     assert found.moves == ()

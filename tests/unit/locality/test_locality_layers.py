@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from dori_lightning.locality import layers as module
+from dori_lightning.locality.embeddings import Group
 from dori_lightning.locality.layers import (
     SELECTION,
-    Group,
     Method,
     Selection,
     WeightFindings,
     activation_findings,
-    block_of,
     feed_forward_distances,
     value_distances,
     weight_findings,
@@ -80,8 +79,8 @@ def test_groups_are_averaged_by_themselves():
     distance = torch.cdist(flat, flat)
     compared = {"distance": distance[None], "length": flat.norm(dim=1)[None]}
     groups = [
-        Group("triggers", ("a", "a", "b"), tuple(map(pair, "aab")), values[:3]),
-        Group("control_prompts", ("prompts",) * 2, tuple(map(pair, "cd")), values[3:]),
+        Group("triggers", tuple(map(pair, "aab")), values[:3]),
+        Group("control_prompts", tuple(map(pair, "cd")), values[3:]),
     ]
     found = activation_findings({"nemo": (["x"], compared)}, groups, timestep=5, noise_seed=0)
     first, second = found.layers
@@ -92,9 +91,7 @@ def test_groups_are_averaged_by_themselves():
 
 
 def group(labels: str) -> Group:
-    return Group(
-        "triggers", tuple(labels), tuple(pair(name) for name in labels), rows(len(labels), 0)
-    )
+    return Group("triggers", tuple(map(pair, labels)), rows(len(labels), 0))
 
 
 def selections(
@@ -172,23 +169,17 @@ def test_methods_are_compared_by_block_with_other_images_as_control():
     )
     found = findings("aabb", nemo=selections(nemo, memorized=True), wanda=selections(wanda))
     (own,) = found.agreement
-    assert own.blocks == tuple(block_of(VALUE.format(k)) for k in (0, 1))
-    assert own.overlap.value == 1.0
-    assert own.overlap_other.value == 0.0
-    assert own.overlap_other_images
-    assert own.shared_parameters == 0
-    assert own.nemo == own.wanda == (0.5, 0.5)
+    assert (own.overlap.value, own.overlap_other.value, own.other_images) == (1.0, 0.0, True)
 
 
 def test_embeddings_without_a_selection_have_no_block():
     wanda = selections({FORWARD.format(0): [(0,), (0,)]})
     nemo = selections({VALUE.format(0): [(), (0,)]}, memorized=True)
     (own,) = findings("ab", nemo=nemo, wanda=wanda).agreement
-    assert own.undefined == 1
-    assert own.overlap.count == 1
+    assert (own.undefined, own.overlap.count) == (1, 1)
     nothing = selections({VALUE.format(0): [(), ()]}, memorized=True)
     (none,) = findings("ab", nemo=nothing, wanda=wanda).agreement
-    assert (none.undefined, none.nemo, none.overlap.count) == (2, (), 0)
+    assert (none.undefined, none.overlap.count) == (2, 0)
 
 
 @pytest.mark.parametrize("memorized", [True, False, None])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from dori_lightning.locality.embeddings import distances, embedding_findings
+from dori_lightning.locality.embeddings import Group, distances, embedding_findings
 from dori_lightning.locality.estimates import rate_of
-from dori_lightning.locality.layers import Group, Selection, activation_findings, weight_findings
+from dori_lightning.locality.layers import Selection, activation_findings, weight_findings
 from dori_lightning.locality.study import BudgetPoint, LinePoint, Transfer, TransferFindings
 from dori_lightning.report.locality import (
     LocalityReport,
@@ -21,14 +21,13 @@ from dori_lightning.report.locality import (
     findings,
     number_tables,
     render_locality_page,
-    verdict,
     write_locality_files,
 )
 from dori_lightning.report.record import Provenance
 from dori_lightning.tasks.results_logging import track_locality
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import Budget
-from support.locality import pair, prompt_sets, rows, triggers
+from support.locality import attempts, own_prompts, pair, prompt_groups, rows
 
 LAYERS = [f"down_blocks.0.attentions.{k}.transformer_blocks.0" for k in range(2)]
 NOW = datetime(2026, 11, 24, 8, 0, tzinfo=UTC)
@@ -59,19 +58,22 @@ def transfer() -> TransferFindings:
 
 
 def groups(count: int = 3) -> list[Group]:
-    labels = ("a",) * count + ("b",) * count
-    own = tuple(pair(name) for name in labels)
+    own = tuple(map(pair, "a" * count + "b" * count))
     return [
-        Group("triggers", labels, own, rows(2 * count, 1)),
-        Group("starts", labels, own, rows(2 * count, 2)),
-        Group("memorized_prompts", ("prompts",) * 3, tuple(map(pair, "xyz")), rows(3, 3)),
-        Group("control_prompts", ("prompts",) * 3, tuple(map(pair, "uvw")), rows(3, 4)),
+        Group("triggers", own, rows(2 * count, 1)),
+        Group("starts", own, rows(2 * count, 2)),
+        Group("memorized_prompts", tuple(map(pair, "xyz")), rows(3, 3)),
+        Group("control_prompts", tuple(map(pair, "uvw")), rows(3, 4)),
     ]
 
 
 def report(*, working: bool = True) -> LocalityReport:
     ends = 3 if working else 0
-    sets = [triggers(n, rows(ends, k), rows(ends, 10 + k)) for k, n in enumerate("ab")]
+    found = [
+        attempt
+        for k, name in enumerate("ab")
+        for attempt in attempts(name, rows(ends, k), rows(ends, 10 + k))
+    ]
     chosen = groups() if working else groups()[2:]
     everything = torch.cat([group.embeddings for group in chosen])
     compared = {
@@ -101,7 +103,7 @@ def report(*, working: bool = True) -> LocalityReport:
         ),
         memorized_prompts=("m0", "m1", "m2"),
         control_prompts=("c0", "c1", "c2"),
-        embeddings=embedding_findings(sets, [], prompt_sets()),
+        embeddings=embedding_findings(found, own_prompts("a", "b"), prompt_groups()),
         activations=activation_findings(
             {"nemo": (LAYERS, compared), "wanda": (LAYERS, compared)},
             chosen,
@@ -140,8 +142,7 @@ def test_every_answer_has_its_control(whole):
     for own in found["weights"]["methods"].values():
         assert (own["both_empty"], own["compared"]) == (0, 12)
         assert 0 < own["chance"] < 1
-        assert 0 <= own["starts"] <= 1
-    assert found["methods"]["triggers"].shared_parameters == 0
+        assert 0 <= own["iou"]["starts"] <= 1
     assert found["lines"]["same_image"].place == found["lines"]["random"].place == 0.5
     assert {name: own["triggers"].hits for name, own in found["transfer"]["models"].items()} == {
         "nemo": 3,
@@ -154,7 +155,7 @@ def test_answers_say_the_numbers(whole):
     assert said.keys() == findings(whole).keys()
     assert "3 of 4 (75 %, interval 30 to 95 %)" in said["budget"]
     assert "0 of 12 comparisons" in said["weights"]
-    assert len(verdict(whole).splitlines()) == 3
+    assert "By transformer block, what the two methods select overlaps to" in said["weights"]
     assert all(answer.caption and "  " not in answer.text for answer in answers(whole))
 
 
@@ -165,20 +166,18 @@ def test_files_are_written_and_listed(whole, tmp_path):
     assert record["at_large"]["budget"][1]["rate"]["images"] == {"a": [1, 2], "b": [2, 2]}
     assert "hush" not in (tmp_path / "locality.json").read_text()
     figures = sorted((tmp_path / "figures").iterdir())
-    assert len(figures) == len(answers(whole)) == 8
+    assert len(figures) == len(answers(whole)) == 7
     again = tmp_path / "again"
     write_locality_files(whole, again)
     assert [f.read_bytes() for f in figures] == [
         f.read_bytes() for f in sorted((again / "figures").iterdir())
     ]
-    assert [entry["title"] for entry in record["figures"]] == [a.question for a in answers(whole)]
-    assert all((tmp_path / entry["file"]).is_file() for entry in record["figures"])
-    assert record["verdict"] == verdict(whole)
+    assert record["answers"] == {answer.name: answer.text for answer in answers(whole)}
 
 
 def test_every_row_of_numbers_is_in_a_table(whole):
     tables = {table.title: table for table in number_tables(whole)}
-    assert len(tables) == 8
+    assert len(tables) == 9
     budget = tables["Success against budget"]
     assert budget.header == ("images", "start", "steps", "rate", "diverged")
     assert budget.rows[1] == (
@@ -195,24 +194,24 @@ def test_the_page_stands_alone_and_escapes(whole):
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     assert "&lt;b&gt;red&lt;/b&gt;" in page
-    assert page.count('role="img"') == 8
-    assert page.count("<svg") == 8
+    assert page.count('role="img"') == 7
+    assert page.count("<svg") == 7
 
 
 def test_no_working_trigger_is_said_rather_than_drawn(tmp_path):
     nothing = report(working=False)
     found = findings(nothing)
-    for name in ("spread", "weights", "activations", "methods", "lines", "transfer"):
+    for name in ("spread", "weights", "activations", "lines", "transfer"):
         assert found[name] is None
-    assert len(answers(nothing)) == 8
+    assert len(answers(nothing)) == 7
     write_locality_files(nothing, tmp_path)
     assert json.loads((tmp_path / "locality.json").read_text())["weights"]["layers"]
 
 
 def test_parts_that_were_not_asked_are_not_answered(whole):
     alone = replace(whole, embeddings=None, activations=None, transfer=None)
-    assert [answer.name for answer in answers(alone)] == ["weights", "methods"]
-    assert 'id="methods"' in render_locality_page(alone, draw_locality(alone))
+    assert [answer.name for answer in answers(alone)] == ["weights"]
+    assert 'id="weights"' in render_locality_page(alone, draw_locality(alone))
 
 
 class Told(Tracker):
@@ -256,15 +255,12 @@ def test_loggers_get_curves_tables_figures_and_the_page(whole, tmp_path):
     assert told.curves["locality/line_rate/same_image by locality/percent_of_line"] == {
         25: 0.75, 50: 0.75,
     }  # fmt: skip
-    moved = {(r["model"], r["images"], r["start"]): r for r in told.tables["locality/transfers"]}
-    assert moved["none", "memorized", "random"]["hits"] == 3
-    assert moved["nemo", "control", "random"]["rate"] == 0
-    chosen = told.tables["locality/weights"]
-    assert {row["method"] for row in chosen} == {"nemo", "wanda"}
-    assert all(0 <= float(str(row["iou"])) <= 1 for row in chosen if row["group"] == "triggers")
+    moved = {(r["model"], r["images"], r["start"]): r for r in told.tables["locality/transfer"]}
+    assert moved["none", "memorized", "random embeddings"]["rate"].startswith("3 of 4 (75 %")
+    assert len(told.tables["locality/selected_weights"]) == len(whole.weights.layers)
     assert f"locality/{answers(whole)[0].name}" in {s.replace("locality_", "") for s in told.shown}
     assert told.kept == {"final/objective": 0.75}
-    assert {"locality.json", "locality.html", "locality.md"} <= told.files
+    assert {"locality.json", "locality.html"} <= told.files
     assert not any("pictures" in name for name in told.files)
 
 
@@ -274,5 +270,5 @@ def test_loggers_of_a_run_that_found_nothing(tmp_path):
     told = Told()
     track_locality(told, nothing, tmp_path, objective=None)
     assert told.curves == {}
-    assert told.tables["locality/transfers"] == []
+    assert "locality/transfer" not in told.tables
     assert told.kept == {"final/objective": None}

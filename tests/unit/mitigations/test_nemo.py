@@ -9,7 +9,6 @@ from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit, rea
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.nemo_criteria import (
     BlockedModel,
-    DenoisingLoss,
     NoiseDifference,
     Question,
     Replication,
@@ -18,7 +17,6 @@ from dori_lightning.mitigations.nemo_criteria import (
 )
 from dori_lightning.mitigations.nemo_search import Levels
 from dori_lightning.pairs.corpus import NoCorpus
-from dori_lightning.pairs.datamodule import Encoded
 from dori_lightning.types import InputError
 from support.context import make_context
 from support.threads import threads
@@ -73,7 +71,6 @@ def sets(edit: Any) -> dict[str, list[tuple[str, int]]]:
     "criterion",
     [
         replace(NOISE, threshold=0.99),
-        pytest.param(DenoisingLoss(), marks=pytest.mark.slow),
         pytest.param(Replication(limit=0.01), marks=pytest.mark.slow),
     ],
 )
@@ -150,8 +147,7 @@ def test_similarities_do_not_depend_on_what_else_is_asked(loud, context):
     generator = torch.Generator().manual_seed(6)
     neurons = sum(layer.weight.shape[0] for layer in layers.values())
     prompts = loud.encode_prompts(["a red cat", "boat at night"])
-    encoded = [Encoded(torch.zeros(loud.latent_shape), embedding) for embedding in prompts]
-    pairs = dict(zip("ab", encoded, strict=True))
+    pairs = dict(zip("ab", prompts, strict=True))
     model = blocked_model(loud, layers)
     probes, _ = NOISE.probes(model.run, loud, pairs=pairs, context=context, samples=2)
     questions = [
@@ -254,18 +250,6 @@ def test_the_threshold_is_calibrated_on_ordinary_prompts(loud, context, suspecte
     assert calibrated(2.0) == pytest.approx(float(values.mean() + 2 * values.std()), abs=1e-5)
 
 
-def test_losses_are_suppressed_by_the_share_asked_for(loud, context, suspected):
-    settings = replace(SMALL, criterion=DenoisingLoss(suppressed_share=0.3))
-    notes = settings.apply(loud, suspected, context).origin.notes
-    assert notes["threshold"] == pytest.approx(0.7)
-    for own in notes["pairs"].values():
-        assert own["memorized"] == (own["loss"] < own["loss_empty_prompt"])
-        if own.get("suppressed"):
-            assert own["similarity_refined"] <= 0.7
-    other = replace(context, seed=1)
-    assert settings.apply(loud, suspected, other).origin.notes["pairs"] != notes["pairs"]
-
-
 def test_stored_statistics_are_used_and_those_of_another_checkpoint_refused(
     loud, context, suspected, edit, tmp_path
 ):
@@ -297,8 +281,3 @@ def test_the_published_levels_end_at_a_quarter_above_one():
     assert len(steps) == 16
     assert (steps[0], steps[-1]) == ((5.0, 0), (1.25, 15))
     assert Levels().steps(6)[-1] == (3.75, 5)
-
-
-def test_a_window_that_does_not_fit_is_refused(loud, context, suspected):
-    with pytest.raises(InputError, match="do not fit into a latent of 16 pixels"):
-        replace(SMALL, criterion=replace(NOISE, scales=3)).apply(loud, suspected, context)

@@ -9,7 +9,7 @@ from dori_lightning.mitigations.concept_ablation import ConceptAblation
 from dori_lightning.mitigations.esd import ESD
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.nemo import NeMo
-from dori_lightning.mitigations.nemo_criteria import DenoisingLoss, NoiseDifference, Replication
+from dori_lightning.mitigations.nemo_criteria import NoiseDifference, Replication
 from dori_lightning.mitigations.nemo_search import Levels
 from dori_lightning.mitigations.prompt_adjustment import AdjustmentSettings, PromptAdjustment
 from dori_lightning.mitigations.replacements import AnchorSettings
@@ -42,9 +42,9 @@ def each(settings: Any, **wrong: Any) -> list[Any]:
         *each(FinetuneSettings(), checkpoint_every=0),
         *each(ADVERSARIAL, epochs=0, adversarial_weight=0.0, low_rank=0),
         *each(ConceptAblation("ablation"), steps=0, batch=0, prior_weight=-1.0),
-        *each(ESD("esd"), variant="y", latents_from="old", steps=0, batch=0, eta=0.0),
+        *each(ESD("esd"), variant="y", steps=0, batch=0, eta=0.0),
         *each(ESD("esd"), sampling_steps=0),
-        *each(SISS("siss"), variant="sisss", timesteps="first", condition="none", steps=0),
+        *each(SISS("siss"), steps=0),
         *each(SISS("siss"), batch=0, micro_batch=0, mixture=0.0, scaling_norm=-1.0, finetune=HALF),
         *each(SISS("siss"), mixture=1.0),
         *each(PromptAdjustment(), target=-1.0, quantile=1.5, calibration_prompts=0),
@@ -56,11 +56,10 @@ def each(settings: Any, **wrong: Any) -> list[Any]:
         *each(Levels(), start_z=0.0, z_step=0.0, k_step=-1),
         *each(NoiseDifference(), threshold=1.0, threshold_prompts=1, timestep=50),
         *each(NoiseDifference(), when_not_memorized="x"),
-        *each(DenoisingLoss(), suppressed_share=0.0),
         *each(Replication(), limit=1.0),
-        *each(Wanda(), fraction=0.0, steps=0, seeds=0, base_prompts=0, select_ratio=1.0),
-        *each(Wanda(), scope="everybody", base="null", stages=[]),
-        *each(Wanda(), fraction=1.0, select_ratio=-0.1, stages=["middle"]),
+        *each(Wanda(), fraction=0.0, steps=0),
+        *each(Wanda(), scope="everybody", stages=[]),
+        *each(Wanda(), fraction=1.0, stages=["middle"]),
     ],
 )
 def test_a_setting_outside_its_range_is_refused_by_its_name(settings, name, value):

@@ -33,7 +33,7 @@ def test_report_json_keeps_the_contract(tmp_path):
     assert attacked["init"] == "prompt"
     assert attacked["budget"] == {"norm": "none", "eps": None, "steps": 10}
     assert document["recommended_budget"]["steps"] == 50
-    assert {"threshold", "rule", "auc", "roc", "quantiles"} <= set(document["calibration"])
+    assert {"threshold", "rule", "auc", "roc", "null", "ceiling"} <= set(document["calibration"])
     pair = document["pairs"][0]
     assert {"id", "kind", "prompt", "repeats", "duplicate_of", "truncated", "conditions"} == set(
         pair
@@ -59,7 +59,6 @@ def test_nan_and_infinity_become_null(tmp_path):
     assert document["cells"][-1]["mr_ci95"] == [None, None]
     assert document["calibration"]["auc"] is None
     assert document["calibration"]["roc"][0]["threshold"] is None
-    assert document["calibration"]["quantiles"]["null"]["p50"] is None
 
 
 def test_failed_write_leaves_the_old_files(tmp_path):
