@@ -76,11 +76,12 @@ def _unlike_defaults(kind: type[Any], config: Mapping[str, Any]) -> dict[str, An
     return {
         name: config[name]
         for name, parameter in parameters.items()
-        if name in config and _plain(config[name]) != _plain(parameter.default)
+        if name in config and plain_value(config[name]) != plain_value(parameter.default)
     }
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """A value of a configuration as its file has it: libraries read its lists as tuples, too."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dori_lightning.models.fingerprint import plain_value
 from dori_lightning.models.original_layout import PREFIXES, Part, original_names
+from dori_lightning.models.tensors import OLD_ATTENTION, first_names
 from dori_lightning.models.weight_files import (
     PredictionNote,
     WeightFile,
@@ -165,7 +167,7 @@ class Replacement:
         if others:
             raise InputError(
                 f"{len(others)} of the {len(held)} tensors of {self.source} have no place in the "
-                f"checkpoint's {self.part}: {_first(others)}",
+                f"checkpoint's {self.part}: {first_names(others)}",
                 where=f"checkpoint.{self.part}",
                 fix="give the checkpoint that it was made from as checkpoint.source, or a file "
                 "with the names of diffusers or of the original single files",
@@ -186,7 +188,7 @@ class Replacement:
             raise InputError(
                 f"{len(wrong)} of the {len(held)} tensors of {self.source} do not fit the "
                 f"checkpoint's {self.part}: of another shape, no finite numbers, or there twice: "
-                f"{_first(wrong)}",
+                f"{first_names(wrong)}",
                 where=f"checkpoint.{self.part}",
                 fix="give the checkpoint that it was made from as checkpoint.source",
             )
@@ -196,7 +198,8 @@ class Replacement:
         """What to say of a file in which nothing belongs to this part."""
         others = [part for part in parts_in(names) if part != self.part]
         return InputError(
-            f"{self.source} holds no {self.part}: its {len(names)} tensors are {_first(names)}",
+            f"{self.source} holds no {self.part}: "
+            f"its {len(names)} tensors are {first_names(names)}",
             where=f"checkpoint.{self.part}",
             fix=f"it looks like a {others[0]}: checkpoint.{others[0]}={self.source}"
             if others
@@ -218,7 +221,9 @@ class Replacement:
         differ = [
             f"{key} {own[key]!r}, the checkpoint has {base[key]!r}"
             for key in base
-            if key in own and self._decides(key) and _plain(own[key]) != _plain(base[key])
+            if key in own
+            and self._decides(key)
+            and plain_value(own[key]) != plain_value(base[key])
         ]
         if differ:
             raise InputError(
@@ -288,8 +293,7 @@ def _names_of_scripts(part: Part, name: str) -> Iterator[str]:
         if found:
             yield f"{found[1]}.processor.to_{found[2]}_custom_diffusion.{found[3]}"
     if part == "vae":
-        older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-        for new, old in older.items():
+        for old, new in OLD_ATTENTION.items():
             if f".{new}." in name:
                 yield name.replace(f".{new}.", f".{old}.")
 
@@ -340,11 +344,3 @@ def _refuse_differences(
             where=f"checkpoint.{part}",
             fix="add them to the weights that they were taken from, and save the sum",
         )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -44,7 +44,7 @@ _EXTRAS: Mapping[Part, re.Pattern[str]] = {
 _OTHER_ENCODER = "conditioner.embedders.0."
 """What the text encoder's names begin with in files of later programs."""
 
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in the autoencoder's attention before diffusers 0.18, and those since."""
 
 
@@ -167,14 +167,15 @@ def require_tensors(
     missing = [name for name in expected if name not in found]
     other = [n for n in found if n not in expected and not _EXTRAS[part].match(n)]
     wrong = [n for n, shape in expected.items() if found.get(n, shape) != shape]
+    shapes = [f"{n} {_size(found[n])} instead of {_size(expected[n])}" for n in wrong]
     kinds = []
-    if missing:
-        kinds.append(f"{len(missing)} of {len(expected)} are missing ({_first(missing, prefix)})")
-    if other:
-        kinds.append(f"{len(other)} are unexpected ({_first(other, prefix)})")
-    if wrong:
-        shapes = {n: f"{n} {_size(found[n])} instead of {_size(expected[n])}" for n in wrong}
-        kinds.append(f"{len(wrong)} have another shape ({_first(shapes.values(), prefix)})")
+    for names, kind in (
+        (missing, f"of {len(expected)} are missing"),
+        (other, "are unexpected"),
+        (shapes, "have another shape"),
+    ):
+        if names:
+            kinds.append(f"{len(names)} {kind} ({first_names(names, prefix)})")
     if kinds:
         raise InputError(
             f"{what}: the tensors of its {part} are not those that its configuration asks for: "
@@ -195,12 +196,13 @@ def _current(part: Part, name: str) -> str:
         return name
     return re.sub(
         r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
-        lambda match: _OLD_ATTENTION[match[1]],
+        lambda match: OLD_ATTENTION[match[1]],
         name,
     )
 
 
-def _first(names: Iterable[str], prefix: str) -> str:
+def first_names(names: Iterable[str], prefix: str = "") -> str:
+    """The first names of a list for a message, each with what it begins with in its file."""
     names = list(names)
     rest = ", ..." if len(names) > _NAMED else ""
     return ", ".join(prefix + name for name in names[:_NAMED]) + rest
