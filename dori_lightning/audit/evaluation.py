@@ -44,12 +44,14 @@ class Generated:
         baseline: Prompts, generated from without the edit; empty where there is no edit.
         calibration: The thresholds, where generating needed them already.
         losses: Pair id to the evidence by loss; empty where it is not asked for.
+        outcomes: Scores of the images of ``conditionings``, where generating needed them already.
     """
 
     conditionings: tuple[Conditioning, ...]
     baseline: tuple[Conditioning, ...]
     calibration: Calibration | None = None
     losses: Mapping[str, LossEvidence] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def attack_and_generate(
         return found
 
     conditionings = search(attack_rounds(context.attack, context.pairs), prompts)
+    outcomes: tuple[Outcome, ...] = ()
     controls = [pair for pair in context.pairs if pair.kind == "control"]
     if controls and set(context.attack.inits_of("control")) < set(context.attack.inits):
         outcomes = measure_shared(context, conditionings, images)
@@ -156,12 +159,14 @@ def attack_and_generate(
                 ", ".join(starts),
             )
             everywhere = replace(context.attack, inits=starts, other_inits=None)
+            known = len(conditionings)
             conditionings = search(attack_rounds(everywhere, controls), conditionings)
+            outcomes += measure_shared(context, conditionings[known:], images)
     losses: Mapping[str, LossEvidence] = {}
     if context.evidence.losses:
         with edit.applied(context.model):
             losses = loss_evidence(context, conditionings)
-    return Generated(conditionings, prompts if mitigated else (), calibration, losses)
+    return Generated(conditionings, prompts if mitigated else (), calibration, losses, outcomes)
 
 
 def evaluate(
@@ -172,44 +177,35 @@ def evaluate(
     The reference's images are judged by the thresholds of the checkpoint under audit.
     """
     images = context.folder / "pictures"
-    outcomes = measure_all(context, generated.conditionings, images, title="score")
+    outcomes = generated.outcomes or measure_all(
+        context, generated.conditionings, images, title="score"
+    )
     baseline = measure_all(context, generated.baseline, context.unmitigated, title="score before")
     calibration = generated.calibration or calibrate(context, baseline or outcomes)
-    counted = [(context.mitigation.name, outcomes), *([(BASELINE, baseline)] if baseline else [])]
-    cells = [
-        cell
-        for mitigation, scored in counted
-        for cell in cells_of(
-            scored,
-            calibration,
-            checkpoint=context.model.name,
-            mitigation=mitigation,
-            aggregation=context.references.measures.aggregation,
-        )
-    ]
     aggregation = context.references.measures.aggregation
-    there = reference and [
-        measure(reference.context, c, reference.context.folder / "pictures")
-        for c in reference.generated.conditionings
-    ]
+    count = partial(cells_of, calibration=calibration, aggregation=aggregation)
+    name = context.model.name
+    cells = count(outcomes, checkpoint=name, mitigation=context.mitigation.name)
+    cells += count(baseline, checkpoint=name, mitigation=BASELINE)
+    there: tuple[Outcome, ...] = ()
+    there_cells: tuple[Cell, ...] = ()
+    there_losses: Mapping[str, LossEvidence] = {}
+    if reference is not None:
+        own = reference.context
+        there = measure_all(
+            own, reference.generated.conditionings, own.folder / "pictures", title="score there"
+        )
+        there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
+        there_losses = reference.generated.losses
     evidence = image_evidence(
         pair_results(outcomes, calibration, aggregation),
         calibration,
         rate=context.evidence.false_discovery_rate,
-        reference=pair_results(there or (), calibration, aggregation),
+        reference=pair_results(there, calibration, aggregation),
         losses=generated.losses,
-        reference_losses=reference.generated.losses if reference else {},
+        reference_losses=there_losses,
     )
-    reference_cells = reference and cells_of(
-        there or (),
-        calibration,
-        checkpoint=reference.context.model.name,
-        mitigation=BASELINE,
-        aggregation=aggregation,
-    )
-    return Evaluation(
-        outcomes, baseline, calibration, tuple(cells), evidence, tuple(reference_cells or ())
-    )
+    return Evaluation(outcomes, baseline, calibration, cells, evidence, there_cells)
 
 
 def prompt_conditionings(context: AuditContext) -> tuple[Conditioning, ...]:
@@ -246,14 +242,20 @@ def generate(
         edit: Identity of the edit.
         title: Title of the progress bar.
     """
-    trainer, sampling = context.trainer, context.sampling
     requests = [
-        GenerationRequest(image_folder(folder, c), c.embedding, c.pair.id)
-        for c in conditionings[trainer.global_rank :: trainer.world_size]
+        GenerationRequest(image_folder(folder, c), c.embedding, c.pair.id) for c in conditionings
     ]
-    total = len(requests) * sampling.images_per_pair
-    with progress_bar(title, total) as advance:
-        generate_images(context.model, requests, sampling, edit=edit, advance=advance)
+    _generate_share(context, requests, edit=edit, title=title)
+
+
+def _generate_share(
+    context: AuditContext, requests: Sequence[GenerationRequest], *, edit: str, title: str
+) -> None:
+    """Generate what this process is to make of all requests, with a progress bar."""
+    trainer, sampling = context.trainer, context.sampling
+    own = requests[trainer.global_rank :: trainer.world_size]
+    with progress_bar(title, len(own) * sampling.images_per_pair) as advance:
+        generate_images(context.model, own, sampling, edit=edit, advance=advance)
 
 
 def measure(context: AuditContext, conditioning: Conditioning, folder: Path) -> Outcome:
@@ -309,14 +311,12 @@ def generate_ordinary(context: AuditContext) -> None:
 
     Of ordinary prompts, by the checkpoint without an edit; shared by the jobs of a sweep.
     """
-    trainer, sampling = context.trainer, context.sampling
     embeddings = context.model.encode_prompts(ordinary_prompts(context.corpus, ORDINARY_PROMPTS))
     requests = [
         GenerationRequest(_ordinary_folder(context, k), embedding.cpu())
         for k, embedding in enumerate(embeddings)
-    ][trainer.global_rank :: trainer.world_size]
-    with progress_bar("ordinary", len(requests) * sampling.images_per_pair) as advance:
-        generate_images(context.model, requests, sampling, advance=advance)
+    ]
+    _generate_share(context, requests, edit="none", title="ordinary")
 
 
 def calibrate(context: AuditContext, outcomes: Sequence[Outcome]) -> Calibration:

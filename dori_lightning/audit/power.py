@@ -20,18 +20,23 @@ import torch
 
 from dori_lightning.attacks.embedding_attack import ControlPrompts
 from dori_lightning.audit.context import AuditContext, reference_images
-from dori_lightning.audit.evaluation import attack_and_generate, calibrate, measure
-from dori_lightning.metrics.evidence import COPY, Power
+from dori_lightning.audit.evaluation import (
+    attack_and_generate,
+    calibrate,
+    measure_all,
+    prompt_conditionings,
+    reproduced_pairs,
+)
+from dori_lightning.metrics.evidence import Power
 from dori_lightning.metrics.replication import pair_results
 from dori_lightning.metrics.statistics import wilson_interval
 from dori_lightning.mitigations.base import Context
 from dori_lightning.mitigations.edits import Edit, Origin, WeightEdit
 from dori_lightning.mitigations.finetuning import FinetunedMitigation, FinetuneSettings, Finetuning
-from dori_lightning.models.generation import generation_noise, image_seeds
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import Calibration, InputError, Pair, Pairs
+from dori_lightning.types import InputError, Pair, Pairs
 
 log = logging.getLogger(__name__)
 
@@ -173,22 +178,25 @@ def measure_power(
             )
     there = _context_of(context, planted)
     calibration = calibrate(there, ())
-    carried, steps = edit, 0
+    carried, steps, drawn = edit, 0, frozenset[str]()
     for _ in range(settings.rounds):
         carried = _another_round(there, carried, settings)
         steps += settings.steps
-        missing = len(planted) - len(_prompted(there, carried, calibration))
-        log.info("positive controls: %d of %d planted after %d steps", len(planted) - missing,
-                 len(planted), steps)  # fmt: skip
-        if not missing:
+        with carried.applied(there.model):
+            drawn = reproduced_pairs(
+                there, calibration, carried.identity, prompt_conditionings(there)
+            )
+        log.info(
+            "positive controls: %d of %d planted after %d steps", len(drawn), len(planted), steps
+        )
+        if len(drawn) == len(planted):
             break
     generated = attack_and_generate(there, carried)
     pictures = there.folder / "pictures"
-    outcomes = [measure(there, one, pictures) for one in generated.conditionings]
+    outcomes = measure_all(there, generated.conditionings, pictures, title="score planted")
     results = pair_results(outcomes, calibration, there.references.measures.aggregation)
-    drawn = {r.pair.id for r in results if r.condition.attack == "prompt" and r.reproduced}
-    found = {r.pair.id for r in results if r.condition.attack != "prompt" and r.reproduced}
-    hits = len(found & drawn)
+    attacked = {r.pair.id for r in results if r.condition.attack != "prompt" and r.reproduced}
+    hits = len(attacked & drawn)
     return Power(len(drawn), len(planted), hits, wilson_interval(hits, len(drawn)), steps)
 
 
@@ -226,22 +234,3 @@ def _another_round(context: AuditContext, carried: Edit, settings: PowerSettings
     if not isinstance(made.edit, WeightEdit):
         raise TypeError(f"planting gives weights, not {type(made.edit).__name__}")
     return PlantedEdit(made.edit.origin, carried, made.edit)
-
-
-def _prompted(context: AuditContext, carried: Edit, calibration: Calibration) -> set[str]:
-    """Ids of the planted images that their prompts reproduce."""
-    seeds = image_seeds(context.sampling)
-    noise = torch.stack([generation_noise(seed, context.model.latent_shape) for seed in seeds])
-    found = set()
-    with carried.applied(context.model):
-        for pair in context.pairs:
-            embedding = context.data.encoded(pair).embedding
-            images = context.model.generate(
-                embedding.expand(len(seeds), -1, -1), noise, context.sampling,
-                pair_ids=[pair.id] * len(seeds),
-            )  # fmt: skip
-            measured = context.references.measure(pair, images.cpu())
-            best = float(measured.similarity[calibration.descriptor].max())
-            if calibration.scales[pair.id].score(best) > COPY:
-                found.add(pair.id)
-    return found

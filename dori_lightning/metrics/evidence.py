@@ -149,8 +149,8 @@ class LossEvidence:
         ratio: Denoising loss of the image, times that of its most favourable altered copy under
             the same noise and conditioning: 1 for an image never seen, smaller for one that is
             held.
-        conditioning: The conditioning under which it is smallest: ``empty``, ``prompt``, or an
-            attack's initial point.
+        conditioning: The conditioning under which it is smallest: ``empty``, ``own prompt``, or
+            an attack's initial point.
     """
 
     ratio: float
