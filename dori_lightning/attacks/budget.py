@@ -131,8 +131,6 @@ class AttackSettings:
         noise_batch: Noise samples and timesteps per pair and step.
         restarts: Independent attacks per pair and init; a pair counts as reproduced if any of
             them succeeds.
-        keep_first_token: Leave the start token alone. Whether the paper does is unknown; default
-            as published: no.
         snapshots: Steps at which to measure besides the last one; free, since they lie on one
             trajectory.
         early_stop: Stop a pair's attack at the first snapshot whose images are copies; the others
@@ -148,7 +146,6 @@ class AttackSettings:
     lr: float = 0.1
     noise_batch: int = 8
     restarts: int = 1
-    keep_first_token: bool = False
     snapshots: tuple[int, ...] = ()
     early_stop: bool = False
     pairs_per_forward: int | None = None

@@ -193,7 +193,6 @@ class AttackContext:
         method = {
             "lr": self.settings.lr,
             "noise_batch": self.settings.noise_batch,
-            "keep_first_token": self.settings.keep_first_token,
             "snapshots": [s for s in self.settings.snapshots if s <= self.budget.steps],
             "budget": asdict(self.budget),
         }

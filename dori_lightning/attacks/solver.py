@@ -183,9 +183,6 @@ def solve(
         embeddings = [*resume_from.embeddings.unbind(1)]
     elif 0 in snapshots:
         embeddings = [initial.cpu()]
-    token_mask = torch.ones(initial.shape[1], 1, device=model.device)
-    if settings.keep_first_token:
-        token_mask[0] = 0.0
     shape = (noises, *latents.shape[1:])
     repeated = latents.repeat_interleave(noises, 0)
     with model.frozen(), torch.enable_grad():
@@ -202,7 +199,6 @@ def solve(
             loss, gradient = _loss_and_gradient(
                 model, problem.ids, initial + delta, repeated, noise, timesteps
             )
-            gradient = gradient * token_mask
             with torch.no_grad():
                 finite = loss.isfinite() & gradient.flatten(1).isfinite().all(1)
                 if step == 0:

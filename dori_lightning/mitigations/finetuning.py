@@ -4,7 +4,6 @@ A fine-tuning is a ``FinetunedMitigation``, which holds the settings, and a ``Fi
 whose ``training_step`` draws a batch and returns its loss.
 """
 
-import copy
 import itertools
 import shutil
 import signal
@@ -18,9 +17,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dori_lightning.mitigations.base import Context, edit_key, require, require_pairs
@@ -52,7 +49,6 @@ class FinetuneSettings:
         warmup: Steps over which the learning rate rises from zero.
         decay: Lower the learning rate linearly to zero from there to the last step.
         clip: Largest norm of the gradient; None does not clip.
-        ema: Decay of the weight average that is kept instead of the last weights; None for none.
         precision: Lightning's precision of the training steps; weights are trained in fp32. A
             checkpoint loaded with a lower ``checkpoint.precision`` computes in that.
         checkpoint_every: Steps between two checkpoints to resume from.
@@ -64,7 +60,6 @@ class FinetuneSettings:
     warmup: int = 0
     decay: bool = False
     clip: float | None = 1.0
-    ema: float | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     checkpoint_every: int = 50
 
@@ -80,7 +75,6 @@ class FinetuneSettings:
             "finetune needs warmup >= 0 and checkpoint_every >= 1",
             self,
         )
-        require(self.ema is None or 0 <= self.ema < 1, "finetune.ema must be in [0, 1)", self.ema)
 
 
 class Finetuning(L.LightningModule):
@@ -123,13 +117,6 @@ class Finetuning(L.LightningModule):
     def trained_weights(self) -> list[nn.Parameter]:
         """Weights that the optimizer changes."""
         return [p for p in self.parameters() if p.requires_grad]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """Copy the weights alone: what Lightning's average of them needs.
-
-        A copy of everything would double the model, the teacher and the data too.
-        """
-        return nn.ModuleDict({"denoiser": copy.deepcopy(self.denoiser, memo)})
 
     def work(self, steps: int) -> int:
         """Progress after some optimizer steps; ``worked`` is told of progress between steps."""
@@ -290,9 +277,9 @@ def _trainable(model: TextToImage) -> Iterator[dict[str, torch.Tensor]]:
 def _check_disk(method: FinetunedMitigation, model: TextToImage, folder: Path) -> None:
     """Refuse a fit whose checkpoints the disk does not hold, before anything is generated for it.
 
-    A checkpoint holds all weights in fp32, twice where their average is kept, and the optimizer's
-    two moments of those that are trained. While one is written, the last two are there. The edit
-    comes when they are gone, and is smaller than one.
+    A checkpoint holds all weights in fp32 and the optimizer's two moments of those that are
+    trained. While one is written, the last two are there. The edit comes when they are gone, and
+    is smaller than one.
 
     Raises:
         InputError: The disk has less.
@@ -301,10 +288,9 @@ def _check_disk(method: FinetunedMitigation, model: TextToImage, folder: Path) -
     added = method.added_weights(model)
     weights = sum(sizes.values()) + added
     moments = 2 * (sum(size for name, size in sizes.items() if method.trains(name)) + added)
-    copies = 1 if method.finetune.ema is None else 2
     check_space(
         folder,
-        (KEPT + 1) * 4 * (copies * weights + moments),
+        (KEPT + 1) * 4 * (weights + moments),
         fix="or choose another disk for edits with paths.cache=FOLDER",
     )
 
@@ -365,18 +351,12 @@ def _fit(
     if last is not None and is_done(module, last, steps):
         return
     with progress_bar(title, module.work(steps)) as advance:
-        callbacks: list[L.Callback] = [
-            Saving(folder, settings.checkpoint_every),
-            _Progress(title, module, advance),
-        ]
-        if settings.ema is not None:
-            # by interpolation, which leaves weights that are not trained as they are to the bit;
-            # EMAWeightAveraging adds two products, which rounds
-            average = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
-            callbacks.append(WeightAveraging(use_buffers=False, multi_avg_fn=average))
         trainer = context.trainer(
             max_steps=steps,
-            callbacks=callbacks,
+            callbacks=[
+                Saving(folder, settings.checkpoint_every),
+                _Progress(title, module, advance),
+            ],
             plugins=[FitCheckpoints()],
             # manual optimization clips for itself
             gradient_clip_val=settings.clip if module.automatic_optimization else None,

@@ -32,7 +32,7 @@ from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
-Scope = Literal["pair", "union", "shared"]
+Scope = Literal["pair", "union"]
 
 CPU_ROWS = 8
 """Embeddings of a batch on the CPU: kernels are chosen by shape, so in batches of one shape an
@@ -55,8 +55,7 @@ class Wanda:
         steps: tau_max, first steps of the sampler that are looked at; a weight is pruned where
             any of them chooses it.
         scope: ``pair``: each pair has its own mask. ``union``: one mask, everything that any
-            pair's mask has. ``shared``: one mask from norms that are pooled over all pairs, the
-            published way.
+            pair's mask has.
         stages: Which feed-forward layers; all in the reference.
         seed: Of the starting noise.
     """
@@ -90,12 +89,7 @@ class Wanda:
                 is less than one weight.
         """
         require_pairs(pairs, self.name)
-        masks = self.find(
-            model,
-            context.data.batch(pairs).embeddings,
-            context,
-            pool=self.scope == "shared",
-        )
+        masks = self.find(model, context.data.batch(pairs).embeddings, context)
         if self.scope == "pair":
             own = {pair.id: mask for pair, mask in zip(pairs, masks, strict=True)}
             origin = Origin(model.fingerprint, notes=_notes(list(own.values()), ids=list(own)))
@@ -106,12 +100,7 @@ class Wanda:
         return MaskEdit(Origin(model.fingerprint, notes=_notes([merged])), merged)
 
     def find(
-        self,
-        model: TextToImage,
-        embeddings: torch.Tensor,
-        context: Context,
-        *,
-        pool: bool = False,
+        self, model: TextToImage, embeddings: torch.Tensor, context: Context
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Choose weights by embeddings, whether they are those of prompts or not.
 
@@ -123,7 +112,6 @@ class Wanda:
             model: Checkpoint; left as it was.
             embeddings: Text embeddings (N, T, D).
             context: Gives the sampler.
-            pool: One mask for all embeddings, from their pooled norms, rather than one for each.
 
         Returns:
             For each embedding in turn: ``<layer>.weight`` to (C_out, C_in), True where pruned, on
@@ -134,7 +122,7 @@ class Wanda:
                 weight.
         """
         layers = self._layers(model)
-        count, device = len(embeddings), model.device
+        device = model.device
         norms = input_norms(
             model,
             torch.cat([embeddings.to(device), model.empty_embedding().to(device)]),
@@ -143,22 +131,13 @@ class Wanda:
             seed=self.seed,
             stages=self.stages,
         )
-        if pool:
-            # the reference adds squares over as many target as base prompts: the mean gives the
-            # same choice there, and is comparable where the numbers differ
-            targets = [{n: value[:-1].square().mean(0).sqrt() for n, value in norms.items()}]
-        else:
-            targets = [{name: value[k] for name, value in norms.items()} for k in range(count)]
 
         def masks() -> Iterator[dict[str, torch.Tensor]]:
-            with progress_bar("wanda: select", len(targets)) as advance:
-                for target in targets:
+            with progress_bar("wanda: select", len(embeddings)) as advance:
+                for k in range(len(embeddings)):
                     yield {
                         f"{name}.weight": select_over_time(
-                            layer.weight,
-                            target[name],
-                            norms[name][-1],
-                            self.fraction,
+                            layer.weight, norms[name][k], norms[name][-1], self.fraction
                         ).cpu()
                         for name, layer in layers.items()
                     }

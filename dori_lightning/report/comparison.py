@@ -61,7 +61,6 @@ _SHARED = (
     "sampling.seed",
     "attack.lr",
     "attack.noise_batch",
-    "attack.keep_first_token",
     "attack.restarts",
     "metrics.decider",
     "metrics.aggregation",

@@ -64,7 +64,7 @@ METHODS: dict[str, Mitigation] = {
                 inits=("prompt", "random"), budget=BudgetSettings(steps=2), noise_batch=2
             )
         ),
-        finetune=FinetuneSettings(lr=LR, ema=0.5, checkpoint_every=1),
+        finetune=FinetuneSettings(lr=LR, checkpoint_every=1),
         epochs=2,
         updates=2,
         adversarial_batch=4,

@@ -21,7 +21,7 @@ SETTINGS = {
     "seed": 0,
     "checkpoint": {"name": "tiny", "precision": "auto", "resolution": None},
     "sampling": {"sampler": "ddim", "steps": 5, "guidance": 2.0, "images_per_pair": 2, "seed": 2},
-    "attack": {"lr": 0.1, "noise_batch": 8, "keep_first_token": False, "restarts": 1},
+    "attack": {"lr": 0.1, "noise_batch": 8, "restarts": 1},
     "metrics": {
         "decider": "ncc",
         "aggregation": "max",

@@ -46,7 +46,7 @@ def test_the_attack_fetches_values_at_its_beginning_and_at_snapshots_alone(
     with watched() as (methods, kernels):
         solve(
             model, problem, budget=Budget("l2", 5.0, STEPS),
-            settings=AttackSettings(noise_batch=2, snapshots=snapshots, keep_first_token=True),
+            settings=AttackSettings(noise_batch=2, snapshots=snapshots),
             on_step=lambda _: seen.append(len(methods.found) + len(kernels.found)),
         )  # fmt: skip
     by_step = [after - before for before, after in pairwise(seen)]

@@ -37,7 +37,7 @@ def rows(problem: AttackProblem, *chosen: int) -> AttackProblem:
 
 def attack(model: StableDiffusion, problem: AttackProblem, **options: Any) -> AttackResult:
     settings = {"noise_batch": NOISE, "snapshots": (0, 2)}
-    for name in ("noise_batch", "snapshots", "keep_first_token"):
+    for name in ("noise_batch", "snapshots"):
         if name in options:
             settings[name] = options.pop(name)
     options = {"budget": FIVE, **options}
@@ -130,13 +130,6 @@ def test_the_ball_is_kept(model, problem):
     length = (result.embeddings[:, -1] - problem.initial).flatten(1).norm(dim=1)
     assert (length <= 0.3 * (1 + 1e-5)).all()
     assert (length > 0.2).all(), "lr 0.1 on every number leaves a ball of 0.3 at once"
-
-
-def test_the_first_token_can_be_kept(model, problem):
-    budget = replace(FIVE, steps=1)
-    result = attack(model, problem, budget=budget, keep_first_token=True, snapshots=())
-    assert torch.equal(result.embeddings[:, -1, 0], problem.initial[:, 0])
-    assert not torch.equal(result.embeddings[:, -1, 1], problem.initial[:, 1])
 
 
 def test_restarts_and_seeds_draw_other_noise(model, problem, whole):

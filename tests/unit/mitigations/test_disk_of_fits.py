@@ -25,7 +25,7 @@ def test_too_little_disk_is_refused_before_anything_is_drawn(
     assert model.unet_evaluations == used
 
 
-@pytest.mark.parametrize("name", ["most", "some", "averaged", "low rank"])
+@pytest.mark.parametrize("name", ["most", "some", "low rank"])
 def test_as_much_is_asked_for_as_three_checkpoints_take(
     name, model, suspected, context, monkeypatch
 ):
@@ -37,7 +37,6 @@ def test_as_much_is_asked_for_as_three_checkpoints_take(
     method = {
         "most": esd,
         "some": replace(esd, variant="x"),
-        "averaged": replace(esd, finetune=replace(esd.finetune, ema=0.5)),
         "low rank": replace(
             adversarial, low_rank=2, epochs=1, updates=3, adversarial_batch=1, ordinary_batch=1
         ),

@@ -128,9 +128,8 @@ def written_out(model):
 
 @pytest.fixture(scope="module")
 def whole(model, pairs, tmp_path_factory):
-    """What uninterrupted fits give, without and with an average."""
-    context = make_context(tmp_path_factory.mktemp("whole"), model, pairs)
-    return {ema: run(model, context, ema=ema) for ema in (None, 0.5)}
+    """What an uninterrupted fit gives."""
+    return run(model, make_context(tmp_path_factory.mktemp("whole"), model, pairs))
 
 
 def same(found: WeightEdit, wanted: dict[str, torch.Tensor]) -> bool:
@@ -138,27 +137,12 @@ def same(found: WeightEdit, wanted: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_fit_is_adamw_with_warm_up_and_clipping(model, context, whole, written_out):
-    assert set(whole[None].weights) == {n for n, _ in model.denoiser().named_parameters()}
-    assert same(whole[None], written_out[-1])
+    assert set(whole.weights) == {n for n, _ in model.denoiser().named_parameters()}
+    assert same(whole, written_out[-1])
     # Adam's step does not depend on the gradient's length, but on how it changes between steps
     clipped = run(model, context, clip=0.2, warmup=1)
     assert same(clipped, by_hand(model, clip=0.2, warmup=1)[-1])
     assert not same(clipped, by_hand(model, clip=None, warmup=1)[-1])
-
-
-def test_the_average_of_the_weights_is_kept_where_asked_for(whole, written_out):
-    average = written_out[0]
-    for weights in written_out[1:]:
-        average = {n: 0.5 * average[n] + 0.5 * w for n, w in weights.items()}
-    assert same(whole[0.5], average)
-    assert not same(whole[0.5], written_out[-1])
-
-
-def test_an_average_copies_the_weights_and_not_the_model(model):
-    module = Plain(model, FinetuneSettings())
-    twin = copy.deepcopy(module)
-    assert list(twin.state_dict()) == list(module.state_dict())
-    assert not hasattr(twin, "_unregistered")
 
 
 def test_the_model_is_put_back_bit_for_bit(model, context):
@@ -189,7 +173,7 @@ def test_half_precision_weights_are_trained_in_fp32_and_narrowed_again(model, co
 
 
 def test_only_chosen_weights_change(model, context):
-    edit = run(model, context, trained=lambda name: "attn2.to_v" in name, ema=0.9, steps=2)
+    edit = run(model, context, trained=lambda name: "attn2.to_v" in name, steps=2)
     assert set(edit.weights) == {
         f"{name}.weight" for name in model.layers("cross_attention.value")
     }
@@ -200,25 +184,19 @@ def test_a_choice_of_no_weights_is_an_error(model, context):
         run(model, context, trained=lambda _: False)
 
 
-@pytest.mark.parametrize("ema", [None, 0.5])
-def test_an_interrupted_fit_goes_on_to_the_same_bits(model, context, whole, ema):
+def test_an_interrupted_fit_goes_on_to_the_same_bits(model, context, whole):
     evaluations = []
     for step in (2, None):  # more than once: a resumed fit's checkpoints count too
         used = model.unet_evaluations
         with unchanged(model), pytest.raises(RuntimeError, match="power cut"):
-            run(
-                model,
-                stopping(context, step, RuntimeError("power cut")),
-                ema=ema,
-                checkpoint_every=1,
-            )
+            run(model, stopping(context, step, RuntimeError("power cut")), checkpoint_every=1)
         evaluations.append((model.unet_evaluations - used) // 2)
         assert kept_steps(context) == ([1] if step == 2 else [2, 3])
     assert evaluations == [2, 2], "what is in a checkpoint is not done again"
     used = model.unet_evaluations
-    resumed = run(model, context, ema=ema, checkpoint_every=1)
+    resumed = run(model, context, checkpoint_every=1)
     assert model.unet_evaluations == used
-    assert resumed.identity == whole[ema].identity
+    assert resumed.identity == whole.identity
     assert not context.scratch("fit").exists()
 
 
@@ -236,7 +214,7 @@ def test_a_damaged_checkpoint_is_not_used(model, context, whole, caplog):
         again = run(model, context)
     assert "IS DAMAGED" in caplog.text
     assert "begins anew" in caplog.text
-    assert again.identity == whole[None].identity
+    assert again.identity == whole.identity
 
 
 def test_a_loss_that_is_no_number_is_an_error_and_leaves_no_checkpoint(model, context):

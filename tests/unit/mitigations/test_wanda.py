@@ -185,17 +185,6 @@ def test_union_is_what_any_pair_has(model, context, three, edit):
         assert torch.equal(mask, parts[0] | parts[1] | parts[2])
 
 
-def test_shared_mask_comes_from_pooled_norms(model, context, three):
-    shared = replace(WANDA, scope="shared").apply(model, three, context)
-    assert isinstance(shared, MaskEdit)
-    norms = input_norms(model, model.encode_prompts([p.prompt for p in three]), SAMPLING, steps=1)
-    base = input_norms(model, model.empty_embedding(), SAMPLING, steps=1)
-    for name, layer in model.layers("feed_forward.out").items():
-        target = (norms[name] ** 2).mean(0).sqrt()[0]
-        wanted = select(layer.weight, target, base[name][0, 0], 0.1)
-        assert torch.equal(shared.masks[f"{name}.weight"], wanted)
-
-
 def test_a_target_that_is_the_base_has_an_empty_mask_and_a_note(model, context, pairs):
     blank = replace(pairs[0], id="blank", prompt="")
     edit = WANDA.apply(model, [pairs[0], blank], context)
