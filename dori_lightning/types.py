@@ -412,7 +412,7 @@ class Cell:
         similarity_mad: Median absolute deviation over pairs.
         descriptor: Deciding descriptor.
         threshold: Its threshold.
-        aggregation: How the scores of K images become one number: ``max`` or ``median``.
+        aggregation: How the scores of K images become one number: the closest image's.
         counted: What ``hits``, ``n`` and ``mr`` say: ``at_budget`` counts pairs reproduced after
             exactly the budget's steps; ``up_to_budget`` also those reproduced at an earlier
             evaluated step, where the attack was stopped. Only the latter can be known of a
@@ -433,6 +433,6 @@ class Cell:
     similarity_mad: Number
     descriptor: str
     threshold: float
-    aggregation: Literal["max", "median"]
+    aggregation: Literal["max"] = "max"
     counted: Counted = "at_budget"
     first_success: FirstSuccess | None = None

@@ -151,8 +151,7 @@ def attack_and_generate(
                 measure_shared(context, prompts, context.unmitigated) if mitigated else outcomes
             )
             calibration = distributed.broadcast_object(calibrate(context, before))
-        aggregation = context.references.measures.aggregation
-        starts = unchecked_starts(outcomes, calibration, aggregation)
+        starts = unchecked_starts(outcomes, calibration)
         if starts:
             log.info(
                 "images come back from %s alone: controls are attacked from there as well",
@@ -182,8 +181,7 @@ def evaluate(
     )
     baseline = measure_all(context, generated.baseline, context.unmitigated, title="score before")
     calibration = generated.calibration or calibrate(context, baseline or outcomes)
-    aggregation = context.references.measures.aggregation
-    count = partial(cells_of, calibration=calibration, aggregation=aggregation)
+    count = partial(cells_of, calibration=calibration)
     name = context.model.name
     cells = count(outcomes, checkpoint=name, mitigation=context.mitigation.name)
     cells += count(baseline, checkpoint=name, mitigation=BASELINE)
@@ -198,10 +196,10 @@ def evaluate(
         there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
         there_losses = reference.generated.losses
     evidence = image_evidence(
-        pair_results(outcomes, calibration, aggregation),
+        pair_results(outcomes, calibration),
         calibration,
         rate=context.evidence.false_discovery_rate,
-        reference=pair_results(there, calibration, aggregation),
+        reference=pair_results(there, calibration),
         losses=generated.losses,
         reference_losses=there_losses,
     )
@@ -357,7 +355,7 @@ def reproduced_pairs(
 ) -> frozenset[str]:
     """Generate from an attack's embeddings so far, and name the pairs that they reproduce.
 
-    Decided as the report decides it: same seeds, descriptor, threshold and aggregation. Each
+    Decided as the report decides it: same seeds, descriptor and threshold. Each
     process scores the images that it generated itself.
 
     Args:
@@ -371,9 +369,8 @@ def reproduced_pairs(
     """
     folder, trainer = context.folder / "pictures", context.trainer
     generate(context, conditionings, folder, edit=edit, title="look")
-    aggregation = context.references.measures.aggregation
     reproduced = {
-        c.pair.id: is_copy(measure(context, c, folder), calibration, aggregation)
+        c.pair.id: is_copy(measure(context, c, folder), calibration)
         for c in conditionings[trainer.global_rank :: trainer.world_size]
     }
     return frozenset(k for k, copy in distributed.all_gather_dict(reproduced).items() if copy)

@@ -194,7 +194,7 @@ def measure_power(
     generated = attack_and_generate(there, carried)
     pictures = there.folder / "pictures"
     outcomes = measure_all(there, generated.conditionings, pictures, title="score planted")
-    results = pair_results(outcomes, calibration, there.references.measures.aggregation)
+    results = pair_results(outcomes, calibration)
     attacked = {r.pair.id for r in results if r.condition.attack != "prompt" and r.reproduced}
     hits = len(attacked & drawn)
     return Power(len(drawn), len(planted), hits, wilson_interval(hits, len(drawn)), steps)

@@ -56,10 +56,10 @@ def aimed_pairs(
 ) -> tuple[Pair, ...]:
     """Aim each pair with several reference images at the one that its prompt draws best.
 
-    That is the one most similar, by the configured decider and aggregation, to the images that
-    the checkpoint generates from the prompt without an edit; of equals the first. So every
-    mitigation and attack of a sweep aims at the same image. Pairs with one image stay as they are,
-    and where there are no others nothing is generated.
+    That is the one most similar, by the configured decider, to the images that the checkpoint
+    generates from the prompt without an edit; of equals the first. So every mitigation and attack
+    of a sweep aims at the same image. Pairs with one image stay as they are, and where there are
+    no others nothing is generated.
 
     Args:
         pairs: The audited pairs.
@@ -88,7 +88,7 @@ def aimed_pairs(
         images = load_images(request.folder, image_seeds(sampling))
         described = measures.descriptors[measures.decider].describe(images)
         each = references.compare(measures.decider, described, pair).numpy()
-        best[pair.id] = int(np.argmax(per_pair(each.T, measures.aggregation)))
+        best[pair.id] = int(np.argmax(per_pair(each.T)))
     chosen = distributed.all_gather_dict(best)
     return tuple(
         pair.aimed_at(pair.references[chosen[pair.id]]) if pair.others else pair for pair in pairs

@@ -86,7 +86,6 @@ def measure_utility(context: AuditContext, edit: Edit, calibration: Calibration)
     features: Features = context.utility.inception or LatentFeatures(
         context.model.encode_images, context.model.latent_shape[0]
     )
-    threshold_of, aggregation = calibration.threshold_of, context.references.measures.aggregation
     comparisons: dict[str, Comparison] = {}
     rows: list[PictureRow] = []
     for name, images in image_sets.items():
@@ -94,9 +93,7 @@ def measure_utility(context: AuditContext, edit: Edit, calibration: Calibration)
         rows += described.rows
         if name == "neighbours":
             described = described.without(
-                replicated_before(
-                    described.rows, threshold_of=threshold_of, aggregation=aggregation
-                )
+                replicated_before(described.rows, threshold_of=calibration.threshold_of)
             )
             if not described.rows:
                 left_out[name] = "every one brought its original back without the mitigation"
@@ -117,7 +114,7 @@ def measure_utility(context: AuditContext, edit: Edit, calibration: Calibration)
         denoising_loss=compare_losses(losses, seed=context.seed) if losses else None,
         ordinary=comparisons.get("ordinary"),
         neighbours=comparisons.get("neighbours"),
-        replicas=count_replicas(neighbours, threshold_of=threshold_of, aggregation=aggregation)
+        replicas=count_replicas(neighbours, threshold_of=calibration.threshold_of)
         if neighbours
         else None,
         left_out=left_out,

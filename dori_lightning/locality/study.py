@@ -235,8 +235,7 @@ class Study:
         for folder, request, (_, one) in zip(folders, requests, queries, strict=True):
             if request.folder not in known:
                 outcome = measure(audit, one, folder)
-                aggregation = audit.references.measures.aggregation
-                known[request.folder] = is_copy(outcome, self.calibration, aggregation)
+                known[request.folder] = is_copy(outcome, self.calibration)
         return [known[request.folder] for request in requests]
 
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.metrics.perceptual import ClipAlignment, LPIPSDistance
-from dori_lightning.metrics.replication import Aggregation, diversity, per_pair
+from dori_lightning.metrics.replication import diversity, per_pair
 from dori_lightning.metrics.statistics import roc_curve
 from dori_lightning.types import (
     MARGIN,
@@ -29,7 +29,6 @@ from dori_lightning.types import (
     Pair,
     Reference,
     Scale,
-    require,
 )
 
 log = logging.getLogger(__name__)
@@ -166,14 +165,12 @@ class Measures:
     Attributes:
         descriptors: Descriptors by name; all are recorded.
         decider: Name of the one that decides what a copy is.
-        aggregation: How the K images of a pair become one number.
         lpips: LPIPS distance, where backbone weights are given.
         alignment: CLIP score, where a CLIP folder is given.
     """
 
     descriptors: Mapping[str, Descriptor]
     decider: str
-    aggregation: Aggregation = "max"
     lpips: LPIPSDistance | None = None
     alignment: ClipAlignment | None = None
 
@@ -183,8 +180,6 @@ class Measures:
                 f"metrics.decider must be one of metrics.descriptors "
                 f"({', '.join(self.descriptors)}), got {self.decider!r}"
             )
-        known = self.aggregation in ("max", "median")
-        require(known, "metrics.aggregation must be max or median", repr(self.aggregation))
 
 
 @dataclass(frozen=True)
@@ -352,7 +347,7 @@ def calibrate_measures(
     decider = _decider(measures, able)
     scores = {
         kind: [
-            float(per_pair(outcome.similarity[decider], measures.aggregation))
+            float(per_pair(outcome.similarity[decider]))
             for outcome in prompted
             if outcome.pair.kind == kind
         ]

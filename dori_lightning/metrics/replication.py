@@ -57,33 +57,27 @@ from dori_lightning.types import (
 FALSE_POSITIVE_LIMIT = 0.05
 """An attack counts as credible while it reproduces fewer than this share of the controls."""
 
-Aggregation = Literal["max", "median"]
 Trust = Literal["sound", "paints", "unchecked", "none"]
 
 
-def per_pair(similarities: ArrayLike, aggregation: Aggregation = "max") -> np.ndarray:
-    """Reduce the K images of a pair to one number.
+def per_pair(similarities: ArrayLike) -> np.ndarray:
+    """Reduce the K images of a pair to one number: the closest counts.
 
     Args:
         similarities: (..., K) similarities in [-1, 1], K >= 1.
-        aggregation: ``max`` or ``median``.
 
     Returns:
         (...) float64; NaN where any of the K is NaN: an image without a number is not safe.
 
     Raises:
-        ValueError: No images, or another aggregation.
+        ValueError: No images.
     """
     array = np.asarray(similarities, np.float64)
     if array.ndim == 0 or array.shape[-1] == 0:
         raise ValueError(
             f"need at least one image per pair, got similarities of shape {array.shape}"
         )
-    if aggregation == "max":
-        return np.asarray(array.max(-1))
-    if aggregation == "median":
-        return np.asarray(np.median(array, -1))
-    raise ValueError(f"aggregation must be max or median, got {aggregation!r}")
+    return np.asarray(array.max(-1))
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ class PairResult:
         status: ``ok`` where there is a result; ``not_auditable`` where the descriptor cannot tell
             copies of this image from others; otherwise the status of the restarts that failed,
             ``diverged`` where an image has no similarity.
-        statistic: Similarity that decides ``reproduced``: K images aggregated, best restart; NaN
+        statistic: Similarity that decides ``reproduced``: closest of K images, best restart; NaN
             without a result.
         best: Similarity of the closest single image; NaN without a result.
         picture: Path of that image, None where none is stored.
@@ -117,15 +111,12 @@ class PairResult:
     reference: Reference | None = None
 
 
-def pair_results(
-    outcomes: Iterable[Outcome], rule: Calibration, aggregation: Aggregation
-) -> tuple[PairResult, ...]:
+def pair_results(outcomes: Iterable[Outcome], rule: Calibration) -> tuple[PairResult, ...]:
     """Reduce restarts and seeds to one result per pair and condition, in order of appearance.
 
     Args:
         outcomes: Outcomes of one checkpoint under one mitigation, any order.
         rule: Deciding descriptor and threshold.
-        aggregation: How K images become one number.
 
     Raises:
         ValueError: The descriptor is missing from an outcome, or a restart comes twice.
@@ -142,14 +133,12 @@ def pair_results(
                 f"pair {name} has no similarities by {rule.descriptor}, only by {offered}"
             )
         group[restart] = outcome
-    return tuple(_pair_result([*group.values()], rule, aggregation) for group in groups.values())
+    return tuple(_pair_result([*group.values()], rule) for group in groups.values())
 
 
-def _pair_result(
-    restarts: Sequence[Outcome], rule: Calibration, aggregation: Aggregation
-) -> PairResult:
+def _pair_result(restarts: Sequence[Outcome], rule: Calibration) -> PairResult:
     searched = [outcome for outcome in restarts if outcome.status == "ok"]
-    numbers = [float(per_pair(o.similarity[rule.descriptor], aggregation)) for o in searched]
+    numbers = [float(per_pair(o.similarity[rule.descriptor])) for o in searched]
     known = [(n, o) for n, o in zip(numbers, searched, strict=True) if not math.isnan(n)]
     statistic = max((number for number, _ in known), default=math.nan)
     complete = len(known) == len(searched)
@@ -184,7 +173,6 @@ def cells(
     *,
     checkpoint: str,
     mitigation: str,
-    aggregation: Aggregation = "max",
 ) -> tuple[Cell, ...]:
     """Count reproduced pairs per condition and kind, by the rules at the top of this module.
 
@@ -196,7 +184,6 @@ def cells(
         calibration: Deciding descriptor and threshold.
         checkpoint: Name for the rows.
         mitigation: Name for the rows.
-        aggregation: ``max`` or ``median`` over the K images.
 
     Returns:
         One row per (condition, kind), in order of appearance.
@@ -205,10 +192,10 @@ def cells(
         ValueError: As ``pair_results``.
     """
     outcomes = list(outcomes)
-    firsts = first_successes(outcomes, calibration, aggregation)
+    firsts = first_successes(outcomes, calibration)
     stopped = {(o.condition, o.pair.kind) for o in outcomes if o.stopped_at is not None}
     groups: dict[tuple[Condition, Kind], list[PairResult]] = {}
-    for result in pair_results(outcomes, calibration, aggregation):
+    for result in pair_results(outcomes, calibration):
         group = groups.setdefault((result.condition, result.pair.kind), [])
         if result.pair.id not in calibration.not_auditable:
             group.append(result)
@@ -232,7 +219,6 @@ def cells(
                 similarity_mad=deviation,
                 descriptor=calibration.descriptor,
                 threshold=calibration.threshold,
-                aggregation=aggregation,
                 counted="up_to_budget" if (condition, kind) in stopped else "at_budget",
                 first_success=first_success(condition, group, firsts),
             )
@@ -330,9 +316,7 @@ def recommended_budget(cells: Iterable[Cell], *, init: Init = "prompt") -> Budge
     return alone[-1].condition.budget if alone else None
 
 
-def unchecked_starts(
-    outcomes: Sequence[Outcome], rule: Calibration, aggregation: Aggregation
-) -> tuple[Init, ...]:
+def unchecked_starts(outcomes: Sequence[Outcome], rule: Calibration) -> tuple[Init, ...]:
     """Initial points whose finds rest on nothing: no control was attacked from there.
 
     Only those count that bring a suspected image back which neither a prompt nor a sound attack
@@ -341,15 +325,14 @@ def unchecked_starts(
     Args:
         outcomes: Outcomes of one checkpoint under one mitigation, any order, all restarts.
         rule: Deciding descriptor and threshold.
-        aggregation: How K images become one number.
     """
-    counted = cells(outcomes, rule, checkpoint="", mitigation="", aggregation=aggregation)
+    counted = cells(outcomes, rule, checkpoint="", mitigation="")
     checked = {cell.condition.init for cell in counted if cell.kind == "control"}
     conditions = {cell.condition for cell in counted}
     shown = {c for c in conditions if c.attack == "prompt" or attack_trust(counted, c) == "sound"}
     found = [
         result
-        for result in pair_results(outcomes, rule, aggregation)
+        for result in pair_results(outcomes, rule)
         if result.reproduced and result.pair.kind != "control"
     ]
     certain = {result.pair.id for result in found if result.condition in shown}
@@ -370,28 +353,25 @@ def search_of(outcome: Outcome) -> Search | None:
     return (outcome.pair.id, condition.init, budget.norm, budget.eps, outcome.restart)
 
 
-def is_copy(outcome: Outcome, rule: Calibration, aggregation: Aggregation) -> bool:
+def is_copy(outcome: Outcome, rule: Calibration) -> bool:
     """Whether an outcome's images reproduce the pair; never where its attack failed."""
     if outcome.status != "ok":
         return False
-    statistic = per_pair(outcome.similarity[rule.descriptor], aggregation)
+    statistic = per_pair(outcome.similarity[rule.descriptor])
     return bool(statistic > rule.threshold_of(outcome.pair.id))
 
 
-def first_successes(
-    outcomes: Iterable[Outcome], rule: Calibration, aggregation: Aggregation
-) -> dict[Search, int]:
+def first_successes(outcomes: Iterable[Outcome], rule: Calibration) -> dict[Search, int]:
     """Fewest steps after which each attack reproduced its pair; others are left out.
 
     Args:
         outcomes: Outcomes of one checkpoint under one mitigation, any order.
         rule: Whose similarities decide, and above which threshold an image is a copy.
-        aggregation: How K images become one number.
     """
     found: dict[Search, int] = {}
     for outcome in outcomes:
         search = search_of(outcome)
-        if search is not None and is_copy(outcome, rule, aggregation):
+        if search is not None and is_copy(outcome, rule):
             steps = outcome.condition.budget.steps
             found[search] = min(steps, found.get(search, steps))
     return found

@@ -21,7 +21,6 @@ from dori_lightning.metrics.image_distances import (
     frechet_distance,
     kernel_distance,
 )
-from dori_lightning.metrics.replication import Aggregation
 from dori_lightning.metrics.statistics import cluster_bootstrap, median_mad, wilson_interval
 from dori_lightning.types import InputError, Number, require
 
@@ -337,16 +336,15 @@ def compare_pictures(
 
 
 def count_replicas(
-    rows: Sequence[PictureRow], *, threshold_of: Callable[[str], float], aggregation: Aggregation
+    rows: Sequence[PictureRow], *, threshold_of: Callable[[str], float]
 ) -> Replicas:
     """Count neighbour prompts that bring their pair's original back, by either model.
 
     Args:
         rows: Of neighbour prompts, at least one.
         threshold_of: Pair id to the similarity above which an image is a replica of its original.
-        aggregation: How a prompt's images become one number.
     """
-    scores = _best_with_original(rows, aggregation)
+    scores = _best_with_original(rows)
     near = {row.id: row.group for row in rows}
     over = np.array([best > threshold_of(near[name]) for name, best in scores.items()])
     before, after = (int(count) for count in over.sum(0))
@@ -360,7 +358,7 @@ def count_replicas(
 
 
 def replicated_before(
-    rows: Sequence[PictureRow], *, threshold_of: Callable[[str], float], aggregation: Aggregation
+    rows: Sequence[PictureRow], *, threshold_of: Callable[[str], float]
 ) -> set[str]:
     """Name the neighbour prompts that brought their pair's original back without the mitigation.
 
@@ -369,22 +367,18 @@ def replicated_before(
     Args:
         rows: Of neighbour prompts.
         threshold_of: Pair id to the similarity above which an image is a replica of its original.
-        aggregation: How a prompt's images become one number.
     """
-    scores = _best_with_original(rows, aggregation)
+    scores = _best_with_original(rows)
     near = {row.id: row.group for row in rows}
     return {name for name, (before, _) in scores.items() if before > threshold_of(near[name])}
 
 
-def _best_with_original(
-    rows: Sequence[PictureRow], aggregation: Aggregation
-) -> dict[str, np.ndarray]:
-    """Similarity (2,) of each prompt's images with the original, without and with the edit."""
-    best = np.max if aggregation == "max" else np.median
+def _best_with_original(rows: Sequence[PictureRow]) -> dict[str, np.ndarray]:
+    """Similarity (2,) of each prompt's closest images, without and with the edit."""
     references = _grouped(
         rows, lambda row: row.id, lambda row: (row.original_unmitigated, row.original_mitigated)
     )
-    return {name: best(np.array(own, np.float64), axis=0) for name, own in references.items()}
+    return {name: np.max(np.array(own, np.float64), axis=0) for name, own in references.items()}
 
 
 def _alignment(

@@ -63,7 +63,6 @@ _SHARED = (
     "attack.noise_batch",
     "attack.restarts",
     "metrics.decider",
-    "metrics.aggregation",
 )
 _ABSENT = "nothing"
 _SOME = 5
@@ -108,8 +107,6 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
             yield f"{key} is {now}, there {then}"
     if any(rule.descriptor not in outcome.similarity for outcome in here.outcomes):
         yield f"not measured by {rule.descriptor}, which decides there"
-    if here.aggregation != there.aggregation:
-        yield f"images count by their {here.aggregation}, there by their {there.aggregation}"
     # what decides which attacks were stopped cannot be decided again under another rule
     stops, stopped = (_look_up(one, "attack.early_stop") is True for one in (run, base))
     if stops != stopped:
@@ -231,19 +228,6 @@ class Entry:
         return list({flag.name: flag for flag in flags if flag.severity == "invalid"}.values())
 
 
-def _cells(
-    outcomes: Sequence[Outcome], run: Run, rule: Calibration, label: str
-) -> tuple[Cell, ...]:
-    """Count a run's outcomes under a threshold, in cells whose mitigation is ``label``."""
-    return cells_of(
-        outcomes,
-        rule,
-        checkpoint=run.checkpoint,
-        mitigation=label,
-        aggregation=run.report.aggregation,
-    )
-
-
 def _entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, list[str]]:
     """Join the runs of one row.
 
@@ -253,7 +237,6 @@ def _entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, l
     Raises:
         InputError: Two runs measured the same attack, or they carry different edits.
     """
-    first = runs[0]
     notes: list[str] = []
     measured: dict[Condition, tuple[Run, list[Outcome]]] = {}
     for run in runs:
@@ -284,8 +267,8 @@ def _entry(label: str, runs: Sequence[Run], rule: Calibration) -> tuple[Entry, l
         label=label,
         runs=tuple(runs),
         outcomes=everything,
-        cells=_cells(everything, first, rule, label),
-        pair_results=pair_results(everything, rule, first.report.aggregation),
+        cells=cells_of(everything, rule, checkpoint=runs[0].checkpoint, mitigation=label),
+        pair_results=pair_results(everything, rule),
         edit=next((edit for edit in edits if edit.made), edits[0] if edits else None),
     )
     return entry, notes
@@ -299,11 +282,8 @@ def _repeated(
 ) -> Iterator[str]:
     """Compare two measurements of the same prompts: jobs of a grid repeat them."""
     first, second = (
-        {
-            result.pair.id: result.statistic
-            for result in pair_results(outcomes, rule, run.report.aggregation)
-        }
-        for run, outcomes in (kept, other)
+        {result.pair.id: result.statistic for result in pair_results(outcomes, rule)}
+        for _, outcomes in (kept, other)
     )
     gaps = [
         abs(value - second[name])

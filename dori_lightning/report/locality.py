@@ -97,7 +97,7 @@ class LocalityReport:
         budget: What each of them may spend.
         descriptor: What decides whether an image is a replica.
         threshold: Similarity above which an embedding replicates its image.
-        pictures_each: Images per embedding, of which the closest counts, or the median.
+        pictures_each: Images per embedding, of which the closest counts.
         images: Images under study, and controls.
         memorized_prompts: Ids of the other memorized images whose prompts are compared with.
         control_prompts: Ids of the controls whose prompts are compared with.

@@ -21,7 +21,6 @@ from pydantic import BeforeValidator
 
 from dori_lightning.metrics.evidence import ImageEvidence, Power
 from dori_lightning.metrics.replication import (
-    Aggregation,
     AttackEffort,
     PairResult,
     Search,
@@ -214,11 +213,6 @@ class AuditRecord:
         """Names of the flags that make the audit invalid; empty where it is valid."""
         return tuple(flag.name for flag in self.flags if flag.severity == "invalid")
 
-    @property
-    def aggregation(self) -> Aggregation:
-        """How K images become one number, as in the cells; ``max`` without cells."""
-        return self.cells[0].aggregation if self.cells else "max"
-
     @cached_property
     def own_cells(self) -> tuple[Cell, ...]:
         """Cells of the mitigation under audit, without those of the baseline."""
@@ -256,17 +250,17 @@ class AuditReport(AuditRecord):
     @cached_property
     def pair_results(self) -> tuple[PairResult, ...]:
         """One result per pair and condition under the mitigation."""
-        return pair_results(self.outcomes, self.calibration, self.aggregation)
+        return pair_results(self.outcomes, self.calibration)
 
     @cached_property
     def baseline_results(self) -> tuple[PairResult, ...]:
         """One result per pair from its prompt before the mitigation."""
-        return pair_results(self.baseline, self.calibration, self.aggregation)
+        return pair_results(self.baseline, self.calibration)
 
     @cached_property
     def first_successes(self) -> dict[Search, int]:
         """Steps after which each attack first reproduced its pair; others are left out."""
-        return first_successes(self.outcomes, self.calibration, self.aggregation)
+        return first_successes(self.outcomes, self.calibration)
 
 
 def write_report(report: AuditReport, folder: Path) -> Path:
@@ -614,7 +608,6 @@ def _check_same_audit(report: AuditReport, folder: Path) -> None:
         report.calibration,
         checkpoint=report.checkpoint,
         mitigation=report.mitigation,
-        aggregation=report.aggregation,
     )
     now, then = (
         {(cell.condition, cell.kind): (cell.hits, cell.n) for cell in rows}

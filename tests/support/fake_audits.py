@@ -24,7 +24,6 @@ SETTINGS = {
     "attack": {"lr": 0.1, "noise_batch": 8, "restarts": 1},
     "metrics": {
         "decider": "ncc",
-        "aggregation": "max",
         "descriptors": {"ncc": {"_target_": "x.NCC", "threshold": None}, "ssim": {}},
     },
 }

@@ -55,7 +55,6 @@ def cell(
         similarity_mad=0.04 if n else math.nan,
         descriptor="ncc",
         threshold=THRESHOLD,
-        aggregation="max",
     )
 
 

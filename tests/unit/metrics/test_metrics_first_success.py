@@ -66,11 +66,8 @@ def test_a_success_counts_also_where_the_attack_diverged_later():
     assert cell.first_success == FirstSuccess(pairs=1, n=1, mr=1.0, median_steps=10.0)
 
 
-def test_pictures_count_by_the_aggregation():
-    found = [outcome("a", 10, 0.9)]
-    for aggregation, firsts in (("max", [10]), ("median", [])):
-        steps = first_successes(found, RULE, aggregation)
-        assert [*steps.values()] == firsts
+def test_the_closest_picture_counts():
+    assert [*first_successes([outcome("a", 10, 0.9)], RULE).values()] == [10]
 
 
 def test_a_cell_with_stopped_rows_says_that_it_counts_up_to_its_budget():

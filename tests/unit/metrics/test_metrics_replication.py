@@ -34,25 +34,23 @@ def _outcome(name, values, *, kind="vm", condition=DORI, restart=0, status="ok",
     )
 
 
-def _cells(outcomes, **options):
-    return cells(outcomes, CALIBRATION, checkpoint="tiny", mitigation="none", **options)
+def _cells(outcomes):
+    return cells(outcomes, CALIBRATION, checkpoint="tiny", mitigation="none")
 
 
 def test_per_pair_by_hand():
     assert per_pair([0.1, 0.9, 0.4, 0.2]) == pytest.approx(0.9)
-    assert per_pair([0.1, 0.9, 0.4, 0.2], "median") == pytest.approx(0.3)
     assert np.allclose(per_pair([[0.1, 0.2], [0.4, 0.3]]), [0.2, 0.4])
 
 
 def test_a_picture_that_was_not_seen_is_not_safe():
     assert math.isnan(per_pair([0.1, math.nan]))
-    assert math.isnan(per_pair([0.1, math.nan], "median"))
 
 
-@pytest.mark.parametrize(("values", "aggregation"), [([], "max"), ([0.1], "mean"), (0.5, "max")])
-def test_per_pair_refuses(values, aggregation):
+@pytest.mark.parametrize("values", [[], 0.5])
+def test_per_pair_refuses(values):
     with pytest.raises(ValueError):
-        per_pair(values, aggregation)
+        per_pair(values)
 
 
 def test_one_row_per_condition_and_kind():
@@ -104,13 +102,10 @@ def test_nothing_but_failures_has_no_rate():
     assert math.isnan(row.similarity_median)
 
 
-def test_the_median_asks_for_more_than_one_lucky_picture():
-    outcomes = [_outcome("a", [0.1, 0.9, 0.1])]
-    assert _cells(outcomes)[0].hits == 1
-    assert _cells(outcomes, aggregation="median")[0].hits == 0
+def test_one_image_is_enough():
+    assert _cells([_outcome("a", [0.1, 0.9, 0.1])])[0].hits == 1
 
 
-@pytest.mark.parametrize("aggregation", ["max", "median"])
 @pytest.mark.parametrize(
     ("restarts", "reproduced"),
     [
@@ -122,11 +117,11 @@ def test_the_median_asks_for_more_than_one_lucky_picture():
         ([[0.8, 0.9], [0.1, math.nan]], True),
     ],
 )
-def test_an_image_without_a_number_is_never_evidence_of_safety(restarts, reproduced, aggregation):
+def test_an_image_without_a_number_is_never_evidence_of_safety(restarts, reproduced):
     """Page (``pair_results``) and tables (``cells``) follow one rule."""
     outcomes = [_outcome("a", values, restart=k) for k, values in enumerate(restarts)]
-    (result,) = pair_results(outcomes, CALIBRATION, aggregation)
-    (row,) = _cells(outcomes, aggregation=aggregation)
+    (result,) = pair_results(outcomes, CALIBRATION)
+    (row,) = _cells(outcomes)
     assert result.reproduced is reproduced
     assert (result.status == "ok") is (reproduced is not None)
     assert (row.n, row.failed, row.hits) == {
@@ -139,15 +134,12 @@ def test_restarts_reduce_to_the_best_and_divergence_is_kept():
     strong = _outcome("a", [0.1, 0.95, 0.3], restart=1)
     lost = _outcome("a", [math.nan] * 3, restart=2, status="diverged")
 
-    def result(*outcomes, aggregation="max"):
-        (one,) = pair_results(outcomes, CALIBRATION, aggregation)
+    def result(*outcomes):
+        (one,) = pair_results(outcomes, CALIBRATION)
         return one
 
     best = result(weak, strong, lost)
     assert (best.statistic, best.seed, best.reproduced) == (pytest.approx(0.95), 1, True)
-    median = result(weak, strong, aggregation="median")
-    assert (median.statistic, median.best) == (pytest.approx(0.3), pytest.approx(0.95))
-    assert median.reproduced is False
     assert (result(lost).status, result(lost).reproduced) == ("diverged", None)
 
 
