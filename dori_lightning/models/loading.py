@@ -6,33 +6,25 @@ Reference: ``DiffusionPipeline.from_pretrained`` reads class names from ``model_
 module does not.
 """
 
-import json
 import logging
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from transformers import CLIPTextModel, CLIPTokenizer
+from huggingface_hub import snapshot_download
+from transformers import CLIPTokenizer
 
 from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.original_layout import Part
-from dori_lightning.models.replaced_parts import Replacement, parts_in
+from dori_lightning.models.replaced_parts import Replacement
 from dori_lightning.models.soundness import blamed, check_answers, check_parts
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.models.tensors import (
-    check_folder_tensors,
-    check_original_tensors,
-    require_tensors,
-)
+from dori_lightning.models.tensors import PART_PREFIXES, empty_part, parts_in, take_tensors
 from dori_lightning.models.weight_files import (
     PICKLES,
     STEMS,
@@ -51,11 +43,9 @@ log = logging.getLogger(__name__)
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
-_PREFIXES = {
-    "UNet": ("model.diffusion_model.",),
-    "autoencoder": ("first_stage_model.",),
-    "text encoder": ("cond_stage_model.", "conditioner.embedders.0."),
-}
+_WORDS: dict[Part, str] = {
+    "unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder",
+}  # fmt: skip
 
 
 def load_checkpoint(
@@ -122,15 +112,15 @@ def load_checkpoint(
                 where="checkpoint.variant",
                 fix="leave it out",
             )
-        note = WeightFile.open(place).prediction_note
-        notes += [note] if note is not None and unet is None else []
-        parts = load_single_file(place, config)
+        file = WeightFile.open(place)
+        notes += [file.prediction_note] if file.prediction_note and unet is None else []
+        home = _home_of_single_file(file, config)
+        parts = _load_parts(home, dict.fromkeys(STEMS, (file,)), single=file.path)
     else:
-        parts = _load_folder(place, revision or "main", variant)
+        home = place if isinstance(place, Path) else _fetched(place, revision or "main", variant)
+        parts = _load_parts(home, _files_of_folder(home, variant))
     parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, notes)
     replaced = tuple(one.apply(parts[one.part]) for one in replacements)
-    home = config if isinstance(place, Path) and place.is_file() else str(place)
-    assert home is not None  # a single file without one is refused
     whole = {
         "unet": parts["unet"],
         "autoencoder": parts["vae"],
@@ -138,7 +128,7 @@ def load_checkpoint(
         "tokenizer": parts["tokenizer"],
         "scheduler": parts["scheduler"],
     }
-    check_parts(**whole, home=home)
+    check_parts(**whole, home=str(home))
     modules = [parts[k] for k in ("unet", "vae", "text_encoder")]
     states = (module.state_dict() for module in modules)
     fingerprint = fingerprint_of(states, configuration_of(**whole))
@@ -162,7 +152,7 @@ def load_checkpoint(
             autocast=autocast,
             replaced=replaced,
         )
-    check_answers(model, home)
+    check_answers(model, str(home))
     return model
 
 
@@ -223,34 +213,75 @@ def _with_prediction_type(
     return made
 
 
-def _check_folder(folder: Path, variant: str | None) -> dict[Part, str]:
-    """Refuse an incomplete folder or one whose weights are none, before anything is read.
+def _files_of_folder(folder: Path, variant: str | None) -> dict[Part, tuple[WeightFile, ...]]:
+    """Weight files of each part of a diffusers folder.
 
     Args:
-        folder: A diffusers folder.
+        folder: The folder.
         variant: Which weights are wanted.
 
-    Returns:
-        Which variant of each part's weights to load; ``""`` for the weights without one.
-
     Raises:
-        InputError: Says which part, and how to fix it.
+        InputError: A part is missing or has no such weights; says which, and how to fix it.
     """
-    chosen: dict[Part, str] = {}
     if not all((folder / part / "config.json").is_file() for part in STEMS):
         raise explain_folder(folder)
-    for part in ("tokenizer", "scheduler"):
-        if not (folder / part).is_dir():
+    for other in ("tokenizer", "scheduler"):
+        if not (folder / other).is_dir():
             raise InputError(
-                f"{folder} is not a diffusers Stable Diffusion folder: {part}/ is missing"
+                f"{folder} is not a diffusers Stable Diffusion folder: {other}/ is missing"
             )
-    for part, stem in STEMS.items():
-        chosen[part] = choose_variant(folder / part, stem, variant)
-        for path in variants(folder / part, stem)[chosen[part]]:
-            WeightFile.open(path)
+    chosen = {part: choose_variant(folder / part, stem, variant) for part, stem in STEMS.items()}
     if variant is None and any(chosen.values()):
         log.info("%s has these variants of weights only: %s", folder, chosen)
-    return chosen
+    return {
+        part: tuple(map(WeightFile.open, variants(folder / part, STEMS[part])[name]))
+        for part, name in chosen.items()
+    }
+
+
+def _home_of_single_file(file: WeightFile, config: str | None) -> Path:
+    """Folder with the configuration of a single file, which must hold all parts.
+
+    Raises:
+        InputError: A part is missing from the file, or no configuration is given.
+    """
+    held = parts_in(file.names)
+    for part, words in _WORDS.items():
+        if not any(name.startswith(PART_PREFIXES[part]) for name in file.names):
+            given = " ".join(f"checkpoint.{one}={file.path}" for one in held)
+            raise InputError(
+                f"{file.path} has no {words} ({PART_PREFIXES[part][0]}* among its "
+                f"{len(file.names)} tensors); the file must hold a whole Stable Diffusion "
+                f"checkpoint in the original layout",
+                where="checkpoint.source",
+                fix=f"name the checkpoint that it belongs to, and this as its part: "
+                f"checkpoint.source=BASE {given}"
+                if held
+                else "give a whole checkpoint",
+            )
+    if config is None:
+        raise InputError(
+            f"{file.path} is a single file and holds no configuration; name a diffusers folder or "
+            f"hub id of the same architecture with checkpoint.config=..., "
+            f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    folder = Path(config).expanduser()
+    return folder if folder.is_dir() else _fetched(config, "main", None, weights=False)
+
+
+def _fetched(source: str, revision: str, variant: str | None, *, weights: bool = True) -> Path:
+    """Folder with the files of a hub id, out of the hub's cache or downloaded to it.
+
+    Raises:
+        InputError: There are none, or no network.
+    """
+    names = ["*/config.json", "tokenizer/*", "scheduler/*"]
+    end = f"{'' if variant is None else f'.{variant}'}.safetensors"
+    for part, stem in STEMS.items() if weights else ():
+        names += [f"{part}/{stem}{end}", f"{part}/{stem}-?????-of-?????{end}"]
+    fix = f"download it first where there is a network: hf download {source} --revision {revision}"
+    with blamed(f"checkpoint {source} cannot be loaded", source, fix):
+        return Path(snapshot_download(source, revision=revision, allow_patterns=names))
 
 
 def _choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
@@ -298,165 +329,59 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def _load_folder(place: Path | str, revision: str, variant: str | None) -> dict[str, Any]:
-    where, options = str(place), dict[str, Any](revision=revision)
-    chosen: dict[Part, str] = dict.fromkeys(STEMS, variant or "")
-    fix = f"download it first where there is a network: hf download {where} --revision {revision}"
-    if variant is None:
-        fix += "; if it has half-precision weights alone, add checkpoint.variant=fp16"
-    if isinstance(place, Path):
-        chosen = _check_folder(place, variant)
-        options = {"local_files_only": True}
-        fix = "get it again: the folder is damaged or not a Stable Diffusion folder"
-        for part, name in chosen.items():
-            with _loading(where, part, fix):
-                check_folder_tensors(part, place, variants(place / part, STEMS[part])[name])
-    common = {
-        part: {
-            **options,
-            "use_safetensors": True,
-            "output_loading_info": True,
-            "subfolder": part,
-            "variant": name or None,
-        }
-        for part, name in chosen.items()
-    }
-    loaders: dict[str, Callable[[], Any]] = {
-        "unet": lambda: UNet2DConditionModel.from_pretrained(
-            where, low_cpu_mem_usage=True, **common["unet"]
-        ),
-        "vae": lambda: AutoencoderKL.from_pretrained(
-            where, low_cpu_mem_usage=True, **common["vae"]
-        ),
-        # attention is said here, or the folder could name a kernel that is fetched and run
-        "text_encoder": lambda: CLIPTextModel.from_pretrained(
-            where, attn_implementation="sdpa", dtype=torch.float32, **common["text_encoder"]
-        ),
-        "tokenizer": lambda: CLIPTokenizer.from_pretrained(
-            where, subfolder="tokenizer", **options
-        ),
-        "scheduler": lambda: DDIMScheduler.from_pretrained(
-            where, subfolder="scheduler", **options
-        ),
-    }
+def _load_parts(
+    home: Path, files: dict[Part, tuple[WeightFile, ...]], *, single: Path | None = None
+) -> dict[str, Any]:
+    """Parts out of files, as the configuration in a diffusers folder says.
+
+    Args:
+        home: The folder.
+        files: Weights of each part.
+        single: The one file of all parts, where there is one.
+
+    Returns:
+        ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
+
+    Raises:
+        InputError: The configuration cannot be read, or the tensors are not those that it asks
+            for.
+    """
+    fails = f"checkpoint {home} cannot be loaded"
+    if single is not None:
+        fails = f"{single} does not load with the configuration of {home}"
     parts: dict[str, Any] = {}
-    for name, load in loaders.items():
-        with _loading(where, name, fix):
-            parts[name] = load()
-    for part in chosen:
-        parts[part], told = parts[part]
-        names = {*parts[part].state_dict(), *told["missing_keys"]}
-        found = (names - set(told["missing_keys"])) | set(told["unexpected_keys"])
-        require_tensors(
-            dict.fromkeys(sorted(names), ()),
-            dict.fromkeys(sorted(found), ()),
+    for part, own in files.items():
+        with _loading(fails, home, part):
+            parts[part] = empty_part(part, home)
+        paths = ", ".join(str(file.path) for file in own)
+        given = take_tensors(
             part,
-            what=f"checkpoint {where} cannot be loaded",
-            where=f"{where}/{part}",
+            parts[part],
+            own,
+            whole=True,
+            below=("",) if single is None else PART_PREFIXES[part],
+            what=f"{fails}, its {part} fails",
+            where=f"{paths}; {home / part / 'config.json'}",
+            fix="get both files of one checkpoint again; a converter that dropped or renamed "
+            "tensors must be run again",
+        )
+        parts[part].load_state_dict(given, assign=True)
+    with _loading(fails, home, "tokenizer"):
+        parts["tokenizer"] = CLIPTokenizer.from_pretrained(
+            home, subfolder="tokenizer", local_files_only=True
+        )
+    with _loading(fails, home, "scheduler"):
+        parts["scheduler"] = DDIMScheduler.from_pretrained(
+            str(home), subfolder="scheduler", local_files_only=True
         )
     return parts
 
 
-def _loading(where: str, part: str, fix: str) -> AbstractContextManager[None]:
+def _loading(fails: str, home: Path, part: str) -> AbstractContextManager[None]:
     """Blame the files of a part for what is raised while it loads."""
     file = {
         "tokenizer": "tokenizer.json, tokenizer_config.json, vocab.json, merges.txt",
         "scheduler": "scheduler_config.json",
     }.get(part, "config.json")
-    return blamed(
-        f"checkpoint {where} cannot be loaded, its {part} fails",
-        f"{where}/{part}/{file}",
-        fix,
-    )
-
-
-def load_single_file(path: Path, config: str | None) -> dict[str, Any]:
-    """Load UNet, autoencoder and text encoder from one file, everything else from ``config``.
-
-    Nothing here touches the network where ``config`` is a folder.
-
-    Args:
-        path: The file, with keys as in the original releases (``model.diffusion_model.…``).
-        config: Diffusers folder or hub id with the same architecture: its ``config.json`` files,
-            tokenizer and scheduler are used, none of its weights.
-
-    Returns:
-        The parts ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
-
-    Raises:
-        InputError: A part is missing from the file, or no configuration is given or it does not
-            fit.
-    """
-    file = WeightFile.open(path)
-    for part, prefixes in _PREFIXES.items():
-        if not any(key.startswith(prefixes) for key in file.names):
-            raise _lacks(file, part, prefixes)
-    if config is None:
-        raise InputError(
-            f"{path} is a single file and holds no configuration; name a diffusers folder or hub "
-            f"id of the same architecture with checkpoint.config=..., "
-            f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
-    weights = _with_text_model(file.tensors())
-    local = Path(config).is_dir()
-    options: dict[str, Any] = {"config": config, "local_files_only": local}
-    with blamed(
-        f"{path} does not load with the configuration of {config}",
-        f"{path}; {config}/*/config.json",
-        "name the configuration of the same architecture, or get the file again",
-    ):
-        if local:
-            _refuse_kernels(Path(config) / "text_encoder" / "config.json")
-        for one in STEMS:
-            check_original_tensors(one, weights, config, file=path, local_files_only=local)
-        return {
-            "unet": UNet2DConditionModel.from_single_file(
-                dict(weights), subfolder="unet", **options
-            ),
-            "vae": AutoencoderKL.from_single_file(dict(weights), subfolder="vae", **options),
-            "text_encoder": create_diffusers_clip_model_from_ldm(  # type: ignore[no-untyped-call]
-                CLIPTextModel, checkpoint=dict(weights), subfolder="text_encoder", **options
-            ),
-            "tokenizer": CLIPTokenizer.from_pretrained(
-                config, subfolder="tokenizer", local_files_only=local
-            ),
-            "scheduler": DDIMScheduler.from_pretrained(
-                config, subfolder="scheduler", local_files_only=local
-            ),
-        }
-
-
-def _lacks(file: WeightFile, part: str, prefixes: tuple[str, ...]) -> InputError:
-    """What to say of a single file without one of the parts."""
-    held = parts_in(list(file.names))
-    given = " ".join(f"checkpoint.{one}={file.path}" for one in held)
-    return InputError(
-        f"{file.path} has no {part} ({' or '.join(prefixes)}* among its {len(file.names)} "
-        f"tensors); the file must hold a whole Stable Diffusion checkpoint in the original layout",
-        where="checkpoint.source",
-        fix=f"name the checkpoint that it belongs to, and this as its part: "
-        f"checkpoint.source=BASE {given}"
-        if held
-        else "give a whole checkpoint",
-    )
-
-
-def _with_text_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of the text encoder as newer files have them, where a file is from before.
-
-    The files of 2022 and merges of them name the encoder's tensors without ``text_model.``.
-    """
-    older = re.compile(r"cond_stage_model\.transformer\.(?=embeddings|encoder|final_layer_norm)")
-    newer = "cond_stage_model.transformer.text_model."
-    return {older.sub(newer, name): tensor for name, tensor in weights.items()}
-
-
-def _refuse_kernels(path: Path) -> None:
-    """Refuse a configuration that names a kernel, which transformers would fetch and run."""
-    held = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    for key, value in held.items() if isinstance(held, dict) else ():
-        if "attn_implementation" in key and value not in (None, "eager", "sdpa"):
-            raise InputError(
-                f"{path} asks for the attention {value!r}, which may be code of others; remove "
-                f"{key}"
-            )
+    fix = "get it again: the folder is damaged or not a Stable Diffusion folder"
+    return blamed(f"{fails}, its {part} fails", f"{home}/{part}/{file}", fix)

@@ -8,7 +8,7 @@ Reference: format of safetensors, https://github.com/huggingface/safetensors#for
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -86,15 +86,11 @@ class WeightFile:
         _refuse_adapters(path, names, notes)
         return cls(path, names, notes)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by name, on the CPU and in the dtype of the file."""
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Some tensors with their names, on the CPU and in the dtype of the file."""
         with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in self.names}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors by name; reads no values."""
-        with safe_open(self.path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in self.names}
+            for name in names:
+                yield name, file.get_tensor(name)
 
     def sha256(self) -> str:
         """SHA-256 of the file, as ``sha256sum`` prints it."""

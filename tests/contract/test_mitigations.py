@@ -22,8 +22,9 @@ from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError, Pair
 from support.context import make_context, read_pairs
-from support.runs import configuration, run_task, write_pairs
-from support.tiny import tiny_model, write_tiny
+from support.runs import SMALL as SMALL_AUDIT
+from support.runs import configuration, on_tiny, run_task, write_material
+from support.tiny import tiny_model
 from support.unchanged import unchanged
 
 NAMES = sorted(file.stem for file in (config.CONF / "mitigation").glob("*.yaml"))
@@ -218,24 +219,8 @@ def test_a_new_mitigation_is_one_python_file_and_one_yaml(
     config.check_signatures(cfg)
     check_contract(mitigation_of("loudest_values"), tmp_path, model, pairs)
 
-    audit = (
-        "mitigation=loudest_values",
-        "pairs=folder",
-        f"pairs.path={write_pairs(tmp_path / 'listed')}",
-        "corpus=none",
-        "utility=none",
-        f"checkpoint.source={write_tiny(tmp_path / 'checkpoint')}",
-        "checkpoint.name=tiny",
-        "checkpoint.device=cpu",
-        "trainer=cpu",
-        "attack.inits=[prompt]",
-        "attack.budget.steps=1",
-        "attack.snapshots=[]",
-        "attack.noise_batch=1",
-        "sampling.steps=2",
-        "sampling.images_per_pair=1",
-        "metrics.descriptors.local_correlation.threshold=0.5",
-    )
+    chosen = ("mitigation=loudest_values", "corpus=none", *SMALL_AUDIT)
+    audit = on_tiny(write_material(tmp_path / "material"), *chosen)
     run_task(tmp_path / "planned", *audit, "task.dry_run=true", experiment="audit")
     assert "loudest_values" in "".join(capsys.readouterr())
     run_task(tmp_path / "run", *audit, experiment="audit")

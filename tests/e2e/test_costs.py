@@ -11,14 +11,13 @@ from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import CPU_IMAGES
 from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
-from support.runs import SMALL, on_tiny, run_task, write_material
+from support.runs import ORDINARY, SMALL, on_tiny, run_task, write_material
 from support.tiny import write_tiny
 
 STEPS, NOISES, SAMPLER = 3, 1, 2
 COSTS = (
     *SMALL, f"attack.budget.steps={STEPS}", f"attack.noise_batch={NOISES}",
-    "attack.pairs_per_forward=8", f"sampling.steps={SAMPLER}", "evidence.losses=false",
+    "attack.pairs_per_forward=8", f"sampling.steps={SAMPLER}",
 )  # fmt: skip
 
 PASSES = 2
@@ -80,10 +79,10 @@ def test_budgets_of_an_audit_are_read_off_one_attack(place, asked):
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
     # ten images, from prompts and from the attack, fill one pass of sixteen; guided
-    drawn = CPU_IMAGES * (1 + math.ceil(ORDINARY_PROMPTS / CPU_IMAGES))
+    drawn = CPU_IMAGES * (1 + math.ceil(ORDINARY / CPU_IMAGES))
     assert one == {
         "attacks": 1, "with gradient": one_attack, "forward": drawn * SAMPLER * 2,
-        "encode_images": pairs, "encode_prompts": pairs + 1 + ORDINARY_PROMPTS,
+        "encode_images": pairs, "encode_prompts": pairs + 1 + ORDINARY,
         "decode_latents": drawn + pairs,
     }  # fmt: skip
     asked.clear()
@@ -91,10 +90,10 @@ def test_budgets_of_an_audit_are_read_off_one_attack(place, asked):
     assert asked["attacks"] == 1
     assert asked["with gradient"] == one_attack
     assert asked["encode_images"] == 0, "the first audit's latents are kept"
-    assert asked["encode_prompts"] == 1 + ORDINARY_PROMPTS, "the empty prompt, and ordinary ones"
+    assert asked["encode_prompts"] == 1 + ORDINARY, "the empty prompt, and ordinary ones"
     asked.clear()
     audit(place, "three", "attack.snapshots=[1,2]", f"paths.cache={place / 'own'}")
-    assert asked == {"decode_latents": pairs, "encode_prompts": ORDINARY_PROMPTS}, (
+    assert asked == {"decode_latents": pairs, "encode_prompts": ORDINARY}, (
         "again: the autoencoder's ceiling alone, and the names of the ordinary images"
     )
 

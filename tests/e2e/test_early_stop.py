@@ -12,12 +12,11 @@ from safetensors import safe_open
 from dori_lightning.attacks import embedding_attack
 from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError
 from support.processes import PROGRAM, ended
 from support.records import report_json, results
-from support.runs import SMALL, on_tiny, run_task, write_material
+from support.runs import ORDINARY, SMALL, on_tiny, run_task, write_material
 
 NOISES, SAMPLER, IMAGES, WIDTH = 2, 2, 2, 4
 LOOKED_AT = (1, 2, 4)
@@ -166,7 +165,7 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkey
     # no rows that only fill up a pass
     monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)
     monkeypatch.setattr(generation, "CPU_IMAGES", IMAGES)
-    folder = run(material, tmp_path / "run", STOP, "evidence.losses=false")
+    folder = run(material, tmp_path / "run", STOP)
     effort, steps = report_json(folder)["effort"], firsts(folder)
     spent = [first or 4 for first in steps.values()]
     each = IMAGES * SAMPLER * 2  # guided
@@ -178,7 +177,7 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkey
         "pictures_saved": each * (len(LOOKED_AT) * PAIRS - sum(looks)),
     }
     assert effort["attack_saved"] > 0
-    prompts = each * (PAIRS + ORDINARY_PROMPTS)
+    prompts = each * (PAIRS + ORDINARY)
     assert rows_of == {
         "with gradient": effort["attack"], "forward": effort["pictures"] + prompts
     }  # fmt: skip

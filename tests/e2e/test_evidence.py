@@ -16,7 +16,13 @@ def reference(folder):
 def finished(material, tmp_path_factory):
     place = tmp_path_factory.mktemp("evidence")
     other = write_tiny(place / "other", seed=1)
-    overrides = on_tiny(material, *SMALL, *reference(other), "pairs.self_controls=[mirrored]")
+    overrides = on_tiny(
+        material,
+        *SMALL,
+        *reference(other),
+        "pairs.self_controls=[mirrored]",
+        "evidence.losses=true",
+    )
     run_task(place / "run", *overrides)
     return place / "run"
 

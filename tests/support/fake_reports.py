@@ -1,8 +1,10 @@
 """Reports of invented audits, with their images."""
 
+import io
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +119,20 @@ def calibration() -> Calibration:
 
 def picture(path: Path, seed: int, *, noise: float = 0.0) -> Path:
     """Write a smooth random picture; equal seeds give equal pictures, up to noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_drawn(seed, noise))
+    return path
+
+
+@cache
+def _drawn(seed: int, noise: float) -> bytes:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
     values = np.asarray(coarse.resize((96, 96), Image.Resampling.BICUBIC), np.float64)
     values += noise * np.random.default_rng(seed + 999).normal(size=values.shape)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).save(path)
-    return path
+    sink = io.BytesIO()
+    Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).save(sink, "PNG")
+    return sink.getvalue()
 
 
 def measured(cells: Sequence[Cell], *, mitigation: str = "none", **more: Any) -> AuditReport:

@@ -21,6 +21,9 @@ SMALL = (
 )  # fmt: skip
 """An audit of a tiny checkpoint in seconds."""
 
+ORDINARY = 2
+"""Ordinary prompts of an audit that is spared."""
+
 
 def on_tiny(material: Path, *more: str) -> tuple[str, ...]:
     """Overrides that choose the checkpoint and the pairs in a folder, then ``more``."""
@@ -29,18 +32,19 @@ def on_tiny(material: Path, *more: str) -> tuple[str, ...]:
         f"checkpoint.source={material / 'checkpoint'}", "checkpoint.device=cpu", "trainer=cpu",
         # random weights: their autoencoder reconstructs nothing to calibrate a threshold on
         "metrics.descriptors.local_correlation.threshold=0.5",
-        # each attacks once more a suspect, or plants images: tests of their own
-        "pairs.self_controls=[]", "power=none", *more,
+        # each attacks a suspect once more, plants images or compares losses: tests of their own
+        "pairs.self_controls=[]", "power=none", "evidence.losses=false", *more,
     )  # fmt: skip
 
 
 @contextmanager
 def spared() -> Iterator[None]:
-    """No figures and no measuring of memory: most of so small a run's time."""
+    """No figures, no measuring of memory, few ordinary images: most of so small a run's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dori_lightning.report.pages.audit_figures", lambda _: {})
         patch.setattr("dori_lightning.report.locality.draw_locality", lambda _: {})
         patch.setattr("dori_lightning.models.memory.free_memory", lambda _: None)
+        patch.setattr("dori_lightning.audit.evaluation.ORDINARY_PROMPTS", ORDINARY)
         yield
 
 

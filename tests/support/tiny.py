@@ -1,5 +1,9 @@
 """A Stable Diffusion folder of a few thousand weights, made from nothing in a second."""
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +50,14 @@ def tiny_recipe(
 
 def write_tiny(folder: Path, recipe: PlantRecipe | None = None, *, seed: int = 0) -> Path:
     """Write a checkpoint with random weights, fp32, and return its folder."""
-    recipe = recipe or tiny_recipe()
+    return Path(shutil.copytree(_made(recipe or tiny_recipe(), seed), folder, dirs_exist_ok=True))
+
+
+@cache
+def _made(recipe: PlantRecipe, seed: int) -> Path:
+    """A folder of this process with a checkpoint, to be copied."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(WORDS, max_length=recipe.max_length)
     parts = Parts(

@@ -129,6 +129,20 @@ def whole():
     return report()
 
 
+@pytest.fixture(scope="module")
+def nothing():
+    return report(working=False)
+
+
+@pytest.fixture(scope="module")
+def folders(whole, nothing, tmp_path_factory):
+    """The files of both, drawn once."""
+    place = tmp_path_factory.mktemp("locality")
+    assert write_locality_files(whole, place / "whole") == place / "whole" / "locality.html"
+    write_locality_files(nothing, place / "nothing")
+    return place
+
+
 def test_every_answer_has_its_control(whole):
     found = {name: values or {} for name, values in findings(whole).items()}
     budget = found["budget"]
@@ -159,18 +173,16 @@ def test_answers_say_the_numbers(whole):
     assert all(answer.caption and "  " not in answer.text for answer in answers(whole))
 
 
-def test_files_are_written_and_listed(whole, tmp_path):
-    page = write_locality_files(whole, tmp_path)
-    assert page == tmp_path / "locality.html"
-    record = json.loads((tmp_path / "locality.json").read_text())
+def test_files_are_written_and_listed(whole, folders, tmp_path):
+    folder = folders / "whole"
+    record = json.loads((folder / "locality.json").read_text())
     assert record["at_large"]["budget"][1]["rate"]["images"] == {"a": [1, 2], "b": [2, 2]}
-    assert "hush" not in (tmp_path / "locality.json").read_text()
-    figures = sorted((tmp_path / "figures").iterdir())
+    assert "hush" not in (folder / "locality.json").read_text()
+    figures = sorted((folder / "figures").iterdir())
     assert len(figures) == len(answers(whole)) == 7
-    again = tmp_path / "again"
-    write_locality_files(whole, again)
+    write_locality_files(whole, tmp_path)
     assert [f.read_bytes() for f in figures] == [
-        f.read_bytes() for f in sorted((again / "figures").iterdir())
+        f.read_bytes() for f in sorted((tmp_path / "figures").iterdir())
     ]
     assert record["answers"] == {answer.name: answer.text for answer in answers(whole)}
 
@@ -189,8 +201,8 @@ def test_every_row_of_numbers_is_in_a_table(whole):
     assert len(tables["Selected weights"].rows) == len(whole.weights.layers)
 
 
-def test_the_page_stands_alone_and_escapes(whole):
-    page = render_locality_page(whole, draw_locality(whole))
+def test_the_page_stands_alone_and_escapes(folders):
+    page = (folders / "whole" / "locality.html").read_text()
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     assert "&lt;b&gt;red&lt;/b&gt;" in page
@@ -198,14 +210,13 @@ def test_the_page_stands_alone_and_escapes(whole):
     assert page.count("<svg") == 7
 
 
-def test_no_working_trigger_is_said_rather_than_drawn(tmp_path):
-    nothing = report(working=False)
+def test_no_working_trigger_is_said_rather_than_drawn(nothing, folders):
     found = findings(nothing)
     for name in ("spread", "weights", "activations", "lines", "transfer"):
         assert found[name] is None
     assert len(answers(nothing)) == 7
-    write_locality_files(nothing, tmp_path)
-    assert json.loads((tmp_path / "locality.json").read_text())["weights"]["layers"]
+    record = json.loads((folders / "nothing" / "locality.json").read_text())
+    assert record["weights"]["layers"]
 
 
 def test_parts_that_were_not_asked_are_not_answered(whole):
@@ -246,10 +257,9 @@ class Told(Tracker):
         self.files |= set(files)
 
 
-def test_loggers_get_curves_tables_figures_and_the_page(whole, tmp_path):
-    write_locality_files(whole, tmp_path)
+def test_loggers_get_curves_tables_figures_and_the_page(whole, folders):
     told = Told()
-    track_locality(told, whole, tmp_path, objective=0.75)
+    track_locality(told, whole, folders / "whole", objective=0.75)
     assert told.curves["locality/rate/random/memorized by locality/steps"] == {1: 0, 50: 0.75}
     assert told.curves["locality/rate/random/control by locality/steps"] == {50: 0}
     assert told.curves["locality/line_rate/same_image by locality/percent_of_line"] == {
@@ -264,11 +274,9 @@ def test_loggers_get_curves_tables_figures_and_the_page(whole, tmp_path):
     assert not any("pictures" in name for name in told.files)
 
 
-def test_loggers_of_a_run_that_found_nothing(tmp_path):
-    nothing = report(working=False)
-    write_locality_files(nothing, tmp_path)
+def test_loggers_of_a_run_that_found_nothing(nothing, folders):
     told = Told()
-    track_locality(told, nothing, tmp_path, objective=None)
+    track_locality(told, nothing, folders / "nothing", objective=None)
     assert told.curves == {}
     assert "locality/transfer" not in told.tables
     assert told.kept == {"final/objective": None}

@@ -1,4 +1,6 @@
 import json
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -234,27 +236,35 @@ def test_tensors_that_a_configuration_does_not_ask_for_are_refused_and_named(fol
     assert said.count(", ...") == 1
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-@pytest.mark.parametrize("kind", ["missing", "unexpected", "of another shape"])
-def test_so_are_those_of_a_hub_id(folder, monkeypatch, part, kind):
-    monkeypatch.setattr(loading, "resolve_source", str)  # read by the libraries alone
-    assert load(folder).name == "x"
-    path = weights_of_part(folder, part)
-    name = next(name for name in sorted(load_file(path)) if name.endswith("bias"))
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_so_are_those_of_a_hub_id_of_which_only_what_is_needed_is_fetched(
+    folder, monkeypatch, variant
+):
+    before = load(folder).fingerprint
+    for part in ("unet", "vae", "text_encoder"):
+        path = weights_of_part(folder, part)
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+        shutil.copy(path, path.with_suffix(".non_ema.safetensors"))
+    held = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    asked: list[tuple[str, str]] = []
 
-    def change(state):
-        tensor = state[name] if kind == "unexpected" else state.pop(name)
-        if kind == "unexpected":
-            state["extra"] = tensor.clone()
-        elif kind == "of another shape":
-            state[name] = torch.zeros(len(tensor) + 1)
+    def fetch(source, *, revision, allow_patterns):
+        asked.append((source, revision))
+        for name in held:
+            if not any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (folder / name).unlink(missing_ok=True)
+        return str(folder)
 
-    rewrite(path, change)
-    with pytest.raises(InputError) as refused:
-        load(folder)
-    told = "extra" if kind == "unexpected" else name.removeprefix("text_model.")
-    assert part in str(refused.value)
-    assert kind == "of another shape" or told in str(refused.value)
+    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    model = load("owner/model", revision="abc", variant=variant)
+    assert asked == [("owner/model", "abc")]
+    assert model.fingerprint == before
+    for part in ("unet", "vae", "text_encoder"):
+        assert weights_of_part(folder, part).suffixes[:-1] == ([".fp16"] if variant else [])
+    name = next(iter(load_file(weights_of_part(folder, "vae"))))
+    rewrite(weights_of_part(folder, "vae"), lambda state: state.pop(name))
+    with pytest.raises(InputError, match=rf"1 of .* are missing \({name}\)"):
+        load("owner/model", variant=variant)
 
 
 def test_a_text_encoder_under_another_prefix_is_refused(folder):

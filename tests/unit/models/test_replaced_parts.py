@@ -170,12 +170,12 @@ def of_nothing(_):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (unknown, "7 of the .* tensors .* other.0, other.1, other.2, other.3, other.4, ..."),
-        (misshapen, r"1 of the .* conv_in.weight \(3, 3\) for \(8, 4, 3, 3\)"),
+        (unknown, r"7 are unexpected \(other.0, other.1, other.2, other.3, other.4, \.\.\.\)"),
+        (misshapen, r"1 have another shape.* \(conv_in.weight 3 x 3 instead of 8 x 4 x 3 x 3\)"),
         (not_finite, "no finite numbers"),
-        (integers, "do not fit"),
+        (integers, "1 have another shape or type"),
         (differences, "looks like differences"),
-        (of_nothing, "holds no unet"),
+        (of_nothing, r"does not fit .* 1 are unexpected \(a\)"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(place, tmp_path, change, words):

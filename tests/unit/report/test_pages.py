@@ -8,6 +8,7 @@ from dori_lightning.report.pages import render_page, write_page
 from dori_lightning.types import InputError
 from support import fake_reports as fakes
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/a.png>'
 
 

@@ -27,6 +27,7 @@ from dori_lightning.types import InputError
 from support import fake_reports as fakes
 from support.fake_audits import write_audit
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
 
 

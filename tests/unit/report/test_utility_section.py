@@ -23,6 +23,7 @@ from dori_lightning.types import InputError
 from support import fake_reports as fakes
 from support.records import report_json
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 EVIL = '<img src=http://evil.example/a.png> "quoted"'
 
 
