@@ -12,12 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import save_file
-from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.loading import load_checkpoint
@@ -27,7 +22,8 @@ from dori_lightning.models.original_layout import (
     is_original_convolution,
     original_names,
 )
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.stable_diffusion import Parts
+from dori_lightning.models.weight_files import STEMS
 from dori_lightning.runtime.artifacts import drop_keys
 from dori_lightning.types import InputError
 
@@ -44,39 +40,17 @@ _NAMES_CODE = {"auto_map", "custom_pipelines", "trust_remote_code"}
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a Stable Diffusion checkpoint consists of."""
-
-    unet: UNet2DConditionModel
-    autoencoder: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: DDIMScheduler
-
-
-def parts_of(model: StableDiffusion) -> Parts:
-    """Parts of a loaded checkpoint, with whatever edit it carries now."""
-    return Parts(
-        model.unet, model.autoencoder, model.text_encoder, model.tokenizer, model.scheduler
-    )
-
-
-@dataclass(frozen=True)
 class Weights:
     """Weights as they are written, on the CPU; fp32 ones share the model's memory.
 
     Attributes:
-        unet: Tensors by name.
-        autoencoder: Tensors by name.
-        text_encoder: Tensors by name.
-        dtypes: Part (``unet``, ``vae``, ``text_encoder``) to the name of its dtype.
+        states: Part to tensors by name.
+        dtypes: Part to the name of its dtype.
         exact: Whether every weight has the value that it has in the model.
         configuration: Everything besides the weights that decides results.
     """
 
-    unet: Mapping[str, torch.Tensor]
-    autoencoder: Mapping[str, torch.Tensor]
-    text_encoder: Mapping[str, torch.Tensor]
+    states: Mapping[Part, Mapping[str, torch.Tensor]]
     dtypes: Mapping[str, str]
     exact: bool
     configuration: Mapping[str, Any]
@@ -84,8 +58,7 @@ class Weights:
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint that the loader will find."""
-        states = (self.unet, self.autoencoder, self.text_encoder)
-        return fingerprint_of(states, self.configuration)
+        return fingerprint_of(self.states.values(), self.configuration)
 
 
 def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
@@ -102,13 +75,9 @@ def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)} or null, got {dtype!r}")
-    modules: dict[str, nn.Module] = {
-        "unet": parts.unet,
-        "vae": parts.autoencoder,
-        "text_encoder": parts.text_encoder,
-    }
-    chosen, states, exact = {}, {}, True
-    for part, module in modules.items():
+    chosen, exact = {}, True
+    states: dict[Part, dict[str, torch.Tensor]] = {}
+    for part, module in parts.modules.items():
         state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
         chosen[part] = dtype or next(
             n for n, d in DTYPES.items() if _holds(d, state) or n == "fp32"
@@ -122,20 +91,7 @@ def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
                     f"{name} has weights that are too large for {chosen[part]}\n"
                     f"  fix:   export in bf16 or fp32, or let the weights decide (dtype null)"
                 )
-    return Weights(
-        unet=states["unet"],
-        autoencoder=states["vae"],
-        text_encoder=states["text_encoder"],
-        dtypes=chosen,
-        exact=exact,
-        configuration=configuration_of(
-            unet=parts.unet,
-            autoencoder=parts.autoencoder,
-            text_encoder=parts.text_encoder,
-            tokenizer=parts.tokenizer,
-            scheduler=parts.scheduler,
-        ),
-    )
+    return Weights(states, chosen, exact, configuration_of(parts))
 
 
 def _holds(dtype: torch.dtype, state: Mapping[str, torch.Tensor]) -> bool:
@@ -158,15 +114,12 @@ def write_folder(folder: Path, parts: Parts, weights: Weights) -> None:
     write_configs(folder, parts)
     text_encoder = {
         f"text_model.{name.removeprefix('text_model.')}": tensor
-        for name, tensor in weights.text_encoder.items()
+        for name, tensor in weights.states["text_encoder"].items()
         if not name.endswith("position_ids")
     }
-    for place, state in (
-        ("unet/diffusion_pytorch_model", weights.unet),
-        ("vae/diffusion_pytorch_model", weights.autoencoder),
-        ("text_encoder/model", text_encoder),
-    ):
-        save_file(dict(state), folder / f"{place}.safetensors", metadata={"format": "pt"})
+    for part, state in {**weights.states, "text_encoder": text_encoder}.items():
+        path = folder / part / f"{STEMS[part]}.safetensors"
+        save_file(dict(state), path, metadata={"format": "pt"})
 
 
 def write_configs(folder: Path, parts: Parts) -> None:
@@ -261,13 +214,8 @@ def _original_state(weights: Weights, *, open_clip: bool) -> dict[str, torch.Ten
         weights: By their names in diffusers and transformers.
         open_clip: Whether the checkpoint is of version 2.
     """
-    parts: dict[Part, Mapping[str, torch.Tensor]] = {
-        "unet": weights.unet,
-        "vae": weights.autoencoder,
-        "text_encoder": weights.text_encoder,
-    }
     state = {}
-    for part, tensors in parts.items():
+    for part, tensors in weights.states.items():
         for name, joined in original_names(part, tensors, open_clip=open_clip).items():
             tensor = (
                 tensors[joined[0]]

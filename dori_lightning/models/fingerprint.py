@@ -12,12 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedConfig
+from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedConfig
 
-from dori_lightning.models.stable_diffusion import SAMPLERS, prompt_length
+from dori_lightning.models.stable_diffusion import SAMPLERS, Parts, prompt_length
 
 _OF_A_TOKENIZER = ("added_tokens", "model", "normalizer", "pre_tokenizer", "post_processor")
 """Sections of a serialized tokenizer that decide a prompt's tokens. Its padding and truncation are
@@ -42,14 +39,7 @@ def fingerprint_of(
     return digest.hexdigest()[:16]
 
 
-def configuration_of(
-    *,
-    unet: UNet2DConditionModel,
-    autoencoder: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    scheduler: DDIMScheduler,
-) -> dict[str, Any]:
+def configuration_of(parts: Parts) -> dict[str, Any]:
     """Everything besides the weights that decides a checkpoint's results, as plain containers.
 
     Values that are a class's own are left out, so that a file that states them and one that does
@@ -57,12 +47,14 @@ def configuration_of(
     differ, each sampler's are told.
     """
     found = {
-        "unet": _unlike_defaults(type(unet), unet.config),
-        "autoencoder": _unlike_defaults(type(autoencoder), autoencoder.config),
-        "text_encoder": _of_text_encoder(text_encoder.config),
-        "tokenizer": _of_tokenizer(tokenizer, prompt_length(tokenizer, text_encoder)),
+        "unet": _unlike_defaults(type(parts.unet), parts.unet.config),
+        "autoencoder": _unlike_defaults(type(parts.autoencoder), parts.autoencoder.config),
+        "text_encoder": _of_text_encoder(parts.text_encoder.config),
+        "tokenizer": _of_tokenizer(
+            parts.tokenizer, prompt_length(parts.tokenizer, parts.text_encoder)
+        ),
         "samplers": {
-            name: _unlike_defaults(kind, kind.from_config(scheduler.config).config)
+            name: _unlike_defaults(kind, kind.from_config(parts.scheduler.config).config)
             for name, kind in SAMPLERS.items()
         },
     }

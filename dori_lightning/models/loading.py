@@ -23,7 +23,7 @@ from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.original_layout import Part
 from dori_lightning.models.replaced_parts import Replacement
 from dori_lightning.models.soundness import blamed, check_answers, check_parts
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
 from dori_lightning.models.tensors import PART_PREFIXES, empty_part, parts_in, take_tensors
 from dori_lightning.models.weight_files import (
     PICKLES,
@@ -121,18 +121,11 @@ def load_checkpoint(
         parts = _load_parts(home, _files_of_folder(home, variant))
     parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, notes)
     replaced = tuple(one.apply(parts[one.part]) for one in replacements)
-    whole = {
-        "unet": parts["unet"],
-        "autoencoder": parts["vae"],
-        "text_encoder": parts["text_encoder"],
-        "tokenizer": parts["tokenizer"],
-        "scheduler": parts["scheduler"],
-    }
-    check_parts(**whole, home=str(home))
-    modules = [parts[k] for k in ("unet", "vae", "text_encoder")]
-    states = (module.state_dict() for module in modules)
-    fingerprint = fingerprint_of(states, configuration_of(**whole))
-    for module in modules:
+    whole = Parts(*(parts[name] for name in (*STEMS, "tokenizer", "scheduler")))
+    check_parts(whole, str(home))
+    states = (module.state_dict() for module in whole.modules.values())
+    fingerprint = fingerprint_of(states, configuration_of(whole))
+    for module in whole.modules.values():
         module.to(target, torch.float32).requires_grad_(False)
     denoiser = parts["unet"].requires_grad_(True)
     if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
@@ -145,7 +138,7 @@ def load_checkpoint(
     configs = "; ".join(f"{home}/{part}/config.json" for part in STEMS)
     with blamed(f"checkpoint {source} does not fit together", configs):
         model = StableDiffusion(
-            **whole,
+            whole,
             name=name,
             fingerprint=fingerprint,
             resolution=resolution,

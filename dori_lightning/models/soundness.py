@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models.stable_diffusion import SAMPLERS, StableDiffusion
+from dori_lightning.models.stable_diffusion import SAMPLERS, Parts, StableDiffusion
 from dori_lightning.types import InputError, first_line
 
 PROBES = ("", "a", "b", "photo of a red boat", "two dogs, 3 chairs", "the end.")
@@ -59,39 +59,28 @@ def blamed(what: str, where: str, fix: str = _ONE) -> Iterator[None]:
         raise InputError(f"{what}: {first_line(error)}", where=where, fix=fix) from error
 
 
-def check_parts(
-    *,
-    unet: UNet2DConditionModel,
-    autoencoder: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    scheduler: DDIMScheduler,
-    home: str,
-) -> None:
+def check_parts(parts: Parts, home: str) -> None:
     """Refuse parts that do not fit each other, or are none of a text-to-image checkpoint.
 
     Args:
-        unet: Denoiser.
-        autoencoder: Image autoencoder.
-        text_encoder: Text encoder.
-        tokenizer: Its tokenizer.
-        scheduler: Noise schedule.
+        parts: Which.
         home: Folder or hub id with the configuration, for messages.
 
     Raises:
         InputError: Says which, and names the file.
     """
-    _check_channels(unet, autoencoder, home)
-    _check_schedule(scheduler, home)
-    _check_samplers(scheduler, home)
-    width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
+    _check_channels(parts.unet, parts.autoencoder, home)
+    _check_schedule(parts.scheduler, home)
+    _check_samplers(parts.scheduler, home)
+    width = parts.text_encoder.config.hidden_size
+    wanted = parts.unet.config["cross_attention_dim"]
     _require(
         {width} == ({wanted} if isinstance(wanted, int) else set(wanted)),
         f"the text encoder gives width {width}, but the UNet's cross-attention takes {wanted}",
         f"{home}/text_encoder/config.json; {home}/unet/config.json",
     )
     with blamed("the tokenizer does not work", _tokenizer_files(home)):
-        _check_tokens(tokenizer, text_encoder, home)
+        _check_tokens(parts.tokenizer, parts.text_encoder, home)
 
 
 def check_answers(model: StableDiffusion, home: str) -> None:

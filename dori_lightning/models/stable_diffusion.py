@@ -11,6 +11,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dori_lightning.models.original_layout import Part
 from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampler, Sampling, Stage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
@@ -49,19 +51,31 @@ def prompt_length(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> int:
     return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a Stable Diffusion checkpoint consists of."""
+
+    unet: UNet2DConditionModel
+    autoencoder: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDIMScheduler
+
+    @property
+    def modules(self) -> dict[Part, nn.Module]:
+        """The parts that have weights."""
+        return {"unet": self.unet, "vae": self.autoencoder, "text_encoder": self.text_encoder}
+
+
 class StableDiffusion:
     """A Stable Diffusion checkpoint; ``models.protocol.TextToImage`` documents its methods."""
 
     def __init__(
         self,
+        parts: Parts,
         *,
         name: str,
         fingerprint: str,
-        unet: UNet2DConditionModel,
-        autoencoder: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        scheduler: DDIMScheduler,
         resolution: int | None = None,
         autocast: torch.dtype | None = None,
         replaced: Sequence[ReplacedPart] = (),
@@ -69,13 +83,9 @@ class StableDiffusion:
         """Join the parts.
 
         Args:
+            parts: What fits each other; see ``models.soundness``.
             name: How reports call the checkpoint.
             fingerprint: Hash of everything that decides results; see ``models.fingerprint``.
-            unet: Denoiser; its attention must take the text encoder's width.
-            autoencoder: Image autoencoder.
-            text_encoder: CLIP text encoder.
-            tokenizer: Its tokenizer.
-            scheduler: Noise schedule and prediction type.
             resolution: Image side in pixels; None for the UNet's own ``sample_size``.
             autocast: Compute the denoiser and autoencoder in this dtype; None for the weights'
                 own.
@@ -83,21 +93,19 @@ class StableDiffusion:
 
         Raises:
             InputError: The autoencoder has no latents of that resolution.
-            ValueError: The parts do not fit each other.
         """
         self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
         self.replaced = tuple(replaced)
-        self.unet, self.autoencoder = unet.eval(), autoencoder.eval()
-        text_encoder.eval()  # type: ignore[no-untyped-call]
-        self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.scheduler, self.device = scheduler, next(unet.parameters()).device
-        width, takes = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
-        if {width} != ({takes} if isinstance(takes, int) else set(takes)):
-            raise ValueError(
-                f"text encoder gives width {width}, but the UNet's cross-attention takes {takes}"
-            )
-        self.embedding_shape = (prompt_length(tokenizer, text_encoder), int(width))
-        factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+        for module in parts.modules.values():
+            module.eval()
+        self.unet, self.autoencoder = parts.unet, parts.autoencoder
+        self.text_encoder, self.tokenizer = parts.text_encoder, parts.tokenizer
+        self.scheduler = parts.scheduler
+        unet, scheduler = parts.unet, parts.scheduler
+        self.device = next(unet.parameters()).device
+        width = int(parts.text_encoder.config.hidden_size)
+        self.embedding_shape = (prompt_length(parts.tokenizer, parts.text_encoder), width)
+        factor = 2 ** (len(parts.autoencoder.config["block_out_channels"]) - 1)
         self.resolution = resolution or int(unet.config["sample_size"]) * factor
         if self.resolution < 1 or self.resolution % factor:
             raise InputError(
@@ -109,10 +117,6 @@ class StableDiffusion:
         self.latent_shape = (int(unet.config["in_channels"]), side, side)
         self.num_train_timesteps = int(scheduler.config["num_train_timesteps"])
         self.prediction_type = str(scheduler.config["prediction_type"])
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"prediction type must be epsilon or v_prediction, got {self.prediction_type!r}"
-            )
         self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.unet_evaluations = 0
         self.max_batch_sizes: dict[str, int] = {}
@@ -120,6 +124,13 @@ class StableDiffusion:
         self._counting = threading.Lock()
         self._of_thread = threading.local()
         self._empty: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> Parts:
+        """Its parts, with whatever edit it carries now."""
+        return Parts(
+            self.unet, self.autoencoder, self.text_encoder, self.tokenizer, self.scheduler
+        )
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast where the model has it."""

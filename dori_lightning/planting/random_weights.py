@@ -3,7 +3,7 @@
 import torch
 from transformers import CLIPTokenizer
 
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
@@ -52,19 +52,14 @@ def random_sd14(
         text_encoder = build_text_encoder(
             tokenizer, width=recipe.text_width, layers=recipe.text_layers, heads=recipe.text_heads
         )
-    # as plain modules: type checkers take the libraries' wrapped methods for others
-    parts: tuple[torch.nn.Module, ...] = (unet, autoencoder, text_encoder)
-    for module in parts:
+    whole = Parts(unet, autoencoder, text_encoder, tokenizer, build_scheduler(recipe))
+    for module in whole.modules.values():
         module.to(dtype).requires_grad_(module is unet)
-    if device.type == "cuda":
-        parts[0].to(memory_format=torch.channels_last)
+        if device.type == "cuda" and module is unet:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return StableDiffusion(
+        whole,
         name="sd14_shape",
         fingerprint=f"random{seed}",
-        unet=unet,
-        autoencoder=autoencoder,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=build_scheduler(recipe),
         autocast=autocast,
     )

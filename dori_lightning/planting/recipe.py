@@ -15,8 +15,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models.export import Parts, parts_of
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.stable_diffusion import Parts
 from dori_lightning.planting.stream import StreamMix
 from dori_lightning.types import InputError, require, require_at_least_one
 
@@ -128,7 +128,7 @@ def base_parts(recipe: PlantRecipe, base: str) -> Parts:
                 where="task.recipe.base",
                 fix="give the recipe the base's shapes, or leave the base out",
             )
-    parts = parts_of(model)
+    parts = model.parts
     parts.autoencoder.requires_grad_(False)
     parts.text_encoder.requires_grad_(False)
     return parts

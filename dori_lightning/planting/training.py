@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models.export import Parts
+from dori_lightning.models.stable_diffusion import Parts
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,

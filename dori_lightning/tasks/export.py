@@ -22,17 +22,15 @@ from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
 from dori_lightning.models.export import (
     DTYPES,
-    Parts,
     Weights,
     check_written,
-    parts_of,
     weights_of,
     write_configs,
     write_folder,
     write_single,
 )
 from dori_lightning.models.loading import resolve_source
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
 from dori_lightning.report.model_card import Changed, Exported, model_card
 from dori_lightning.report.record import EDIT_FILE, AuditRecord, read_edit_record, read_record
 from dori_lightning.runtime import distributed
@@ -93,7 +91,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     changed = _changed(model, chosen.edit, chosen.mitigation)
     folder.mkdir(parents=True, exist_ok=True)
     with chosen.edit.applied(model), FileLock(folder / ".export.lock"):
-        parts = parts_of(model)
+        parts = model.parts
         weights = weights_of(parts, cfg.task.dtype)
         if audit is not None and record is not None:
             _check_audit(audit, record, model=model, edit=chosen.edit, weights=weights)

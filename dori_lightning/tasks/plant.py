@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dori_lightning.audit.context import reference_images
-from dori_lightning.models.export import Parts, weights_of, write_folder
+from dori_lightning.models.export import weights_of, write_folder
 from dori_lightning.models.generation import (
     GenerationRequest,
     generate_images,
@@ -21,6 +21,7 @@ from dori_lightning.models.generation import (
     load_images,
 )
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.stable_diffusion import Parts
 from dori_lightning.planting.card import write_card
 from dori_lightning.planting.recipe import PlantRecipe, base_parts, build_tokenizer
 from dori_lightning.planting.stream import (

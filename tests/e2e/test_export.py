@@ -17,7 +17,7 @@ from dori_lightning.mitigations.edits import (
     read_edit,
     write_edit,
 )
-from dori_lightning.models.export import parts_of, weights_of, write_folder
+from dori_lightning.models.export import weights_of, write_folder
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
@@ -91,7 +91,7 @@ class AtInference:
 def material(tmp_path_factory):
     """A checkpoint in half precision, as published ones are, and pairs."""
     place = tmp_path_factory.mktemp("material")
-    made = parts_of(tiny_model(place / "fp32"))
+    made = tiny_model(place / "fp32").parts
     write_folder(place / "checkpoint", made, weights_of(made, "fp16"))
     write_pairs(place / "pairs")
     return place

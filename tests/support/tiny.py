@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from dori_lightning.models.export import Parts, weights_of, write_folder
+from dori_lightning.models.export import weights_of, write_folder
 from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,

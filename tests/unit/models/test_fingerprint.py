@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dori_lightning.models.export import parts_of, weights_of, write_folder, write_single
+from dori_lightning.models.export import weights_of, write_folder, write_single
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -98,12 +98,12 @@ def test_use_does_not_change_the_fingerprint(folder):
     model = load(folder)
     model.encode_prompts(["a red boat"])
     model.token_count("a red boat at sea")
-    assert weights_of(parts_of(model)).fingerprint == model.fingerprint
+    assert weights_of(model.parts).fingerprint == model.fingerprint
 
 
 def test_a_folder_and_a_single_file_of_one_checkpoint_agree(folder, tmp_path):
     model = load(folder)
-    parts = parts_of(model)
+    parts = model.parts
     write_single(tmp_path / "one.safetensors", parts, weights_of(parts))
     again = load(tmp_path / "one.safetensors", config=str(folder))
     assert again.fingerprint == model.fingerprint
@@ -115,7 +115,7 @@ def test_an_export_samples_as_its_source_where_that_left_values_to_the_sampler(
 ):
     edit(folder / "scheduler" / "scheduler_config.json", timestep_spacing=None)
     model = load(folder)
-    parts = parts_of(model)
+    parts = model.parts
     write_folder(tmp_path / "export", parts, weights_of(parts))
     again = load(tmp_path / "export")
     assert again.fingerprint == model.fingerprint

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dori_lightning.models import loading
 from dori_lightning.models.convert import convert
-from dori_lightning.models.export import parts_of, weights_of, write_single
+from dori_lightning.models.export import weights_of, write_single
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
@@ -137,7 +137,7 @@ def test_weights_saved_in_half_precision_load_as_fp32(folder):
 def single_file(folder: Path) -> Path:
     model = load(folder)
     path = folder.parent / "model.safetensors"
-    parts = parts_of(model)
+    parts = model.parts
     write_single(path, parts, weights_of(parts))
     return path
 

@@ -11,7 +11,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dori_lightning.models.export import (
     check_written,
-    parts_of,
     weights_of,
     write_configs,
     write_folder,
@@ -60,7 +59,7 @@ def file_dtypes(path: Path) -> set[str]:
 
 
 def test_a_folder_reads_back_bit_for_bit_in_the_narrowest_exact_dtype(model, tmp_path):
-    parts, folder = parts_of(model), tmp_path / "diffusers"
+    parts, folder = model.parts, tmp_path / "diffusers"
     weights = weights_of(parts)
     write_folder(folder, parts, weights)
     assert weights.exact
@@ -83,34 +82,34 @@ def test_one_weight_that_needs_more_keeps_its_part_in_full_precision(model, tmp_
     try:
         with torch.no_grad():
             weight[0] = 1 + 2**-20
-        weights = weights_of(parts_of(model))
+        weights = weights_of(model.parts)
         assert weights.exact
         assert weights.dtypes == {"unet": "fp32", "vae": "fp16", "text_encoder": "fp16"}
-        write_folder(tmp_path, parts_of(model), weights)
+        write_folder(tmp_path, model.parts, weights)
         assert same(load(tmp_path), model)
         with torch.no_grad():
             weight[0] = 2.0**100
-        assert weights_of(parts_of(model)).dtypes["unet"] == "fp32"
+        assert weights_of(model.parts).dtypes["unet"] == "fp32"
         with pytest.raises(InputError, match=r"conv_in\.bias.*too large for fp16"):
-            weights_of(parts_of(model), "fp16")
+            weights_of(model.parts, "fp16")
     finally:
         with torch.no_grad():
             weight.copy_(before)
 
 
 def test_a_dtype_that_is_asked_for_is_used_and_rounding_is_told(model):
-    wide, narrow = weights_of(parts_of(model), "fp32"), weights_of(parts_of(model), "bf16")
+    wide, narrow = weights_of(model.parts, "fp32"), weights_of(model.parts, "bf16")
     assert (wide.exact, narrow.exact) == (True, False)
     assert set(narrow.dtypes.values()) == {"bf16"}
-    assert wide.fingerprint == weights_of(parts_of(model)).fingerprint != narrow.fingerprint
+    assert wide.fingerprint == weights_of(model.parts).fingerprint != narrow.fingerprint
     assert next(iter(narrow.unet.values())).dtype == torch.bfloat16
     with pytest.raises(InputError, match="fp16, bf16, fp32 or null, got 'half'"):
-        weights_of(parts_of(model), "half")
+        weights_of(model.parts, "half")
 
 
 @pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
 def test_plain_diffusers_opens_and_runs_the_folder(model, tmp_path, dtype):
-    parts = parts_of(model)
+    parts = model.parts
     weights = weights_of(parts, dtype)
     write_folder(tmp_path, parts, weights)
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -118,8 +117,10 @@ def test_plain_diffusers_opens_and_runs_the_folder(model, tmp_path, dtype):
     )
     pipeline.set_progress_bar_config(disable=True)
     unet, encoder = pipeline.unet.state_dict(), pipeline.text_encoder.state_dict()
-    assert all(torch.equal(unet[n], t.float()) for n, t in weights.unet.items())
-    assert all(torch.equal(encoder[n], t.float()) for n, t in weights.text_encoder.items())
+    assert all(torch.equal(unet[n], t.float()) for n, t in weights.states["unet"].items())
+    assert all(
+        torch.equal(encoder[n], t.float()) for n, t in weights.states["text_encoder"].items()
+    )
     ids = pipeline.tokenizer("a red boat").input_ids
     assert ids == model.tokenizer("a red boat").input_ids
     image = pipeline("a cat", num_inference_steps=1, height=32, width=32, output_type="pt")
@@ -127,7 +128,7 @@ def test_plain_diffusers_opens_and_runs_the_folder(model, tmp_path, dtype):
 
 
 def test_a_single_file_reads_back_bit_for_bit(model, tmp_path):
-    parts, path, config = parts_of(model), tmp_path / "x.safetensors", tmp_path / "config"
+    parts, path, config = model.parts, tmp_path / "x.safetensors", tmp_path / "config"
     weights = weights_of(parts)
     write_configs(config, parts)
     assert not list(config.rglob("*.safetensors"))
@@ -141,7 +142,7 @@ def test_a_single_file_reads_back_bit_for_bit(model, tmp_path):
 
 
 def test_plain_diffusers_opens_the_single_file_with_a_local_configuration(model, tmp_path):
-    parts, path, config = parts_of(model), tmp_path / "x.safetensors", tmp_path / "config"
+    parts, path, config = model.parts, tmp_path / "x.safetensors", tmp_path / "config"
     weights = weights_of(parts)
     write_configs(config, parts)
     write_single(path, parts, weights, {"edit": "abc", "fingerprint": "def"})
@@ -149,14 +150,17 @@ def test_plain_diffusers_opens_the_single_file_with_a_local_configuration(model,
         str(path), config=str(config), local_files_only=True, safety_checker=None
     )
     unet, encoder = pipeline.unet.state_dict(), pipeline.text_encoder.state_dict()
-    assert all(torch.equal(unet[n], t.float()) for n, t in weights.unet.items())
-    assert all(torch.equal(encoder[n].float(), t.float()) for n, t in weights.text_encoder.items())
+    assert all(torch.equal(unet[n], t.float()) for n, t in weights.states["unet"].items())
+    assert all(
+        torch.equal(encoder[n].float(), t.float())
+        for n, t in weights.states["text_encoder"].items()
+    )
 
 
 def test_an_open_clip_encoder_gets_the_layout_of_version_2(model, tmp_path):
     config = CLIPTextConfig(**{**model.text_encoder.config.to_dict(), "hidden_act": "gelu"})
     torch.manual_seed(1)
-    parts = replace(parts_of(model), text_encoder=CLIPTextModel(config).eval())
+    parts = replace(model.parts, text_encoder=CLIPTextModel(config).eval())
     weights = weights_of(parts)
     write_folder(tmp_path / "folder", parts, weights)
     write_single(tmp_path / "x.safetensors", parts, weights)
@@ -172,7 +176,7 @@ def test_an_open_clip_encoder_gets_the_layout_of_version_2(model, tmp_path):
 
 def test_a_v_predicting_checkpoint_stays_one(tmp_path):
     made = tiny_model(tmp_path / "tiny", tiny_recipe(prediction_type="v_prediction"))
-    write_folder(tmp_path / "out", parts_of(made), weights_of(parts_of(made)))
+    write_folder(tmp_path / "out", made.parts, weights_of(made.parts))
     again = load(tmp_path / "out")
     assert again.prediction_type == "v_prediction"
     assert same(again, made)
@@ -180,7 +184,7 @@ def test_a_v_predicting_checkpoint_stays_one(tmp_path):
 
 def test_the_folder_names_no_place_of_this_machine_and_no_code(model, tmp_path):
     source = tmp_path / "source"
-    write_folder(source, parts_of(model), weights_of(parts_of(model)))
+    write_folder(source, model.parts, weights_of(model.parts))
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         path = next((source / part).glob("*config.json"))
         config = json.loads(path.read_text())
@@ -189,7 +193,7 @@ def test_the_folder_names_no_place_of_this_machine_and_no_code(model, tmp_path):
     (source / "unet" / "code.py").write_text("raise SystemExit")
     (source / "unet" / "old.bin").write_bytes(b"pickle")
     made = load(source)
-    write_folder(tmp_path / "out", parts_of(made), weights_of(parts_of(made)))
+    write_folder(tmp_path / "out", made.parts, weights_of(made.parts))
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
     for path in files:
@@ -201,7 +205,7 @@ def test_the_folder_names_no_place_of_this_machine_and_no_code(model, tmp_path):
 
 
 def test_what_reads_back_differently_is_an_error(model, tmp_path):
-    parts = parts_of(model)
+    parts = model.parts
     write_folder(tmp_path, parts, weights_of(parts))
     other = weights_of(parts, "bf16")
     with pytest.raises(RuntimeError, match=f"{other.fingerprint}.*{model_fingerprint(model)}"):
@@ -209,4 +213,4 @@ def test_what_reads_back_differently_is_an_error(model, tmp_path):
 
 
 def model_fingerprint(model: StableDiffusion) -> str:
-    return weights_of(parts_of(model)).fingerprint
+    return weights_of(model.parts).fingerprint

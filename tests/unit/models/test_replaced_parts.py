@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dori_lightning.models.export import parts_of, weights_of, write_single
+from dori_lightning.models.export import weights_of, write_single
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
@@ -29,7 +29,7 @@ def place(tmp_path_factory):
     """A base, the same with all parts of another seed (``other``), and that as one file."""
     place = tmp_path_factory.mktemp("parts")
     write_tiny(place / "base")
-    parts = parts_of(load(write_tiny(place / "other", seed=1)))
+    parts = load(write_tiny(place / "other", seed=1)).parts
     write_single(place / "other.safetensors", parts, weights_of(parts))
     return place
 
@@ -247,7 +247,7 @@ def test_a_text_encoder_of_the_original_layout_is_put_in_place(tmp_path, hidden_
     for seed, name in enumerate(("base", "other")):
         config = write_tiny(tmp_path / name, seed=seed) / "text_encoder" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": hidden_act}))
-    parts = parts_of(load(tmp_path / "other"))
+    parts = load(tmp_path / "other").parts
     write_single(tmp_path / "other.safetensors", parts, weights_of(parts))
     model = load(tmp_path / "base", text_encoder=str(tmp_path / "other.safetensors"))
     held, given = state(model, "text_encoder"), parts.text_encoder.state_dict()
