@@ -8,7 +8,7 @@ import hashlib
 import io
 import zipfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -19,13 +19,14 @@ from torchvision.models import resnet50
 from dori_lightning.metrics.descriptors import Descriptor, check_images, in_fixed_batches
 from dori_lightning.types import InputError
 
-Preprocessing = Literal["nemo_320", "wen_224", "membench_288"]
-
 BATCH = 8
 """Images per forward pass on an accelerator."""
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SIDE = 320
+"""Pixels that images are scaled to, as Finding NeMo does (most likely this paper too): squares,
+with ImageNet's mean and standard deviation. Others (Wen et al., MemBench) get other scores."""
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class GeneralizedMean(nn.Module):
@@ -143,21 +144,11 @@ def _network(path: Path, sha256: str | None) -> nn.Module:
     return network.eval()
 
 
-def _prepare(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Scale and normalise (N, 3, H, W) images in [0, 1] the way a paper's code does."""
-    height, width = images.shape[-2:]
-    if preprocessing == "wen_224":
-        scale = 256 / min(height, width)
-        shape, (mean, std) = (round(height * scale), round(width * scale)), _HALF
-    else:
-        side = 320 if preprocessing == "nemo_320" else 288
-        shape, (mean, std) = (side, side), _IMAGENET
-    scaled = F.interpolate(images.float(), shape, mode="bilinear", antialias=True)
-    if preprocessing == "wen_224":
-        top, left = round((shape[0] - 224) / 2), round((shape[1] - 224) / 2)
-        scaled = scaled[..., top : top + 224, left : left + 224]
-    centre, spread = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
-    return (scaled - centre) / spread
+def _prepare(images: Tensor) -> Tensor:
+    """Scale and normalise (N, 3, H, W) images in [0, 1]."""
+    scaled = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (_MEAN, _STD))
+    return (scaled - mean) / std
 
 
 class SSCD(Descriptor):
@@ -165,11 +156,6 @@ class SSCD(Descriptor):
 
     The threshold belongs to photographs of several hundred pixels: on small images, or behind a
     blurry autoencoder, scores are lower (``calibrate`` warns where the ceiling misses it).
-
-    Three ways of preparing images are in use and give different scores: ``nemo_320`` squares to
-    320 pixels with ImageNet statistics (Finding NeMo, most likely this paper's too), ``wen_224``
-    takes the centre 224 of 256 with mean and standard deviation 0.5 (Wen et al.), ``membench_288``
-    squares to 288 with ImageNet statistics.
     """
 
     name = "sscd"
@@ -179,7 +165,6 @@ class SSCD(Descriptor):
         weights: str | Path,
         *,
         sha256: str | None = None,
-        preprocessing: Preprocessing = "nemo_320",
         threshold: float | None = 0.7,
     ) -> None:
         """Load the network, before anything expensive starts.
@@ -188,19 +173,12 @@ class SSCD(Descriptor):
             weights: Local file: ``.torchvision.pt`` weights, the same as ``.safetensors``, or
                 TorchScript (any SSCD model), which is only run with ``sha256``.
             sha256: Expected hash of the file.
-            preprocessing: ``nemo_320``, ``wen_224`` or ``membench_288``.
             threshold: Fixed threshold in [-1, 1]; None calibrates it.
 
         Raises:
-            InputError: Missing or wrong file, TorchScript without hash, unknown preprocessing.
+            InputError: Missing or wrong file, TorchScript without hash.
         """
-        if preprocessing not in ("nemo_320", "wen_224", "membench_288"):
-            raise InputError(
-                f"SSCD: preprocessing must be nemo_320, wen_224 or membench_288, got "
-                f"{preprocessing!r}"
-            )
         super().__init__(threshold=threshold)
-        self.preprocessing = preprocessing
         self.network = _network(Path(weights), sha256)
 
     @torch.no_grad()
@@ -208,9 +186,5 @@ class SSCD(Descriptor):
         """Unit embeddings, (N, 512) or the program's width; see ``Descriptor.describe``."""
         check_images(images)
         self.network.to(images.device)
-        rows = in_fixed_batches(
-            lambda batch: self.network(_prepare(batch, self.preprocessing)).float(),
-            images,
-            BATCH,
-        )
+        rows = in_fixed_batches(lambda batch: self.network(_prepare(batch)).float(), images, BATCH)
         return F.normalize(rows, dim=1)

@@ -37,9 +37,8 @@ def network():
     return SSCDNet().eval()
 
 
-@pytest.mark.parametrize("preprocessing", ["nemo_320", "wen_224", "membench_288"])
-def test_a_pinned_program_describes(program, photographs, preprocessing):
-    sscd = SSCD(program, sha256=_hash(program).upper(), preprocessing=preprocessing)
+def test_a_pinned_program_describes(program, photographs):
+    sscd = SSCD(program, sha256=_hash(program).upper())
     assert (sscd.name, sscd.threshold) == ("sscd", 0.7)
     features = sscd.describe(photographs)
     assert features.shape == (8, 27)
@@ -84,20 +83,15 @@ def test_a_pickle_with_code_is_refused(tmp_path):
         SSCD(tmp_path / "evil.pt")
 
 
-def test_unknown_preprocessing_is_refused(program):
-    with pytest.raises(InputError):
-        SSCD(program, sha256=_hash(program), preprocessing="other")
-
-
 def test_weights_describe_alike_from_either_file(tmp_path, network, photographs):
     save_file(network.state_dict(), tmp_path / "sscd.safetensors")
     torch.save(network.state_dict(), tmp_path / "sscd.torchvision.pt")
     images = photographs[:2]
-    sscd = SSCD(tmp_path / "sscd.safetensors", preprocessing="wen_224")
+    sscd = SSCD(tmp_path / "sscd.safetensors")
     first = sscd.describe(images)
-    second = SSCD(tmp_path / "sscd.torchvision.pt", preprocessing="wen_224").describe(images)
+    second = SSCD(tmp_path / "sscd.torchvision.pt").describe(images)
     with torch.no_grad():
-        direct = network(_prepare(images, "wen_224"))
+        direct = network(_prepare(images))
     assert first.shape == (2, 512)
     assert torch.equal(first, second)
     assert torch.equal(sscd.describe(images[1:]), first[1:]), "the same alone and in a batch"
@@ -112,11 +106,8 @@ def test_generalized_mean_lies_between_average_and_maximum():
     assert (pooled < x.amax((2, 3))).all()
 
 
-def test_preparations_have_their_sizes_and_ranges():
-    white = torch.ones(1, 3, 60, 100)
-    assert _prepare(white, "nemo_320").shape == (1, 3, 320, 320)
-    assert _prepare(white, "membench_288").shape == (1, 3, 288, 288)
-    assert _prepare(white, "wen_224").shape == (1, 3, 224, 224)
-    assert torch.allclose(_prepare(white, "wen_224"), torch.ones(1, 3, 224, 224), atol=1e-5)
-    red = _prepare(white, "nemo_320")[0, 0]
+def test_images_are_squared_to_320_pixels_and_normalised():
+    prepared = _prepare(torch.ones(1, 3, 60, 100))
+    assert prepared.shape == (1, 3, 320, 320)
+    red = prepared[0, 0]
     assert red.mean().item() == pytest.approx((1 - 0.485) / 0.229, abs=1e-4)
