@@ -153,7 +153,7 @@ def solve(
         model: Model under attack.
         problem: Images and initial embeddings.
         budget: Steps and radius.
-        settings: Learning rate, noise samples, snapshots and whether the first token is kept.
+        settings: Learning rate, noise samples and snapshots.
         seed: Run seed for the draws.
         resume_from: Result of the same rows up to some step, with their state; None begins at 0.
         stop_at: Step to stop at; None takes all of the budget's.

@@ -81,12 +81,10 @@ class LocalitySettings:
 
     Attributes:
         parts: Which questions are answered.
-        images: Memorized images under study.
-        ids: Their ids, instead of the first ones.
+        images: Memorized images under study, the first of kind vm.
         control_images: Control images that are attacked in the same way.
         prompts: Prompts that triggers are compared with, of each kind.
         start: Whose triggers are traced through layers, weights, budgets and lines.
-        forget: Whether the edit is that of all ``suspected`` pairs or of those ``studied``.
         places: Shares of the way on a line, in (0, 1).
         lines: Lines per image and kind, at most.
         activation_step: Step of the sampler.
@@ -98,11 +96,9 @@ class LocalitySettings:
 
     parts: tuple[Part, ...]
     images: int
-    ids: tuple[str, ...] | None
     control_images: int
     prompts: int
     start: Init
-    forget: Literal["suspected", "studied"]
     places: tuple[float, ...]
     lines: int
     activation_step: int
@@ -206,9 +202,8 @@ class Study:
     replications: dict[Path, bool] = field(default_factory=dict)
 
     def find_edit(self, mitigation: Mitigation) -> EditResult:
-        """A mitigation's edit: read from the cache, or made and stored there."""
-        forgotten = self.studied if self.settings.forget == "studied" else self.audit.suspected
-        return self.audit.for_mitigations.find(mitigation, self.audit.model, forgotten)
+        """A mitigation's edit for the images under study, made or read from the cache."""
+        return self.audit.for_mitigations.find(mitigation, self.audit.model, self.studied)
 
     def replicates(
         self, queries: Sequence[tuple[str, Conditioning]], *, edit: str, title: str

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from huggingface_hub import snapshot_download
 from transformers import CLIPTokenizer
@@ -60,7 +59,6 @@ def load_checkpoint(
     prediction_type: PredictionType | None = None,
     variant: str | None = None,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    attention: Literal["auto", "sdpa", "eager"] = "auto",
     channels_last: bool | Literal["auto"] = "auto",
     device: str = "auto",
     resolution: int | None = None,
@@ -85,7 +83,6 @@ def load_checkpoint(
         variant: Which weights of a folder or hub id, such as ``fp16``; None for those without a
             variant, or the only ones that a folder has.
         precision: ``auto`` is bf16 on GPUs that have it and fp32 elsewhere.
-        attention: ``auto`` is fused attention (``sdpa``).
         channels_last: ``auto`` is on for GPUs.
         device: ``auto`` is this process's GPU (LOCAL_RANK) if there is one.
         resolution: Image side in pixels, None for the checkpoint's own.
@@ -133,8 +130,6 @@ def load_checkpoint(
         parts["vae"].to(memory_format=torch.channels_last)
     if gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    if attention == "eager":
-        denoiser.set_attn_processor(AttnProcessor())
     configs = "; ".join(f"{home}/{part}/config.json" for part in STEMS)
     with blamed(f"checkpoint {source} does not fit together", configs):
         model = StableDiffusion(

@@ -199,8 +199,6 @@ def read_settings(cfg: DictConfig, attack: AttackSettings) -> LocalitySettings:
         (settings.start in attack.inits_of("control"),
          f"attack.other_inits must hold task.start ({settings.start}), or the controls would be "
          f"attacked in another way"),
-        (settings.forget in ("suspected", "studied"),
-         f"task.forget must be suspected or studied, got {settings.forget!r}"),
         (all(0 < place < 1 for place in settings.places),
          f"task.places must lie between 0 and 1, got {list(settings.places)}"),
         (attack.restarts >= 2, f"attack.restarts must be at least 2, or there is nothing to "
@@ -241,18 +239,9 @@ def choose_pairs(
         before tm; ``control_prompts``: control pairs whose prompts are compared with.
 
     Raises:
-        InputError: An id is not in the list, or there are too few pairs of a kind.
+        InputError: There are too few pairs of a kind.
     """
-    by_id = {pair.id: pair for pair in pairs}
-    if settings.ids is not None:
-        unknown = [name for name in settings.ids if name not in by_id]
-        if unknown:
-            raise InputError(
-                f"task.ids names {', '.join(unknown)}, which the list of pairs does not have"
-            )
-        studied = tuple(by_id[name] for name in settings.ids)
-    else:
-        studied = tuple(pair for pair in pairs if pair.kind == "vm")[: settings.images]
+    studied = tuple(pair for pair in pairs if pair.kind == "vm")[: settings.images]
     controls = tuple(pair for pair in pairs if pair.kind == "control")
     # another caption of a studied image is no other image
     images = {own.sha256 for pair in studied for own in pair.references if own.sha256}

@@ -90,7 +90,7 @@ def test_a_moved_folder_with_other_notes_has_the_same_fingerprint(folder, tmp_pa
 
 
 def test_how_it_is_computed_is_not_in_the_fingerprint(folder):
-    options: dict[str, Any] = {"precision": "bf16", "attention": "eager", "channels_last": True}
+    options: dict[str, Any] = {"precision": "bf16", "channels_last": True}
     assert load(folder, **options).fingerprint == load(folder).fingerprint
 
 

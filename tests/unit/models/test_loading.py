@@ -114,15 +114,15 @@ def test_half_precision_on_the_cpu_is_refused(folder):
         load(folder, precision="fp16")
 
 
-def test_eager_and_fused_attention_agree(folder):
+def test_channels_last_agrees(folder):
     torch.manual_seed(0)
-    fused, eager = load(folder), load(folder, attention="eager", channels_last=True)
+    plain, last = load(folder), load(folder, channels_last=True)
     inputs = (torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([5, 900]))
-    context = fused.encode_prompts(["a cat", "a boat"])
+    context = plain.encode_prompts(["a cat", "a boat"])
     with torch.no_grad():
         assert torch.allclose(
-            fused.denoising_loss(*inputs, context),
-            eager.denoising_loss(*inputs, context),
+            plain.denoising_loss(*inputs, context),
+            last.denoising_loss(*inputs, context),
             atol=1e-5,
         )
 
