@@ -14,7 +14,6 @@ from PIL import PngImagePlugin
 from dori_lightning.attacks.embedding_attack import RESULT
 from dori_lightning.mitigations.activations import ActivationStatistics
 from dori_lightning.mitigations.edits import read_edit
-from dori_lightning.models.export import weights_of, write_single
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import open_image
@@ -23,7 +22,7 @@ from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.checkpoints import FitCheckpoints, last_checkpoint
 from dori_lightning.types import InputError
 from support.runs import write_pairs
-from support.tiny import write_tiny
+from support.tiny import write_tiny, write_tiny_single
 
 
 class Evil:
@@ -135,9 +134,7 @@ def test_code_and_classes_in_a_checkpoints_folder_are_not_used(tmp_path, monkeyp
 
 def test_a_kernel_named_by_the_configuration_of_a_single_file_is_not_used(tmp_path):
     folder = write_tiny(tmp_path / "model")
-    parts = load_checkpoint(name="x", source=str(folder), device="cpu").parts
-    file = tmp_path / "one.safetensors"
-    write_single(file, parts, weights_of(parts))
+    file = write_tiny_single(tmp_path / "one.safetensors")
     config = folder / "text_encoder" / "config.json"
     held = json.loads(config.read_text())
     config.write_text(json.dumps({**held, "attn_implementation": "stranger/kernel"}))

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from dori_lightning.models.export import weights_of, write_folder
+from dori_lightning.models.export import weights_of, write_folder, write_single
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
 from dori_lightning.planting.recipe import (
@@ -74,6 +74,20 @@ def _made(recipe: PlantRecipe, seed: int) -> Path:
     )
     write_folder(folder, parts, weights_of(parts, "fp32"))
     return folder
+
+
+def write_tiny_single(path: Path, recipe: PlantRecipe | None = None) -> Path:
+    """Write the same checkpoint as one file in the original layout, and return its path."""
+    path.write_bytes(_single(recipe or tiny_recipe()))
+    return path
+
+
+@cache
+def _single(recipe: PlantRecipe) -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        parts = tiny_model(Path(place) / "tiny", recipe).parts
+        write_single(Path(place) / "one.safetensors", parts, weights_of(parts))
+        return (Path(place) / "one.safetensors").read_bytes()
 
 
 def tiny_model(folder: Path, recipe: PlantRecipe | None = None) -> StableDiffusion:

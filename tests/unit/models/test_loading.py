@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from dori_lightning.models import loading
 from dori_lightning.models.convert import convert
-from dori_lightning.models.export import weights_of, write_single
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
-from support.tiny import tiny_recipe, write_tiny
+from support.tiny import tiny_recipe, write_tiny, write_tiny_single
 
 
 @pytest.fixture
@@ -134,19 +133,17 @@ def test_weights_saved_in_half_precision_load_as_fp32(folder):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def single_file(folder: Path) -> Path:
-    model = load(folder)
-    path = folder.parent / "model.safetensors"
-    parts = model.parts
-    write_single(path, parts, weights_of(parts))
-    return path
+@pytest.fixture
+def single(tmp_path):
+    """The checkpoint in ``folder`` as one file."""
+    return write_tiny_single(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_single_file_is_the_same_checkpoint(tmp_path, prediction_type):
     recipe = tiny_recipe(prediction_type=prediction_type)
     folder = write_tiny(tmp_path / "tiny", recipe)
-    path = single_file(folder)
+    path = write_tiny_single(tmp_path / "model.safetensors", recipe)
     keys = set(load_file(path))
     assert "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weight" in keys
     assert "first_stage_model.decoder.mid.attn_1.q.weight" in keys
@@ -155,44 +152,43 @@ def test_a_single_file_is_the_same_checkpoint(tmp_path, prediction_type):
     assert model.prediction_type == prediction_type
 
 
-def test_a_single_file_with_the_text_encoders_older_names_is_the_same(folder):
-    path = single_file(folder)
+def test_a_single_file_with_the_text_encoders_older_names_is_the_same(folder, single):
     newer, older = (f"cond_stage_model.transformer.{name}" for name in ("text_model.", ""))
-    state = {name.replace(newer, older): tensor for name, tensor in load_file(path).items()}
+    state = {name.replace(newer, older): tensor for name, tensor in load_file(single).items()}
     assert f"{older}embeddings.token_embedding.weight" in state
-    save_file(state, path, metadata={"format": "pt"})
-    assert load(path, config=str(folder)).fingerprint == load(folder).fingerprint
+    save_file(state, single, metadata={"format": "pt"})
+    assert load(single, config=str(folder)).fingerprint == load(folder).fingerprint
 
 
 @pytest.mark.parametrize("prediction_type", [None, "epsilon", "v_prediction"])
-def test_a_single_file_that_notes_another_prediction_type_needs_a_word(folder, prediction_type):
-    path = single_file(folder)
-    save_file(load_file(path), path, metadata={"modelspec.prediction_type": "v"})
+def test_a_single_file_that_notes_another_prediction_type_needs_a_word(
+    folder, prediction_type, single
+):
+    save_file(load_file(single), single, metadata={"modelspec.prediction_type": "v"})
     if prediction_type is None:
         with pytest.raises(InputError, match=r"checkpoint\.prediction_type=v_prediction"):
-            load(path, config=str(folder))
+            load(single, config=str(folder))
         return
-    model = load(path, config=str(folder), prediction_type=prediction_type)
+    model = load(single, config=str(folder), prediction_type=prediction_type)
     assert model.prediction_type == prediction_type
 
 
-def test_a_single_file_without_configuration_says_what_to_give(folder):
+def test_a_single_file_without_configuration_says_what_to_give(folder, single):
     with pytest.raises(InputError, match=r"checkpoint\.config="):
-        load(single_file(folder))
+        load(single)
 
 
-def test_a_single_file_with_a_part_missing_names_it(folder):
-    path = single_file(folder)
-    state = {k: v for k, v in load_file(path).items() if not k.startswith("first_stage_model")}
-    save_file(state, path, metadata={"format": "pt"})
+def test_a_single_file_with_a_part_missing_names_it(folder, single):
+    state = {k: v for k, v in load_file(single).items() if not k.startswith("first_stage_model")}
+    save_file(state, single, metadata={"format": "pt"})
     with pytest.raises(InputError, match="has no autoencoder"):
-        load(path, config=str(folder))
+        load(single, config=str(folder))
 
 
-def test_a_single_file_of_another_architecture_is_refused(folder, tmp_path):
+def test_a_single_file_of_another_architecture_is_refused(folder, tmp_path, single):
     other = write_tiny(tmp_path / "wide", tiny_recipe(text_width=16))
     with pytest.raises(InputError, match="does not load with the configuration"):
-        load(single_file(folder), config=str(other))
+        load(single, config=str(other))
 
 
 # --- tensors: missing, unexpected, of another shape
@@ -344,9 +340,8 @@ def test_a_shard_without_a_tensor_of_the_index_is_refused(folder):
     "part", ["model.diffusion_model", "first_stage_model", "cond_stage_model"]
 )
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "of another shape"])
-def test_the_tensors_of_a_single_file_are_checked_too(folder, part, kind):
-    path = single_file(folder)
-    name = next(n for n in load_file(path) if n.startswith(part) and n.endswith("bias"))
+def test_the_tensors_of_a_single_file_are_checked_too(folder, part, kind, single):
+    name = next(n for n in load_file(single) if n.startswith(part) and n.endswith("bias"))
 
     def change(state):
         if kind == "unexpected":
@@ -356,22 +351,21 @@ def test_the_tensors_of_a_single_file_are_checked_too(folder, part, kind):
             if kind != "missing":
                 state[name] = torch.zeros(len(tensor) + 1)
 
-    rewrite(path, change)
+    rewrite(single, change)
     with pytest.raises(InputError) as refused:
-        load(path, config=str(folder))
+        load(single, config=str(folder))
     said = str(refused.value)
     assert (f"{part}.extra" if kind == "unexpected" else name) in said
-    assert str(path) in said
+    assert str(single) in said
 
 
-def test_extras_of_a_single_file_are_accepted(folder):
-    path = single_file(folder)
+def test_extras_of_a_single_file_are_accepted(folder, single):
     extras = ("model_ema.decay", "betas", "first_stage_model.loss.logvar",
               "cond_stage_model.transformer.text_model.embeddings.position_ids",
               "cond_stage_model.logit_scale")  # fmt: skip
     more = {name: torch.zeros(1) for name in extras}
-    rewrite(path, lambda state: state.update(more))
-    assert load(path, config=str(folder)).fingerprint == load(folder).fingerprint
+    rewrite(single, lambda state: state.update(more))
+    assert load(single, config=str(folder)).fingerprint == load(folder).fingerprint
 
 
 # --- each part is itself, and they fit
