@@ -123,7 +123,7 @@ def load_checkpoint(
     states = (module.state_dict() for module in whole.modules.values())
     fingerprint = fingerprint_of(states, configuration_of(whole))
     for module in whole.modules.values():
-        module.to(target, torch.float32).requires_grad_(False)
+        module.to(target).requires_grad_(False)
     denoiser = parts["unet"].requires_grad_(True)
     if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
         denoiser.to(memory_format=torch.channels_last)

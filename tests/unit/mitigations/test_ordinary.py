@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.pairs.corpus import NoCorpus
 from dori_lightning.types import InputError
 from support.context import FakeCorpus
@@ -68,7 +69,10 @@ def test_they_are_the_same_where_a_fit_computes_in_mixed_precision(
 
 
 def test_a_fit_encodes_what_it_draws_and_the_next_one_nothing(model, suspected, context, encoded):
-    method = replace(METHODS["adversarial"], ordinary_examples=60)
+    short = FinetuneSettings(lr=1e-3)
+    method = replace(
+        METHODS["adversarial"], ordinary_examples=60, epochs=1, updates=1, finetune=short
+    )
     first = method.apply(model, suspected, context)
     drawn = len(list((context.folder / "ordinary").rglob("*.safetensors")))
     assert 0 < drawn <= method.steps * method.ordinary_batch
