@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def small(thing: Any) -> Any:
     return dataclasses.replace(thing, **changes)
 
 
+@cache
 def mitigation_of(name: str) -> Any:
     return small(instantiate(configuration(f"mitigation={name}").mitigation))
 
