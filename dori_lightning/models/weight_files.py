@@ -228,7 +228,8 @@ def variants(folder: Path, stem: str) -> dict[str, list[Path]]:
         rest = _SHARD.sub("", path.name.removeprefix(stem).removesuffix(_SUFFIX))
         if rest == "" or rest.startswith("."):
             found.setdefault(rest.removeprefix("."), []).append(path)
-    return found
+    # shards before the whole, as diffusers takes them where there are both
+    return {name: [p for p in own if _SHARD.search(p.name)] or own for name, own in found.items()}
 
 
 def choose_variant(folder: Path, stem: str, wanted: str | None) -> str:
