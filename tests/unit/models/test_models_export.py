@@ -102,7 +102,7 @@ def test_a_dtype_that_is_asked_for_is_used_and_rounding_is_told(model):
     assert (wide.exact, narrow.exact) == (True, False)
     assert set(narrow.dtypes.values()) == {"bf16"}
     assert wide.fingerprint == weights_of(model.parts).fingerprint != narrow.fingerprint
-    assert next(iter(narrow.unet.values())).dtype == torch.bfloat16
+    assert next(iter(narrow.states["unet"].values())).dtype == torch.bfloat16
     with pytest.raises(InputError, match="fp16, bf16, fp32 or null, got 'half'"):
         weights_of(model.parts, "half")
 
