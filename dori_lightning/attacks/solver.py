@@ -42,12 +42,14 @@ class AttackProblem:
         restarts: Which restart each row is, length N.
         latents: Latents of the images to reproduce (N, C, h, w).
         initial: Initial embeddings (N, T, D).
+        scales: Factors of the learning rate, length N; None for 1 each.
     """
 
     ids: tuple[str, ...]
     restarts: tuple[int, ...]
     latents: torch.Tensor
     initial: torch.Tensor
+    scales: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def solve(
     latents = problem.latents.to(model.device, torch.float32)
     rows, noises = len(problem.ids), settings.noise_batch
     delta = torch.zeros_like(initial)
-    optimizer = RowAdam(delta, lr=settings.lr)
+    optimizer = RowAdam(delta, lr=settings.lr, scales=problem.scales)
     active = torch.ones(rows, dtype=torch.bool, device=model.device)
     dead = ~active
     steps, losses, embeddings = range(end), list[torch.Tensor](), list[torch.Tensor]()
@@ -315,8 +317,12 @@ class RowAdam:
 
     betas, eps = (0.9, 0.999), 1e-8
 
-    def __init__(self, rows: torch.Tensor, *, lr: float) -> None:
-        self.lr = lr
+    def __init__(
+        self, rows: torch.Tensor, *, lr: float, scales: Sequence[float] | None = None
+    ) -> None:
+        factors = torch.tensor(scales or [1.0] * len(rows), dtype=torch.float64)
+        factors = factors.view(-1, *([1] * (rows.dim() - 1)))
+        self.lr = lr * factors.to(rows.device)
         self.mean, self.square = torch.zeros_like(rows), torch.zeros_like(rows)
         # float64: 1 - 0.999 loses four digits in float32
         self.count = torch.zeros(

@@ -14,6 +14,7 @@ from dori_lightning.attacks.embedding_attack import (
     attack_rounds,
     run_attacks,
 )
+from dori_lightning.attacks.model_check import IMAGES, RESPONSE, ModelCheck, check_model
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.loss_evidence import loss_evidence
 from dori_lightning.metrics.calibration import calibrate_measures
@@ -42,6 +43,8 @@ class Generated:
     Attributes:
         conditionings: Prompts and adversarial embeddings, generated from under the edit.
         baseline: Prompts, generated from without the edit; empty where there is no edit.
+        check: What the attack had to work with.
+        check_before: The same without the edit; None where there is no edit.
         calibration: The thresholds, where generating needed them already.
         losses: Pair id to the evidence by loss; empty where it is not asked for.
         outcomes: Scores of the images of ``conditionings``, where generating needed them already.
@@ -49,6 +52,8 @@ class Generated:
 
     conditionings: tuple[Conditioning, ...]
     baseline: tuple[Conditioning, ...]
+    check: ModelCheck
+    check_before: ModelCheck | None
     calibration: Calibration | None = None
     losses: Mapping[str, LossEvidence] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
@@ -123,12 +128,24 @@ def attack_and_generate(
             calibrate(context, measure_all(context, prompts, folder, title="score prompts"))
         )
 
+    check_before = _check(context) if mitigated else None
+    with edit.applied(context.model):
+        check = _check(context)
+    scale = check.scale if context.attack.own_units else 1.0
+    if scale != 1:
+        log.warning(
+            "the model answers to random embeddings %.2g times as strongly as usual: random "
+            "starts and the steps from them are scaled by %g",
+            check.response / RESPONSE,
+            scale,
+        )
+
     def search(
         rounds: Sequence[Sequence[Job]], known: Sequence[Conditioning]
     ) -> tuple[Conditioning, ...]:
         with edit.applied(context.model):
             attacked = run_attacks(
-                context.attack_context(edit.identity),
+                context.attack_context(edit.identity, scale=scale),
                 rounds,
                 trainer=context.trainer,
                 on_round=on_round,
@@ -166,7 +183,25 @@ def attack_and_generate(
     if context.evidence.losses:
         with edit.applied(context.model):
             losses = loss_evidence(context, conditionings)
-    return Generated(conditionings, prompts if mitigated else (), calibration, losses, outcomes)
+    return Generated(
+        conditionings=conditionings,
+        baseline=prompts if mitigated else (),
+        check=check,
+        check_before=check_before,
+        calibration=calibration,
+        losses=losses,
+        outcomes=outcomes,
+    )
+
+
+def _check(context: AuditContext) -> ModelCheck:
+    """Check the model as it is now, on controls where there are some.
+
+    The same on every process.
+    """
+    pairs = sorted(context.pairs, key=lambda pair: pair.kind != "control")[:IMAGES]
+    latents = context.data.batch(pairs).latents
+    return distributed.broadcast_object(check_model(context.model, latents, context.seed))
 
 
 def evaluate(

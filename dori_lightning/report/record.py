@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator
 
+from dori_lightning.attacks.model_check import ModelCheck
 from dori_lightning.metrics.evidence import ImageEvidence, Power
 from dori_lightning.metrics.replication import (
     Aggregation,
@@ -184,6 +185,8 @@ class AuditRecord:
         images: One row for each suspected image; empty in records of schema 1.
         reference_model: Rows of a model that never saw the images; empty without one.
         power: How many planted images the attack found; None where it was not measured.
+        check: What the attack had to work with; None in records of earlier versions.
+        check_before: The same without the mitigation; None where there is none.
         schema_version: Version of the layout of ``report.json``.
         mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
         verdict: The answer in words, for a reader who is not an engineer.
@@ -197,6 +200,8 @@ class AuditRecord:
     images: tuple[ImageEvidence, ...] = ()
     reference_model: tuple[Annotated[Cell, BeforeValidator(_cell_fields)], ...] = ()
     power: Power | None = None
+    check: ModelCheck | None = None
+    check_before: ModelCheck | None = None
     schema_version: Literal[1, 2] = 2
     checkpoint: str
     mitigation: str
@@ -311,6 +316,8 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "images": [asdict(row) for row in report.images],
         "reference_model": [_cell_document(cell) for cell in report.reference_model],
         "power": asdict(report.power) if report.power else None,
+        "check": asdict(report.check) if report.check else None,
+        "check_before": asdict(report.check_before) if report.check_before else None,
         "pairs": _pair_documents(report),
         "utility": report.utility.to_dict() if report.utility else None,
         "effort": asdict(effort) if effort else None,

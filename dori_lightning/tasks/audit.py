@@ -110,6 +110,8 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         images=evaluation.evidence,
         reference_model=evaluation.reference,
         power=power,
+        check=generated.check,
+        check_before=generated.check_before,
         utility=utility,
         effort=attack_effort(
             evaluation.outcomes,
