@@ -58,6 +58,17 @@ def test_a_pair_gets_the_same_bits_alone_and_in_company(model, problem, whole):
         assert torch.equal(some.losses, whole.losses[chosen])
 
 
+def test_each_row_steps_in_its_own_unit(model, problem, whole):
+    scaled = replace(problem, scales=(1.0, 0.25, 1.0, 8.0, 1.0))
+    found = attack(model, scaled)
+    unscaled = torch.tensor([True, False, True, False, True])
+    assert torch.equal(found.embeddings[unscaled], whole.embeddings[unscaled])
+    # Adam's first step is the learning rate in every number, whatever the gradient's length
+    one = attack(model, scaled, budget=Budget("none", None, 1), snapshots=(1,))
+    first = (one.embeddings[:, 0] - problem.initial).abs().flatten(1).median(1).values
+    assert first.tolist() == pytest.approx([0.1, 0.025, 0.1, 0.8, 0.1], rel=1e-2)
+
+
 def test_parallel_batches_give_the_same_bits_and_keep_pairs_apart(model, problem, whole):
     name = next(iter(model.layers("cross_attention.value"))) + ".weight"
     rows_of = len(dict(model.unet.named_parameters())[name])
