@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator
 
-from dori_lightning.metrics.evidence import ImageEvidence, Power
+from dori_lightning.metrics.evidence import ImageEvidence, Power, UnseenImage
 from dori_lightning.metrics.replication import (
     Aggregation,
     AttackEffort,
@@ -51,6 +51,7 @@ from dori_lightning.types import (
     Cell,
     Condition,
     InputError,
+    Number,
     Outcome,
     Pair,
     Reference,
@@ -182,6 +183,8 @@ class AuditRecord:
 
     Attributes:
         images: One row for each suspected image; empty in records of schema 1.
+        unseen: How far images came back that the model cannot hold.
+        false_discovery_rate: Of the images answered yes; NaN in records of earlier versions.
         reference_model: Rows of a model that never saw the images; empty without one.
         power: How many planted images the attack found; None where it was not measured.
         schema_version: Version of the layout of ``report.json``.
@@ -195,6 +198,8 @@ class AuditRecord:
     """
 
     images: tuple[ImageEvidence, ...] = ()
+    unseen: tuple[UnseenImage, ...] = ()
+    false_discovery_rate: Number = math.nan
     reference_model: tuple[Annotated[Cell, BeforeValidator(_cell_fields)], ...] = ()
     power: Power | None = None
     schema_version: Literal[1, 2] = 2
@@ -309,6 +314,8 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "calibration": _calibration_document(report.calibration),
         "recommended_budget": asdict(budget) if budget else None,
         "images": [asdict(row) for row in report.images],
+        "unseen": [asdict(row) for row in report.unseen],
+        "false_discovery_rate": report.false_discovery_rate,
         "reference_model": [_cell_document(cell) for cell in report.reference_model],
         "power": asdict(report.power) if report.power else None,
         "pairs": _pair_documents(report),
