@@ -18,7 +18,13 @@ from dori_lightning.attacks.model_check import IMAGES, RESPONSE, ModelCheck, che
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.loss_evidence import loss_evidence
 from dori_lightning.metrics.calibration import calibrate_measures
-from dori_lightning.metrics.evidence import ImageEvidence, LossEvidence, image_evidence
+from dori_lightning.metrics.evidence import (
+    ImageEvidence,
+    LossEvidence,
+    UnseenImage,
+    image_evidence,
+    unseen_images,
+)
 from dori_lightning.metrics.replication import cells as cells_of
 from dori_lightning.metrics.replication import is_copy, pair_results, unchecked_starts
 from dori_lightning.mitigations.edits import Edit
@@ -69,6 +75,7 @@ class Evaluation:
         calibration: The threshold, set on the checkpoint without an edit.
         cells: Rows of the answer, those of mitigation ``none`` last.
         evidence: One row for each suspected image.
+        unseen: How far images came back that the model cannot hold.
         reference: Rows of the model that never saw the images; empty without one.
     """
 
@@ -77,6 +84,7 @@ class Evaluation:
     calibration: Calibration
     cells: tuple[Cell, ...]
     evidence: tuple[ImageEvidence, ...]
+    unseen: tuple[UnseenImage, ...]
     reference: tuple[Cell, ...] = ()
 
 
@@ -232,15 +240,18 @@ def evaluate(
         )
         there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
         there_losses = reference.generated.losses
+    results = pair_results(outcomes, calibration, aggregation)
+    results_there = pair_results(there, calibration, aggregation)
     evidence = image_evidence(
-        pair_results(outcomes, calibration, aggregation),
+        results,
         calibration,
-        rate=context.evidence.false_discovery_rate,
-        reference=pair_results(there, calibration, aggregation),
+        rate=context.evidence.rate,
+        reference=results_there,
         losses=generated.losses,
         reference_losses=there_losses,
     )
-    return Evaluation(outcomes, baseline, calibration, cells, evidence, there_cells)
+    unseen = unseen_images(results, calibration, results_there)
+    return Evaluation(outcomes, baseline, calibration, cells, evidence, unseen, there_cells)
 
 
 def prompt_conditionings(context: AuditContext) -> tuple[Conditioning, ...]:

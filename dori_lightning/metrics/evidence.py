@@ -13,7 +13,7 @@ Hochberg over images the false discovery rate stays at its level).
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
@@ -22,7 +22,10 @@ from numpy.typing import ArrayLike
 from scipy.stats import false_discovery_control
 
 from dori_lightning.metrics.replication import PairResult
-from dori_lightning.types import Calibration, Condition, InputError, Kind, Number, Scale
+from dori_lightning.types import Calibration, Condition, InputError, Kind, Number, Scale, require
+
+USUAL_RATE = 0.05
+"""False discovery rate where none was asked for."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,53 @@ class EvidenceSettings:
 
     Attributes:
         false_discovery_rate: Expected share of images that the model does not hold among those
-            that the verdict names, in (0, 1).
+            that the verdict names, in (0, 1). ``auto`` is 5 %, and a list too small for that is
+            audited all the same: its copies are answered ``copy_few_nulls``. A number is a claim
+            to be made, and refused where no result could support it.
         losses: Whether images are also compared with their altered copies by denoising loss.
     """
 
-    false_discovery_rate: float = 0.05
+    false_discovery_rate: float | Literal["auto"] = "auto"
     losses: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.false_discovery_rate < 1:
-            raise InputError(
-                f"evidence.false_discovery_rate must lie between 0 and 1, "
-                f"got {self.false_discovery_rate}"
-            )
+        asked = self.false_discovery_rate
+        require(
+            asked == "auto" or (not isinstance(asked, str) and 0 < asked < 1),
+            "evidence.false_discovery_rate must lie between 0 and 1, or be auto",
+            asked,
+        )
+
+    @property
+    def rate(self) -> float:
+        """The false discovery rate as a number."""
+        asked = self.false_discovery_rate
+        return USUAL_RATE if isinstance(asked, str) else asked
+
+    def check_nulls(self, counts: Mapping[Kind, int], *, reference: bool) -> None:
+        """Refuse an error rate that was asked for and that no result could ever support.
+
+        Args:
+            counts: As of `nulls_among`.
+            reference: The same.
+
+        Raises:
+            InputError: Says how many images that the model cannot hold are needed.
+        """
+        nulls = nulls_among(counts, reference=reference)
+        suspects = sum(counts.values()) - counts.get("control", 0)
+        needed = nulls_needed(suspects, self.rate) if suspects else 0
+        if self.false_discovery_rate == "auto" or nulls >= needed:
+            return
+        raise InputError(
+            f"a false discovery rate of {self.rate:g} needs at least {needed} attacked images "
+            f"that the model cannot hold, this audit has {nulls}: no p-value can fall below "
+            f"1/{nulls + 1}",
+            where="evidence.false_discovery_rate",
+            fix=f"add {needed - nulls} pairs of kind control, have the suspects' own altered "
+            f"copies attacked (pairs.self_controls=[mirrored,turned,shifted]), ask for a rate of "
+            f"{math.ceil(1000 / (nulls + 1)) / 1000:g} or more, or leave it at auto",
+        )
 
 
 def conformal_p_values(scores: ArrayLike, nulls: ArrayLike) -> np.ndarray:
@@ -101,23 +138,29 @@ def nulls_needed(suspects: int, rate: float, *, found: int | None = None) -> int
     return math.ceil(suspects / (rate * found) - 1 - 1e-9)
 
 
-def check_nulls(nulls: int, suspects: int, rate: float) -> None:
-    """Refuse an error rate that so few nulls can never support, before anything runs.
+def fewest_together(suspects: int, nulls: int, rate: float) -> int | None:
+    """Fewest suspects that can be discoveries, all with the smallest p-value.
 
-    Raises:
-        InputError: Says how many are needed.
+    Args:
+        suspects: N, at least 1.
+        nulls: M, images that the model cannot hold.
+        rate: False discovery rate in (0, 1).
+
+    Returns:
+        Their number, None where even all suspects cannot.
     """
-    needed = nulls_needed(suspects, rate) if suspects else 0
-    if nulls < needed:
-        raise InputError(
-            f"a false discovery rate of {rate:g} needs at least {needed} attacked images that "
-            f"the model cannot hold, this audit has {nulls}: no p-value can fall below "
-            f"1/{nulls + 1}",
-            where="evidence.false_discovery_rate",
-            fix=f"add {needed - nulls} pairs of kind control, keep the suspects' own altered "
-            f"copies (pairs.self_controls=[mirrored,turned]), or ask for a rate of "
-            f"{1 / (nulls + 1):.3f} or more",
-        )
+    fewest = math.ceil(suspects / (rate * (nulls + 1)) - 1e-9)
+    return fewest if fewest <= suspects else None
+
+
+def nulls_among(counts: Mapping[Kind, int], *, reference: bool) -> int:
+    """Count attacked images that the model cannot hold.
+
+    Args:
+        counts: Attacked pairs by kind, altered copies among the controls.
+        reference: Whether all are also attacked on a model that never saw them.
+    """
+    return counts.get("control", 0) + (sum(counts.values()) if reference else 0)
 
 
 COPY = 0.5
@@ -197,6 +240,26 @@ class ImageEvidence:
     reference_similarity: Number = math.nan
 
 
+Unseen = Literal["control", "altered_copy", "reference"]
+"""Why a model cannot hold an image: the list says so, it is a suspect's altered copy, or the model
+is another one, which never saw it."""
+
+
+@dataclass(frozen=True)
+class UnseenImage:
+    """How far an image came back that the model cannot hold.
+
+    Attributes:
+        id: The pair's.
+        group: Why the model cannot hold it.
+        score: The highest under ``tried_conditions``.
+    """
+
+    id: str
+    group: Unseen
+    score: Number
+
+
 ENOUGH_POWER = 0.5
 """An attack whose power may be below this could not have seen an image."""
 
@@ -211,13 +274,16 @@ class Power:
         found: Planted images that the attack reproduces from random embeddings.
         interval: 95 % Wilson interval of ``found / planted``.
         steps: Optimizer steps that planting took.
+        scores: Id of each planted image to the highest score that the attack reached on it; NaN
+            without a result. Empty in records of earlier versions.
     """
 
     planted: int
     tried: int
     found: int
-    interval: tuple[float, float]
+    interval: tuple[Number, Number]
     steps: int
+    scores: dict[str, Number] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -245,6 +311,50 @@ def attacked_scores(
     return best
 
 
+def tried_conditions(results: Iterable[PairResult]) -> set[Condition]:
+    """Conditions under which an image can be judged: those that controls were tried under.
+
+    An image that had more tries than its nulls stands out by that alone. Without controls, only
+    the prompts.
+    """
+    known = list(results)
+    tried = {r.condition for r in known if r.pair.kind == "control" and r.status == "ok"}
+    return tried or {r.condition for r in known if r.condition.attack == "prompt"}
+
+
+def unseen_images(
+    results: Sequence[PairResult], rule: Calibration, reference: Sequence[PairResult] = ()
+) -> tuple[UnseenImage, ...]:
+    """How far images came back that the model cannot hold; arguments as of `image_evidence`.
+
+    Those without a score are left out.
+    """
+    tried = tried_conditions(results)
+    own = attacked_scores(results, rule, tried).items()
+    there = attacked_scores(reference, rule, tried).items()
+    return (
+        *(
+            UnseenImage(name, "altered_copy" if result.pair.copy_of else "control", score)
+            for name, (score, result) in own
+            if result.pair.kind == "control"
+        ),
+        *(UnseenImage(name, "reference", score) for name, (score, _) in there),
+    )
+
+
+def painted_images(unseen: Iterable[UnseenImage]) -> frozenset[str]:
+    """Ids of images that the attack paints: it brings them back from the reference model."""
+    return frozenset(
+        image.id for image in unseen if image.group == "reference" and image.score > COPY
+    )
+
+
+def null_scores(unseen: Sequence[UnseenImage]) -> list[float]:
+    """The scores that p-values rest on: those of images that the attack does not paint."""
+    painted = painted_images(unseen)
+    return [image.score for image in unseen if image.id not in painted]
+
+
 def image_evidence(
     results: Sequence[PairResult],
     rule: Calibration,
@@ -263,8 +373,7 @@ def image_evidence(
     that the reference model reproduces as well proves nothing (``cannot_tell``): the attack
     paints it. It, and only it: as a null it counts for no other image.
 
-    Only conditions under which controls were tried count, since an image that had more tries than
-    its nulls stands out by that alone; without controls, only the prompts.
+    Only ``tried_conditions`` count.
 
     Args:
         results: One for each pair and condition, controls included.
@@ -277,13 +386,11 @@ def image_evidence(
     Returns:
         One row for each pair that is no control, in order of appearance.
     """
-    tried = {r.condition for r in results if r.pair.kind == "control" and r.status == "ok"}
-    tried = tried or {r.condition for r in results if r.condition.attack == "prompt"}
+    tried = tried_conditions(results)
     own, other = attacked_scores(results, rule, tried), attacked_scores(reference, rule, tried)
     suspects = {r.pair.id: r.pair for r in results if r.pair.kind != "control"}
-    painted = {name for name, (score, _) in other.items() if score > COPY}
-    nulls = [score for name, (score, _) in own.items() if name not in suspects.keys() | painted]
-    nulls += [score for name, (score, _) in other.items() if name not in painted]
+    unseen = unseen_images(results, rule, reference)
+    painted, nulls = painted_images(unseen), null_scores(unseen)
     scores = [own[name][0] if name in own else math.nan for name in suspects]
     by_image = conformal_p_values(scores, nulls)
     # an image that this descriptor cannot judge has its p-value by loss, but is no part of the

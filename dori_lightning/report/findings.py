@@ -208,7 +208,11 @@ def search_doubts(report: AuditRecord) -> tuple[str, ...]:
 
 
 def find_flags(
-    report: AuditReport, *, inert: bool = False, skipped: Sequence[str] = ()
+    report: AuditReport,
+    *,
+    inert: bool = False,
+    skipped: Sequence[str] = (),
+    resolutions: Sequence[int] = (),
 ) -> tuple[Flag, ...]:
     """List what limits the meaning of an audit's numbers, gravest first.
 
@@ -216,6 +220,7 @@ def find_flags(
         report: The audit; its flags are not looked at.
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no image.
+        resolutions: Pixels a side of the model's images and of the reference's; empty without one.
     """
     doubts = tuple(_search_flags(report))
     findings = audit_findings(replace(report, flags=doubts))
@@ -227,6 +232,8 @@ def find_flags(
         *_baseline_flags(findings.before, as_it_is=report.mitigation == BASELINE),
         *_pair_flags(report, findings),
     ]
+    if len(set(resolutions)) > 1:
+        flags.append(_flag("reference_resolution", "info", sides=resolutions))
     order = {"invalid": 0, "critical": 1, "warning": 2, "info": 3}
     return tuple(sorted(flags, key=lambda flag: order[flag.severity]))
 
@@ -469,13 +476,18 @@ def sweep_verdict(rows: Sequence[HeadlineRow]) -> Verdict:
 
 
 def make_report(
-    *, inert: bool = False, skipped: Sequence[str] = (), **measurements: Any
+    *,
+    inert: bool = False,
+    skipped: Sequence[str] = (),
+    resolutions: Sequence[int] = (),
+    **measurements: Any,
 ) -> AuditReport:
     """Put an audit's measurements into one report, with the flags and the verdict they call for.
 
     Args:
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no image.
+        resolutions: As of `find_flags`.
         measurements: The other fields of ``AuditReport``.
     """
     measured = AuditReport(verdict="", flags=(), recommended_budget=None, **measurements)
@@ -484,7 +496,7 @@ def make_report(
     concluded = replace(
         measured,
         recommended_budget=recommended_budget(measured.own_cells, init=init),
-        flags=find_flags(measured, inert=inert, skipped=skipped),
+        flags=find_flags(measured, inert=inert, skipped=skipped, resolutions=resolutions),
     )
     return replace(concluded, verdict=verdict_text(concluded))
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator
 
 from dori_lightning.attacks.model_check import ModelCheck
-from dori_lightning.metrics.evidence import ImageEvidence, Power
+from dori_lightning.metrics.evidence import ImageEvidence, Power, UnseenImage
 from dori_lightning.metrics.replication import (
     Aggregation,
     AttackEffort,
@@ -52,6 +52,7 @@ from dori_lightning.types import (
     Cell,
     Condition,
     InputError,
+    Number,
     Outcome,
     Pair,
     Reference,
@@ -183,6 +184,8 @@ class AuditRecord:
 
     Attributes:
         images: One row for each suspected image; empty in records of schema 1.
+        unseen: How far images came back that the model cannot hold.
+        false_discovery_rate: Of the images answered yes; NaN in records of earlier versions.
         reference_model: Rows of a model that never saw the images; empty without one.
         power: How many planted images the attack found; None where it was not measured.
         check: What the attack had to work with; None in records of earlier versions.
@@ -198,6 +201,8 @@ class AuditRecord:
     """
 
     images: tuple[ImageEvidence, ...] = ()
+    unseen: tuple[UnseenImage, ...] = ()
+    false_discovery_rate: Number = math.nan
     reference_model: tuple[Annotated[Cell, BeforeValidator(_cell_fields)], ...] = ()
     power: Power | None = None
     check: ModelCheck | None = None
@@ -314,6 +319,8 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "calibration": _calibration_document(report.calibration),
         "recommended_budget": asdict(budget) if budget else None,
         "images": [asdict(row) for row in report.images],
+        "unseen": [asdict(row) for row in report.unseen],
+        "false_discovery_rate": report.false_discovery_rate,
         "reference_model": [_cell_document(cell) for cell in report.reference_model],
         "power": asdict(report.power) if report.power else None,
         "check": asdict(report.check) if report.check else None,
