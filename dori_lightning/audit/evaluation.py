@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -242,15 +243,13 @@ def evaluate(
         there_losses = reference.generated.losses
     results = pair_results(outcomes, calibration, aggregation)
     results_there = pair_results(there, calibration, aggregation)
-    evidence = image_evidence(
-        results,
-        calibration,
-        rate=context.evidence.rate,
-        reference=results_there,
-        losses=generated.losses,
-        reference_losses=there_losses,
-    )
-    unseen = unseen_images(results, calibration, results_there)
+    models: dict[str, Any] = {
+        "reference": results_there,
+        "losses": generated.losses,
+        "reference_losses": there_losses,
+    }
+    evidence = image_evidence(results, calibration, rate=context.evidence.rate, **models)
+    unseen = unseen_images(results, calibration, **models)
     return Evaluation(outcomes, baseline, calibration, cells, evidence, unseen, there_cells)
 
 

@@ -12,7 +12,7 @@ Hochberg over images the false discovery rate stays at its level).
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -46,7 +46,7 @@ class EvidenceSettings:
     def __post_init__(self) -> None:
         asked = self.false_discovery_rate
         require(
-            asked == "auto" or (not isinstance(asked, str) and 0 < asked < 1),
+            asked == "auto" if isinstance(asked, str) else 0 < asked < 1,
             "evidence.false_discovery_rate must lie between 0 and 1, or be auto",
             asked,
         )
@@ -253,11 +253,14 @@ class UnseenImage:
         id: The pair's.
         group: Why the model cannot hold it.
         score: The highest under ``tried_conditions``.
+        loss_ratio: Denoising loss, times that of the most favourable altered copy; NaN if not
+            measured.
     """
 
     id: str
     group: Unseen
     score: Number
+    loss_ratio: Number = math.nan
 
 
 ENOUGH_POWER = 0.5
@@ -323,23 +326,29 @@ def tried_conditions(results: Iterable[PairResult]) -> set[Condition]:
 
 
 def unseen_images(
-    results: Sequence[PairResult], rule: Calibration, reference: Sequence[PairResult] = ()
+    results: Sequence[PairResult],
+    rule: Calibration,
+    *,
+    reference: Sequence[PairResult] = (),
+    losses: Mapping[str, LossEvidence] = MappingProxyType({}),
+    reference_losses: Mapping[str, LossEvidence] = MappingProxyType({}),
 ) -> tuple[UnseenImage, ...]:
     """How far images came back that the model cannot hold; arguments as of `image_evidence`.
 
     Those without a score are left out.
     """
     tried = tried_conditions(results)
-    own = attacked_scores(results, rule, tried).items()
-    there = attacked_scores(reference, rule, tried).items()
-    return (
-        *(
-            UnseenImage(name, "altered_copy" if result.pair.copy_of else "control", score)
-            for name, (score, result) in own
-            if result.pair.kind == "control"
-        ),
-        *(UnseenImage(name, "reference", score) for name, (score, _) in there),
-    )
+
+    def rows(
+        found: Sequence[PairResult], ratios: Mapping[str, LossEvidence], group: Unseen | None
+    ) -> Iterator[UnseenImage]:
+        for name, (score, result) in attacked_scores(found, rule, tried).items():
+            kind = group or ("altered_copy" if result.pair.copy_of else "control")
+            ratio = ratios[name].ratio if name in ratios else math.nan
+            yield UnseenImage(name, kind, score, ratio)
+
+    controls = [result for result in results if result.pair.kind == "control"]
+    return (*rows(controls, losses, None), *rows(reference, reference_losses, "reference"))
 
 
 def painted_images(unseen: Iterable[UnseenImage]) -> frozenset[str]:
@@ -355,6 +364,68 @@ def null_scores(unseen: Sequence[UnseenImage]) -> list[float]:
     return [image.score for image in unseen if image.id not in painted]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """The answer for one image, with its p-values (``ImageEvidence``)."""
+
+    answer: Answer
+    reason: Reason
+    p_image: float
+    p_loss: float
+
+
+def judge(
+    scores: Sequence[float],
+    ratios: Sequence[float],
+    unseen: Sequence[UnseenImage],
+    *,
+    rate: float,
+    auditable: Sequence[bool] | None = None,
+    painted: Sequence[bool] | None = None,
+) -> list[Judged]:
+    """Answer for each of N suspects, from scores and loss ratios alone.
+
+    An image is reproduced (``yes``) where it is a copy by its own threshold *and* stands out from
+    what images that the model cannot hold reach: at a false discovery rate over all images, or,
+    where nulls are too few for that, above every one of them (``copy_few_nulls``). The threshold
+    alone knows no error rate, a p-value alone calls anything unusual a copy. An image
+    that the reference model reproduces as well proves nothing (``cannot_tell``): the attack
+    paints it. It, and only it: as a null it counts for no other image.
+
+    Args:
+        scores: Highest score of each; NaN without a result.
+        ratios: Smallest loss ratio of each (``LossEvidence``); NaN if not measured.
+        unseen: Images that the model cannot hold.
+        rate: False discovery rate over the images, in (0, 1).
+        auditable: Whether the descriptor can judge each; None for all.
+        painted: Whether the reference model reproduces each; None for none.
+    """
+    fit = np.ones(len(scores), bool) if auditable is None else np.asarray(auditable, bool)
+    paints = np.zeros(len(scores), bool) if painted is None else np.asarray(painted, bool)
+    nulls = null_scores(unseen)
+    by_image = conformal_p_values(scores, nulls)
+    by_loss = conformal_p_values(
+        -np.log(np.asarray(ratios, np.float64)), -np.log([image.loss_ratio for image in unseen])
+    )
+    # an image that this descriptor cannot judge has its p-value by loss, but is no part of the
+    # family and no null: it may move no other image's answer
+    dormant = discoveries(np.where(fit, by_loss, math.nan), rate) | (~fit & (by_loss <= rate))
+    copies = discoveries(by_image, rate)
+    found = []
+    for k, score in enumerate(scores):
+        answer, reason = _answer(
+            score,
+            by_image=copies[k],
+            # a discovery, or as small a p-value as the nulls allow
+            beats_all=copies[k] or by_image[k] * (1 + len(nulls)) < 1.5,
+            by_loss=dormant[k],
+            auditable=fit[k],
+            painted=paints[k],
+        )
+        found.append(Judged(answer, reason, float(by_image[k]), float(by_loss[k])))
+    return found
+
+
 def image_evidence(
     results: Sequence[PairResult],
     rule: Calibration,
@@ -364,14 +435,7 @@ def image_evidence(
     losses: Mapping[str, LossEvidence] = MappingProxyType({}),
     reference_losses: Mapping[str, LossEvidence] = MappingProxyType({}),
 ) -> tuple[ImageEvidence, ...]:
-    """Judge every suspected image, with its own error bound.
-
-    An image is reproduced (``yes``) where it is a copy by its own threshold *and* stands out from
-    what images that the model cannot hold reach: at a false discovery rate over all images, or,
-    where nulls are too few for that, above every one of them (``copy_few_nulls``). The threshold
-    alone knows no error rate, a p-value alone calls anything unusual a copy. An image
-    that the reference model reproduces as well proves nothing (``cannot_tell``): the attack
-    paints it. It, and only it: as a null it counts for no other image.
+    """Judge every suspected image, with its own error bound (``judge``).
 
     Only ``tried_conditions`` count.
 
@@ -389,48 +453,35 @@ def image_evidence(
     tried = tried_conditions(results)
     own, other = attacked_scores(results, rule, tried), attacked_scores(reference, rule, tried)
     suspects = {r.pair.id: r.pair for r in results if r.pair.kind != "control"}
-    unseen = unseen_images(results, rule, reference)
-    painted, nulls = painted_images(unseen), null_scores(unseen)
-    scores = [own[name][0] if name in own else math.nan for name in suspects]
-    by_image = conformal_p_values(scores, nulls)
-    # an image that this descriptor cannot judge has its p-value by loss, but is no part of the
-    # family and no null: it may move no other image's answer
-    unfit = set(rule.not_auditable)
-    null_losses = [v.score for name, v in losses.items() if name not in suspects.keys() | unfit]
-    null_losses += [v.score for name, v in reference_losses.items() if name not in unfit]
-    by_loss = conformal_p_values(
-        [losses[name].score if name in losses else math.nan for name in suspects], null_losses
+    unseen = unseen_images(
+        results, rule, reference=reference, losses=losses, reference_losses=reference_losses
     )
-    family = np.where([name in unfit for name in suspects], math.nan, by_loss)
-    dormant = discoveries(family, rate) | (np.isnan(family) & (by_loss <= rate))
-    stands_out = zip(discoveries(by_image, rate), dormant, strict=True)
+    scores = [own[name][0] if name in own else math.nan for name in suspects]
+    ratios = [losses[name].ratio if name in losses else math.nan for name in suspects]
+    painted = painted_images(unseen)
+    judged = judge(
+        scores,
+        ratios,
+        unseen,
+        rate=rate,
+        auditable=[name not in rule.not_auditable for name in suspects],
+        painted=[name in painted for name in suspects],
+    )
     rows = []
-    for (name, pair), p_image, p_loss, found in zip(
-        suspects.items(), by_image, by_loss, stands_out, strict=True
+    for (name, pair), score, ratio, found in zip(
+        suspects.items(), scores, ratios, judged, strict=True
     ):
-        score, result = own.get(name, (math.nan, None))
-        answer, reason = _answer(
-            score,
-            by_image=found[0],
-            # a discovery, or as small a p-value as the nulls allow
-            beats_all=found[0] or p_image * (1 + len(nulls)) < 1.5,
-            by_loss=found[1],
-            auditable=name not in unfit,
-            painted=name in painted,
-        )
+        result = own[name][1] if name in own else None
         rows.append(
             ImageEvidence(
                 id=name,
                 kind=pair.kind,
-                answer=answer,
-                reason=reason,
+                **vars(found),
                 similarity=math.nan if result is None else result.statistic,
                 condition=None if result is None else result.condition,
                 scale=rule.scales.get(name, Scale(math.nan, math.nan)),
                 score=score,
-                p_image=float(p_image),
-                p_loss=float(p_loss),
-                loss_ratio=losses[name].ratio if name in losses else math.nan,
+                loss_ratio=ratio,
                 reference_similarity=other[name][1].statistic if name in other else math.nan,
             )
         )

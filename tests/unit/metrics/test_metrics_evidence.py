@@ -199,7 +199,7 @@ def test_what_the_reference_draws_too_proves_nothing_alone() -> None:
     assert [after[f"held_{k}"].answer for k in (1, 2, 3)] == ["yes"] * 3
     assert after["held_0"].reference_similarity == 0.85
     everything = suspects + controls()
-    images = unseen_images(everything, rule([*everything, *unseen]), unseen)
+    images = unseen_images(everything, rule([*everything, *unseen]), reference=unseen)
     assert Counter(image.group for image in images) == {"control": 40, "reference": 4}
     assert max(null_scores(images)) < COPY < max(image.score for image in images)
     assert len(null_scores(images)) == 43
