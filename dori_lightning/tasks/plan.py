@@ -106,7 +106,7 @@ _TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 9
 
 CHECKPOINTS = {
     "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
-    "dori_tiny": _TINY,
+    "dori_tiny": _TINY, "dori_tiny_twin": _TINY,
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
 
