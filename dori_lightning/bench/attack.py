@@ -49,7 +49,7 @@ WAYS = {
     "B0": "naive loop: weights trainable and in their own precision, image encoded at every step, "
     "one pair at a time; timed with the first pair",
     "B1": "fair loop: frozen, evaluation mode, autocast where the model has it, latents cached, "
-    "one pair at a time",
+    "one pair at a time, weights in torch's usual memory format",
     "B2": "B1 with channels-last memory and torch.compile",
     "ours": "the package's attack, as an audit calls it",
     "solver": "its arithmetic alone, without Trainer, store and files",
@@ -127,13 +127,16 @@ def fair(
     Args:
         model: Model under attack; its autocast is used.
         task: The attack.
-        denoiser: Called instead of the model's denoiser, such as its compiled copy (B2).
+        denoiser: Called instead of the model's denoiser: a copy that is compiled (B2), or in
+            another memory format.
         images: The images (N, 3, H, W) in [0, 1] make it B0: encoded at each step, without
             autocast, and with gradients of the weights, which nobody uses.
     """
     # not "or": a compiled module has no truth value
     denoiser = model.unet if denoiser is None else denoiser
     half = model.autocast if images is None else None
+    if denoiser is not model.unet:
+        denoiser.requires_grad_(images is not None)
     embeddings, losses = [], []
     with model.frozen() if images is None else nullcontext(), torch.enable_grad():
         for row in range(len(task.ids)):
@@ -156,7 +159,7 @@ def fair(
             embeddings.append(embedding.detach().cpu()[0])
             losses.append(torch.stack(of_steps).cpu())
     if images is not None:
-        model.unet.zero_grad()
+        denoiser.zero_grad()
     return Attacked(torch.stack(embeddings), torch.stack(losses))
 
 
@@ -241,11 +244,12 @@ def attack_family(bench: BenchContext, settings: BenchSettings) -> Family:
     images = torch.stack(
         [image_tensor(square_image(p.image), model.resolution) for p in bench.pairs[:1]]
     )
+    plain = _plain_denoiser(model)
     attacks: dict[str, Attack] = {
         "ours": partial(audit_attack, bench),
         "solver": partial(solver_attack, model),
-        "B1": partial(fair, model),
-        "B0": partial(fair, model, images=images),
+        "B1": partial(fair, model, denoiser=plain),
+        "B0": partial(fair, model, denoiser=plain, images=images),
     }
     rows, results = timed_in_turn(
         {
@@ -293,7 +297,7 @@ def compiled_family(bench: BenchContext, settings: BenchSettings) -> Family:
     fast = torch.compile(twin.eval().requires_grad_(False))
     rows, results = timed_in_turn(
         {
-            "B1": (WAYS["B1"], partial(fair, model, task)),
+            "B1": (WAYS["B1"], partial(fair, model, task, denoiser=_plain_denoiser(model))),
             "B2": (WAYS["B2"], partial(fair, model, task, denoiser=fast)),
         },
         model=model, pairs=settings.pairs, repeats=settings.repeats, title="compiled attack",
@@ -302,6 +306,13 @@ def compiled_family(bench: BenchContext, settings: BenchSettings) -> Family:
     work = bench.cost.attack * task.noise_batch * task.steps
     measured = tuple(_compared(row, results, work, to="B1") for row in rows.values())
     return Family("compiled", title, measured, peak=bench.peak)
+
+
+def _plain_denoiser(model: StableDiffusion) -> torch.nn.Module | None:
+    """A copy in torch's usual memory format, where the model is in another: on a GPU."""
+    if model.device.type == "cpu":
+        return None
+    return copy.deepcopy(model.denoiser()).to(memory_format=torch.contiguous_format)
 
 
 def _compared(row: Row, results: dict[str, Attacked], work: float, *, to: str = "ours") -> Row:

@@ -168,11 +168,12 @@ def timed_in_turn(
             distributed.check()
             if time.monotonic() >= until:
                 break
-            turn: list[float] = []
+            began = time.monotonic()
             with progress_disabled():
-                while sum(turn) < SHORTEST:
-                    turn.append(_timed(ways[name][1], model.device)[0])
-            seconds[name] += turn
+                while True:
+                    seconds[name].append(_timed(ways[name][1], model.device)[0])
+                    if time.monotonic() - began >= SHORTEST:
+                        break
             advance(1)
     for name, own in seconds.items():
         left = "" if own else "no time left after its warm-up"
