@@ -32,7 +32,7 @@ from dori_lightning.bench.report import markdown, speed_figure
 from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically, write_json
 from dori_lightning.runtime.cache import JSON, Cache
 from dori_lightning.runtime.logging import answer_console
-from dori_lightning.tasks.audit import make_context
+from dori_lightning.tasks.audit import make_context, make_trainer
 from dori_lightning.tasks.run_record import (
     git_sha,
     logged,
@@ -162,8 +162,9 @@ def _context(cfg: DictConfig, settings: BenchSettings, scratch: Path) -> BenchCo
     """The checkpoint with its pairs of kind vm.
 
     Raises:
-        InputError: There are fewer pairs than the settings ask for.
+        InputError: There are fewer pairs than the settings ask for, or there is no such device.
     """
+    make_trainer(cfg, None)  # refuses a GPU that is not there before anything is built for it
     pairs = [p for p in instantiate(cfg.pairs).read() if p.kind == "vm" and p.role == "audit"]
     if len(pairs) < settings.most_pairs:
         raise InputError(
