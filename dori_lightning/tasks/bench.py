@@ -60,26 +60,26 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """
     settings = settings_of(cfg)
     claim_folder(folder, _method_of(cfg))
-    measure = _families(cfg, settings, folder / "scratch")
     stored, left_out = Cache(folder / "rows"), dict[str, str]()
+    missing = [n for n in settings.rows if stored.read(n, {"family": n}, _FAMILY) is None]
     end = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
-    failed = False
-    for place, name in enumerate(settings.rows):
+    load = cache(partial(_context, cfg, settings, folder / "scratch"))
+    if set(missing) - {"audit"}:
+        load()
+    measure, failed = _families(cfg, settings, load, folder / "scratch"), False
+    for place, name in enumerate(missing):
         left = end - time.monotonic()
-        share = FAMILIES[name] / sum(FAMILIES[other] for other in settings.rows[place:])
-        key = {"family": name}
-        if left <= 0 and stored.read(name, key, _FAMILY) is None:
+        if left <= 0:
             left_out[name] = "no time left"
             continue
-        until = time.monotonic() + share * left
+        share = FAMILIES[name] / sum(FAMILIES[other] for other in missing[place:])
+        timed = partial(_with_load, partial(measure[name], time.monotonic() + share * left))
         try:
-            stored.get(name, key, partial(_with_load, partial(measure[name], until)), _FAMILY)
-        except InputError:
-            raise
+            stored.get(name, {"family": name}, timed, _FAMILY)
         except Exception as error:  # a part that fails must not cost the others
             log.exception("bench: %s failed", name)
             left_out[name], failed = f"it failed: {first_line(error)}", True
-        table = _write(cfg, folder, stored, left_out)
+        _write(cfg, folder, stored, left_out)
     table = _write(cfg, folder, stored, left_out)
     console = answer_console(190)
     console.print(Markdown(table))
@@ -131,14 +131,13 @@ def settings_of(cfg: DictConfig) -> BenchSettings:
 
 
 def _families(
-    cfg: DictConfig, settings: BenchSettings, scratch: Path
+    cfg: DictConfig, settings: BenchSettings, load: Callable[[], BenchContext], scratch: Path
 ) -> dict[str, Callable[[float], Family]]:
-    """How each family is measured, until when; the first that needs the checkpoint loads it."""
-    loaded = cache(partial(_context, cfg, settings, scratch))
+    """How each family is measured, until when."""
     task = cfg.task
 
     def bench(until: float) -> BenchContext:
-        return replace(loaded(), until=until)
+        return replace(load(), until=until)
 
     # fmt: off
     return {
