@@ -263,8 +263,13 @@ def _task(name: Any) -> Any:
 
 
 def _protect() -> None:
-    """Keep results private, since they reproduce training images, and run no downloaded code."""
+    """Keep results private, since they reproduce training images, and run no downloaded code.
+
+    What ``trainer.deterministic=true`` asks of cuBLAS is set here: torch looks at the first matrix
+    product, which is long before there is a Trainer, and refuses all later ones without it.
+    """
     os.umask(0o077)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

@@ -19,7 +19,7 @@ from dori_lightning.attacks.budget import AttackSettings, evaluation_steps, proj
 from dori_lightning.models.memory import ATTACK, pairs_at_once
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.batching import OomBackoff, map_batches
+from dori_lightning.runtime.batching import OomBackoff, map_batches, to_device
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget
 
@@ -31,6 +31,11 @@ _MEMORY = OomBackoff(
     "checkpoint.precision=bf16, or a device with more memory; a pair's noise samples "
     "(attack.noise_batch) are part of the method and are never cut",
 )
+
+
+_SCALE = 2.0**14
+"""Of the loss while it is differentiated: a mean over noise samples and pixels has gradients that
+fp16 rounds to zero. A power of two, so that fp32 and bf16 give the same bits as without."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +204,8 @@ def solve(
                 )
                 for name, restart in zip(problem.ids, problem.restarts, strict=True)
             ]
-            noise = torch.cat([d[0] for d in draws]).to(model.device)
-            timesteps = torch.cat([d[1] for d in draws]).to(model.device)
+            noise = to_device(torch.cat([d[0] for d in draws]), model.device)
+            timesteps = to_device(torch.cat([d[1] for d in draws]), model.device)
             loss, gradient = _loss_and_gradient(
                 model, problem.ids, initial + delta, repeated, noise, timesteps
             )
@@ -253,8 +258,8 @@ def _loss_and_gradient(
     batch = len(noise) // len(point)
 
     def loss_and_gradient(rows: list[int]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        index = torch.tensor(rows)
-        samples = (index[:, None] * batch + torch.arange(batch)).flatten()
+        index = to_device(torch.tensor(rows), model.device)
+        samples = (index[:, None] * batch + torch.arange(batch, device=model.device)).flatten()
         embeddings = point[index].detach().requires_grad_(True)
         loss = model.denoising_loss(
             latents[samples],
@@ -264,8 +269,8 @@ def _loss_and_gradient(
             pair_ids=[ids[row] for row in rows for _ in range(batch)],
         )
         loss = loss.view(len(rows), batch).mean(1)
-        (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
-        return zip(loss.detach(), gradient, strict=True)
+        (gradient,) = torch.autograd.grad(_SCALE * loss.sum(), embeddings)
+        return zip(loss.detach(), gradient / _SCALE, strict=True)
 
     found = map_batches(
         loss_and_gradient,

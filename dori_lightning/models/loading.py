@@ -50,6 +50,7 @@ from dori_lightning.types import InputError, first_line
 log = logging.getLogger(__name__)
 
 PredictionType = Literal["epsilon", "v_prediction"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _PREFIXES = {
     "UNet": ("model.diffusion_model.",),
@@ -69,7 +70,7 @@ def load_checkpoint(
     text_encoder: str | None = None,
     prediction_type: PredictionType | None = None,
     variant: str | None = None,
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    precision: Precision = "auto",
     attention: Literal["auto", "sdpa", "eager"] = "auto",
     channels_last: bool | Literal["auto"] = "auto",
     device: str = "auto",
@@ -108,8 +109,8 @@ def load_checkpoint(
             to fix it.
     """
     place = resolve_source(source)
-    target = _choose_device(device)
-    autocast = _choose_autocast(precision, target)
+    target = choose_device(device)
+    autocast = choose_autocast(precision, target)
     others: dict[Part, str | None] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     replacements = [
         Replacement.open(part, given) for part, given in others.items() if given is not None
@@ -253,7 +254,7 @@ def _check_folder(folder: Path, variant: str | None) -> dict[Part, str]:
     return chosen
 
 
-def _choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype | None:
     """What the denoiser computes in where it is not the weights' own fp32.
 
     Raises:
@@ -289,7 +290,7 @@ def _existing_device(name: str) -> torch.device:
     return device
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     """The named device; ``auto`` is this process's GPU, told by LOCAL_RANK, or else the CPU."""
     if device != "auto":
         return _existing_device(device)

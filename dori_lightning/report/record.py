@@ -100,6 +100,7 @@ class Provenance:
             reference images.
         unet_evaluations: Forward passes of the UNet, in rows.
         replaced: Parts of the checkpoint whose weights are from other files.
+        numerics: Torch's switches that decide how a GPU rounds, TF32 among them; empty elsewhere.
     """
 
     git_sha: str | None
@@ -117,6 +118,7 @@ class Provenance:
     unet_evaluations: int
     wall_seconds: float
     replaced: tuple[ReplacedPart, ...] = ()
+    numerics: dict[str, bool] = field(default_factory=dict)
 
 
 def _cell_fields(row: Any) -> Any:

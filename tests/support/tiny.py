@@ -65,6 +65,13 @@ def write_tiny(folder: Path, recipe: PlantRecipe | None = None, *, seed: int = 0
     return folder
 
 
-def tiny_model(folder: Path, recipe: PlantRecipe | None = None) -> StableDiffusion:
-    """Write a tiny checkpoint and load it as a user would."""
-    return load_checkpoint(name="tiny", source=str(write_tiny(folder, recipe)), device="cpu")
+def tiny_model(
+    folder: Path, recipe: PlantRecipe | None = None, *, device: str = "cpu"
+) -> StableDiffusion:
+    """Write a tiny checkpoint and load it as a user would, in fp32."""
+    return load_tiny(str(write_tiny(folder, recipe)), device=device)
+
+
+def load_tiny(source: str, *, device: str = "cpu") -> StableDiffusion:
+    """Load what ``write_tiny`` wrote."""
+    return load_checkpoint(name="tiny", source=source, device=device, precision="fp32")

@@ -51,6 +51,16 @@ def whole(model, problem):
         return attack(model, problem)
 
 
+def test_gradients_that_fp16_would_round_to_zero_are_followed(model, problem, monkeypatch):
+    def loss(latents, noise, timesteps, embeddings, *, pair_ids):
+        return 1e-6 * embeddings.half().float().flatten(1).mean(1)
+
+    monkeypatch.setattr(model, "denoising_loss", loss)
+    found = attack(model, rows(problem, 0))
+    assert not found.no_gradient.any()
+    assert (found.embeddings[:, -1] < problem.initial[:1]).all()
+
+
 def test_a_pair_gets_the_same_bits_alone_and_in_company(model, problem, whole):
     for chosen in ([0], [1], [4, 2, 0]):
         some = attack(model, rows(problem, *chosen))
