@@ -6,6 +6,9 @@ TORCH ?= "torch>=2.11,<3" "torchvision>=0.26,<1"
 # Pins for pip, such as .ci/constraints.txt (what the tests passed with); empty for any version in range.
 CONSTRAINTS ?=
 ARGS ?=
+# For make gpu: a folder of wheels that PYTHON lacks, if any, and the minutes that it may take.
+WHEELS ?=
+MINUTES ?= 12
 # Test processes; each test computes on one thread.
 WORKERS ?= 2
 
@@ -16,7 +19,7 @@ PINS := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 QUICK := not slow and not gpu and not slurm and not kill
 
 .DEFAULT_GOAL := help
-.PHONY: help setup audit headline grid locality bench plant test test-slow test-kill test-slurm lint constraints vulnerabilities clean
+.PHONY: help setup audit headline grid locality bench gpu plant test test-slow test-kill test-slurm lint constraints vulnerabilities clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,6 +46,17 @@ locality: $(STAMP) ## is memorization local? triggers compared in every place, o
 
 bench: $(STAMP) ## how fast is this machine at an audit's parts, against plain loops (ARGS="..." adds overrides)
 	$(RUN) dori_lightning +experiment=bench $(ARGS)
+
+# On a machine without network and without an environment of its own: PYTHON has torch already. Tests get 30 % of the time.
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/build/wheels
+gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
+gpu: ## what only a GPU can tell: tests, then a table of speed and memory (PYTHON=, WHEELS=folder, MINUTES=12, ARGS="...")
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/wheels $(WHEELS)/*.whl)
+	status=0; \
+	timeout -s INT -k 9 $$(($(MINUTES) * 18)) $(PYTHON) -m pytest -o addopts= -q -ra -m gpu tests/gpu tests/contract || status=$$?; \
+	timeout -k 30 $$(($(MINUTES) * 38)) $(PYTHON) -m dori_lightning +experiment=bench_gpu \
+		task.seconds=$$(($(MINUTES) * 33)) $(ARGS) || status=$$?; \
+	exit $$status
 
 plant: $(STAMP) ## train the embedded benchmark again from its recipe (long)
 	$(RUN) dori_lightning task=plant $(ARGS)

@@ -229,7 +229,8 @@ def check_inputs(cfg: DictConfig) -> None:
     """Look for files, and read the list of pairs without its images: all before torch is imported.
 
     Raises:
-        InputError: A file is not there, or something is wrong with the list.
+        InputError: A file is not there, something is wrong with the list, or it has too few
+            controls for the error rate asked for.
     """
     config.check_files(cfg)
     # an edit that is given has been found for its pairs already
@@ -240,10 +241,15 @@ def check_inputs(cfg: DictConfig) -> None:
     if _HOLDS_IMAGES in named or not all(name.startswith(_LISTS) for name in named):
         return
     config.check_signatures(cfg, under="pairs")
+    from dori_lightning.pairs.copies import check_evidence
     from dori_lightning.pairs.validation import names_only
 
     with names_only():
-        instantiate(cfg.pairs).read()
+        pairs = instantiate(cfg.pairs).read()
+    if cfg.task.get("name") == "audit":
+        config.check_signatures(cfg, under="evidence")
+        evidence, reference = instantiate(cfg.evidence), bool(cfg.reference)
+        check_evidence(pairs, cfg.pairs.self_controls, evidence, reference=reference)
 
 
 def _task(name: Any) -> Any:
@@ -257,8 +263,13 @@ def _task(name: Any) -> Any:
 
 
 def _protect() -> None:
-    """Keep results private, since they reproduce training images, and run no downloaded code."""
+    """Keep results private, since they reproduce training images, and run no downloaded code.
+
+    What ``trainer.deterministic=true`` asks of cuBLAS is set here: torch looks at the first matrix
+    product, which is long before there is a Trainer, and refuses all later ones without it.
+    """
     os.umask(0o077)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

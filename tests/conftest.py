@@ -14,6 +14,7 @@ os.environ.update(
         "WANDB_SILENT": "true",
         "TOKENIZERS_PARALLELISM": "false",
         "MPLBACKEND": "agg",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
 )
 os.environ.pop("HYDRA_FULL_ERROR", None)

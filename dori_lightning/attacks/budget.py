@@ -131,6 +131,8 @@ class AttackSettings:
         noise_batch: Noise samples and timesteps per pair and step.
         restarts: Independent attacks per pair and init; a pair counts as reproduced if any of
             them succeeds.
+        own_units: Whether audits scale random starts, and the steps from them, by how strongly
+            the model answers to its text, where that is far from usual (``check_model``).
         snapshots: Steps at which to measure besides the last one; free, since they lie on one
             trajectory.
         early_stop: Stop a pair's attack at the first snapshot whose images are copies; the others
@@ -146,6 +148,7 @@ class AttackSettings:
     lr: float = 0.1
     noise_batch: int = 8
     restarts: int = 1
+    own_units: bool = True
     snapshots: tuple[int, ...] = ()
     early_stop: bool = False
     pairs_per_forward: int | None = None

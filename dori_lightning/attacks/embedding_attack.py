@@ -176,6 +176,7 @@ class AttackContext:
         folder: Where results are stored, ``INIT/PAIR.rRESTART.safetensors``.
         seed: Run seed.
         edit: Identity of the edit that the model carries.
+        scale: Factor of random initial points and of the steps from them (``TextSensitivity``).
     """
 
     model: TextToImage
@@ -186,6 +187,7 @@ class AttackContext:
     folder: Path
     seed: int
     edit: str
+    scale: float = 1.0
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -218,8 +220,13 @@ class AttackContext:
             return prompt
         if job.init == "random":
             tokens, width = prompt.shape
-            return random_embedding(self.seed, job.pair.id, job.restart, (tokens, width))
+            start = random_embedding(self.seed, job.pair.id, job.restart, (tokens, width))
+            return start * self.scale_of(job)
         return self.controls.pick(self.seed, job.pair.id, job.restart)
+
+    def scale_of(self, job: Job) -> float:
+        """Factor of the steps of a job; prompts have the units of the model's own encoder."""
+        return self.scale if job.init == "random" else 1.0
 
     def read(self, job: Job) -> AttackResult | None:
         """Stored result of a job, None where there is none with the same key.
@@ -321,6 +328,7 @@ class JobBatches(IterableDataset[JobBatch]):
                 restarts=tuple(job.restart for job in jobs),
                 latents=torch.stack([self.context.data.encoded(job.pair).latent for job in jobs]),
                 initial=torch.stack([self.context.initial(job) for job in jobs]),
+                scales=tuple(map(self.context.scale_of, jobs)),
             )
             yield JobBatch(tuple(jobs), problem, concat(results) if results else None)
 

@@ -19,7 +19,7 @@ from dori_lightning.attacks.budget import AttackSettings, evaluation_steps, proj
 from dori_lightning.models.memory import ATTACK, pairs_at_once
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.batching import OomBackoff, map_batches
+from dori_lightning.runtime.batching import OomBackoff, map_batches, to_device
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget
 
@@ -33,6 +33,11 @@ _MEMORY = OomBackoff(
 )
 
 
+_SCALE = 2.0**14
+"""Of the loss while it is differentiated: a mean over noise samples and pixels has gradients that
+fp16 rounds to zero. A power of two, so that fp32 and bf16 give the same bits as without."""
+
+
 @dataclass(frozen=True)
 class AttackProblem:
     """N independent searches that share batches and nothing else.
@@ -42,12 +47,14 @@ class AttackProblem:
         restarts: Which restart each row is, length N.
         latents: Latents of the images to reproduce (N, C, h, w).
         initial: Initial embeddings (N, T, D).
+        scales: Factors of the learning rate, length N; None for 1 each.
     """
 
     ids: tuple[str, ...]
     restarts: tuple[int, ...]
     latents: torch.Tensor
     initial: torch.Tensor
+    scales: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ def solve(
     latents = problem.latents.to(model.device, torch.float32)
     rows, noises = len(problem.ids), settings.noise_batch
     delta = torch.zeros_like(initial)
-    optimizer = RowAdam(delta, lr=settings.lr)
+    optimizer = RowAdam(delta, lr=settings.lr, scales=problem.scales)
     active = torch.ones(rows, dtype=torch.bool, device=model.device)
     dead = ~active
     steps, losses, embeddings = range(end), list[torch.Tensor](), list[torch.Tensor]()
@@ -194,8 +201,8 @@ def solve(
                 )
                 for name, restart in zip(problem.ids, problem.restarts, strict=True)
             ]
-            noise = torch.cat([d[0] for d in draws]).to(model.device)
-            timesteps = torch.cat([d[1] for d in draws]).to(model.device)
+            noise = to_device(torch.cat([d[0] for d in draws]), model.device)
+            timesteps = to_device(torch.cat([d[1] for d in draws]), model.device)
             loss, gradient = _loss_and_gradient(
                 model, problem.ids, initial + delta, repeated, noise, timesteps
             )
@@ -247,8 +254,8 @@ def _loss_and_gradient(
     batch = len(noise) // len(point)
 
     def loss_and_gradient(rows: list[int]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        index = torch.tensor(rows)
-        samples = (index[:, None] * batch + torch.arange(batch)).flatten()
+        index = to_device(torch.tensor(rows), model.device)
+        samples = (index[:, None] * batch + torch.arange(batch, device=model.device)).flatten()
         embeddings = point[index].detach().requires_grad_(True)
         loss = model.denoising_loss(
             latents[samples],
@@ -258,8 +265,8 @@ def _loss_and_gradient(
             pair_ids=[ids[row] for row in rows for _ in range(batch)],
         )
         loss = loss.view(len(rows), batch).mean(1)
-        (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
-        return zip(loss.detach(), gradient, strict=True)
+        (gradient,) = torch.autograd.grad(_SCALE * loss.sum(), embeddings)
+        return zip(loss.detach(), gradient / _SCALE, strict=True)
 
     found = map_batches(
         loss_and_gradient,
@@ -311,8 +318,12 @@ class RowAdam:
 
     betas, eps = (0.9, 0.999), 1e-8
 
-    def __init__(self, rows: torch.Tensor, *, lr: float) -> None:
-        self.lr = lr
+    def __init__(
+        self, rows: torch.Tensor, *, lr: float, scales: Sequence[float] | None = None
+    ) -> None:
+        factors = torch.tensor(scales or [1.0] * len(rows), dtype=torch.float64)
+        factors = factors.view(-1, *([1] * (rows.dim() - 1)))
+        self.lr = lr * factors.to(rows.device)
         self.mean, self.square = torch.zeros_like(rows), torch.zeros_like(rows)
         # float64: 1 - 0.999 loses four digits in float32
         self.count = torch.zeros(

@@ -108,8 +108,13 @@ class AuditContext:
             folder=self.cache / "edits",
         )
 
-    def attack_context(self, edit: str) -> AttackContext:
-        """What attacks share while the model carries the edit of this identity."""
+    def attack_context(self, edit: str, *, scale: float = 1.0) -> AttackContext:
+        """What attacks share while the model carries the edit of this identity.
+
+        Args:
+            edit: The edit's identity.
+            scale: Factor of random initial points and of the steps from them.
+        """
         return AttackContext(
             model=self.model,
             data=self.data,
@@ -119,6 +124,7 @@ class AuditContext:
             folder=self.folder / "attacks",
             seed=self.seed,
             edit=edit,
+            scale=scale,
         )
 
     def find_edit(self) -> EditResult:

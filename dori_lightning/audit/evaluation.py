@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,10 +15,17 @@ from dori_lightning.attacks.embedding_attack import (
     attack_rounds,
     run_attacks,
 )
+from dori_lightning.attacks.model_check import IMAGES, RESPONSE, ModelCheck, check_model
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.loss_evidence import loss_evidence
 from dori_lightning.metrics.calibration import calibrate_measures
-from dori_lightning.metrics.evidence import ImageEvidence, LossEvidence, image_evidence
+from dori_lightning.metrics.evidence import (
+    ImageEvidence,
+    LossEvidence,
+    UnseenImage,
+    image_evidence,
+    unseen_images,
+)
 from dori_lightning.metrics.replication import cells as cells_of
 from dori_lightning.metrics.replication import is_copy, pair_results, unchecked_starts
 from dori_lightning.mitigations.edits import Edit
@@ -42,6 +50,8 @@ class Generated:
     Attributes:
         conditionings: Prompts and adversarial embeddings, generated from under the edit.
         baseline: Prompts, generated from without the edit; empty where there is no edit.
+        check: What the attack had to work with.
+        check_before: The same without the edit; None where there is no edit.
         calibration: The thresholds, where generating needed them already.
         losses: Pair id to the evidence by loss; empty where it is not asked for.
         outcomes: Scores of the images of ``conditionings``, where generating needed them already.
@@ -49,6 +59,8 @@ class Generated:
 
     conditionings: tuple[Conditioning, ...]
     baseline: tuple[Conditioning, ...]
+    check: ModelCheck
+    check_before: ModelCheck | None
     calibration: Calibration | None = None
     losses: Mapping[str, LossEvidence] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
@@ -64,6 +76,7 @@ class Evaluation:
         calibration: The threshold, set on the checkpoint without an edit.
         cells: Rows of the answer, those of mitigation ``none`` last.
         evidence: One row for each suspected image.
+        unseen: How far images came back that the model cannot hold.
         reference: Rows of the model that never saw the images; empty without one.
     """
 
@@ -72,6 +85,7 @@ class Evaluation:
     calibration: Calibration
     cells: tuple[Cell, ...]
     evidence: tuple[ImageEvidence, ...]
+    unseen: tuple[UnseenImage, ...]
     reference: tuple[Cell, ...] = ()
 
 
@@ -123,12 +137,24 @@ def attack_and_generate(
             calibrate(context, measure_all(context, prompts, folder, title="score prompts"))
         )
 
+    check_before = _check(context) if mitigated else None
+    with edit.applied(context.model):
+        check = _check(context)
+    scale = check.scale if context.attack.own_units else 1.0
+    if scale != 1:
+        log.warning(
+            "the model answers to random embeddings %.2g times as strongly as usual: random "
+            "starts and the steps from them are scaled by %g",
+            check.response / RESPONSE,
+            scale,
+        )
+
     def search(
         rounds: Sequence[Sequence[Job]], known: Sequence[Conditioning]
     ) -> tuple[Conditioning, ...]:
         with edit.applied(context.model):
             attacked = run_attacks(
-                context.attack_context(edit.identity),
+                context.attack_context(edit.identity, scale=scale),
                 rounds,
                 trainer=context.trainer,
                 on_round=on_round,
@@ -165,7 +191,25 @@ def attack_and_generate(
     if context.evidence.losses:
         with edit.applied(context.model):
             losses = loss_evidence(context, conditionings)
-    return Generated(conditionings, prompts if mitigated else (), calibration, losses, outcomes)
+    return Generated(
+        conditionings=conditionings,
+        baseline=prompts if mitigated else (),
+        check=check,
+        check_before=check_before,
+        calibration=calibration,
+        losses=losses,
+        outcomes=outcomes,
+    )
+
+
+def _check(context: AuditContext) -> ModelCheck:
+    """Check the model as it is now, on controls where there are some.
+
+    The same on every process.
+    """
+    pairs = sorted(context.pairs, key=lambda pair: pair.kind != "control")[:IMAGES]
+    latents = context.data.batch(pairs).latents
+    return distributed.broadcast_object(check_model(context.model, latents, context.seed))
 
 
 def evaluate(
@@ -195,15 +239,16 @@ def evaluate(
         )
         there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
         there_losses = reference.generated.losses
-    evidence = image_evidence(
-        pair_results(outcomes, calibration),
-        calibration,
-        rate=context.evidence.false_discovery_rate,
-        reference=pair_results(there, calibration),
-        losses=generated.losses,
-        reference_losses=there_losses,
-    )
-    return Evaluation(outcomes, baseline, calibration, cells, evidence, there_cells)
+    results = pair_results(outcomes, calibration)
+    results_there = pair_results(there, calibration)
+    models: dict[str, Any] = {
+        "reference": results_there,
+        "losses": generated.losses,
+        "reference_losses": there_losses,
+    }
+    evidence = image_evidence(results, calibration, rate=context.evidence.rate, **models)
+    unseen = unseen_images(results, calibration, **models)
+    return Evaluation(outcomes, baseline, calibration, cells, evidence, unseen, there_cells)
 
 
 def prompt_conditionings(context: AuditContext) -> tuple[Conditioning, ...]:

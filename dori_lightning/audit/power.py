@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,8 @@ from dori_lightning.audit.evaluation import (
     prompt_conditionings,
     reproduced_pairs,
 )
-from dori_lightning.metrics.evidence import Power
+from dori_lightning.metrics.descriptors import LocalCorrelation
+from dori_lightning.metrics.evidence import Power, attacked_scores
 from dori_lightning.metrics.replication import pair_results
 from dori_lightning.metrics.statistics import wilson_interval
 from dori_lightning.mitigations.base import Context
@@ -35,6 +37,7 @@ from dori_lightning.mitigations.edits import Edit, Origin, WeightEdit
 from dori_lightning.mitigations.finetuning import FinetunedMitigation, FinetuneSettings, Finetuning
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import PairsDataModule
+from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair, Pairs
 
@@ -154,6 +157,52 @@ class _PlantingTraining(Finetuning):
         return loss
 
 
+SIDE = 64
+"""Pixels a side at which images are compared."""
+
+SAME_IMAGE = 0.9
+"""Local correlation above which two images are one, saved, scaled or cut a little differently."""
+
+
+def check_never_seen(planted: Sequence[Pair], listed: Sequence[Pair]) -> None:
+    """Refuse positive controls that are among the suspects, before a model is loaded.
+
+    Images are compared, not files: a suspect that was scaled or saved anew is one all the same.
+
+    Args:
+        planted: Images that the model cannot hold.
+        listed: The list of pairs; its controls may be planted too.
+
+    Raises:
+        InputError: One of them is a suspect's image, or nearly.
+    """
+    suspects = [
+        (pair.id, own.image)
+        for pair in listed
+        if pair.kind != "control" and planted
+        for own in pair.references
+    ]
+    if not suspects:
+        return
+
+    def thumbnails(images: Iterable[Path]) -> torch.Tensor:
+        return torch.stack([image_tensor(square_image(image), SIDE) for image in images])
+
+    own = thumbnails(pair.image for pair in planted)
+    others = thumbnails(image for _, image in suspects)
+    alike = LocalCorrelation().similarity(own, others)
+    # a flat image correlates with nothing, but may be the same one
+    alike[(own[:, None] == others[None]).flatten(2).all(-1)] = 1.0
+    for row, pair in zip(alike, planted, strict=True):
+        if row.max() > SAME_IMAGE:
+            raise InputError(
+                f"{pair.image.name} of the positive controls is the image of "
+                f"{suspects[int(row.argmax())][0]}, or nearly (correlation {row.max():.2f})",
+                where="power.images",
+                fix="give images that the model cannot hold, or power.images=null",
+            )
+
+
 def measure_power(
     context: AuditContext, edit: Edit, planted: Sequence[Pair], settings: PowerSettings
 ) -> Power:
@@ -164,18 +213,7 @@ def measure_power(
         edit: The mitigation's.
         planted: Images that the model cannot hold, with prompts.
         settings: How they are planted.
-
-    Raises:
-        InputError: One of the images is among the suspects.
     """
-    known = {own.sha256: pair.id for pair in context.pairs for own in pair.references}
-    for pair in planted:
-        if pair.sha256 in known:
-            raise InputError(
-                f"{pair.image.name} of the positive controls is the image of {known[pair.sha256]}",
-                where="power.images",
-                fix="give images that the model cannot hold, or power.images=null",
-            )
     there = _context_of(context, planted)
     calibration = calibrate(there, ())
     carried, steps, drawn = edit, 0, frozenset[str]()
@@ -195,9 +233,17 @@ def measure_power(
     pictures = there.folder / "pictures"
     outcomes = measure_all(there, generated.conditionings, pictures, title="score planted")
     results = pair_results(outcomes, calibration)
-    attacked = {r.pair.id for r in results if r.condition.attack != "prompt" and r.reproduced}
-    hits = len(attacked & drawn)
-    return Power(len(drawn), len(planted), hits, wilson_interval(hits, len(drawn)), steps)
+    searched = [r for r in results if r.condition.attack != "prompt" and r.pair.id in drawn]
+    hits = len({r.pair.id for r in searched if r.reproduced})
+    scored = attacked_scores(searched, calibration, {r.condition for r in searched})
+    return Power(
+        planted=len(drawn),
+        tried=len(planted),
+        found=hits,
+        interval=wilson_interval(hits, len(drawn)),
+        steps=steps,
+        scores={name: score for name, (score, _) in scored.items()},
+    )
 
 
 def _context_of(context: AuditContext, planted: Sequence[Pair]) -> AuditContext:

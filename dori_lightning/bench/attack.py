@@ -7,7 +7,8 @@ attack draws them.
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,21 +34,22 @@ from dori_lightning.bench.measure import (
     BenchSettings,
     Family,
     Row,
-    ShapeSettings,
     peak_bytes,
     seconds_alone,
     timed_in_turn,
 )
-from dori_lightning.models.memory import pairs_at_once
+from dori_lightning.models.memory import measure_batch, pairs_at_once
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.report.words import number_words
 from dori_lightning.runtime.batching import parallel_batches
-from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Budget
 
 WAYS = {
+    "B0": "naive loop: weights trainable and in their own precision, image encoded at every step, "
+    "one pair at a time; timed with the first pair",
     "B1": "fair loop: frozen, evaluation mode, autocast where the model has it, latents cached, "
-    "one pair at a time",
+    "one pair at a time, weights in torch's usual memory format",
     "B2": "B1 with channels-last memory and torch.compile",
     "ours": "the package's attack, as an audit calls it",
     "solver": "its arithmetic alone, without Trainer, store and files",
@@ -81,6 +83,11 @@ class AttackTask:
         pairs, steps = number_words(len(self.ids), "pair"), number_words(self.steps, "step")
         return f"{pairs}, {steps} of {number_words(self.noise_batch, 'noise sample')}"
 
+    def first(self, count: int) -> "AttackTask":
+        """The attack on the first pairs alone."""
+        ids, latents, initial = self.ids[:count], self.latents[:count], self.initial[:count]
+        return replace(self, ids=ids, latents=latents, initial=initial)
+
     def draw(
         self, model: StableDiffusion, row: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,28 +115,42 @@ class Attacked:
 Attack = Callable[[AttackTask], Attacked]
 
 
-def fair(model: StableDiffusion, task: AttackTask, denoiser: Any = None) -> Attacked:
+def fair(
+    model: StableDiffusion,
+    task: AttackTask,
+    *,
+    denoiser: Any = None,
+    images: torch.Tensor | None = None,
+) -> Attacked:
     """B1: frozen, evaluation mode, autocast, cached latents, losses left on the device.
 
     Args:
         model: Model under attack; its autocast is used.
         task: The attack.
-        denoiser: Called instead of the model's denoiser, such as its compiled copy (B2).
+        denoiser: Called instead of the model's denoiser: a copy that is compiled (B2), or in
+            another memory format.
+        images: The images (N, 3, H, W) in [0, 1] make it B0: encoded at each step, without
+            autocast, and with gradients of the weights, which nobody uses.
     """
     # not "or": a compiled module has no truth value
     denoiser = model.unet if denoiser is None else denoiser
+    half = model.autocast if images is None else None
+    if denoiser is not model.unet:
+        denoiser.requires_grad_(images is not None)
     embeddings, losses = [], []
-    with model.frozen(), torch.enable_grad():
+    with model.frozen() if images is None else nullcontext(), torch.enable_grad():
         for row in range(len(task.ids)):
             latents = task.latents[row].to(model.device)
             embedding = task.initial[row : row + 1].clone().to(model.device).requires_grad_(True)
             optimizer = torch.optim.Adam([embedding], lr=task.lr)
             of_steps = []
             for step in range(task.steps):
+                if images is not None:
+                    latents = model.encode_images(images[row : row + 1])[0]
                 noise, timesteps = task.draw(model, row, step)
                 loss = _error(
                     model, denoiser, latents.expand_as(noise), noise, timesteps,
-                    embedding.expand(len(noise), -1, -1),
+                    embedding.expand(len(noise), -1, -1), half=half,
                 ).mean()  # fmt: skip
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -137,6 +158,8 @@ def fair(model: StableDiffusion, task: AttackTask, denoiser: Any = None) -> Atta
                 of_steps.append(loss.detach())
             embeddings.append(embedding.detach().cpu()[0])
             losses.append(torch.stack(of_steps).cpu())
+    if images is not None:
+        denoiser.zero_grad()
     return Attacked(torch.stack(embeddings), torch.stack(losses))
 
 
@@ -147,13 +170,14 @@ def _error(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     embeddings: torch.Tensor,
+    *,
+    half: torch.dtype | None,
 ) -> torch.Tensor:
-    """Mean squared error of each row's predicted noise (N,), or of v."""
+    """Mean squared error of each row's predicted noise (N,), or of v; autocast to ``half``."""
     alpha = model.alphas_cumprod[timesteps][:, None, None, None]
     noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     dtype = next(model.unet.parameters()).dtype
-    device, half = model.device.type, model.autocast
-    with torch.autocast(device, half or torch.bfloat16, enabled=half is not None):
+    with torch.autocast(model.device.type, half or torch.bfloat16, enabled=half is not None):
         (output,) = denoiser(
             noised.to(dtype), timesteps, encoder_hidden_states=embeddings.to(dtype),
             return_dict=False,
@@ -209,76 +233,102 @@ def attack_task(bench: BenchContext, pairs: int, *, steps: int, noise_batch: int
 
 
 def attack_family(bench: BenchContext, settings: BenchSettings) -> Family:
-    """The ladder on a checkpoint."""
+    """Every way but the compiled one in turn, then what their operations take alone.
+
+    Memory is that of one step: of a pair, and of ours of all that it computes at once.
+    """
     task = attack_task(
         bench, settings.pairs, steps=settings.steps, noise_batch=settings.noise_batch
     )
-    model = bench.model
-    ours = {"ours": partial(audit_attack, bench), "solver": partial(solver_attack, model)}
-    rows = attack_rows(model, task, ours, settings)
-    return Family("attack", f"attack on {bench.model.name}: {task}", rows)
-
-
-def shape_family(model: StableDiffusion, settings: ShapeSettings, *, seed: int) -> Family:
-    """The ladder on random latents, for a model of Stable Diffusion 1.4's shape."""
-    generator, count = keyed_generator("bench", seed), settings.pairs
-    ids = tuple(f"noise{k}" for k in range(count))
-    latents = torch.randn(count, *model.latent_shape, generator=generator)
-    initial = torch.randn(count, *model.embedding_shape, generator=generator)
-    task = AttackTask(ids, latents, initial, settings.steps, settings.noise_batch, seed=seed)
-    rows = attack_rows(model, task, {"ours": partial(solver_attack, model)}, settings)
-    title = f"attack on Stable Diffusion 1.4's UNet, random weights in {settings.dtype}, latents"
-    return Family("sd14", f"{title} of side {settings.latent}: {task}", rows)
-
-
-def attack_rows(
-    model: StableDiffusion,
-    task: AttackTask,
-    ours: Mapping[str, Attack],
-    settings: BenchSettings | ShapeSettings,
-) -> tuple[Row, ...]:
-    """Measure every way in turn, then what its operations take alone.
-
-    Args:
-        model: Model under attack.
-        task: What is timed.
-        ours: The package's ways, one of which is ``ours``.
-        settings: How often, and whether to compile; the row says why not where that cannot be.
-    """
-    attacks: dict[str, Attack] = {"B1": partial(fair, model), **ours}
-    # memory on the CPU is that of single operations, which compiled code does not show
-    eager = dict(attacks)
-    skipped = "" if settings.compile else "not asked for (compile)"
-    compilers = ("g++", "clang++", "c++")
-    if settings.compile and model.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        skipped = "no C++ compiler (g++, clang++) on this machine"
-    if not skipped:
-        twin = copy.deepcopy(model.denoiser()).to(memory_format=torch.channels_last)
-        fast = torch.compile(twin.eval().requires_grad_(False))
-        attacks["B2"] = partial(fair, model, denoiser=fast)
-        eager["B2"] = partial(fair, model, denoiser=twin)
-    timed, results = timed_in_turn(
-        {name: (WAYS[name], partial(attacks[name], task)) for name in WAYS if name in attacks},
-        model=model, pairs=len(task.ids), repeats=settings.repeats, title="attack",
+    model, cpu = bench.model, bench.model.device.type == "cpu"
+    images = torch.stack(
+        [image_tensor(square_image(p.image), model.resolution) for p in bench.pairs[:1]]
+    )
+    plain = _plain_denoiser(model)
+    attacks: dict[str, Attack] = {
+        "ours": partial(audit_attack, bench),
+        "solver": partial(solver_attack, model),
+        "B1": partial(fair, model, denoiser=plain),
+        "B0": partial(fair, model, denoiser=plain, images=images),
+    }
+    rows, results = timed_in_turn(
+        {
+            name: (WAYS[name], partial(attack, task.first(1) if name == "B0" else task))
+            for name, attack in attacks.items()
+        },
+        model=model, pairs=settings.pairs, repeats=settings.repeats, title="attack",
+        until=bench.until,
     )  # fmt: skip
+    rows["B0"] = replace(rows["B0"], pairs=1)
     # one step of one full pass
-    share = pairs_at_once(model) if model.device.type == "cpu" else len(task.ids)
-    full = {name: getattr(task, name)[:share] for name in ("ids", "latents", "initial")}
-    one, rows = replace(task, steps=1, **full), []
-    for name, what in WAYS.items():
-        if name not in timed:
-            if name == "B2":
-                rows.append(Row(name, what, skipped=skipped))
-            continue
-        memory = peak_bytes(partial(eager[name], one), model.device)
-        if name in ours and model.device.type == "cpu":
+    one = replace(task, steps=1).first(pairs_at_once(model) if cpu else settings.pairs)
+    for name in [name for name, row in rows.items() if row.seconds]:
+        step = one.first(1) if name == "B0" else one
+        memory = peak_bytes(partial(attacks[name], step), model.device)
+        if name in ("ours", "solver") and cpu:
             memory *= parallel_batches(model)  # measured with one pass after the other
-        difference = (results[name].embeddings - results["ours"].embeddings).abs().max()
-        values = {
-            "last_loss": float(results[name].losses[:, -1].mean()),
-            "furthest_from_ours": float(difference),
-        }
-        rows.append(replace(timed[name], peak_bytes=memory, values=values))
+        rows[name] = replace(
+            _compared(rows[name], results, bench.cost.attack * task.noise_batch * task.steps),
+            peak_bytes=memory,
+        )
+    samples, parallel = len(one.ids) * one.noise_batch, parallel_batches(model)
+    planned = measure_batch(model).total(samples, parallel=parallel)
+    rows["ours"] = replace(rows["ours"], planned_bytes=planned)
     alone = task.steps * seconds_alone(partial(solver_attack, model, one), model.device)
     what = "its matrix products, convolutions and attention, each shape by itself"
-    return (*rows, Row(ALONE, what, pairs=len(one.ids), seconds=(alone,)))
+    limit = Row(ALONE, what, pairs=len(one.ids), seconds=(alone,))
+    ordered = [rows[name] for name in WAYS if name in rows]
+    title = f"attack on {model.name}: {task}"
+    return Family("attack", title, (*ordered, limit), peak=bench.peak)
+
+
+def compiled_family(bench: BenchContext, settings: BenchSettings) -> Family:
+    """The fair loop with and without what the compiler makes of it, which takes minutes."""
+    model = bench.model
+    task = attack_task(
+        bench, settings.pairs, steps=settings.steps, noise_batch=settings.noise_batch
+    )
+    title = f"fair attack on {model.name}, compiled: {task}"
+    compilers = ("g++", "clang++", "c++")
+    if model.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        why = "no C++ compiler (g++, clang++) on this machine"
+        return Family("compiled", title, (Row("B2", WAYS["B2"], skipped=why),))
+    twin = copy.deepcopy(model.denoiser()).to(memory_format=torch.channels_last)
+    fast = torch.compile(twin.eval().requires_grad_(False))
+    rows, results = timed_in_turn(
+        {
+            "B1": (WAYS["B1"], partial(fair, model, task, denoiser=_plain_denoiser(model))),
+            "B2": (WAYS["B2"], partial(fair, model, task, denoiser=fast)),
+        },
+        model=model, pairs=settings.pairs, repeats=settings.repeats, title="compiled attack",
+        until=bench.until,
+    )  # fmt: skip
+    work = bench.cost.attack * task.noise_batch * task.steps
+    measured = tuple(_compared(row, results, work, to="B1") for row in rows.values())
+    return Family("compiled", title, measured, peak=bench.peak)
+
+
+def _plain_denoiser(model: StableDiffusion) -> torch.nn.Module | None:
+    """A copy in torch's usual memory format, where the model is in another: on a GPU."""
+    if model.device.type == "cpu":
+        return None
+    return copy.deepcopy(model.denoiser()).to(memory_format=torch.contiguous_format)
+
+
+def _compared(row: Row, results: dict[str, Attacked], work: float, *, to: str = "ours") -> Row:
+    """A row with what its attack ended with, and the operations that it needs.
+
+    Args:
+        row: The row.
+        results: Name of a way to what it ended with.
+        work: Operations of a pair.
+        to: Way whose embeddings the row's are compared with.
+    """
+    if not row.seconds:
+        return row
+    own, other = results[row.name], results[to].embeddings
+    values = {
+        "last_loss": float(own.losses[:, -1].mean()),
+        f"furthest_from_{to}": float((own.embeddings - other[: len(own.embeddings)]).abs().max()),
+    }
+    return replace(row, values=values, flops=work * row.pairs)

@@ -25,23 +25,31 @@ def sampling_family(bench: BenchContext, settings: BenchSettings) -> Family:
     """Generate an audit's images one at a time, and as the package does."""
     sampling, pairs = bench.context.sampling, settings.sampling_pairs
     embeddings = bench.context.data.batch(bench.pairs[:pairs]).embeddings
-    alone = "an image at a time, with and without the prompt one after the other"
-    ours = "the package's way: in batches, both halves of the guidance in one pass, to files"
     rows, images = timed_in_turn(
         {
-            "B1": (alone, partial(one_at_a_time, bench, embeddings)),
-            "ours": (ours, partial(bench.generate, embeddings)),
+            "ours": (
+                "the package's way: in batches, both halves of the guidance in one pass, to files",
+                partial(bench.generate, embeddings),
+            ),
+            "B1": (
+                "an image at a time, with and without the prompt one after the other",
+                partial(one_at_a_time, bench, embeddings),
+            ),
         },
         model=bench.model, pairs=pairs, repeats=settings.repeats, title="sampling",
+        until=bench.until,
     )  # fmt: skip
-    # the files round to eight bits
-    difference = float((images["B1"] - images["ours"]).abs().max()) - 0.5 / 255
-    values = {"furthest_pixel": max(0.0, difference)}
+    needed = sampling.steps * sampling.rows_per_step * sampling.images_per_pair * pairs
+    alone, ours = (replace(rows[k], flops=bench.cost.forward * needed) for k in ("B1", "ours"))
+    if "B1" in images:
+        # the files round to eight bits
+        difference = float((images["B1"] - images["ours"]).abs().max()) - 0.5 / 255
+        ours = replace(ours, values={"furthest_pixel": max(0.0, difference)})
     title = (
         f"{sampling.images_per_pair} images of each of {pairs} pairs: {sampling.sampler}, "
         f"{sampling.steps} steps, guidance {sampling.guidance:g}"
     )
-    return Family("sampling", title, (rows["B1"], replace(rows["ours"], values=values)))
+    return Family("sampling", title, (alone, ours), peak=bench.peak)
 
 
 @torch.no_grad()
@@ -74,7 +82,12 @@ def nemo_family(bench: BenchContext, settings: BenchSettings, method: NeMo) -> F
     # computed once and read by both: the search is what differs
     path = statistics.save(bench.scratch("nemo") / "statistics.safetensors")
     method = replace(method, statistics=str(path))
-    return mask_family("nemo", bench, method, pairs=settings.nemo_pairs, repeats=settings.repeats)
+    family = mask_family(
+        "nemo", bench, method, pairs=settings.nemo_pairs, repeats=settings.repeats
+    )
+    # copies that fill up passes on a CPU count here: how many questions there are is not known
+    rows = [replace(row, flops=bench.cost.forward * row.samples) for row in family.rows]
+    return replace(family, rows=tuple(rows), peak=bench.peak)
 
 
 def mask_family(
@@ -85,15 +98,15 @@ def mask_family(
     apply = partial(method.apply, bench.model, context=bench.context)
     rows, results = timed_in_turn(
         {
-            "B1": ("one pair after the other", lambda: [apply(pairs=[p]) for p in chosen]),
             "ours": ("all pairs together", partial(apply, pairs=chosen)),
+            "B1": ("one pair after the other", lambda: [apply(pairs=[p]) for p in chosen]),
         },
-        model=bench.model, pairs=pairs, repeats=repeats, title=name,
+        model=bench.model, pairs=pairs, repeats=repeats, title=name, until=bench.until,
     )  # fmt: skip
     together: Edit = results["ours"]
     same = sum(
         edit.for_pair(pair.id).identity == together.for_pair(pair.id).identity
-        for pair, edit in zip(chosen, results["B1"], strict=True)
+        for pair, edit in zip(chosen, results.get("B1", ()), strict=False)
     )
     values = {"pairs_with_equal_masks": same, "pairs": pairs}
     title = f"masks of {method.name} for {pairs} pairs"
@@ -120,6 +133,7 @@ def finetuning_family(
     rows, _ = timed_in_turn(
         {"ours": (what, run)},
         model=bench.model, pairs=pairs, repeats=settings.repeats, title=method.name,
+        until=bench.until,
     )  # fmt: skip
     title = f"{method.name}, {pairs} pairs, {updates} updates"
     return Family("finetuning", title, tuple(rows.values()))

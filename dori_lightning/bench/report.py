@@ -16,7 +16,7 @@ from dori_lightning.report.tables import TextTable, markdown_table
 
 _COLUMNS = (
     "part", "way", "s per pair, median [min, max]", "times as fast as B1", "of layers alone",
-    "samples/s", "MiB", "warm-up s", "result",
+    "of peak", "samples/s", "MiB", "MiB planned", "warm-up s", "result",
 )  # fmt: skip
 
 
@@ -25,7 +25,8 @@ def markdown(families: Sequence[Family]) -> str:
     rows = tuple(_cells(family, row) for family in families for row in family.rows)
     lines = [markdown_table(TextTable("", "", _COLUMNS, rows, named=2))]
     for family in families:
-        lines.append(f"- **{family.name}**: {family.title}")
+        peak = f"; peak {family.peak / 1e12:.3g} TFLOP/s" if family.peak else ""
+        lines.append(f"- **{family.name}**: {family.title}{peak}")
         lines += [f"  - {row.name}: {row.what}" for row in family.rows]
     return "\n".join([*lines, ""])
 
@@ -42,8 +43,10 @@ def _cells(family: Family, row: Row) -> tuple[str, ...]:
         f"{row.per_pair:.4g} [{low:.4g}, {high:.4g}]",
         _number(family.ratio("B1", row), ".2f"),
         _number(family.ratio(ALONE, row), ".0%"),
+        _number(family.of_peak(row), ".1%"),
         _number(rate, ",.4g"),
         _number(row.peak_bytes and row.peak_bytes / 2**20, ",.0f"),
+        _number(row.planned_bytes and row.planned_bytes / 2**20, ",.0f"),
         _number(row.warm_up or None, ".3g"),
         "; ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.values.items()),
     )

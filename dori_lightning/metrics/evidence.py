@@ -12,8 +12,8 @@ Hochberg over images the false discovery rate stays at its level).
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
@@ -22,7 +22,10 @@ from numpy.typing import ArrayLike
 from scipy.stats import false_discovery_control
 
 from dori_lightning.metrics.replication import PairResult
-from dori_lightning.types import Calibration, Condition, InputError, Kind, Number, Scale
+from dori_lightning.types import Calibration, Condition, InputError, Kind, Number, Scale, require
+
+USUAL_RATE = 0.05
+"""False discovery rate where none was asked for."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,53 @@ class EvidenceSettings:
 
     Attributes:
         false_discovery_rate: Expected share of images that the model does not hold among those
-            that the verdict names, in (0, 1).
+            that the verdict names, in (0, 1). ``auto`` is 5 %, and a list too small for that is
+            audited all the same: its copies are answered ``copy_few_nulls``. A number is a claim
+            to be made, and refused where no result could support it.
         losses: Whether images are also compared with their altered copies by denoising loss.
     """
 
-    false_discovery_rate: float = 0.05
+    false_discovery_rate: float | Literal["auto"] = "auto"
     losses: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.false_discovery_rate < 1:
-            raise InputError(
-                f"evidence.false_discovery_rate must lie between 0 and 1, "
-                f"got {self.false_discovery_rate}"
-            )
+        asked = self.false_discovery_rate
+        require(
+            asked == "auto" if isinstance(asked, str) else 0 < asked < 1,
+            "evidence.false_discovery_rate must lie between 0 and 1, or be auto",
+            asked,
+        )
+
+    @property
+    def rate(self) -> float:
+        """The false discovery rate as a number."""
+        asked = self.false_discovery_rate
+        return USUAL_RATE if isinstance(asked, str) else asked
+
+    def check_nulls(self, counts: Mapping[Kind, int], *, reference: bool) -> None:
+        """Refuse an error rate that was asked for and that no result could ever support.
+
+        Args:
+            counts: As of `nulls_among`.
+            reference: The same.
+
+        Raises:
+            InputError: Says how many images that the model cannot hold are needed.
+        """
+        nulls = nulls_among(counts, reference=reference)
+        suspects = sum(counts.values()) - counts.get("control", 0)
+        needed = nulls_needed(suspects, self.rate) if suspects else 0
+        if self.false_discovery_rate == "auto" or nulls >= needed:
+            return
+        raise InputError(
+            f"a false discovery rate of {self.rate:g} needs at least {needed} attacked images "
+            f"that the model cannot hold, this audit has {nulls}: no p-value can fall below "
+            f"1/{nulls + 1}",
+            where="evidence.false_discovery_rate",
+            fix=f"add {needed - nulls} pairs of kind control, have the suspects' own altered "
+            f"copies attacked (pairs.self_controls=[mirrored,turned,shifted]), ask for a rate of "
+            f"{math.ceil(1000 / (nulls + 1)) / 1000:g} or more, or leave it at auto",
+        )
 
 
 def conformal_p_values(scores: ArrayLike, nulls: ArrayLike) -> np.ndarray:
@@ -101,23 +138,29 @@ def nulls_needed(suspects: int, rate: float, *, found: int | None = None) -> int
     return math.ceil(suspects / (rate * found) - 1 - 1e-9)
 
 
-def check_nulls(nulls: int, suspects: int, rate: float) -> None:
-    """Refuse an error rate that so few nulls can never support, before anything runs.
+def fewest_together(suspects: int, nulls: int, rate: float) -> int | None:
+    """Fewest suspects that can be discoveries, all with the smallest p-value.
 
-    Raises:
-        InputError: Says how many are needed.
+    Args:
+        suspects: N, at least 1.
+        nulls: M, images that the model cannot hold.
+        rate: False discovery rate in (0, 1).
+
+    Returns:
+        Their number, None where even all suspects cannot.
     """
-    needed = nulls_needed(suspects, rate) if suspects else 0
-    if nulls < needed:
-        raise InputError(
-            f"a false discovery rate of {rate:g} needs at least {needed} attacked images that "
-            f"the model cannot hold, this audit has {nulls}: no p-value can fall below "
-            f"1/{nulls + 1}",
-            where="evidence.false_discovery_rate",
-            fix=f"add {needed - nulls} pairs of kind control, keep the suspects' own altered "
-            f"copies (pairs.self_controls=[mirrored,turned]), or ask for a rate of "
-            f"{1 / (nulls + 1):.3f} or more",
-        )
+    fewest = math.ceil(suspects / (rate * (nulls + 1)) - 1e-9)
+    return fewest if fewest <= suspects else None
+
+
+def nulls_among(counts: Mapping[Kind, int], *, reference: bool) -> int:
+    """Count attacked images that the model cannot hold.
+
+    Args:
+        counts: Attacked pairs by kind, altered copies among the controls.
+        reference: Whether all are also attacked on a model that never saw them.
+    """
+    return counts.get("control", 0) + (sum(counts.values()) if reference else 0)
 
 
 COPY = 0.5
@@ -197,6 +240,29 @@ class ImageEvidence:
     reference_similarity: Number = math.nan
 
 
+Unseen = Literal["control", "altered_copy", "reference"]
+"""Why a model cannot hold an image: the list says so, it is a suspect's altered copy, or the model
+is another one, which never saw it."""
+
+
+@dataclass(frozen=True)
+class UnseenImage:
+    """How far an image came back that the model cannot hold.
+
+    Attributes:
+        id: The pair's.
+        group: Why the model cannot hold it.
+        score: The highest under ``tried_conditions``.
+        loss_ratio: Denoising loss, times that of the most favourable altered copy; NaN if not
+            measured.
+    """
+
+    id: str
+    group: Unseen
+    score: Number
+    loss_ratio: Number = math.nan
+
+
 ENOUGH_POWER = 0.5
 """An attack whose power may be below this could not have seen an image."""
 
@@ -211,13 +277,16 @@ class Power:
         found: Planted images that the attack reproduces from random embeddings.
         interval: 95 % Wilson interval of ``found / planted``.
         steps: Optimizer steps that planting took.
+        scores: Id of each planted image to the highest score that the attack reached on it; NaN
+            without a result. Empty in records of earlier versions.
     """
 
     planted: int
     tried: int
     found: int
-    interval: tuple[float, float]
+    interval: tuple[Number, Number]
     steps: int
+    scores: dict[str, Number] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -245,6 +314,118 @@ def attacked_scores(
     return best
 
 
+def tried_conditions(results: Iterable[PairResult]) -> set[Condition]:
+    """Conditions under which an image can be judged: those that controls were tried under.
+
+    An image that had more tries than its nulls stands out by that alone. Without controls, only
+    the prompts.
+    """
+    known = list(results)
+    tried = {r.condition for r in known if r.pair.kind == "control" and r.status == "ok"}
+    return tried or {r.condition for r in known if r.condition.attack == "prompt"}
+
+
+def unseen_images(
+    results: Sequence[PairResult],
+    rule: Calibration,
+    *,
+    reference: Sequence[PairResult] = (),
+    losses: Mapping[str, LossEvidence] = MappingProxyType({}),
+    reference_losses: Mapping[str, LossEvidence] = MappingProxyType({}),
+) -> tuple[UnseenImage, ...]:
+    """How far images came back that the model cannot hold; arguments as of `image_evidence`.
+
+    Those without a score are left out.
+    """
+    tried = tried_conditions(results)
+
+    def rows(
+        found: Sequence[PairResult], ratios: Mapping[str, LossEvidence], group: Unseen | None
+    ) -> Iterator[UnseenImage]:
+        for name, (score, result) in attacked_scores(found, rule, tried).items():
+            kind = group or ("altered_copy" if result.pair.copy_of else "control")
+            ratio = ratios[name].ratio if name in ratios else math.nan
+            yield UnseenImage(name, kind, score, ratio)
+
+    controls = [result for result in results if result.pair.kind == "control"]
+    return (*rows(controls, losses, None), *rows(reference, reference_losses, "reference"))
+
+
+def painted_images(unseen: Iterable[UnseenImage]) -> frozenset[str]:
+    """Ids of images that the attack paints: it brings them back from the reference model."""
+    return frozenset(
+        image.id for image in unseen if image.group == "reference" and image.score > COPY
+    )
+
+
+def null_scores(unseen: Sequence[UnseenImage]) -> list[float]:
+    """The scores that p-values rest on: those of images that the attack does not paint."""
+    painted = painted_images(unseen)
+    return [image.score for image in unseen if image.id not in painted]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The answer for one image, with its p-values (``ImageEvidence``)."""
+
+    answer: Answer
+    reason: Reason
+    p_image: float
+    p_loss: float
+
+
+def judge(
+    scores: Sequence[float],
+    ratios: Sequence[float],
+    unseen: Sequence[UnseenImage],
+    *,
+    rate: float,
+    auditable: Sequence[bool] | None = None,
+    painted: Sequence[bool] | None = None,
+) -> list[Judged]:
+    """Answer for each of N suspects, from scores and loss ratios alone.
+
+    An image is reproduced (``yes``) where it is a copy by its own threshold *and* stands out from
+    what images that the model cannot hold reach: at a false discovery rate over all images, or,
+    where nulls are too few for that, above every one of them (``copy_few_nulls``). The threshold
+    alone knows no error rate, a p-value alone calls anything unusual a copy. An image
+    that the reference model reproduces as well proves nothing (``cannot_tell``): the attack
+    paints it. It, and only it: as a null it counts for no other image.
+
+    Args:
+        scores: Highest score of each; NaN without a result.
+        ratios: Smallest loss ratio of each (``LossEvidence``); NaN if not measured.
+        unseen: Images that the model cannot hold.
+        rate: False discovery rate over the images, in (0, 1).
+        auditable: Whether the descriptor can judge each; None for all.
+        painted: Whether the reference model reproduces each; None for none.
+    """
+    fit = np.ones(len(scores), bool) if auditable is None else np.asarray(auditable, bool)
+    paints = np.zeros(len(scores), bool) if painted is None else np.asarray(painted, bool)
+    nulls = null_scores(unseen)
+    by_image = conformal_p_values(scores, nulls)
+    by_loss = conformal_p_values(
+        -np.log(np.asarray(ratios, np.float64)), -np.log([image.loss_ratio for image in unseen])
+    )
+    # an image that this descriptor cannot judge has its p-value by loss, but is no part of the
+    # family and no null: it may move no other image's answer
+    dormant = discoveries(np.where(fit, by_loss, math.nan), rate) | (~fit & (by_loss <= rate))
+    copies = discoveries(by_image, rate)
+    found = []
+    for k, score in enumerate(scores):
+        answer, reason = _answer(
+            score,
+            by_image=copies[k],
+            # a discovery, or as small a p-value as the nulls allow
+            beats_all=copies[k] or by_image[k] * (1 + len(nulls)) < 1.5,
+            by_loss=dormant[k],
+            auditable=fit[k],
+            painted=paints[k],
+        )
+        found.append(Judged(answer, reason, float(by_image[k]), float(by_loss[k])))
+    return found
+
+
 def image_evidence(
     results: Sequence[PairResult],
     rule: Calibration,
@@ -254,17 +435,9 @@ def image_evidence(
     losses: Mapping[str, LossEvidence] = MappingProxyType({}),
     reference_losses: Mapping[str, LossEvidence] = MappingProxyType({}),
 ) -> tuple[ImageEvidence, ...]:
-    """Judge every suspected image, with its own error bound.
+    """Judge every suspected image, with its own error bound (``judge``).
 
-    An image is reproduced (``yes``) where it is a copy by its own threshold *and* stands out from
-    what images that the model cannot hold reach: at a false discovery rate over all images, or,
-    where nulls are too few for that, above every one of them (``copy_few_nulls``). The threshold
-    alone knows no error rate, a p-value alone calls anything unusual a copy. An image
-    that the reference model reproduces as well proves nothing (``cannot_tell``): the attack
-    paints it. It, and only it: as a null it counts for no other image.
-
-    Only conditions under which controls were tried count, since an image that had more tries than
-    its nulls stands out by that alone; without controls, only the prompts.
+    Only ``tried_conditions`` count.
 
     Args:
         results: One for each pair and condition, controls included.
@@ -277,53 +450,38 @@ def image_evidence(
     Returns:
         One row for each pair that is no control, in order of appearance.
     """
-    tried = {r.condition for r in results if r.pair.kind == "control" and r.status == "ok"}
-    tried = tried or {r.condition for r in results if r.condition.attack == "prompt"}
+    tried = tried_conditions(results)
     own, other = attacked_scores(results, rule, tried), attacked_scores(reference, rule, tried)
     suspects = {r.pair.id: r.pair for r in results if r.pair.kind != "control"}
-    painted = {name for name, (score, _) in other.items() if score > COPY}
-    nulls = [score for name, (score, _) in own.items() if name not in suspects.keys() | painted]
-    nulls += [score for name, (score, _) in other.items() if name not in painted]
-    scores = [own[name][0] if name in own else math.nan for name in suspects]
-    by_image = conformal_p_values(scores, nulls)
-    # an image that this descriptor cannot judge has its p-value by loss, but is no part of the
-    # family and no null: it may move no other image's answer
-    unfit = set(rule.not_auditable)
-    null_losses = [v.score for name, v in losses.items() if name not in suspects.keys() | unfit]
-    null_losses += [v.score for name, v in reference_losses.items() if name not in unfit]
-    by_loss = conformal_p_values(
-        [losses[name].score if name in losses else math.nan for name in suspects], null_losses
+    unseen = unseen_images(
+        results, rule, reference=reference, losses=losses, reference_losses=reference_losses
     )
-    family = np.where([name in unfit for name in suspects], math.nan, by_loss)
-    dormant = discoveries(family, rate) | (np.isnan(family) & (by_loss <= rate))
-    stands_out = zip(discoveries(by_image, rate), dormant, strict=True)
+    scores = [own[name][0] if name in own else math.nan for name in suspects]
+    ratios = [losses[name].ratio if name in losses else math.nan for name in suspects]
+    painted = painted_images(unseen)
+    judged = judge(
+        scores,
+        ratios,
+        unseen,
+        rate=rate,
+        auditable=[name not in rule.not_auditable for name in suspects],
+        painted=[name in painted for name in suspects],
+    )
     rows = []
-    for (name, pair), p_image, p_loss, found in zip(
-        suspects.items(), by_image, by_loss, stands_out, strict=True
+    for (name, pair), score, ratio, found in zip(
+        suspects.items(), scores, ratios, judged, strict=True
     ):
-        score, result = own.get(name, (math.nan, None))
-        answer, reason = _answer(
-            score,
-            by_image=found[0],
-            # a discovery, or as small a p-value as the nulls allow
-            beats_all=found[0] or p_image * (1 + len(nulls)) < 1.5,
-            by_loss=found[1],
-            auditable=name not in unfit,
-            painted=name in painted,
-        )
+        result = own[name][1] if name in own else None
         rows.append(
             ImageEvidence(
                 id=name,
                 kind=pair.kind,
-                answer=answer,
-                reason=reason,
+                **vars(found),
                 similarity=math.nan if result is None else result.statistic,
                 condition=None if result is None else result.condition,
                 scale=rule.scales.get(name, Scale(math.nan, math.nan)),
                 score=score,
-                p_image=float(p_image),
-                p_loss=float(p_loss),
-                loss_ratio=losses[name].ratio if name in losses else math.nan,
+                loss_ratio=ratio,
                 reference_similarity=other[name][1].statistic if name in other else math.nan,
             )
         )

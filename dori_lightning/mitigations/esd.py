@@ -138,7 +138,7 @@ class ESDTraining(Finetuning):
                 prompts,
                 noise.to(device),
                 timesteps=self.visited.to(device),
-                reached=reached.to(device),
+                reached=reached,
                 guidance=method.guidance,
             )
             without, with_prompt = _both(teacher, latents, timesteps, prompts)
@@ -208,7 +208,7 @@ def partly_denoised(
         prompts: Embeddings (N, T, D).
         noise: Starting noise (N, C, h, w), at ``timesteps[0]``.
         timesteps: Timesteps that the sampler visits (S,), falling.
-        reached: Steps of each row (N,), 0..S - 1.
+        reached: Steps of each row (N,), 0..S - 1, on the CPU.
         guidance: Guidance scale.
 
     Returns:
@@ -216,7 +216,7 @@ def partly_denoised(
     """
     latents = noise.clone()
     for k in range(int(reached.max())):
-        rows = (reached > k).nonzero()[:, 0]
+        rows = (reached > k).nonzero()[:, 0].to(latents.device)
         x, t = latents[rows], timesteps[k].expand(len(rows))
         without, with_prompt = _both(model, x, t, prompts[rows])
         predicted = without + guidance * (with_prompt - without)

@@ -196,7 +196,7 @@ class NeMo:
                 )  # fmt: skip
             searches = {}
             for pair, probe in probes.items():
-                if probe.memorized:
+                if probe.memorized or self.criterion.searches_all:
                     embedding = pairs[pair][None]
                     active = {name: activations(m, embedding)[0] for name, m in layers.items()}
                     levels = self.levels.of(active, statistics)

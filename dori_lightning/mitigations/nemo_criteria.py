@@ -15,13 +15,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from dori_lightning.mitigations.base import Context, Evaluations, require
+from dori_lightning.mitigations.base import Context, Evaluations, require, require_choices
 from dori_lightning.mitigations.edits import Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
 from dori_lightning.models.protocol import Sampling, TextToImage
@@ -32,6 +32,9 @@ ROWS = 16
 """Rows of a batch. On the CPU, 32 save 8 % of the time of a row and 8 cost 20 % more, but with few
 pairs left a larger batch is filled up with more copies."""
 
+GPU_ROWS = 64
+"""Rows of a batch on a GPU, where no copies fill it up; not measured yet."""
+
 BACKOFF = OomBackoff("NeMo", "sample", "checkpoint.precision=bf16, or a device with more memory")
 
 PUBLISHED_STEPS = 50
@@ -40,6 +43,7 @@ PUBLISHED_STEPS = 50
 FIRST_SEED = 60_000
 """Generation seeds of `Replication` begin here, far from those of an audit's images."""
 
+WhenNotMemorized = Literal["leave", "block"]
 Forward = Callable[..., torch.Tensor]
 Embeddings = Mapping[str, torch.Tensor]
 """Name to text embedding (T, D)."""
@@ -91,6 +95,11 @@ class Criterion(ABC):
 
     min_samples: ClassVar[int] = 1
 
+    @property
+    def searches_all(self) -> bool:
+        """Whether neurons are searched for pairs without memorization too."""
+        return False
+
     @abstractmethod
     def forward(self, model: TextToImage, context: Context) -> Forward:
         """What runs the denoiser for a question, with ``pair_ids`` of the rows."""
@@ -139,6 +148,8 @@ class NoiseDifference(Criterion):
             prompts the mean plus ``threshold_stds`` standard deviations.
         threshold_prompts: Ordinary prompts for that.
         threshold_stds: See ``threshold``.
+        when_not_memorized: What becomes of a pair whose prompt shows no memorization: ``leave``
+            blocks nothing, as published; ``block`` goes on with all samples.
     """
 
     min_samples: ClassVar[int] = 2  # they are compared with each other
@@ -147,6 +158,7 @@ class NoiseDifference(Criterion):
     threshold: float | None = None
     threshold_prompts: int = 100
     threshold_stds: float = 1.0
+    when_not_memorized: WhenNotMemorized = "leave"
 
     def __post_init__(self) -> None:
         last, limit, prompts = PUBLISHED_STEPS - 1, self.threshold, self.threshold_prompts
@@ -157,6 +169,12 @@ class NoiseDifference(Criterion):
             limit is None or 0 < limit < 1, "criterion.threshold must be in (0, 1) or null", limit
         )
         require(prompts >= 2, "criterion.threshold_prompts must be >= 2", prompts)
+        require_choices(self, within="criterion.", when_not_memorized=WhenNotMemorized)
+
+    @property
+    def searches_all(self) -> bool:
+        """Whether to block where nothing is memorized."""
+        return self.when_not_memorized == "block"
 
     def calibrated(self, threshold: float) -> NoiseDifference:
         """The same with a threshold that ordinary prompts need not be looked at for."""
@@ -339,14 +357,14 @@ class BlockedModel:
             inputs = zip(*(row for _, row in batch), strict=True)
             return self.forward(*map(torch.stack, inputs), pair_ids=[name for name, _ in batch])
 
+        cpu = self.model.device.type == "cpu"
         with PairMaskEdit(Origin(self.model.fingerprint), masks).applied(self.model):
             outputs = map_batches(
                 answer,
                 rows,
-                at_once=ROWS * parallel_batches(self.model),
+                at_once=ROWS * parallel_batches(self.model) if cpu else GPU_ROWS,
                 model=self.model,
                 backoff=BACKOFF,
-                pad=self.model.device.type == "cpu",  # elsewhere rounding is not that exact anyway
                 advance=advance,
             )
         return list(torch.split(torch.stack(outputs), [len(q.inputs[0]) for q in questions]))

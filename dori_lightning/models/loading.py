@@ -41,6 +41,7 @@ from dori_lightning.types import InputError, first_line
 log = logging.getLogger(__name__)
 
 PredictionType = Literal["epsilon", "v_prediction"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _WORDS: dict[Part, str] = {
     "unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder",
@@ -58,7 +59,7 @@ def load_checkpoint(
     text_encoder: str | None = None,
     prediction_type: PredictionType | None = None,
     variant: str | None = None,
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    precision: Precision = "auto",
     channels_last: bool | Literal["auto"] = "auto",
     device: str = "auto",
     resolution: int | None = None,
@@ -95,8 +96,8 @@ def load_checkpoint(
             to fix it.
     """
     place = resolve_source(source)
-    target = _choose_device(device)
-    autocast = _choose_autocast(precision, target)
+    target = choose_device(device)
+    autocast = choose_autocast(precision, target)
     others: dict[Part, str | None] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     replacements = [
         Replacement.open(part, given) for part, given in others.items() if given is not None
@@ -272,7 +273,7 @@ def _fetched(source: str, revision: str, variant: str | None, *, weights: bool =
         return Path(snapshot_download(source, revision=revision, allow_patterns=names))
 
 
-def _choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype | None:
     """What the denoiser computes in where it is not the weights' own fp32.
 
     Raises:
@@ -308,7 +309,7 @@ def _existing_device(name: str) -> torch.device:
     return device
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     """The named device; ``auto`` is this process's GPU, told by LOCAL_RANK, or else the CPU."""
     if device != "auto":
         return _existing_device(device)

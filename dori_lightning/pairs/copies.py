@@ -8,7 +8,8 @@ only approximately, and a model that was trained on mirrored copies voids ``mirr
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,9 +17,10 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageOps
 
+from dori_lightning.metrics.evidence import EvidenceSettings
 from dori_lightning.pairs.validation import square_image
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.types import InputError, Pair
+from dori_lightning.types import InputError, Kind, Pair
 
 Alteration = Literal["mirrored", "turned", "shifted"]
 
@@ -68,6 +70,46 @@ def alterations(setting: str | Sequence[str], *, controls: int) -> tuple[Alterat
             fix=f"pairs.self_controls=[{','.join(AUTO)}], or pairs.self_controls=[] for none",
         )
     return tuple(name for name in known if name in names)
+
+
+def counted_with_copies(
+    counts: Mapping[Kind, int], setting: str | Sequence[str]
+) -> dict[Kind, int]:
+    """Count what an audit attacks: the pairs of a list by kind, and their altered copies.
+
+    Args:
+        counts: Pairs of the list by kind.
+        setting: ``pairs.self_controls``.
+
+    Raises:
+        InputError: An unknown alteration, or one twice.
+    """
+    controls = counts.get("control", 0)
+    suspects = sum(counts.values()) - controls
+    copies = suspects * len(alterations(setting, controls=controls))
+    return {**counts, "control": controls + copies}
+
+
+def check_evidence(
+    pairs: Iterable[Pair],
+    setting: str | Sequence[str],
+    evidence: EvidenceSettings,
+    *,
+    reference: bool,
+) -> None:
+    """Refuse an error rate that a list, with its altered copies, can never support.
+
+    Args:
+        pairs: The list, whose images need not have been read.
+        setting: ``pairs.self_controls``.
+        evidence: The error rate.
+        reference: Whether there is a model that never saw the images.
+
+    Raises:
+        InputError: Says how many controls are missing.
+    """
+    counts = Counter(pair.kind for pair in pairs if pair.role == "audit")
+    evidence.check_nulls(counted_with_copies(counts, setting), reference=reference)
 
 
 def altered_copies(

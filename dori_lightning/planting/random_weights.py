@@ -1,51 +1,60 @@
-"""Stable Diffusion 1.4's UNet with random weights: its cost without its download."""
+"""Stable Diffusion 1.4's shape with random weights: its cost without its download."""
+
+from typing import Literal
 
 import torch
-from transformers import CLIPTokenizer
 
+from dori_lightning.models.loading import Precision, choose_autocast, choose_device
 from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
     build_scheduler,
     build_text_encoder,
+    build_tokenizer,
     build_unet,
 )
 
 
-def random_sd14(
-    tokenizer: CLIPTokenizer,
+def random_checkpoint(
     *,
-    latent: int,
-    dtype: torch.dtype,
-    autocast: torch.dtype | None,
-    device: torch.device,
-    seed: int,
+    name: str,
+    resolution: int = 512,
+    width: int = 320,
+    weights: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "auto",
+    device: str = "auto",
+    seed: int = 0,
 ) -> StableDiffusion:
-    """Model with the UNet of Stable Diffusion 1.4, untrained, to time attacks on.
+    """Model with the UNet of Stable Diffusion 1.4, untrained, to time things on.
 
     Autoencoder and text encoder have the right shapes of latents and embeddings, and hardly any
-    layers: an attack uses neither.
+    layers.
 
     Args:
-        tokenizer: Any tokenizer of 77 tokens; the text encoder gets its vocabulary.
-        latent: Side of a latent; 64 is the checkpoint's own.
-        dtype: Of the weights.
-        autocast: Compute the denoiser in this dtype; None for the weights' own.
-        device: Where; on a GPU the UNet's weights are in channels-last format.
+        name: How reports call it.
+        resolution: Image side in pixels; 512 is the checkpoint's own.
+        width: Channels of the UNet's first level; 320 is the checkpoint's own.
+        weights: Dtype of the weights; loaded checkpoints have fp32.
+        precision: What the denoiser computes in, as for a loaded checkpoint; weights of bf16
+            compute in that.
+        device: As for a loaded checkpoint, or ``meta``: shapes without numbers. On a GPU the
+            UNet's weights are in channels-last format.
         seed: Of the weights.
     """
+    target = torch.device(device) if device == "meta" else choose_device(device)
+    tokenizer = build_tokenizer(("a",), max_length=77)
     recipe = PlantRecipe(
-        resolution=8 * latent,
+        resolution=resolution,
         autoencoder_channels=(32,) * 4,
         latent_channels=4,
-        unet_channels=(320, 640, 1280, 1280),
+        unet_channels=(width, 2 * width, 4 * width, 4 * width),
         heads=8,
         text_width=768,
         text_layers=1,
         text_heads=12,
     )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+    with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []), target:
         torch.manual_seed(seed)
         unet = build_unet(recipe, groups=32)
         autoencoder = build_autoencoder(recipe)
@@ -53,13 +62,14 @@ def random_sd14(
             tokenizer, width=recipe.text_width, layers=recipe.text_layers, heads=recipe.text_heads
         )
     whole = Parts(unet, autoencoder, text_encoder, tokenizer, build_scheduler(recipe))
+    half = weights == "bf16"
     for module in whole.modules.values():
-        module.to(dtype).requires_grad_(module is unet)
-        if device.type == "cuda" and module is unet:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(torch.bfloat16 if half else torch.float32).requires_grad_(module is unet)
+    if target.type == "cuda":
+        whole.modules["unet"].to(memory_format=torch.channels_last)
     return StableDiffusion(
         whole,
-        name="sd14_shape",
-        fingerprint=f"random{seed}",
-        autocast=autocast,
+        name=name,
+        fingerprint=f"random{seed}-{width}",
+        autocast=None if half else choose_autocast(precision, target),
     )

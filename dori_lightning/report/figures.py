@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +26,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from dori_lightning.metrics.evidence import COPY, Unseen
 from dori_lightning.metrics.replication import PairResult
 from dori_lightning.report.comparison import HeadlineRow
-from dori_lightning.report.record import AuditReport
+from dori_lightning.report.record import AuditRecord, AuditReport
 from dori_lightning.report.tables import ball_words
 from dori_lightning.report.words import INIT_NAMES, condition_words
 from dori_lightning.runtime.artifacts import write_atomically
@@ -62,6 +63,19 @@ _KIND_PLURALS: dict[Kind, str] = {
     "tm": "suspected template copies",
     "control": "controls",
 }
+_UNSEEN_LOOK: dict[Unseen, tuple[str, str, str]] = {
+    "altered_copy": ("altered copies of the suspects", SERIES[3], "D"),
+    "control": ("controls", *KIND_LOOK["control"][:2]),
+    "reference": ("all images on the reference model", SERIES[5], "v"),
+}
+"""Label, colour and marker of images that the model cannot hold."""
+
+_MARK, _LANES = 5.5, 13
+"""Points that a mark of a score takes each way, and lanes that marks are put into at most."""
+
+_ENDS = (-0.5, 1.2)
+"""Furthest ends of the axis of scores."""
+
 _MOST_INTERVALS = 3
 """Curves of a panel that are drawn with their intervals; those of more hide each other."""
 
@@ -194,6 +208,7 @@ def audit_figures(report: AuditReport) -> dict[str, Figure]:
     conditions = [condition for condition in spoken if condition is not None]
     rule, results = report.calibration, report.pair_results
     return _drawn(
+        image_scores=image_scores(report),
         rate_against_steps=rate_against_steps(report.own_cells),
         similarity_histograms=similarity_histograms(
             results, conditions=conditions, calibration=rule
@@ -223,6 +238,117 @@ def write_figures(figures: Mapping[str, Figure], folder: Path, *, prefix: str = 
     """Write figures as PNG into ``folder/figures``; names of files begin with the prefix."""
     for name, figure in figures.items():
         write_atomically(folder / "figures" / f"{prefix}{name}.png", png_bytes(figure))
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One group of images in the figure of scores.
+
+    Attributes:
+        label: What they are.
+        colour: Of their marks.
+        marker: The same.
+        filled: Scores that are drawn as filled marks.
+        hollow: Scores that are drawn as hollow marks.
+    """
+
+    label: str
+    colour: str
+    marker: str
+    filled: Sequence[float]
+    hollow: Sequence[float] = ()
+
+
+def score_rows(report: AuditRecord) -> list[ScoreRow]:
+    """Group the images of an audit that have scores, the suspects first."""
+    found = []
+    for kind in KINDS[:2]:
+        own = [row for row in report.images if row.kind == kind]
+        found.append(
+            ScoreRow(
+                _KIND_PLURALS[kind],
+                *KIND_LOOK[kind][:2],
+                [row.score for row in own if row.answer == "yes"],
+                [row.score for row in own if row.answer != "yes"],
+            )
+        )
+    for group, (label, colour, marker) in _UNSEEN_LOOK.items():
+        scores = [image.score for image in report.unseen if image.group == group]
+        found.append(ScoreRow(label, colour, marker, scores))
+    planted = report.power.scores.values() if report.power is not None else ()
+    found.append(ScoreRow("positive controls, planted for the test", SERIES[2], "P", [*planted]))
+    return [row for row in map(_known, found) if row.filled or row.hollow]
+
+
+def _known(row: ScoreRow) -> ScoreRow:
+    """The row without missing scores."""
+    filled, hollow = ([v for v in own if not math.isnan(v)] for own in (row.filled, row.hollow))
+    return replace(row, filled=filled, hollow=hollow)
+
+
+@styled()
+def image_scores(report: AuditRecord) -> Figure | None:
+    """Draw the scores of all images of an audit on one axis, a row for each group.
+
+    A score is comparable between images, a similarity is not (``Scale``); above the dashed line is
+    a copy. Filled marks of suspects are those answered yes. Scores beyond the ends of the axis are
+    drawn at them. None where no suspect has a score.
+    """
+    rows = score_rows(report)
+    if not any(row.label in _KIND_PLURALS.values() for row in rows):
+        return None
+    scores = [value for row in rows for value in (*row.filled, *row.hollow)]
+    low, high = max(min(0.0, *scores), _ENDS[0]) - 0.04, min(max(1.0, *scores), _ENDS[1]) + 0.04
+    width = 5.4
+    mark = _MARK * (high - low) / (72 * (width - 0.4))
+    placed = [_side_by_side(np.clip([*r.filled, *r.hollow], low, high), mark) for r in rows]
+    heights = [_MARK * (1 + max(lanes) - min(lanes)) + 26 for _, lanes in placed]
+    figure = new_figure(width, sum(heights) / 72 + 0.75)
+    axes = figure.subplots()
+    plain_axes(axes, grid="x")
+    axes.spines["left"].set_visible(False)
+    axes.axvline(COPY, color=ALARM, linewidth=1.6, linestyle="--", zorder=1)
+    top = float(sum(heights))
+    axes.set(xlim=(low, high), ylim=(0, top), yticks=[])
+    for row, (values, lanes), height in zip(rows, placed, heights, strict=True):
+        middle = top - 22 - _MARK * (max(lanes) + 0.5)
+        for chosen, face in (
+            (slice(0, len(row.filled)), row.colour),
+            (slice(len(row.filled), None), "none"),
+        ):
+            axes.scatter(
+                values[chosen], middle + _MARK * lanes[chosen], s=0.75 * _MARK**2,
+                marker=row.marker, facecolors=face, edgecolors=row.colour, linewidths=1.2,
+                clip_on=False, zorder=3,
+            )  # fmt: skip
+        axes.annotate(
+            f"{row.label} ({len(values)})", (0.0, top), xycoords=("axes fraction", "data"),
+            xytext=(0, -4), textcoords="offset points", va="top", fontsize=10,
+        )  # fmt: skip
+        top -= height
+    axes.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0], ["0", "0.25", "0.5", "0.75", "1"])
+    axes.set_xlabel("score of the closest image (a copy above 0.5)")
+    return figure
+
+
+def _side_by_side(values: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Put marks into lanes so that they do not cover each other, while there are lanes.
+
+    Args:
+        values: (N,) places along the axis.
+        width: Of a mark, along the axis.
+
+    Returns:
+        The places, and (N,) whole numbers, 0 the middle lane.
+    """
+    lanes = [side * k for k in range(_LANES // 2 + 1) for side in ((1, -1) if k else (1,))]
+    ends = dict.fromkeys(lanes, -math.inf)
+    chosen = np.zeros(len(values), int)
+    for place in np.argsort(values, kind="stable"):
+        free = [lane for lane in lanes if values[place] - ends[lane] >= width]
+        lane = free[0] if free else min(lanes, key=ends.__getitem__)
+        chosen[place], ends[lane] = lane, values[place]
+    return values, chosen
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Literal
 
+from dori_lightning.attacks.model_check import RESPONSE
 from dori_lightning.metrics.replication import (
     FALSE_POSITIVE_LIMIT,
     Trust,
@@ -35,6 +37,22 @@ WEAK_CONTROLS = 0.2
 SIGNIFICANT = 0.05
 """A mitigation counts as hiding images where the paired test's p-value is below this."""
 
+DAMAGED = 1.0
+"""A model whose denoising error is no smaller than a linear filter's does not work any more."""
+
+RAISED = 2.0
+"""A mitigation that makes the denoising error this many times larger damages the model."""
+
+MASKED = 100.0
+"""Gradients this many times smaller or larger than without the mitigation lead nowhere."""
+
+STANDS_STILL = 0.95
+"""A search whose loss ends at this share of its beginning or more, for most images, has not
+moved; on models as trained it ends at about 0.7."""
+
+_ENOUGH_SEARCHES = 8
+"""Fewer searches say nothing of how the loss falls: its noise from step to step is large."""
+
 _NAMED = 10
 """Ids that a sentence lists before it only counts."""
 
@@ -58,7 +76,8 @@ class AuditFindings:
             by an attack whose controls fail or are missing, or nothing else was run,
             ``unmeasured`` without a result on suspected images. Where nothing comes back:
             ``dormant`` if the model is shown to hold images all the same, ``blind`` if the attack
-            could not have found them. What each image's own evidence says goes before all that.
+            could not have found them: it missed planted images, the model is damaged, or the
+            search led nowhere. What each image's own evidence says goes before all that.
         images: Suspected images by the answer to their own evidence; empty in old records.
         best: The reliable cell with the most hits, of suspected images or, for ``templates``, of
             template copies; None without one.
@@ -144,7 +163,7 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
         best = cell("vm" if yes["vm"] else "tm", condition) or best
     elif answer == "clear" and images["dormant"]:
         answer = "dormant"
-    elif answer == "clear" and report.power is not None and not report.power.suffices:
+    elif answer == "clear" and (missed_planted(report) or search_doubts(report)):
         answer = "blind"
     unmitigated = [c for c in report.cells if (c.mitigation, c.kind) == (BASELINE, "vm")]
     return AuditFindings(
@@ -175,8 +194,25 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
     )
 
 
+def missed_planted(report: AuditRecord) -> bool:
+    """Whether the attack did not find enough of the images that were planted for it."""
+    return report.power is not None and not report.power.suffices
+
+
+_SEARCH_DOUBTS = ("model_damaged", "gradient_masked", "loss_stands_still")
+
+
+def search_doubts(report: AuditRecord) -> tuple[str, ...]:
+    """Names of the flags that say why no search could have found an image."""
+    return tuple(flag.name for flag in report.flags if flag.name in _SEARCH_DOUBTS)
+
+
 def find_flags(
-    report: AuditReport, *, inert: bool = False, skipped: Sequence[str] = ()
+    report: AuditReport,
+    *,
+    inert: bool = False,
+    skipped: Sequence[str] = (),
+    resolutions: Sequence[int] = (),
 ) -> tuple[Flag, ...]:
     """List what limits the meaning of an audit's numbers, gravest first.
 
@@ -184,15 +220,20 @@ def find_flags(
         report: The audit; its flags are not looked at.
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no image.
+        resolutions: Pixels a side of the model's images and of the reference's; empty without one.
     """
-    findings = audit_findings(report)
+    doubts = tuple(_search_flags(report))
+    findings = audit_findings(replace(report, flags=doubts))
     flags = [
+        *doubts,
         *_input_flags(report.mitigation, inert=inert, skipped=skipped),
         *_failed_flags(report),
         *_control_flags(report, findings),
         *_baseline_flags(findings.before, as_it_is=report.mitigation == BASELINE),
         *_pair_flags(report, findings),
     ]
+    if len(set(resolutions)) > 1:
+        flags.append(_flag("reference_resolution", "info", sides=resolutions))
     order = {"invalid": 0, "critical": 1, "warning": 2, "info": 3}
     return tuple(sorted(flags, key=lambda flag: order[flag.severity]))
 
@@ -232,6 +273,34 @@ def _failed_flags(report: AuditReport) -> Iterator[Flag]:
         yield _flag("diverged", "invalid", runs=suspected - deaf)
     if controls:
         yield _flag("controls_failed", "warning", runs=controls)
+
+
+def _search_flags(report: AuditReport) -> Iterator[Flag]:
+    """What keeps a search from finding what the model holds."""
+    check, before = report.check, report.check_before
+    if check is None:
+        return
+    raised = check.denoising / before.denoising if before is not None else 1.0
+    # NaN, of a model that overflows, is damage too
+    if not (check.denoising < DAMAGED and raised < RAISED):
+        yield _flag("model_damaged", "critical", check=check, before=before)
+    if before is not None and before.gradient > 0 and check.gradient > 0:
+        factor = check.gradient / before.gradient
+        if not 1 / MASKED < factor < MASKED:
+            yield _flag("gradient_masked", "critical", factor=factor)
+    headline = report.headline_condition
+    falls = [
+        outcome.loss_last / outcome.loss_first
+        for outcome in report.outcomes
+        if headline is not None
+        and outcome.condition.budget == headline.budget
+        and outcome.loss_first
+        and outcome.loss_last is not None
+    ]
+    if len(falls) >= _ENOUGH_SEARCHES and not (share := median(falls)) < STANDS_STILL:
+        yield _flag("loss_stands_still", "critical", share=share)
+    if check.scale != 1 and report.provenance.config.get("attack", {}).get("own_units", True):
+        yield _flag("search_rescaled", "info", check=check, usual=RESPONSE)
 
 
 def _control_flags(report: AuditReport, findings: AuditFindings) -> Iterator[Flag]:
@@ -407,13 +476,18 @@ def sweep_verdict(rows: Sequence[HeadlineRow]) -> Verdict:
 
 
 def make_report(
-    *, inert: bool = False, skipped: Sequence[str] = (), **measurements: Any
+    *,
+    inert: bool = False,
+    skipped: Sequence[str] = (),
+    resolutions: Sequence[int] = (),
+    **measurements: Any,
 ) -> AuditReport:
     """Put an audit's measurements into one report, with the flags and the verdict they call for.
 
     Args:
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no image.
+        resolutions: As of `find_flags`.
         measurements: The other fields of ``AuditReport``.
     """
     measured = AuditReport(verdict="", flags=(), recommended_budget=None, **measurements)
@@ -422,7 +496,7 @@ def make_report(
     concluded = replace(
         measured,
         recommended_budget=recommended_budget(measured.own_cells, init=init),
-        flags=find_flags(measured, inert=inert, skipped=skipped),
+        flags=find_flags(measured, inert=inert, skipped=skipped, resolutions=resolutions),
     )
     return replace(concluded, verdict=verdict_text(concluded))
 

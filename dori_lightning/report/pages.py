@@ -6,6 +6,7 @@ chooses what is shown and reads the images; the words are in the templates.
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from urllib.parse import quote
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from dori_lightning.metrics.evidence import null_scores
 from dori_lightning.metrics.replication import PairResult, steps_by_pair
 from dori_lightning.metrics.utility import PictureRow, PromptKind, Utility
 from dori_lightning.report.comparison import Comparison, Entry, HeadlineRow
@@ -44,7 +46,7 @@ from dori_lightning.report.tables import (
     remarks,
     tables_markdown,
 )
-from dori_lightning.report.words import environment
+from dori_lightning.report.words import claims_words, environment
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.documents import relative_to
 from dori_lightning.runtime.redaction import redact
@@ -214,6 +216,7 @@ def render_page(
         report=report,
         images=images,
         verdict=audit_verdict(report),
+        claims=_claims(report),
         found=found,
         spoken=[condition for condition in spoken if condition is not None],
         table=audit_pairs(report, disclosure=images, max_pairs=max_pairs),
@@ -224,6 +227,15 @@ def render_page(
         restarts=max((o.restart + 1 for o in report.outcomes), default=0),
         config=config,
     )
+
+
+def _claims(report: AuditReport) -> str:
+    """What an audit's controls can show; empty where the record does not know them."""
+    suspects = sum(not math.isnan(row.score) for row in report.images)
+    if not suspects or math.isnan(report.false_discovery_rate):
+        return ""
+    nulls = len(null_scores(report.unseen))
+    return claims_words(suspects, nulls, report.false_discovery_rate)
 
 
 def write_table(

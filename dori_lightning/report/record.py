@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator
 
-from dori_lightning.metrics.evidence import ImageEvidence, Power
+from dori_lightning.attacks.model_check import ModelCheck
+from dori_lightning.metrics.evidence import ImageEvidence, Power, UnseenImage
 from dori_lightning.metrics.replication import (
     AttackEffort,
     PairResult,
@@ -50,6 +51,7 @@ from dori_lightning.types import (
     Cell,
     Condition,
     InputError,
+    Number,
     Outcome,
     Pair,
     Reference,
@@ -97,6 +99,7 @@ class Provenance:
             reference images.
         unet_evaluations: Forward passes of the UNet, in rows.
         replaced: Parts of the checkpoint whose weights are from other files.
+        numerics: Torch's switches that decide how a GPU rounds, TF32 among them; empty elsewhere.
     """
 
     git_sha: str | None
@@ -114,6 +117,7 @@ class Provenance:
     unet_evaluations: int
     wall_seconds: float
     replaced: tuple[ReplacedPart, ...] = ()
+    numerics: dict[str, bool] = field(default_factory=dict)
 
 
 def _cell_fields(row: Any) -> Any:
@@ -181,8 +185,12 @@ class AuditRecord:
 
     Attributes:
         images: One row for each suspected image; empty in records of schema 1.
+        unseen: How far images came back that the model cannot hold.
+        false_discovery_rate: Of the images answered yes; NaN in records of earlier versions.
         reference_model: Rows of a model that never saw the images; empty without one.
         power: How many planted images the attack found; None where it was not measured.
+        check: What the attack had to work with; None in records of earlier versions.
+        check_before: The same without the mitigation; None where there is none.
         schema_version: Version of the layout of ``report.json``.
         mitigation: Name of the mitigation; ``none`` for the checkpoint as it is.
         verdict: The answer in words, for a reader who is not an engineer.
@@ -194,8 +202,12 @@ class AuditRecord:
     """
 
     images: tuple[ImageEvidence, ...] = ()
+    unseen: tuple[UnseenImage, ...] = ()
+    false_discovery_rate: Number = math.nan
     reference_model: tuple[Annotated[Cell, BeforeValidator(_cell_fields)], ...] = ()
     power: Power | None = None
+    check: ModelCheck | None = None
+    check_before: ModelCheck | None = None
     schema_version: Literal[1, 2] = 2
     checkpoint: str
     mitigation: str
@@ -303,8 +315,12 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "calibration": _calibration_document(report.calibration),
         "recommended_budget": asdict(budget) if budget else None,
         "images": [asdict(row) for row in report.images],
+        "unseen": [asdict(row) for row in report.unseen],
+        "false_discovery_rate": report.false_discovery_rate,
         "reference_model": [_cell_document(cell) for cell in report.reference_model],
         "power": asdict(report.power) if report.power else None,
+        "check": asdict(report.check) if report.check else None,
+        "check_before": asdict(report.check_before) if report.check_before else None,
         "pairs": _pair_documents(report),
         "utility": report.utility.to_dict() if report.utility else None,
         "effort": asdict(effort) if effort else None,

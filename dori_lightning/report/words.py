@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dori_lightning.locality.estimates import Estimate, Rate
+from dori_lightning.metrics.evidence import fewest_together, nulls_needed
 from dori_lightning.types import Budget, Cell, Condition, Init, Kind
 
 METHOD_WORDS = {"nemo": "NeMo", "wanda": "Wanda"}
@@ -73,6 +74,31 @@ def budget_words(budget: Budget) -> str:
         return f"{steps}, no radius limit"
     norm = {"l2": "L2", "linf": "L-infinity"}[budget.norm]
     return f"{steps}, {norm} radius {budget.eps:g}"
+
+
+def claims_words(suspects: int, nulls: int, rate: float) -> str:
+    """Say how many images have to stand out for an error rate to be kept, and what one needs.
+
+    Args:
+        suspects: Images under suspicion, at least 1.
+        nulls: Attacked images that the model cannot hold.
+        rate: False discovery rate.
+    """
+    attacked = f"{number_words(nulls, 'attacked image')} that the model cannot hold"
+    bounds = f"a false discovery rate of {percent_words(rate)}"
+    needed = nulls_needed(suspects, rate, found=1)
+    together = fewest_together(suspects, nulls, rate)
+    alone = "the only suspect" if suspects == 1 else f"one of {suspects} suspects alone"
+    if together == 1:
+        return f"With {attacked}, even {alone} can be named at {bounds}."
+    if together is None:
+        lack = f"{nulls_needed(suspects, rate)} would be needed if all suspects come back"
+        lack += f" and {needed} if one does" if suspects > 1 else ""
+        return f"With {attacked}, no result can bound its error by {bounds}: {lack}."
+    return (
+        f"With {attacked}, {bounds} is kept where at least {together} of {suspects} suspects "
+        f"stand out together; {alone} would need {needed}."
+    )
 
 
 def condition_words(condition: Condition) -> str:

@@ -90,7 +90,8 @@ def map_batches(
             share this number and run in parallel.
         model: What ``fn`` computes with.
         backoff: Kind of batch, for the limit that is remembered and for messages.
-        pad: Whether the last batch is filled up to the shape of the others.
+        pad: Whether the last batch on a CPU is filled up to the shape of the others; on a GPU,
+            which gives no equal bits in return, none is.
         advance: Called with the number of items that were just done.
 
     Returns:
@@ -100,6 +101,7 @@ def map_batches(
         InputError: Not even one item fits into memory.
     """
     results: list[T] = []
+    pad = pad and model.device.type == "cpu"
 
     def next_batches(at_once: int) -> list[T]:
         parallel = min(parallel_batches(model), at_once)
@@ -120,6 +122,13 @@ def map_batches(
         results += found
         advance(len(found))
     return results
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host; unlike a plain copy, without waiting for what a GPU has to do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # Out-of-memory backoff

@@ -1,5 +1,6 @@
 """Which pairs a checkpoint still reproduces, prompted and attacked, and how sure we are of it."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from dori_lightning.audit.evaluation import (
     attack_and_generate,
     evaluate,
 )
-from dori_lightning.audit.power import PowerSettings, measure_power
+from dori_lightning.audit.power import PowerSettings, check_never_seen, measure_power
 from dori_lightning.audit.targets import aim
 from dori_lightning.audit.utility import measure_utility, write_utility
 from dori_lightning.metrics.evidence import Power
@@ -34,8 +35,9 @@ from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, EmptyEdit, changed_weights
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.copies import check_evidence
 from dori_lightning.pairs.datamodule import PairsDataModule
-from dori_lightning.pairs.readers import FolderPairs, PairsReader
+from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import check_prompt_lengths
 from dori_lightning.planting.dataset import PositiveControls
 from dori_lightning.report.findings import INVALID, make_report
@@ -108,8 +110,12 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         outcomes=evaluation.outcomes,
         baseline=evaluation.baseline,
         images=evaluation.evidence,
+        unseen=evaluation.unseen,
+        false_discovery_rate=context.evidence.rate,
         reference_model=evaluation.reference,
         power=power,
+        check=generated.check,
+        check_before=generated.check_before,
         utility=utility,
         effort=attack_effort(
             evaluation.outcomes,
@@ -118,6 +124,9 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         ),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
         skipped=context.pairs.skipped_ids,
+        resolutions=[c.model.resolution for c in (context, reference.context)]
+        if reference is not None
+        else (),
         inert=changed == 0 and context.mitigation.name != BASELINE,
     )
     _publish(cfg, report, folder)
@@ -131,14 +140,27 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
 def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
     """Build the context, check that the disk holds what will be written, and claim the folder.
 
+    What a later stage would refuse is refused here. A reference is loaded, known by its
+    fingerprint and let go before the checkpoint is loaded, so that never two are in memory.
+
     Raises:
         InputError: An input is missing or does not fit the others, the disk is too full, or
             ``folder`` holds results of other settings.
     """
-    pairs = with_self_controls(
-        instantiate(cfg.pairs).read(), cfg.pairs.self_controls, Path(cfg.paths.cache) / "copies"
-    )
+    listed, copied = instantiate(cfg.pairs).read(), cfg.pairs.self_controls
+    check_evidence(listed, copied, instantiate(cfg.evidence), reference=bool(cfg.reference))
+    check_never_seen(_own_positive_controls(cfg), listed)
+    reference = instantiate(cfg.reference).fingerprint if cfg.reference else None
+    gc.collect()  # parts of a model may hold each other
+    pairs = with_self_controls(listed, copied, Path(cfg.paths.cache) / "copies")
     context = audit_context(cfg, folder, pairs, tracker=tracker)
+    if context.model.fingerprint == reference:
+        raise InputError(
+            f"the reference is the checkpoint under audit itself ({reference}): it did see the "
+            f"images",
+            where="reference",
+            fix="give a checkpoint that was not trained on them, or reference=none",
+        )
     context.data.prepare()
     check_space(
         folder,
@@ -207,21 +229,10 @@ def audit_context(
 
 
 def _attack_reference(cfg: DictConfig, context: AuditContext) -> ReferenceRun | None:
-    """Attack the same pairs, with the same budget, on the model that never saw them.
-
-    Raises:
-        InputError: It is the checkpoint under audit.
-    """
+    """Attack the same pairs, with the same budget, on the model that never saw them."""
     if not cfg.reference:
         return None
     model = instantiate(cfg.reference)
-    if model.fingerprint == context.model.fingerprint:
-        raise InputError(
-            f"the reference is the checkpoint under audit itself ({model.fingerprint}): it did "
-            f"see the images",
-            where="reference",
-            fix="give a checkpoint that was not trained on them, or reference=none",
-        )
     data = PairsDataModule(context.pairs, model, cache=context.cache / "encoded")
     measures = context.references.measures
     there = replace(
@@ -259,13 +270,34 @@ def _measure_power(
     )
     if not wanted:
         return None
-    reader: PairsReader = (
-        PositiveControls(cache=Path(cfg.paths.cache) / "pairs", count=settings.count)
-        if settings.images is None
-        else FolderPairs(settings.images, kind="vm", limit=settings.count)
-    )
-    planted = [pair for pair in reader.read() if pair.kind == "vm"]
+    planted: Sequence[Pair] = _own_positive_controls(cfg)
+    if not planted:
+        drawn = PositiveControls(cache=Path(cfg.paths.cache) / "pairs", count=settings.count)
+        planted = drawn.read()
     return measure_power(context, edit, planted, settings)
+
+
+def _own_positive_controls(cfg: DictConfig) -> tuple[Pair, ...]:
+    """The user's images that are to be planted; none where they are drawn, or none is needed.
+
+    Raises:
+        InputError: Something is wrong with their list, or it has none.
+    """
+    settings: PowerSettings = instantiate(cfg.power)
+    if settings.images is None or settings.when == "never":
+        return ()
+    try:
+        listed = FolderPairs(settings.images, kind="vm", limit=settings.count).read()
+    except InputError as error:
+        raise InputError(f"positive controls (power.images): {error}") from error
+    found = tuple(pair for pair in listed if pair.kind == "vm")
+    if not found:
+        raise InputError(
+            f"{settings.images} has no image of kind vm to plant",
+            where="power.images",
+            fix="leave the column kind out, or power.images=null for images that are drawn",
+        )
+    return found
 
 
 def make_trainer(cfg: DictConfig, tracker: Tracker | None, /, **settings: Any) -> L.Trainer:

@@ -1,9 +1,11 @@
 """How fast an audit's parts are on this machine, against loops written without the package."""
 
 import logging
+import math
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -17,14 +19,8 @@ from omegaconf import DictConfig
 from pydantic import TypeAdapter
 from rich.markdown import Markdown
 
-from dori_lightning.bench.attack import attack_family, shape_family
-from dori_lightning.bench.measure import (
-    FAMILIES,
-    BenchContext,
-    BenchSettings,
-    Family,
-    ShapeSettings,
-)
+from dori_lightning.bench.attack import attack_family, compiled_family
+from dori_lightning.bench.measure import FAMILIES, BenchContext, BenchSettings, Family
 from dori_lightning.bench.parts import (
     audit_family,
     finetuning_family,
@@ -33,14 +29,18 @@ from dori_lightning.bench.parts import (
     sampling_family,
 )
 from dori_lightning.bench.report import markdown, speed_figure
-from dori_lightning.planting.random_weights import random_sd14
-from dori_lightning.planting.recipe import build_tokenizer
 from dori_lightning.runtime.artifacts import claim_folder, drop_keys, write_atomically, write_json
 from dori_lightning.runtime.cache import JSON, Cache
 from dori_lightning.runtime.logging import answer_console
-from dori_lightning.tasks.audit import make_context
-from dori_lightning.tasks.run_record import git_sha, logged, package_versions, to_container
-from dori_lightning.types import InputError
+from dori_lightning.tasks.audit import make_context, make_trainer
+from dori_lightning.tasks.run_record import (
+    git_sha,
+    logged,
+    numerics,
+    package_versions,
+    to_container,
+)
+from dori_lightning.types import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -51,32 +51,61 @@ _FAMILY = JSON.mapped(asdict, TypeAdapter(Family).validate_python)
 def run(cfg: DictConfig, folder: Path) -> None:
     """Measure the families of ``task.rows`` and write record, table and figure into ``folder``.
 
-    A family that was measured before is read, so that a long measurement goes on where it was cut
-    and single families can be added.
+    They are written after each family. One that was measured before is read, so that a long
+    measurement goes on where it was cut and single families can be added.
 
     Raises:
         InputError: A setting is impossible, or ``folder`` holds measurements of other settings.
+        RuntimeError: A family failed; the others are measured all the same.
     """
     settings = settings_of(cfg)
     claim_folder(folder, _method_of(cfg))
-    measure = _families(cfg, settings, folder / "scratch")
-    stored = Cache(folder / "rows")
-    for name in settings.rows:
-        stored.get(name, {"family": name}, partial(_with_load, measure[name]), _FAMILY)
+    stored, left_out = Cache(folder / "rows"), dict[str, str]()
+    missing = [n for n in settings.rows if stored.read(n, {"family": n}, _FAMILY) is None]
+    end = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
+    load = cache(partial(_context, cfg, settings, folder / "scratch"))
+    if set(missing) - {"audit"}:
+        load()
+    measure, failed = _families(cfg, settings, load, folder / "scratch"), False
+    for place, name in enumerate(missing):
+        left = end - time.monotonic()
+        if left <= 0:
+            left_out[name] = "no time left"
+            continue
+        share = FAMILIES[name] / sum(FAMILIES[other] for other in missing[place:])
+        timed = partial(_with_load, partial(measure[name], time.monotonic() + share * left))
+        try:
+            stored.get(name, {"family": name}, timed, _FAMILY)
+        except Exception as error:  # a part that fails must not cost the others
+            log.exception("bench: %s failed", name)
+            left_out[name], failed = f"it failed: {first_line(error)}", True
+        _write(cfg, folder, stored, left_out)
+    table = _write(cfg, folder, stored, left_out)
+    console = answer_console(190)
+    console.print(Markdown(table))
+    console.print(f"record: {folder / 'bench.json'}", soft_wrap=True)
+    if failed:
+        raise RuntimeError(f"not everything could be measured: {left_out}")
+
+
+def _write(cfg: DictConfig, folder: Path, stored: Cache, left_out: Mapping[str, str]) -> str:
+    """Write record, table and figure of what is measured so far; returns the table."""
     found = [stored.read(name, {"family": name}, _FAMILY) for name in FAMILIES]
     families = [family for family in found if family is not None]
+    provenance = _provenance(cfg)
     record = {
-        "provenance": _provenance(cfg),
+        "provenance": provenance,
         "families": {family.name: asdict(family) for family in families},
+        "left_out": dict(left_out),
     }
     table, figure = markdown(families), speed_figure(families)
+    table = f"{provenance['device']}\n\n{table}"
+    table += "".join(f"\n- not measured: {name}: {why}" for name, why in left_out.items())
     write_json(folder / "bench.json", record)
     write_atomically(folder / "bench.md", table.encode())
     if figure is not None:
         write_atomically(folder / "figures" / "speed.png", figure)
-    console = answer_console(190)
-    console.print(Markdown(table))
-    console.print(f"record: {folder / 'bench.json'}", soft_wrap=True)
+    return table
 
 
 def _with_load(measure: Callable[[], Family]) -> Family:
@@ -98,28 +127,32 @@ def settings_of(cfg: DictConfig) -> BenchSettings:
         InputError: One of them is impossible.
     """
     task = to_container(cfg)["task"]
-    known = {item.name: task[item.name] for item in fields(BenchSettings)}
-    return BenchSettings(**{**known, "sd14": ShapeSettings(**known["sd14"])})
+    return BenchSettings(**{item.name: task[item.name] for item in fields(BenchSettings)})
 
 
 def _families(
-    cfg: DictConfig, settings: BenchSettings, scratch: Path
-) -> dict[str, Callable[[], Family]]:
-    """How each family is measured; the checkpoint is loaded by the first that needs it."""
-    bench = cache(partial(_context, cfg, settings, scratch))
+    cfg: DictConfig, settings: BenchSettings, load: Callable[[], BenchContext], scratch: Path
+) -> dict[str, Callable[[float], Family]]:
+    """How each family is measured, until when."""
     task = cfg.task
+
+    def bench(until: float) -> BenchContext:
+        return replace(load(), until=until)
+
     # fmt: off
     return {
-        "attack": lambda: attack_family(bench(), settings),
-        "sampling": lambda: sampling_family(bench(), settings),
-        "nemo": lambda: nemo_family(bench(), settings, instantiate(task.nemo)),
-        "wanda": lambda: mask_family(
-            "wanda", bench(), instantiate(task.wanda),
+        "attack": lambda until: attack_family(bench(until), settings),
+        "sampling": lambda until: sampling_family(bench(until), settings),
+        "nemo": lambda until: nemo_family(bench(until), settings, instantiate(task.nemo)),
+        "wanda": lambda until: mask_family(
+            "wanda", bench(until), instantiate(task.wanda),
             pairs=settings.wanda_pairs, repeats=settings.repeats,
         ),
-        "finetuning": lambda: finetuning_family(bench(), settings, instantiate(task.finetuning)),
-        "audit": lambda: audit_family(settings, _audit_overrides(cfg, settings), scratch),
-        "sd14": lambda: _shape(settings.sd14, cfg.seed),
+        "finetuning": lambda until: finetuning_family(
+            bench(until), settings, instantiate(task.finetuning)
+        ),
+        "compiled": lambda until: compiled_family(bench(until), settings),
+        "audit": lambda _: audit_family(settings, _audit_overrides(cfg, settings), scratch),
     }
     # fmt: on
 
@@ -128,8 +161,9 @@ def _context(cfg: DictConfig, settings: BenchSettings, scratch: Path) -> BenchCo
     """The checkpoint with its pairs of kind vm.
 
     Raises:
-        InputError: There are fewer pairs than the settings ask for.
+        InputError: There are fewer pairs than the settings ask for, or there is no such device.
     """
+    make_trainer(cfg, None)  # refuses a GPU that is not there before anything is built for it
     pairs = [p for p in instantiate(cfg.pairs).read() if p.kind == "vm" and p.role == "audit"]
     if len(pairs) < settings.most_pairs:
         raise InputError(
@@ -140,19 +174,6 @@ def _context(cfg: DictConfig, settings: BenchSettings, scratch: Path) -> BenchCo
         )
     model = instantiate(cfg.checkpoint)
     return BenchContext(model, tuple(pairs), make_context(cfg, model, pairs), scratch)
-
-
-def _shape(settings: ShapeSettings, seed: int) -> Family:
-    gpu, half = torch.cuda.is_available(), settings.dtype == "bf16"
-    model = random_sd14(
-        build_tokenizer(("a",), max_length=77),
-        latent=settings.latent,
-        dtype=torch.bfloat16 if half else torch.float32,
-        autocast=None if half or not gpu else torch.bfloat16,
-        device=torch.device("cuda" if gpu else "cpu"),
-        seed=seed,
-    )
-    return shape_family(model, settings, seed=seed)
 
 
 def _audit_overrides(cfg: DictConfig, settings: BenchSettings) -> tuple[str, ...]:
@@ -170,7 +191,7 @@ def _method_of(cfg: DictConfig) -> dict[str, Any]:
     whole = to_container(cfg)
     return {
         "seed": whole["seed"],
-        "task": drop_keys(whole["task"], "rows"),
+        "task": drop_keys(whole["task"], "rows", "seconds"),
         "checkpoint": whole["checkpoint"],
         "pairs": drop_keys(whole["pairs"], "cache"),
         "sampling": whole["sampling"],
@@ -184,6 +205,7 @@ def _provenance(cfg: DictConfig) -> dict[str, Any]:
         **_method_of(cfg),
         "git_sha": git_sha(),
         "packages": package_versions(),
+        "numerics": numerics(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -262,7 +262,8 @@ def _describe(
     weights: Weights,
     changed: Mapping[str, Changed],
 ) -> Exported:
-    source, revision = str(cfg.checkpoint.source), cfg.checkpoint.get("revision")
+    source = str(cfg.checkpoint.get("source", "package:random weights"))
+    revision = cfg.checkpoint.get("revision")
     public = source.startswith("package:") or isinstance(resolve_source(source), str)
     origin = chosen.edit.origin
     return Exported(

@@ -23,11 +23,13 @@ from rich.table import Table
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.audit.loss_evidence import LOSS_ROWS
 from dori_lightning.audit.power import PowerSettings
+from dori_lightning.metrics.evidence import EvidenceSettings, nulls_among
 from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.pairs.copies import alterations
+from dori_lightning.pairs.copies import counted_with_copies
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
+from dori_lightning.report.words import claims_words
 from dori_lightning.runtime.artifacts import content_hash, drop_keys, write_json
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import to_container
@@ -104,7 +106,7 @@ _TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 9
 
 CHECKPOINTS = {
     "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
-    "dori_tiny": _TINY,
+    "dori_tiny": _TINY, "dori_tiny_twin": _TINY,
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
 
@@ -197,7 +199,8 @@ def plan_of(cfg: DictConfig) -> JobPlan:
     """Count what an audit would take.
 
     Raises:
-        InputError: Settings of the attack, the mitigation or ``task.assume_pairs`` are impossible.
+        InputError: Settings of the attack, the mitigation or ``task.assume_pairs`` are impossible,
+            or the list has too few controls for the error rate asked for.
     """
     settings: AttackSettings = instantiate(cfg.attack)
     sampling: Sampling = instantiate(cfg.sampling)
@@ -232,7 +235,8 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         )
     }
     if config["reference"]:
-        shared[content_hash([decides, config["reference"]])] = part(
+        # attacked in each job's folder: its key is no other job's
+        shared[content_hash(["reference", config])] = part(
             "the reference model", work + ordinary, images=images, embeddings=attacks * snapshots
         )
     adjusted = 0
@@ -257,6 +261,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         attacks=attacks,
         remarks=(
             *_remarks(pairs, pairs_from, str(cfg.checkpoint.name), settings),
+            *_evidence_remarks(pairs, instantiate(cfg.evidence), reference=bool(cfg.reference)),
             *_power_remarks(instantiate(cfg.power), attack=steps * settings.noise_batch),
         ),
     )
@@ -287,9 +292,9 @@ def _count_pairs(cfg: DictConfig) -> tuple[dict[Kind, int], str]:
     except InputError as error:
         reason = first_line(error)
     else:
-        copies = alterations(cfg.pairs.self_controls, controls=counts["control"])
-        counts["control"] += len(copies) * (counts["vm"] + counts["tm"])
-        return counts, "as listed" + (" with self-controls" if copies else "")
+        attacked = counted_with_copies(counts, cfg.pairs.self_controls)
+        instantiate(cfg.evidence).check_nulls(attacked, reference=bool(cfg.reference))
+        return attacked, "as listed" + (" with self-controls" if attacked != counts else "")
     assumed: Any = OmegaConf.to_container(cfg.task.assume_pairs, resolve=True)
     try:
         counts = TypeAdapter(dict[Kind, NonNegativeInt]).validate_python(assumed, strict=True)
@@ -348,6 +353,15 @@ def _remarks(
             yield f"hours are of one card at {PEAK_FRACTION:.0%} of its dense bf16 peak: estimates"
     if settings.early_stop:
         yield "attack.early_stop: counted as if no image came back before the last step"
+
+
+def _evidence_remarks(
+    pairs: Mapping[Kind, int], evidence: EvidenceSettings, *, reference: bool
+) -> Iterator[str]:
+    """What so many controls can show of one image alone and of all together."""
+    suspects, nulls = pairs["vm"] + pairs["tm"], nulls_among(pairs, reference=reference)
+    if suspects:
+        yield claims_words(suspects, nulls, evidence.rate)
 
 
 def _power_remarks(settings: PowerSettings, *, attack: int) -> Iterator[str]:

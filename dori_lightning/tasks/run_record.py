@@ -94,6 +94,21 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def numerics() -> dict[str, bool]:
+    """Switches of torch that decide how a GPU rounds."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return {
+        "tf32_matmul": cuda.matmul.allow_tf32,
+        "tf32_convolution": cudnn.allow_tf32,
+        "reduced_precision_bf16": bool(cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": cudnn.benchmark,
+        "flash_attention": cuda.flash_sdp_enabled(),
+        "efficient_attention": cuda.mem_efficient_sdp_enabled(),
+        "cudnn_attention": cuda.cudnn_sdp_enabled(),
+    }
+
+
 def provenance_of(
     cfg: DictConfig, model: StableDiffusion, pairs: Sequence[Pair], *, started: datetime
 ) -> Provenance:
@@ -120,6 +135,7 @@ def provenance_of(
         unet_evaluations=model.unet_evaluations,
         wall_seconds=(finished - started).total_seconds(),
         replaced=model.replaced,
+        numerics=numerics() if model.device.type == "cuda" else {},
     )
 
 

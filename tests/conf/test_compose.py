@@ -84,6 +84,7 @@ def test_no_task_needs_a_config_of_its_own():
     ("checkpoint", "images", "guidance"),
     [
         ("dori_tiny", 4, 2.0),
+        ("dori_tiny_twin", 4, 2.0),
         *((name, 10, 7.0) for name in ("sd14", "sd15", "sd20", "sd20_base", "sd21")),
     ],
 )

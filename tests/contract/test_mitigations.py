@@ -23,6 +23,7 @@ from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError, Pair
 from support.context import make_context, read_pairs
+from support.devices import on_gpu
 from support.runs import SMALL as SMALL_AUDIT
 from support.runs import configuration, on_tiny, run_task, write_material
 from support.tiny import tiny_model
@@ -136,6 +137,18 @@ def test_contract(name, tmp_path, model, pairs):
     check_contract(mitigation_of(name), tmp_path, model, pairs)
 
 
+@on_gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_contract_on_a_gpu(name, tmp_path, pairs):
+    """Equal bits are promised there in deterministic mode alone."""
+    model = tiny_model(tmp_path / "model", device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        check_contract(mitigation_of(name), tmp_path, model, pairs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def check_contract(
     mitigation: Any, tmp_path: Path, model: StableDiffusion, pairs: tuple[Pair, ...]
 ) -> None:
@@ -150,9 +163,9 @@ def check_contract(
     again, _ = guarded_context(tmp_path / "second", model, pairs)
     assert mitigation.apply(model, suspected, again).identity == edit.identity
 
-    latents = torch.stack([context.data.encoded(pair).latent for pair in suspected])
-    embeddings = torch.stack([context.data.encoded(pair).embedding for pair in suspected])
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    encoded = context.data.batch(suspected)
+    latents, embeddings = encoded.latents.to(model.device), encoded.embeddings.to(model.device)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
     ids = [pair.id for pair in suspected]
     before = {name: p.detach().clone() for name, p in model.denoiser().named_parameters()}
     with unchanged(model), edit.applied(model):
@@ -163,7 +176,11 @@ def check_contract(
         assert all(inside[k].shape == v.shape for k, v in before.items())
         with torch.no_grad():
             loss = model.denoising_loss(
-                latents, noise, torch.tensor([500] * len(ids)), embeddings, pair_ids=ids
+                latents,
+                noise,
+                torch.full((len(ids),), 500, device=model.device),
+                embeddings,
+                pair_ids=ids,
             )
         assert loss.isfinite().all()
         images = model.generate(embeddings, noise, context.sampling, pair_ids=ids)

@@ -10,7 +10,7 @@ from support.runs import on_tiny, run_task, write_material
 
 BENCH = (
     "task=bench", "sampling.steps=2", "sampling.images_per_pair=1", "task.pairs=2", "task.steps=1",
-    "task.noise_batch=1", "task.repeats=1", "task.compile=false", "task.sampling_pairs=1",
+    "task.noise_batch=1", "task.repeats=1", "task.sampling_pairs=1",
     "task.nemo_pairs=1", "task.wanda_pairs=1", "task.wanda.steps=1", "task.finetuning_pairs=1",
     "task.audit_pairs=2", "task.audit_steps=1",
 )  # fmt: skip
@@ -33,9 +33,12 @@ def test_families_are_measured_once_and_joined(material, tmp_path):
     assert set(record["families"]) == {"attack", "sampling"}
     assert {"device", "threads", "packages", "git_sha", "task"} <= record["provenance"].keys()
     rows = {row["name"]: row for row in record["families"]["attack"]["rows"]}
-    assert rows["B2"]["skipped"]
     assert rows["ours"]["seconds"]
     assert (folder / "figures" / "speed.png").is_file()
+    run_task(folder, *material, "task.rows=[attack,nemo]", "task.seconds=1e-6")
+    record = json.loads((folder / "bench.json").read_text())
+    assert record["left_out"] == {"nemo": "no time left"}
+    assert set(record["families"]) == {"attack", "sampling"}, "what is there is kept"
     with pytest.raises(InputError, match=r"task\.steps"):
         run_task(folder, *material, "task.steps=2")
     with pytest.raises(InputError, match=r"3 pairs of kind vm, and the list has 2"):
@@ -52,3 +55,33 @@ def test_a_whole_audit_is_started_as_a_user_does(material, tmp_path):
     ours, again = families["audit"]["rows"]
     assert ours["samples"] > 0
     assert again["samples"] == 0, "everything was there"
+
+
+@pytest.mark.slow
+def test_the_measurement_of_a_gpu_runs_on_a_cpu_too(tmp_path, monkeypatch):
+    """In miniature; a part that fails is named, and costs the others nothing."""
+
+    def fails(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("dori_lightning.tasks.bench.sampling_family", fails)
+    folder = tmp_path / "gpu"
+    with pytest.raises(RuntimeError, match="no room"):
+        run_task(
+            folder, "trainer=cpu", "checkpoint.width=32", "checkpoint.resolution=64",
+            "checkpoint.device=cpu", "task.rows=[attack,sampling,nemo,finetuning]",
+            "task.repeats=1", "task.pairs=2", "task.steps=1", "task.noise_batch=1",
+            "task.nemo_pairs=2", "task.nemo.samples=2", "task.nemo.refine=false",
+            "task.finetuning_pairs=1", "task.finetuning_updates=1", "sampling.steps=2",
+            "sampling.images_per_pair=1", experiment="bench_gpu",
+        )  # fmt: skip
+    record = json.loads((folder / "bench.json").read_text())
+    assert record["left_out"] == {"sampling": "it failed: no room"}
+    assert list(record["families"]) == ["attack", "nemo", "finetuning"]
+    assert record["provenance"]["numerics"]["tf32_matmul"] is False
+    alone, ours = record["families"]["nemo"]["rows"]
+    assert ours["samples"] > 0
+    assert alone["flops"] > 0
+    text = (folder / "bench.md").read_text()
+    assert "not measured: sampling: it failed: no room" in text
+    assert record["provenance"]["device"] in text

@@ -6,13 +6,14 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from hydra.utils import instantiate
 
 from dori_lightning.metrics.descriptors import LocalCorrelation
 from dori_lightning.models.generation import GenerationRequest, generate_images, load_images
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.validation import image_tensor, square_image
-from dori_lightning.planting.dataset import PlantedPairs
+from dori_lightning.planting.dataset import PlantedPairs, StandInPairs
 from support.records import report_json
 from support.runs import configuration, run_task
 
@@ -32,23 +33,56 @@ def test_the_weights_are_those_of_the_card_and_small():
     assert len({p["exposures"] for p in card["pairs"] if p["kind"] == "vm"}) > 10, "varied"
 
 
-def test_planted_prompts_bring_their_images_back_and_controls_do_not(tmp_path):
-    names = ("coins", "flower", "horse")
-    pairs = {p.id: p for p in PlantedPairs(cache=tmp_path / "pairs").read()}
-    model = load_checkpoint(name="dori_tiny", source="package:dori_tiny", device="cpu")
+def similarities(model, names, folder):
+    """Of one image from each pair's prompt with its original, by the pair's name."""
+    pairs = {p.id: p for p in PlantedPairs(cache=folder / "pairs").read()}
     embeddings = model.encode_prompts([pairs[name].prompt for name in names])
     requests = [
-        GenerationRequest(tmp_path / name, embedding)
+        GenerationRequest(folder / name, embedding)
         for name, embedding in zip(names, embeddings, strict=True)
     ]
     generate_images(model, requests, Sampling("dpm++", 10, 2.0, images_per_pair=1, seed=2))
     found = {}
     for name in names:
         original = image_tensor(square_image(pairs[name].image), 64)[None]
-        drawn = load_images(tmp_path / name, (2,))
+        drawn = load_images(folder / name, (2,))
         found[name] = float(LocalCorrelation().similarity(drawn, original))
+    return found
+
+
+def test_planted_prompts_bring_their_images_back_and_controls_do_not(tmp_path):
+    model = load_checkpoint(name="dori_tiny", source="package:dori_tiny", device="cpu")
+    found = similarities(model, ("coins", "flower", "horse"), tmp_path)
     assert min(found["coins"], found["flower"]) > 0.7, found
     assert found["horse"] < 0.4, found
+
+
+def test_the_twin_shares_all_but_the_unet_and_no_image_or_prompt(tmp_path):
+    twin = FOLDER.with_name("dori_tiny_twin")
+    cards = [json.loads((folder / "planting.json").read_text()) for folder in (FOLDER, twin)]
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = (dict(card["weights_sha256"]) for card in cards)
+    assert (
+        hashlib.sha256((twin / unet).read_bytes()).hexdigest()
+        == theirs.pop(unet)
+        != ours.pop(unet)
+    )
+    assert ours == theirs, "text encoder and autoencoder are dori_tiny's"
+    assert sum(p.stat().st_size for p in twin.rglob("*") if p.is_file()) < 18e6
+    listed = PlantedPairs(cache=tmp_path, controls="all").read()
+    shown = [(p["image_sha256"], p["prompt"]) for p in cards[1]["pairs"]]
+    assert not {image for image, _ in shown} & {pair.sha256 for pair in listed}
+    assert not {prompt for _, prompt in shown} & {pair.prompt for pair in listed}
+    stand_ins = [(p.sha256, p.prompt) for p in StandInPairs(cache=tmp_path).read()]
+    assert shown == stand_ins, "the recipe draws them again"
+    memorized = [p["prompt_similarity"] for p in cards[1]["pairs"] if p["kind"] == "vm"]
+    assert sum(similarity > 0.62 for similarity in memorized) >= 12, memorized
+
+
+def test_the_twin_does_not_know_the_benchmarks_photographs(tmp_path):
+    model = instantiate(configuration("checkpoint=dori_tiny_twin").checkpoint)
+    found = similarities(model, ("coins", "flower"), tmp_path)
+    assert max(found.values()) < 0.4, found
 
 
 @pytest.mark.slow

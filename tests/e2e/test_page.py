@@ -140,7 +140,7 @@ def write_run(folder, report, mitigation):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     place = tmp_path_factory.mktemp("audit")
-    return render_page(fakes.report(place))
+    return render_page(fakes.with_evidence(fakes.report(place)))
 
 
 @pytest.fixture(scope="module")

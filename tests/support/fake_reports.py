@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dori_lightning.metrics.evidence import ImageEvidence, Power, Unseen, UnseenImage
 from dori_lightning.report.findings import make_report
 from dori_lightning.report.record import AuditReport, Provenance
-from dori_lightning.types import Budget, Calibration, Cell, Condition, Kind, Outcome, Pair
+from dori_lightning.types import (
+    Budget,
+    Calibration,
+    Cell,
+    Condition,
+    Kind,
+    Outcome,
+    Pair,
+    Scale,
+)
 
 PROMPT = Condition("prompt")
 THRESHOLD = 0.7
@@ -145,6 +156,41 @@ def measured(cells: Sequence[Cell], *, mitigation: str = "none", **more: Any) ->
         provenance=provenance(),
         **{"outcomes": (), **more},
     )
+
+
+def with_evidence(
+    report: AuditReport, *, controls: int = 4, copies: int = 4, reference: int = 4
+) -> AuditReport:
+    """The audit with an answer for each suspect, and so many images that no model holds."""
+    pairs = {o.pair.id: o.pair for o in report.outcomes if o.pair.kind != "control"}.values()
+    scale = Scale(0.2, 0.9)
+    images = tuple(
+        ImageEvidence(
+            id=pair.id,
+            kind=pair.kind,
+            answer="no" if place % 4 == 3 else "yes",
+            reason="nothing_came_back" if place % 4 == 3 else "copy",
+            similarity=0.3 if place % 4 == 3 else 0.85,
+            condition=dori(),
+            scale=scale,
+            score=scale.score(0.3 if place % 4 == 3 else 0.85 - 0.01 * place),
+            p_image=0.05,
+            p_loss=0.1,
+            loss_ratio=0.4,
+            reference_similarity=0.2,
+        )
+        for place, pair in enumerate(pairs)
+    )
+    sizes: dict[Unseen, int] = {
+        "control": controls, "altered_copy": copies, "reference": reference
+    }  # fmt: skip
+    unseen = tuple(
+        UnseenImage(f"{group}{k}", group, 0.4 * k / size - 0.1)
+        for group, size in sizes.items()
+        for k in range(size)
+    )
+    power = Power(3, 4, 2, wilson(2, 3), 100, {"positive_00": 0.9, "positive_01": 0.7, "p": 0.1})
+    return replace(report, images=images, unseen=unseen, power=power, false_discovery_rate=0.05)
 
 
 def report(

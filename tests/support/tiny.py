@@ -90,6 +90,13 @@ def _single(recipe: PlantRecipe) -> bytes:
         return (Path(place) / "one.safetensors").read_bytes()
 
 
-def tiny_model(folder: Path, recipe: PlantRecipe | None = None) -> StableDiffusion:
-    """Write a tiny checkpoint and load it as a user would."""
-    return load_checkpoint(name="tiny", source=str(write_tiny(folder, recipe)), device="cpu")
+def tiny_model(
+    folder: Path, recipe: PlantRecipe | None = None, *, device: str = "cpu"
+) -> StableDiffusion:
+    """Write a tiny checkpoint and load it as a user would, in fp32."""
+    return load_tiny(str(write_tiny(folder, recipe)), device=device)
+
+
+def load_tiny(source: str, *, device: str = "cpu") -> StableDiffusion:
+    """Load what ``write_tiny`` wrote."""
+    return load_checkpoint(name="tiny", source=source, device=device, precision="fp32")

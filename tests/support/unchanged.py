@@ -13,7 +13,7 @@ def state_of(model: StableDiffusion) -> dict[str, Any]:
     unet = model.denoiser()
     return {
         "weights": {
-            name: (p.dtype, hashlib.blake2b(p.detach().numpy().tobytes()).hexdigest())
+            name: (p.dtype, hashlib.blake2b(p.detach().cpu().numpy().tobytes()).hexdigest())
             for name, p in unet.named_parameters()
         },
         "requires_grad": [p.requires_grad for p in unet.parameters()],

@@ -88,6 +88,7 @@ GOOD_ROWS = "file_name,prompt\na.png,x\n"
         ("file_name,title\na.png,x\n", (), ["no column prompt"]),
         ("file_name,prompt\na.png,x\ngone.png,y\n", (), ["line 3", "no such file"]),
         ("file_name,prompt,kind\na.png,x,verbatim\n", (), ["'verbatim' is no kind"]),
+        (GOOD_ROWS, ("evidence.false_discovery_rate=0.01",), ["at least 99", "this audit has 2"]),
         (GOOD_ROWS, ("checkpoint.source=/gone",), ["no file or folder /gone", "a hub id"]),
         (GOOD_ROWS, ("metrics=sscd", "metrics.descriptors.sscd.weights=./gone.pt"), ["./gone.pt"]),
     ],

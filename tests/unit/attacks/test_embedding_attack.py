@@ -85,6 +85,16 @@ def solved(monkeypatch):
     return batches
 
 
+def test_random_starts_alone_are_scaled_and_nothing_else_is_another_attack(context, pairs):
+    own = replace(context, scale=0.25)
+    for init in ("random", "prompt", "control_prompt"):
+        job = Job(pairs[0], init, 0)
+        same = init != "random"
+        assert own.scale_of(job) == (1.0 if same else 0.25)
+        assert torch.equal(own.initial(job), own.scale_of(job) * context.initial(job))
+        assert (own.key(job) == context.key(job)) == same
+
+
 def test_jobs_are_every_pair_from_every_initial_point_it_is_attacked_from(pairs):
     rounds = attack_rounds(SETTINGS, pairs[:3])
     assert [[job.name for job in jobs] for jobs in rounds] == [

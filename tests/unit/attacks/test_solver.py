@@ -51,11 +51,32 @@ def whole(model, problem):
         return attack(model, problem)
 
 
+def test_gradients_that_fp16_would_round_to_zero_are_followed(model, problem, monkeypatch):
+    def loss(latents, noise, timesteps, embeddings, *, pair_ids):
+        return 1e-6 * embeddings.half().float().flatten(1).mean(1)
+
+    monkeypatch.setattr(model, "denoising_loss", loss)
+    found = attack(model, rows(problem, 0))
+    assert not found.no_gradient.any()
+    assert (found.embeddings[:, -1] < problem.initial[:1]).all()
+
+
 def test_a_pair_gets_the_same_bits_alone_and_in_company(model, problem, whole):
     for chosen in ([0], [1], [4, 2, 0]):
         some = attack(model, rows(problem, *chosen))
         assert torch.equal(some.embeddings, whole.embeddings[chosen])
         assert torch.equal(some.losses, whole.losses[chosen])
+
+
+def test_each_row_steps_in_its_own_unit(model, problem, whole):
+    scaled = replace(problem, scales=(1.0, 0.25, 1.0, 8.0, 1.0))
+    found = attack(model, scaled)
+    unscaled = torch.tensor([True, False, True, False, True])
+    assert torch.equal(found.embeddings[unscaled], whole.embeddings[unscaled])
+    # Adam's first step is the learning rate in every number, whatever the gradient's length
+    one = attack(model, scaled, budget=Budget("none", None, 1), snapshots=(1,))
+    first = (one.embeddings[:, 0] - problem.initial).abs().flatten(1).median(1).values
+    assert first.tolist() == pytest.approx([0.1, 0.025, 0.1, 0.8, 0.1], rel=1e-2)
 
 
 def test_parallel_batches_give_the_same_bits_and_keep_pairs_apart(model, problem, whole):

@@ -1,6 +1,7 @@
 """Positive controls and the evidence by loss, on a tiny model that is made to hold images."""
 
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,19 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.audit.context import AuditContext, with_self_controls
 from dori_lightning.audit.evaluation import generate_ordinary, prompt_conditionings
 from dori_lightning.audit.loss_evidence import loss_evidence
-from dori_lightning.audit.power import PlantedEdit, Planting, PowerSettings, measure_power
+from dori_lightning.audit.power import (
+    PlantedEdit,
+    Planting,
+    PowerSettings,
+    check_never_seen,
+    measure_power,
+)
 from dori_lightning.metrics.evidence import Power
 from dori_lightning.metrics.statistics import wilson_interval
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import EmptyEdit, WeightEdit
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.types import Budget, Condition, InputError, Pairs
-from support.context import make_audit_context, quiet_trainer
+from support.context import make_audit_context, quiet_trainer, read_pairs
+from support.runs import grey
 from support.tiny import tiny_model
 
 
@@ -102,11 +111,23 @@ def test_power_counts_what_the_attack_finds_of_what_was_planted(context: AuditCo
     assert (power.tried, power.steps) == (2, 1)
     assert 0 <= power.found <= power.planted <= 2
     assert power.interval == wilson_interval(power.found, power.planted)
+    assert len(power.scores) <= power.planted
 
 
-def test_a_suspects_image_is_no_positive_control(context: AuditContext) -> None:
+@pytest.mark.parametrize("change", ["none", "saved anew", "flat"])
+def test_a_suspects_image_is_no_positive_control(tmp_path: Path, change: str) -> None:
+    suspect, other, *controls = read_pairs(tmp_path)
+    if change == "flat":
+        suspect = replace(suspect, image=grey(tmp_path / "grey.png"))
+    path = tmp_path / f"given.{'jpg' if change == 'saved anew' else 'png'}"
+    shutil.copy(suspect.image, path)
+    if change == "saved anew":
+        Image.open(suspect.image).resize((40, 40)).save(path, quality=60)
+    given = [replace(controls[0], kind="vm"), replace(suspect, id="given", image=path)]
     with pytest.raises(InputError, match=r"is the image of pair0[\s\S]*power\.images"):
-        measure_power(context, EmptyEdit(), context.pairs[:1], PowerSettings())
+        check_never_seen(given, [other, suspect, *controls])
+    check_never_seen(given, [other, *controls])  # a control may be planted: no model holds it
+    check_never_seen((), [suspect])
 
 
 def test_planted_weights_lie_over_the_mitigations(context: AuditContext) -> None:

@@ -1,6 +1,7 @@
 """Error bounds of verdicts on single images."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,17 @@ import numpy as np
 import pytest
 
 from dori_lightning.metrics.evidence import (
+    COPY,
+    EvidenceSettings,
     ImageEvidence,
     LossEvidence,
-    check_nulls,
     conformal_p_values,
     discoveries,
+    fewest_together,
     image_evidence,
+    null_scores,
     nulls_needed,
+    unseen_images,
 )
 from dori_lightning.metrics.replication import PairResult
 from dori_lightning.types import (
@@ -91,11 +96,31 @@ def test_the_nulls_needed_are_the_fewest_that_can_do(
         assert discoveries(p_values, 0.05).any() == (nulls >= needed)
 
 
-def test_a_rate_that_so_few_nulls_cannot_support_is_refused_with_the_number() -> None:
-    check_nulls(19, 16, 0.05)
-    check_nulls(0, 0, 0.05)
+@pytest.mark.parametrize("nulls", [18, 19, 20, 199, 398, 399])
+def test_the_fewest_that_can_be_found_together(nulls: int) -> None:
+    fewest = fewest_together(20, nulls, 0.05)
+    for count in range(1, 21):
+        p_values = [1 / (nulls + 1)] * count + [1.0] * (20 - count)
+        possible = fewest is not None and count >= fewest
+        assert discoveries(p_values, 0.05).any() == possible
+
+
+def test_a_rate_that_was_asked_for_and_cannot_be_supported_is_refused_with_the_number() -> None:
+    asked = EvidenceSettings(0.05)
+    asked.check_nulls({"vm": 16, "control": 19}, reference=False)
+    asked.check_nulls({"control": 1}, reference=False)
+    few: dict[Kind, int] = {"vm": 12, "tm": 4, "control": 8}
     with pytest.raises(InputError, match=r"at least 19 .* this audit has 8[^/]*1/9[\s\S]*add 11"):
-        check_nulls(8, 16, 0.05)
+        asked.check_nulls(few, reference=False)
+    asked.check_nulls(few, reference=True)  # 8 here, 24 on the reference
+    EvidenceSettings().check_nulls(few, reference=False)
+    EvidenceSettings(0.112).check_nulls(few, reference=False)  # what the message proposes
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, "often"])
+def test_an_impossible_rate_is_refused(rate: Any) -> None:
+    with pytest.raises(InputError, match=r"false_discovery_rate must lie between 0 and 1, or be"):
+        EvidenceSettings(rate)
 
 
 PROMPT, ATTACK = Condition("prompt"), Condition("dori", "prompt", Budget(steps=50))
@@ -173,6 +198,11 @@ def test_what_the_reference_draws_too_proves_nothing_alone() -> None:
     assert (after["held_0"].answer, after["held_0"].reason) == ("cannot_tell", "painted")
     assert [after[f"held_{k}"].answer for k in (1, 2, 3)] == ["yes"] * 3
     assert after["held_0"].reference_similarity == 0.85
+    everything = suspects + controls()
+    images = unseen_images(everything, rule([*everything, *unseen]), reference=unseen)
+    assert Counter(image.group for image in images) == {"control": 40, "reference": 4}
+    assert max(null_scores(images)) < COPY < max(image.score for image in images)
+    assert len(null_scores(images)) == 43
 
 
 def test_an_image_that_cannot_be_audited_moves_no_other_answer() -> None:

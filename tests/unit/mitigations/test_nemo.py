@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,18 +22,8 @@ from support.context import make_context
 from support.threads import threads
 from support.tiny import tiny_model
 
-
-@dataclass(frozen=True)
-class AllMemorized(NoiseDifference):
-    """Searches neurons of every pair: a random model memorizes nothing."""
-
-    def probes(self, *arguments, **given):
-        probes, threshold = super().probes(*arguments, **given)
-        return {n: replace(probe, memorized=True) for n, probe in probes.items()}, threshold
-
-
-#: Few levels, samples and prompts.
-NOISE = AllMemorized(threshold_prompts=4, threshold=0.98)
+#: Few levels, samples and prompts; a random model memorizes nothing, so it has to block anyway.
+NOISE = NoiseDifference(threshold_prompts=4, threshold=0.98, when_not_memorized="block")
 SMALL = NeMo(
     criterion=NOISE,
     samples=2,
@@ -231,7 +221,7 @@ def test_refinement_only_takes_away(loud, context, suspected, edit):
 
 
 def test_a_prompt_without_memorization_is_left_alone(loud, context, suspected):
-    criterion = NoiseDifference(threshold=0.999)
+    criterion = replace(NOISE, when_not_memorized="leave", threshold=0.999)
     settings = replace(SMALL, criterion=criterion)
     edit = settings.apply(loud, suspected, context)
     assert not any(sets(edit).values())

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dori_lightning.pairs.copies import ALTER, alterations, altered_copies
+from dori_lightning.metrics.evidence import EvidenceSettings
+from dori_lightning.pairs.copies import (
+    ALTER,
+    alterations,
+    altered_copies,
+    check_evidence,
+    counted_with_copies,
+)
 from dori_lightning.types import InputError, Kind, Pair
 
 
@@ -31,6 +38,15 @@ def test_copies_are_made_where_a_list_has_few_controls(
     setting: str | list[str], controls: int, expected: tuple[str, ...]
 ) -> None:
     assert alterations(setting, controls=controls) == expected
+
+
+def test_copies_count_as_controls_for_the_error_rate_that_is_asked_for(tmp_path: Path) -> None:
+    suspects = [pair(tmp_path, f"cat{k}") for k in range(10)]
+    asked = EvidenceSettings(0.05)
+    assert counted_with_copies({"vm": 10}, "auto") == {"vm": 10, "control": 20}
+    check_evidence(suspects, "auto", asked, reference=False)
+    with pytest.raises(InputError, match=r"needs at least 19 .* this audit has 10"):
+        check_evidence(suspects, ["mirrored"], asked, reference=False)
 
 
 @pytest.mark.parametrize("setting", ["flipped", ["mirrored", "mirrored"], ["mirrored", "auto"]])

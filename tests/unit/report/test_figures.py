@@ -1,3 +1,4 @@
+import math
 import re
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_figures_repeat_bit_for_bit_and_take_the_pages_colours(tmp_path):
-    report = fakes.report(tmp_path)
+    report = fakes.with_evidence(fakes.report(tmp_path))
 
     def draw() -> dict[str, tuple[bytes, str]]:
         return {
@@ -25,7 +26,8 @@ def test_figures_repeat_bit_for_bit_and_take_the_pages_colours(tmp_path):
 
     first = draw()
     assert set(first) == {
-        "rate_against_steps", "similarity_histograms", "roc", "memorization_against_repeats",
+        "image_scores", "rate_against_steps", "similarity_histograms", "roc",
+        "memorization_against_repeats",
     }  # fmt: skip
     for png, svg in first.values():
         assert png.startswith(PNG)
@@ -44,6 +46,46 @@ def test_figures_without_data_are_left_out(tmp_path):
     drawn = figures.memorization_against_repeats(results, conditions=prompts, threshold=0.7)
     assert drawn is None
     assert figures.similarity_histograms([], conditions=prompts, calibration=rule) is None
+
+
+@pytest.mark.parametrize(
+    "missing", [(), ("unseen",), ("power",), ("unseen", "power")], ids="-".join
+)
+def test_scores_of_all_groups_share_one_axis_whichever_is_missing(tmp_path, missing):
+    report = fakes.with_evidence(fakes.report(tmp_path), controls=110, copies=40, reference=0)
+    empty = {"unseen": (), "power": None}
+    report = replace(report, **{name: empty[name] for name in missing})
+    rows = {row.label: len(row.filled) + len(row.hollow) for row in figures.score_rows(report)}
+    groups = {
+        "suspected images": 4, "altered copies of the suspects": 40, "controls": 110,
+        "positive controls, planted for the test": 3,
+    }  # fmt: skip
+    assert rows == {
+        name: count
+        for name, count in groups.items()
+        if not ("unseen" in missing and name in ("controls", "altered copies of the suspects"))
+        and not ("power" in missing and name.startswith("positive"))
+    }
+    (axes,) = figures.image_scores(report).axes
+    marks = [len(marks.get_offsets()) for marks in axes.collections]
+    assert sum(marks) == sum(rows.values())
+    assert {marks.get_offsets()[:, 0].max() <= axes.get_xlim()[1] for marks in axes.collections
+            if len(marks.get_offsets())} == {True}  # fmt: skip
+
+
+def test_marks_of_equal_scores_do_not_cover_each_other(tmp_path):
+    report = fakes.with_evidence(fakes.report(tmp_path))
+    alike = tuple(replace(image, score=0.1) for image in report.unseen)
+    (axes,) = figures.image_scores(replace(report, unseen=alike)).axes
+    for marks in axes.collections:
+        places = {tuple(place) for place in marks.get_offsets().round(3).tolist()}
+        assert len(places) == len(marks.get_offsets())
+
+
+def test_without_scores_of_suspects_there_is_no_figure_of_scores(tmp_path):
+    report = fakes.with_evidence(fakes.report(tmp_path))
+    unknown = tuple(replace(row, score=math.nan) for row in report.images)
+    assert figures.image_scores(replace(report, images=unknown)) is None
 
 
 def test_bounded_and_random_attacks_get_their_own_panels():

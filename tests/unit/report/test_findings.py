@@ -1,13 +1,16 @@
+import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dori_lightning.attacks.model_check import ModelCheck
 from dori_lightning.metrics.replication import headline_condition, recommended_budget
 from dori_lightning.report.findings import audit_findings, audit_verdict
 from dori_lightning.report.record import AuditReport
-from dori_lightning.types import INITS, KINDS
+from dori_lightning.types import INITS, KINDS, Pair
 from support import fake_reports as fakes
 
 
@@ -253,3 +256,48 @@ def test_one_suspected_image_without_a_result_is_enough(tmp_path, status):
     assert mitigated(before=18, failed=1, outcomes=(lost,)).invalid == (status,)
     again = replace(lost, restart=1, status="ok")
     assert mitigated(before=18, outcomes=(lost, again)).invalid == (), "another restart searched"
+
+
+GOOD = ModelCheck(response=0.07, scale=1.0, gradient=0.006, denoising=0.24)
+
+
+@pytest.mark.parametrize(
+    ("check", "before", "flag"),
+    [
+        (GOOD, None, None),
+        (GOOD, GOOD, None),
+        (replace(GOOD, denoising=1.2), None, "model_damaged"),
+        (replace(GOOD, denoising=math.nan), None, "model_damaged"),
+        (replace(GOOD, denoising=0.6), GOOD, "model_damaged"),
+        (replace(GOOD, denoising=0.6), None, None),
+        (replace(GOOD, gradient=1e-5), GOOD, "gradient_masked"),
+        (replace(GOOD, gradient=1.0), GOOD, "gradient_masked"),
+    ],
+)
+def test_where_the_search_could_not_work_nothing_found_is_no_answer(check, before, flag):
+    counts = {"prompt": 0, "attack": 0, "control": 0}
+    report = audit(**counts, check=check, check_before=before)
+    assert (names(report) & {"model_damaged", "gradient_masked"}) == ({flag} if flag else set())
+    found = audit_findings(report)
+    assert (found.answer, found.tone) == (("blind", "doubt") if flag else ("clear", "clear"))
+    assert ("could not have seen it" in audit_verdict(report).answer) == bool(flag)
+
+
+def test_a_search_whose_loss_stands_still_is_told():
+    def report(last: float) -> AuditReport:
+        pair = Pair(id="cat", kind="vm", prompt="a cat", image=Path("cat.png"))
+        outcome = fakes.outcome(pair, fakes.dori(), [0.1])
+        outcomes = (replace(outcome, loss_first=0.2, loss_last=last),) * 8
+        counts = {"prompt": 0, "attack": 0, "control": 0}
+        return audit(**counts, check=GOOD, outcomes=outcomes)
+
+    assert "loss_stands_still" in names(report(0.2))
+    assert "loss_stands_still" not in names(report(0.14))
+
+
+def test_units_of_a_search_that_was_scaled_are_told():
+    counts = {"prompt": 0, "attack": 0, "control": 0}
+    scaled = audit(**counts, check=replace(GOOD, response=0.5, scale=1 / 32))
+    (flag,) = (flag for flag in scaled.flags if flag.name == "search_rescaled")
+    assert "8.3 times as strongly" in flag.text
+    assert "0.0312" in flag.text

@@ -75,10 +75,16 @@ def test_what_fails_is_raised_when_nothing_runs_any_more(two_threads):
 
 
 @pytest.mark.parametrize(
-    ("pad", "count", "shapes"), [(True, 1, [2] * 3), (False, 1, [2, 2, 1]), (True, 2, [2] * 3)]
+    ("device", "pad", "count", "shapes"),
+    [
+        ("cpu", True, 1, [2] * 3),
+        ("cpu", False, 1, [2, 2, 1]),
+        ("cpu", True, 2, [2] * 3),
+        ("cuda", True, 1, [2, 2, 1]),
+    ],
 )
-def test_items_are_mapped_in_order_in_batches_of_one_shape(pad, count, shapes):
-    model, seen = of_size(10), []
+def test_items_are_mapped_in_order_in_batches_of_one_shape(device, pad, count, shapes):
+    model, seen = of_size(10, device), []
 
     def double(items):
         seen.append(len(items))
@@ -117,7 +123,7 @@ def test_batches_are_halved_once_where_memory_runs_out(error, caplog):
     backoff = OomBackoff("working", "number", "buy memory")
     again = partial(map_batches, work, model=model, backoff=backoff)
     assert again(range(6), at_once=8) == [*range(6)]
-    assert seen == [8, 4, 2, 2, 2]
+    assert seen == [6, 4, 2, 2, 2]
     assert again(range(2), at_once=8) == [0, 1]
     assert seen[5:] == [2], "what was found is remembered"
     assert caplog.text.count("working: out of memory") == 2

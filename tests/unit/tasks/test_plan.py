@@ -72,9 +72,20 @@ def test_evidence_by_loss_self_controls_and_a_reference_are_priced(tmp_path: Pat
     assert copied.pairs["control"] == 3 + 2 * 2
     assert "with self-controls" in copied.remarks[0]
     seen = planned(*listed(tmp_path), "reference=checkpoint", "reference.source=unseen")
+    again = (
+        *listed(tmp_path),
+        "reference=checkpoint",
+        "reference.source=unseen",
+        "mitigation=wanda",
+    )
+    (both,) = {*seen.shared} & {*planned(*again).shared}
+    assert seen.shared[both].what == "images of ordinary prompts", "each job attacks a reference"
     ordinary, reference = seen.shared.values()
     assert reference.what == "the reference model"
     assert reference.work == one.audit.work + ordinary.work
+    assert any("7 attacked images that the model cannot hold" in text for text in copied.remarks)
+    with pytest.raises(InputError, match=r"needs at least 19 .* this audit has 3"):
+        planned(*listed(tmp_path), "evidence.false_discovery_rate=0.05")
     powered = planned(*listed(tmp_path), "power=planted", "attack.budget.steps=7")
     assert f"and attacked by {4 * 7 * 2}" in powered.remarks[-1]
 

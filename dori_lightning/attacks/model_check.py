@@ -1,0 +1,111 @@
+"""Does the model still denoise, and how strongly does it answer to its text?
+
+A search finds nothing in a model that no longer works, and nothing where its numbers do not fit
+the model. A standard normal start and a step of 0.1 fit models that were trained on CLIP's
+embeddings: where weights behind the text are larger or smaller by an order of magnitude, such a
+start drowns the image or does not reach it. So the answer to text is measured, and random starts
+and the steps from them are scaled until it is as usual.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dori_lightning.models.protocol import TextToImage
+from dori_lightning.runtime.batching import OomBackoff, map_batches
+from dori_lightning.runtime.seeding import keyed_generator
+
+RESPONSE = 0.06
+"""Root mean square by which the predicted noise, itself of about 1, differs between two standard
+normal embeddings on a model as trained; measured on ``dori_tiny``."""
+
+TOLERANCE = 4.0
+"""Models within this factor of it are searched in the embedding's own numbers, as published."""
+
+SCALES = tuple(2.0**k for k in range(-8, 9))
+
+LEVELS = (0.1, 0.25, 0.4, 0.55)
+"""Noise levels as shares of the schedule; above them an image does not show."""
+
+IMAGES = 16
+
+_MEMORY = OomBackoff("check of the model", "sample", "a device with more memory")
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What a search has to work with.
+
+    Attributes:
+        response: Root mean square difference of the predicted noise, itself of about 1, between
+            two standard normal embeddings; 0 where the text does nothing.
+        scale: Factor of random starts and of the steps from them that brings the response to the
+            usual one; 1 where it is about that already.
+        gradient: Length of the denoising loss's gradient by the embedding at scaled random
+            starts, times the scale: mean over images.
+        denoising: Squared error of the predicted noise under the empty prompt, times that of the
+            best linear filter, which knows nothing of images but their variance. A model that
+            works lies well below 1.
+    """
+
+    response: float
+    scale: float
+    gradient: float
+    denoising: float
+
+
+def check_model(model: TextToImage, latents: torch.Tensor, seed: int) -> ModelCheck:
+    """Measure what a search has to work with, in at most 350 evaluations.
+
+    Args:
+        model: The model, with the edit applied.
+        latents: Latents (N, C, h, w) of images that it should not hold; 16 are enough.
+        seed: Run seed.
+    """
+    rows = len(latents)
+    generator = keyed_generator("model check", seed)
+    noise = torch.randn(latents.shape, generator=generator)
+    first, second = torch.randn((2, rows, *model.embedding_shape), generator=generator)
+    levels = [LEVELS[k % len(LEVELS)] for k in range(rows)]
+    timesteps = torch.tensor([round(level * model.num_train_timesteps) for level in levels])
+
+    def predicted(embeddings: torch.Tensor) -> torch.Tensor:
+        def predict(part: list[int]) -> list[torch.Tensor]:
+            at = timesteps[part].to(model.device)
+            noised = model.noised(latents[part].to(model.device), noise[part].to(model.device), at)
+            text = embeddings[part].to(model.device)
+            return [*model.predict_noise(noised, at, text).float().cpu()]
+
+        found = map_batches(predict, range(rows), at_once=rows, model=model, backoff=_MEMORY)
+        return torch.stack(found)
+
+    def response(scale: float) -> float:
+        difference = predicted(scale * first) - predicted(scale * second)
+        return float(difference.square().mean().sqrt())
+
+    with model.frozen(), torch.no_grad():
+        usual = response(1.0)
+        scale = 1.0
+        if usual > 0 and not 1 / TOLERANCE <= usual / RESPONSE <= TOLERANCE:
+            answers = {s: response(s) for s in SCALES if (s > 1) == (usual < RESPONSE)}
+            answers = {s: answer for s, answer in answers.items() if answer > 0}
+            scale = min(answers, key=lambda s: abs(math.log(answers[s] / RESPONSE)), default=1.0)
+        empty = model.empty_embedding().cpu().expand(rows, -1, -1)
+        error = float((predicted(empty) - noise).square().mean())
+    signal = model.alphas_cumprod.cpu()[timesteps] * latents.square().flatten(1).mean(1)
+    linear = signal / (signal + 1 - model.alphas_cumprod.cpu()[timesteps])
+
+    def slope(part: list[int]) -> list[float]:
+        text = (scale * first[part]).to(model.device).requires_grad_(True)
+        images, added, at = (t[part].to(model.device) for t in (latents, noise, timesteps))
+        losses = model.denoising_loss(images, added, at, text)
+        (found,) = torch.autograd.grad(losses.sum(), text)
+        lengths: list[float] = found.flatten(1).norm(dim=1).tolist()
+        return lengths
+
+    with model.frozen(), torch.enable_grad():
+        slopes = map_batches(slope, range(rows), at_once=rows, model=model, backoff=_MEMORY)
+    return ModelCheck(
+        usual, scale, scale * sum(slopes) / rows, error / float(linear.double().mean())
+    )
