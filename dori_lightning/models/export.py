@@ -51,7 +51,7 @@ class Weights:
     """
 
     states: Mapping[Part, Mapping[str, torch.Tensor]]
-    dtypes: Mapping[str, str]
+    dtypes: Mapping[Part, str]
     exact: bool
     configuration: Mapping[str, Any]
 

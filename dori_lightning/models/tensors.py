@@ -67,7 +67,8 @@ def empty_part(part: Part, folder: Path) -> nn.Module:
             )
             # said here, or the folder could name a kernel that is fetched and run
             settings._attn_implementation = "sdpa"
-            return CLIPTextModel(settings).eval()
+            encoder: nn.Module = CLIPTextModel(settings)
+            return encoder.eval()
         kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
         config = kind.load_config(str(folder), subfolder=part, local_files_only=True)
         made: nn.Module = kind.from_config(config)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dori_lightning.models.original_layout import Part
 from dori_lightning.report.record import AuditRecord
 from dori_lightning.report.tables import cells_table, markdown_table
 from dori_lightning.report.words import one_line, render_text
@@ -64,7 +65,7 @@ class Exported:
     revision: str | None
     fingerprint: str
     exported: str
-    dtypes: Mapping[str, str]
+    dtypes: Mapping[Part, str]
     exact: bool
     mitigation: str
     settings: Mapping[str, Any]

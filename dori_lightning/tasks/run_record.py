@@ -103,9 +103,9 @@ def numerics() -> dict[str, bool]:
         "reduced_precision_bf16": bool(cuda.matmul.allow_bf16_reduced_precision_reduction),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cudnn_benchmark": cudnn.benchmark,
-        "flash_attention": cuda.flash_sdp_enabled(),
-        "efficient_attention": cuda.mem_efficient_sdp_enabled(),
-        "cudnn_attention": cuda.cudnn_sdp_enabled(),
+        "flash_attention": cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
+        "efficient_attention": cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
+        "cudnn_attention": cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
     }
 
 
