@@ -260,8 +260,9 @@ def attack_family(bench: BenchContext, settings: BenchSettings) -> Family:
         until=bench.until,
     )  # fmt: skip
     rows["B0"] = replace(rows["B0"], pairs=1)
-    # one step of one full pass
-    one = replace(task, steps=1).first(pairs_at_once(model) if cpu else settings.pairs)
+    # one step of one full pass, which on a CPU is filled up where there are fewer pairs
+    full = pairs_at_once(model) if cpu else settings.pairs
+    one = replace(task, steps=1).first(full)
     for name in [name for name, row in rows.items() if row.seconds]:
         step = one.first(1) if name == "B0" else one
         memory = peak_bytes(partial(attacks[name], step), model.device)
@@ -271,8 +272,7 @@ def attack_family(bench: BenchContext, settings: BenchSettings) -> Family:
             _compared(rows[name], results, bench.cost.attack * task.noise_batch * task.steps),
             peak_bytes=memory,
         )
-    samples, parallel = len(one.ids) * one.noise_batch, parallel_batches(model)
-    planned = measure_batch(model).total(samples, parallel=parallel)
+    planned = measure_batch(model).total(full * one.noise_batch, parallel=parallel_batches(model))
     rows["ours"] = replace(rows["ours"], planned_bytes=planned)
     alone = task.steps * seconds_alone(partial(solver_attack, model, one), model.device)
     what = "its matrix products, convolutions and attention, each shape by itself"
