@@ -124,7 +124,7 @@ def test_one_layout_gives_the_same_bits_in_deterministic_mode(wide):
     sampling = Sampling("ddim", 2, 2.0, 2)
     noise = torch.randn(2, *wide.latent_shape, generator=torch.Generator().manual_seed(1))
     with deterministic():
-        first, second = attack(wide, steps=5), attack(wide, steps=5)
+        first, second = (attack(wide, pairs=2, noises=1) for _ in range(2))
         context = wide.encode_prompts(["a b", "c"])
         images = [wide.generate(context, noise, sampling) for _ in range(2)]
     assert torch.equal(first.embeddings, second.embeddings)
