@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from dori_lightning.runtime.batching import to_device
 from dori_lightning.tasks.run_record import numerics
 from dori_lightning.types import Budget, first_line
 from support.devices import DEVICES, on_gpu
+from support.processes import PROGRAM, ended
+from support.runs import SMALL, on_tiny
 from support.tiny import tiny_model, write_tiny
 
 
@@ -224,3 +227,21 @@ def test_two_processes_share_a_card_and_agree(tmp_path):
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in started]
     assert said[0] == said[1] != ""
+
+
+@on_gpu
+def test_a_whole_audit_gives_equal_bits_in_deterministic_mode(material, tmp_path):
+    """As a user starts it: nothing but the program itself prepares cuBLAS."""
+    given = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    on_cpu = ("checkpoint.device=", "trainer=")
+    tiny = [o for o in on_tiny(material, *SMALL) if not o.startswith(on_cpu)]
+    found = []
+    for name in ("first", "second"):
+        ended(
+            tmp_path, PROGRAM, "+experiment=audit", *tiny, "trainer=gpu",
+            "trainer.deterministic=true", f"name={name}", f"paths.output={tmp_path / name}",
+            env=given, seconds=120,
+        )  # fmt: skip
+        files = (tmp_path / name / name / "attacks").rglob("*.safetensors")
+        found.append({path.name: path.read_bytes() for path in files})
+    assert found[0] == found[1] != {}

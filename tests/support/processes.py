@@ -38,7 +38,8 @@ def begin(
         options: Others of ``subprocess.Popen``.
     """
     found = {**(os.environ if env is None else env)}
-    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    given = [path for path in (found.get("PYTHONPATH"),) if path]
+    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *given])
     return subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=place, env=found, stdout=subprocess.PIPE, stderr=stderr, text=True, **options,
