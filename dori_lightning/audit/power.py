@@ -160,8 +160,12 @@ class _PlantingTraining(Finetuning):
 SIDE = 64
 """Pixels a side at which images are compared."""
 
-SAME_IMAGE = 0.9
-"""Local correlation above which two images are one, saved, scaled or cut a little differently."""
+SAME_IMAGE = 0.6
+"""Local correlation above which two images are one, saved or scaled anew.
+
+Images of the embedded benchmark reach 0.88 and more as JPEGs of quality 40 at three quarters of
+their size, other images 0.34 at most against its suspects. One that was cut differently escapes.
+"""
 
 
 def check_never_seen(planted: Sequence[Pair], listed: Sequence[Pair]) -> None:

@@ -294,9 +294,9 @@ def image_scores(report: AuditRecord) -> Figure | None:
     a copy. Filled marks of suspects are those answered yes. Scores beyond the ends of the axis are
     drawn at them. None where no suspect has a score.
     """
-    rows = score_rows(report)
-    if not any(row.label in _KIND_PLURALS.values() for row in rows):
+    if all(math.isnan(row.score) for row in report.images):
         return None
+    rows = score_rows(report)
     scores = [value for row in rows for value in (*row.filled, *row.hollow)]
     low, high = max(min(0.0, *scores), _ENDS[0]) - 0.04, min(max(1.0, *scores), _ENDS[1]) + 0.04
     width = 5.4

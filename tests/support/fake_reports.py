@@ -185,7 +185,7 @@ def with_evidence(
         "control": controls, "altered_copy": copies, "reference": reference
     }  # fmt: skip
     unseen = tuple(
-        UnseenImage(f"{group}{k}", group, 0.4 * k / size - 0.1)
+        UnseenImage(f"{group}{k}", group, 0.4 * k / size - 0.1, 0.9)
         for group, size in sizes.items()
         for k in range(size)
     )
