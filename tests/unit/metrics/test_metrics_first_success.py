@@ -44,7 +44,7 @@ def test_what_came_back_and_is_lost_again_counts_up_to_the_budget_only():
 
 def test_the_first_of_any_restart_counts():
     found = [outcome("a", 10, 0.2), outcome("a", 50, 0.9), outcome("a", 10, 0.8, restart=1)]
-    firsts = first_successes(found, RULE, "max")
+    firsts = first_successes(found, RULE)
     assert firsts == {search_of(found[1]): 50, search_of(found[2]): 10}
     first = at(found, 50).first_success
     assert (first.pairs, first.median_steps) == (1, 10.0)

@@ -156,7 +156,7 @@ def test_a_restart_that_comes_twice_is_a_mistake():
 
 def test_a_missing_descriptor_is_a_mistake():
     with pytest.raises(ValueError, match="only by local"):
-        pair_results([_outcome("a", [0.1])], replace(CALIBRATION, descriptor="sscd"), "max")
+        pair_results([_outcome("a", [0.1])], replace(CALIBRATION, descriptor="sscd"))
 
 
 def test_diversity_by_hand():
@@ -189,6 +189,6 @@ def test_where_an_answer_would_rest_on_an_attack_that_was_not_checked(known, con
         *(_outcome("c", [value], kind="control", condition=condition)
           for condition, value in controls.items()),
     ]  # fmt: skip
-    assert unchecked_starts(outcomes, CALIBRATION, "max") == starts
+    assert unchecked_starts(outcomes, CALIBRATION) == starts
     lost = [_outcome("a", [0.1], condition=RANDOM), *outcomes[1:]]
-    assert "random" not in unchecked_starts(lost, CALIBRATION, "max")
+    assert "random" not in unchecked_starts(lost, CALIBRATION)
