@@ -302,7 +302,7 @@ def image_scores(report: AuditRecord) -> Figure | None:
     width = 5.4
     mark = _MARK * (high - low) / (72 * (width - 0.4))
     placed = [_side_by_side(np.clip([*r.filled, *r.hollow], low, high), mark) for r in rows]
-    heights = [_MARK * (1 + max(lanes) - min(lanes)) + 26 for _, lanes in placed]
+    heights = [_MARK * (1 + max(lanes) - min(lanes)) + 30 for _, lanes in placed]
     figure = new_figure(width, sum(heights) / 72 + 0.75)
     axes = figure.subplots()
     plain_axes(axes, grid="x")
@@ -311,7 +311,7 @@ def image_scores(report: AuditRecord) -> Figure | None:
     top = float(sum(heights))
     axes.set(xlim=(low, high), ylim=(0, top), yticks=[])
     for row, (values, lanes), height in zip(rows, placed, heights, strict=True):
-        middle = top - 22 - _MARK * (max(lanes) + 0.5)
+        middle = top - 18 - _MARK * (max(lanes) + 0.5)
         for chosen, face in (
             (slice(0, len(row.filled)), row.colour),
             (slice(len(row.filled), None), "none"),
