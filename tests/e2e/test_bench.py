@@ -77,7 +77,7 @@ def test_the_measurement_of_a_gpu_runs_on_a_cpu_too(tmp_path, monkeypatch):
         )  # fmt: skip
     record = json.loads((folder / "bench.json").read_text())
     assert record["left_out"] == {"sampling": "it failed: no room"}
-    assert list(record["families"]) == ["attack", "nemo", "finetuning"]
+    assert set(record["families"]) == {"attack", "nemo", "finetuning"}
     assert record["provenance"]["numerics"]["tf32_matmul"] is False
     alone, ours = record["families"]["nemo"]["rows"]
     assert ours["samples"] > 0
