@@ -70,8 +70,8 @@ _UNSEEN_LOOK: dict[Unseen, tuple[str, str, str]] = {
 }
 """Label, colour and marker of images that the model cannot hold."""
 
-_MARK, _LANES = 5.5, 13
-"""Points that a mark of a score takes each way, and lanes that marks are put into at most."""
+_MARK, _TIERS = 5.5, 13
+"""Points that a mark of a score takes each way, and tiers that marks are put into at most."""
 
 _ENDS = (-0.5, 1.2)
 """Furthest ends of the axis of scores."""
@@ -302,7 +302,7 @@ def image_scores(report: AuditRecord) -> Figure | None:
     width = 5.4
     mark = _MARK * (high - low) / (72 * (width - 0.4))
     placed = [_side_by_side(np.clip([*r.filled, *r.hollow], low, high), mark) for r in rows]
-    heights = [_MARK * (1 + max(lanes) - min(lanes)) + 30 for _, lanes in placed]
+    heights = [_MARK * (1 + max(tiers) - min(tiers)) + 30 for _, tiers in placed]
     figure = new_figure(width, sum(heights) / 72 + 0.75)
     axes = figure.subplots()
     plain_axes(axes, grid="x")
@@ -310,14 +310,14 @@ def image_scores(report: AuditRecord) -> Figure | None:
     axes.axvline(COPY, color=ALARM, linewidth=1.6, linestyle="--", zorder=1)
     top = float(sum(heights))
     axes.set(xlim=(low, high), ylim=(0, top), yticks=[])
-    for row, (values, lanes), height in zip(rows, placed, heights, strict=True):
-        middle = top - 18 - _MARK * (max(lanes) + 0.5)
+    for row, (values, tiers), height in zip(rows, placed, heights, strict=True):
+        middle = top - 18 - _MARK * (max(tiers) + 0.5)
         for chosen, face in (
             (slice(0, len(row.filled)), row.colour),
             (slice(len(row.filled), None), "none"),
         ):
             axes.scatter(
-                values[chosen], middle + _MARK * lanes[chosen], s=0.75 * _MARK**2,
+                values[chosen], middle + _MARK * tiers[chosen], s=0.75 * _MARK**2,
                 marker=row.marker, facecolors=face, edgecolors=row.colour, linewidths=1.2,
                 clip_on=False, zorder=3,
             )  # fmt: skip
@@ -332,22 +332,22 @@ def image_scores(report: AuditRecord) -> Figure | None:
 
 
 def _side_by_side(values: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
-    """Put marks into lanes so that they do not cover each other, while there are lanes.
+    """Put marks into tiers so that they do not cover each other, while there are tiers.
 
     Args:
         values: (N,) places along the axis.
         width: Of a mark, along the axis.
 
     Returns:
-        The places, and (N,) whole numbers, 0 the middle lane.
+        The places, and (N,) whole numbers, 0 the middle tier.
     """
-    lanes = [side * k for k in range(_LANES // 2 + 1) for side in ((1, -1) if k else (1,))]
-    ends = dict.fromkeys(lanes, -math.inf)
+    tiers = [side * k for k in range(_TIERS // 2 + 1) for side in ((1, -1) if k else (1,))]
+    ends = dict.fromkeys(tiers, -math.inf)
     chosen = np.zeros(len(values), int)
     for place in np.argsort(values, kind="stable"):
-        free = [lane for lane in lanes if values[place] - ends[lane] >= width]
-        lane = free[0] if free else min(lanes, key=ends.__getitem__)
-        chosen[place], ends[lane] = lane, values[place]
+        free = [tier for tier in tiers if values[place] - ends[tier] >= width]
+        tier = free[0] if free else min(tiers, key=ends.__getitem__)
+        chosen[place], ends[tier] = tier, values[place]
     return values, chosen
 
 
