@@ -8,6 +8,7 @@ and the steps from them are scaled until it is as usual.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +56,16 @@ class ModelCheck:
     denoising: float
 
 
-def check_model(model: TextToImage, latents: torch.Tensor, seed: int) -> ModelCheck:
+def check_model(
+    model: TextToImage, latents: torch.Tensor, seed: int, pair_ids: Sequence[str] | None = None
+) -> ModelCheck:
     """Measure what a search has to work with, in at most 350 evaluations.
 
     Args:
         model: The model, with the edit applied.
         latents: Latents (N, C, h, w) of images that it should not hold; 16 are enough.
         seed: Run seed.
+        pair_ids: Whose images these are (N), for edits that differ between pairs.
     """
     rows = len(latents)
     generator = keyed_generator("model check", seed)
@@ -70,12 +74,16 @@ def check_model(model: TextToImage, latents: torch.Tensor, seed: int) -> ModelCh
     levels = [LEVELS[k % len(LEVELS)] for k in range(rows)]
     timesteps = torch.tensor([round(level * model.num_train_timesteps) for level in levels])
 
+    def owners(part: list[int]) -> list[str] | None:
+        return None if pair_ids is None else [pair_ids[row] for row in part]
+
     def predicted(embeddings: torch.Tensor) -> torch.Tensor:
         def predict(part: list[int]) -> list[torch.Tensor]:
             at = timesteps[part].to(model.device)
             noised = model.noised(latents[part].to(model.device), noise[part].to(model.device), at)
             text = embeddings[part].to(model.device)
-            return [*model.predict_noise(noised, at, text).float().cpu()]
+            found = model.predict_noise(noised, at, text, pair_ids=owners(part))
+            return [*found.float().cpu()]
 
         found = map_batches(predict, range(rows), at_once=rows, model=model, backoff=_MEMORY)
         return torch.stack(found)
@@ -99,7 +107,7 @@ def check_model(model: TextToImage, latents: torch.Tensor, seed: int) -> ModelCh
     def slope(part: list[int]) -> list[float]:
         text = (scale * first[part]).to(model.device).requires_grad_(True)
         images, added, at = (t[part].to(model.device) for t in (latents, noise, timesteps))
-        losses = model.denoising_loss(images, added, at, text)
+        losses = model.denoising_loss(images, added, at, text, pair_ids=owners(part))
         (found,) = torch.autograd.grad(losses.sum(), text)
         lengths: list[float] = found.flatten(1).norm(dim=1).tolist()
         return lengths

@@ -209,7 +209,8 @@ def _check(context: AuditContext) -> ModelCheck:
     """
     pairs = sorted(context.pairs, key=lambda pair: pair.kind != "control")[:IMAGES]
     latents = context.data.batch(pairs).latents
-    return distributed.broadcast_object(check_model(context.model, latents, context.seed))
+    ids = [pair.id for pair in pairs]
+    return distributed.broadcast_object(check_model(context.model, latents, context.seed, ids))
 
 
 def evaluate(
