@@ -31,7 +31,9 @@ LEVELS = (0.1, 0.25, 0.4, 0.55)
 
 IMAGES = 16
 
-_MEMORY = OomBackoff("check of the model", "sample", "a device with more memory")
+_MEMORY = OomBackoff(
+    "check of the model", "sample", "checkpoint.precision=bf16, or a device with more memory"
+)
 
 
 @dataclass(frozen=True)

@@ -351,12 +351,17 @@ def test_an_edit_that_changes_nothing(program, place, monkeypatch):
 
 
 def test_memory_for_not_even_one_pair(program, finished, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    real = StableDiffusion.denoising_loss
+
+    def full(self, latents, *rest, **more):
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return real(self, latents, *rest, **more)
 
     monkeypatch.setattr(StableDiffusion, "denoising_loss", full)
     parts = ("out of memory with a single pair", "attack.noise_batch")
-    refused(program, finished, *parts, more=["name=full_memory"], without="name=")
+    more = ["name=full_memory", "attack.noise_batch=2"]
+    refused(program, finished, *parts, more=more, without="name=")
 
 
 # --- no place to write to
