@@ -178,9 +178,11 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkey
     }
     assert effort["attack_saved"] > 0
     prompts = each * (PAIRS + ORDINARY)
+    check = {"with gradient": PAIRS, "forward": 3 * PAIRS}  # of the model, before the search
     assert rows_of == {
-        "with gradient": effort["attack"], "forward": effort["pictures"] + prompts
-    }  # fmt: skip
+        "with gradient": effort["attack"] + check["with gradient"],
+        "forward": effort["pictures"] + prompts + check["forward"],
+    }
     for begin, end in ((0, 1), (1, 2), (2, 4)):
         left = sum(first is None or first > begin for first in steps.values())
         full, rest = divmod(left, WIDTH)
