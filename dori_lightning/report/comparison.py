@@ -1,4 +1,4 @@
-"""Many audits as one comparison: the rows of the headline table, under one threshold.
+"""Many audits as one comparison: the rows of the headline table, under the same thresholds.
 
 A mitigation may not move the threshold that it is judged by. Each audit calibrates its threshold
 on the images of its own model; in a comparison all audits of a checkpoint are counted again, from
@@ -380,8 +380,9 @@ def _threshold_note(checkpoint: str, runs: Sequence[Run], rule: Calibration) -> 
     rules = [run.report.calibration for run in runs]
     own = dict.fromkeys(f"{own.threshold:.3f} by {own.descriptor}" for own in rules)
     others = f"; by themselves the runs had {', '.join(own)}" if len(own) > 1 else ""
+    shared = "each image's own threshold, median" if rule.scales else "one threshold,"
     return (
-        f"{checkpoint}: all rows are counted under one threshold, {rule.threshold:.3f} by "
+        f"{checkpoint}: all rows are counted under {shared} {rule.threshold:.3f} by "
         f"{rule.descriptor}, {set_by}{others}."
     )
 

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,7 @@ from dori_lightning.report import pages
 from dori_lightning.report.comparison import (
     SOURCES,
     Comparison,
+    _threshold_note,
     compare,
     headline_rows,
     published_for,
@@ -35,6 +37,7 @@ from dori_lightning.report.tables import (
     rich_table,
     tables_markdown,
 )
+from dori_lightning.types import Scale
 from support import fake_reports as fakes
 from support.fake_audits import loss_cost, write_audit
 from support.fake_reports import PROMPT, dori
@@ -278,6 +281,12 @@ def test_markdown_holds_every_row(compared, rows):
     assert len(re.findall(r"^\| --- \|(?: ---:? \|)+$", text, re.MULTILINE)) == 3
     assert "| mitigation | prompt |" in text
     assert "- tiny: all rows are counted under one threshold" in text
+
+
+def test_thresholds_of_the_images_are_not_called_one():
+    rule = replace(fakes.calibration(), scales={"cat": Scale(0.1, 0.9)}, threshold=0.5)
+    run = SimpleNamespace(report=SimpleNamespace(calibration=rule))
+    assert "each image's own threshold, median 0.500" in _threshold_note("tiny", [run], rule)
 
 
 def test_parquet_holds_the_rows_and_every_cell(compared, rows):
