@@ -35,6 +35,7 @@ from dori_lightning.models.generation import (
     image_seeds,
     load_images,
 )
+from dori_lightning.pairs.copies import Alteration, learned_alterations
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, ordinary_prompts
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.logging import progress_bar
@@ -78,6 +79,7 @@ class Evaluation:
         evidence: One row for each suspected image.
         unseen: How far images came back that the model cannot hold.
         reference: Rows of the model that never saw the images; empty without one.
+        learned: Alterations that the model seems to know; their copies are in nothing above.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -87,6 +89,7 @@ class Evaluation:
     evidence: tuple[ImageEvidence, ...]
     unseen: tuple[UnseenImage, ...]
     reference: tuple[Cell, ...] = ()
+    learned: tuple[Alteration, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,13 @@ def evaluate(
     )
     baseline = measure_all(context, generated.baseline, context.unmitigated, title="score before")
     calibration = generated.calibration or calibrate(context, baseline or outcomes)
+    copies = [pair for pair in context.pairs if pair.copy_of is not None]
+    back = {r.pair.id for r in pair_results(outcomes, calibration) if r.reproduced}
+    learned = learned_alterations(copies, back)
+    # images that the model was shown are no controls
+    void = {pair.id for pair in copies if learned and pair.id.endswith(learned)}
+    outcomes = tuple(outcome for outcome in outcomes if outcome.pair.id not in void)
+    baseline = tuple(outcome for outcome in baseline if outcome.pair.id not in void)
     count = partial(cells_of, calibration=calibration)
     name = context.model.name
     cells = count(outcomes, checkpoint=name, mitigation=context.mitigation.name)
@@ -238,6 +248,7 @@ def evaluate(
         there = measure_all(
             own, reference.generated.conditionings, own.folder / "pictures", title="score there"
         )
+        there = tuple(outcome for outcome in there if outcome.pair.id not in void)
         there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
         there_losses = reference.generated.losses
     results = pair_results(outcomes, calibration)
@@ -249,7 +260,9 @@ def evaluate(
     }
     evidence = image_evidence(results, calibration, rate=context.evidence.rate, **models)
     unseen = unseen_images(results, calibration, **models)
-    return Evaluation(outcomes, baseline, calibration, cells, evidence, unseen, there_cells)
+    return Evaluation(
+        outcomes, baseline, calibration, cells, evidence, unseen, there_cells, learned
+    )
 
 
 def prompt_conditionings(context: AuditContext) -> tuple[Conditioning, ...]:

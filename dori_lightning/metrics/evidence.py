@@ -175,13 +175,15 @@ Reason = Literal[
     "copy_few_nulls",
     "held_by_loss",
     "nothing_came_back",
+    "not_seen",
     "not_auditable",
     "no_result",
     "painted",
     "not_above_nulls",
 ]
 """What an answer rests on; in words on the page of an audit. ``copy_few_nulls``: it is a copy and
-beats every null, but they are too few to support the error rate asked for."""
+beats every null, but they are too few to support the error rate asked for. ``not_seen``: it did
+not come back, and the audit could not have seen it."""
 
 
 @dataclass(frozen=True)

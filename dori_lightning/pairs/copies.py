@@ -8,8 +8,9 @@ only approximately, and a model that was trained on mirrored copies voids ``mirr
 
 import hashlib
 import io
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -155,3 +156,58 @@ def altered_copies(
                 )
             )  # fmt: skip
     return tuple(made)
+
+
+LEARNED = 3
+"""Copies of one alteration that have to come back before the model is taken to know it."""
+
+
+def learned_alterations(
+    copies: Iterable[Pair], came_back: Collection[str]
+) -> tuple[Alteration, ...]:
+    """Alterations whose copies the model seems to have been trained on, such as mirrored images.
+
+    Such a copy is no image that the model never saw. Told by another alteration, whose copies are
+    as detailed and do not come back.
+
+    Args:
+        copies: Altered copies that were attacked.
+        came_back: Ids of those that came back.
+
+    Returns:
+        Those with at least `LEARNED` copies that came back, and more than twice as many as of the
+        alteration with the fewest.
+    """
+    counts = {
+        kind: sum(pair.id in came_back for pair in own)
+        for kind in ALTER
+        if (own := [pair for pair in copies if pair.id.endswith(kind)])
+    }
+    if len(counts) < 2:
+        return ()
+    fewest = min(counts.values())
+    return tuple(k for k, back in counts.items() if back >= LEARNED and back > 2 * fewest)
+
+
+_SIDE, _MOST = 64, 64
+"""Pixels a side at which detail is measured, and images of each kind that it is measured on."""
+
+
+def relative_detail(pairs: Sequence[Pair]) -> float:
+    """How detailed the listed controls are, times the suspects: medians; NaN without either.
+
+    Detail is the mean difference of neighbouring pixels. What an attack does to flat images says
+    little of detailed ones.
+    """
+
+    def median_detail(own: Sequence[Pair]) -> float:
+        return float(np.median([_detail(pair.image) for pair in own[:_MOST]])) if own else math.nan
+
+    suspects = median_detail([pair for pair in pairs if pair.kind != "control"])
+    controls = median_detail([p for p in pairs if p.kind == "control" and p.copy_of is None])
+    return controls / suspects if suspects else math.nan
+
+
+def _detail(image: Path) -> float:
+    pixels = np.asarray(square_image(image).resize((_SIDE, _SIDE)).convert("L"), np.float64)
+    return float(np.abs(np.diff(pixels, axis=0)).mean() + np.abs(np.diff(pixels, axis=1)).mean())

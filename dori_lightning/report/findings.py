@@ -53,6 +53,9 @@ moved; on models as trained it ends at about 0.7."""
 _ENOUGH_SEARCHES = 8
 """Fewer searches say nothing of how the loss falls: its noise from step to step is large."""
 
+UNLIKE = 2.0
+"""Listed controls with this many times less or more detail than suspects say little of them."""
+
 _NAMED = 10
 """Ids that a sentence lists before it only counts."""
 
@@ -163,7 +166,7 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
         best = cell("vm" if yes["vm"] else "tm", condition) or best
     elif answer == "clear" and images["dormant"]:
         answer = "dormant"
-    elif answer == "clear" and (missed_planted(report) or search_doubts(report)):
+    elif answer == "clear" and could_not_see(report):
         answer = "blind"
     unmitigated = [c for c in report.cells if (c.mitigation, c.kind) == (BASELINE, "vm")]
     return AuditFindings(
@@ -194,17 +197,20 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
     )
 
 
-def missed_planted(report: AuditRecord) -> bool:
-    """Whether the attack did not find enough of the images that were planted for it."""
-    return report.power is not None and not report.power.suffices
+_SEARCH_DOUBTS = frozenset({"model_damaged", "gradient_masked", "loss_stands_still"})
+"""Flags that say why no search could have found an image."""
 
 
-_SEARCH_DOUBTS = ("model_damaged", "gradient_masked", "loss_stands_still")
+def could_not_see(report: AuditRecord) -> bool:
+    """Whether an image that is still in the model need not have come back.
 
-
-def search_doubts(report: AuditRecord) -> tuple[str, ...]:
-    """Names of the flags that say why no search could have found an image."""
-    return tuple(flag.name for flag in report.flags if flag.name in _SEARCH_DOUBTS)
+    The attack did not find enough of the images that were planted for it, the model is damaged,
+    the search led nowhere, or its units had to be changed and no planted image says that they fit.
+    """
+    flags = {flag.name for flag in report.flags}
+    if report.power is not None and not report.power.suffices:
+        return True
+    return bool(flags & _SEARCH_DOUBTS) or ("search_rescaled" in flags and report.power is None)
 
 
 def find_flags(
@@ -213,6 +219,8 @@ def find_flags(
     inert: bool = False,
     skipped: Sequence[str] = (),
     resolutions: Sequence[int] = (),
+    detail: float = math.nan,
+    learned: Sequence[str] = (),
 ) -> tuple[Flag, ...]:
     """List what limits the meaning of an audit's numbers, gravest first.
 
@@ -221,6 +229,8 @@ def find_flags(
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no image.
         resolutions: Pixels a side of the model's images and of the reference's; empty without one.
+        detail: How detailed the listed controls are, times the suspects; NaN without either.
+        learned: Alterations whose copies the model seems to have been trained on.
     """
     doubts = tuple(_search_flags(report))
     findings = audit_findings(replace(report, flags=doubts))
@@ -232,6 +242,10 @@ def find_flags(
         *_baseline_flags(findings.before, as_it_is=report.mitigation == BASELINE),
         *_pair_flags(report, findings),
     ]
+    if not (math.isnan(detail) or 1 / UNLIKE < detail < UNLIKE):
+        flags.append(_flag("controls_unlike", "warning", detail=detail))
+    if learned:
+        flags.append(_flag("alterations_learned", "warning", names=learned))
     if len(set(resolutions)) > 1:
         flags.append(_flag("reference_resolution", "info", sides=resolutions))
     order = {"invalid": 0, "critical": 1, "warning": 2, "info": 3}
@@ -480,23 +494,41 @@ def make_report(
     inert: bool = False,
     skipped: Sequence[str] = (),
     resolutions: Sequence[int] = (),
+    detail: float = math.nan,
+    learned: Sequence[str] = (),
     **measurements: Any,
 ) -> AuditReport:
     """Put an audit's measurements into one report, with the flags and the verdict they call for.
 
     Args:
-        inert: Whether the mitigation's edit changes nothing in the model.
-        skipped: Ids of the list's rows that have no image.
-        resolutions: As of `find_flags`.
+        inert: As of `find_flags`.
+        skipped: The same.
+        resolutions: The same.
+        detail: The same.
+        learned: The same.
         measurements: The other fields of ``AuditReport``.
     """
     measured = AuditReport(verdict="", flags=(), recommended_budget=None, **measurements)
+    flags = find_flags(
+        measured,
+        inert=inert,
+        skipped=skipped,
+        resolutions=resolutions,
+        detail=detail,
+        learned=learned,
+    )
+    measured = replace(measured, flags=flags)
+    if could_not_see(measured):
+        # an image that is still there would not have come back either
+        images = (
+            replace(row, answer="cannot_tell", reason="not_seen") if row.answer == "no" else row
+            for row in measured.images
+        )
+        measured = replace(measured, images=tuple(images))
     headline = measured.headline_condition
     init = headline.init if headline is not None and headline.init is not None else "prompt"
     concluded = replace(
-        measured,
-        recommended_budget=recommended_budget(measured.own_cells, init=init),
-        flags=find_flags(measured, inert=inert, skipped=skipped, resolutions=resolutions),
+        measured, recommended_budget=recommended_budget(measured.own_cells, init=init)
     )
     return replace(concluded, verdict=verdict_text(concluded))
 

@@ -35,7 +35,7 @@ from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, EmptyEdit, changed_weights
 from dori_lightning.models.stable_diffusion import StableDiffusion
-from dori_lightning.pairs.copies import check_evidence
+from dori_lightning.pairs.copies import check_evidence, relative_detail
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import check_prompt_lengths
@@ -114,6 +114,8 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         false_discovery_rate=context.evidence.rate,
         reference_model=evaluation.reference,
         power=power,
+        detail=relative_detail(context.pairs),
+        learned=evaluation.learned,
         check=generated.check,
         check_before=generated.check_before,
         utility=utility,

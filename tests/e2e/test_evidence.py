@@ -85,14 +85,13 @@ def test_a_bare_list_of_suspects_is_audited_by_its_own_copies(material, tmp_path
     (bare / "metadata.csv").write_text("\n".join(["id,file_name,prompt", *rows]) + "\n")
     monkeypatch.setattr(evaluation, "load_images", shown_again)
     monkeypatch.setattr(evaluation, "calibrate_measures", without_loss)
-    run_task(
-        tmp_path / "run",
-        *on_tiny(material, *SMALL, f"pairs.path={bare}", "pairs.self_controls=auto"),
-    )
+    of_the_list = on_tiny(material, *SMALL, f"pairs.path={bare}", "pairs.self_controls=auto")
+    run_task(tmp_path / "run", *of_the_list)
     report = report_json(tmp_path / "run")
     assert "no_controls" not in {flag["name"] for flag in report["flags"]}
     answers = {row["id"]: (row["answer"], row["reason"]) for row in report["images"]}
-    assert answers == {"pair0": ("yes", "copy_few_nulls"), "pair1": ("no", "nothing_came_back")}
+    # random weights do not denoise, so that nothing came back says nothing
+    assert answers == {"pair0": ("yes", "copy_few_nulls"), "pair1": ("cannot_tell", "not_seen")}
     assert report["images"][0]["p_image"] == pytest.approx(1 / 5)
     unseen = {row["id"]: row["group"] for row in report["unseen"]}
     assert unseen == {
@@ -100,6 +99,15 @@ def test_a_bare_list_of_suspects_is_audited_by_its_own_copies(material, tmp_path
     }
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "With 4 attacked images that the model cannot hold" in page
+
+    # a model that was trained on mirrored images, too: these copies are in no count
+    monkeypatch.setattr(evaluation, "learned_alterations", lambda *_: ("mirrored",))
+    run_task(tmp_path / "run", *of_the_list)
+    report = report_json(tmp_path / "run")
+    assert {row["id"] for row in report["unseen"]} == {"pair0.turned", "pair1.turned"}
+    assert {cell["n"] for cell in report["cells"] if cell["kind"] == "control"} == {2}
+    (said,) = (f["text"] for f in report["flags"] if f["name"] == "alterations_learned")
+    assert said.startswith("Mirrored copies of the suspects come back")
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from dori_lightning.pairs.copies import (
     altered_copies,
     check_evidence,
     counted_with_copies,
+    learned_alterations,
+    relative_detail,
 )
 from dori_lightning.types import InputError, Kind, Pair
 
@@ -79,3 +81,31 @@ def test_a_listed_pair_of_a_copys_name_is_refused(tmp_path: Path) -> None:
     pairs = [pair(tmp_path, "cat"), pair(tmp_path, "cat.mirrored", "control")]
     with pytest.raises(InputError, match=r"cat.mirrored is both"):
         altered_copies(pairs, ["mirrored"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mirrored", "turned", "learned"),
+    [(3, 0, ("mirrored",)), (2, 0, ()), (4, 1, ("mirrored",)), (4, 2, ()), (0, 5, ("turned",))],
+)
+def test_copies_that_the_model_was_trained_on_are_told_by_the_other_alteration(
+    tmp_path: Path, mirrored: int, turned: int, learned: tuple[str, ...]
+) -> None:
+    suspects = [pair(tmp_path, f"cat{k}") for k in range(6)]
+    copies = altered_copies(suspects, ("mirrored", "turned"), tmp_path / "copies")
+    back = {f"cat{k}.mirrored" for k in range(mirrored)} | {
+        f"cat{k}.turned" for k in range(turned)
+    }
+    assert learned_alterations(copies, back) == learned
+    # one alteration alone has nothing to be told by
+    assert learned_alterations([p for p in copies if p.id.endswith("mirrored")], back) == ()
+
+
+def test_flat_controls_have_less_detail_than_what_they_stand_for(tmp_path: Path) -> None:
+    suspects = [pair(tmp_path, name) for name in ("cat", "horse")]
+    flat = Image.new("RGB", (8, 8), (200, 10, 10))
+    flat.paste((10, 10, 200), (4, 0, 8, 8))
+    flat.save(tmp_path / "flat.png")
+    control = Pair("flat", "control", "red and blue", tmp_path / "flat.png", sha256="flat")
+    assert relative_detail([*suspects, control]) < 0.5
+    assert relative_detail([*suspects, pair(tmp_path, "tiger", "control")]) > 0.5
+    assert np.isnan(relative_detail(suspects))

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from dori_lightning.attacks.model_check import ModelCheck
+from dori_lightning.metrics.evidence import ImageEvidence, Power
 from dori_lightning.metrics.replication import headline_condition, recommended_budget
 from dori_lightning.report.findings import audit_findings, audit_verdict
 from dori_lightning.report.record import AuditReport
-from dori_lightning.types import INITS, KINDS, Pair
+from dori_lightning.types import INITS, KINDS, Pair, Scale
 from support import fake_reports as fakes
 
 
@@ -258,6 +259,10 @@ def test_one_suspected_image_without_a_result_is_enough(tmp_path, status):
     assert mitigated(before=18, outcomes=(lost, again)).invalid == (), "another restart searched"
 
 
+MISSED = ImageEvidence(
+    id="cat", kind="vm", answer="no", reason="nothing_came_back", similarity=0.1,
+    condition=None, scale=Scale(0.0, 1.0), score=0.1, p_image=0.5,
+)  # fmt: skip
 GOOD = ModelCheck(response=0.07, scale=1.0, gradient=0.006, denoising=0.24)
 
 
@@ -276,10 +281,14 @@ GOOD = ModelCheck(response=0.07, scale=1.0, gradient=0.006, denoising=0.24)
 )
 def test_where_the_search_could_not_work_nothing_found_is_no_answer(check, before, flag):
     counts = {"prompt": 0, "attack": 0, "control": 0}
-    report = audit(**counts, check=check, check_before=before)
+    report = audit(**counts, check=check, check_before=before, images=(MISSED,))
     assert (names(report) & {"model_damaged", "gradient_masked"}) == ({flag} if flag else set())
     found = audit_findings(report)
     assert (found.answer, found.tone) == (("blind", "doubt") if flag else ("clear", "clear"))
+    (row,) = report.images
+    assert (row.answer, row.reason) == (
+        ("cannot_tell", "not_seen") if flag else ("no", "nothing_came_back")
+    )
     assert ("could not have seen it" in audit_verdict(report).answer) == bool(flag)
 
 
@@ -299,5 +308,23 @@ def test_units_of_a_search_that_was_scaled_are_told():
     counts = {"prompt": 0, "attack": 0, "control": 0}
     scaled = audit(**counts, check=replace(GOOD, response=0.5, scale=1 / 32))
     (flag,) = (flag for flag in scaled.flags if flag.name == "search_rescaled")
+    # in other units than the published ones, only what was planted shows that they fit
+    assert audit_findings(scaled).answer == "blind"
+    found = replace(scaled, power=Power(4, 4, 4, (0.51, 1.0), 100))
+    assert audit_findings(found).answer == "clear"
     assert "8.3 times as strongly" in flag.text
     assert "0.0312" in flag.text
+
+
+@pytest.mark.parametrize(
+    ("more", "flag"),
+    [
+        ({"detail": 0.3}, "controls_unlike"),
+        ({"detail": 2.5}, "controls_unlike"),
+        ({"detail": 0.8}, None),
+        ({"learned": ("mirrored",)}, "alterations_learned"),
+    ],
+)
+def test_controls_that_are_none_are_told(more, flag):
+    told = names(audit(prompt=3, attack=3, control=0, **more))
+    assert told & {"controls_unlike", "alterations_learned"} == ({flag} if flag else set())
