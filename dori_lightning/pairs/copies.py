@@ -3,7 +3,8 @@
 A flat control says nothing of a detailed suspect. A copy of the suspect, mirrored or turned, has
 its edges, colours and detail and was never shown to the model; attacked like the suspect and
 compared with itself, it tells what the attack draws by itself. They are exchangeable with suspects
-only approximately, and a model that was trained on mirrored copies voids ``mirrored``.
+only approximately, and a model that was trained on mirrored copies voids ``mirrored``
+(``learned_alterations``).
 """
 
 import hashlib
