@@ -176,7 +176,7 @@ class AttackContext:
         folder: Where results are stored, ``INIT/PAIR.rRESTART.safetensors``.
         seed: Run seed.
         edit: Identity of the edit that the model carries.
-        scale: Factor of random initial points and of the steps from them (``TextSensitivity``).
+        scale: Factor of random initial points and of the steps from them (``ModelCheck``).
     """
 
     model: TextToImage

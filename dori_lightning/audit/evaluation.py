@@ -230,10 +230,11 @@ def evaluate(
     baseline = measure_all(context, generated.baseline, context.unmitigated, title="score before")
     calibration = generated.calibration or calibrate(context, baseline or outcomes)
     copies = [pair for pair in context.pairs if pair.copy_of is not None]
-    back = {r.pair.id for r in pair_results(outcomes, calibration) if r.reproduced}
-    learned = learned_alterations(copies, back)
+    results = pair_results(outcomes, calibration)
+    learned = learned_alterations(copies, {r.pair.id for r in results if r.reproduced})
     # images that the model was shown are no controls
     void = {pair.id for pair in copies if learned and pair.id.endswith(learned)}
+    results = tuple(result for result in results if result.pair.id not in void)
     outcomes = tuple(outcome for outcome in outcomes if outcome.pair.id not in void)
     baseline = tuple(outcome for outcome in baseline if outcome.pair.id not in void)
     count = partial(cells_of, calibration=calibration)
@@ -251,7 +252,6 @@ def evaluate(
         there = tuple(outcome for outcome in there if outcome.pair.id not in void)
         there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
         there_losses = reference.generated.losses
-    results = pair_results(outcomes, calibration)
     results_there = pair_results(there, calibration)
     models: dict[str, Any] = {
         "reference": results_there,
