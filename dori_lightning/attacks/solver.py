@@ -229,7 +229,7 @@ def solve(
     no_gradient = dead.cpu()
     return AttackResult(
         ids=problem.ids,
-        embeddings=torch.stack(embeddings, 1),
+        embeddings=torch.stack(embeddings, 1) if snapshots else initial[:, None][:, :0].cpu(),
         snapshots=snapshots,
         losses=stacked,
         diverged=~active.cpu() & ~no_gradient,

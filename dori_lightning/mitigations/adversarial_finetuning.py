@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dori_lightning.attacks.budget import AttackSettings
-from dori_lightning.attacks.solver import AttackProblem, random_embedding, refuse_broken, solve
+from dori_lightning.attacks.solver import (
+    AttackProblem,
+    AttackResult,
+    concat,
+    random_embedding,
+    refuse_broken,
+    solve,
+)
 from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
@@ -62,8 +70,8 @@ class PoolSettings:
             searches one more from a random embedding, instead of one search from a drawn point.
         replay: Rounds whose triggers stay in the pool; 1 keeps the current round's only.
         skip_robust: Skip a pair for one round after its best trigger's loss has risen by this
-            share of the way from its prompt's to the empty prompt's, as both were before training;
-            None never skips.
+            share of the way from its prompt's to the empty prompt's, as both were before training,
+            and end a search half-way whose loss is beyond that; None does neither.
     """
 
     attack: AttackSettings = field(
@@ -450,24 +458,51 @@ class TriggerPool:
                 wanted=attack.pairs_per_forward,
                 pair_id=names[shard[0]],
             )
-            result = solve(
-                self.model,
-                AttackProblem(
-                    tuple(names[k] for k in shard),
-                    (restart,) * len(shard),
-                    torch.stack([self.latents[names[k]] for k in shard]),
-                    torch.stack([starts[k] for k in shard]),
-                ),
-                budget=self.budget,
-                settings=attack,
-                seed=self.seed,
-                on_step=lambda _: self.worked(len(names) * attack.noise_batch),
+            own = [names[k] for k in shard]
+            problem = AttackProblem(
+                tuple(own),
+                (restart,) * len(own),
+                torch.stack([self.latents[name] for name in own]),
+                torch.stack([starts[k] for k in shard]),
             )
-            refuse_broken(result)
-            for row, k in enumerate(shard):
-                final = float(result.losses[row, -5:].mean())
-                results[names[k]] = (result.embeddings[row], final)
+            results = self._solve(problem, len(names) * attack.noise_batch)
         return distributed.all_gather_dict(results)
+
+    def _solve(self, problem: AttackProblem, rows: int) -> dict[str, tuple[torch.Tensor, float]]:
+        """Search this process' share; ``rows`` go through the denoisers of all in a step."""
+        search = partial(
+            solve,
+            self.model,
+            budget=self.budget,
+            settings=self.settings.attack,
+            seed=self.seed,
+            on_step=lambda _: self.worked(rows),
+        )
+
+        def found(result: AttackResult) -> dict[str, tuple[torch.Tensor, float]]:
+            losses = result.losses[:, -5:].mean(1).tolist()
+            return dict(zip(result.ids, zip(result.embeddings, losses, strict=True), strict=True))
+
+        half = search(problem, stop_at=self.budget.steps // 2 if self._limits else None)
+        refuse_broken(half)
+        results = found(half)
+        if half.state is None:
+            return results
+        going = [k for k, name in enumerate(half.ids) if not results[name][1] > self._limits[name]]
+        for k in set(range(len(half.ids))) - set(going):
+            snapshots, loss = results[half.ids[k]]
+            point = problem.initial[k] + half.state.delta[k]
+            results[half.ids[k]] = (torch.cat([snapshots, point[None]]), loss)
+        if going:
+            rest = replace(
+                problem,
+                ids=tuple(problem.ids[k] for k in going),
+                restarts=tuple(problem.restarts[k] for k in going),
+                latents=problem.latents[going],
+                initial=problem.initial[going],
+            )
+            results |= found(search(rest, resume_from=concat([half.row(k) for k in going])))
+        return results
 
     @torch.no_grad()
     def _robust_losses(self, share: float) -> dict[str, float]:
@@ -481,16 +516,20 @@ class TriggerPool:
             noise = torch.randn(latents.shape, generator=generator)
             times = torch.randint(model.num_train_timesteps, (_PROBE,), generator=generator)
             memorized, other = (
-                model.denoising_loss(
-                    latents.to(device),
-                    noise.to(device),
-                    times.to(device),
-                    embedding.expand(_PROBE, *embedding.shape).to(device),
-                    pair_ids=[name] * _PROBE,
-                ).mean()
-                for embedding in (self.prompts[name], empty)
+                0.0
+                if weight == 0
+                else float(
+                    model.denoising_loss(
+                        latents.to(device),
+                        noise.to(device),
+                        times.to(device),
+                        embedding.expand(_PROBE, *embedding.shape).to(device),
+                        pair_ids=[name] * _PROBE,
+                    ).mean()
+                )
+                for embedding, weight in ((self.prompts[name], 1 - share), (empty, share))
             )
-            limits[name] = float(memorized + share * (other - memorized))
+            limits[name] = (1 - share) * memorized + share * other
         return limits
 
 

@@ -229,7 +229,8 @@ class SurrogateSettings:
             lets through is refused. None begins with neighbours of the prompts: cheaper, and
             better images where the pruned model generates nothing worth showing.
         per_pair: Surrogates of each pair.
-        candidates: Images generated for a pair before the next source of surrogates is tried.
+        candidates: Most images generated for a pair, ``per_pair`` at a time, before the next
+            source of surrogates is tried.
         max_similarity: Largest similarity, by the deciding descriptor, that a surrogate may have
             with *any* image to forget.
     """
@@ -296,11 +297,22 @@ def find_surrogates(
     def short() -> list[Pair]:
         return [pair for pair in pairs if len(kept[pair.id]) < settings.per_pair]
 
+    def candidates(source: str, needy: Sequence[Pair], rows: Sequence[torch.Tensor]) -> None:
+        """Generate for pairs that are short of surrogates, no more than they need."""
+        left = list(zip(needy, rows, strict=True))
+        for first in range(0, settings.candidates, settings.per_pair):
+            left = [(p, row) for p, row in left if len(kept[p.id]) < settings.per_pair]
+            if not left:
+                break
+            seeds = range(first, min(first + settings.per_pair, settings.candidates))
+            own, embeddings = zip(*left, strict=True)
+            vet(source, _generate(model, context, own, embeddings, seeds))
+
     if settings.source is not None:
         edit = context.find(settings.source, model, pairs).edit
         with edit.applied(model):
             prompts = [context.data.encoded(pair).embedding for pair in pairs]
-            vet("mitigated", _generate(model, context, pairs, prompts, settings.candidates))
+            candidates("mitigated", pairs, prompts)
     texts = {
         pair.id: neighbour_prompts(pair, NEIGHBOURS, seed=context.seed, split="calibration")
         for pair in short()
@@ -308,7 +320,7 @@ def find_surrogates(
     for k in range(NEIGHBOURS):
         if needy := short():
             rows = list(model.encode_prompts([texts[pair.id][k] for pair in needy]))
-            vet("neighbour", _generate(model, context, needy, rows, settings.candidates))
+            candidates("neighbour", needy, rows)
     if needy := short():
         count = settings.candidates * len(needy)
         ordinary = context.corpus.examples("calibration", count, model.resolution).images
@@ -330,18 +342,18 @@ def _generate(
     context: Context,
     pairs: Sequence[Pair],
     embeddings: Sequence[torch.Tensor],
-    count: int,
+    seeds: Sequence[int],
 ) -> dict[str, torch.Tensor]:
-    """Generate ``count`` images from each pair's embedding (T, D), with the same seeds."""
+    """Generate an image for each seed from each pair's embedding (T, D)."""
     noise = torch.stack(
-        [generation_noise(FIRST_SEED + k, model.latent_shape) for k in range(count)]
+        [generation_noise(FIRST_SEED + seed, model.latent_shape) for seed in seeds]
     )
-    with progress_bar("surrogates", len(pairs) * count) as advance:
+    with progress_bar("surrogates", len(pairs) * len(seeds)) as advance:
         images = model.generate(
-            torch.stack(list(embeddings)).repeat_interleave(count, 0),
+            torch.stack(list(embeddings)).repeat_interleave(len(seeds), 0),
             noise.repeat(len(pairs), 1, 1, 1),
             replace(context.sampling, batch=min(context.sampling.batch, 64)),
-            pair_ids=[pair.id for pair in pairs for _ in range(count)],
+            pair_ids=[pair.id for pair in pairs for _ in seeds],
             advance=advance,
         ).cpu()
-    return dict(zip((p.id for p in pairs), torch.split(images, count), strict=True))
+    return dict(zip((p.id for p in pairs), torch.split(images, len(seeds)), strict=True))

@@ -60,7 +60,7 @@ def pool_of(model, suspected, context):
 
     def call(**settings):
         ordinary = context.ordinary(model, "calibration", 4)
-        chosen = PoolSettings(attack=ATTACK, **settings)
+        chosen = PoolSettings(**{"attack": ATTACK} | settings)
         return TriggerPool(model, context.data.batch(suspected), chosen, ordinary=ordinary, seed=0)
 
     return call
@@ -184,6 +184,25 @@ def test_without_a_source_surrogates_come_from_neighbours(model, suspected, cont
     assert not list(context.folder.glob("*.safetensors")), "nothing was pruned"
 
 
+def test_no_more_surrogates_are_drawn_than_are_needed(model, suspected, context, monkeypatch):
+    """The first image of pair 0 is refused, so it alone is asked for more."""
+    settings = replace(SURROGATES, per_pair=1, candidates=3)
+    known = context.references.images[context.references.places[suspected[0].id]]
+    drawn: list[tuple[str, ...]] = []
+
+    def generate(embeddings, *_, pair_ids, **__):
+        drawn.append(tuple(pair_ids))
+        images = torch.rand(len(embeddings), *known.shape, generator=torch.Generator())
+        if len(drawn) == 1:
+            images[0] = known
+        return images
+
+    monkeypatch.setattr(model, "generate", generate)
+    found = find_surrogates(model, suspected, context, settings)
+    assert drawn == [("pair0", "pair1"), ("pair0",)]
+    assert found.notes == {"kept": {"mitigated": 2}, "refused": {"mitigated": 1}}
+
+
 def test_a_search_that_is_left_half_way_leaves_the_pool_as_it_was(pool_of, monkeypatch):
     pool = pool_of(warm=True)
     pool.search(0)
@@ -267,6 +286,31 @@ def test_robust_pairs_rest_for_one_round(pool_of):
         pool.search(number)
     assert [r["searched"] for r in pool.rounds] == [2, 1, 2]
     assert [r["robust"] for r in pool.rounds] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("snapshots", [(), (1,), (1, 3)])
+def test_a_search_beyond_the_limit_ends_half_way_and_leaves_its_last_point(
+    pool_of, snapshots, monkeypatch
+):
+    attack = replace(ATTACK, budget=BudgetSettings(steps=4), snapshots=snapshots)
+    whole, pool = pool_of(attack=attack), pool_of(attack=attack, skip_robust=0.5)
+    pool._limits = {"pair0": -1.0, "pair1": 1e9}
+    searched: list[tuple[str, ...]] = []
+
+    def spy(model, problem, **settings):
+        searched.append(problem.ids)
+        return solve(model, problem, **settings)
+
+    monkeypatch.setattr(adversarial_finetuning, "solve", spy)
+    pool.search(0)
+    assert searched == [("pair0", "pair1"), ("pair1",)]
+    whole.search(0)
+    ends = {name: [t.embedding for t in pool.found if t.pair == name] for name in pool.ids}
+    reference = [t.embedding for t in whole.found if t.pair == "pair1"]
+    assert all(map(torch.equal, ends["pair1"], reference))
+    assert len(ends["pair0"]) == len([s for s in snapshots if s <= 2]) + 1
+    assert not torch.equal(ends["pair0"][-1], pool.prompts["pair0"])
+    assert pool.rounds[0]["robust"] == 1
 
 
 def test_a_pool_survives_a_checkpoint(pool_of, tmp_path):
