@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.attacks.model_check import check_model
 from dori_lightning.audit import evaluation
 from dori_lightning.mitigations.edits import EmptyEdit
 from dori_lightning.types import Budget
@@ -50,3 +51,24 @@ def test_controls_that_were_attacked_everywhere_are_not_looked_at_twice(
 ):
     monkeypatch.setattr(evaluation, "measure_shared", lambda *_: pytest.fail("measures twice"))
     assert attacked_from() == {"prompt", "random"}
+
+
+def test_the_model_is_checked_on_controls_which_no_mitigation_is_meant_to_harm(
+    tmp_path, monkeypatch
+):
+    """A cure makes suspects hard to denoise: that is no damage."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        evaluation, "check_model", lambda *given: asked.append(given[3]) or check_model(*given)
+    )
+    context = make_audit_context(
+        tmp_path,
+        tiny_model(tmp_path / "checkpoint"),
+        attack=AttackSettings(inits=("prompt",), noise_batch=1),
+        budget=Budget(steps=1),
+        make_trainer=partial(quiet_trainer, inference_mode=False),
+    )
+    evaluation.attack_and_generate(context, EmptyEdit())
+    controls = {pair.id for pair in context.pairs if pair.kind == "control"}
+    assert controls < {pair.id for pair in context.pairs}
+    assert [(len(ids), set(ids)) for ids in asked] == [(evaluation.IMAGES, controls)]
