@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dori_lightning.attacks.solver import LOSS_SCALE
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.batching import OomBackoff, map_batches
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 
 RESPONSE = 0.06
@@ -87,35 +89,44 @@ def check_model(
             found = model.predict_noise(noised, at, text, pair_ids=owners(part))
             return [*found.float().cpu()]
 
-        found = map_batches(predict, range(rows), at_once=rows, model=model, backoff=_MEMORY)
+        found = map_batches(
+            predict, range(rows), at_once=rows, model=model, backoff=_MEMORY, advance=advance
+        )
         return torch.stack(found)
 
     def response(scale: float) -> float:
         difference = predicted(scale * first) - predicted(scale * second)
         return float(difference.square().mean().sqrt())
 
-    with model.frozen(), torch.no_grad():
-        usual = response(1.0)
-        scale = 1.0
-        if usual > 0 and not 1 / TOLERANCE <= usual / RESPONSE <= TOLERANCE:
-            answers = {s: response(s) for s in SCALES if (s > 1) == (usual < RESPONSE)}
-            answers = {s: answer for s, answer in answers.items() if answer > 0}
-            scale = min(answers, key=lambda s: abs(math.log(answers[s] / RESPONSE)), default=1.0)
-        empty = model.empty_embedding().cpu().expand(rows, -1, -1)
-        error = float((predicted(empty) - noise).square().mean())
-    signal = model.alphas_cumprod.cpu()[timesteps] * latents.square().flatten(1).mean(1)
-    linear = signal / (signal + 1 - model.alphas_cumprod.cpu()[timesteps])
-
     def slope(part: list[int]) -> list[float]:
         text = (scale * first[part]).to(model.device).requires_grad_(True)
         images, added, at = (t[part].to(model.device) for t in (latents, noise, timesteps))
-        losses = model.denoising_loss(images, added, at, text, pair_ids=owners(part))
-        (found,) = torch.autograd.grad(losses.sum(), text)
-        lengths: list[float] = found.flatten(1).norm(dim=1).tolist()
+        with torch.enable_grad():
+            losses = model.denoising_loss(images, added, at, text, pair_ids=owners(part))
+            (found,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), text)
+        lengths: list[float] = (found / LOSS_SCALE).flatten(1).norm(dim=1).tolist()
         return lengths
 
-    with model.frozen(), torch.enable_grad():
-        slopes = map_batches(slope, range(rows), at_once=rows, model=model, backoff=_MEMORY)
+    with (
+        model.frozen(),
+        torch.no_grad(),
+        progress_bar("check of the model", rows * (4 + 2 * len(SCALES))) as advance,
+    ):
+        usual = response(1.0)
+        scale, searched = 1.0, list[float]()
+        if usual > 0 and not 1 / TOLERANCE <= usual / RESPONSE <= TOLERANCE:
+            searched = [s for s in SCALES if (s > 1) == (usual < RESPONSE)]
+            answers = {s: response(s) for s in searched}
+            answers = {s: answer for s, answer in answers.items() if answer > 0}
+            scale = min(answers, key=lambda s: abs(math.log(answers[s] / RESPONSE)), default=1.0)
+        advance(2 * rows * (len(SCALES) - len(searched)))
+        empty = model.empty_embedding().cpu().expand(rows, -1, -1)
+        error = float((predicted(empty) - noise).square().mean())
+        slopes = map_batches(
+            slope, range(rows), at_once=rows, model=model, backoff=_MEMORY, advance=advance
+        )
+    signal = model.alphas_cumprod.cpu()[timesteps] * latents.square().flatten(1).mean(1)
+    linear = signal / (signal + 1 - model.alphas_cumprod.cpu()[timesteps])
     return ModelCheck(
         usual, scale, scale * sum(slopes) / rows, error / float(linear.double().mean())
     )

@@ -33,7 +33,7 @@ _MEMORY = OomBackoff(
 )
 
 
-_SCALE = 2.0**14
+LOSS_SCALE = 2.0**14
 """Of the loss while it is differentiated: a mean over noise samples and pixels has gradients that
 fp16 rounds to zero. A power of two, so that fp32 and bf16 give the same bits as without."""
 
@@ -265,8 +265,8 @@ def _loss_and_gradient(
             pair_ids=[ids[row] for row in rows for _ in range(batch)],
         )
         loss = loss.view(len(rows), batch).mean(1)
-        (gradient,) = torch.autograd.grad(_SCALE * loss.sum(), embeddings)
-        return zip(loss.detach(), gradient / _SCALE, strict=True)
+        (gradient,) = torch.autograd.grad(LOSS_SCALE * loss.sum(), embeddings)
+        return zip(loss.detach(), gradient / LOSS_SCALE, strict=True)
 
     found = map_batches(
         loss_and_gradient,

@@ -1,8 +1,9 @@
 """Attack, generate and score: the images of an audit and what they say."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -36,9 +37,12 @@ from dori_lightning.models.generation import (
     image_seeds,
     load_images,
 )
+from dori_lightning.models.progress import encode_prompts
 from dori_lightning.pairs.copies import Alteration, learned_alterations
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, ordinary_prompts
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import content_hash
+from dori_lightning.runtime.cache import JSON, Cache, Codec
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Outcome
 
@@ -128,8 +132,8 @@ def attack_and_generate(
     generate_ordinary(context)
     prompts, images = prompt_conditionings(context), context.folder / "pictures"
     mitigated, calibration = not edit.is_empty, None
-    if mitigated:
-        generate(context, prompts, context.unmitigated, title="before")
+    # without an edit too: jobs of a sweep share them
+    generate(context, prompts, context.unmitigated, title="before")
     if context.attack.early_stop:
         if not mitigated:
             generate(context, prompts, images, edit=edit.identity, title="prompts")
@@ -141,9 +145,9 @@ def attack_and_generate(
             calibrate(context, measure_all(context, prompts, folder, title="score prompts"))
         )
 
-    check_before = _check(context) if mitigated else None
+    check_before = _check(context, edited=False) if mitigated else None
     with edit.applied(context.model):
-        check = _check(context)
+        check = _check(context, edited=mitigated)
     scale = check.scale if context.attack.own_units else 1.0
     if scale != 1:
         log.warning(
@@ -206,17 +210,34 @@ def attack_and_generate(
     )
 
 
-def _check(context: AuditContext) -> ModelCheck:
+CHECK: Codec[ModelCheck] = JSON.mapped(asdict, lambda fields: ModelCheck(**fields))
+
+
+def _check(context: AuditContext, *, edited: bool) -> ModelCheck:
     """Check the model as it is now, on controls, which a mitigation is not meant to harm.
 
     A few controls are taken several times, with other noise. Without any, the suspects serve. The
-    same on every process.
+    same on every process. Of the model without an edit it is kept for the jobs of a sweep.
     """
     controls = [pair for pair in context.pairs if pair.kind == "control"]
     pairs = list(islice(cycle(controls), IMAGES)) if controls else [*context.pairs[:IMAGES]]
-    latents = context.data.batch(pairs).latents
-    ids = [pair.id for pair in pairs]
-    return distributed.broadcast_object(check_model(context.model, latents, context.seed, ids))
+    ids, latents = [pair.id for pair in pairs], context.data.batch(pairs).latents
+    key = {
+        "machine": context.machine,
+        "seed": context.seed,
+        "latents": hashlib.sha256(latents.numpy().tobytes()).hexdigest(),
+    }
+
+    def check() -> ModelCheck:
+        return check_model(context.model, latents, context.seed, ids)
+
+    found: ModelCheck | None = None
+    if distributed.is_first():
+        cache, name = Cache(context.unmitigated), f"check-{content_hash(key)[:24]}"
+        found = check() if edited else cache.get(name, key, check, CHECK)
+    found = distributed.broadcast_object(found)
+    assert found is not None
+    return found
 
 
 def evaluate(
@@ -236,7 +257,7 @@ def evaluate(
     results = pair_results(outcomes, calibration)
     learned = learned_alterations(copies, {r.pair.id for r in results if r.reproduced})
     # images that the model was shown are no controls
-    void = {pair.id for pair in copies if learned and pair.id.endswith(learned)}
+    void = {pair.id for pair in copies if pair.alteration in learned}
     results = tuple(result for result in results if result.pair.id not in void)
     outcomes = tuple(outcome for outcome in outcomes if outcome.pair.id not in void)
     baseline = tuple(outcome for outcome in baseline if outcome.pair.id not in void)
@@ -303,7 +324,13 @@ def generate(
         title: Title of the progress bar.
     """
     requests = [
-        GenerationRequest(image_folder(folder, c), c.embedding, c.pair.id) for c in conditionings
+        GenerationRequest(
+            image_folder(folder, c),
+            c.embedding,
+            c.pair.id,
+            kept=image_folder(context.unmitigated, c) if edit == "none" else None,
+        )
+        for c in conditionings
     ]
     _generate_share(context, requests, edit=edit, title=title)
 
@@ -371,7 +398,8 @@ def generate_ordinary(context: AuditContext) -> None:
 
     Of ordinary prompts, by the checkpoint without an edit; shared by the jobs of a sweep.
     """
-    embeddings = context.model.encode_prompts(ordinary_prompts(context.corpus, ORDINARY_PROMPTS))
+    prompts = ordinary_prompts(context.corpus, ORDINARY_PROMPTS)
+    embeddings = encode_prompts(context.model, prompts, "ordinary prompts")
     requests = [
         GenerationRequest(_ordinary_folder(context, k), embedding.cpu())
         for k, embedding in enumerate(embeddings)

@@ -5,7 +5,7 @@ Each file holds a hash of everything that it was made from.
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,11 +55,13 @@ class GenerationRequest:
         folder: Where they go, one ``{seed}.png`` each.
         embedding: Text embedding (T, D).
         pair_id: Whose images they are, for edits that differ by pair.
+        kept: Folder where the same images may be kept already.
     """
 
     folder: Path
     embedding: torch.Tensor
     pair_id: str | None = None
+    kept: Path | None = None
 
 
 def generation_noise(seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -116,9 +118,8 @@ def generate_images(
     advance = advance or (lambda _: None)
     seeds, missing = image_seeds(sampling), []
     for request in requests:
-        cache = Cache(request.folder)
         keys = {seed: _key(model, sampling, request.embedding, seed, edit) for seed in seeds}
-        if all(cache.read(str(seed), key, PNG) is not None for seed, key in keys.items()):
+        if _are_there(request, keys):
             advance(len(seeds))
         else:
             missing.append((request, keys))
@@ -146,6 +147,21 @@ def generate_images(
                 Cache(request.folder).write(str(seed), image, key, PNG)
         advance(len(part) * len(seeds))
     return len(missing) * len(seeds)
+
+
+def _are_there(request: GenerationRequest, keys: Mapping[int, dict[str, str]]) -> bool:
+    """Whether all images are in a request's folder, or are kept elsewhere and now copied there."""
+    for folder in (request.folder, request.kept):
+        if folder is None:
+            continue
+        images = {seed: Cache(folder).read(str(seed), key, PNG) for seed, key in keys.items()}
+        if any(image is None for image in images.values()):
+            continue
+        if folder != request.folder:
+            for seed, key in keys.items():
+                Cache(request.folder).write(str(seed), images[seed], key, PNG)
+        return True
+    return False
 
 
 def load_images(folder: Path, seeds: Sequence[int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import nn
 
-from dori_lightning.types import require, require_at_least_one, require_choices
+from dori_lightning.types import CoderRows, require, require_at_least_one, require_choices
 
 Sampler = Literal["ddim", "dpm++"]
 Stage = Literal["down", "mid", "up"]
@@ -68,6 +68,7 @@ class TextToImage(Protocol):
     Attributes:
         alphas_cumprod: Cumulative product of the noise schedule, (``num_train_timesteps``,).
         unet_evaluations: Rows that went through the denoiser so far.
+        coder_rows: Rows that went through text encoder and autoencoder so far.
         max_batch_sizes: Largest batch that fits into memory, by kind of batch; empty while memory
             has not run out (``OomBackoff``).
         row_pairs: Whose rows the denoiser's current or last pass in this thread holds.
@@ -83,6 +84,7 @@ class TextToImage(Protocol):
     device: torch.device
     alphas_cumprod: torch.Tensor
     unet_evaluations: int
+    coder_rows: CoderRows
     max_batch_sizes: dict[str, int]
     row_pairs: tuple[str, ...] | None
     embedding_filter: EmbeddingFilter | None

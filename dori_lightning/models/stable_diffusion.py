@@ -27,7 +27,7 @@ from dori_lightning.models.original_layout import Part
 from dori_lightning.models.protocol import EmbeddingFilter, LayerRole, Sampler, Sampling, Stage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
-from dori_lightning.types import InputError, ReplacedPart
+from dori_lightning.types import CoderRows, InputError, ReplacedPart
 
 _MEMORY = OomBackoff(
     "generate",
@@ -118,7 +118,7 @@ class StableDiffusion:
         self.num_train_timesteps = int(scheduler.config["num_train_timesteps"])
         self.prediction_type = str(scheduler.config["prediction_type"])
         self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
-        self.unet_evaluations = 0
+        self.unet_evaluations, self.coder_rows = 0, CoderRows()
         self.max_batch_sizes: dict[str, int] = {}
         self.embedding_filter: EmbeddingFilter | None = None
         self._counting = threading.Lock()
@@ -154,6 +154,8 @@ class StableDiffusion:
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts to embeddings (N, T, D), fp32: last hidden state after the final layer norm."""
         rows = []
+        with self._counting:
+            self.coder_rows.prompts += len(prompts)
         # one by one, so that a prompt's embedding never depends on its neighbours
         for prompt in prompts:
             ids = self.tokenizer(
@@ -182,6 +184,8 @@ class StableDiffusion:
         """Images (N, 3, H, W) in [0, 1] to scaled latents (N, C, h, w): posterior mode, fp32."""
         dtype = next(self.autoencoder.parameters()).dtype
         images = images.to(self.device, dtype) * 2 - 1
+        with self._counting:
+            self.coder_rows.encoded += len(images)
         rows = [
             self.autoencoder.encode(image[None]).latent_dist.mode().float() for image in images
         ]
@@ -192,6 +196,8 @@ class StableDiffusion:
         """Scaled latents (N, C, h, w) to images (N, 3, H, W) in [0, 1], fp32."""
         dtype = next(self.autoencoder.parameters()).dtype
         latents = (latents / self._latent_scale).to(dtype)
+        with self._counting:
+            self.coder_rows.decoded += len(latents)
         with self.precision():
             images: torch.Tensor = self.autoencoder.decode(latents).sample
         return (images.float() / 2 + 0.5).clamp_(0, 1)

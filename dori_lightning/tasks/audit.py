@@ -149,6 +149,8 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
         InputError: An input is missing or does not fit the others, the disk is too full, or
             ``folder`` holds results of other settings.
     """
+    # the other processes read and load while this one does
+    distributed.launch(make_trainer(cfg, tracker))
     listed, copied = instantiate(cfg.pairs).read(), cfg.pairs.self_controls
     check_evidence(listed, copied, instantiate(cfg.evidence), reference=bool(cfg.reference))
     check_never_seen(_own_positive_controls(cfg), listed)

@@ -81,8 +81,8 @@ def test_budgets_of_an_audit_are_read_off_one_attack(place, asked):
     pairs, one_attack = 5, STEPS * PASSES * PARALLEL_PAIRS * NOISES
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
-    # ten images, from prompts and from the attack, fill one pass of sixteen; guided
-    drawn = CPU_IMAGES * (1 + math.ceil(ORDINARY / CPU_IMAGES))
+    # five images from prompts and five from the attack fill a pass of sixteen each; guided
+    drawn = CPU_IMAGES * (2 + math.ceil(ORDINARY / CPU_IMAGES))
     assert one - CHECK == {
         "attacks": 1, "with gradient": one_attack, "forward": drawn * SAMPLER * 2,
         "encode_images": pairs, "encode_prompts": pairs + 1 + ORDINARY,

@@ -19,6 +19,7 @@ from dori_lightning.types import (
     Budget,
     Calibration,
     Cell,
+    CoderRows,
     Condition,
     Kind,
     Outcome,
@@ -88,6 +89,7 @@ def provenance(config: dict[str, Any] | None = None) -> Provenance:
         finished=start + timedelta(seconds=184),
         unet_evaluations=123_456,
         wall_seconds=184.2,
+        coder_rows=CoderRows(prompts=1_021, encoded=72, decoded=312),
     )
 
 
