@@ -42,7 +42,7 @@ from dori_lightning.pairs.copies import Alteration, learned_alterations
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, ordinary_prompts
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import content_hash
-from dori_lightning.runtime.cache import JSON, Cache, Codec
+from dori_lightning.runtime.cache import JSON, Cache, Codec, held
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Outcome
 
@@ -129,21 +129,20 @@ def attack_and_generate(
         edit: What the mitigation changes.
         on_round: Called with the embeddings of one initial point and restart.
     """
-    generate_ordinary(context)
     prompts, images = prompt_conditionings(context), context.folder / "pictures"
     mitigated, calibration = not edit.is_empty, None
-    # without an edit too: jobs of a sweep share them
-    generate(context, prompts, context.unmitigated, title="before")
+    # without an edit too: jobs of a sweep share them, and wait for the one that began
+    own = context.unmitigated / f"images-{context.trainer.global_rank}.lock"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    with held(own, "the unmitigated images"):
+        generate_ordinary(context)
+        generate(context, prompts, context.unmitigated, title="before")
     if context.attack.early_stop:
-        if not mitigated:
-            generate(context, prompts, images, edit=edit.identity, title="prompts")
         distributed.barrier()
         # before the attack, whose images have no part in it; by every process, so that all fail
         # where no threshold separates
-        folder = context.unmitigated if mitigated else images
-        calibration = distributed.broadcast_object(
-            calibrate(context, measure_all(context, prompts, folder, title="score prompts"))
-        )
+        before = measure_all(context, prompts, context.unmitigated, title="score prompts")
+        calibration = distributed.broadcast_object(calibrate(context, before))
 
     check_before = _check(context, edited=False) if mitigated else None
     with edit.applied(context.model):
@@ -181,10 +180,10 @@ def attack_and_generate(
     if controls and set(context.attack.inits_of("control")) < set(context.attack.inits):
         outcomes = measure_shared(context, conditionings, images)
         if calibration is None:
-            before = (
+            unedited = (
                 measure_shared(context, prompts, context.unmitigated) if mitigated else outcomes
             )
-            calibration = distributed.broadcast_object(calibrate(context, before))
+            calibration = distributed.broadcast_object(calibrate(context, unedited))
         starts = unchecked_starts(outcomes, calibration)
         if starts:
             log.info(
@@ -277,13 +276,9 @@ def evaluate(
         there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
         there_losses = reference.generated.losses
     results_there = pair_results(there, calibration)
-    models: dict[str, Any] = {
-        "reference": results_there,
-        "losses": generated.losses,
-        "reference_losses": there_losses,
-    }
-    evidence = image_evidence(results, calibration, rate=context.evidence.rate, **models)
-    unseen = unseen_images(results, calibration, **models)
+    models: dict[str, Any] = {"reference": results_there, "losses": generated.losses}
+    unseen = unseen_images(results, calibration, **models, reference_losses=there_losses)
+    evidence = image_evidence(results, calibration, unseen, rate=context.evidence.rate, **models)
     return Evaluation(
         outcomes, baseline, calibration, cells, evidence, unseen, there_cells, learned
     )

@@ -40,7 +40,7 @@ from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import check_prompt_lengths
 from dori_lightning.planting.dataset import PositiveControls
-from dori_lightning.report.findings import INVALID, make_report
+from dori_lightning.report.findings import INVALID, Circumstances, make_report
 from dori_lightning.report.pages import write_audit_page
 from dori_lightning.report.record import AuditReport, write_report
 from dori_lightning.report.tables import cells_table, rich_table
@@ -102,7 +102,16 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         write_utility(utility, folder)
     changed = changed_weights(found.edit, context.model)
     _write_edit_record(folder, found, context.mitigation.name, changed=changed)
+    sides = (context.model.resolution, reference.context.model.resolution) if reference else ()
+    circumstances = Circumstances(
+        inert=changed == 0 and context.mitigation.name != BASELINE,
+        skipped=context.pairs.skipped_ids,
+        resolutions=sides,
+        detail=relative_detail(context.pairs),
+        learned=evaluation.learned,
+    )
     report = make_report(
+        circumstances,
         checkpoint=context.model.name,
         mitigation=context.mitigation.name,
         cells=evaluation.cells,
@@ -114,8 +123,6 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         false_discovery_rate=context.evidence.rate,
         reference_model=evaluation.reference,
         power=power,
-        detail=relative_detail(context.pairs),
-        learned=evaluation.learned,
         check=generated.check,
         check_before=generated.check_before,
         utility=utility,
@@ -125,11 +132,6 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
             picture_evaluations=context.sampling.steps * context.sampling.rows_per_step,
         ),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
-        skipped=context.pairs.skipped_ids,
-        resolutions=[c.model.resolution for c in (context, reference.context)]
-        if reference is not None
-        else (),
-        inert=changed == 0 and context.mitigation.name != BASELINE,
     )
     _publish(cfg, report, folder)
     images, max_pairs = cfg.report.images.value, cfg.report.max_pairs
