@@ -47,6 +47,7 @@ from dori_lightning.models.generation import (
 from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
+from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import content_hash, write_atomically
 from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.cache import TENSORS, Cache, held
@@ -58,6 +59,33 @@ from dori_lightning.types import Calibration, InputError, Pair, first_line
 IMAGES_DESCRIBED_AT_ONCE = 16
 
 log = logging.getLogger(__name__)
+
+
+def generate_shares(context: AuditContext, edit: Edit) -> None:
+    """Generate each process's share of the images that ``measure_utility`` compares.
+
+    Where there is but one process, it generates them there.
+
+    Args:
+        context: The audit; its model carries no edit.
+        edit: What the mitigation changes.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    if world == 1 or edit.is_empty or not context.utility.asked:
+        return
+    share = slice(rank, None, world)
+    own = [
+        replace(images, prompts=images.prompts[share], embeddings=images.embeddings[share])
+        for images in _image_sets(context, {}).values()
+    ]
+    count = sum(images.count for images in own)
+    with progress_bar("utility, unmitigated", count) as advance:
+        for images in own:
+            images.generate(advance)
+    with edit.applied(context.model), progress_bar("utility, mitigated", count) as advance:
+        for images in own:
+            images.generate(advance, edit=edit.identity)
+    distributed.barrier()
 
 
 def measure_utility(context: AuditContext, edit: Edit, calibration: Calibration) -> Utility | None:

@@ -269,9 +269,7 @@ def launch(trainer: L.Trainer) -> None:
 
 
 def _end_alone(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End the processes that wait for this one to join it, which it will not."""
-    if dist.is_initialized():
-        return
+    """End the processes that wait for this one, which leaves before it joined them."""
     alone = [*processes]
     # Lightning ends whoever loses one of these
     processes.clear()
@@ -296,8 +294,9 @@ def start(trainer: L.Trainer) -> None:
         return
     launcher = trainer.strategy.launcher
     assert launcher is not None
-    with waiting_for("the other processes") if is_first() else nullcontext():
+    with waiting_for("the other processes") if peers.speaks() else nullcontext():
         launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    atexit.unregister(_end_alone)
     processes = [peers.this_process()] * world_size()
     dist.all_gather_object(processes, peers.this_process(), group=_control())
     peers.register_peers(processes)

@@ -28,7 +28,7 @@ from dori_lightning.audit.evaluation import (
 )
 from dori_lightning.audit.power import PowerSettings, check_never_seen, measure_power
 from dori_lightning.audit.targets import aim
-from dori_lightning.audit.utility import measure_utility, write_utility
+from dori_lightning.audit.utility import generate_shares, measure_utility, write_utility
 from dori_lightning.metrics.evidence import Power
 from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult
@@ -95,6 +95,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     first = context.trainer.is_global_zero
     evaluation = evaluate(context, generated, reference) if first else None
     power = _measure_power(cfg, context, found.edit, evaluation)
+    generate_shares(context, found.edit)
     if evaluation is None:
         return None
     utility = measure_utility(context, found.edit, evaluation.calibration)
