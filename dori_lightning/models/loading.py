@@ -36,6 +36,7 @@ from dori_lightning.models.weight_files import (
     shipped_folder,
     variants,
 )
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.types import InputError, first_line
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ def load_checkpoint(
     replaced = tuple(one.apply(parts[one.part]) for one in replacements)
     whole = Parts(*(parts[name] for name in (*STEMS, "tokenizer", "scheduler")))
     check_parts(whole, str(home))
-    states = (module.state_dict() for module in whole.modules.values())
+    modules = with_progress("fingerprint of the checkpoint", [*whole.modules.values()])
+    states = (module.state_dict() for module in modules)
     fingerprint = fingerprint_of(states, configuration_of(whole))
     for module in whole.modules.values():
         module.to(target).requires_grad_(False)
@@ -339,7 +341,7 @@ def _load_parts(
     if single is not None:
         fails = f"{single} does not load with the configuration of {home}"
     parts: dict[str, Any] = {}
-    for part, own in files.items():
+    for part, own in with_progress("load the checkpoint", [*files.items()]):
         with _loading(fails, home, part):
             parts[part] = empty_part(part, home)
         paths = ", ".join(str(file.path) for file in own)
