@@ -31,6 +31,7 @@ from dori_lightning.mitigations.base import (
 )
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.models.generation import generation_noise
+from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
 from dori_lightning.runtime.cache import TENSORS, Cache, Codec, Tensors
@@ -372,7 +373,8 @@ def _vetted_surrogates(
     }
     for k in range(NEIGHBOURS):
         if needy := short():
-            rows = list(model.encode_prompts([texts[pair.id][k] for pair in needy]))
+            near = [texts[pair.id][k] for pair in needy]
+            rows = list(encode_prompts(model, near, "surrogates: prompts"))
             candidates("neighbour", needy, rows)
     if needy := short():
         count = settings.candidates * len(needy)
