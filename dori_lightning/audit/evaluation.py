@@ -221,7 +221,7 @@ def _check(context: AuditContext, *, edited: bool) -> ModelCheck:
     controls = [pair for pair in context.pairs if pair.kind == "control"]
     pairs = list(islice(cycle(controls), IMAGES)) if controls else [*context.pairs[:IMAGES]]
     ids, latents = [pair.id for pair in pairs], context.data.batch(pairs).latents
-    key = {
+    key: dict[str, str | int] = {
         "machine": context.machine,
         "seed": context.seed,
         "latents": hashlib.sha256(latents.numpy().tobytes()).hexdigest(),

@@ -154,12 +154,16 @@ def _are_there(request: GenerationRequest, keys: Mapping[int, dict[str, str]]) -
     for folder in (request.folder, request.kept):
         if folder is None:
             continue
-        images = {seed: Cache(folder).read(str(seed), key, PNG) for seed, key in keys.items()}
-        if any(image is None for image in images.values()):
+        images = {
+            seed: image
+            for seed, key in keys.items()
+            if (image := Cache(folder).read(str(seed), key, PNG)) is not None
+        }
+        if len(images) < len(keys):
             continue
         if folder != request.folder:
-            for seed, key in keys.items():
-                Cache(request.folder).write(str(seed), images[seed], key, PNG)
+            for seed, image in images.items():
+                Cache(request.folder).write(str(seed), image, keys[seed], PNG)
         return True
     return False
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dori_lightning.attacks import embedding_attack
+from dori_lightning.attacks.model_check import IMAGES
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import CPU_IMAGES
 from dori_lightning.models.memory import PARALLEL_PAIRS
@@ -25,8 +26,8 @@ COSTS = (
 PASSES = 2
 """Passes that five pairs take, kept together as one attack."""
 
-CHECK = Counter({"forward": 3 * 5, "with gradient": 5})
-"""What the check of a model before its search takes: each pair once."""
+CHECK = Counter({"forward": 3 * IMAGES, "with gradient": IMAGES})
+"""What the check of a model before its search takes."""
 
 
 @pytest.fixture(scope="module")
