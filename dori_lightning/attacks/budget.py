@@ -135,8 +135,14 @@ class AttackSettings:
             the model answers to its text, where that is far from usual (``check_model``).
         snapshots: Steps at which to measure besides the last one; free, since they lie on one
             trajectory.
-        early_stop: Stop a pair's attack at the first snapshot whose images are copies; the others
-            go on in full batches. Rates are cumulative then, see ``metrics.replication``.
+        early_stop: Stop a pair's attack at the first snapshot or look whose images are copies; the
+            others go on in full batches. Rates are cumulative then, see ``metrics.replication``.
+        looks: Steps at which ``early_stop`` also looks at an attack, without a rate of their own.
+        first_image: Draw the first image of a pair alone, and the others only where it is no copy
+            and nothing further is tried: of prompts, and of attacks that took all their steps.
+        futility: Share, in (0, 1), of images that the model does not hold whose searches may go on
+            past the snapshot at which they are judged; the others stop there, see
+            ``attacks.futility``. None judges none.
         pairs_per_forward: Pairs of a batch; changes speed and memory, not results. None chooses by
             the free memory, see ``models.memory.estimate_batch_size``. On the CPU forward passes
             have one shape, whatever the batch.
@@ -151,11 +157,15 @@ class AttackSettings:
     own_units: bool = True
     snapshots: tuple[int, ...] = ()
     early_stop: bool = False
+    looks: tuple[int, ...] = ()
+    first_image: bool = False
+    futility: float | None = None
     pairs_per_forward: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inits", tuple(self.inits))
-        object.__setattr__(self, "snapshots", tuple(sorted(set(self.snapshots))))
+        for name in ("snapshots", "looks"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
         if self.other_inits is not None:
             object.__setattr__(self, "other_inits", tuple(self.other_inits))
             stray = [init for init in self.other_inits if init not in self.inits]
@@ -171,15 +181,32 @@ class AttackSettings:
         counts = ["noise_batch", "restarts"]
         counts += [] if self.pairs_per_forward is None else ["pairs_per_forward"]
         require_at_least_one(self, *counts, within="attack.")
-        early = list(self.snapshots)
-        require(min(early, default=0) >= 0, "attack.snapshots must be >= 0", early)
-        if self.early_stop and not any(s < self.budget.steps for s in self.snapshots):
+        for name in ("snapshots", "looks"):
+            early = list(getattr(self, name))
+            require(min(early, default=0) >= 0, f"attack.{name} must be >= 0", early)
+        if self.early_stop and not any(s < self.budget.steps for s in self.stops):
             raise InputError(
                 f"attack.early_stop stops at snapshots, and attack.snapshots="
                 f"{list(self.snapshots)} has none before the last step, {self.budget.steps}\n"
                 f"  fix:   give some, as in attack.snapshots=[1,10,25], or leave "
                 f"attack.early_stop=false"
             )
+
+        level = self.futility
+        require(level is None or 0 < level < 1, "attack.futility must lie between 0 and 1", level)
+        on_its_way = {"looks": self.looks, "first_image": self.first_image, "futility": level}
+        asked = [name for name, value in on_its_way.items() if value]
+        if asked and not self.early_stop:
+            raise InputError(
+                f"attack.{asked[0]} is for attacks that are looked at on their way",
+                where=f"attack.{asked[0]}",
+                fix="attack.early_stop=true, or attack=dori_sequential",
+            )
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Steps after which attacks may be evaluated, besides the last one, rising."""
+        return tuple(sorted({*self.snapshots, *self.looks}))
 
     def check_whole(self) -> None:
         """Refuse early stop where no images are evaluated during the attack.
