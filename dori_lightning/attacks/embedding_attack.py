@@ -417,7 +417,7 @@ def run_attacks(
         strict: Raise where an attack has no gradient, instead of marking its result.
         on_round: Called with the conditionings of a round, once all are there.
         look: Says at each snapshot which pairs' attacks end there, the same on every process.
-            Needs rounds in which no pair is twice. None ends none.
+            Needs rounds from one initial point in which no pair is twice. None ends none.
         reproduced: Pair id to its prompt, for pairs that it brings back: with ``look``, attacks
             from these prompts have their answer before the first step.
 
@@ -438,7 +438,8 @@ def run_attacks(
             attack(jobs, range(context.budget.steps))
             new = [one for job in jobs for one in context.conditionings(job)]
         else:
-            ends = evaluation_steps(context.settings.stops, context.budget.steps)
+            stops = context.settings.stops_of(jobs[0].init)
+            ends = evaluation_steps(stops, context.budget.steps)
             starts = {
                 job.pair.id: replace(
                     prompt,

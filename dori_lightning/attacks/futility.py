@@ -6,9 +6,9 @@ difficult an image is; the ratio tells what the text adds. Images decide that an
 the ratio only who is searched on.
 
 The rule is a conformal test against the controls that are attacked beside the suspects. Once the
-median control is below its loss under the empty prompt (from a random start that takes about ten
-steps, and until then the ratio says nothing), a search goes on at each look while no more than a
-share of the controls does as well: half of them at the first look, then a quarter, and so on, and
+median control's loss is about that under the empty prompt (from a random start that takes some
+eight steps, and until then the ratio says nothing), a search goes on at each look while no more
+than a share of the controls does as well: half at the first look, then a quarter, and so on, and
 ``level`` at the last look. That bounds how many images *that the model does not hold* are searched
 to the end: at most that share, on average, as long as they and the controls are exchangeable. How
 many *memorized* images are given up too early is bounded by nothing that controls can say; where
@@ -46,8 +46,8 @@ from dori_lightning.types import Init
 WINDOW = 2
 """Steps, at most, whose losses make a ratio: the last ones."""
 
-ARRIVED = 8
-"""Steps after which searches from random embeddings are usually first judged; for estimates."""
+NEAR = math.log(1.05)
+"""Searches are judged once the median control's ratio is no higher."""
 
 _MEMORY = OomBackoff(
     "empty prompt", "pair", "checkpoint.precision=bf16, or a device with more memory"
@@ -72,20 +72,6 @@ def futile(ratios: Mapping[str, float], controls: Collection[str], share: float)
         return (1 + as_low) / (1 + len(nulls))
 
     return frozenset(name for name in ratios if p_value(name) > share)
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the ratios of searches say at one look.
-
-    Attributes:
-        futile: Ids of searches that need not go on.
-        behind: Ids of those whose loss is not below that under the empty prompt, so that images
-            of them are not worth drawing yet.
-    """
-
-    futile: frozenset[str] = frozenset()
-    behind: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -116,28 +102,33 @@ class FutilityTest:
     looks: Counter[tuple[Init | None, int]] = field(default_factory=Counter)
     judged: set[tuple[str, int, int]] = field(default_factory=set)
 
-    def judge(self, conditionings: Sequence[Conditioning]) -> Judgement:
-        """Judge searches that were on their way up to one look, each of another pair."""
+    def futile(
+        self, conditionings: Sequence[Conditioning], copies: Collection[str]
+    ) -> frozenset[str]:
+        """Ids of searches that need not go on.
+
+        Args:
+            conditionings: Searches on their way up to one look, each of another pair.
+            copies: Ids of those whose images are copies, which end anyway.
+        """
         start = (conditionings[0].condition.init, conditionings[0].restart)
-        ids = [one.pair.id for one in conditionings]
+        ids = {one.pair.id for one in conditionings}
         ratios = self.ratios.setdefault(start, dict.fromkeys(ids, math.nan))
         controls = [name for name in ratios if name in self.controls]
-        if len(controls) in (0, len(ratios)):
-            return Judgement()
-        ratios.update(self.measure(conditionings))
+        asked = [c for c in conditionings if c.pair.id in controls or c.pair.id not in copies]
+        if len(controls) in (0, len(ratios)) or ids <= set(copies):
+            return frozenset()
+        ratios.update(self.measure(asked))
         self.judged |= {
-            (one.pair.id, one.restart, step)
-            for one in conditionings
-            for step in judged_steps(one.spent)
+            (one.pair.id, one.restart, step) for one in asked for step in judged_steps(one.spent)
         }
-        behind = frozenset(name for name in ids if ratios[name] >= 0)
         known = [ratios[name] for name in controls if not math.isnan(ratios[name])]
-        if not known or median(known) >= 0:
-            return Judgement(behind=behind)
+        if not known or median(known) > NEAR:
+            return frozenset()
         self.looks[start] += 1
         halved = 0.5 ** self.looks[start] if conditionings[0].spent < self.last else 0.0
-        share = max(self.level, halved)
-        return Judgement(futile(ratios, controls, share).intersection(ids), behind)
+        ended = futile(ratios, controls, max(self.level, halved))
+        return ended.intersection(ids) - set(copies)
 
 
 def judged_steps(taken: int) -> range:

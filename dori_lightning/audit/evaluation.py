@@ -17,7 +17,7 @@ from dori_lightning.attacks.embedding_attack import (
     attack_rounds,
     run_attacks,
 )
-from dori_lightning.attacks.futility import FutilityTest, Judgement, log_ratios
+from dori_lightning.attacks.futility import FutilityTest, log_ratios
 from dori_lightning.attacks.model_check import IMAGES, RESPONSE, ModelCheck, check_model
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.loss_evidence import loss_evidence
@@ -535,9 +535,6 @@ class Looks:
     ) -> tuple[Sequence[Conditioning], frozenset[str]]:
         """Look at one conditioning for each pair, all after the same steps.
 
-        Where no rate is counted, images are drawn only of searches that end, or whose loss is
-        below that under the empty prompt: above it, the text only stands in the way.
-
         Returns:
             The conditionings, with what was drawn of each, and ids of the pairs whose attacks end.
         """
@@ -548,21 +545,14 @@ class Looks:
             return draw_until_copy(
                 context, self.calibration, conditionings, folder, edit=self.edit, title="look"
             )
-        judged = Judgement()
-        if self.test is not None and 0 < taken < steps:
-            judged = self.test.judge(conditionings)
-        rated = taken in evaluation_steps(settings.snapshots, steps)
-        wanted = {
-            c.pair.id: replace(c, drawn=1) if settings.first_image else c
-            for c in conditionings
-            if rated or c.pair.id in judged.futile or c.pair.id not in judged.behind
-        }
-        shown = [*wanted.values()]
+        if settings.first_image:
+            conditionings = [replace(c, drawn=1) for c in conditionings]
         copies = copies_among(
-            context, self.calibration, shown, folder, edit=self.edit, title="look"
+            context, self.calibration, conditionings, folder, edit=self.edit, title="look"
         )
-        if not rated:
+        if taken not in evaluation_steps(settings.snapshots, steps):
             each = 1 if settings.first_image else context.sampling.images_per_pair
-            self.drawn += each * len(shown)
-        seen = [wanted.get(c.pair.id, c) for c in conditionings]
-        return seen, copies | judged.futile
+            self.drawn += each * len(conditionings)
+        if self.test is None or not 0 < taken < steps:
+            return conditionings, copies
+        return conditionings, copies | self.test.futile(conditionings, copies)

@@ -21,7 +21,7 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from rich.table import Table
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
-from dori_lightning.attacks.futility import ARRIVED, WINDOW, judged_steps
+from dori_lightning.attacks.futility import WINDOW, judged_steps
 from dori_lightning.audit.loss_evidence import LOSS_ROWS
 from dori_lightning.audit.power import PowerSettings
 from dori_lightning.metrics.evidence import EvidenceSettings, nulls_among
@@ -215,7 +215,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         count * len(settings.inits_of(kind)) for kind, count in pairs.items()
     )
     everyone, suspected = sum(pairs.values()), pairs.get("vm", 0) + pairs.get("tm", 0)
-    searches = _whole_searches(settings, sampling, attacks=attacks, pairs=everyone)
+    searches = _whole_searches(settings, sampling, pairs)
     prompts = Evaluations.of_images(everyone * sampling.images_per_pair, sampling)
     work, images = searches + prompts, searches.decoded + prompts.decoded
     if config["evidence"]["losses"]:  # under the empty prompt, the own one and each start
@@ -336,19 +336,25 @@ def _part(
 
 
 def _whole_searches(
-    settings: AttackSettings, sampling: Sampling, *, attacks: int, pairs: int
+    settings: AttackSettings, sampling: Sampling, pairs: Mapping[Kind, int]
 ) -> Evaluations:
     """Work of searches that take all their steps, and of their images."""
-    steps, drawn = settings.budget.steps, sampling.images_per_pair
+    steps, noises, drawn = settings.budget.steps, settings.noise_batch, sampling.images_per_pair
     rated = evaluation_steps(settings.snapshots, steps)
-    looks = [look for look in settings.stops if look < steps and look not in rated]
-    each = len(rated) * drawn + len(looks) * (1 if settings.first_image else drawn)
-    work = Evaluations(attack=attacks * steps * settings.noise_batch)
-    if settings.futility is not None:  # starts share their losses
-        judged = {step for look in settings.stops if look < steps for step in judged_steps(look)}
-        losses = len(judged) * settings.restarts * settings.noise_batch
-        work += Evaluations(forward=pairs * losses)
-    return work + Evaluations.of_images(attacks * each, sampling)
+    work, judged = Evaluations(), set[int]()
+    for kind, count in pairs.items():
+        for init in settings.inits_of(kind):
+            searches = settings.restarts * count
+            looks = [s for s in settings.stops_of(init) if s < steps and s not in rated]
+            each = len(rated) * drawn + len(looks) * (1 if settings.first_image else drawn)
+            work += Evaluations(attack=searches * steps * noises)
+            work += Evaluations.of_images(searches * each, sampling)
+            judged |= {step for look in looks for step in judged_steps(look)}
+    if settings.futility is None:
+        return work
+    # losses under the empty prompt, which starts share
+    losses = settings.restarts * sum(pairs.values()) * len(judged) * noises
+    return work + Evaluations(forward=losses)
 
 
 def _early_remarks(
@@ -366,16 +372,17 @@ def _early_remarks(
     held = unheld = 0.0
     for kind, count in pairs.items():
         for init in settings.inits_of(kind):
-            looks = [look for look in settings.stops if look < settings.budget.steps]
-            if init != "prompt":
-                looks = [look for look in looks if look >= ARRIVED] or looks[-1:]
-            shares = [max(least, 0.5**k) for k in range(1, len(looks))] + [least]
-            ends = zip(shares, looks, [*looks[1:], settings.budget.steps], strict=True)
-            steps = looks[0] + sum(share * (end - look) for share, look, end in ends)
-            judged = 1 + sum(shares[:-1])
-            seen = judged + least * sampling.images_per_pair
+            looks = [s for s in settings.stops_of(init) if s < settings.budget.steps]
+            first, *later = [*looks, settings.budget.steps]
+            # of the searches, who goes on after each look
+            shares = [max(least, 0.5**k) for k in range(1, len(looks))] + [least] * bool(looks)
+            steps = first + sum(
+                share * (end - look) for share, look, end in zip(shares, looks, later, strict=True)
+            )
+            judged = sum([1, *shares][: len(looks)])
+            seen = judged + [1, *shares][-1] * sampling.images_per_pair
             given_up = noises * (steps + WINDOW * judged) + image * seen
-            came_back = 0 if init == "prompt" else noises * (looks[0] + WINDOW) + image
+            came_back = 0 if init == "prompt" else noises * first + image
             unheld += settings.restarts * count * given_up
             held += settings.restarts * count * (given_up if kind == "control" else came_back)
     yield (

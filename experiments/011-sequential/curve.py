@@ -17,6 +17,7 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from dori_lightning.attacks.budget import FAR
 from dori_lightning.attacks.embedding_attack import Conditioning, attack_rounds, run_attacks
 from dori_lightning.attacks.futility import FutilityTest, judged_steps, log_ratios
 from dori_lightning.audit.context import AuditContext, with_self_controls
@@ -108,6 +109,7 @@ def replay(run: Whole, level: float) -> tuple[set[tuple[str | None, str]], Count
             back.add((None, pair.id))
     for init, by_steps in run.searches.items():
         *looks, end = sorted(by_steps)
+        looks = [look for look in looks if init == "prompt" or look >= FAR]
         test = FutilityTest(
             level,
             controls,
@@ -127,11 +129,10 @@ def replay(run: Whole, level: float) -> tuple[set[tuple[str | None, str]], Count
             if steps == end:
                 back |= {(init, n) for n in left if draw(init, steps, n, most=drawn)}
             elif asked:
-                found = test.judge(asked)
-                seen = [n for n in left if n in found.futile or n not in found.behind]
-                came = {n for n in seen if draw(init, steps, n, most=1)}
+                came = {n for n in left if draw(init, steps, n, most=1)}
                 back |= {(init, name) for name in came}
-                left = [n for n in left if n not in came | found.futile]
+                ended = came | test.futile(asked, came)
+                left = [n for n in left if n not in ended]
         judged |= test.judged
         cost["evidence by loss"] += LOSS_ROWS * len(left)
     cost["futility"] += noises * len(judged)

@@ -18,7 +18,6 @@ from dori_lightning.attacks.embedding_attack import (
 )
 from dori_lightning.attacks.futility import (
     FutilityTest,
-    Judgement,
     futile,
     judged_steps,
     log_ratios,
@@ -65,38 +64,35 @@ def measure(values, measured):
 def test_shares_are_halved_and_what_has_ended_counts_with_its_last_ratio():
     measured: list[list[str]] = []
     first = {name: -0.01 * k for k, name in enumerate(CONTROLS)}
-    values = {1: first | {"a": -1.0, "b": 0.5}, 2: first | {"a": -0.115}, 4: {}}
+    values = {1: first | {"a": -1.0, "b": 0.5}, 2: first | {"a": -0.115}, 32: first}
     test = FutilityTest(0.05, set(CONTROLS), 32, measure(values, measured))
-    found = test.judge(searches([*CONTROLS, "a", "b"], 1))
-    assert found.futile == {*CONTROLS[:10], "b"}, "ten of 21 go on"
-    assert found.behind == {CONTROLS[0], "b"}
+    ended = test.futile(searches([*CONTROLS, "a", "b", "copy"], 1), {"copy"})
+    assert ended == {*CONTROLS[:10], "b"}, "ten of 21 go on"
+    assert "copy" not in measured[0], "its image has said more"
     left = [*CONTROLS[10:], "a"]
-    found = test.judge(searches(left, 2))
+    assert test.futile(searches(left, 2), ()) == {*CONTROLS[10:15], "a"}, "five of 21"
     assert measured[1] == left
-    assert found.futile == {*CONTROLS[10:15], "a"}, "five of 21"
-    assert found.behind == frozenset()
     assert test.judged == {(name, 0, 0) for name in measured[0]} | {(name, 0, 1) for name in left}
+    assert test.futile(searches(CONTROLS[15:], 32), ()) == {*CONTROLS[15:18]}, "the last look"
     before = len(test.judged)
-    assert test.judge(searches([*CONTROLS, "a", "b"], 1, init="prompt")).futile == {
-        *CONTROLS[:10], "b",
-    }, "another start is judged by itself"  # fmt: skip
+    again = test.futile(searches([*CONTROLS, "a", "b"], 1, init="prompt"), ())
+    assert again == {*CONTROLS[:10], "b"}, "another start is judged by itself"
     assert len(test.judged) == before, "and shares the empty prompt's losses"
 
 
-def test_nothing_is_futile_before_controls_are_below_the_empty_prompt():
-    values = {k: dict.fromkeys(CONTROLS, 1.0 - k / 4) | {"a": 2.0} for k in (1, 2, 4, 8)}
+def test_nothing_is_futile_before_controls_are_near_the_empty_prompt():
+    values = {k: dict.fromkeys(CONTROLS, 1.0 - k / 8) | {"a": 2.0} for k in (1, 2, 4, 8)}
     test = FutilityTest(0.05, set(CONTROLS), 32, measure(values, []))
     for steps in (1, 2, 4):
-        found = test.judge(searches([*CONTROLS, "a"], steps))
-        assert (found.futile, "a" in found.behind) == (frozenset(), True)
-    assert "a" in test.judge(searches([*CONTROLS, "a"], 8)).futile
+        assert not test.futile(searches([*CONTROLS, "a"], steps), ())
+    assert "a" in test.futile(searches([*CONTROLS, "a"], 8), ())
 
 
 @pytest.mark.parametrize("names", [["a", "b"], CONTROLS])
 def test_nothing_is_futile_without_controls_or_without_suspects(names):
     test = FutilityTest(0.05, set(CONTROLS), 32, lambda _: pytest.fail("nothing to measure"))
     for steps in (1, 2):
-        assert test.judge(searches(names, steps)) == Judgement()
+        assert not test.futile(searches(names, steps), ())
 
 
 @pytest.mark.parametrize("start", [0.0, 1.0])
@@ -116,7 +112,7 @@ def test_the_error_rates_hold_for_images_that_the_model_does_not_hold(start):
         left, last = list(names), dict.fromkeys(names, 0)
         for look in range(6):
             last |= dict.fromkeys(left, look)
-            ended = test.judge(searches(left, look + 1)).futile if left else frozenset()
+            ended = test.futile(searches(left, look + 1), ()) if left else frozenset()
             left = [name for name in left if name not in ended]
         to_the_end += "suspect" in left
         reached = [scores[last[name], k] for k, name in enumerate(names)]
