@@ -247,7 +247,7 @@ class Condition:
 class Outcome:
     """Scores of the K generated images of one pair under one condition.
 
-    K is smaller where the first image was enough (``attack.first_image``).
+    K is smaller where the first image was enough (``attack.one_image``).
 
     Attributes:
         pair: The pair.

@@ -143,11 +143,11 @@ class AttackSettings:
             others go on in full batches. Rates are cumulative then, see ``metrics.replication``.
         looks: Steps at which ``early_stop`` also looks at an attack, without a rate of their own;
             at one that does not begin at the image's own prompt from ``FAR`` steps on.
-        first_image: Draw the first image of a pair alone, and the others only where it is no copy
-            and nothing further is tried: of prompts, and of attacks that took all their steps.
+        one_image: Draw one image at a time: the first of a prompt, and the others only where it is
+            no copy; at each look another one. What took all its steps is drawn whole.
         futility: Share, in (0, 1), of images that the model does not hold whose searches may go on
-            past the snapshot at which they are judged; the others stop there, see
-            ``attacks.futility``. None judges none.
+            to the end; the others stop on their way, see ``attacks.futility``. Controls go on only
+            as long as a suspect does. None judges none.
         pairs_per_forward: Pairs of a batch; changes speed and memory, not results. None chooses by
             the free memory, see ``models.memory.estimate_batch_size``. On the CPU forward passes
             have one shape, whatever the batch.
@@ -163,7 +163,7 @@ class AttackSettings:
     snapshots: tuple[int, ...] = ()
     early_stop: bool = False
     looks: tuple[int, ...] = ()
-    first_image: bool = False
+    one_image: bool = False
     futility: float | None = None
     pairs_per_forward: int | None = None
 
@@ -199,7 +199,7 @@ class AttackSettings:
 
         level = self.futility
         require(level is None or 0 < level < 1, "attack.futility must lie between 0 and 1", level)
-        on_its_way = {"looks": self.looks, "first_image": self.first_image, "futility": level}
+        on_its_way = {"looks": self.looks, "one_image": self.one_image, "futility": level}
         asked = [name for name, value in on_its_way.items() if value]
         if asked and not self.early_stop:
             raise InputError(

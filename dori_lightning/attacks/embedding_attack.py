@@ -88,7 +88,7 @@ class Conditioning:
         losses: Attack loss of every step spent (S,); None for a prompt.
         stopped_at: Steps after which the attack was stopped, fewer than the condition's, because
             its images were copies or because it was futile; None where it took all of them.
-        drawn: Images that are drawn of it, the first ones; None for all K.
+        seeds: Generation seeds of the images that are drawn of it; None for all K.
     """
 
     pair: Pair
@@ -101,7 +101,7 @@ class Conditioning:
     displacement: float | None = None
     losses: torch.Tensor | None = None
     stopped_at: int | None = None
-    drawn: int | None = None
+    seeds: tuple[int, ...] | None = None
 
     @property
     def spent(self) -> int:
@@ -401,7 +401,7 @@ def run_attacks(
     strict: bool = False,
     on_round: Callable[[Sequence[Conditioning]], None] | None = None,
     look: Look | None = None,
-    reproduced: Mapping[str, Conditioning] = MappingProxyType({}),
+    answered: Mapping[str, Conditioning] = MappingProxyType({}),
 ) -> list[Conditioning]:
     """Attack every job, reusing what is stored.
 
@@ -418,8 +418,8 @@ def run_attacks(
         on_round: Called with the conditionings of a round, once all are there.
         look: Says at each snapshot which pairs' attacks end there, the same on every process.
             Needs rounds from one initial point in which no pair is twice. None ends none.
-        reproduced: Pair id to its prompt, for pairs that it brings back: with ``look``, attacks
-            from these prompts have their answer before the first step.
+        answered: Pair id to its prompt, for those whose attack has its answer before the first
+            step; with ``look``.
 
     Returns:
         One conditioning per job and snapshot, the same on every process. After its attack was
@@ -448,7 +448,7 @@ def run_attacks(
                     displacement=0.0,
                 )
                 for job in jobs
-                if job.init == "prompt" and (prompt := reproduced.get(job.pair.id)) is not None
+                if job.init == "prompt" and (prompt := answered.get(job.pair.id)) is not None
             }
             new = stop_when_known(
                 attack, context.conditionings, jobs, ends=ends, look=look, known=starts

@@ -16,10 +16,11 @@ it is known, of planted images, it stands in ``experiments/011-sequential``. Two
 must do as well: a single one may be an oddity, such as one that any search pushes far down.
 
 Controls follow the same rule as suspects. Each is judged against the others and by the same number
-of them, so that at a look which decides it goes on at least as long as it would if any one suspect
-were a control too, and is drawn at least as often: p-values by image (``metrics.evidence``) keep
-their meaning. That looks begin to decide by the controls' median alone moves them by less than one
-control among all.
+of them, so that it goes on at least as long as it would if any one suspect were a control too.
+They go on only as long as a suspect does. What they would have reached later is unknown then, and
+so is how close a copy would have come after the look that it ended at: for p-values all copies are
+equally close (``copies_tie`` in ``metrics.evidence.judge``). The p-value of a copy is then the rank
+of the look at which it came back, among controls of which none was given less time.
 
 Reference: Vovk et al., "Algorithmic Learning in a Random World", 2005.
 """
@@ -79,9 +80,9 @@ class FutilityTest:
     """Judges the searches of an audit, look by look.
 
     Those from one initial point with the same restart are judged together, against the controls
-    among them; one that has ended counts with its last ratio. Without controls no search is
-    futile. Nor is one where there are no suspects: controls that are attacked later than the
-    suspects must have the tries that those had.
+    among them; one that has ended counts with its last ratio. Where no suspect is left, the
+    controls end too. Without controls no search is futile. Nor is one where there never were
+    suspects: controls that are attacked later than those must have the tries that they had.
 
     Attributes:
         level: Share of searches on images that the model does not hold that may go on to the end,
@@ -115,9 +116,12 @@ class FutilityTest:
         ids = {one.pair.id for one in conditionings}
         ratios = self.ratios.setdefault(start, dict.fromkeys(ids, math.nan))
         controls = [name for name in ratios if name in self.controls]
-        asked = [c for c in conditionings if c.pair.id in controls or c.pair.id not in copies]
-        if len(controls) in (0, len(ratios)) or ids <= set(copies):
+        suspects, left = ids.difference(controls, copies), ids.difference(copies)
+        if len(controls) in (0, len(ratios)):
             return frozenset()
+        if not suspects:
+            return frozenset(left)
+        asked = [c for c in conditionings if c.pair.id in controls or c.pair.id in left]
         ratios.update(self.measure(asked))
         self.judged |= {
             (one.pair.id, one.restart, step) for one in asked for step in judged_steps(one.spent)
@@ -128,7 +132,7 @@ class FutilityTest:
         self.looks[start] += 1
         halved = 0.5 ** self.looks[start] if conditionings[0].spent < self.last else 0.0
         ended = futile(ratios, controls, max(self.level, halved))
-        return ended.intersection(ids) - set(copies)
+        return left & ended if suspects - ended else frozenset(left)
 
 
 def judged_steps(taken: int) -> range:

@@ -1,6 +1,7 @@
 """Attack, generate and score: the images of an audit and what they say."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,7 +43,7 @@ from dori_lightning.pairs.copies import Alteration, learned_alterations
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, ordinary_prompts
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Outcome
+from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Init, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -135,12 +136,12 @@ def attack_and_generate(
     prompts, images = prompt_conditionings(context), context.folder / "pictures"
     settings, mitigated, calibration = context.attack, not edit.is_empty, None
     baseline: tuple[Conditioning, ...] = prompts if mitigated else ()
-    shown = frozenset[str]()
+    answered = frozenset[str]()
     if settings.early_stop:
         folder, title = (context.unmitigated, "before") if mitigated else (images, "prompts")
         calibration = _calibrate_early(context, prompts, folder, title=title)
-        if settings.first_image:
-            drawn, shown = draw_until_copy(
+        if settings.one_image:
+            drawn, answered = draw_until_copy(
                 context, calibration, prompts, folder, edit="none", title=title
             )
             prompts, baseline = (prompts, drawn) if mitigated else (drawn, ())
@@ -160,18 +161,22 @@ def attack_and_generate(
         )
 
     look, test = None, None
+    controls = frozenset(pair.id for pair in context.pairs if pair.kind == "control")
+    suspects = frozenset(pair.id for pair in context.suspected)
     attack = context.attack_context(edit.identity, scale=scale)
     if calibration is not None:
         if settings.futility is not None:
-            unheld = {pair.id for pair in context.pairs if pair.kind == "control"}
             last = max(stop for stop in settings.stops if stop < context.budget.steps)
-            test = FutilityTest(settings.futility, unheld, last, partial(log_ratios, attack))
+            test = FutilityTest(settings.futility, controls, last, partial(log_ratios, attack))
         look = Looks(context, calibration, edit.identity, test)
-        if settings.first_image and mitigated:
+        if settings.one_image and mitigated:
             with edit.applied(context.model):
-                prompts, shown = draw_until_copy(
+                prompts, answered = draw_until_copy(
                     context, calibration, prompts, images, edit=edit.identity, title="prompts"
                 )
+
+    if settings.futility is not None and suspects <= answered:
+        answered |= controls  # controls go on as long as a suspect does
 
     def search(
         rounds: Sequence[Sequence[Job]], known: Sequence[Conditioning]
@@ -183,7 +188,7 @@ def attack_and_generate(
                 trainer=context.trainer,
                 on_round=on_round,
                 look=look,
-                reproduced={c.pair.id: c for c in prompts if c.pair.id in shown},
+                answered={c.pair.id: c for c in prompts if c.pair.id in answered},
             )
             found = (*known, *attacked)
             generate(context, found, images, edit=edit.identity, title="generate")
@@ -192,7 +197,6 @@ def attack_and_generate(
 
     conditionings = search(attack_rounds(settings, context.pairs), prompts)
     outcomes: tuple[Outcome, ...] = ()
-    controls = [pair for pair in context.pairs if pair.kind == "control"]
     if controls and set(settings.inits_of("control")) < set(settings.inits):
         outcomes = measure_shared(context, conditionings, images)
         if calibration is None:
@@ -207,8 +211,9 @@ def attack_and_generate(
                 ", ".join(starts),
             )
             everywhere = replace(settings, inits=starts, other_inits=None)
+            others = [pair for pair in context.pairs if pair.kind == "control"]
             known = len(conditionings)
-            conditionings = search(attack_rounds(everywhere, controls), conditionings)
+            conditionings = search(attack_rounds(everywhere, others), conditionings)
             outcomes += measure_shared(context, conditionings[known:], images)
     losses: Mapping[str, LossEvidence] = {}
     if context.evidence.losses:
@@ -234,8 +239,8 @@ def _calibrate_early(
 
     By every process, so that all fail where no threshold separates.
     """
-    if context.attack.first_image:
-        prompts = [replace(c, drawn=1) for c in prompts]
+    if context.attack.one_image:
+        prompts = [_one_image_of(context, c) for c in prompts]
     generate(context, prompts, folder, title=title)
     distributed.barrier()
     outcomes = measure_all(context, prompts, folder, title="score prompts")
@@ -297,7 +302,13 @@ def evaluate(
         "losses": generated.losses,
         "reference_losses": there_losses,
     }
-    evidence = image_evidence(results, calibration, rate=context.evidence.rate, **models)
+    evidence = image_evidence(
+        results,
+        calibration,
+        rate=context.evidence.rate,
+        copies_tie=context.attack.futility is not None,
+        **models,
+    )
     unseen = unseen_images(results, calibration, **models)
     return Evaluation(
         outcomes, baseline, calibration, cells, evidence, unseen, there_cells, learned
@@ -342,12 +353,7 @@ def generate(
         title: Title of the progress bar.
     """
     requests = [
-        GenerationRequest(
-            image_folder(folder, c),
-            c.embedding,
-            c.pair.id,
-            image_seeds(context.sampling)[: c.drawn],
-        )
+        GenerationRequest(image_folder(folder, c), c.embedding, c.pair.id, c.seeds)
         for c in conditionings
     ]
     _generate_share(context, requests, edit=edit, title=title)
@@ -359,15 +365,15 @@ def _generate_share(
     """Generate what this process is to make of all requests, with a progress bar."""
     trainer, sampling = context.trainer, context.sampling
     own = requests[trainer.global_rank :: trainer.world_size]
-    images = sum(len(r.seeds or image_seeds(sampling)) for r in own)
+    images = sum(len(request.seeds or image_seeds(sampling)) for request in own)
     with progress_bar(title, images) as advance:
         generate_images(context.model, own, sampling, edit=edit, advance=advance)
 
 
 def measure(context: AuditContext, conditioning: Conditioning, folder: Path) -> Outcome:
     """Score the images of a conditioning, which lie in ``folder``, against its pair's image."""
-    seeds, place = image_seeds(context.sampling), image_folder(folder, conditioning)
-    seeds = seeds[: conditioning.drawn]
+    seeds = conditioning.seeds or image_seeds(context.sampling)
+    place = image_folder(folder, conditioning)
     scores = context.references.measure(
         conditioning.pair, load_images(place, seeds), failed=conditioning.status != "ok"
     )
@@ -507,9 +513,16 @@ def draw_until_copy(
         The conditionings, with what is drawn of each, and ids of the pairs that they reproduce.
     """
     look = partial(copies_among, context, calibration, folder=folder, edit=edit, title=title)
-    first = look([replace(c, drawn=1) for c in conditionings])
-    found = tuple(replace(c, drawn=1) if c.pair.id in first else c for c in conditionings)
-    return found, first | look([c for c in found if c.drawn is None])
+    alone = {c.pair.id: _one_image_of(context, c) for c in conditionings}
+    first = look([*alone.values()])
+    found = tuple(alone[c.pair.id] if c.pair.id in first else c for c in conditionings)
+    return found, first | look([c for c in found if c.pair.id not in first])
+
+
+def _one_image_of(context: AuditContext, one: Conditioning, place: int = 0) -> Conditioning:
+    """A conditioning of which one image is drawn: one of the K, by its place, in turn."""
+    seeds = image_seeds(context.sampling)
+    return replace(one, seeds=(seeds[place % len(seeds)],))
 
 
 @dataclass
@@ -522,6 +535,7 @@ class Looks:
         edit: Identity of the edit.
         test: Which searches are futile; None ends only those whose images are copies.
         drawn: Images that were drawn at looks that no rate is counted at.
+        taken: Initial point and restart to the looks taken so far.
     """
 
     context: AuditContext
@@ -529,6 +543,7 @@ class Looks:
     edit: str
     test: FutilityTest | None
     drawn: int = 0
+    taken: Counter[tuple[Init | None, int]] = field(default_factory=Counter)
 
     def __call__(
         self, conditionings: Sequence[Conditioning]
@@ -538,21 +553,24 @@ class Looks:
         Returns:
             The conditionings, with what was drawn of each, and ids of the pairs whose attacks end.
         """
-        context, taken = self.context, conditionings[0].spent
-        settings, steps = context.attack, context.budget.steps
-        folder = context.folder / "pictures"
-        if settings.first_image and taken == steps:
+        context, steps = self.context, conditionings[0].spent
+        settings, last = context.attack, context.budget.steps
+        folder, one_image = context.folder / "pictures", settings.one_image
+        if one_image and steps == last:
             return draw_until_copy(
                 context, self.calibration, conditionings, folder, edit=self.edit, title="look"
             )
-        if settings.first_image:
-            conditionings = [replace(c, drawn=1) for c in conditionings]
+        start = (conditionings[0].condition.init, conditionings[0].restart)
+        if one_image:
+            place = self.taken[start]
+            conditionings = [_one_image_of(context, c, place) for c in conditionings]
+        self.taken[start] += 1
         copies = copies_among(
             context, self.calibration, conditionings, folder, edit=self.edit, title="look"
         )
-        if taken not in evaluation_steps(settings.snapshots, steps):
-            each = 1 if settings.first_image else context.sampling.images_per_pair
+        if steps not in evaluation_steps(settings.snapshots, last):
+            each = 1 if one_image else context.sampling.images_per_pair
             self.drawn += each * len(conditionings)
-        if self.test is None or not 0 < taken < steps:
+        if self.test is None or not 0 < steps < last:
             return conditionings, copies
         return conditionings, copies | self.test.futile(conditionings, copies)

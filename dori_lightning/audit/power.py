@@ -266,7 +266,7 @@ def _context_of(context: AuditContext, planted: Sequence[Pair]) -> AuditContext:
         snapshots=(),
         early_stop=False,
         looks=(),
-        first_image=False,
+        one_image=False,
         futility=None,
     )
     return replace(

@@ -109,7 +109,7 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
         yield f"not measured by {rule.descriptor}, which decides there"
     # what decides which attacks were stopped cannot be decided again under another rule
     stops, stopped = (_look_up(one, "attack.early_stop") is True for one in (run, base))
-    for key in ("first_image", "futility"):
+    for key in ("one_image", "futility"):
         now, then = (_look_up(one, f"attack.{key}", None) or None for one in (run, base))
         if now != then:
             yield f"attack.{key} is {now}, there {then}"

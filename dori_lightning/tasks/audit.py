@@ -345,7 +345,7 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     Without ``utility``: what a mitigation costs is measured anew each time.
     """
     # folders from before these settings existed can be resumed where they are off
-    later = ("early_stop", "looks", "first_image", "futility")
+    later = ("early_stop", "looks", "one_image", "futility")
     unset = [name for name in later if not cfg["attack"].get(name)]
     return {
         "seed": cfg["seed"],

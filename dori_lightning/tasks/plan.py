@@ -346,7 +346,7 @@ def _whole_searches(
         for init in settings.inits_of(kind):
             searches = settings.restarts * count
             looks = [s for s in settings.stops_of(init) if s < steps and s not in rated]
-            each = len(rated) * drawn + len(looks) * (1 if settings.first_image else drawn)
+            each = len(rated) * drawn + len(looks) * (1 if settings.one_image else drawn)
             work += Evaluations(attack=searches * steps * noises)
             work += Evaluations.of_images(searches * each, sampling)
             judged |= {step for look in looks for step in judged_steps(look)}

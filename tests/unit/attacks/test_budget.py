@@ -81,7 +81,7 @@ def test_looks_are_kept_beside_snapshots_and_are_enough_to_stop_at():
     ("asked", "part"),
     [
         ({"futility": 0.1}, "attack.futility is for attacks that are looked at"),
-        ({"first_image": True}, "attack.first_image is for attacks that are looked at"),
+        ({"one_image": True}, "attack.one_image is for attacks that are looked at"),
         ({"looks": (1,)}, "attack.looks is for attacks that are looked at"),
         ({"futility": 1.0, "early_stop": True, "looks": (1,)}, "between 0 and 1, got 1.0"),
         ({"looks": (-1,)}, "attack.looks must be >= 0"),

@@ -186,7 +186,7 @@ def test_who_is_known_is_left_out_and_stands_for_later_budgets():
     def look(found):
         step = found[0].condition.budget.steps
         ended = {c.pair.id for c in found} & {0: {"a"}, 3: {"c"}, 7: set[str](), 9: {"b"}}[step]
-        return [replace(c, drawn=1) for c in found], ended
+        return [replace(c, seeds=(2,)) for c in found], ended
 
     jobs = [Job(Pair(name, "vm", "", Path()), "prompt", 0) for name in "abcd"]
     found = stop_when_known(
@@ -201,7 +201,8 @@ def test_who_is_known_is_left_out_and_stands_for_later_budgets():
         (("a", "b", "c"), range(0)), (("b", "c"), range(3)), (("b",), range(3, 7)),
         (("b",), range(7, 9)),
     ]  # fmt: skip
-    assert {(c.pair.id, c.drawn) for c in found} == {(n, None if n == "d" else 1) for n in "abcd"}
+    shown = {"a": (2,), "b": (2,), "c": (2,), "d": None}
+    assert {(c.pair.id, c.seeds) for c in found} == {*shown.items()}
     held = [(c.pair.id, c.condition.budget.steps, c.stopped_at, float(c.embedding)) for c in found]
     assert held == [
         ("a", 0, None, 0), ("a", 3, 0, 0), ("a", 7, 0, 0), ("a", 9, 0, 0),

@@ -23,7 +23,7 @@ from dori_lightning.attacks.futility import (
     log_ratios,
 )
 from dori_lightning.attacks.solver import noise_and_timesteps
-from dori_lightning.metrics.evidence import conformal_p_values
+from dori_lightning.metrics.evidence import COPY, UnseenImage, judge
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.types import Budget, Condition, Init, Pair
 from support.context import read_pairs
@@ -64,7 +64,11 @@ def measure(values, measured):
 def test_shares_are_halved_and_what_has_ended_counts_with_its_last_ratio():
     measured: list[list[str]] = []
     first = {name: -0.01 * k for k, name in enumerate(CONTROLS)}
-    values = {1: first | {"a": -1.0, "b": 0.5}, 2: first | {"a": -0.115}, 32: first}
+    values = {
+        1: first | {"a": -1.0, "b": 0.5},
+        2: first | {"a": -0.115},
+        32: first | {"held": -1.0},
+    }
     test = FutilityTest(0.05, set(CONTROLS), 32, measure(values, measured))
     ended = test.futile(searches([*CONTROLS, "a", "b", "copy"], 1), {"copy"})
     assert ended == {*CONTROLS[:10], "b"}, "ten of 21 go on"
@@ -73,7 +77,7 @@ def test_shares_are_halved_and_what_has_ended_counts_with_its_last_ratio():
     assert test.futile(searches(left, 2), ()) == {*CONTROLS[10:15], "a"}, "five of 21"
     assert measured[1] == left
     assert test.judged == {(name, 0, 0) for name in measured[0]} | {(name, 0, 1) for name in left}
-    assert test.futile(searches(CONTROLS[15:], 32), ()) == {*CONTROLS[15:18]}, "the last look"
+    assert test.futile(searches([*CONTROLS[15:], "held"], 32), ()) == {*CONTROLS[15:18]}
     before = len(test.judged)
     again = test.futile(searches([*CONTROLS, "a", "b"], 1, init="prompt"), ())
     assert again == {*CONTROLS[:10], "b"}, "another start is judged by itself"
@@ -88,6 +92,16 @@ def test_nothing_is_futile_before_controls_are_near_the_empty_prompt():
     assert "a" in test.futile(searches([*CONTROLS, "a"], 8), ())
 
 
+def test_controls_go_on_as_long_as_a_suspect_does():
+    values = {1: {name: -0.01 * k for k, name in enumerate(CONTROLS)} | {"a": 0.0}}
+    measured: list[list[str]] = []
+    test = FutilityTest(0.05, set(CONTROLS), 32, measure(values, measured))
+    assert test.futile(searches([*CONTROLS, "a"], 1, init="prompt"), ()) == {*CONTROLS, "a"}
+    copies = {"a", CONTROLS[3]}
+    assert test.futile(searches([*CONTROLS, "a"], 1), copies) == {*CONTROLS} - copies
+    assert len(measured) == 1, "no loss is needed for that"
+
+
 @pytest.mark.parametrize("names", [["a", "b"], CONTROLS])
 def test_nothing_is_futile_without_controls_or_without_suspects(names):
     test = FutilityTest(0.05, set(CONTROLS), 32, lambda _: pytest.fail("nothing to measure"))
@@ -95,31 +109,39 @@ def test_nothing_is_futile_without_controls_or_without_suspects(names):
         assert not test.futile(searches(names, steps), ())
 
 
-@pytest.mark.parametrize("start", [0.0, 1.0])
-def test_the_error_rates_hold_for_images_that_the_model_does_not_hold(start):
-    """Random trajectories of 20 controls and one suspect of the same kind, 1,000 times.
+@pytest.mark.parametrize(("start", "suspects"), [(0.0, 1), (1.0, 1), (0.0, 5)])
+def test_the_error_rates_hold_for_images_that_the_model_does_not_hold(start, suspects):
+    """Random trajectories of suspects and 20 controls of the same kind, 1,000 suspects in all.
 
-    Searching on and drawing another image can only raise a score.
+    Who is searched on gets the higher scores, more than one in twenty comes back, and controls end
+    with the last suspect: by scores alone, twice as many as asked for would be called held.
     """
-    rng, to_the_end, stood_out, runs = np.random.default_rng(0), 0, 0, 1000
-    names, level = [*CONTROLS, "suspect"], 0.1
+    rng, level, runs = np.random.default_rng(0), 0.1, 1000 // suspects
+    names = [f"suspect{k}" for k in range(suspects)] + CONTROLS
+    to_the_end, held, back = 0, 0, 0
     for _ in range(runs):
-        ratios = start + np.cumsum(rng.normal(-0.3, 0.3, (6, 21)), 0)
-        # lower ratio, higher score: who is searched on is who gets the high scores
-        scores = np.maximum.accumulate(rng.normal(0, 1, (6, 21)) - ratios, 0)
+        ratios = start + np.cumsum(rng.normal(-0.3, 0.3, (6, len(names))), 0)
+        scores = rng.normal(0, 0.25, (7, len(names))) - 0.1 * ratios[[0, 1, 2, 3, 4, 5, 5]]
         values = {k + 1: dict(zip(names, row, strict=True)) for k, row in enumerate(ratios)}
         test = FutilityTest(level, set(CONTROLS), 6, measure(values, []))
-        left, last = list(names), dict.fromkeys(names, 0)
-        for look in range(6):
-            last |= dict.fromkeys(left, look)
-            ended = test.futile(searches(left, look + 1), ()) if left else frozenset()
-            left = [name for name in left if name not in ended]
-        to_the_end += "suspect" in left
-        reached = [scores[last[name], k] for k, name in enumerate(names)]
-        stood_out += conformal_p_values(reached[-1:], reached[:-1])[0] <= level
-    noise = 3 * math.sqrt(level * (1 - level) / runs)
-    assert 0 < to_the_end / runs <= level + noise
-    assert 0 < stood_out / runs <= level + noise
+        left, reached = set(names), dict.fromkeys(names, -math.inf)
+        for look, row in enumerate(scores):
+            seen = {name: float(row[names.index(name)]) for name in left}
+            reached |= {name: max(score, reached[name]) for name, score in seen.items()}
+            copies = {name for name, score in seen.items() if score > COPY}
+            if look == 6:
+                to_the_end += sum("suspect" in name for name in left)
+            elif left:
+                left -= copies | test.futile(searches(sorted(left), look + 1), copies)
+        nulls = [UnseenImage(name, "control", reached[name]) for name in CONTROLS]
+        back += sum(null.score > COPY for null in nulls)
+        for name in names[:suspects]:
+            (row,) = judge([reached[name]], [math.nan], nulls, rate=level, copies_tie=True)
+            held += row.answer == "yes"
+    noise = 3 * math.sqrt(level * (1 - level) / (runs * suspects))
+    assert 0 < to_the_end / (runs * suspects) <= level + noise
+    assert 0 < held / (runs * suspects) <= level + noise
+    assert back > runs
 
 
 @pytest.mark.parametrize(("taken", "steps"), [(1, [0]), (2, [1]), (4, [2, 3]), (50, [48, 49])])

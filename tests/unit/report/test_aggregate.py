@@ -136,7 +136,7 @@ def stopping(**more: Any) -> dict[str, Any]:
         (stopping(), stopping(snapshots=[1]), "may stop after [1] steps, there after [1, 10]"),
         (stopping(), stopping(looks=[4]), "may stop after [1, 4, 10] steps, there after [1, 10]"),
         (stopping(), stopping(futility=0.05), "attack.futility is 0.05, there None"),
-        (stopping(first_image=True), stopping(), "attack.first_image is None, there True"),
+        (stopping(one_image=True), stopping(), "attack.one_image is None, there True"),
         ({**stopping(), "threshold": 0.4}, {**stopping(), "threshold": 0.8},
          "attacks were stopped by ncc above 0.800, there by ncc above 0.400"),
     ],
