@@ -19,8 +19,8 @@ Controls follow the same rule as suspects. Each is judged against the others and
 of them, so that it goes on at least as long as it would if any one suspect were a control too.
 They go on only as long as a suspect does. What they would have reached later is unknown then, and
 so is how close a copy would have come after the look that it ended at: for p-values all copies are
-equally close (``copies_tie`` in ``metrics.evidence.judge``). The p-value of a copy is then the rank
-of the look at which it came back, among controls of which none was given less time.
+equally close (``copies_tie`` in ``metrics.evidence.judge``). The p-value of a copy is then the
+rank of the look at which it came back, among controls of which none was given less time.
 
 Reference: Vovk et al., "Algorithmic Learning in a Random World", 2005.
 """

@@ -37,14 +37,13 @@ class Whole:
         context: The audit.
         searches: Initial point to steps to the searches that were on their way.
         ratios: Initial point and steps to pair id to the log ratio.
-        copies: Initial point (None: the prompt), steps and pair id to whether the first image is a
-            copy, and whether any is.
+        copies: Initial point (None: the prompt), steps and pair id to whether each image is a copy.
     """
 
     context: AuditContext
     searches: dict[str, dict[int, list[Conditioning]]]
     ratios: dict[tuple[str, int], dict[str, float]]
-    copies: dict[tuple[str | None, int, str], tuple[bool, bool]]
+    copies: dict[tuple[str | None, int, str], list[bool]]
 
 
 def read(folder: Path) -> Whole:
@@ -71,9 +70,7 @@ def read(folder: Path) -> Whole:
     return Whole(context, searches, ratios, _copies(folder, report))
 
 
-def _copies(
-    folder: Path, report: dict[str, Any]
-) -> dict[tuple[str | None, int, str], tuple[bool, bool]]:
+def _copies(folder: Path, report: dict[str, Any]) -> dict[tuple[str | None, int, str], list[bool]]:
     rule, rows = report["calibration"], pd.read_parquet(folder / "pairs.parquet")
     rows = rows[rows.mitigation == report["mitigation"]]
     found = {}
@@ -82,7 +79,7 @@ def _copies(
         threshold = (scale["null"] + scale["ceiling"]) / 2
         copies = own.sort_values("seed")[f"similarity_{rule['descriptor']}"] > threshold
         start = None if pd.isna(init) else str(init)
-        found[start, int(steps), str(name)] = bool(copies.iloc[0]), bool(copies.any())
+        found[start, int(steps), str(name)] = [bool(copy) for copy in copies]
     return found
 
 
@@ -97,16 +94,16 @@ def replay(run: Whole, level: float) -> tuple[set[tuple[str | None, str]], Count
     image = context.sampling.steps * context.sampling.rows_per_step
     noises, drawn = context.attack.noise_batch, context.sampling.images_per_pair
     controls = {pair.id for pair in context.pairs if pair.kind == "control"}
+    suspects = {pair.id for pair in context.suspected}
     cost, back, judged = Counter[str](), set[tuple[str | None, str]](), set[tuple[str, int, int]]()
 
-    def draw(start: str | None, steps: int, name: str, *, most: int) -> bool:
-        first, any_of_them = copies[start, steps, name]
-        cost["images"] += image * (1 if first else most)
-        return first if most == 1 else any_of_them
+    def draw_until_copy(start: str | None, steps: int, names: set[str]) -> set[str]:
+        for name in names:
+            cost["images"] += image * (1 if copies[start, steps, name][0] else drawn)
+        return {name for name in names if any(copies[start, steps, name])}
 
-    for pair in context.pairs:
-        if draw(None, 0, pair.id, most=drawn):
-            back.add((None, pair.id))
+    prompted = draw_until_copy(None, 0, controls | suspects)
+    back |= {(None, name) for name in prompted}
     for init, by_steps in run.searches.items():
         *looks, end = sorted(by_steps)
         looks = [look for look in looks if init == "prompt" or look >= FAR]
@@ -118,21 +115,21 @@ def replay(run: Whole, level: float) -> tuple[set[tuple[str | None, str]], Count
                 c.pair.id: run.ratios[init, c.spent][c.pair.id] for c in asked
             },
         )
-        known = {name for start, name in back if start is None} if init == "prompt" else set()
+        known = prompted if init == "prompt" else set()
         back |= {(init, name) for name in known}
-        left = [c.pair.id for c in by_steps[end] if c.pair.id not in known]
+        left = {c.pair.id for c in by_steps[end]} - known
+        left = left if left & suspects else set()
         before = 0
-        for steps in (*looks, end):
+        for place, steps in enumerate((*looks, end)):
             cost["attack"] += noises * (steps - before) * len(left)
             before = steps
-            asked = [c for c in by_steps[steps] if c.pair.id in left]
             if steps == end:
-                back |= {(init, n) for n in left if draw(init, steps, n, most=drawn)}
-            elif asked:
-                came = {n for n in left if draw(init, steps, n, most=1)}
+                back |= {(init, name) for name in draw_until_copy(init, steps, left)}
+            elif left:
+                cost["images"] += image * len(left)
+                came = {name for name in left if copies[init, steps, name][place % drawn]}
                 back |= {(init, name) for name in came}
-                ended = came | test.futile(asked, came)
-                left = [n for n in left if n not in ended]
+                left -= came | test.futile([c for c in by_steps[steps] if c.pair.id in left], came)
         judged |= test.judged
         cost["evidence by loss"] += LOSS_ROWS * len(left)
     cost["futility"] += noises * len(judged)
@@ -154,8 +151,8 @@ def whole(run: Whole) -> tuple[set[tuple[str | None, str]], int]:
     cost = searches * steps * context.attack.noise_batch
     cost += image * drawn * (4 * searches + pairs + ORDINARY_PROMPTS)
     cost += LOSS_ROWS * (2 * pairs + searches)
-    back = {(init, name) for (init, at, name), (_, any_) in run.copies.items()
-            if any_ and at in (0, steps)}  # fmt: skip
+    back = {(init, name) for (init, at, name), found in run.copies.items()
+            if any(found) and at in (0, steps)}  # fmt: skip
     return back, cost
 
 

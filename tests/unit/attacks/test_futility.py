@@ -70,16 +70,16 @@ def test_shares_are_halved_and_what_has_ended_counts_with_its_last_ratio():
         32: first | {"held": -1.0},
     }
     test = FutilityTest(0.05, set(CONTROLS), 32, measure(values, measured))
-    ended = test.futile(searches([*CONTROLS, "a", "b", "copy"], 1), {"copy"})
+    ended = test.futile(searches([*CONTROLS, "a", "b", "held", "copy"], 1), {"copy"})
     assert ended == {*CONTROLS[:10], "b"}, "ten of 21 go on"
     assert "copy" not in measured[0], "its image has said more"
-    left = [*CONTROLS[10:], "a"]
+    left = [*CONTROLS[10:], "a", "held"]
     assert test.futile(searches(left, 2), ()) == {*CONTROLS[10:15], "a"}, "five of 21"
     assert measured[1] == left
     assert test.judged == {(name, 0, 0) for name in measured[0]} | {(name, 0, 1) for name in left}
     assert test.futile(searches([*CONTROLS[15:], "held"], 32), ()) == {*CONTROLS[15:18]}
     before = len(test.judged)
-    again = test.futile(searches([*CONTROLS, "a", "b"], 1, init="prompt"), ())
+    again = test.futile(searches([*CONTROLS, "a", "b", "held"], 1, init="prompt"), ())
     assert again == {*CONTROLS[:10], "b"}, "another start is judged by itself"
     assert len(test.judged) == before, "and shares the empty prompt's losses"
 
