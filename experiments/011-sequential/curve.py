@@ -37,7 +37,7 @@ class Whole:
         context: The audit.
         searches: Initial point to steps to the searches that were on their way.
         ratios: Initial point and steps to pair id to the log ratio.
-        copies: Initial point (None: the prompt), steps and pair id to whether each image is a copy.
+        copies: Initial point (None: the prompt), steps and pair id to which images are copies.
     """
 
     context: AuditContext
