@@ -175,7 +175,7 @@ def attack_and_generate(
                     context, calibration, prompts, images, edit=edit.identity, title="prompts"
                 )
 
-    if settings.futility is not None and suspects <= answered:
+    if settings.futility is not None and suspects and suspects <= answered:
         answered |= controls  # controls go on as long as a suspect does
 
     def search(
