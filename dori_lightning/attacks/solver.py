@@ -171,7 +171,7 @@ def solve(
         Interrupted: The run was told to leave.
     """
     end = budget.steps if stop_at is None else stop_at
-    snapshots = tuple(s for s in evaluation_steps(settings.snapshots, budget.steps) if s <= end)
+    snapshots = tuple(s for s in evaluation_steps(settings.stops, budget.steps) if s <= end)
     initial = problem.initial.to(model.device, torch.float32)
     latents = problem.latents.to(model.device, torch.float32)
     rows, noises = len(problem.ids), settings.noise_batch

@@ -205,7 +205,7 @@ def audit_bytes(context: AuditContext) -> int:
     model, attack = context.model, context.attack
     tokens, width = model.embedding_shape
     channels, height, side = model.latent_shape
-    snapshots = len(evaluation_steps(attack.snapshots, context.budget.steps))
+    snapshots = len(evaluation_steps(attack.stops, context.budget.steps))
     # of all pairs: controls are attacked from everywhere where the answer rests on it
     attacks = len(context.pairs) * len(attack.inits) * attack.restarts
     prompts = len(context.pairs) * (1 if isinstance(context.mitigation, NoMitigation) else 2)

@@ -49,17 +49,19 @@ PNG: Codec[torch.Tensor] = Codec(".png", _encode_png, _decode_png)
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """K images to generate from one embedding.
+    """Images to generate from one embedding.
 
     Attributes:
         folder: Where they go, one ``{seed}.png`` each.
         embedding: Text embedding (T, D).
         pair_id: Whose images they are, for edits that differ by pair.
+        seeds: Their generation seeds; None for those of all K images.
     """
 
     folder: Path
     embedding: torch.Tensor
     pair_id: str | None = None
+    seeds: tuple[int, ...] | None = None
 
 
 def generation_noise(seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -100,8 +102,8 @@ def generate_images(
 ) -> int:
     """Generate every requested image that is not there yet.
 
-    The K images of a request are made together or not at all, and on the CPU every batch has one
-    shape, so that a resumed run makes the same bits.
+    On the CPU every batch has one shape, so that an image gets the same bits in a resumed run, and
+    alone or with the others of its embedding.
 
     Args:
         model: Model that generates.
@@ -114,38 +116,36 @@ def generate_images(
         How many images were generated anew.
     """
     advance = advance or (lambda _: None)
-    seeds, missing = image_seeds(sampling), []
+    every, missing = image_seeds(sampling), list[tuple[GenerationRequest, int, dict[str, str]]]()
     for request in requests:
-        cache = Cache(request.folder)
-        keys = {seed: _key(model, sampling, request.embedding, seed, edit) for seed in seeds}
-        if all(cache.read(str(seed), key, PNG) is not None for seed, key in keys.items()):
-            advance(len(seeds))
-        else:
-            missing.append((request, keys))
-    noise = torch.stack([generation_noise(seed, model.latent_shape) for seed in seeds])
-    cpu = model.device.type == "cpu"
-    share = max(1, (CPU_IMAGES if cpu else sampling.batch) // len(seeds))
+        cache, there = Cache(request.folder), 0
+        for seed in request.seeds or every:
+            key = _key(model, sampling, request.embedding, seed, edit)
+            if cache.read(str(seed), key, PNG) is None:
+                missing.append((request, seed, key))
+            else:
+                there += 1
+        advance(there)
+    cpu, together = model.device.type == "cpu", len(every)
+    share = max(1, (CPU_IMAGES if cpu else sampling.batch) // together) * together
     if cpu:
-        sampling = replace(sampling, batch=min(CPU_IMAGES, share * len(seeds)))
-    # a request of more than one batch has its batches in parallel
-    width = share * (parallel_batches(model) if share * len(seeds) <= CPU_IMAGES else 1)
+        sampling = replace(sampling, batch=min(CPU_IMAGES, share))
+    # images of more than one batch have their batches in parallel
+    width = share * (parallel_batches(model) if share <= CPU_IMAGES else 1)
     for start in range(0, len(missing), width):
         part = missing[start : start + width]
         padded = [row for batch, _ in fixed_batches(part, share) for row in batch] if cpu else part
-        owners = [request.pair_id for request, _ in padded if request.pair_id is not None]
+        owners = [request.pair_id for request, _, _ in padded if request.pair_id is not None]
         images = model.generate(
-            torch.stack([request.embedding for request, _ in padded]).repeat_interleave(
-                len(seeds), 0
-            ),
-            noise.repeat(len(padded), 1, 1, 1),
+            torch.stack([request.embedding for request, _, _ in padded]),
+            torch.stack([generation_noise(seed, model.latent_shape) for _, seed, _ in padded]),
             sampling,
-            pair_ids=[pair_id for pair_id in owners for _ in seeds] if owners else None,
+            pair_ids=owners or None,
         )
-        for (request, keys), own in zip(part, torch.split(images, len(seeds)), strict=False):
-            for (seed, key), image in zip(keys.items(), own, strict=True):
-                Cache(request.folder).write(str(seed), image, key, PNG)
-        advance(len(part) * len(seeds))
-    return len(missing) * len(seeds)
+        for (request, seed, key), image in zip(part, images, strict=False):
+            Cache(request.folder).write(str(seed), image, key, PNG)
+        advance(len(part))
+    return len(missing)
 
 
 def load_images(folder: Path, seeds: Sequence[int]) -> torch.Tensor:

@@ -123,6 +123,9 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
             evaluation.outcomes,
             noise_batch=context.attack.noise_batch,
             picture_evaluations=context.sampling.steps * context.sampling.rows_per_step,
+            images_per_pair=context.sampling.images_per_pair,
+            looked=generated.looked,
+            futility=generated.judged,
         ),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
         skipped=context.pairs.skipped_ids,
@@ -341,8 +344,9 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
 
     Without ``utility``: what a mitigation costs is measured anew each time.
     """
-    # folders from before attack.early_stop existed can be resumed where it is off
-    unset = () if cfg["attack"].get("early_stop") else ("early_stop",)
+    # folders from before these settings existed can be resumed where they are off
+    later = ("early_stop", "looks", "one_image", "futility")
+    unset = [name for name in later if not cfg["attack"].get(name)]
     return {
         "seed": cfg["seed"],
         "checkpoint": drop_keys(
