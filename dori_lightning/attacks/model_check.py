@@ -103,8 +103,9 @@ def check_model(
             scale = min(answers, key=lambda s: abs(math.log(answers[s] / RESPONSE)), default=1.0)
         empty = model.empty_embedding().cpu().expand(rows, -1, -1)
         error = float((predicted(empty) - noise).square().mean())
-    signal = model.alphas_cumprod.cpu()[timesteps] * latents.square().flatten(1).mean(1)
-    linear = signal / (signal + 1 - model.alphas_cumprod.cpu()[timesteps])
+    kept, added = (table.cpu() for table in model.variances(timesteps.to(model.device)))
+    signal = kept * latents.square().flatten(1).mean(1)
+    linear = signal / (signal + added)
 
     def slope(part: list[int]) -> list[float]:
         text = (scale * first[part]).to(model.device).requires_grad_(True)

@@ -162,9 +162,9 @@ class AdversarialFinetuning(FinetunedMitigation):
             builds_on=() if source is None else (source,),
         )
 
-    def trains(self, name: str) -> bool:
+    def trains(self, model: TextToImage, name: str) -> bool:
         """Every weight, or none besides the low-rank update."""
-        del name
+        del model, name
         return self.low_rank is None
 
     def added_weights(self, model: TextToImage) -> int:
@@ -556,12 +556,13 @@ def redirect_loss(
         timesteps: Timesteps (N,).
         embeddings: Triggers (N, T, D).
     """
-    alpha = model.alphas_cumprod[timesteps][:, None, None, None]
+    signal, spread = (factor[:, None, None, None] for factor in model.scales(timesteps))
+    kept, added = (factor[:, None, None, None] for factor in model.variances(timesteps))
     noised = model.noised(memorized, noise, timesteps)
     predicted = model.predict_noise(noised, timesteps, embeddings)
     # the noise that leads from here to the surrogate; its error is SNR times the latent's
-    target = (noised - alpha.sqrt() * surrogates) / (1 - alpha).sqrt()
-    weight = ((1 - alpha) / alpha).clamp(max=1.0)
+    target = (noised - signal * surrogates) / spread
+    weight = (added / kept).clamp(max=1.0)
     return (weight * (predicted - target).square()).flatten(1).mean(1)
 
 

@@ -34,7 +34,7 @@ from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, EmptyEdit, changed_weights
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.pairs.copies import check_evidence, relative_detail
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
@@ -314,7 +314,7 @@ def make_trainer(cfg: DictConfig, tracker: Tracker | None, /, **settings: Any) -
     return trainer
 
 
-def make_context(cfg: DictConfig, model: StableDiffusion, pairs: Sequence[Pair]) -> Context:
+def make_context(cfg: DictConfig, model: LatentDiffusion, pairs: Sequence[Pair]) -> Context:
     """Context of mitigations for tasks that make an edit and no audit.
 
     Starts the other processes of the run: they make an edit together.

@@ -69,7 +69,7 @@ def test_classes_named_by_the_folder_are_ignored(folder):
     index["unet"] = ["os", "system"]
     index["_class_name"] = "EvilPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert type(load(folder).unet).__name__ == "UNet2DConditionModel"
+    assert type(load(folder).denoiser()).__name__ == "UNet2DConditionModel"
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
