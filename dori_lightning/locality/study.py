@@ -495,7 +495,7 @@ def compare_activations(study: Study, groups: Sequence[Group]) -> ActivationFind
         "wanda": layers_of(model, "feed_forward.out", settings.wanda.stages),
     }
     compare: dict[Method, Callable[[], Tensors]] = {
-        "nemo": partial(value_distances, layers["nemo"], embeddings),
+        "nemo": partial(value_distances, layers["nemo"], model.value_input(embeddings)),
         "wanda": partial(
             feed_forward_distances, model, layers["wanda"], embeddings, timestep=timestep,
             noise=generation_noise(settings.noise_seed, model.latent_shape),

@@ -153,9 +153,10 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
     with progress_bar("activation statistics", len(prompts)) as advance:
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             embeddings = model.encode_prompts(prompts[start : start + PROMPTS_AT_ONCE])
+            text = model.value_input(embeddings)
             added = len(embeddings)
             for name, layer in layers.items():
-                values = activations(layer, embeddings).double()
+                values = activations(layer, text).double()
                 mean = values.mean(0)
                 square = (values - mean).square().sum(0)
                 if count == 0:
@@ -251,7 +252,7 @@ def layer_influence(
         without = model.predict_noise(noised, timesteps, empty.expand_as(embeddings))
         found = {}
         for name, layer in model.layers("text.value").items():
-            with layer.register_forward_hook(_empty_instead(empty)):
+            with layer.register_forward_hook(_empty_instead(model.value_input(empty))):
                 changed = model.predict_noise(noised, timesteps, embeddings)
             found[name] = LayerInfluence(
                 change=_ratio(changed - usual, usual),

@@ -328,7 +328,11 @@ class TriggerPool:
         self.model, self.settings, self.seed = model, settings, seed
         self.ordinary = ordinary
         budget = settings.attack.budget
-        self.budget = budget.resolve(ordinary.embeddings() if budget.needs_controls else None)
+        own_units = not model.spread().absolute
+        needed = budget.needs_controls and not own_units
+        self.budget = budget.resolve(
+            ordinary.embeddings() if needed else None, own_units=own_units
+        )
         self.ids = tuple(pair.id for pair in batch.pairs)
         self.latents: dict[str, torch.Tensor] = dict(zip(self.ids, batch.latents, strict=True))
         self.prompts: dict[str, torch.Tensor] = dict(zip(self.ids, batch.embeddings, strict=True))
@@ -436,9 +440,10 @@ class TriggerPool:
 
     def _random(self, name: str, number: int) -> torch.Tensor:
         """Random initial embedding (T, D) of a pair's search in a round."""
-        return random_embedding(
+        normal = random_embedding(
             self.seed, name, FIRST_RESTART + number, self.model.embedding_shape
         )
+        return self.model.random_start(normal, parts=self.settings.attack.parts)
 
     def _attack(
         self, restart: int, names: Sequence[str], starts: Sequence[torch.Tensor]
@@ -454,7 +459,7 @@ class TriggerPool:
         if shard:
             estimate_batch_size(
                 self.model,
-                noise_batch=attack.noise_batch,
+                noise_batch=attack.samples_at_once,
                 wanted=attack.pairs_per_forward,
                 pair_id=names[shard[0]],
             )

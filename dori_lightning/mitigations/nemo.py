@@ -200,8 +200,8 @@ class NeMo:
             searches = {}
             for pair, probe in probes.items():
                 if probe.memorized or self.criterion.searches_all:
-                    embedding = pairs[pair][None]
-                    active = {name: activations(m, embedding)[0] for name, m in layers.items()}
+                    text = model.value_input(pairs[pair][None])
+                    active = {name: activations(m, text)[0] for name, m in layers.items()}
                     levels = self.levels.of(active, statistics)
                     searches[pair] = search_neurons(
                         levels, threshold, refine=self.refine, group=self.refine_group

@@ -6,7 +6,8 @@ files know a single tensor; the denoiser's adapter takes it apart again. Cells o
 part are zero and stay so.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,11 @@ def unpack(parts: Sequence[Part], matrix: torch.Tensor) -> dict[str, torch.Tenso
     return {part.name: part.of(matrix) for part in parts}
 
 
+def free_names(parts: Sequence[Part]) -> list[str]:
+    """Names of the parts that a search may move."""
+    return [part.name for part in parts if part.free]
+
+
 def free_cells(parts: Sequence[Part], which: Sequence[str] | None = None) -> torch.Tensor:
     """Cells (T, D) that a search may move, bool.
 
@@ -108,7 +114,7 @@ def free_cells(parts: Sequence[Part], which: Sequence[str] | None = None) -> tor
     Raises:
         InputError: There is no free part of a name, or none is named.
     """
-    known = [part.name for part in parts if part.free]
+    known = free_names(parts)
     strangers = [name for name in which or () if name not in known]
     if strangers or (which is not None and not which):
         raise InputError(
@@ -129,36 +135,78 @@ class Spread:
     """Usual values of a checkpoint's conditioning: where random starts lie, and how far a step is.
 
     Attributes:
+        parts: The free parts.
         mean: Mean over ordinary prompts (T, D), fp32 on the CPU.
         std: Standard deviation over ordinary prompts (T, D), one number for each free part; zero
             outside of them.
+        distances: Norm, ``l2`` or ``linf``, to the median distance of two ordinary prompts in
+            each free part, in standard deviations.
         absolute: Whether these are no measurement but the numbers of the published attack: mean
             0 and standard deviation 1.
     """
 
+    parts: tuple[Part, ...]
     mean: torch.Tensor
     std: torch.Tensor
+    distances: Mapping[str, tuple[float, ...]]
     absolute: bool = False
 
     @classmethod
     def published(cls, parts: Sequence[Part]) -> "Spread":
         """Standard normal, in the embedding's own numbers (Finding DoRI, 2507.16880)."""
         cells = free_cells(parts).float()
-        return cls(torch.zeros_like(cells), cells, absolute=True)
+        free = tuple(part for part in parts if part.free)
+        return cls(free, torch.zeros_like(cells), cells, {}, absolute=True)
 
     @classmethod
-    def measured(cls, parts: Sequence[Part], embeddings: torch.Tensor) -> "Spread":
-        """Mean of each cell, and spread of each free part around its mean.
+    def measured(cls, parts: Sequence[Part], embeddings: Iterable[torch.Tensor]) -> "Spread":
+        """Mean of each cell, spread of each free part around it, and usual distances.
 
         Args:
             parts: All parts.
-            embeddings: Of ordinary prompts (M, T, D), M >= 2.
+            embeddings: Those of ordinary prompts, (T, D) each, two or more; one is in memory at a
+                time, and the first of them for the distances.
         """
-        embeddings = embeddings.double().cpu()
-        mean, cells = embeddings.mean(0), free_cells(parts)
-        std = torch.zeros_like(mean)
-        for part in parts:
-            if part.free:
-                away = part.of(embeddings) - part.of(mean)
-                part.of(std).fill_(away.square().mean().sqrt())
-        return cls(torch.where(cells, mean, 0).float(), std.float())
+        free = tuple(part for part in parts if part.free)
+        total = torch.zeros(matrix_shape(parts), dtype=torch.float64)
+        squares, count, first = dict.fromkeys(free_names(parts), 0.0), 0, list[torch.Tensor]()
+        for embedding in embeddings:
+            wide = embedding.detach().cpu().double()
+            total, count = total + wide, count + 1
+            for part in free:
+                squares[part.name] += float(part.of(wide).square().sum())
+            if len(first) < _COMPARED:
+                first.append(embedding.detach().cpu().float())
+        mean, std = total / count, torch.zeros_like(total)
+        distances: dict[str, list[float]] = {"l2": [], "linf": []}
+        for part in free:
+            cells = part.shape[0] * part.shape[1]
+            left = squares[part.name] / (count * cells) - part.of(mean).square().mean()
+            unit = math.sqrt(max(float(left), 0.0))
+            part.of(std).fill_(unit)
+            rows = torch.stack([part.of(one).flatten() for one in first])
+            for norm, p in (("l2", 2.0), ("linf", math.inf)):
+                apart = torch.pdist(rows, p)
+                distances[norm].append(float(apart.median()) / unit if unit else 0.0)
+        return cls(
+            free,
+            torch.where(free_cells(parts), mean, 0).float(),
+            std.float(),
+            {norm: tuple(each) for norm, each in distances.items()},
+        )
+
+    def start(self, normal: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Random values (..., T, D) of the free parts, zero elsewhere.
+
+        Args:
+            normal: Standard normal numbers (..., T, D).
+            scale: Factor of the spread.
+        """
+        if self.absolute:
+            return normal * scale
+        device = normal.device
+        return self.mean.to(device) + scale * self.std.to(device) * normal
+
+
+_COMPARED = 20
+"""Ordinary prompts that are compared with each other."""

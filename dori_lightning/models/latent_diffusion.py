@@ -31,6 +31,7 @@ from dori_lightning.models.noise_levels import NoiseLevels
 from dori_lightning.models.protocol import ROLE_ALIASES, EmbeddingFilter, LayerRole, Sampling
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, ReplacedPart
 
 _MEMORY = OomBackoff(
@@ -69,6 +70,7 @@ class LatentDiffusion(ABC):
         resolution: int | None = None,
         autocast: torch.dtype | None = None,
         replaced: Sequence[ReplacedPart] = (),
+        lend_encoders: bool = False,
     ) -> None:
         """Join the components.
 
@@ -80,6 +82,8 @@ class LatentDiffusion(ABC):
             autocast: Compute the denoiser and autoencoder in this dtype; None for the weights'
                 own.
             replaced: Components whose weights are from other files than the checkpoint's.
+            lend_encoders: Keep text encoders in the host's memory; they come to the device for
+                prompts, and go when the denoiser is asked next.
 
         Raises:
             InputError: There are no latents of that resolution.
@@ -112,6 +116,7 @@ class LatentDiffusion(ABC):
         self.unet_evaluations = 0
         self.max_batch_sizes: dict[str, int] = {}
         self.embedding_filter: EmbeddingFilter | None = None
+        self._lend_encoders, self._encoders_on = lend_encoders, torch.device("cpu")
         self._counting = threading.Lock()
         self._of_thread = threading.local()
         self._empty: torch.Tensor | None = None
@@ -229,8 +234,17 @@ class LatentDiffusion(ABC):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts to embeddings (N, T, D), fp32."""
+        if self._lend_encoders:
+            self._move_encoders(self.device)
         # one by one, so that a prompt's embedding never depends on its neighbours
         return torch.cat([pack(self.parts, self._encode(prompt)) for prompt in prompts])
+
+    def _move_encoders(self, device: torch.device) -> None:
+        """Move lent text encoders, where they are elsewhere."""
+        if self._encoders_on != device:
+            for encoder, _ in self._components.encoders.values():
+                encoder.to(device)
+            self._encoders_on = device
 
     def _token_ids(self, prompt: str, tokenizer: Component) -> torch.Tensor:
         """A prompt's tokens (1, length), padded and cut to the text encoder's length."""
@@ -261,9 +275,32 @@ class LatentDiffusion(ABC):
     def spread(self) -> Spread:
         """Usual values of the conditioning, measured once."""
         if self._spread is None:
-            embeddings = [self.encode_prompts([prompt]).cpu() for prompt in ORDINARY_PROMPTS]
-            self._spread = Spread.measured(self.parts, torch.cat(embeddings))
+            with progress_bar("usual values of the text", len(ORDINARY_PROMPTS)) as advance:
+
+                def each() -> Iterator[torch.Tensor]:
+                    for prompt in ORDINARY_PROMPTS:
+                        yield self.encode_prompts([prompt])[0]
+                        advance(1)
+
+                self._spread = Spread.measured(self.parts, each())
         return self._spread
+
+    def random_start(
+        self, normal: torch.Tensor, *, scale: float = 1.0, parts: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Random embeddings, with no trace of a prompt."""
+        start = self.spread().start(normal, scale)
+        return self.searched_alone(start, parts)
+
+    def searched_alone(
+        self, embeddings: torch.Tensor, parts: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Embeddings of which only the searched parts are left."""
+        cells = self.free(parts)
+        if bool(cells.all()):
+            return embeddings
+        empty = self.empty_embedding()[0].to(embeddings)
+        return torch.where(cells.to(embeddings.device), embeddings, empty)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -282,9 +319,13 @@ class LatentDiffusion(ABC):
         dtype, shift = next(self.autoencoder.parameters()).dtype, self._latent_shift
         latents = latents / self._latent_scale
         latents = (latents if shift is None else latents + shift).to(dtype)
-        with self.precision():
+        with self._decoding():
             images: torch.Tensor = self.autoencoder.decode(latents).sample
         return (images.float() / 2 + 0.5).clamp_(0, 1)
+
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """Precision of the autoencoder's decoder."""
+        return self.precision()
 
     @property
     def _latent_scale(self) -> float:
@@ -321,6 +362,8 @@ class LatentDiffusion(ABC):
             raise ValueError(f"{len(noised)} rows, but {len(pair_ids)} pair ids")
         # stays until the next pass: gradient checkpointing runs the layers again in the backward
         self.row_pairs = None if pair_ids is None else tuple(pair_ids)
+        if self._lend_encoders:
+            self._move_encoders(torch.device("cpu"))
         with self._counting:
             self.unet_evaluations += len(noised)
         dtype = next(self._denoiser.parameters()).dtype
@@ -574,6 +617,17 @@ class LatentDiffusion(ABC):
         role = self._role(role)
         having = tuple(stage for stage in self.stages if (role, stage) in self.layer_names)
         return self.pruned_stages.get(role, having)
+
+    def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """What value layers take, in families where that is the text alone."""
+        del embeddings
+        raise InputError(
+            f"the value layers of {self.name} take text that has passed the image, noise and time "
+            f"of earlier blocks, so their values do not follow from a prompt alone; methods that "
+            f"need them are not defined on {self.family.title}",
+            where="mitigation",
+            fix="choose a mitigation that does not select value neurons",
+        )
 
     def is_text_weight(self, name: str) -> bool:
         """Whether text enters the picture through a weight."""

@@ -8,6 +8,7 @@ module does not.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from dori_lightning.models.components import Component, Components, Family, stem
 from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 
 PredictionType = Literal["epsilon", "v_prediction"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Storage = Literal["auto", "fp32", "bf16"]
 
 FAMILIES: Mapping[str, type[LatentDiffusion]] = {
     kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL)
@@ -72,6 +75,7 @@ def load_checkpoint(
     unet: str | None = None,
     vae: str | None = None,
     text_encoder: str | None = None,
+    text_encoder_2: str | None = None,
     prediction_type: PredictionType | None = None,
     variant: str | None = None,
     precision: Precision = "auto",
@@ -79,11 +83,13 @@ def load_checkpoint(
     device: str = "auto",
     resolution: int | None = None,
     gradient_checkpointing: bool = False,
+    storage: Storage = "auto",
+    text_encoders: Literal["auto", "keep", "release"] = "auto",
 ) -> LatentDiffusion:
     """Load a checkpoint.
 
-    Weights stay in fp32, so that an edit is exact; ``precision`` chooses the dtype that the
-    denoiser computes in.
+    Weights stay in fp32, so that an edit is exact, unless ``storage`` says otherwise;
+    ``precision`` chooses the dtype that the denoiser computes in.
 
     Args:
         name: How reports call it.
@@ -96,6 +102,7 @@ def load_checkpoint(
             ``models.replaced_parts``. Names that it lacks stay the checkpoint's.
         vae: The same of the autoencoder.
         text_encoder: The same of the text encoder.
+        text_encoder_2: The same of the second text encoder, where the family has one.
         prediction_type: What the UNet predicts; None for what the checkpoint's scheduler says.
         variant: Which weights of a folder or hub id, such as ``fp16``; None for those without a
             variant, or the only ones that a folder has.
@@ -106,6 +113,11 @@ def load_checkpoint(
         gradient_checkpointing: Compute the denoiser's layers again on the way back instead of
             keeping what they gave: a fifth of the memory for half as much time again, where a
             gradient is asked for; nothing else changes.
+        storage: Dtype that the denoiser's and text encoders' weights are kept in. ``auto`` is bf16
+            where the denoiser has more than 3 billion, or more than one and a GPU less memory
+            than five times their size in fp32. The fingerprint is that of the files.
+        text_encoders: ``keep`` has them on the device all the time, ``release`` while prompts are
+            encoded; ``auto`` releases more than a GiB from a GPU.
 
     Raises:
         InputError: The source is missing, incomplete, pickled or does not fit together; says how
@@ -121,7 +133,19 @@ def load_checkpoint(
     place = resolve_source(source)
     target = choose_device(device)
     autocast = choose_autocast(precision, target)
-    others: dict[Component, str | None] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    others: dict[Component, str | None] = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+    }
+    for component, given in others.items():
+        if given is not None and component not in kind.family.modules:
+            raise InputError(
+                f"checkpoints of {kind.family.title} have no {component}",
+                where=f"checkpoint.{component}",
+                fix=f"theirs are {', '.join(kind.family.modules)}",
+            )
     replacements = [
         Replacement.open(component, given)
         for component, given in others.items()
@@ -158,8 +182,30 @@ def load_checkpoint(
     check_components(kind, components, str(home))
     states = (module.state_dict() for module in components.modules.values())
     fingerprint = fingerprint_of(states, configuration_of(components))
-    for module in components.modules.values():
-        module.to(target).requires_grad_(False)
+    kept_in = choose_storage(storage, components.denoiser, target)
+    if kept_in is torch.bfloat16:
+        if precision not in ("auto", "bf16"):
+            raise InputError(
+                f"weights that are kept in bf16 compute in bf16, not in {precision}",
+                where="checkpoint.precision",
+                fix="checkpoint.precision=bf16, or checkpoint.storage=fp32 where memory holds it",
+            )
+        autocast = None
+        log.info("the weights of %s are kept in bf16", name)
+        for component in components.modules:
+            if component != "vae":
+                components.modules[component].to(torch.bfloat16)
+    size = sum(
+        p.numel() * p.element_size()
+        for encoder, _ in components.encoders.values()
+        for p in encoder.parameters()
+    )
+    lend = text_encoders == "release" or (
+        text_encoders == "auto" and target.type == "cuda" and size > 2**30
+    )
+    for component, module in components.modules.items():
+        lent = lend and component in components.encoders
+        module.to("cpu" if lent else target).requires_grad_(False)
     denoiser = components.denoiser.requires_grad_(True)
     if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
         denoiser.to(memory_format=torch.channels_last)
@@ -175,6 +221,7 @@ def load_checkpoint(
             resolution=resolution,
             autocast=autocast,
             replaced=replaced,
+            lend_encoders=lend,
         )
     check_answers(model, str(home))
     return model
@@ -371,6 +418,18 @@ def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype |
             "checkpoint.precision=fp16 needs a GPU; on the CPU use fp32 (exact) or bf16"
         )
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def choose_storage(storage: Storage, denoiser: nn.Module, device: torch.device) -> torch.dtype:
+    """What weights are kept in."""
+    if storage != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[storage]
+    count = sum(p.numel() for p in denoiser.parameters())
+    room = math.inf
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    narrow = count > 3e9 or (count > 1e9 and 5 * 4 * count > room)
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def _existing_device(name: str) -> torch.device:

@@ -195,6 +195,25 @@ class TextToImage(Protocol):
         """
         ...
 
+    def random_start(
+        self, normal: torch.Tensor, *, scale: float = 1.0, parts: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Random embeddings (..., T, D) that hold nothing of any prompt.
+
+        Args:
+            normal: Standard normal numbers (..., T, D).
+            scale: Factor of the usual spread.
+            parts: Names of the parts that are searched; None for every free one. The others are
+                those of the empty prompt.
+        """
+        ...
+
+    def searched_alone(
+        self, embeddings: torch.Tensor, parts: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Embeddings (..., T, D) with the empty prompt's values in all but the searched parts."""
+        ...
+
     def scales(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (N,), (N,) of latent and noise at ``timesteps`` (N,), fp32, in [0, 1]."""
         ...
@@ -313,6 +332,15 @@ class TextToImage(Protocol):
 
     def default_stages(self, role: LayerRole | str) -> tuple[str, ...]:
         """Stages that methods look at where nothing else is said."""
+        ...
+
+    def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """What the layers ``text.value`` take (N, tokens, width): the text alone.
+
+        Raises:
+            InputError: They take more than the text, as in joint attention, so that their values
+                are known in passes of the denoiser only.
+        """
         ...
 
     def is_text_weight(self, name: str) -> bool:

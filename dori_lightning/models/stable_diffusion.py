@@ -101,6 +101,10 @@ class StableDiffusion(LatentDiffusion):
         """Standard normal, in absolute numbers: those of the published attack."""
         return Spread.published(self.parts)
 
+    def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The sequence, which is all there is."""
+        return embeddings
+
     def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
         """Last hidden state after the final layer norm."""
         ids = self._token_ids(prompt, "tokenizer")

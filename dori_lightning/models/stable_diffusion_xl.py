@@ -6,6 +6,7 @@ Reference: Podell et al. (2023), https://arxiv.org/abs/2307.01952.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -114,6 +115,16 @@ class StableDiffusionXL(LatentDiffusion):
             "pooled": pooled[:, None],
             "time_ids": self._time_ids(),
         }
+
+    def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The sequence of both encoders."""
+        return self.parts[0].of(embeddings)
+
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """The weights' own where the autoencoder overflows in half precision, and says so."""
+        if self.autocast is torch.float16 and self.autoencoder.config.get("force_upcast"):
+            return nullcontext()
+        return self.precision()
 
     def _time_ids(self) -> torch.Tensor:
         side = self.resolution

@@ -221,7 +221,7 @@ def audit_context(
         corpus=corpus,
         sampling=sampling,
         attack=attack,
-        budget=attack.budget.resolve(controls.embeddings),
+        budget=attack.budget.resolve(controls.embeddings, own_units=not model.spread().absolute),
         control_prompts=controls,
         mitigation=mitigation,
         utility=utility,
@@ -341,16 +341,21 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
 
     Without ``utility``: what a mitigation costs is measured anew each time.
     """
-    # folders from before attack.early_stop existed can be resumed where it is off
-    unset = () if cfg["attack"].get("early_stop") else ("early_stop",)
+    # folders from before a setting existed can be resumed where it is at its default
+    since = {"early_stop": False, "parts": None, "family": "sd", "text_encoder_2": None,
+             "storage": "auto"}  # fmt: skip
+    checkpoint, attack = (
+        {k: v for k, v in cfg[group].items() if k not in since or v != since[k]}
+        for group in ("checkpoint", "attack")
+    )
     return {
         "seed": cfg["seed"],
         "checkpoint": drop_keys(
-            cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
+            checkpoint, "device", "channels_last", "gradient_checkpointing", "text_encoders"
         ),
         "mitigation": cfg["mitigation"],
         "corpus": cfg["corpus"],
-        "attack": drop_keys(cfg["attack"], "pairs_per_forward", *unset),
+        "attack": drop_keys(attack, "pairs_per_forward", "samples_per_forward"),
         "sampling": drop_keys(cfg["sampling"], "batch"),
         "pairs": drop_keys(cfg["pairs"], "cache"),
     }
