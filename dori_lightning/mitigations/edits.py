@@ -200,7 +200,7 @@ class MaskEdit(Edit):
         """Zero the weights while open."""
         saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         try:
-            for name, mask, weights in self._pruned(model):
+            for _, mask, weights in self._pruned(model):
                 parameter = weights.data
                 mask = mask.to(parameter.device)
                 saved.append((parameter, mask, parameter[mask].clone()))
