@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, random_embedding, solve
+from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.components import stem
 from dori_lightning.models.export import weights_of, write_folder
 from dori_lightning.models.latent_diffusion import LatentDiffusion
@@ -165,6 +166,26 @@ def test_every_role_has_layers_in_order(model):
     for role, stages in (("text.value", ["side"]), ("text.value", []), ("nothing", None)):
         with pytest.raises(InputError, match="has no layers of the role"):
             model.layers(role, stages)
+
+
+def test_a_blocked_value_neuron_gives_zero(model):
+    name, layer = next(iter(model.layers("text.value").items()))
+    masks = {f"{name}.weight": torch.arange(layer.out_features) < 2}
+    latents, noise = draws(model, 1)
+    for edit in (
+        MaskEdit(Origin(model.fingerprint), masks),
+        PairMaskEdit(Origin(model.fingerprint), {"a": masks}),
+    ):
+        seen: list[torch.Tensor] = []
+        with (
+            torch.no_grad(),
+            edit.applied(model),
+            layer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output)),
+        ):
+            embedding = model.encode_prompts(PROMPTS[:1])
+            model.denoising_loss(latents, noise, torch.tensor([9]), embedding, pair_ids=["a"])
+        assert not seen[0][..., :2].any()
+        assert seen[0][..., 2:].any()
 
 
 def test_weights_are_of_the_text_or_outside_or_neither(model):
