@@ -108,7 +108,7 @@ def check_model(
         error = float((predicted(empty) - noise).square().mean())
     kept, added = (table.cpu() for table in model.variances(timesteps.to(model.device)))
     signal = kept * latents.square().flatten(1).mean(1)
-    linear = signal / (signal + added)
+    linear = signal / (signal + (kept + added) - kept)
 
     def slope(part: list[int]) -> list[float]:
         start = model.random_start(first[part], scale=scale)

@@ -28,7 +28,7 @@ from dori_lightning.mitigations.finetuning import (
     Finetuning,
     shuffled_indices,
 )
-from dori_lightning.models.protocol import Sampling, TextToImage
+from dori_lightning.models.protocol import Sampler, Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Pair
@@ -123,7 +123,8 @@ class ESDTraining(Finetuning):
         # a list hides the teacher from this module's state
         self._teacher = [model.frozen_copy()]
         steps = method.sampling_steps or context.sampling.steps
-        sampling = replace(context.sampling, sampler="ddim", steps=steps)
+        sampler: Sampler = "ddim" if "ddim" in model.samplers else model.samplers[0]
+        sampling = replace(context.sampling, sampler=sampler, steps=steps)
         self.visited = model.sampling_timesteps(sampling).cpu()
 
     def training_step(self, *_: Any) -> torch.Tensor:

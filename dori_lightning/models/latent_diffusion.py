@@ -28,7 +28,13 @@ from dori_lightning.models.conditioning import (
     pack,
 )
 from dori_lightning.models.noise_levels import NoiseLevels
-from dori_lightning.models.protocol import ROLE_ALIASES, EmbeddingFilter, LayerRole, Sampling
+from dori_lightning.models.protocol import (
+    ROLE_ALIASES,
+    EmbeddingFilter,
+    LayerRole,
+    Sampler,
+    Sampling,
+)
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.runtime.logging import progress_bar
@@ -189,6 +195,11 @@ class LatentDiffusion(ABC):
     def tokenizer(self) -> Any:
         """The first text encoder's tokenizer."""
         return self._components.tokenizer
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """What images can be drawn with."""
+        return tuple(self.family.samplers)
 
     @property
     def prediction_type(self) -> str:

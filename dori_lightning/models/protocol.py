@@ -96,6 +96,7 @@ class TextToImage(Protocol):
     Attributes:
         parts: What the rows of an embedding are.
         max_tokens: Tokens of a prompt that its shortest text encoder takes.
+        samplers: What images can be drawn with, the usual one first.
         prediction_type: ``epsilon``, ``v_prediction`` or ``velocity``.
         stages: Stretches of the denoiser that its layers are chosen by, in execution order.
         unet_evaluations: Rows that went through the denoiser so far.
@@ -113,6 +114,7 @@ class TextToImage(Protocol):
     parts: tuple[Part, ...]
     max_tokens: int
     num_train_timesteps: int
+    samplers: tuple[Sampler, ...]
     prediction_type: str
     stages: tuple[str, ...]
     device: torch.device

@@ -30,13 +30,13 @@ class TinyFamily:
         components: Makes it; None for that of ``support.tiny``.
         sampling: What a test draws with, guided.
         extra: Arguments of the pipeline that follow from the sampling.
-        resolution: Side of its images.
+        undefined: Mitigations that the family has no meaning for.
     """
 
     components: Callable[[], Components] | None
     sampling: tuple[Sampling, ...]
     pipeline: dict[str, Any]
-    resolution: int = 32
+    undefined: frozenset[str] = frozenset()
 
 
 def clip(kind: type[Any], tokenizer: Any, width: int, **settings: Any) -> Any:
@@ -82,6 +82,7 @@ def tiny_sdxl() -> Components:
         ),
     }
     scheduler = EulerDiscreteScheduler(
+        num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",

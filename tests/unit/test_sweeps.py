@@ -17,7 +17,7 @@ from support.fake_audits import write_audit
 from support.fake_reports import PROMPT, dori
 from support.in_process import Program, program_in
 
-SWEEPS = ("headline_table", "headline_table_sd14", "pruning_grid")
+SWEEPS = ("headline_table", "headline_table_sd14", "headline_table_sdxl", "pruning_grid")
 FOUND = {PROMPT: {"vm": [0.9, 0.2, 0.2, 0.2]}, dori(): {"vm": 0.9}}
 
 
