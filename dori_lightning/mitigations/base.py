@@ -28,7 +28,11 @@ from dori_lightning.runtime.cache import Cache
 from dori_lightning.types import InputError, Pair
 
 STAGES: tuple[str, ...] = tuple(
-    dict.fromkeys(stage for kind in FAMILIES.values() for _, stage in kind.layer_names)
+    dict.fromkeys(
+        stage
+        for kind in FAMILIES.values()
+        for stage in (*(stage for _, stage in kind.layer_names), *kind.closed_stages)
+    )
 )
 """Stages of all families' denoisers."""
 

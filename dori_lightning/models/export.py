@@ -23,7 +23,7 @@ from dori_lightning.models.original_layout import (
     is_original_transposed,
     original_names,
 )
-from dori_lightning.models.tensors import is_open_clip
+from dori_lightning.models.tensors import is_open_clip, tied_names
 from dori_lightning.runtime.artifacts import drop_keys
 from dori_lightning.types import InputError
 
@@ -115,12 +115,13 @@ def write_folder(folder: Path, components: Components, weights: Weights) -> None
     """
     write_configs(folder, components)
     for name, state in weights.states.items():
-        named = dict(state)
+        tied = tied_names(components.modules[name])
+        named = {key: tensor for key, tensor in state.items() if key not in tied}
         if type(components.modules[name]).__name__.startswith("CLIPText"):
             named = {
                 key if key.startswith("text_projection.")
                 else f"text_model.{key.removeprefix('text_model.')}": tensor
-                for key, tensor in state.items()
+                for key, tensor in named.items()
                 if not key.endswith("position_ids")
             }  # fmt: skip
         path = folder / name / f"{stem(name)}.safetensors"

@@ -55,6 +55,8 @@ class LatentDiffusion(ABC):
         layer_names: Role and stage to a pattern that matches the whole name of such layers; every
             role in the order of the stages.
         pruned_stages: Role to the stages that methods look at by default; all where it is not.
+        closed_stages: Stretches of the denoiser with no layers of their own for text, and why
+            nothing can be edited there.
         text_weights: Pattern at whose match within its name text enters through a weight.
         outer_weights: The same of weights outside of all blocks.
         patch: Side of the latent squares that the denoiser takes as one token.
@@ -63,6 +65,7 @@ class LatentDiffusion(ABC):
     family: ClassVar[Family]
     layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]]
     pruned_stages: ClassVar[Mapping[LayerRole, tuple[str, ...]]] = {}
+    closed_stages: ClassVar[Mapping[str, str]] = {}
     text_weights: ClassVar[str]
     outer_weights: ClassVar[str]
     patch: int = 1
@@ -606,6 +609,14 @@ class LatentDiffusion(ABC):
         """Layers of the denoiser by role."""
         role = self._role(role)
         chosen = self.stages if stages is None else tuple(stages)
+        for stage in chosen:
+            if stage in self.closed_stages:
+                raise InputError(
+                    f"nothing can be edited in the stage {stage} of {self.name}: "
+                    f"{self.closed_stages[stage]}",
+                    where="mitigation.stages",
+                    fix=f"some of {', '.join(self.stages)}, or null for the usual ones",
+                )
         strangers = [stage for stage in chosen if stage not in self.stages]
         found = {
             name: module

@@ -22,6 +22,7 @@ from torch import nn
 
 from dori_lightning.models.components import Component, Components, Family, stem
 from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
+from dori_lightning.models.flux import Flux
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.original_layout import PREFIXES
 from dori_lightning.models.replaced_parts import Replacement
@@ -33,6 +34,7 @@ from dori_lightning.models.tensors import (
     components_in,
     empty_component,
     take_tensors,
+    tied_names,
 )
 from dori_lightning.models.weight_files import (
     PICKLES,
@@ -55,13 +57,13 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Storage = Literal["auto", "fp32", "bf16"]
 
 FAMILIES: Mapping[str, type[LatentDiffusion]] = {
-    kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL)
+    kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL, Flux)
 }
 """Adapters by ``checkpoint.family``."""
 
 _WORDS: dict[Component, str] = {
     "unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder",
-    "text_encoder_2": "second text encoder",
+    "text_encoder_2": "second text encoder", "transformer": "transformer",
 }  # fmt: skip
 
 
@@ -73,9 +75,11 @@ def load_checkpoint(
     revision: str | None = None,
     config: str | None = None,
     unet: str | None = None,
+    transformer: str | None = None,
     vae: str | None = None,
     text_encoder: str | None = None,
     text_encoder_2: str | None = None,
+    prompt_tokens: int | None = None,
     prediction_type: PredictionType | None = None,
     variant: str | None = None,
     precision: Precision = "auto",
@@ -100,9 +104,12 @@ def load_checkpoint(
             tokenizer.
         unet: File or folder with other weights of the UNet, or some of them; see
             ``models.replaced_parts``. Names that it lacks stay the checkpoint's.
+        transformer: The same of the transformer, in families that have one in its place.
         vae: The same of the autoencoder.
         text_encoder: The same of the text encoder.
         text_encoder_2: The same of the second text encoder, where the family has one.
+        prompt_tokens: Tokens of a prompt that T5 takes, with padding: all of them take part. None
+            for as many as the family has.
         prediction_type: What the UNet predicts; None for what the checkpoint's scheduler says.
         variant: Which weights of a folder or hub id, such as ``fp16``; None for those without a
             variant, or the only ones that a folder has.
@@ -135,6 +142,7 @@ def load_checkpoint(
     autocast = choose_autocast(precision, target)
     others: dict[Component, str | None] = {
         "unet": unet,
+        "transformer": transformer,
         "vae": vae,
         "text_encoder": text_encoder,
         "text_encoder_2": text_encoder_2,
@@ -176,6 +184,8 @@ def load_checkpoint(
         )
         files = _files_of_folder(kind.family, home, variant)
         components = _load_components(kind.family, home, files)
+    if prompt_tokens is not None:
+        _cut_prompts(components, prompt_tokens)
     scheduler = _with_prediction_type(components.scheduler, prediction_type, notes)
     components = replace(components, scheduler=scheduler)
     replaced = tuple(one.apply(components.modules[one.component]) for one in replacements)
@@ -501,9 +511,12 @@ def _load_components(
             "tensors must be run again",
         )
         modules[name].load_state_dict(given, assign=True)
+        if tied_names(modules[name]):
+            modules[name].tie_weights()
     tokenizers = {}
     for name, kind in family.tokenizers.items():
         if name.replace("tokenizer", "text_encoder") in modules:
+            _require_tokenizer_file(home / name)
             with _loading(fails, home, name):
                 tokenizers[name] = kind.from_pretrained(
                     home, subfolder=name, local_files_only=True
@@ -513,6 +526,46 @@ def _load_components(
             str(home), subfolder="scheduler", local_files_only=True
         )
     return Components(family, modules, tokenizers, scheduler, _switches_of(family, home))
+
+
+def _require_tokenizer_file(folder: Path) -> None:
+    """Refuse a tokenizer that only a binary file of sentencepiece describes.
+
+    Raises:
+        InputError: Says how it is converted.
+    """
+    if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder} has a spiece.model, which only its own parser reads, and no tokenizer.json",
+            where=f"{folder}/tokenizer.json",
+            fix="get it from a copy of the checkpoint that has it, or convert it once where "
+            'sentencepiece is installed: python -c "from transformers import T5TokenizerFast as '
+            f"T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"",
+        )
+
+
+def _cut_prompts(components: Components, tokens: int) -> None:
+    """Let the tokenizers that have no length of their own cut prompts; files keep it.
+
+    Raises:
+        InputError: There is none, or prompts of so many tokens hold no word or do not fit.
+    """
+    limits = components.family.max_tokens
+    if not limits:
+        raise InputError(
+            f"text encoders of {components.family.title} have a fixed length of prompts",
+            where="checkpoint.prompt_tokens",
+            fix="leave it out",
+        )
+    for name in limits:
+        most = components.prompt_length(name)
+        if not 3 <= tokens <= most:
+            raise InputError(
+                f"prompts have 3 to {most} tokens here, got {tokens}",
+                where="checkpoint.prompt_tokens",
+                fix=f"checkpoint.prompt_tokens={most}, or null for the same",
+            )
+        components.tokenizers[name].model_max_length = tokens
 
 
 def _switches_of(family: Family, home: Path) -> dict[str, bool]:

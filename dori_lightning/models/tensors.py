@@ -140,19 +140,39 @@ def take_tensors(
     # what they are called in a file of several parts
     named = {own: f"{below[0]}{name}" for name, owns in original.items() for own in owns}
     called = named if below[0] else {}
-    missing = [called.get(name, name) for name in shapes if name in lost] if whole else []
+    apart = _fill_tied(given, tied_names(module)) if whole else []
+    missing = [called.get(n, n) for n in shapes if n in lost - given.keys()] if whole else []
     kinds = (
         (missing, f"of {len(shapes)} are missing"),
         (unexpected, "are unexpected"),
         (misshapen, "have another shape or type"),
         (twice, "are there twice"),
         (broken, "are no finite numbers"),
+        (apart, "differ from the tensor that they are one with"),
     )
     found = [f"{len(names)} {kind} ({first_names(names)})" for names, kind in kinds if names]
     if found or not given:
         found = found or ["none is known"]
         raise InputError(f"{what}: of its tensors {'; '.join(found)}", where=where, fix=fix)
     return given
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Names of tensors that are another of the module's own, with the other's name."""
+    return dict(getattr(module, "all_tied_weights_keys", None) or {})
+
+
+def _fill_tied(given: dict[str, Tensor], tied: Mapping[str, str]) -> list[str]:
+    """Give tied tensors that a file holds once their second name; returns those that differ."""
+    apart = []
+    for name, other in tied.items():
+        own = given.get(name, given.get(other))
+        if own is not None:
+            given.setdefault(name, own)
+            given.setdefault(other, own)
+            if given[name] is not given[other] and not given[name].equal(given[other]):
+                apart.append(name)
+    return apart
 
 
 def components_in(names: Iterable[str]) -> list[Component]:

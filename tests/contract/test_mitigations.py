@@ -112,9 +112,9 @@ def guarded_context(
     folder: Path, model: StableDiffusion, pairs: tuple[Pair, ...], *, seed: int = 0
 ) -> tuple[Context, list[Pair]]:
     """A context that hands out suspected pairs and calibration examples only."""
-    context = make_context(
-        folder, model, pairs, seed=seed, sampling=Sampling(model.samplers[0], 2, 2.0, 2, batch=8)
-    )
+    distilled = 1.0 if model.takes_distilled_guidance else None
+    sampling = Sampling(model.samplers[0], 2, 2.0, 2, batch=8, distilled_guidance=distilled)
+    context = make_context(folder, model, pairs, seed=seed, sampling=sampling)
     suspected = [pair for pair in pairs if pair.kind != "control"]
     data: Any = Guarded(context.data, {pair.id for pair in suspected})
     return dataclasses.replace(context, data=data), suspected

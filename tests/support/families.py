@@ -2,24 +2,49 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from dori_lightning.models.components import Components
 from dori_lightning.models.export import weights_of, write_folder
+from dori_lightning.models.flux import Flux
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion_xl import StableDiffusionXL
 from dori_lightning.planting.recipe import build_autoencoder, build_tokenizer
 from support.tiny import WORDS, tiny_model, tiny_recipe
+
+OF_VALUE_NEURONS = frozenset(
+    {
+        "nemo", "nemo_all_layers", "nemo_replication", "nemo_union", "random_pruning",
+        "random_pruning_nemo",
+    }
+)  # fmt: skip
+"""Mitigations that need values of text to follow from the prompt alone."""
+
+T5_TOKENS = 12
+"""Tokens of a prompt for T5."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +54,18 @@ class TinyFamily:
     Attributes:
         components: Makes it; None for that of ``support.tiny``.
         sampling: What a test draws with, guided.
-        extra: Arguments of the pipeline that follow from the sampling.
+        pipeline: Arguments that diffusers' pipeline is opened with.
+        call: Its own arguments for some sampling and noise.
         undefined: Mitigations that the family has no meaning for.
     """
 
     components: Callable[[], Components] | None
     sampling: tuple[Sampling, ...]
-    pipeline: dict[str, Any]
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    call: Callable[[Sampling, torch.Tensor], dict[str, Any]] = lambda sampling, noise: {
+        "guidance_scale": sampling.guidance,
+        "latents": noise,
+    }
     undefined: frozenset[str] = frozenset()
 
 
@@ -97,6 +127,84 @@ def tiny_sdxl() -> Components:
     )
 
 
+def t5_tokenizer(max_length: int) -> T5Tokenizer:
+    """Each known word is one token; others fall apart into letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -1.0) for word in WORDS]
+    pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,."]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
+
+
+def t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+    """A random encoder of T5 with two layers, padded vocabulary as published ones have."""
+    settings = T5Config(
+        vocab_size=len(tokenizer) + 5,
+        d_model=width,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+        tie_word_embeddings=False,
+    )
+    return T5EncoderModel(settings)
+
+
+def tiny_flux(*, distilled: bool = True) -> Components:
+    """T5 of width 32, pooled 16, latents of 16 channels; guidance as dev or as schnell has it."""
+    tokenizer, tokenizer_2 = build_tokenizer(WORDS, max_length=8), t5_tokenizer(T5_TOKENS)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=distilled,
+    )
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=16,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=24,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    return Components(
+        Flux.family,
+        {
+            "transformer": transformer,
+            "vae": autoencoder,
+            "text_encoder": clip(CLIPTextModel, tokenizer, 16, projection_dim=16),
+            "text_encoder_2": t5(tokenizer_2, 32),
+        },
+        {"tokenizer": tokenizer, "tokenizer_2": tokenizer_2},
+        FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled
+        ),
+    )
+
+
+def flux_call(sampling: Sampling, noise: torch.Tensor) -> dict[str, Any]:
+    """It takes packed latents, and calls classifier-free guidance the true one."""
+    return {
+        "guidance_scale": sampling.distilled_guidance,
+        "true_cfg_scale": sampling.guidance,
+        "negative_prompt": "",
+        "max_sequence_length": T5_TOKENS,
+        "latents": diffusers.FluxPipeline._pack_latents(noise, *noise.shape),
+    }
+
+
 FAMILIES = {
     "sd": TinyFamily(
         None,
@@ -106,7 +214,15 @@ FAMILIES = {
     "sdxl": TinyFamily(
         tiny_sdxl,
         (Sampling("euler", 4, 1.0), Sampling("euler", 4, 3.0), Sampling("ddim", 4, 3.0)),
-        {},
+    ),
+    "flux": TinyFamily(
+        tiny_flux,
+        (
+            Sampling("flow_euler", 4, 2.0, distilled_guidance=1.5),
+            Sampling("flow_euler", 4, 1.0, distilled_guidance=3.5),
+        ),
+        call=flux_call,
+        undefined=OF_VALUE_NEURONS,
     ),
 }
 """A row for each family: all that its contract test needs."""
@@ -141,25 +257,28 @@ def load_family(family: str, *, resolution: int | None = None, **given: Any) -> 
 
 
 def drawn_by_diffusers(
-    model: LatentDiffusion, prompt: str, noise: torch.Tensor, sampling: Sampling
+    model: LatentDiffusion,
+    prompt: str,
+    noise: torch.Tensor,
+    sampling: Sampling,
+    *,
+    folder: Path | None = None,
 ) -> torch.Tensor:
     """What the library's own pipeline draws (1, 3, H, W) from the same noise."""
     kind = getattr(diffusers, model.family.pipeline)
     family = FAMILIES[model.family.name]
     pipeline = kind.from_pretrained(
-        folder_of(model.family.name), local_files_only=True, **family.pipeline
+        folder or folder_of(model.family.name), local_files_only=True, **family.pipeline
     )
     if not isinstance(pipeline.scheduler, model.family.samplers[sampling.sampler]):
         pipeline.scheduler = model.family.samplers[sampling.sampler].from_config(
             pipeline.scheduler.config, **model.family.sampler_settings
         )
     pipeline.set_progress_bar_config(disable=True)
-    distilled = sampling.distilled_guidance
     image: torch.Tensor = pipeline(
         prompt,
-        latents=noise,
         num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance if distilled is None else distilled,
+        **family.call(sampling, noise),
         height=model.resolution,
         width=model.resolution,
         output_type="pt",
