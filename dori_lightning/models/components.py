@@ -115,7 +115,7 @@ class Components:
 
     def prompt_length(self, tokenizer: Component = "tokenizer") -> int:
         """Tokens that a text encoder's prompts are padded and cut to."""
-        encoder = self.modules[tokenizer.replace("tokenizer", "text_encoder")]
+        encoder = self.modules[tokenized_by(tokenizer)]
         config: Any = encoder.config
         # a tokenizer without a length of its own claims an astronomical one
         limits = [
@@ -124,6 +124,11 @@ class Components:
             self.family.max_tokens.get(tokenizer),
         ]
         return int(min(limit for limit in limits if limit is not None))
+
+
+def tokenized_by(tokenizer: Component) -> Component:
+    """The text encoder that a tokenizer belongs to."""
+    return tokenizer.replace("tokenizer", "text_encoder")
 
 
 def stem(component: Component) -> str:

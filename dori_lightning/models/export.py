@@ -192,12 +192,15 @@ def write_single(
     save_file(state, path, metadata=note)
 
 
-def check_written(source: Path, weights: Weights, *, config: Path | None = None) -> None:
+def check_written(
+    source: Path, weights: Weights, *, family: str = "sd", config: Path | None = None
+) -> None:
     """Load what was written as anybody would, and compare every weight.
 
     Args:
         source: Folder or single file.
         weights: What should be in it.
+        family: Of which family it is.
         config: Folder with the configuration, for a single file.
 
     Raises:
@@ -206,6 +209,7 @@ def check_written(source: Path, weights: Weights, *, config: Path | None = None)
     read = load_checkpoint(
         name="written",
         source=str(source),
+        family=family,
         config=None if config is None else str(config),
         device="cpu",
     )

@@ -27,7 +27,7 @@ from dori_lightning.models.conditioning import (
     matrix_shape,
     pack,
 )
-from dori_lightning.models.noise_levels import NoiseLevels
+from dori_lightning.models.noise_levels import NoiseLevels, flow_settings
 from dori_lightning.models.protocol import (
     ROLE_ALIASES,
     EmbeddingFilter,
@@ -511,6 +511,8 @@ class LatentDiffusion(ABC):
             )
         config = self.scheduler.config
         unsaid = {k: v for k, v in self.family.sampler_settings.items() if k not in config}
+        if sampling.sampler == "flow_dpm++":
+            unsaid |= flow_settings(config)
         scheduler = known[sampling.sampler].from_config(config, **unsaid)
         self._set_timesteps(scheduler, sampling.steps)
         return scheduler
@@ -648,7 +650,8 @@ class LatentDiffusion(ABC):
             f"of earlier blocks, so their values do not follow from a prompt alone; methods that "
             f"need them are not defined on {self.family.title}",
             where="mitigation",
-            fix="choose a mitigation that does not select value neurons",
+            fix="a mitigation that selects no value neurons; of adversarial fine-tuning "
+            "mitigation.surrogates.source=null, which takes neighbours of the prompts",
         )
 
     def is_text_weight(self, name: str) -> bool:

@@ -18,9 +18,16 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from torch import nn
 
-from dori_lightning.models.components import Component, Components, Family, stem
+from dori_lightning.models.components import (
+    Component,
+    Components,
+    Family,
+    stem,
+    tokenized_by,
+)
 from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.flux import Flux
 from dori_lightning.models.latent_diffusion import LatentDiffusion
@@ -28,6 +35,7 @@ from dori_lightning.models.original_layout import PREFIXES
 from dori_lightning.models.replaced_parts import Replacement
 from dori_lightning.models.soundness import blamed, check_answers, check_components
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.stable_diffusion_3 import StableDiffusion3
 from dori_lightning.models.stable_diffusion_xl import StableDiffusionXL
 from dori_lightning.models.tensors import (
     COMPONENT_PREFIXES,
@@ -57,7 +65,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Storage = Literal["auto", "fp32", "bf16"]
 
 FAMILIES: Mapping[str, type[LatentDiffusion]] = {
-    kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL, Flux)
+    kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
 }
 """Adapters by ``checkpoint.family``."""
 
@@ -315,17 +323,21 @@ def _files_of_folder(
     Raises:
         InputError: A component is missing or has no such weights; says which, and how to fix it.
     """
+    other = _other_family(folder, family)
+    if other is not None:
+        raise other
     present = [
         name
         for name in family.modules
         if name not in family.optional or (folder / name / "config.json").is_file()
     ]
     if not all((folder / name / "config.json").is_file() for name in present):
-        raise _other_family(folder, family) or explain_folder(folder, family)
-    for other in (*family.tokenizers, "scheduler"):
-        if other not in family.optional and not (folder / other).is_dir():
+        raise explain_folder(folder, family)
+    tokenizers = (name for name in family.tokenizers if tokenized_by(name) in present)
+    for name in (*tokenizers, "scheduler"):
+        if not (folder / name).is_dir():
             raise InputError(
-                f"{folder} is not a diffusers folder of {family.title}: {other}/ is missing"
+                f"{folder} is not a diffusers folder of {family.title}: {name}/ is missing"
             )
     chosen = {name: choose_variant(folder / name, name, variant) for name in present}
     if variant is None and any(chosen.values()):
@@ -407,12 +419,23 @@ def _fetched(
         "scheduler/*",
         *(f"{name}/*" for name in family.tokenizers),
     ]
-    end = f"{'' if variant is None else f'.{variant}'}.safetensors"
+    kind = "" if variant is None else f".{variant}"
+    # libraries put the variant before or behind the number of a shard
+    middles = (kind, f"{kind}-?????-of-?????", f"-?????-of-?????{kind}")
     for name in family.modules if weights else ():
-        names += [f"{name}/{stem(name)}{end}", f"{name}/{stem(name)}-?????-of-?????{end}"]
+        names += [f"{name}/{stem(name)}{middle}.safetensors" for middle in middles]
     fix = f"download it first where there is a network: hf download {source} --revision {revision}"
     with blamed(f"checkpoint {source} cannot be loaded", source, fix):
-        return Path(snapshot_download(source, revision=revision, allow_patterns=names))
+        try:
+            return Path(snapshot_download(source, revision=revision, allow_patterns=names))
+        except GatedRepoError as error:
+            raise InputError(
+                f"checkpoint {source} is gated: its owner gives access to those who accept its "
+                f"licence",
+                where="checkpoint.source",
+                fix=f"accept it on https://huggingface.co/{source}, then hf auth login; or name "
+                f"a folder with the checkpoint",
+            ) from error
 
 
 def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype | None:
@@ -515,7 +538,7 @@ def _load_components(
             modules[name].tie_weights()
     tokenizers = {}
     for name, kind in family.tokenizers.items():
-        if name.replace("tokenizer", "text_encoder") in modules:
+        if tokenized_by(name) in modules:
             _require_tokenizer_file(home / name)
             with _loading(fails, home, name):
                 tokenizers[name] = kind.from_pretrained(
@@ -557,7 +580,7 @@ def _cut_prompts(components: Components, tokens: int) -> None:
             where="checkpoint.prompt_tokens",
             fix="leave it out",
         )
-    for name in limits:
+    for name in limits.keys() & components.tokenizers.keys():
         most = components.prompt_length(name)
         if not 3 <= tokens <= most:
             raise InputError(

@@ -7,6 +7,7 @@
 | velocity e - x_0, with a + s = 1 | x - s v | x + a v |
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +63,9 @@ class NoiseLevels:
 
     def nearest(self, times: torch.Tensor) -> torch.Tensor:
         """Timesteps (S,) that are nearest to what a sampler tells a denoiser (S,)."""
-        if not times.is_floating_point():
-            return times
         last = len(self.signal) - 1
         if not self.flow:
-            return times.round().long().clamp(0, last)
+            return times.round().long().clamp(0, last) if times.is_floating_point() else times
         away = (times.double()[:, None] / 1000 - self.noise.to(times.device).double()).abs()
         return away.argmin(1)
 
@@ -114,3 +113,16 @@ class NoiseLevels:
         """Factors (N, 1, 1, 1)."""
         a, s = self.signal[timesteps], self.noise[timesteps]
         return a[..., None, None, None], s[..., None, None, None]
+
+
+def flow_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sampler of diffusion models is told to draw by flow matching instead.
+
+    Args:
+        config: Settings of the checkpoint's scheduler.
+    """
+    return {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": config["shift"],
+    }

@@ -20,7 +20,7 @@ from torch import nn
 from dori_lightning.models.conditioning import Part, Spread
 from dori_lightning.types import require, require_at_least_one, require_choices
 
-Sampler = Literal["ddim", "dpm++", "euler", "flow_euler"]
+Sampler = Literal["ddim", "dpm++", "euler", "flow_euler", "flow_dpm++"]
 LayerRole = Literal["text.value", "text.key", "feed_forward.out", "feed_forward.out.text"]
 
 ROLE_ALIASES: dict[str, LayerRole] = {
@@ -35,8 +35,8 @@ class Sampling:
     """How images are generated.
 
     Attributes:
-        sampler: ``ddim``, ``dpm++`` (multistep DPM-Solver++), ``euler``, or ``flow_euler`` for
-            flow matching; each family of checkpoints has some of them.
+        sampler: ``ddim``, ``dpm++`` (multistep DPM-Solver++), ``euler``, or for flow matching
+            ``flow_euler`` and ``flow_dpm++``; each family of checkpoints has some of them.
         steps: Denoising steps.
         guidance: Classifier-free guidance scale; 1 turns guidance off. The unconditional branch
             is the empty prompt.

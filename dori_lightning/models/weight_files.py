@@ -297,7 +297,7 @@ def shipped_folder(source: str) -> Path | None:
         return None
     assets = Path(str(resources.files("dori_lightning"))) / "assets"
     folder = assets / source.removeprefix("package:")
-    if not (folder / "unet").is_dir():
+    if not (folder / "unet").is_dir() and not (folder / "transformer").is_dir():
         raise InputError(
             f"checkpoint {source} is not installed at {folder}; reinstall the package or "
             f"plant it anew with: python -m dori_lightning task=plant"

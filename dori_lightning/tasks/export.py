@@ -295,7 +295,7 @@ def _write_folder(components: Components, weights: Weights, card: bytes, place: 
     """Write a diffusers folder with its card."""
     write_folder(place, components, weights)
     (place / "README.md").write_bytes(card)
-    check_written(place, weights)
+    check_written(place, weights, family=components.family.name)
 
 
 def _write_single(
@@ -305,7 +305,7 @@ def _write_single(
     with TemporaryDirectory() as config:
         write_configs(Path(config), components)
         write_single(place, components, weights, notes)
-        check_written(place, weights, config=Path(config))
+        check_written(place, weights, family=components.family.name, config=Path(config))
 
 
 def _write_once(place: Path, write: Callable[[Path], None]) -> None:

@@ -14,6 +14,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -31,6 +32,7 @@ from dori_lightning.models.flux import Flux
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.protocol import Sampling
+from dori_lightning.models.stable_diffusion_3 import StableDiffusion3
 from dori_lightning.models.stable_diffusion_xl import StableDiffusionXL
 from dori_lightning.planting.recipe import build_autoencoder, build_tokenizer
 from support.tiny import WORDS, tiny_model, tiny_recipe
@@ -153,6 +155,23 @@ def t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
     return T5EncoderModel(settings)
 
 
+def shifted_autoencoder(scale: float, shift: float, **settings: Any) -> AutoencoderKL:
+    """Latents of 16 channels with a mean, as flow transformers have them."""
+    made: AutoencoderKL = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=16,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=scale,
+        shift_factor=shift,
+        **settings,
+    )
+    return made
+
+
 def tiny_flux(*, distilled: bool = True) -> Components:
     """T5 of width 32, pooled 16, latents of 16 channels; guidance as dev or as schnell has it."""
     tokenizer, tokenizer_2 = build_tokenizer(WORDS, max_length=8), t5_tokenizer(T5_TOKENS)
@@ -167,23 +186,11 @@ def tiny_flux(*, distilled: bool = True) -> Components:
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=distilled,
     )
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=16,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        sample_size=24,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
     return Components(
         Flux.family,
         {
             "transformer": transformer,
-            "vae": autoencoder,
+            "vae": shifted_autoencoder(0.3611, 0.1159, sample_size=24),
             "text_encoder": clip(CLIPTextModel, tokenizer, 16, projection_dim=16),
             "text_encoder_2": t5(tokenizer_2, 32),
         },
@@ -192,6 +199,51 @@ def tiny_flux(*, distilled: bool = True) -> Components:
             shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled
         ),
     )
+
+
+def tiny_sd3() -> Components:
+    """Like SD3.5 medium: a second attention in the first block, CLIPs narrower than T5's rows."""
+    tokenizer, tokenizer_3 = build_tokenizer(WORDS, max_length=8), t5_tokenizer(T5_TOKENS)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=16,
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=12 + 10,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    encoders = {
+        "text_encoder": clip(CLIPTextModelWithProjection, tokenizer, 12, projection_dim=12),
+        "text_encoder_2": clip(
+            CLIPTextModelWithProjection, tokenizer, 8, projection_dim=10, hidden_act="gelu"
+        ),
+        "text_encoder_3": t5(tokenizer_3, 32),
+    }
+    return Components(
+        StableDiffusion3.family,
+        {"transformer": transformer, "vae": shifted_autoencoder(1.5305, 0.0609), **encoders},
+        {
+            "tokenizer": tokenizer,
+            "tokenizer_2": build_tokenizer(WORDS, max_length=8),
+            "tokenizer_3": tokenizer_3,
+        },
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def sd3_call(sampling: Sampling, noise: torch.Tensor) -> dict[str, Any]:
+    """T5's prompts have another length than the pipeline's own."""
+    return {
+        "guidance_scale": sampling.guidance,
+        "max_sequence_length": T5_TOKENS,
+        "latents": noise,
+    }
 
 
 def flux_call(sampling: Sampling, noise: torch.Tensor) -> dict[str, Any]:
@@ -214,6 +266,12 @@ FAMILIES = {
     "sdxl": TinyFamily(
         tiny_sdxl,
         (Sampling("euler", 4, 1.0), Sampling("euler", 4, 3.0), Sampling("ddim", 4, 3.0)),
+    ),
+    "sd3": TinyFamily(
+        tiny_sd3,
+        (Sampling("flow_euler", 4, 1.0), Sampling("flow_euler", 4, 3.0)),
+        call=sd3_call,
+        undefined=OF_VALUE_NEURONS | {"adversarial_finetuning"},
     ),
     "flux": TinyFamily(
         tiny_flux,
