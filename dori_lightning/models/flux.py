@@ -83,7 +83,8 @@ class Flux(LatentDiffusion):
 
     @classmethod
     def _lay_out(cls, components: Components) -> tuple[Part, ...]:
-        clip, t5 = components.text_encoder, components.modules["text_encoder_2"]
+        clip: Any = components.modules["text_encoder"]
+        t5: Any = components.modules["text_encoder_2"]
         return stacked(
             ("t5", components.prompt_length("tokenizer_2"), int(t5.config.d_model)),
             ("pooled", 1, int(clip.config.hidden_size)),
@@ -166,7 +167,7 @@ class Flux(LatentDiffusion):
             hidden_states=pack_latents(noised),
             encoder_hidden_states=given["t5"].to(dtype),
             pooled_projections=given["pooled"][:, 0].to(dtype),
-            timestep=times.to(dtype) / 1000,
+            timestep=times / 1000,
             img_ids=_image_positions(side, noised.device),
             txt_ids=torch.zeros(given["t5"].shape[1], POSITIONS, device=noised.device),
             guidance=guidance,

@@ -112,6 +112,11 @@ CHECKPOINTS = {
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
 
+KEPT = {"sdxl": (4247, 480), "flux1_dev": (24704, 699)}
+"""MiB that a noise sample keeps for the gradient, in bf16 and at the checkpoint's own resolution:
+of a whole pass, and of the inputs of blocks, which gradient checkpointing keeps. Counted without
+weights."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -351,6 +356,13 @@ def _remarks(
             f"{_flop(cost.forward + cost.to_weights)} with that of all weights; "
             f"{', '.join(speeds)}"
         )
+        if checkpoint in KEPT:
+            whole, inputs = (_size(kept * 2**20) for kept in KEPT[checkpoint])
+            yield (
+                f"{checkpoint}: {_size(2 * cost.parameters)} of weights in bf16; a noise sample "
+                f"keeps {whole} for the gradient, or with checkpoint.gradient_checkpointing=true "
+                f"{inputs} beside one block; attack.samples_per_forward says how many at once"
+            )
         if cost.speeds is _CARDS:
             yield f"hours are of one card at {PEAK_FRACTION:.0%} of its dense bf16 peak: estimates"
     if settings.early_stop:

@@ -150,7 +150,7 @@ def test_a_sweep_says_how_its_offline_runs_are_uploaded(
     assert "wandb sync 'outputs/sweeps/a b'/*/wandb/offline-run-*\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [*SWEEPS, "headline_table_sd3"])
+@pytest.mark.parametrize("name", [*SWEEPS, "headline_table_sd3", "headline_table_flux"])
 def test_every_sweep_asks_for_its_table_and_its_baseline(name: str) -> None:
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         cfg = compose("config", [f"+experiment={name}"], return_hydra_config=True)
