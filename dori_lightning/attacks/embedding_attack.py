@@ -206,6 +206,10 @@ class AttackContext:
             "snapshots": [s for s in self.settings.stops if s <= self.budget.steps],
             "budget": asdict(self.budget),
         }
+        if self.settings.parts is not None:
+            method["parts"] = sorted(self.settings.parts)
+        if not self.model.spread().absolute:
+            method["units"] = "spread of each part"
         return {
             "checkpoint": self.model.fingerprint,
             "edit": self.edit,
@@ -228,9 +232,11 @@ class AttackContext:
             return prompt
         if job.init == "random":
             tokens, width = prompt.shape
-            start = random_embedding(self.seed, job.pair.id, job.restart, (tokens, width))
-            return start * self.scale_of(job)
-        return self.controls.pick(self.seed, job.pair.id, job.restart)
+            normal = random_embedding(self.seed, job.pair.id, job.restart, (tokens, width))
+            scale, parts = self.scale_of(job), self.settings.parts
+            return self.model.random_start(normal, scale=scale, parts=parts)
+        other = self.controls.pick(self.seed, job.pair.id, job.restart)
+        return self.model.searched_alone(other, self.settings.parts)
 
     def scale_of(self, job: Job) -> float:
         """Factor of the steps of a job; prompts have the units of the model's own encoder."""
@@ -321,7 +327,7 @@ class JobBatches(IterableDataset[JobBatch]):
         for step, group in by_step.items():
             size = estimate_batch_size(
                 context.model,
-                noise_batch=context.settings.noise_batch,
+                noise_batch=context.settings.samples_at_once,
                 wanted=context.settings.pairs_per_forward,
                 pair_id=group[0].pair.id,
             )

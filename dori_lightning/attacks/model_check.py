@@ -91,23 +91,28 @@ def check_model(
         return torch.stack(found)
 
     def response(scale: float) -> float:
-        difference = predicted(scale * first) - predicted(scale * second)
+        starts = (model.random_start(each, scale=scale) for each in (first, second))
+        difference = predicted(next(starts)) - predicted(next(starts))
         return float(difference.square().mean().sqrt())
 
     with model.frozen(), torch.no_grad():
         usual = response(1.0)
         scale = 1.0
-        if usual > 0 and not 1 / TOLERANCE <= usual / RESPONSE <= TOLERANCE:
+        # units that were measured on the model itself need no other
+        published = model.spread().absolute
+        if published and usual > 0 and not 1 / TOLERANCE <= usual / RESPONSE <= TOLERANCE:
             answers = {s: response(s) for s in SCALES if (s > 1) == (usual < RESPONSE)}
             answers = {s: answer for s, answer in answers.items() if answer > 0}
             scale = min(answers, key=lambda s: abs(math.log(answers[s] / RESPONSE)), default=1.0)
         empty = model.empty_embedding().cpu().expand(rows, -1, -1)
         error = float((predicted(empty) - noise).square().mean())
-    signal = model.alphas_cumprod.cpu()[timesteps] * latents.square().flatten(1).mean(1)
-    linear = signal / (signal + 1 - model.alphas_cumprod.cpu()[timesteps])
+    kept, added = (table.cpu() for table in model.variances(timesteps.to(model.device)))
+    signal = kept * latents.square().flatten(1).mean(1)
+    linear = signal / (signal + (kept + added) - kept)
 
     def slope(part: list[int]) -> list[float]:
-        text = (scale * first[part]).to(model.device).requires_grad_(True)
+        start = model.random_start(first[part], scale=scale)
+        text = start.to(model.device).requires_grad_(True)
         images, added, at = (t[part].to(model.device) for t in (latents, noise, timesteps))
         losses = model.denoising_loss(images, added, at, text, pair_ids=owners(part))
         (found,) = torch.autograd.grad(losses.sum(), text)

@@ -17,8 +17,8 @@ from dori_lightning.metrics.utility import UtilitySettings
 from dori_lightning.mitigations.base import Context, EditResult, Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.generation import baseline_cache_key
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.copies import alterations, altered_copies
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, Corpus
 from dori_lightning.pairs.datamodule import PairsDataModule
@@ -64,7 +64,7 @@ class AuditContext:
     cache: Path
     seed: int
     pairs: Pairs
-    model: StableDiffusion
+    model: LatentDiffusion
     data: PairsDataModule
     references: ReferenceImages
     corpus: Corpus

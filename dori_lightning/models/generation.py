@@ -76,7 +76,7 @@ def image_seeds(sampling: Sampling) -> tuple[int, ...]:
 
 def baseline_cache_key(model: TextToImage, sampling: Sampling) -> str:
     """Name of the folder for the images of an unmitigated checkpoint, by the way of sampling."""
-    method = f"{sampling.sampler}|{sampling.steps}|{sampling.guidance}|{model.latent_shape}"
+    method = f"{sampling.method}|{model.latent_shape}"
     return f"{model.fingerprint[:16]}-{hashlib.sha256(method.encode()).hexdigest()[:8]}"
 
 
@@ -85,8 +85,7 @@ def _key(
 ) -> dict[str, str]:
     """What an image depends on, as one hash."""
     digest = hashlib.sha256(
-        f"{model.fingerprint}|{edit}|{sampling.sampler}|{sampling.steps}|{sampling.guidance}|{seed}|"
-        f"{model.latent_shape}".encode()
+        f"{model.fingerprint}|{edit}|{sampling.method}|{seed}|{model.latent_shape}".encode()
     )
     digest.update(embedding.detach().cpu().contiguous().float().numpy().tobytes())
     return {_IDENTITY: digest.hexdigest()[:24]}

@@ -57,6 +57,7 @@ _SHARED = (
     "sampling.sampler",
     "sampling.steps",
     "sampling.guidance",
+    "sampling.distilled_guidance",
     "sampling.images_per_pair",
     "sampling.seed",
     "attack.lr",

@@ -103,13 +103,20 @@ _TWO_CORES = {"two CPU cores": 400 * (0.484e-3 + 0.505e-3) / 4.0}
 _SD1 = CheckpointCost(0.8033, 0.8659, 1.6035, 2.5145, 859_520_964, 77 * 768, 512, _CARDS)
 _SD2 = CheckpointCost(0.8043, 0.8669, 1.6045, 2.5145, 865_910_724, 77 * 1024, 512, _CARDS)
 _SD2_768 = CheckpointCost(2.1491, 2.5138, 4.2941, 5.7543, 865_910_724, 77 * 1024, 768, _CARDS)
+_SDXL = CheckpointCost(6.7612, 7.5146, 13.4696, 10.4704, 2_567_463_684, 79 * 2048, 1024, _CARDS)
 _TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 96, 64, _TWO_CORES)
 
 CHECKPOINTS = {
     "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
+    "sdxl": _SDXL,
     "dori_tiny": _TINY, "dori_tiny_twin": _TINY,
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
+
+KEPT = {"sdxl": (4247, 480), "flux1_dev": (24704, 699)}
+"""MiB that a noise sample keeps for the gradient, in bf16 and at the checkpoint's own resolution:
+of a whole pass, and of the inputs of blocks, which gradient checkpointing keeps. Counted without
+weights."""
 
 
 @dataclass(frozen=True)
@@ -405,6 +412,13 @@ def _remarks(pairs: Mapping[Kind, int], pairs_from: str, checkpoint: str) -> Ite
             f"{_flop(cost.forward + cost.to_weights)} with that of all weights; "
             f"{', '.join(speeds)}"
         )
+        if checkpoint in KEPT:
+            whole, inputs = (_size(kept * 2**20) for kept in KEPT[checkpoint])
+            yield (
+                f"{checkpoint}: {_size(2 * cost.parameters)} of weights in bf16; a noise sample "
+                f"keeps {whole} for the gradient, or with checkpoint.gradient_checkpointing=true "
+                f"{inputs} beside one block; attack.samples_per_forward says how many at once"
+            )
         if cost.speeds is _CARDS:
             yield f"hours are of one card at {PEAK_FRACTION:.0%} of its dense bf16 peak: estimates"
 
