@@ -17,6 +17,7 @@ from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.types import Budget, InputError
 from support.families import FAMILIES, drawn_by_diffusers, folder_of, load_family
+from support.unchanged import unchanged
 
 PROMPTS = ("a red boat", "a cat at night on sea")
 
@@ -211,6 +212,47 @@ def test_a_search_does_not_depend_on_its_company(model):
     )
     assert torch.equal(together.embeddings[1], alone.embeddings[0])
     assert torch.equal(together.losses[1], alone.losses[0])
+
+
+def test_noise_samples_in_turn_give_the_same_search(model):
+    initial = model.encode_prompts(PROMPTS[:1]).cpu()
+    whole, turns = (
+        attacked(model, ["a"], initial, samples_per_forward=count) for count in (None, 1)
+    )
+    assert torch.allclose(whole.losses, turns.losses, rtol=1e-3)
+    assert torch.allclose(whole.embeddings, turns.embeddings, atol=1e-2)
+
+
+def test_weights_can_be_kept_in_half_the_memory(model):
+    with pytest.raises(InputError, match=r"checkpoint\.precision"):
+        load_family(model.family.name, storage="bf16", precision="fp32")
+    half = load_family(model.family.name, storage="bf16", precision="auto")
+    assert half.fingerprint == model.fingerprint
+    for name, module in half.components.modules.items():
+        wanted = torch.float32 if name == "vae" else torch.bfloat16
+        assert {p.dtype for p in module.parameters()} == {wanted}, name
+    initial = half.encode_prompts(PROMPTS[:1]).cpu()
+    assert initial.dtype == torch.float32
+    name, layer = next(iter(half.layers("text.value").items()))
+    masks = {f"{name}.weight": torch.arange(layer.out_features) < 2}
+    with unchanged(half), MaskEdit(Origin(half.fingerprint), masks).applied(half):
+        found = attacked(half, ["a"], initial)
+    whole = attacked(model, ["a"], model.encode_prompts(PROMPTS[:1]).cpu())
+    assert torch.allclose(found.losses, whole.losses, rtol=0.1)
+
+
+def test_lent_text_encoders_come_for_prompts_and_go_for_passes(model, monkeypatch):
+    lent = load_family(model.family.name, text_encoders="release")
+    places: list[torch.device] = []
+    monkeypatch.setattr(lent, "_move_encoders", places.append)
+    embeddings = lent.encode_prompts(PROMPTS[:1])
+    assert torch.equal(embeddings, model.encode_prompts(PROMPTS[:1]))
+    asked, home = len(places), torch.device("cpu")
+    assert places == [lent.device] * asked
+    assert asked >= 1
+    latents, noise = draws(lent, 1)
+    lent.denoising_loss(latents, noise, torch.tensor([5]), embeddings)
+    assert places[asked:] == [home]
 
 
 def test_it_is_written_and_read_back(model, tmp_path):

@@ -308,9 +308,8 @@ def load_family(family: str, *, resolution: int | None = None, **given: Any) -> 
         source=source,
         family=family,
         device="cpu",
-        precision="fp32",
         resolution=resolution,
-        **given,
+        **{"precision": "fp32", **given},
     )
 
 
