@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,9 +13,10 @@ from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.solver import AttackProblem, random_embedding, solve
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.components import stem
-from dori_lightning.models.export import weights_of, write_folder
+from dori_lightning.models.export import weights_of, write_folder, write_single
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.original_layout import PREFIXES
 from dori_lightning.types import Budget, InputError
 from support.families import FAMILIES, drawn_by_diffusers, folder_of, load_family
 from support.unchanged import unchanged
@@ -261,6 +263,30 @@ def test_it_is_written_and_read_back(model, tmp_path):
     again = load_family(model.family.name, source=str(tmp_path))
     assert again.fingerprint == weights.fingerprint == model.fingerprint
     assert torch.equal(again.encode_prompts(PROMPTS), model.encode_prompts(PROMPTS))
+
+
+def test_its_single_file_is_read_here_and_by_the_library(model, tmp_path):
+    components, path = model.components, tmp_path / "whole.safetensors"
+    weights = weights_of(components)
+    if model.family.name not in PREFIXES:
+        with pytest.raises(InputError, match=r"task\.formats"):
+            write_single(path, components, weights)
+        return
+    write_single(path, components, weights)
+    folder = folder_of(model.family.name)
+    again = load_family(model.family.name, source=str(path), config=str(folder))
+    assert again.fingerprint == model.fingerprint
+    pipeline = getattr(diffusers, model.family.pipeline).from_single_file(
+        str(path), config=str(folder), local_files_only=True
+    )
+    for name, state in weights.states.items():
+        theirs = getattr(pipeline, name).state_dict()
+        for key, tensor in state.items():
+            assert torch.equal(theirs[key].float(), tensor.float()), f"{name}: {key}"
+    for other in FAMILIES:
+        if other != model.family.name:
+            with pytest.raises(InputError):
+                load_family(other, source=str(path), config=str(folder_of(other)))
 
 
 def test_it_is_refused_under_another_familys_name(model):
