@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 _MEMORY = OomBackoff(
     ATTACK,
     "pair",
-    "checkpoint.precision=bf16, or a device with more memory; a pair's noise samples "
-    "(attack.noise_batch) are part of the method and are never cut",
+    "checkpoint.precision=bf16, attack.samples_per_forward=1, or a device with more memory; a "
+    "pair's noise samples (attack.noise_batch) are part of the method and are never cut",
 )
 
 
