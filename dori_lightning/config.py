@@ -55,8 +55,8 @@ _RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _FOLDERS = ("paths.output", "paths.cache", "hydra.run.dir", "hydra.sweep.dir")
 _NOT_EMPTY = ("name", "sweep", "paths.output", "paths.cache")
 _READ_FROM = {
-    "audit", "config", "edit", "expected", "path", "source", "statistics", "text_encoder", "unet",
-    "vae", "weights",
+    "audit", "config", "edit", "expected", "path", "source", "statistics", "text_encoder",
+    "text_encoder_2", "transformer", "unet", "vae", "weights",
 }  # fmt: skip
 """Last part of keys that name a file or folder to be read."""
 

@@ -8,10 +8,11 @@ a file of its own, which is asked first when the run is started again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as L
@@ -86,7 +87,8 @@ class Conditioning:
         displacement: Euclidean distance to the initial embedding; None for a prompt.
         losses: Attack loss of every step spent (S,); None for a prompt.
         stopped_at: Steps after which the attack was stopped, fewer than the condition's, because
-            its images were copies; None where it took all of them.
+            its images were copies or because it was futile; None where it took all of them.
+        seeds: Generation seeds of the images that are drawn of it; None for all K.
     """
 
     pair: Pair
@@ -99,11 +101,17 @@ class Conditioning:
     displacement: float | None = None
     losses: torch.Tensor | None = None
     stopped_at: int | None = None
+    seeds: tuple[int, ...] | None = None
 
     @property
     def spent(self) -> int:
         """Steps that led to the embedding."""
         return self.condition.budget.steps if self.stopped_at is None else self.stopped_at
+
+
+Look = Callable[[Sequence[Conditioning]], tuple[Sequence[Conditioning], Collection[str]]]
+"""Takes the conditionings of one snapshot, one for each pair. Gives them back with the images that
+were drawn of them, and ids of the pairs whose attacks end there."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +203,13 @@ class AttackContext:
         method = {
             "lr": self.settings.lr,
             "noise_batch": self.settings.noise_batch,
-            "snapshots": [s for s in self.settings.snapshots if s <= self.budget.steps],
+            "snapshots": [s for s in self.settings.stops if s <= self.budget.steps],
             "budget": asdict(self.budget),
         }
+        if self.settings.parts is not None:
+            method["parts"] = sorted(self.settings.parts)
+        if not self.model.spread().absolute:
+            method["units"] = "spread of each part"
         return {
             "checkpoint": self.model.fingerprint,
             "edit": self.edit,
@@ -220,9 +232,11 @@ class AttackContext:
             return prompt
         if job.init == "random":
             tokens, width = prompt.shape
-            start = random_embedding(self.seed, job.pair.id, job.restart, (tokens, width))
-            return start * self.scale_of(job)
-        return self.controls.pick(self.seed, job.pair.id, job.restart)
+            normal = random_embedding(self.seed, job.pair.id, job.restart, (tokens, width))
+            scale, parts = self.scale_of(job), self.settings.parts
+            return self.model.random_start(normal, scale=scale, parts=parts)
+        other = self.controls.pick(self.seed, job.pair.id, job.restart)
+        return self.model.searched_alone(other, self.settings.parts)
 
     def scale_of(self, job: Job) -> float:
         """Factor of the steps of a job; prompts have the units of the model's own encoder."""
@@ -313,7 +327,7 @@ class JobBatches(IterableDataset[JobBatch]):
         for step, group in by_step.items():
             size = estimate_batch_size(
                 context.model,
-                noise_batch=context.settings.noise_batch,
+                noise_batch=context.settings.samples_at_once,
                 wanted=context.settings.pairs_per_forward,
                 pair_id=group[0].pair.id,
             )
@@ -392,11 +406,12 @@ def run_attacks(
     trainer: L.Trainer | None = None,
     strict: bool = False,
     on_round: Callable[[Sequence[Conditioning]], None] | None = None,
-    reproduced: Callable[[Sequence[Conditioning]], Collection[str]] | None = None,
+    look: Look | None = None,
+    answered: Mapping[str, Conditioning] = MappingProxyType({}),
 ) -> list[Conditioning]:
     """Attack every job, reusing what is stored.
 
-    With ``reproduced``, a round goes from one snapshot to the next, and pairs that came back are
+    With ``look``, a round goes from one snapshot to the next, and pairs whose answer is known are
     left out of what follows: the others are cut into batches anew, so that these stay full and
     processes share them evenly. A pair's steps, and so its embeddings, are the same as without.
 
@@ -407,13 +422,14 @@ def run_attacks(
             process.
         strict: Raise where an attack has no gradient, instead of marking its result.
         on_round: Called with the conditionings of a round, once all are there.
-        reproduced: Ids of the pairs that the conditionings of one snapshot bring back, the same on
-            every process; their attacks stop there. Needs rounds in which no pair is twice. None
-            stops none.
+        look: Says at each snapshot which pairs' attacks end there, the same on every process.
+            Needs rounds from one initial point in which no pair is twice. None ends none.
+        answered: Pair id to its prompt, for those whose attack has its answer before the first
+            step; with ``look``.
 
     Returns:
         One conditioning per job and snapshot, the same on every process. After its attack was
-        stopped, those of a pair are the one that brought it back.
+        stopped, those of a pair are the one at which it was.
 
     Raises:
         InputError: Not even one pair fits into memory.
@@ -424,14 +440,27 @@ def run_attacks(
     attack = partial(_attack, context, trainer=trainer, strict=strict)
     found: list[Conditioning] = []
     for jobs in filter(None, rounds):
-        if reproduced is None:
+        if look is None:
             attack(jobs, range(context.budget.steps))
             new = [one for job in jobs for one in context.conditionings(job)]
         else:
-            ends = evaluation_steps(context.settings.snapshots, context.budget.steps)
-            new = stop_at_success(
-                attack, context.conditionings, jobs, ends=ends, reproduced=reproduced
+            stops = context.settings.stops_of(jobs[0].init)
+            ends = evaluation_steps(stops, context.budget.steps)
+            starts = {
+                job.pair.id: replace(
+                    prompt,
+                    condition=Condition("dori", "prompt", replace(context.budget, steps=0)),
+                    restart=job.restart,
+                    displacement=0.0,
+                )
+                for job in jobs
+                if job.init == "prompt" and (prompt := answered.get(job.pair.id)) is not None
+            }
+            new = stop_when_known(
+                attack, context.conditionings, jobs, ends=ends, look=look, known=starts
             )
+            rated = evaluation_steps(context.settings.snapshots, context.budget.steps)
+            new = [one for one in new if one.condition.budget.steps in rated]
         if on_round is not None:
             on_round(new)
         found += new
@@ -471,15 +500,16 @@ def _attack(
         distributed.barrier()  # the others' results are read next
 
 
-def stop_at_success(
+def stop_when_known(
     attack: Callable[[Sequence[Job], range], None],
     read: Callable[[Job], Sequence[Conditioning]],
     jobs: Sequence[Job],
     *,
     ends: Sequence[int],
-    reproduced: Callable[[Sequence[Conditioning]], Collection[str]],
+    look: Look,
+    known: Mapping[str, Conditioning] = MappingProxyType({}),
 ) -> list[Conditioning]:
-    """Attack from snapshot to snapshot, and stop where a pair came back.
+    """Attack from snapshot to snapshot, and stop where a pair's answer is known.
 
     The jobs that are left share batches anew after each snapshot. Each has its own draws and its
     own Adam state, so it takes the steps that it would have taken beside those that were stopped.
@@ -489,28 +519,31 @@ def stop_at_success(
         read: Conditionings of a job so far, one for each snapshot.
         jobs: Jobs of different pairs.
         ends: Steps to evaluate at, rising; the last one is the budget.
-        reproduced: Ids of the pairs that conditionings bring back.
+        look: Says at each end which attacks stop.
+        known: Pair id to where its attack begins, if that is the answer already.
 
     Returns:
-        One conditioning per job and end; after a pair came back, the one that brought it back.
+        One conditioning per job and end; after an attack was stopped, the one at which it was.
     """
     found: dict[str, list[Conditioning]] = {job.pair.id: [] for job in jobs}
-    left, begin = list(jobs), 0
+    left, begin = [job for job in jobs if job.pair.id not in known], 0
     for end in ends:
         attack(left, range(begin, end))
-        new = {
-            job.pair.id: next(c for c in read(job) if c.condition.budget.steps == end)
-            for job in left
-        }
-        for pair_id, conditionings in found.items():
-            conditionings.append(new.get(pair_id) or _stopped(conditionings[-1], end))
-        back = reproduced([*new.values()]) if new else ()
-        left, begin = [job for job in left if job.pair.id not in back], end
+        new = [next(c for c in read(job) if c.condition.budget.steps == end) for job in left]
+        seen, ended = look(new) if new else ((), ())
+        latest = {one.pair.id: one for one in seen}
+        for name, conditionings in found.items():
+            before = conditionings[-1] if conditionings else known.get(name)
+            conditionings.append(latest.get(name) or _stopped(before, end))
+        left, begin = [job for job in left if job.pair.id not in ended], end
     return [one for conditionings in found.values() for one in conditionings]
 
 
-def _stopped(last: Conditioning, steps: int) -> Conditioning:
+def _stopped(last: Conditioning | None, steps: int) -> Conditioning:
     """What stands for a later budget where the attack was stopped."""
+    assert last is not None, "an attack that was never looked at goes on"
     budget = replace(last.condition.budget, steps=steps)
     condition = replace(last.condition, budget=budget)
-    return replace(last, condition=condition, stopped_at=last.spent)
+    return replace(
+        last, condition=condition, stopped_at=last.spent if last.spent < steps else None
+    )

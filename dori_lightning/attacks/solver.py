@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 _MEMORY = OomBackoff(
     ATTACK,
     "pair",
-    "checkpoint.precision=bf16, or a device with more memory; a pair's noise samples "
-    "(attack.noise_batch) are part of the method and are never cut",
+    "checkpoint.precision=bf16, attack.samples_per_forward=1, or a device with more memory; a "
+    "pair's noise samples (attack.noise_batch) are part of the method and are never cut",
 )
 
 
@@ -62,7 +62,8 @@ class OptimizerState:
     """State of N searches between two steps, fp32 on the CPU unless said otherwise.
 
     Attributes:
-        delta: Offsets from the initial embeddings (N, T, D); a sum would lose last bits.
+        delta: Offsets from the initial embeddings (N, T, D), in the units of the search; a sum
+            would lose last bits.
         mean: Adam's running means (N, T, D).
         square: Adam's running means of squares (N, T, D).
         count: Steps that Adam took of each row (N,), float64.
@@ -171,11 +172,17 @@ def solve(
         Interrupted: The run was told to leave.
     """
     end = budget.steps if stop_at is None else stop_at
-    snapshots = tuple(s for s in evaluation_steps(settings.snapshots, budget.steps) if s <= end)
+    snapshots = tuple(s for s in evaluation_steps(settings.stops, budget.steps) if s <= end)
     initial = problem.initial.to(model.device, torch.float32)
     latents = problem.latents.to(model.device, torch.float32)
     rows, noises = len(problem.ids), settings.noise_batch
+    spread = model.spread()
+    unit = _units(model, settings)
     delta = torch.zeros_like(initial)
+
+    def point() -> torch.Tensor:
+        return initial + (delta if unit is None else unit * delta)
+
     optimizer = RowAdam(delta, lr=settings.lr, scales=problem.scales)
     active = torch.ones(rows, dtype=torch.bool, device=model.device)
     dead = ~active
@@ -204,8 +211,11 @@ def solve(
             noise = to_device(torch.cat([d[0] for d in draws]), model.device)
             timesteps = to_device(torch.cat([d[1] for d in draws]), model.device)
             loss, gradient = _loss_and_gradient(
-                model, problem.ids, initial + delta, repeated, noise, timesteps
-            )
+                model, problem.ids, point(), repeated, noise, timesteps,
+                at_once=settings.samples_at_once,
+            )  # fmt: skip
+            if unit is not None:
+                gradient = unit * gradient
             with torch.no_grad():
                 finite = loss.isfinite() & gradient.flatten(1).isfinite().all(1)
                 if step == 0:
@@ -213,9 +223,9 @@ def solve(
                     active = ~dead
                 active = active & finite
                 losses.append(torch.where(active, loss, torch.nan))
-                delta = project(optimizer.step(delta, gradient, active), budget)
+                delta = project(optimizer.step(delta, gradient, active), budget, spread)
             if step + 1 in snapshots:
-                embeddings.append((initial + delta).cpu())
+                embeddings.append(point().cpu())
             none_left = step == 0 and not bool(active.any())
             if on_step is not None:
                 on_step(step + 1)
@@ -225,7 +235,7 @@ def solve(
     stacked = torch.full((rows, end), torch.nan)
     if losses:
         stacked[:, : len(losses)] = torch.stack(losses, 1).cpu()
-    embeddings += [(initial + delta).cpu()] * (len(snapshots) - len(embeddings))
+    embeddings += [point().cpu()] * (len(snapshots) - len(embeddings))
     no_gradient = dead.cpu()
     return AttackResult(
         ids=problem.ids,
@@ -238,6 +248,17 @@ def solve(
     )
 
 
+def _units(model: TextToImage, settings: AttackSettings) -> torch.Tensor | None:
+    """How far a unit of the search moves each cell (T, D), zero where it may not move one.
+
+    None where every cell moves in its own number.
+    """
+    spread, cells = model.spread(), model.free(settings.parts)
+    if spread.absolute and bool(cells.all()):
+        return None
+    return (spread.std * cells).to(model.device)
+
+
 def _loss_and_gradient(
     model: TextToImage,
     ids: Sequence[str],
@@ -245,8 +266,10 @@ def _loss_and_gradient(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
+    *,
+    at_once: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss (N,) and gradient (N, T, D) at ``point``.
+    """Loss (N,) and gradient (N, T, D) at ``point``, by passes of ``at_once`` samples of a pair.
 
     On the CPU every batch has the same shape, so a pair gets the same bits wherever and with
     whomever it stands.
@@ -255,18 +278,25 @@ def _loss_and_gradient(
 
     def loss_and_gradient(rows: list[int]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         index = to_device(torch.tensor(rows), model.device)
-        samples = (index[:, None] * batch + torch.arange(batch, device=model.device)).flatten()
+        every = index[:, None] * batch + torch.arange(batch, device=model.device)
         embeddings = point[index].detach().requires_grad_(True)
-        loss = model.denoising_loss(
-            latents[samples],
-            noise[samples],
-            timesteps[samples],
-            embeddings[:, None].expand(-1, batch, -1, -1).flatten(0, 1),
-            pair_ids=[ids[row] for row in rows for _ in range(batch)],
-        )
-        loss = loss.view(len(rows), batch).mean(1)
-        (gradient,) = torch.autograd.grad(LOSS_SCALE * loss.sum(), embeddings)
-        return zip(loss.detach(), gradient / LOSS_SCALE, strict=True)
+        passes = []
+        for chosen in every.split(at_once, 1):
+            samples, width = chosen.flatten(), chosen.shape[1]
+            loss = model.denoising_loss(
+                latents[samples],
+                noise[samples],
+                timesteps[samples],
+                embeddings[:, None].expand(-1, width, -1, -1).flatten(0, 1),
+                pair_ids=[ids[row] for row in rows for _ in range(width)],
+            )
+            loss = loss.view(len(rows), width).mean(1)
+            if width < batch:
+                loss = loss * (width / batch)
+            (gradient,) = torch.autograd.grad(LOSS_SCALE * loss.sum(), embeddings)
+            passes.append((loss.detach(), gradient / LOSS_SCALE))
+        losses, gradients = zip(*passes, strict=True)
+        return zip(sum(losses), sum(gradients), strict=True)
 
     found = map_batches(
         loss_and_gradient,
@@ -302,7 +332,7 @@ def noise_and_timesteps(
 def random_embedding(
     seed: int, pair_id: str, restart: int, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """Standard normal embedding (T, D): the ``random`` initial point.
+    """Standard normal numbers (T, D) that the ``random`` initial point is made of.
 
     Reference: Finding DoRI (2507.16880), section on initialisation.
     """

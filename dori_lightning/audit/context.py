@@ -16,8 +16,8 @@ from dori_lightning.metrics.evidence import EvidenceSettings
 from dori_lightning.metrics.utility import UtilitySettings
 from dori_lightning.mitigations.base import Context, EditResult, Mitigation
 from dori_lightning.models.generation import baseline_cache_key
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.copies import alterations, altered_copies
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, Corpus
 from dori_lightning.pairs.datamodule import PairsDataModule
@@ -64,7 +64,7 @@ class AuditContext:
     cache: Path
     seed: int
     pairs: Pairs
-    model: StableDiffusion
+    model: LatentDiffusion
     data: PairsDataModule
     references: ReferenceImages
     corpus: Corpus
@@ -214,7 +214,7 @@ def audit_bytes(context: AuditContext) -> int:
     model, attack = context.model, context.attack
     tokens, width = model.embedding_shape
     channels, height, side = model.latent_shape
-    snapshots = len(evaluation_steps(attack.snapshots, context.budget.steps))
+    snapshots = len(evaluation_steps(attack.stops, context.budget.steps))
     # of all pairs: controls are attacked from everywhere where the answer rests on it
     attacks = len(context.pairs) * len(attack.inits) * attack.restarts
     # with and without the edit, or in the run and in the cache

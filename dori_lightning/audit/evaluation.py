@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 
+from dori_lightning.attacks.budget import evaluation_steps
 from dori_lightning.attacks.embedding_attack import (
     Conditioning,
     Job,
     attack_rounds,
     run_attacks,
 )
+from dori_lightning.attacks.futility import FutilityTest, log_ratios
 from dori_lightning.attacks.model_check import IMAGES, RESPONSE, ModelCheck, check_model
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.loss_evidence import loss_evidence
@@ -44,7 +47,7 @@ from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.cache import JSON, Cache, Codec, held
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Outcome
+from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Init, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,8 @@ class Generated:
         calibration: The thresholds, where generating needed them already.
         losses: Pair id to the evidence by loss; empty where it is not asked for.
         outcomes: Scores of the images of ``conditionings``, where generating needed them already.
+        judged: Evaluations under the empty prompt that ended futile searches.
+        looked: Images that were drawn at looks that no rate is counted at.
     """
 
     conditionings: tuple[Conditioning, ...]
@@ -70,6 +75,8 @@ class Generated:
     calibration: Calibration | None = None
     losses: Mapping[str, LossEvidence] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
+    judged: int = 0
+    looked: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,19 +137,24 @@ def attack_and_generate(
         on_round: Called with the embeddings of one initial point and restart.
     """
     prompts, images = prompt_conditionings(context), context.folder / "pictures"
-    mitigated, calibration = not edit.is_empty, None
-    # without an edit too: jobs of a sweep share them, and wait for the one that began
+    # jobs of a sweep share what the model generates without an edit, and wait for the first
     own = context.unmitigated / f"images-{context.trainer.global_rank}.lock"
     own.parent.mkdir(parents=True, exist_ok=True)
     with held(own, "the unmitigated images"):
         generate_ordinary(context)
-        generate(context, prompts, context.unmitigated, title="before")
-    if context.attack.early_stop:
-        distributed.barrier()
-        # before the attack, whose images have no part in it; by every process, so that all fail
-        # where no threshold separates
-        before = measure_all(context, prompts, context.unmitigated, title="score prompts")
-        calibration = distributed.broadcast_object(calibrate(context, before))
+        if not context.attack.early_stop:
+            generate(context, prompts, context.unmitigated, title="before")
+    settings, mitigated, calibration = context.attack, not edit.is_empty, None
+    baseline: tuple[Conditioning, ...] = prompts if mitigated else ()
+    answered = frozenset[str]()
+    if settings.early_stop:
+        folder, title = (context.unmitigated, "before") if mitigated else (images, "prompts")
+        calibration = _calibrate_early(context, prompts, folder, title=title)
+        if settings.one_image:
+            drawn, answered = draw_until_copy(
+                context, calibration, prompts, folder, edit="none", title=title
+            )
+            prompts, baseline = (prompts, drawn) if mitigated else (drawn, ())
 
     check_before = _check(context, edited=False) if mitigated else None
     with edit.applied(context.model):
@@ -156,43 +168,60 @@ def attack_and_generate(
             scale,
         )
 
+    look, test = None, None
+    controls = frozenset(pair.id for pair in context.pairs if pair.kind == "control")
+    suspects = frozenset(pair.id for pair in context.suspected)
+    attack = context.attack_context(edit.identity, scale=scale)
+    if calibration is not None:
+        if settings.futility is not None:
+            last = max(stop for stop in settings.stops if stop < context.budget.steps)
+            test = FutilityTest(settings.futility, controls, last, partial(log_ratios, attack))
+        look = Looks(context, calibration, edit.identity, test)
+        if settings.one_image and mitigated:
+            with edit.applied(context.model):
+                prompts, answered = draw_until_copy(
+                    context, calibration, prompts, images, edit=edit.identity, title="prompts"
+                )
+
+    if settings.futility is not None and suspects and suspects <= answered:
+        answered |= controls  # controls go on as long as a suspect does
+
     def search(
         rounds: Sequence[Sequence[Job]], known: Sequence[Conditioning]
     ) -> tuple[Conditioning, ...]:
         with edit.applied(context.model):
             attacked = run_attacks(
-                context.attack_context(edit.identity, scale=scale),
+                attack,
                 rounds,
                 trainer=context.trainer,
                 on_round=on_round,
-                reproduced=partial(reproduced_pairs, context, calibration, edit.identity)
-                if calibration
-                else None,
+                look=look,
+                answered={c.pair.id: c for c in prompts if c.pair.id in answered},
             )
             found = (*known, *attacked)
             generate(context, found, images, edit=edit.identity, title="generate")
         distributed.barrier()
         return found
 
-    conditionings = search(attack_rounds(context.attack, context.pairs), prompts)
+    conditionings = search(attack_rounds(settings, context.pairs), prompts)
     outcomes: tuple[Outcome, ...] = ()
-    controls = [pair for pair in context.pairs if pair.kind == "control"]
-    if controls and set(context.attack.inits_of("control")) < set(context.attack.inits):
+    if controls and set(settings.inits_of("control")) < set(settings.inits):
         outcomes = measure_shared(context, conditionings, images)
         if calibration is None:
-            unedited = (
-                measure_shared(context, prompts, context.unmitigated) if mitigated else outcomes
+            before = (
+                measure_shared(context, baseline, context.unmitigated) if mitigated else outcomes
             )
-            calibration = distributed.broadcast_object(calibrate(context, unedited))
+            calibration = distributed.broadcast_object(calibrate(context, before))
         starts = unchecked_starts(outcomes, calibration)
         if starts:
             log.info(
                 "images come back from %s alone: controls are attacked from there as well",
                 ", ".join(starts),
             )
-            everywhere = replace(context.attack, inits=starts, other_inits=None)
+            everywhere = replace(settings, inits=starts, other_inits=None)
+            others = [pair for pair in context.pairs if pair.kind == "control"]
             known = len(conditionings)
-            conditionings = search(attack_rounds(everywhere, controls), conditionings)
+            conditionings = search(attack_rounds(everywhere, others), conditionings)
             outcomes += measure_shared(context, conditionings[known:], images)
     losses: Mapping[str, LossEvidence] = {}
     if context.evidence.losses:
@@ -200,13 +229,30 @@ def attack_and_generate(
             losses = loss_evidence(context, conditionings)
     return Generated(
         conditionings=conditionings,
-        baseline=prompts if mitigated else (),
+        baseline=baseline,
         check=check,
         check_before=check_before,
         calibration=calibration,
         losses=losses,
         outcomes=outcomes,
+        judged=settings.noise_batch * len(test.judged) if test else 0,
+        looked=look.drawn if look else 0,
     )
+
+
+def _calibrate_early(
+    context: AuditContext, prompts: Sequence[Conditioning], folder: Path, *, title: str
+) -> Calibration:
+    """Set the thresholds before the attack, whose images have no part in it.
+
+    By every process, so that all fail where no threshold separates.
+    """
+    if context.attack.one_image:
+        prompts = [_one_image_of(context, c) for c in prompts]
+    generate(context, prompts, folder, title=title)
+    distributed.barrier()
+    outcomes = measure_all(context, prompts, folder, title="score prompts")
+    return distributed.broadcast_object(calibrate(context, outcomes))
 
 
 CHECK: Codec[ModelCheck] = JSON.mapped(asdict, lambda fields: ModelCheck(**fields))
@@ -278,7 +324,14 @@ def evaluate(
     results_there = pair_results(there, calibration)
     models: dict[str, Any] = {"reference": results_there, "losses": generated.losses}
     unseen = unseen_images(results, calibration, **models, reference_losses=there_losses)
-    evidence = image_evidence(results, calibration, unseen, rate=context.evidence.rate, **models)
+    evidence = image_evidence(
+        results,
+        calibration,
+        unseen,
+        rate=context.evidence.rate,
+        copies_tie=context.attack.futility is not None,
+        **models,
+    )
     return Evaluation(
         outcomes, baseline, calibration, cells, evidence, unseen, there_cells, learned
     )
@@ -293,9 +346,12 @@ def prompt_conditionings(context: AuditContext) -> tuple[Conditioning, ...]:
 
 
 def image_folder(folder: Path, conditioning: Conditioning) -> Path:
-    """Where the images of a conditioning lie below ``folder``."""
+    """Where the images of a conditioning lie below ``folder``.
+
+    An attack that begins at a prompt has that prompt's before its first step.
+    """
     condition = conditioning.condition
-    if condition.attack == "prompt":
+    if condition.attack == "prompt" or (condition.init == "prompt" and conditioning.spent == 0):
         return folder / "prompt" / conditioning.pair.id
     name = f"dori_{condition.init}_r{conditioning.restart}_s{conditioning.spent}"
     return folder / name / conditioning.pair.id
@@ -323,6 +379,7 @@ def generate(
             image_folder(folder, c),
             c.embedding,
             c.pair.id,
+            c.seeds,
             kept=image_folder(context.unmitigated, c) if edit == "none" else None,
         )
         for c in conditionings
@@ -336,13 +393,15 @@ def _generate_share(
     """Generate what this process is to make of all requests, with a progress bar."""
     trainer, sampling = context.trainer, context.sampling
     own = requests[trainer.global_rank :: trainer.world_size]
-    with progress_bar(title, len(own) * sampling.images_per_pair) as advance:
+    images = sum(len(request.seeds or image_seeds(sampling)) for request in own)
+    with progress_bar(title, images) as advance:
         generate_images(context.model, own, sampling, edit=edit, advance=advance)
 
 
 def measure(context: AuditContext, conditioning: Conditioning, folder: Path) -> Outcome:
     """Score the images of a conditioning, which lie in ``folder``, against its pair's image."""
-    seeds, place = image_seeds(context.sampling), image_folder(folder, conditioning)
+    seeds = conditioning.seeds or image_seeds(context.sampling)
+    place = image_folder(folder, conditioning)
     scores = context.references.measure(
         conditioning.pair, load_images(place, seeds), failed=conditioning.status != "ok"
     )
@@ -432,30 +491,115 @@ def calibrate(context: AuditContext, outcomes: Sequence[Outcome]) -> Calibration
     )
 
 
-def reproduced_pairs(
+def copies_among(
     context: AuditContext,
     calibration: Calibration,
-    edit: str,
     conditionings: Sequence[Conditioning],
+    folder: Path,
+    *,
+    edit: str,
+    title: str,
 ) -> frozenset[str]:
-    """Generate from an attack's embeddings so far, and name the pairs that they reproduce.
+    """Generate from embeddings, and name the pairs that they reproduce.
 
-    Decided as the report decides it: same seeds, descriptor and threshold. Each
-    process scores the images that it generated itself.
+    Decided as the report decides it: same seeds, descriptor and threshold. Each process scores
+    the images that it generated itself.
 
     Args:
         context: The audit; its model carries the edit already.
         calibration: The threshold of replication.
-        edit: Identity of the edit.
         conditionings: One for each pair.
+        folder: Where the images go.
+        edit: Identity of the edit.
+        title: Title of the progress bar.
 
     Returns:
         Pair ids, the same on every process.
     """
-    folder, trainer = context.folder / "pictures", context.trainer
-    generate(context, conditionings, folder, edit=edit, title="look")
-    reproduced = {
+    trainer = context.trainer
+    generate(context, conditionings, folder, edit=edit, title=title)
+    copies = {
         c.pair.id: is_copy(measure(context, c, folder), calibration)
         for c in conditionings[trainer.global_rank :: trainer.world_size]
     }
-    return frozenset(k for k, copy in distributed.all_gather_dict(reproduced).items() if copy)
+    return frozenset(k for k, copy in distributed.all_gather_dict(copies).items() if copy)
+
+
+def draw_until_copy(
+    context: AuditContext,
+    calibration: Calibration,
+    conditionings: Sequence[Conditioning],
+    folder: Path,
+    *,
+    edit: str,
+    title: str,
+) -> tuple[tuple[Conditioning, ...], frozenset[str]]:
+    """Generate the first image from each embedding, and the others where it is no copy.
+
+    Arguments as of ``copies_among``.
+
+    Returns:
+        The conditionings, with what is drawn of each, and ids of the pairs that they reproduce.
+    """
+    look = partial(copies_among, context, calibration, folder=folder, edit=edit, title=title)
+    alone = {c.pair.id: _one_image_of(context, c) for c in conditionings}
+    first = look([*alone.values()])
+    found = tuple(alone[c.pair.id] if c.pair.id in first else c for c in conditionings)
+    return found, first | look([c for c in found if c.pair.id not in first])
+
+
+def _one_image_of(context: AuditContext, one: Conditioning, place: int = 0) -> Conditioning:
+    """A conditioning of which one image is drawn: one of the K, by its place, in turn."""
+    seeds = image_seeds(context.sampling)
+    return replace(one, seeds=(seeds[place % len(seeds)],))
+
+
+@dataclass
+class Looks:
+    """Looks at searches on their way, and ends those whose answer is known.
+
+    Attributes:
+        context: The audit; its model carries the edit already.
+        calibration: The threshold of replication.
+        edit: Identity of the edit.
+        test: Which searches are futile; None ends only those whose images are copies.
+        drawn: Images that were drawn at looks that no rate is counted at.
+        taken: Initial point and restart to the looks taken so far.
+    """
+
+    context: AuditContext
+    calibration: Calibration
+    edit: str
+    test: FutilityTest | None
+    drawn: int = 0
+    taken: Counter[tuple[Init | None, int]] = field(default_factory=Counter)
+
+    def __call__(
+        self, conditionings: Sequence[Conditioning]
+    ) -> tuple[Sequence[Conditioning], frozenset[str]]:
+        """Look at one conditioning for each pair, all after the same steps.
+
+        Returns:
+            The conditionings, with what was drawn of each, and ids of the pairs whose attacks end.
+        """
+        context, steps = self.context, conditionings[0].spent
+        settings, last = context.attack, context.budget.steps
+        folder, one_image = context.folder / "pictures", settings.one_image
+        if one_image and steps == last:
+            return draw_until_copy(
+                context, self.calibration, conditionings, folder, edit=self.edit, title="look"
+            )
+        start = (conditionings[0].condition.init, conditionings[0].restart)
+        if one_image:
+            place = self.taken[start]
+            conditionings = [_one_image_of(context, c, place) for c in conditionings]
+        self.taken[start] += 1
+        copies = copies_among(
+            context, self.calibration, conditionings, folder, edit=self.edit, title="look"
+        )
+        if steps not in evaluation_steps(settings.snapshots, last):
+            each = 1 if one_image else context.sampling.images_per_pair
+            self.drawn += each * len(conditionings)
+        if self.test is None or not 0 < steps < last:
+            return conditionings, copies
+        return conditionings, copies | self.test.futile(conditionings, copies)

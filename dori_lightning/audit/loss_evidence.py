@@ -69,7 +69,9 @@ def loss_evidence(
         context: The audit; its model carries the edit.
         conditionings: Prompts and attacked embeddings. Of the snapshots of one search the last
             one counts; failed attacks are left out, and so are starts that no control was
-            attacked from: an image with more tries than its nulls stands out by that alone.
+            attacked from: an image with more tries than its nulls stands out by that alone. With
+            ``attack.futility`` so are searches that ended before their last step: images, or the
+            loss itself, have given their answer, for controls as for suspects.
 
     Returns:
         Pair id to the smallest ratio over the conditionings, of all processes.
@@ -77,7 +79,8 @@ def loss_evidence(
     empty = context.model.empty_embedding()[0].cpu()
     asked = {(pair.id, "empty"): _Question(pair, "empty", empty) for pair in context.pairs}
     for one in conditionings:
-        if one.status == "ok":
+        ended = one.stopped_at is not None and context.attack.futility is not None
+        if one.status == "ok" and not ended and not _is_prompt(one):
             name = one.condition.init or "own prompt"
             asked[one.pair.id, name] = _Question(one.pair, name, one.embedding)
     tried = {q.conditioning for q in asked.values() if q.pair.kind == "control"}
@@ -93,6 +96,11 @@ def loss_evidence(
         if best is None or ratio < best.ratio:
             found[question.pair.id] = LossEvidence(ratio, question.conditioning)
     return distributed.all_gather_dict(found)
+
+
+def _is_prompt(one: Conditioning) -> bool:
+    """Whether an attack is still at the prompt, whose losses are asked for anyway."""
+    return one.condition.attack != "prompt" and one.condition.init == "prompt" and one.spent == 0
 
 
 def _ratios(context: AuditContext, questions: Sequence[_Question]) -> list[float]:

@@ -24,9 +24,9 @@ from dori_lightning.audit.context import AuditContext, reference_images
 from dori_lightning.audit.evaluation import (
     attack_and_generate,
     calibrate,
+    copies_among,
     measure_all,
     prompt_conditionings,
-    reproduced_pairs,
 )
 from dori_lightning.metrics.descriptors import LocalCorrelation
 from dori_lightning.metrics.evidence import Power, attacked_scores
@@ -225,8 +225,13 @@ def measure_power(
         carried = _another_round(there, carried, settings)
         steps += settings.steps
         with carried.applied(there.model):
-            drawn = reproduced_pairs(
-                there, calibration, carried.identity, prompt_conditionings(there)
+            drawn = copies_among(
+                there,
+                calibration,
+                prompt_conditionings(there),
+                there.folder / "pictures",
+                edit=carried.identity,
+                title="look",
             )
         log.info(
             "positive controls: %d of %d planted after %d steps", len(drawn), len(planted), steps
@@ -255,7 +260,14 @@ def _context_of(context: AuditContext, planted: Sequence[Pair]) -> AuditContext:
     data = PairsDataModule(planted, context.model, cache=context.cache / "encoded")
     data.prepare()
     attack = replace(
-        context.attack, inits=("random",), other_inits=None, snapshots=(), early_stop=False
+        context.attack,
+        inits=("random",),
+        other_inits=None,
+        snapshots=(),
+        early_stop=False,
+        looks=(),
+        one_image=False,
+        futility=None,
     )
     return replace(
         context,

@@ -16,8 +16,7 @@ from dori_lightning.models.generation import (
     image_seeds,
     load_images,
 )
-from dori_lightning.models.protocol import Sampling
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import Pair, Pairs
@@ -50,7 +49,7 @@ def aimed_pairs(
     pairs: Sequence[Pair],
     references: ReferenceImages,
     *,
-    model: StableDiffusion,
+    model: TextToImage,
     sampling: Sampling,
     cache: Path,
 ) -> tuple[Pair, ...]:

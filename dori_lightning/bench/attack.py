@@ -38,8 +38,8 @@ from dori_lightning.bench.measure import (
     seconds_alone,
     timed_in_turn,
 )
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.memory import measure_batch, pairs_at_once
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.report.words import number_words
 from dori_lightning.runtime.batching import parallel_batches
@@ -90,7 +90,7 @@ class AttackTask:
         return replace(self, ids=ids, latents=latents, initial=initial)
 
     def draw(
-        self, model: StableDiffusion, row: int, step: int
+        self, model: LatentDiffusion, row: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise (B, C, h, w) and timesteps (B,) of a step, on the model's device."""
         noise, timesteps = noise_and_timesteps(
@@ -117,7 +117,7 @@ Attack = Callable[[AttackTask], Attacked]
 
 
 def fair(
-    model: StableDiffusion,
+    model: LatentDiffusion,
     task: AttackTask,
     *,
     denoiser: Any = None,
@@ -134,9 +134,9 @@ def fair(
             autocast, and with gradients of the weights, which nobody uses.
     """
     # not "or": a compiled module has no truth value
-    denoiser = model.unet if denoiser is None else denoiser
+    denoiser = model.denoiser() if denoiser is None else denoiser
     half = model.autocast if images is None else None
-    if denoiser is not model.unet:
+    if denoiser is not model.denoiser():
         denoiser.requires_grad_(images is not None)
     embeddings, losses = [], []
     with model.frozen() if images is None else nullcontext(), torch.enable_grad():
@@ -165,7 +165,7 @@ def fair(
 
 
 def _error(
-    model: StableDiffusion,
+    model: LatentDiffusion,
     denoiser: Any,
     latents: torch.Tensor,
     noise: torch.Tensor,
@@ -175,9 +175,9 @@ def _error(
     half: torch.dtype | None,
 ) -> torch.Tensor:
     """Mean squared error of each row's predicted noise (N,), or of v; autocast to ``half``."""
-    alpha = model.alphas_cumprod[timesteps][:, None, None, None]
+    alpha = model.variances(timesteps)[0][:, None, None, None]
     noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    dtype = next(model.unet.parameters()).dtype
+    dtype = next(model.parameters()).dtype
     with torch.autocast(model.device.type, half or torch.bfloat16, enabled=half is not None):
         (output,) = denoiser(
             noised.to(dtype), timesteps, encoder_hidden_states=embeddings.to(dtype),
@@ -190,7 +190,7 @@ def _error(
     return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
 
 
-def solver_attack(model: StableDiffusion, task: AttackTask) -> Attacked:
+def solver_attack(model: LatentDiffusion, task: AttackTask) -> Attacked:
     """The package's solver, without Trainer and store."""
     result = solve(
         model,
@@ -310,7 +310,7 @@ def compiled_family(bench: BenchContext, settings: BenchSettings) -> Family:
     return Family("compiled", title, measured, peak=bench.peak)
 
 
-def _plain_denoiser(model: StableDiffusion) -> torch.nn.Module | None:
+def _plain_denoiser(model: LatentDiffusion) -> torch.nn.Module | None:
     """A copy in torch's usual memory format, where the model is in another: on a GPU."""
     if model.device.type == "cpu":
         return None

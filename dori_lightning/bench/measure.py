@@ -31,8 +31,8 @@ from dori_lightning.models.generation import (
     image_seeds,
     load_images,
 )
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.memory import PeakMemory
-from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import disable_parallel
 from dori_lightning.runtime.logging import progress_bar, progress_disabled, with_progress
@@ -120,7 +120,7 @@ class Family:
 def timed_in_turn(
     ways: Mapping[str, tuple[str, Callable[[], Any]]],
     *,
-    model: StableDiffusion,
+    model: LatentDiffusion,
     pairs: int,
     repeats: int,
     title: str,
@@ -153,7 +153,7 @@ def timed_in_turn(
                 rows[name] = replace(rows[name], skipped="no time left")
                 continue
             try:
-                with counted(model.unet) as counts, progress_disabled():
+                with counted(model.denoiser()) as counts, progress_disabled():
                     warm_up, results[name] = _timed(run, model.device)
             except RuntimeError as error:
                 if name == "ours":
@@ -333,7 +333,7 @@ class RowCost:
     attack: int
 
 
-def row_cost(model: StableDiffusion) -> RowCost:
+def row_cost(model: LatentDiffusion) -> RowCost:
     """Count what a row of a model takes; its count of evaluations stays as it is."""
     latents = torch.zeros(1, *model.latent_shape, device=model.device)
     timesteps = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -423,7 +423,7 @@ class BenchContext:
         until: ``time.monotonic()`` from which a family begins nothing new.
     """
 
-    model: StableDiffusion
+    model: LatentDiffusion
     pairs: tuple[Pair, ...]
     context: Context
     folder: Path

@@ -60,7 +60,7 @@ def one_at_a_time(bench: BenchContext, embeddings: torch.Tensor) -> torch.Tensor
     empty, images = model.empty_embedding(), []
     for embedding in embeddings:
         for seed in image_seeds(sampling):
-            scheduler = model._sampler(sampling)
+            scheduler = model.scheduler_of(sampling)
             noise = generation_noise(seed, model.latent_shape)
             x = noise[None].to(model.device) * scheduler.init_noise_sigma
             context = embedding[None].to(model.device)

@@ -54,7 +54,13 @@ from dori_lightning.locality.layers import (
 )
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.metrics.replication import is_copy
-from dori_lightning.mitigations.base import EditResult, Mitigation, edit_key, settings_fingerprint
+from dori_lightning.mitigations.base import (
+    EditResult,
+    Mitigation,
+    edit_key,
+    layers_of,
+    settings_fingerprint,
+)
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
@@ -485,11 +491,11 @@ def compare_activations(study: Study, groups: Sequence[Group]) -> ActivationFind
     timestep = steps[settings.activation_step]
     embeddings = torch.cat([group.embeddings for group in groups])
     layers: dict[Method, Mapping[str, nn.Module]] = {
-        "nemo": model.layers("cross_attention.value", settings.nemo.stages),
-        "wanda": model.layers("feed_forward.out", settings.wanda.stages),
+        "nemo": layers_of(model, "text.value", settings.nemo.stages),
+        "wanda": layers_of(model, "feed_forward.out", settings.wanda.stages),
     }
     compare: dict[Method, Callable[[], Tensors]] = {
-        "nemo": partial(value_distances, layers["nemo"], embeddings),
+        "nemo": partial(value_distances, layers["nemo"], model.value_input(embeddings)),
         "wanda": partial(
             feed_forward_distances, model, layers["wanda"], embeddings, timestep=timestep,
             noise=generation_noise(settings.noise_seed, model.latent_shape),

@@ -389,6 +389,7 @@ def judge(
     rate: float,
     auditable: Sequence[bool] | None = None,
     painted: Sequence[bool] | None = None,
+    copies_tie: bool = False,
 ) -> list[Judged]:
     """Answer for each of N suspects, from scores and loss ratios alone.
 
@@ -406,11 +407,15 @@ def judge(
         rate: False discovery rate over the images, in (0, 1).
         auditable: Whether the descriptor can judge each; None for all.
         painted: Whether the reference model reproduces each; None for none.
+        copies_tie: Whether all copies count as equally close, suspects' and nulls': searches ended
+            at their first copy, so how close they would have come is not known.
     """
     fit = np.ones(len(scores), bool) if auditable is None else np.asarray(auditable, bool)
     paints = np.zeros(len(scores), bool) if painted is None else np.asarray(painted, bool)
     nulls = null_scores(unseen)
-    by_image = conformal_p_values(scores, nulls)
+    by_image = conformal_p_values(
+        _tied(scores) if copies_tie else scores, _tied(nulls) if copies_tie else nulls
+    )
     by_loss = conformal_p_values(
         -np.log(np.asarray(ratios, np.float64)), -np.log([image.loss_ratio for image in unseen])
     )
@@ -433,6 +438,12 @@ def judge(
     return found
 
 
+def _tied(scores: ArrayLike) -> np.ndarray:
+    """Scores with the same, highest one for all copies; NaN stays NaN."""
+    values = np.asarray(scores, np.float64)
+    return np.where(values > COPY, math.inf, values)
+
+
 def image_evidence(
     results: Sequence[PairResult],
     rule: Calibration,
@@ -441,6 +452,7 @@ def image_evidence(
     rate: float,
     reference: Sequence[PairResult] = (),
     losses: Mapping[str, LossEvidence] = MappingProxyType({}),
+    copies_tie: bool = False,
 ) -> tuple[ImageEvidence, ...]:
     """Judge every suspected image, with its own error bound (``judge``).
 
@@ -453,6 +465,7 @@ def image_evidence(
         rate: False discovery rate over the images, in (0, 1).
         reference: The results of a model that never saw the images.
         losses: Pair id to the evidence by loss; empty where not measured.
+        copies_tie: As of ``judge``.
 
     Returns:
         One row for each pair that is no control, in order of appearance.
@@ -470,6 +483,7 @@ def image_evidence(
         rate=rate,
         auditable=[name not in rule.not_auditable for name in suspects],
         painted=[name in painted for name in suspects],
+        copies_tie=copies_tie,
     )
     rows = []
     for (name, pair), score, ratio, found in zip(

@@ -23,7 +23,8 @@ stops at its first success leaves the cumulative rate as it is, since the steps 
 are the same ones. The rate at the budget is lost: the attacks that went on are those that had
 failed. So a cell with stopped attacks counts cumulatively and says so (``Cell.counted``). Its
 similarities are those of the images at which attacks were stopped, which later steps might have
-surpassed. A pair counts in the cumulative rate where it came back, also if its attack diverged
+surpassed. An attack that was futile counts at every later budget as what it was: no copy. A pair
+counts in the cumulative rate where it came back, also if its attack diverged
 later, or where it has a result at the budget.
 """
 
@@ -372,7 +373,8 @@ def first_successes(outcomes: Iterable[Outcome], rule: Calibration) -> dict[Sear
     for outcome in outcomes:
         search = search_of(outcome)
         if search is not None and is_copy(outcome, rule):
-            steps = outcome.condition.budget.steps
+            budget, stop = outcome.condition.budget.steps, outcome.stopped_at
+            steps = budget if stop is None else stop
             found[search] = min(steps, found.get(search, steps))
     return found
 
@@ -425,17 +427,26 @@ class AttackEffort:
         attack: Of the attack: noise samples of every step taken.
         attack_saved: Of steps that stopped attacks did not take.
         pictures: Of generating images from embeddings that the attack found.
-        pictures_saved: Of images of later budgets that stopped attacks did not generate.
+        pictures_saved: Of images of later budgets that stopped attacks did not generate, and of
+            further images where the first was enough, less those of looks on the way.
+        futility: Of losses under the empty prompt, which say that a search is futile.
     """
 
     attack: int
     attack_saved: int
     pictures: int
     pictures_saved: int
+    futility: int = 0
 
 
 def attack_effort(
-    outcomes: Iterable[Outcome], *, noise_batch: int, picture_evaluations: int
+    outcomes: Iterable[Outcome],
+    *,
+    noise_batch: int,
+    picture_evaluations: int,
+    images_per_pair: int,
+    looked: int = 0,
+    futility: int = 0,
 ) -> AttackEffort:
     """Count what the attack took, and what stopping it early saved.
 
@@ -443,6 +454,9 @@ def attack_effort(
         outcomes: Outcomes under the edit, all budgets of an attack.
         noise_batch: Noise samples of a pair and step.
         picture_evaluations: UNet evaluations that one image takes.
+        images_per_pair: K, images of each embedding where none is spared.
+        looked: Images that were drawn on the way and are in no outcome.
+        futility: As of ``AttackEffort``.
     """
     taken: dict[object, int] = {}
     planned: dict[object, int] = {}
@@ -451,17 +465,19 @@ def attack_effort(
         search, steps = search_of(outcome), outcome.condition.budget.steps
         if search is None:
             continue
-        stopped = outcome.stopped_at is not None
-        generated += 0 if stopped else len(outcome.seeds)
-        spared += len(outcome.seeds) if stopped else 0
-        taken[search] = max(taken.get(search, 0), 0 if stopped else steps)
+        stop = outcome.stopped_at
+        drawn = 0 if stop is not None else len(outcome.seeds)
+        generated += drawn
+        spared += images_per_pair - drawn
+        taken[search] = max(taken.get(search, 0), steps if stop is None else stop)
         planned[search] = max(planned.get(search, 0), steps)
     spent = sum(taken.values())
     return AttackEffort(
         attack=spent * noise_batch,
         attack_saved=(sum(planned.values()) - spent) * noise_batch,
-        pictures=generated * picture_evaluations,
-        pictures_saved=spared * picture_evaluations,
+        pictures=(generated + looked) * picture_evaluations,
+        pictures_saved=(spared - looked) * picture_evaluations,
+        futility=futility,
     )
 
 

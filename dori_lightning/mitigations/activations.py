@@ -149,7 +149,7 @@ def activations(layer: nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> ActivationStatistics:
-    """Statistics of all cross-attention value layers of a checkpoint.
+    """Statistics of all value layers of text of a checkpoint.
 
     One pass, in float64, by merging the moments of chunks (Chan et al., 1983), so that memory does
     not grow with the number of prompts.
@@ -159,22 +159,21 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
         prompts: Ordinary prompts, at least two.
 
     Raises:
-        InputError: There are fewer than two prompts, or the model has no such layers.
+        InputError: There are fewer than two prompts.
     """
     if len(prompts) < 2:
         raise InputError(f"activation statistics need at least 2 prompts, got {len(prompts)}")
-    layers = model.layers("cross_attention.value")
-    if not layers:
-        raise InputError(f"{model.name} has no cross-attention value layers")
+    layers = model.layers("text.value")
     count = 0
     means: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
     with progress_bar("activation statistics", len(prompts)) as advance:
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             embeddings = model.encode_prompts(prompts[start : start + PROMPTS_AT_ONCE])
+            text = model.value_input(embeddings)
             added = len(embeddings)
             for name, layer in layers.items():
-                values = activations(layer, embeddings).double()
+                values = activations(layer, text).double()
                 mean = values.mean(0)
                 square = (values - mean).square().sum(0)
                 if count == 0:
@@ -285,7 +284,7 @@ def layer_influence(
     )
     timesteps = torch.full((len(prompts),), when, device=model.device)
     empty = model.empty_embedding()
-    layers = model.layers("cross_attention.value")
+    layers = model.layers("text.value")
     passes = len(model.sampling_timesteps(sampling)) + 2 + len(layers)
     with model.frozen(), passes_shown(model, "influence of layers", passes):
         noised = model.noised(model.denoise(embeddings, start, sampling), noise, timesteps)
@@ -293,7 +292,7 @@ def layer_influence(
         without = model.predict_noise(noised, timesteps, empty.expand_as(embeddings))
         found = {}
         for name, layer in layers.items():
-            with layer.register_forward_hook(_empty_instead(empty)):
+            with layer.register_forward_hook(_empty_instead(model.value_input(empty))):
                 changed = model.predict_noise(noised, timesteps, embeddings)
             found[name] = LayerInfluence(
                 change=_ratio(changed - usual, usual),

@@ -163,9 +163,9 @@ class AdversarialFinetuning(FinetunedMitigation):
             builds_on=() if source is None else (source,),
         )
 
-    def trains(self, name: str) -> bool:
+    def trains(self, model: TextToImage, name: str) -> bool:
         """Every weight, or none besides the low-rank update."""
-        del name
+        del model, name
         return self.low_rank is None
 
     def added_weights(self, model: TextToImage) -> int:
@@ -334,7 +334,11 @@ class TriggerPool:
         self.model, self.settings, self.seed = model, settings, seed
         self.ordinary = ordinary
         budget = settings.attack.budget
-        self.budget = budget.resolve(ordinary.embeddings() if budget.needs_controls else None)
+        own_units = not model.spread().absolute
+        needed = budget.needs_controls and not own_units
+        self.budget = budget.resolve(
+            ordinary.embeddings() if needed else None, own_units=own_units
+        )
         self.ids = tuple(pair.id for pair in batch.pairs)
         self.latents: dict[str, torch.Tensor] = dict(zip(self.ids, batch.latents, strict=True))
         self.prompts: dict[str, torch.Tensor] = dict(zip(self.ids, batch.embeddings, strict=True))
@@ -442,9 +446,10 @@ class TriggerPool:
 
     def _random(self, name: str, number: int) -> torch.Tensor:
         """Random initial embedding (T, D) of a pair's search in a round."""
-        return random_embedding(
+        normal = random_embedding(
             self.seed, name, FIRST_RESTART + number, self.model.embedding_shape
         )
+        return self.model.random_start(normal, parts=self.settings.attack.parts)
 
     def _attack(
         self, restart: int, names: Sequence[str], starts: Sequence[torch.Tensor]
@@ -460,7 +465,7 @@ class TriggerPool:
         if shard:
             estimate_batch_size(
                 self.model,
-                noise_batch=attack.noise_batch,
+                noise_batch=attack.samples_at_once,
                 wanted=attack.pairs_per_forward,
                 pair_id=names[shard[0]],
             )
@@ -562,12 +567,13 @@ def redirect_loss(
         timesteps: Timesteps (N,).
         embeddings: Triggers (N, T, D).
     """
-    alpha = model.alphas_cumprod[timesteps][:, None, None, None]
+    signal, spread = (factor[:, None, None, None] for factor in model.scales(timesteps))
+    kept, added = (factor[:, None, None, None] for factor in model.variances(timesteps))
     noised = model.noised(memorized, noise, timesteps)
     predicted = model.predict_noise(noised, timesteps, embeddings)
     # the noise that leads from here to the surrogate; its error is SNR times the latent's
-    target = (noised - alpha.sqrt() * surrogates) / (1 - alpha).sqrt()
-    weight = ((1 - alpha) / alpha).clamp(max=1.0)
+    target = (noised - signal * surrogates) / spread
+    weight = (added / kept).clamp(max=1.0)
     return (weight * (predicted - target).square()).flatten(1).mean(1)
 
 

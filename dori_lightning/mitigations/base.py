@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 import lightning.pytorch as L
 import torch
+from torch import nn
 
 from dori_lightning import types
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
+from dori_lightning.models.loading import FAMILIES
 from dori_lightning.models.progress import encode_prompts
-from dori_lightning.models.protocol import Sampling, Stage, TextToImage
+from dori_lightning.models.protocol import LayerRole, Sampling, TextToImage
 from dori_lightning.pairs.corpus import Corpus, Split
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.encoded_corpus import EncodedCorpus
@@ -25,8 +27,14 @@ from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.cache import Cache, held
 from dori_lightning.types import InputError, Pair
 
-STAGES: tuple[Stage, ...] = ("down", "mid", "up")
-"""Parts of the denoiser in execution order."""
+STAGES: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        stage
+        for kind in FAMILIES.values()
+        for stage in (*(stage for _, stage in kind.layer_names), *kind.closed_stages)
+    )
+)
+"""Stages of all families' denoisers."""
 
 
 class Mitigation(Protocol):
@@ -282,10 +290,32 @@ def require_choices(settings: Any, *, within: str = "", **choices: Any) -> None:
     types.require_choices(settings, within=f"mitigation.{within}", **choices)
 
 
-def require_stages(stages: Sequence[str]) -> None:
-    """Refuse stages of the denoiser that are none, and no stage at all."""
-    good = bool(stages) and set(stages) <= set(STAGES)
-    require(good, f"stages must be some of {', '.join(STAGES)}", stages)
+def require_stages(stages: Sequence[str] | None) -> None:
+    """Refuse stages of the denoiser that no family has, and no stage at all."""
+    good = stages is None or (bool(stages) and set(stages) <= set(STAGES))
+    require(good, f"stages must be some of {', '.join(STAGES)}, or null", stages)
+
+
+def layers_of(
+    model: TextToImage, role: LayerRole, stages: Sequence[str] | None
+) -> dict[str, nn.Linear]:
+    """Linear layers of a role by name, in execution order.
+
+    Args:
+        model: The model.
+        role: Which layers.
+        stages: In which stages; None for those that are usual for the role.
+
+    Raises:
+        InputError: The model has none there, or some that are no linear layers.
+    """
+    chosen = model.default_stages(role) if stages is None else stages
+    found = {}
+    for name, layer in model.layers(role, chosen).items():
+        if not isinstance(layer, nn.Linear):
+            raise InputError(f"{name} of {model.name} is no linear layer")
+        found[name] = layer
+    return found
 
 
 def require_pairs(pairs: Sequence[Pair], name: str) -> None:

@@ -184,7 +184,8 @@ class MaskEdit(Edit):
     Attributes:
         origin: Where it comes from.
         masks: Parameter name to what is pruned (True): whole output rows, shape (C_out,), or
-            single weights, in the parameter's shape.
+            single weights, in the parameter's shape. Where a whole row of a layer's weight is
+            pruned, its bias is, too: what is blocked gives zero.
     """
 
     kind: ClassVar[str] = "mask"
@@ -197,11 +198,10 @@ class MaskEdit(Edit):
     @contextmanager
     def applied(self, model: TextToImage) -> Iterator[None]:
         """Zero the weights while open."""
-        parameters = self._parameters(model)
         saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         try:
-            for name, mask in self.masks.items():
-                parameter = parameters[name].data
+            for _, mask, weights in self._pruned(model):
+                parameter = weights.data
                 mask = mask.to(parameter.device)
                 saved.append((parameter, mask, parameter[mask].clone()))
                 parameter[mask] = 0
@@ -210,8 +210,16 @@ class MaskEdit(Edit):
             for parameter, mask, values in saved:
                 parameter[mask] = values
 
-    def _parameters(self, model: TextToImage) -> dict[str, nn.Parameter]:
-        return _parameters_of(model, self.origin, self.masks, rows=True)
+    def _pruned(self, model: TextToImage) -> list[tuple[str, torch.Tensor, nn.Parameter]]:
+        """Names, masks and parameters of all that is pruned, biases of whole rows too."""
+        parameters = _parameters_of(model, self.origin, self.masks, rows=True)
+        known = dict(model.denoiser().named_parameters())
+        found = [(name, mask, parameters[name]) for name, mask in self.masks.items()]
+        for name, mask in self.masks.items():
+            bias = f"{name.removesuffix('.weight')}.bias"
+            if name.endswith(".weight") and mask.dim() == 1 < known[name].dim() and bias in known:
+                found.append((bias, mask, known[bias]))
+        return found
 
     def counts(self) -> dict[str, int]:
         """Pruned rows or weights by parameter."""
@@ -220,8 +228,8 @@ class MaskEdit(Edit):
     def changed(self, model: TextToImage) -> dict[str, int]:
         """Pruned weights that are not zero."""
         return {
-            name: int(parameter.detach()[self.masks[name].to(parameter.device)].count_nonzero())
-            for name, parameter in self._parameters(model).items()
+            name: int(parameter.detach()[mask.to(parameter.device)].count_nonzero())
+            for name, mask, parameter in self._pruned(model)
         }
 
     def masks_by_pair(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -460,8 +468,8 @@ def masked_linear(
     """Apply a linear layer to a batch whose rows differ in which weights are zero.
 
     What a row gives depends on its own mask and, on the CPU, not by a bit on the rows beside it.
-    Whole output rows are masked after one product for everybody, which is what zero weights give:
-    the bias, or zero. Single weights cannot be; there, rows of one owner share a product, or on
+    Whole output rows are zeroed after one product for everybody, bias and all. Single weights
+    cannot be; there, rows of one owner share a product, or on
     the CPU each row has its own, since kernels are chosen by shape.
 
     Args:
@@ -478,15 +486,23 @@ def masked_linear(
         nothing = torch.zeros(len(weight), dtype=torch.bool, device=y.device)
         zero = torch.stack([nothing if mask is None else mask for mask in masks])
         zero = zero.view(len(x), *[1] * (x.dim() - 2), len(weight))
-        left = torch.zeros_like(weight[:, 0]) if bias is None else bias
-        return torch.where(zero, left.to(y.dtype), y)
+        return torch.where(zero, torch.zeros((), dtype=y.dtype, device=y.device), y)
     weights = {
         owner: weight.masked_fill(mask if mask.dim() == 2 else mask[:, None], 0)
         for owner in dict.fromkeys(owners)
         if (mask := pruned.get(owner)) is not None
     }
+    biases = {
+        owner: bias.masked_fill(mask, 0)
+        for owner in weights
+        if bias is not None and (mask := pruned[owner]).dim() == 1
+    }
     parts = [
-        F.linear(x[start:stop], weights.get(owners[start], weight), bias)
+        F.linear(
+            x[start:stop],
+            weights.get(owners[start], weight),
+            biases.get(owners[start], bias),
+        )
         for start, stop in _runs(owners, single=x.device.type == "cpu")
     ]
     return torch.cat(parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from dori_lightning.mitigations.finetuning import (
     Finetuning,
     shuffled_indices,
 )
-from dori_lightning.models.protocol import Sampling, TextToImage
+from dori_lightning.models.protocol import Sampler, Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Pair
@@ -48,8 +49,8 @@ class ESD(FinetunedMitigation):
 
     Attributes:
         name: How reports call it.
-        variant: ``x`` trains all cross-attention layers, ``u`` all that is neither
-            cross-attention nor time embedding nor output.
+        variant: ``x`` trains all weights through which text enters, ``u`` all others but time
+            embedding and output.
         steps: Optimizer steps in all.
         batch: Captions of a step.
         eta: How far beyond the unconditional prediction the target lies, away from the caption's.
@@ -89,9 +90,17 @@ class ESD(FinetunedMitigation):
             stored_weights={"x": 0.051, "u": 0.946}[self.variant],
         )
 
-    def trains(self, name: str) -> bool:
-        """Whether the variant trains a parameter."""
-        return is_trained(name, self.variant)
+    def trains(self, model: TextToImage, name: str) -> bool:
+        """Whether the variant trains a parameter.
+
+        In Stable Diffusion text enters by cross-attention, ``attn2``. ``u`` leaves that out, and
+        ``time_embedding`` and the output ``conv_norm_out`` and ``conv_out`` (first release:
+        ``attn2``, ``time_embed``, ``out.``); it does train the projections ``time_emb_proj`` of
+        the blocks, as that does.
+        """
+        if self.variant == "x":
+            return model.is_text_weight(name)
+        return not (model.is_text_weight(name) or model.is_outer_weight(name))
 
     def training(
         self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
@@ -108,13 +117,14 @@ class ESDTraining(Finetuning):
         self, model: TextToImage, method: ESD, pairs: Sequence[Pair], context: Context
     ) -> None:
         """Train on the prompts of ``pairs``, which ``context`` has encoded."""
-        super().__init__(model, method.finetune, trained=method.trains)
+        super().__init__(model, method.finetune, trained=partial(method.trains, model))
         self.method, self.seed = method, context.seed
         self.prompts = context.data.batch(pairs).embeddings
         # a list hides the teacher from this module's state
         self._teacher = [model.frozen_copy()]
         steps = method.sampling_steps or context.sampling.steps
-        sampling = replace(context.sampling, sampler="ddim", steps=steps)
+        sampler: Sampler = "ddim" if "ddim" in model.samplers else model.samplers[0]
+        sampling = replace(context.sampling, sampler=sampler, steps=steps)
         self.visited = model.sampling_timesteps(sampling).cpu()
 
     def training_step(self, *_: Any) -> torch.Tensor:
@@ -164,19 +174,6 @@ class ESDTraining(Finetuning):
         return (low + (drawn * (before[reached] - low)).floor()).long()
 
 
-def is_trained(name: str, variant: Variant) -> bool:
-    """Whether ESD trains a parameter, by its diffusers name.
-
-    Cross-attention is ``attn2``. ``u`` leaves out ``attn2``, ``time_embedding`` and the output
-    ``conv_norm_out`` and ``conv_out`` (first release: ``attn2``, ``time_embed``, ``out.``); it
-    does train the projections ``time_emb_proj`` of the blocks, as that does.
-    """
-    if variant == "x":
-        return ".attn2." in name
-    outside = ("time_embedding.", "conv_norm_out.", "conv_out.")
-    return ".attn2." not in name and not name.startswith(outside)
-
-
 def _both(
     model: TextToImage, latents: torch.Tensor, timesteps: torch.Tensor, prompts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +198,7 @@ def partly_denoised(
     reached: torch.Tensor,
     guidance: float,
 ) -> torch.Tensor:
-    """Run a guided DDIM sampler, each row as far as it says.
+    """Run a guided DDIM sampler, each row as far as it says; for flow matching it is Euler's.
 
     Args:
         model: The model that is sampled.
@@ -218,9 +215,7 @@ def partly_denoised(
     for k in range(int(reached.max())):
         rows = (reached > k).nonzero()[:, 0].to(latents.device)
         x, t = latents[rows], timesteps[k].expand(len(rows))
-        without, with_prompt = _both(model, x, t, prompts[rows])
-        predicted = without + guidance * (with_prompt - without)
-        now, later = model.alphas_cumprod[timesteps[k]], model.alphas_cumprod[timesteps[k + 1]]
-        clean = (x - (1 - now).sqrt() * predicted) / now.sqrt()
-        latents[rows] = later.sqrt() * clean + (1 - later).sqrt() * predicted
+        clean, predicted = model.predict_clean_and_noise(x, t, prompts[rows], guidance=guidance)
+        signal, spread = model.scales(timesteps[k + 1])
+        latents[rows] = signal * clean + spread * predicted
     return latents

@@ -189,9 +189,9 @@ class FinetunedMitigation(ABC):
             What builds the module, once the weights are in fp32.
         """
 
-    def trains(self, name: str) -> bool:
+    def trains(self, model: TextToImage, name: str) -> bool:
         """Whether the denoiser's parameter of a name is trained."""
-        del name
+        del model, name
         return True
 
     def added_weights(self, model: TextToImage) -> int:
@@ -293,7 +293,7 @@ def _check_disk(method: FinetunedMitigation, model: TextToImage, folder: Path) -
     sizes = {name: p.numel() for name, p in model.denoiser().named_parameters()}
     added = method.added_weights(model)
     weights = sum(sizes.values()) + added
-    moments = 2 * (sum(size for name, size in sizes.items() if method.trains(name)) + added)
+    moments = 2 * (sum(size for name, size in sizes.items() if method.trains(model, name)) + added)
     check_space(
         folder,
         (KEPT + 1) * 4 * (weights + moments),

@@ -22,6 +22,7 @@ from dori_lightning.mitigations.activations import (
 from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
+    layers_of,
     require,
     require_at_least_one,
     require_choices,
@@ -43,7 +44,7 @@ from dori_lightning.mitigations.nemo_search import (
     run_searches,
     search_neurons,
 )
-from dori_lightning.models.protocol import Sampling, Stage, TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.cache import Cache
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
@@ -79,8 +80,9 @@ class NeMo:
         name: How reports call it.
         scope: ``pair`` blocks for each pair its own neurons, as published; ``union`` blocks all of
             them for everybody.
-        stages: Where value layers are blocked: ``down`` and ``mid`` are the published seven. Which
-            layers carry the conditioning depends on the checkpoint; ``task=statistics`` measures.
+        stages: Where value layers are blocked; None for the usual ones, of Stable Diffusion
+            ``down`` and ``mid``, the published seven. Which layers carry the conditioning depends
+            on the checkpoint; ``task=statistics`` measures.
         layers: Of those, only the value layers in these modules, such as ``down_blocks.1``; None
             takes all, as published. Blocking layers that the image does not hang on costs the
             rest of the model and hides nothing.
@@ -97,7 +99,7 @@ class NeMo:
 
     name: str = "nemo"
     scope: Scope = "pair"
-    stages: tuple[Stage, ...] = ("down", "mid")
+    stages: tuple[str, ...] | None = None
     layers: tuple[str, ...] | None = None
     criterion: Criterion = field(default_factory=NoiseDifference)
     samples: int = 10
@@ -108,7 +110,8 @@ class NeMo:
     refine_group: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
+        if self.stages is not None:
+            object.__setattr__(self, "stages", tuple(self.stages))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
         criterion: object = self.criterion  # on a command line it may be a name
@@ -201,8 +204,8 @@ class NeMo:
             searches = {}
             for pair, probe in probes.items():
                 if probe.memorized or self.criterion.searches_all:
-                    embedding = pairs[pair][None]
-                    active = {name: activations(m, embedding)[0] for name, m in layers.items()}
+                    text = model.value_input(pairs[pair][None])
+                    active = {name: activations(m, text)[0] for name, m in layers.items()}
                     levels = self.levels.of(active, statistics)
                     searches[pair] = search_neurons(
                         levels, threshold, refine=self.refine, group=self.refine_group
@@ -231,12 +234,7 @@ class NeMo:
 
     def _value_layers(self, model: TextToImage) -> dict[str, nn.Module]:
         """Value layers by name, as the settings choose them."""
-        found = model.layers("cross_attention.value", self.stages)
-        if not found:
-            raise InputError(
-                f"{model.name} has no cross-attention in {', '.join(self.stages)}\n"
-                f"  fix:   mitigation.stages=[down,mid,up]"
-            )
+        found: dict[str, nn.Module] = {**layers_of(model, "text.value", self.stages)}
         if self.layers is None:
             return found
         starts = tuple(f"{start}." for start in self.layers)

@@ -199,7 +199,7 @@ class PromptAdjustmentEdit(Edit):
         start = embeddings.detach().to(model.device)
         rows = start.float()
         optimizer = RowAdam(rows, lr=self.adjusting.lr)
-        moving = torch.ones_like(rows)
+        moving = model.free().to(rows).expand_as(rows).clone()
         moving[:, 0] = 0.0
         keep = 1 - self.adjusting.lr * self.adjusting.weight_decay * moving
         active = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -231,7 +231,8 @@ def memorization_score(
     The score is the Euclidean norm, over an image's latent, of the difference between the noise
     predicted with the embedding and with the empty prompt, at the sampler's first timestep. The
     reference also averages over all steps and reports that the first alone works. A v prediction
-    is converted to noise first, which makes its scores small.
+    is converted to noise first, which makes its scores small; of a velocity the image that it
+    implies is compared.
 
     Args:
         model: Checkpoint; left as it was.
@@ -286,5 +287,8 @@ class FirstStep:
         return score
 
     def _predicted(self, index: list[int], embeddings: torch.Tensor) -> torch.Tensor:
-        timesteps = self.timestep.expand(len(index))
-        return self.model.predict_noise(self.noise[index], timesteps, embeddings)
+        timesteps, noise = self.timestep.expand(len(index)), self.noise[index]
+        if self.model.prediction_type == "velocity":
+            # at full noise a velocity says nothing of the noise, and all of the image
+            return self.model.predict_clean_and_noise(noise, timesteps, embeddings)[0]
+        return self.model.predict_noise(noise, timesteps, embeddings)

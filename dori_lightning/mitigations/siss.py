@@ -161,7 +161,7 @@ class SISSTraining(Finetuning):
             forgotten=self.forgotten[rows],
             prompts=self.prompts[rows],
             noise=noise,
-            timesteps=torch.full((len(rows),), model.num_train_timesteps - 1),
+            timesteps=torch.full((len(rows),), noisiest_timestep(model)),
             forgets=torch.rand(len(rows), generator=generator) < method.mixture,
         )
         return draws.each(lambda tensor: tensor.to(device))
@@ -229,6 +229,15 @@ class Draws:
         return Draws(**{item.name: change(getattr(self, item.name)) for item in fields(self)})
 
 
+def noisiest_timestep(model: TextToImage) -> int:
+    """Last timestep at which a noised latent still tells of the image: a above 0.05.
+
+    Of Stable Diffusion the last of all, as in the reference; flow matching has none left there.
+    """
+    timesteps = torch.arange(model.num_train_timesteps, device=model.device)
+    return int((model.scales(timesteps)[0] > 0.05).nonzero().max())
+
+
 def importance_weights(excess: torch.Tensor, mixture: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Densities of a noised latent under keep and forget, over that under their mixture.
 
@@ -257,8 +266,7 @@ def losses(
         draws: N elements.
         mixture: Share of images to forget.
     """
-    alpha = model.alphas_cumprod[draws.timesteps][:, None, None, None]
-    scale, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    scale, spread = (factor[:, None, None, None] for factor in model.scales(draws.timesteps))
     latents = torch.where(draws.forgets[:, None, None, None], draws.forgotten, draws.kept)
     noised = model.noised(latents, draws.noise, draws.timesteps)
     to_kept = (noised - scale * draws.kept) / spread

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from dori_lightning.mitigations.base import (
-    STAGES,
     Context,
     CostEstimate,
     Evaluations,
+    layers_of,
     require,
     require_at_least_one,
     require_choices,
@@ -27,7 +27,7 @@ from dori_lightning.mitigations.base import (
 )
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
-from dori_lightning.models.protocol import Sampling, Stage, TextToImage
+from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
@@ -56,7 +56,7 @@ class Wanda:
             any of them chooses it.
         scope: ``pair``: each pair has its own mask. ``union``: one mask, everything that any
             pair's mask has.
-        stages: Which feed-forward layers; all in the reference.
+        stages: Which feed-forward layers; None for all, as in the reference.
         seed: Of the starting noise.
     """
 
@@ -64,11 +64,12 @@ class Wanda:
     fraction: float = 0.01
     steps: int = 10
     scope: Scope = "pair"
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
+        if self.stages is not None:
+            object.__setattr__(self, "stages", tuple(self.stages))
         require(0 < self.fraction < 1, "fraction must be in (0, 1)", self.fraction)
         require_at_least_one(self, "steps")
         require_choices(self, scope=Scope)
@@ -151,7 +152,7 @@ class Wanda:
         Raises:
             InputError: ``fraction`` of a row is less than one weight.
         """
-        layers = feed_forward_layers(model, self.stages)
+        layers = layers_of(model, "feed_forward.out", self.stages)
         for name, layer in layers.items():
             if _row_count(layer.in_features, self.fraction) < 1:
                 raise InputError(
@@ -196,7 +197,7 @@ def input_norms(
     *,
     steps: int,
     seed: int = 0,
-    stages: Sequence[Stage] = STAGES,
+    stages: Sequence[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Norms of the inputs of every feed-forward output layer, for each embedding by itself.
 
@@ -211,7 +212,7 @@ def input_norms(
             empty prompt's, count, as in the reference.
         steps: First steps of the sampler that are looked at; the rest is not run.
         seed: Of the starting noise, the same for every embedding.
-        stages: Which feed-forward layers.
+        stages: Which feed-forward layers; None for all.
 
     Returns:
         Layer name, in execution order, to norms (N, ``steps``, C_in) >= 0, fp32, on the model's
@@ -227,7 +228,7 @@ def input_norms(
             f"  where: mitigation.steps\n"
             f"  fix:   mitigation.steps={sampling.steps}, or a sampler with more steps"
         )
-    layers = feed_forward_layers(model, stages)
+    layers = layers_of(model, "feed_forward.out", stages)
     on_cpu = model.device.type == "cpu"
     batch_size = CPU_ROWS if on_cpu else max(1, sampling.batch)
     count = len(embeddings)
@@ -246,15 +247,6 @@ def input_norms(
                 squares[name][batch[:valid]] = value[:valid]
             advance(valid)
     return {name: value.sqrt() for name, value in squares.items()}
-
-
-def feed_forward_layers(model: TextToImage, stages: Sequence[Stage]) -> dict[str, nn.Linear]:
-    """Output layers of the feed-forward blocks by name, in execution order."""
-    layers = {}
-    for name, layer in model.layers("feed_forward.out", tuple(stages)).items():
-        assert isinstance(layer, nn.Linear)
-        layers[name] = layer
-    return layers
 
 
 @contextmanager

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dori_lightning.models.components import Component, Components, stem
 from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.original_layout import (
     PREFIXES,
-    Part,
     is_original_convolution,
+    is_original_transposed,
     original_names,
 )
-from dori_lightning.models.stable_diffusion import Parts
-from dori_lightning.models.weight_files import STEMS
+from dori_lightning.models.tensors import is_open_clip, tied_names
 from dori_lightning.runtime.artifacts import drop_keys
 from dori_lightning.types import InputError
 
@@ -44,14 +44,14 @@ class Weights:
     """Weights as they are written, on the CPU; fp32 ones share the model's memory.
 
     Attributes:
-        states: Part to tensors by name.
-        dtypes: Part to the name of its dtype.
+        states: Component to tensors by name.
+        dtypes: Component to the name of its dtype.
         exact: Whether every weight has the value that it has in the model.
         configuration: Everything besides the weights that decides results.
     """
 
-    states: Mapping[Part, Mapping[str, torch.Tensor]]
-    dtypes: Mapping[Part, str]
+    states: Mapping[Component, Mapping[str, torch.Tensor]]
+    dtypes: Mapping[Component, str]
     exact: bool
     configuration: Mapping[str, Any]
 
@@ -61,13 +61,13 @@ class Weights:
         return fingerprint_of(self.states.values(), self.configuration)
 
 
-def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
+def weights_of(components: Components, dtype: str | None = None) -> Weights:
     """Bring weights into the dtype they are written in.
 
     Args:
-        parts: Whose weights.
+        components: Whose weights.
         dtype: ``fp16``, ``bf16`` or ``fp32``; None for the narrowest that holds every weight of a
-            part exactly, which is that of the source's files as long as an edit does not need
+            component exactly, which is that of the source's files as long as an edit does not need
             more.
 
     Raises:
@@ -76,22 +76,24 @@ def weights_of(parts: Parts, dtype: str | None = None) -> Weights:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)} or null, got {dtype!r}")
     chosen, exact = {}, True
-    states: dict[Part, dict[str, torch.Tensor]] = {}
-    for part, module in parts.modules.items():
+    states: dict[Component, dict[str, torch.Tensor]] = {}
+    for component, module in components.modules.items():
         state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-        chosen[part] = dtype or next(
+        chosen[component] = dtype or next(
             n for n, d in DTYPES.items() if _holds(d, state) or n == "fp32"
         )
-        wanted = DTYPES[chosen[part]]
+        wanted = DTYPES[chosen[component]]
         exact = exact and _holds(wanted, state)
-        states[part] = {name: tensor.to(wanted).contiguous() for name, tensor in state.items()}
-        for name, tensor in states[part].items():
+        states[component] = {
+            name: tensor.to(wanted).contiguous() for name, tensor in state.items()
+        }
+        for name, tensor in states[component].items():
             if not tensor.isfinite().all() and state[name].isfinite().all():
                 raise InputError(
-                    f"{name} has weights that are too large for {chosen[part]}\n"
+                    f"{name} has weights that are too large for {chosen[component]}\n"
                     f"  fix:   export in bf16 or fp32, or let the weights decide (dtype null)"
                 )
-    return Weights(states, chosen, exact, configuration_of(parts))
+    return Weights(states, chosen, exact, configuration_of(components))
 
 
 def _holds(dtype: torch.dtype, state: Mapping[str, torch.Tensor]) -> bool:
@@ -99,65 +101,72 @@ def _holds(dtype: torch.dtype, state: Mapping[str, torch.Tensor]) -> bool:
     return all(torch.equal(t.to(dtype).float(), t.float()) for t in state.values())
 
 
-def write_folder(folder: Path, parts: Parts, weights: Weights) -> None:
-    """Write a diffusers folder that ``StableDiffusionPipeline.from_pretrained`` opens.
+def write_folder(folder: Path, components: Components, weights: Weights) -> None:
+    """Write a diffusers folder that the family's pipeline opens with ``from_pretrained``.
 
-    The text encoder's keys get the prefix ``text_model.`` of the original releases: versions 4
-    and 5 of transformers both read it, while keys without it would leave version 4 with random
-    weights.
+    The keys of CLIP's text encoders get the prefix ``text_model.`` of the original releases:
+    versions 4 and 5 of transformers both read it, while keys without it would leave version 4
+    with random weights.
 
     Args:
         folder: Where to; made if needed.
-        parts: Give the configurations.
+        components: Give the configurations.
         weights: What is written.
     """
-    write_configs(folder, parts)
-    text_encoder = {
-        f"text_model.{name.removeprefix('text_model.')}": tensor
-        for name, tensor in weights.states["text_encoder"].items()
-        if not name.endswith("position_ids")
-    }
-    for part, state in {**weights.states, "text_encoder": text_encoder}.items():
-        path = folder / part / f"{STEMS[part]}.safetensors"
-        save_file(dict(state), path, metadata={"format": "pt"})
+    write_configs(folder, components)
+    for name, state in weights.states.items():
+        tied = tied_names(components.modules[name])
+        named = {key: tensor for key, tensor in state.items() if key not in tied}
+        if type(components.modules[name]).__name__.startswith("CLIPText"):
+            named = {
+                key if key.startswith("text_projection.")
+                else f"text_model.{key.removeprefix('text_model.')}": tensor
+                for key, tensor in named.items()
+                if not key.endswith("position_ids")
+            }  # fmt: skip
+        path = folder / name / f"{stem(name)}.safetensors"
+        save_file(named, path, metadata={"format": "pt"})
 
 
-def write_configs(folder: Path, parts: Parts) -> None:
+def write_configs(folder: Path, components: Components) -> None:
     """Write everything of a diffusers folder but the weights.
 
-    The text encoder's configuration says fp32 whatever its file holds: transformers would load
-    half precision as such beside a UNet that diffusers widens, and the pipeline would not run.
-    The scheduler's leaves out what its source left out: there each sampler has its own default.
+    A text encoder's configuration says fp32 whatever its file holds: transformers would load half
+    precision as such beside a denoiser that diffusers widens, and the pipeline would not run. The
+    scheduler's leaves out what its source left out: there each sampler has its own default.
     """
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    parts.unet.save_config(folder / "unet")
-    parts.autoencoder.save_config(folder / "vae")
-    parts.text_encoder.config.save_pretrained(folder / "text_encoder")
-    parts.tokenizer.save_pretrained(folder / "tokenizer")
-    parts.scheduler.save_config(folder / "scheduler")
+    saved = {**components.modules, **components.tokenizers, "scheduler": components.scheduler}
+    classes = {name: type(component).__name__ for name, component in saved.items()}
+    for name, component in saved.items():
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        if name.startswith("text_encoder"):
+            component.config.save_pretrained(place)
+        elif name in components.tokenizers:
+            component.save_pretrained(place)
+        else:
+            component.save_config(place)
     for path in folder.glob("*/*config.json"):
-        config = json.loads(path.read_text("utf-8"))
+        config, name = json.loads(path.read_text("utf-8")), path.parent.name
         config = drop_keys(config, *_OF_THIS_MACHINE, *_NAMES_CODE)
-        if path.parent.name == "scheduler":
-            config = drop_keys(config, *parts.scheduler.config.get("_use_default_values", ()))
-        if path.parent.name == "text_encoder":
-            config = {**config, "architectures": ["CLIPTextModel"], "dtype": "float32"}
+        if name == "scheduler":
+            unsaid = components.scheduler.config.get("_use_default_values", ())
+            config = drop_keys(config, *unsaid)
+        if name.startswith("text_encoder"):
+            config = {**config, "architectures": [classes[name]], "dtype": "float32"}
         _write_json(path, config)
-    none = [None, None]
+    of_transformers = (*components.tokenizers, *components.encoders)
     _write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": none,
-            "image_encoder": none,
-            "requires_safety_checker": False,
-            "safety_checker": none,
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "_class_name": components.family.pipeline,
+            **components.family.index,
+            **components.family.switches,
+            **components.switches,
+            **{
+                name: ["transformers" if name in of_transformers else "diffusers", kind]
+                for name, kind in classes.items()
+            },
         },
     )
 
@@ -167,28 +176,31 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_single(
-    path: Path, parts: Parts, weights: Weights, notes: Mapping[str, str] | None = None
+    path: Path, components: Components, weights: Weights, notes: Mapping[str, str] | None = None
 ) -> None:
     """Write one safetensors file in the original layout.
 
     Args:
         path: Where to.
-        parts: Tell the version: an encoder with exact GELU is OpenCLIP's, of version 2.
+        components: Tell the family, and whether a text encoder is OpenCLIP's.
         weights: What is written.
         notes: What the file's header says of it, as JSON under one key: several would be
             written in any order, and the file could not be compared by its hash.
     """
-    state = _original_state(weights, open_clip=parts.text_encoder.config.hidden_act == "gelu")
+    state = _original_state(components, weights)
     note = {"dori_lightning": json.dumps(notes, sort_keys=True)} if notes else {"format": "pt"}
     save_file(state, path, metadata=note)
 
 
-def check_written(source: Path, weights: Weights, *, config: Path | None = None) -> None:
+def check_written(
+    source: Path, weights: Weights, *, family: str = "sd", config: Path | None = None
+) -> None:
     """Load what was written as anybody would, and compare every weight.
 
     Args:
         source: Folder or single file.
         weights: What should be in it.
+        family: Of which family it is.
         config: Folder with the configuration, for a single file.
 
     Raises:
@@ -197,6 +209,7 @@ def check_written(source: Path, weights: Weights, *, config: Path | None = None)
     read = load_checkpoint(
         name="written",
         source=str(source),
+        family=family,
         config=None if config is None else str(config),
         device="cpu",
     )
@@ -207,22 +220,31 @@ def check_written(source: Path, weights: Weights, *, config: Path | None = None)
         )
 
 
-def _original_state(weights: Weights, *, open_clip: bool) -> dict[str, torch.Tensor]:
+def _original_state(components: Components, weights: Weights) -> dict[str, torch.Tensor]:
     """Tensors of a whole checkpoint by their names in the original layout.
 
-    Args:
-        weights: By their names in diffusers and transformers.
-        open_clip: Whether the checkpoint is of version 2.
+    Raises:
+        InputError: The family has no such layout.
     """
+    family = components.family
+    if family.name not in PREFIXES:
+        raise InputError(
+            f"{family.title} has no layout of single files with everything in them",
+            where="task.formats",
+            fix="task.formats=[diffusers]",
+        )
     state = {}
-    for part, tensors in weights.states.items():
-        for name, joined in original_names(part, tensors, open_clip=open_clip).items():
+    for component, tensors in weights.states.items():
+        open_clip = is_open_clip(component, components.modules[component])
+        for name, joined in original_names(component, tensors, open_clip=open_clip).items():
             tensor = (
                 tensors[joined[0]]
                 if len(joined) == 1
                 else torch.cat([tensors[one] for one in joined])
             )
-            if is_original_convolution(part, name) and tensor.dim() == 2:
+            if is_original_convolution(component, name) and tensor.dim() == 2:
                 tensor = tensor[:, :, None, None]
-            state[f"{PREFIXES[part]}{name}"] = tensor.contiguous()
+            if is_original_transposed(name):
+                tensor = tensor.T
+            state[f"{PREFIXES[family.name][component]}{name}"] = tensor.contiguous()
     return state

@@ -12,13 +12,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from dori_lightning.models.stable_diffusion import SAMPLERS, Parts, prompt_length
+from dori_lightning.models.components import Component, Components
 
 _OF_A_TOKENIZER = ("added_tokens", "model", "normalizer", "pre_tokenizer", "post_processor")
 """Sections of a serialized tokenizer that decide a prompt's tokens. Its padding and truncation are
 whatever the last call asked for."""
+
+_NAMES = {"vae": "autoencoder"}
+"""What fingerprints have always called a component."""
 
 
 def fingerprint_of(
@@ -27,8 +30,8 @@ def fingerprint_of(
     """First 16 hex digits of the SHA-256 over all weights and everything else that counts.
 
     Args:
-        states: Weights of UNet, autoencoder and text encoder, in this order; their names, shapes
-            and fp32 values count.
+        states: Weights of denoiser, autoencoder and text encoders, in this order; their names,
+            shapes and fp32 values count.
         configuration: See ``configuration_of``.
     """
     digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode())
@@ -39,27 +42,33 @@ def fingerprint_of(
     return digest.hexdigest()[:16]
 
 
-def configuration_of(parts: Parts) -> dict[str, Any]:
+def configuration_of(components: Components) -> dict[str, Any]:
     """Everything besides the weights that decides a checkpoint's results, as plain containers.
 
     Values that are a class's own are left out, so that a file that states them and one that does
     not are the same, also under a later library with more settings. Where the samplers' own values
     differ, each sampler's are told.
     """
-    found = {
-        "unet": _unlike_defaults(type(parts.unet), parts.unet.config),
-        "autoencoder": _unlike_defaults(type(parts.autoencoder), parts.autoencoder.config),
-        "text_encoder": _of_text_encoder(parts.text_encoder.config),
-        "tokenizer": _of_tokenizer(
-            parts.tokenizer, prompt_length(parts.tokenizer, parts.text_encoder)
-        ),
-        "samplers": {
-            name: _unlike_defaults(kind, kind.from_config(parts.scheduler.config).config)
-            for name, kind in SAMPLERS.items()
-        },
+    found: dict[str, Any] = {
+        _NAMES.get(name, name): _of_module(name, module)
+        for name, module in components.modules.items()
     }
+    for name, tokenizer in components.tokenizers.items():
+        found[name] = _of_tokenizer(tokenizer, components.prompt_length(name))
+    found["samplers"] = {
+        name: _unlike_defaults(kind, kind.from_config(components.scheduler.config).config)
+        for name, kind in components.family.samplers.items()
+    }
+    if components.switches:
+        found["switches"] = dict(components.switches)
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
+
+
+def _of_module(name: Component, module: Any) -> dict[str, Any]:
+    if name.startswith("text_encoder"):
+        return _of_text_encoder(module.config)
+    return _unlike_defaults(type(module), module.config)
 
 
 def _unlike_defaults(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,9 +86,9 @@ def plain_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _of_text_encoder(config: CLIPTextConfig) -> dict[str, Any]:
+def _of_text_encoder(config: PreTrainedConfig) -> dict[str, Any]:
     """Settings of the architecture, without those that every configuration of the library has."""
-    default, general = CLIPTextConfig().to_dict(), PreTrainedConfig().to_dict()
+    default, general = type(config)().to_dict(), PreTrainedConfig().to_dict()
     own = config.to_dict()
     return {
         name: own[name]
@@ -88,7 +97,7 @@ def _of_text_encoder(config: CLIPTextConfig) -> dict[str, Any]:
     }
 
 
-def _of_tokenizer(tokenizer: CLIPTokenizer, length: int) -> dict[str, Any]:
+def _of_tokenizer(tokenizer: Any, length: int) -> dict[str, Any]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return {
         **{name: state[name] for name in _OF_A_TOKENIZER},

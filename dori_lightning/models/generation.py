@@ -5,7 +5,7 @@ Each file holds a hash of everything that it was made from.
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,18 +49,20 @@ PNG: Codec[torch.Tensor] = Codec(".png", _encode_png, _decode_png)
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """K images to generate from one embedding.
+    """Images to generate from one embedding.
 
     Attributes:
         folder: Where they go, one ``{seed}.png`` each.
         embedding: Text embedding (T, D).
         pair_id: Whose images they are, for edits that differ by pair.
+        seeds: Their generation seeds; None for those of all K images.
         kept: Folder where the same images may be kept already.
     """
 
     folder: Path
     embedding: torch.Tensor
     pair_id: str | None = None
+    seeds: tuple[int, ...] | None = None
     kept: Path | None = None
 
 
@@ -76,7 +78,7 @@ def image_seeds(sampling: Sampling) -> tuple[int, ...]:
 
 def baseline_cache_key(model: TextToImage, sampling: Sampling) -> str:
     """Name of the folder for the images of an unmitigated checkpoint, by the way of sampling."""
-    method = f"{sampling.sampler}|{sampling.steps}|{sampling.guidance}|{model.latent_shape}"
+    method = f"{sampling.method}|{model.latent_shape}"
     return f"{model.fingerprint[:16]}-{hashlib.sha256(method.encode()).hexdigest()[:8]}"
 
 
@@ -85,8 +87,7 @@ def _key(
 ) -> dict[str, str]:
     """What an image depends on, as one hash."""
     digest = hashlib.sha256(
-        f"{model.fingerprint}|{edit}|{sampling.sampler}|{sampling.steps}|{sampling.guidance}|{seed}|"
-        f"{model.latent_shape}".encode()
+        f"{model.fingerprint}|{edit}|{sampling.method}|{seed}|{model.latent_shape}".encode()
     )
     digest.update(embedding.detach().cpu().contiguous().float().numpy().tobytes())
     return {_IDENTITY: digest.hexdigest()[:24]}
@@ -102,8 +103,8 @@ def generate_images(
 ) -> int:
     """Generate every requested image that is not there yet.
 
-    The K images of a request are made together or not at all, and on the CPU every batch has one
-    shape, so that a resumed run makes the same bits.
+    On the CPU every batch has one shape, so that an image gets the same bits in a resumed run, and
+    alone or with the others of its embedding.
 
     Args:
         model: Model that generates.
@@ -116,56 +117,47 @@ def generate_images(
         How many images were generated anew.
     """
     advance = advance or (lambda _: None)
-    seeds, missing = image_seeds(sampling), []
+    every, missing = image_seeds(sampling), list[tuple[GenerationRequest, int, dict[str, str]]]()
     for request in requests:
-        keys = {seed: _key(model, sampling, request.embedding, seed, edit) for seed in seeds}
-        if _are_there(request, keys):
-            advance(len(seeds))
-        else:
-            missing.append((request, keys))
-    noise = torch.stack([generation_noise(seed, model.latent_shape) for seed in seeds])
-    cpu = model.device.type == "cpu"
-    share = max(1, (CPU_IMAGES if cpu else sampling.batch) // len(seeds))
+        there = 0
+        for seed in request.seeds or every:
+            key = _key(model, sampling, request.embedding, seed, edit)
+            if _is_there(request, seed, key):
+                there += 1
+            else:
+                missing.append((request, seed, key))
+        advance(there)
+    cpu, together = model.device.type == "cpu", len(every)
+    share = max(1, (CPU_IMAGES if cpu else sampling.batch) // together) * together
     if cpu:
-        sampling = replace(sampling, batch=min(CPU_IMAGES, share * len(seeds)))
-    # a request of more than one batch has its batches in parallel
-    width = share * (parallel_batches(model) if share * len(seeds) <= CPU_IMAGES else 1)
+        sampling = replace(sampling, batch=min(CPU_IMAGES, share))
+    # images of more than one batch have their batches in parallel
+    width = share * (parallel_batches(model) if share <= CPU_IMAGES else 1)
     for start in range(0, len(missing), width):
         part = missing[start : start + width]
         padded = [row for batch, _ in fixed_batches(part, share) for row in batch] if cpu else part
-        owners = [request.pair_id for request, _ in padded if request.pair_id is not None]
+        owners = [request.pair_id for request, _, _ in padded if request.pair_id is not None]
         images = model.generate(
-            torch.stack([request.embedding for request, _ in padded]).repeat_interleave(
-                len(seeds), 0
-            ),
-            noise.repeat(len(padded), 1, 1, 1),
+            torch.stack([request.embedding for request, _, _ in padded]),
+            torch.stack([generation_noise(seed, model.latent_shape) for _, seed, _ in padded]),
             sampling,
-            pair_ids=[pair_id for pair_id in owners for _ in seeds] if owners else None,
+            pair_ids=owners or None,
         )
-        for (request, keys), own in zip(part, torch.split(images, len(seeds)), strict=False):
-            for (seed, key), image in zip(keys.items(), own, strict=True):
-                Cache(request.folder).write(str(seed), image, key, PNG)
-        advance(len(part) * len(seeds))
-    return len(missing) * len(seeds)
+        for (request, seed, key), image in zip(part, images, strict=False):
+            Cache(request.folder).write(str(seed), image, key, PNG)
+        advance(len(part))
+    return len(missing)
 
 
-def _are_there(request: GenerationRequest, keys: Mapping[int, dict[str, str]]) -> bool:
-    """Whether all images are in a request's folder, or are kept elsewhere and now copied there."""
-    for folder in (request.folder, request.kept):
-        if folder is None:
-            continue
-        images = {
-            seed: image
-            for seed, key in keys.items()
-            if (image := Cache(folder).read(str(seed), key, PNG)) is not None
-        }
-        if len(images) < len(keys):
-            continue
-        if folder != request.folder:
-            for seed, image in images.items():
-                Cache(request.folder).write(str(seed), image, keys[seed], PNG)
+def _is_there(request: GenerationRequest, seed: int, key: dict[str, str]) -> bool:
+    """Whether an image is in a request's folder, or is kept elsewhere and now copied there."""
+    own = Cache(request.folder)
+    if own.read(str(seed), key, PNG) is not None:
         return True
-    return False
+    kept = None if request.kept is None else Cache(request.kept).read(str(seed), key, PNG)
+    if kept is not None:
+        own.write(str(seed), kept, key, PNG)
+    return kept is not None
 
 
 def load_images(folder: Path, seeds: Sequence[int]) -> torch.Tensor:

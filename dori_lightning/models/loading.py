@@ -6,30 +6,50 @@ Reference: ``DiffusionPipeline.from_pretrained`` reads class names from ``model_
 module does not.
 """
 
+import json
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from huggingface_hub import snapshot_download
-from transformers import CLIPTokenizer
+from huggingface_hub.errors import GatedRepoError
+from torch import nn
 
+from dori_lightning.models.components import (
+    Component,
+    Components,
+    Family,
+    stem,
+    tokenized_by,
+)
 from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
-from dori_lightning.models.original_layout import Part
+from dori_lightning.models.flux import Flux
+from dori_lightning.models.latent_diffusion import LatentDiffusion
+from dori_lightning.models.original_layout import PREFIXES
 from dori_lightning.models.replaced_parts import Replacement
-from dori_lightning.models.soundness import blamed, check_answers, check_parts
-from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
-from dori_lightning.models.tensors import PART_PREFIXES, empty_part, parts_in, take_tensors
+from dori_lightning.models.soundness import blamed, check_answers, check_components
+from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.stable_diffusion_3 import StableDiffusion3
+from dori_lightning.models.stable_diffusion_xl import StableDiffusionXL
+from dori_lightning.models.tensors import (
+    COMPONENT_PREFIXES,
+    components_in,
+    empty_component,
+    take_tensors,
+    tied_names,
+)
 from dori_lightning.models.weight_files import (
     PICKLES,
-    STEMS,
     PredictionNote,
     WeightFile,
     choose_variant,
+    class_name,
     explain_folder,
     is_weight_file,
     pickle_message,
@@ -43,9 +63,16 @@ log = logging.getLogger(__name__)
 
 PredictionType = Literal["epsilon", "v_prediction"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Storage = Literal["auto", "fp32", "bf16"]
 
-_WORDS: dict[Part, str] = {
+FAMILIES: Mapping[str, type[LatentDiffusion]] = {
+    kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
+}
+"""Adapters by ``checkpoint.family``."""
+
+_WORDS: dict[Component, str] = {
     "unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder", "transformer": "transformer",
 }  # fmt: skip
 
 
@@ -53,11 +80,15 @@ def load_checkpoint(
     *,
     name: str,
     source: str,
+    family: str = "sd",
     revision: str | None = None,
     config: str | None = None,
     unet: str | None = None,
+    transformer: str | None = None,
     vae: str | None = None,
     text_encoder: str | None = None,
+    text_encoder_2: str | None = None,
+    prompt_tokens: int | None = None,
     prediction_type: PredictionType | None = None,
     variant: str | None = None,
     precision: Precision = "auto",
@@ -65,22 +96,29 @@ def load_checkpoint(
     device: str = "auto",
     resolution: int | None = None,
     gradient_checkpointing: bool = False,
-) -> StableDiffusion:
-    """Load a Stable Diffusion checkpoint.
+    storage: Storage = "auto",
+    text_encoders: Literal["auto", "keep", "release"] = "auto",
+) -> LatentDiffusion:
+    """Load a checkpoint.
 
-    Weights stay in fp32, so that an edit is exact; ``precision`` chooses the dtype that the
-    denoiser computes in.
+    Weights stay in fp32, so that an edit is exact, unless ``storage`` says otherwise;
+    ``precision`` chooses the dtype that the denoiser computes in.
 
     Args:
         name: How reports call it.
         source: See ``resolve_source``.
+        family: Which family of checkpoints it is of; one of ``FAMILIES``.
         revision: Pinned commit of a hub id.
         config: For a single file: the diffusers folder or hub id with its configuration and
             tokenizer.
         unet: File or folder with other weights of the UNet, or some of them; see
             ``models.replaced_parts``. Names that it lacks stay the checkpoint's.
+        transformer: The same of the transformer, in families that have one in its place.
         vae: The same of the autoencoder.
         text_encoder: The same of the text encoder.
+        text_encoder_2: The same of the second text encoder, where the family has one.
+        prompt_tokens: Tokens of a prompt that T5 takes, with padding: all of them take part. None
+            for as many as the family has.
         prediction_type: What the UNet predicts; None for what the checkpoint's scheduler says.
         variant: Which weights of a folder or hub id, such as ``fp16``; None for those without a
             variant, or the only ones that a folder has.
@@ -91,18 +129,48 @@ def load_checkpoint(
         gradient_checkpointing: Compute the denoiser's layers again on the way back instead of
             keeping what they gave: a fifth of the memory for half as much time again, where a
             gradient is asked for; nothing else changes.
+        storage: Dtype that the denoiser's and text encoders' weights are kept in. ``auto`` is bf16
+            where the denoiser has more than 3 billion, or more than one and a GPU less memory
+            than five times their size in fp32. The fingerprint is that of the files.
+        text_encoders: ``keep`` has them on the device all the time, ``release`` while prompts are
+            encoded; ``auto`` releases more than a GiB from a GPU.
 
     Raises:
         InputError: The source is missing, incomplete, pickled or does not fit together; says how
             to fix it.
     """
+    kind = FAMILIES.get(family)
+    if kind is None:
+        raise InputError(
+            f"there is no family of checkpoints {family!r}",
+            where="checkpoint.family",
+            fix=f"one of {', '.join(FAMILIES)}",
+        )
     place = resolve_source(source)
     target = choose_device(device)
     autocast = choose_autocast(precision, target)
-    others: dict[Part, str | None] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    others: dict[Component, str | None] = {
+        "unet": unet,
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+    }
+    for component, given in others.items():
+        if given is not None and component not in kind.family.modules:
+            raise InputError(
+                f"checkpoints of {kind.family.title} have no {component}",
+                where=f"checkpoint.{component}",
+                fix=f"theirs are {', '.join(kind.family.modules)}",
+            )
     replacements = [
-        Replacement.open(part, given) for part, given in others.items() if given is not None
+        Replacement.open(component, given)
+        for component, given in others.items()
+        if given is not None
     ]
+    for replacement in replacements:
+        for given_file in replacement.files:
+            given_file.check_family(kind.family)
     notes = [note for replacement in replacements for note in replacement.prediction_notes()]
     if isinstance(place, Path) and place.is_file():
         if variant is not None:
@@ -112,36 +180,68 @@ def load_checkpoint(
                 fix="leave it out",
             )
         file = WeightFile.open(place)
+        file.check_family(kind.family)
         notes += [file.prediction_note] if file.prediction_note and unet is None else []
-        home = _home_of_single_file(file, config)
-        parts = _load_parts(home, dict.fromkeys(STEMS, (file,)), single=file.path)
+        home = _home_of_single_file(kind.family, file, config)
+        files = dict.fromkeys(kind.family.modules, (file,))
+        components = _load_components(kind.family, home, files, single=file.path)
     else:
-        home = place if isinstance(place, Path) else _fetched(place, revision or "main", variant)
-        parts = _load_parts(home, _files_of_folder(home, variant))
-    parts["scheduler"] = _with_prediction_type(parts["scheduler"], prediction_type, notes)
-    replaced = tuple(one.apply(parts[one.part]) for one in replacements)
-    whole = Parts(*(parts[name] for name in (*STEMS, "tokenizer", "scheduler")))
-    check_parts(whole, str(home))
-    modules = with_progress("fingerprint of the checkpoint", [*whole.modules.values()])
-    states = (module.state_dict() for module in modules)
-    fingerprint = fingerprint_of(states, configuration_of(whole))
-    for module in whole.modules.values():
-        module.to(target).requires_grad_(False)
-    denoiser = parts["unet"].requires_grad_(True)
+        home = (
+            place
+            if isinstance(place, Path)
+            else _fetched(kind.family, place, revision or "main", variant)
+        )
+        files = _files_of_folder(kind.family, home, variant)
+        components = _load_components(kind.family, home, files)
+    if prompt_tokens is not None:
+        _cut_prompts(components, prompt_tokens)
+    scheduler = _with_prediction_type(components.scheduler, prediction_type, notes)
+    components = replace(components, scheduler=scheduler)
+    replaced = tuple(one.apply(components.modules[one.component]) for one in replacements)
+    check_components(kind, components, str(home))
+    hashed = with_progress("fingerprint of the checkpoint", [*components.modules.values()])
+    states = (module.state_dict() for module in hashed)
+    fingerprint = fingerprint_of(states, configuration_of(components))
+    kept_in = choose_storage(storage, components.denoiser, target)
+    if kept_in is torch.bfloat16:
+        if precision not in ("auto", "bf16"):
+            raise InputError(
+                f"weights that are kept in bf16 compute in bf16, not in {precision}",
+                where="checkpoint.precision",
+                fix="checkpoint.precision=bf16, or checkpoint.storage=fp32 where memory holds it",
+            )
+        autocast = None
+        log.info("the weights of %s are kept in bf16", name)
+        for component in components.modules:
+            if component != "vae":
+                components.modules[component].to(torch.bfloat16)
+    size = sum(
+        p.numel() * p.element_size()
+        for encoder, _ in components.encoders.values()
+        for p in encoder.parameters()
+    )
+    lend = text_encoders == "release" or (
+        text_encoders == "auto" and target.type == "cuda" and size > 2**30
+    )
+    for component, module in components.modules.items():
+        lent = lend and component in components.encoders
+        module.to("cpu" if lent else target).requires_grad_(False)
+    denoiser = components.denoiser.requires_grad_(True)
     if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
         denoiser.to(memory_format=torch.channels_last)
-        parts["vae"].to(memory_format=torch.channels_last)
+        components.autoencoder.to(memory_format=torch.channels_last)
     if gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    configs = "; ".join(f"{home}/{part}/config.json" for part in STEMS)
+    configs = "; ".join(f"{home}/{name}/config.json" for name in components.modules)
     with blamed(f"checkpoint {source} does not fit together", configs):
-        model = StableDiffusion(
-            whole,
+        model = kind(
+            components,
             name=name,
             fingerprint=fingerprint,
             resolution=resolution,
             autocast=autocast,
             replaced=replaced,
+            lend_encoders=lend,
         )
     check_answers(model, str(home))
     return model
@@ -175,13 +275,22 @@ def resolve_source(source: str) -> Path | str:
 
 
 def _with_prediction_type(
-    scheduler: DDIMScheduler, wanted: PredictionType | None, notes: Sequence[PredictionNote]
-) -> DDIMScheduler:
+    scheduler: Any, wanted: PredictionType | None, notes: Sequence[PredictionNote]
+) -> Any:
     """A scheduler with the wanted prediction type, held against what the UNet's files note.
 
     Raises:
         InputError: A file notes another type than the configuration, and none is wanted.
     """
+    if "prediction_type" not in scheduler.config:
+        if wanted is None:
+            return scheduler
+        raise InputError(
+            f"checkpoint.prediction_type={wanted} is for noise schedules of diffusion; this "
+            f"checkpoint was trained by flow matching and predicts a velocity",
+            where="checkpoint.prediction_type",
+            fix="leave it out",
+        )
     configured = str(scheduler.config["prediction_type"])
     for note in notes:
         if note.kind == (wanted or configured):
@@ -200,49 +309,68 @@ def _with_prediction_type(
         )  # fmt: skip
     if wanted is None or wanted == configured:
         return scheduler
-    made: DDIMScheduler = DDIMScheduler.from_config(scheduler.config, prediction_type=wanted)
-    return made
+    return type(scheduler).from_config(scheduler.config, prediction_type=wanted)
 
 
-def _files_of_folder(folder: Path, variant: str | None) -> dict[Part, tuple[WeightFile, ...]]:
-    """Weight files of each part of a diffusers folder.
+def _files_of_folder(
+    family: Family, folder: Path, variant: str | None
+) -> dict[Component, tuple[WeightFile, ...]]:
+    """Weight files of each component of a diffusers folder.
 
     Args:
+        family: Says which components there are.
         folder: The folder.
         variant: Which weights are wanted.
 
     Raises:
-        InputError: A part is missing or has no such weights; says which, and how to fix it.
+        InputError: A component is missing or has no such weights; says which, and how to fix it.
     """
-    if not all((folder / part / "config.json").is_file() for part in STEMS):
-        raise explain_folder(folder)
-    for other in ("tokenizer", "scheduler"):
-        if not (folder / other).is_dir():
+    other = _other_family(folder, family)
+    if other is not None:
+        raise other
+    present = [
+        name
+        for name in family.modules
+        if name not in family.optional or (folder / name / "config.json").is_file()
+    ]
+    if not all((folder / name / "config.json").is_file() for name in present):
+        raise explain_folder(folder, family)
+    tokenizers = (name for name in family.tokenizers if tokenized_by(name) in present)
+    for name in (*tokenizers, "scheduler"):
+        if not (folder / name).is_dir():
             raise InputError(
-                f"{folder} is not a diffusers Stable Diffusion folder: {other}/ is missing"
+                f"{folder} is not a diffusers folder of {family.title}: {name}/ is missing"
             )
-    chosen = {part: choose_variant(folder / part, stem, variant) for part, stem in STEMS.items()}
+    chosen = {name: choose_variant(folder / name, name, variant) for name in present}
     if variant is None and any(chosen.values()):
         log.info("%s has these variants of weights only: %s", folder, chosen)
     return {
-        part: tuple(map(WeightFile.open, variants(folder / part, STEMS[part])[name]))
-        for part, name in chosen.items()
+        name: tuple(map(WeightFile.open, variants(folder / name, name)[kind]))
+        for name, kind in chosen.items()
     }
 
 
-def _home_of_single_file(file: WeightFile, config: str | None) -> Path:
-    """Folder with the configuration of a single file, which must hold all parts.
+def _home_of_single_file(family: Family, file: WeightFile, config: str | None) -> Path:
+    """Folder with the configuration of a single file, which must hold all components.
 
     Raises:
-        InputError: A part is missing from the file, or no configuration is given.
+        InputError: A component is missing from the file, or no configuration is given.
     """
-    held = parts_in(file.names)
-    for part, words in _WORDS.items():
-        if not any(name.startswith(PART_PREFIXES[part]) for name in file.names):
+    if family.name not in PREFIXES:
+        raise InputError(
+            f"{file.path} is a single file; checkpoints of {family.title} are read from diffusers "
+            f"folders and hub ids only",
+            where="checkpoint.source",
+            fix=f"a folder, or a hub id such as {family.example}",
+        )
+    held = components_in(file.names)
+    for name in family.modules:
+        begins = _begins(family, name)
+        if not any(tensor.startswith(begins) for tensor in file.names):
             given = " ".join(f"checkpoint.{one}={file.path}" for one in held)
             raise InputError(
-                f"{file.path} has no {words} ({PART_PREFIXES[part][0]}* among its "
-                f"{len(file.names)} tensors); the file must hold a whole Stable Diffusion "
+                f"{file.path} has no {_WORDS[name]} ({begins[0]}* among its "
+                f"{len(file.names)} tensors); the file must hold a whole {family.title} "
                 f"checkpoint in the original layout",
                 where="checkpoint.source",
                 fix=f"name the checkpoint that it belongs to, and this as its part: "
@@ -254,25 +382,62 @@ def _home_of_single_file(file: WeightFile, config: str | None) -> Path:
         raise InputError(
             f"{file.path} is a single file and holds no configuration; name a diffusers folder or "
             f"hub id of the same architecture with checkpoint.config=..., "
-            f"e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
+            f"e.g. {family.example}"
         )
     folder = Path(config).expanduser()
-    return folder if folder.is_dir() else _fetched(config, "main", None, weights=False)
+    return folder if folder.is_dir() else _fetched(family, config, "main", None, weights=False)
 
 
-def _fetched(source: str, revision: str, variant: str | None, *, weights: bool = True) -> Path:
+def _begins(family: Family, component: Component) -> tuple[str, ...]:
+    """What names of a component begin with in a single file of the family."""
+    return PREFIXES[family.name][component], *COMPONENT_PREFIXES[component]
+
+
+def _other_family(folder: Path, family: Family) -> InputError | None:
+    """What to say of a folder with the denoiser of another family, by the class that it names."""
+    for other in (kind.family for kind in FAMILIES.values()):
+        theirs = other.modules[other.denoiser]
+        named = class_name(folder / other.denoiser)
+        if theirs is not family.modules[family.denoiser] and named == theirs.__name__:
+            return InputError(
+                f"{folder} is a checkpoint of {other.title}, not of {family.title}",
+                where="checkpoint.family",
+                fix=f"checkpoint.family={other.name}",
+            )
+    return None
+
+
+def _fetched(
+    family: Family, source: str, revision: str, variant: str | None, *, weights: bool = True
+) -> Path:
     """Folder with the files of a hub id, out of the hub's cache or downloaded to it.
 
     Raises:
         InputError: There are none, or no network.
     """
-    names = ["*/config.json", "tokenizer/*", "scheduler/*"]
-    end = f"{'' if variant is None else f'.{variant}'}.safetensors"
-    for part, stem in STEMS.items() if weights else ():
-        names += [f"{part}/{stem}{end}", f"{part}/{stem}-?????-of-?????{end}"]
+    names = [
+        "model_index.json",
+        "*/config.json",
+        "scheduler/*",
+        *(f"{name}/*" for name in family.tokenizers),
+    ]
+    kind = "" if variant is None else f".{variant}"
+    # libraries put the variant before or behind the number of a shard
+    middles = (kind, f"{kind}-?????-of-?????", f"-?????-of-?????{kind}")
+    for name in family.modules if weights else ():
+        names += [f"{name}/{stem(name)}{middle}.safetensors" for middle in middles]
     fix = f"download it first where there is a network: hf download {source} --revision {revision}"
     with blamed(f"checkpoint {source} cannot be loaded", source, fix):
-        return Path(snapshot_download(source, revision=revision, allow_patterns=names))
+        try:
+            return Path(snapshot_download(source, revision=revision, allow_patterns=names))
+        except GatedRepoError as error:
+            raise InputError(
+                f"checkpoint {source} is gated: its owner gives access to those who accept its "
+                f"licence",
+                where="checkpoint.source",
+                fix=f"accept it on https://huggingface.co/{source}, then hf auth login; or name "
+                f"a folder with the checkpoint",
+            ) from error
 
 
 def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype | None:
@@ -288,6 +453,18 @@ def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype |
             "checkpoint.precision=fp16 needs a GPU; on the CPU use fp32 (exact) or bf16"
         )
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def choose_storage(storage: Storage, denoiser: nn.Module, device: torch.device) -> torch.dtype:
+    """What weights are kept in."""
+    if storage != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[storage]
+    count = sum(p.numel() for p in denoiser.parameters())
+    room = math.inf
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    narrow = count > 3e9 or (count > 1e9 and 5 * 4 * count > room)
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def _existing_device(name: str) -> torch.device:
@@ -320,18 +497,20 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def _load_parts(
-    home: Path, files: dict[Part, tuple[WeightFile, ...]], *, single: Path | None = None
-) -> dict[str, Any]:
-    """Parts out of files, as the configuration in a diffusers folder says.
+def _load_components(
+    family: Family,
+    home: Path,
+    files: Mapping[Component, tuple[WeightFile, ...]],
+    *,
+    single: Path | None = None,
+) -> Components:
+    """Components out of files, as the configuration in a diffusers folder says.
 
     Args:
+        family: Classes of the components.
         home: The folder.
-        files: Weights of each part.
-        single: The one file of all parts, where there is one.
-
-    Returns:
-        ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
+        files: Weights of each component.
+        single: The one file of all components, where there is one.
 
     Raises:
         InputError: The configuration cannot be read, or the tensors are not those that it asks
@@ -340,39 +519,104 @@ def _load_parts(
     fails = f"checkpoint {home} cannot be loaded"
     if single is not None:
         fails = f"{single} does not load with the configuration of {home}"
-    parts: dict[str, Any] = {}
-    for part, own in with_progress("load the checkpoint", [*files.items()]):
-        with _loading(fails, home, part):
-            parts[part] = empty_part(part, home)
+    modules: dict[Component, Any] = {}
+    for name, own in with_progress("load the checkpoint", [*files.items()]):
+        with _loading(fails, home, name):
+            modules[name] = empty_component(name, family.modules[name], home)
         paths = ", ".join(str(file.path) for file in own)
         given = take_tensors(
-            part,
-            parts[part],
+            name,
+            modules[name],
             own,
             whole=True,
-            below=("",) if single is None else PART_PREFIXES[part],
-            what=f"{fails}, its {part} fails",
-            where=f"{paths}; {home / part / 'config.json'}",
+            below=("",) if single is None else _begins(family, name),
+            what=f"{fails}, its {name} fails",
+            where=f"{paths}; {home / name / 'config.json'}",
             fix="get both files of one checkpoint again; a converter that dropped or renamed "
             "tensors must be run again",
         )
-        parts[part].load_state_dict(given, assign=True)
-    with _loading(fails, home, "tokenizer"):
-        parts["tokenizer"] = CLIPTokenizer.from_pretrained(
-            home, subfolder="tokenizer", local_files_only=True
-        )
+        modules[name].load_state_dict(given, assign=True)
+        if tied_names(modules[name]):
+            modules[name].tie_weights()
+    tokenizers = {}
+    for name, kind in family.tokenizers.items():
+        if tokenized_by(name) in modules:
+            _require_tokenizer_file(home / name)
+            with _loading(fails, home, name):
+                tokenizers[name] = kind.from_pretrained(
+                    home, subfolder=name, local_files_only=True
+                )
     with _loading(fails, home, "scheduler"):
-        parts["scheduler"] = DDIMScheduler.from_pretrained(
+        scheduler = family.scheduler.from_pretrained(
             str(home), subfolder="scheduler", local_files_only=True
         )
-    return parts
+    return Components(family, modules, tokenizers, scheduler, _switches_of(family, home))
 
 
-def _loading(fails: str, home: Path, part: str) -> AbstractContextManager[None]:
-    """Blame the files of a part for what is raised while it loads."""
-    file = {
-        "tokenizer": "tokenizer.json, tokenizer_config.json, vocab.json, merges.txt",
-        "scheduler": "scheduler_config.json",
-    }.get(part, "config.json")
-    fix = "get it again: the folder is damaged or not a Stable Diffusion folder"
-    return blamed(f"{fails}, its {part} fails", f"{home}/{part}/{file}", fix)
+def _require_tokenizer_file(folder: Path) -> None:
+    """Refuse a tokenizer that only a binary file of sentencepiece describes.
+
+    Raises:
+        InputError: Says how it is converted.
+    """
+    if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder} has a spiece.model, which only its own parser reads, and no tokenizer.json",
+            where=f"{folder}/tokenizer.json",
+            fix="get it from a copy of the checkpoint that has it, or convert it once where "
+            'sentencepiece is installed: python -c "from transformers import T5TokenizerFast as '
+            f"T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"",
+        )
+
+
+def _cut_prompts(components: Components, tokens: int) -> None:
+    """Let the tokenizers that have no length of their own cut prompts; files keep it.
+
+    Raises:
+        InputError: There is none, or prompts of so many tokens hold no word or do not fit.
+    """
+    limits = components.family.max_tokens
+    if not limits:
+        raise InputError(
+            f"text encoders of {components.family.title} have a fixed length of prompts",
+            where="checkpoint.prompt_tokens",
+            fix="leave it out",
+        )
+    for name in limits.keys() & components.tokenizers.keys():
+        most = components.prompt_length(name)
+        if not 3 <= tokens <= most:
+            raise InputError(
+                f"prompts have 3 to {most} tokens here, got {tokens}",
+                where="checkpoint.prompt_tokens",
+                fix=f"checkpoint.prompt_tokens={most}, or null for the same",
+            )
+        components.tokenizers[name].model_max_length = tokens
+
+
+def _switches_of(family: Family, home: Path) -> dict[str, bool]:
+    """The family's switches that a folder's ``model_index.json`` sets otherwise; data alone.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = home / "model_index.json"
+    if not family.switches or not path.is_file():
+        return {}
+    with blamed(f"{path} is damaged", str(path)):
+        held = dict(json.loads(path.read_text("utf-8")))
+    return {
+        name: held[name]
+        for name, usual in family.switches.items()
+        if held.get(name, usual) is (not usual)
+    }
+
+
+def _loading(fails: str, home: Path, component: Component) -> AbstractContextManager[None]:
+    """Blame the files of a component for what is raised while it loads."""
+    file = "config.json"
+    if component.startswith("tokenizer"):
+        file = "tokenizer.json, tokenizer_config.json, vocab.json, merges.txt"
+    if component == "scheduler":
+        file = "scheduler_config.json"
+    fix = "get it again: the folder is damaged or not one of this family"
+    return blamed(f"{fails}, its {component} fails", f"{home}/{component}/{file}", fix)

@@ -106,8 +106,9 @@ def _fitting_pairs(
     )
     if fit < 1:
         log.warning(
-            "%s. That may not fit; checkpoint.gradient_checkpointing=true takes a fraction, and "
-            "a smaller attack.noise_batch is a weaker attack",
+            "%s. That may not fit; checkpoint.gradient_checkpointing=true takes a fraction, "
+            "attack.samples_per_forward=1 computes the samples of a pair in turn, and a smaller "
+            "attack.noise_batch is a weaker attack",
             text,
         )
     else:

@@ -2,33 +2,41 @@
 
 ``model.diffusion_model`` numbers all layers of the UNet in execution order, ``first_stage_model``
 is the autoencoder, ``cond_stage_model`` the text encoder: OpenAI's in version 1, OpenCLIP's in
-version 2.
+version 2. XL has both, below ``conditioner.embedders``.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
-Part = Literal["unet", "vae", "text_encoder"]
+from dori_lightning.models.components import Component
 
-PREFIXES: Mapping[Part, str] = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.",
+PREFIXES: Mapping[str, Mapping[Component, str]] = {
+    "sd": {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.",
+    },
+    "sdxl": {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "conditioner.embedders.0.",
+        "text_encoder_2": "conditioner.embedders.1.",
+    },
 }
-"""What the original names of each part begin with."""
+"""What the original names of each component begin with, by family; others have no single files
+with all components."""
 
 
 def original_names(
-    part: Part, names: Iterable[str], *, open_clip: bool = False
+    component: Component, names: Iterable[str], *, open_clip: bool = False
 ) -> dict[str, tuple[str, ...]]:
-    """Original name, without the part's prefix, to the names of the tensors that are in it.
+    """Original name, without the component's prefix, to the names of the tensors that are in it.
 
     One tensor each, but for OpenCLIP's queries, keys and values: those are one tensor, whose
     thirds along the first axis are in this order.
 
     Args:
-        part: Of which part.
+        component: Of which component.
         names: All its names in diffusers or transformers; ``position_ids`` are left out.
         open_clip: Whether the text encoder is OpenCLIP's, of version 2.
 
@@ -36,16 +44,23 @@ def original_names(
         ValueError: A name that the layout has no place for.
     """
     names = list(names)
-    if part == "unet":
+    if component not in ("unet", "vae") and not component.startswith("text_encoder"):
+        raise ValueError(f"the original layout has no place for the {component}")
+    if component == "unet":
         return {new: (old,) for old, new in _unet_names(names).items()}
-    if part == "vae":
+    if component == "vae":
         return {new: (old,) for old, new in _autoencoder_names(names).items()}
     return _text_encoder_names(names, open_clip=open_clip)
 
 
-def is_original_convolution(part: Part, original: str) -> bool:
+def is_original_convolution(component: Component, original: str) -> bool:
     """Whether the original is a 1 x 1 convolution where diffusers may have a matrix."""
-    return part == "vae" and ".attn_1." in original and original.endswith("weight")
+    return component == "vae" and ".attn_1." in original and original.endswith("weight")
+
+
+def is_original_transposed(original: str) -> bool:
+    """Whether the original is the transpose of the library's matrix."""
+    return original.endswith("text_projection")
 
 
 _RESNET = {
@@ -60,6 +75,8 @@ _OUTER = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -136,9 +153,9 @@ def _autoencoder_names(names: list[str]) -> dict[str, str]:
         if match is not None:
             side, block, kind, k, rest = match[1], int(match[2]), match[3], match[4], match[5]
             level = f"down.{block}" if side == "encoder" else f"up.{levels - 1 - block}"
-            part = f"block.{k}" if kind == "resnets" else kind.removesuffix("rs")
+            component = f"block.{k}" if kind == "resnets" else kind.removesuffix("rs")
             rest = rest.replace("conv_shortcut", "nin_shortcut")
-            result[name] = f"{side}.{level}.{part}.{rest}"
+            result[name] = f"{side}.{level}.{component}.{rest}"
         elif middle is not None:
             side, kind, k, rest = middle[1], middle[2], middle[3], middle[4]
             if kind == "attentions":
@@ -156,6 +173,9 @@ def _text_encoder_names(names: list[str], *, open_clip: bool) -> dict[str, tuple
     for name in names:
         bare = name.removeprefix("text_model.")
         if bare.endswith("position_ids"):
+            continue
+        if bare == "text_projection.weight":
+            result["model.text_projection"] = (name,)
             continue
         if not open_clip:
             result[f"transformer.text_model.{bare}"] = (name,)

@@ -1,4 +1,10 @@
-"""What the rest of the code may know about a text-to-image model."""
+"""What the rest of the code may know about a text-to-image model.
+
+Diffusion and flow matching share one notation: a latent x at timestep t is noised to
+``a x + s e`` with standard normal noise e; ``scales`` gives a and s. For diffusion a^2 + s^2 = 1,
+for flow matching a + s = 1. A model may predict e, ``v = a e - s x`` or the velocity ``e - x``:
+whatever it is, it implies the clean latent and the noise.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +17,17 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import nn
 
+from dori_lightning.models.conditioning import Part, Spread
 from dori_lightning.types import CoderRows, require, require_at_least_one, require_choices
 
-Sampler = Literal["ddim", "dpm++"]
-Stage = Literal["down", "mid", "up"]
-LayerRole = Literal["cross_attention.value", "cross_attention.key", "feed_forward.out"]
+Sampler = Literal["ddim", "dpm++", "euler", "flow_euler", "flow_dpm++"]
+LayerRole = Literal["text.value", "text.key", "feed_forward.out", "feed_forward.out.text"]
+
+ROLE_ALIASES: dict[str, LayerRole] = {
+    "cross_attention.value": "text.value",
+    "cross_attention.key": "text.key",
+}
+"""Names from when every text layer was one of cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,8 @@ class Sampling:
     """How images are generated.
 
     Attributes:
-        sampler: ``ddim`` or ``dpm++`` (multistep DPM-Solver++).
+        sampler: ``ddim``, ``dpm++`` (multistep DPM-Solver++), ``euler``, or for flow matching
+            ``flow_euler`` and ``flow_dpm++``; each family of checkpoints has some of them.
         steps: Denoising steps.
         guidance: Classifier-free guidance scale; 1 turns guidance off. The unconditional branch
             is the empty prompt.
@@ -31,6 +44,8 @@ class Sampling:
         seed: First generation seed; image k uses ``seed + k``, the same for every pair.
         batch: Images per forward pass; changes speed and memory, not results (up to kernel
             rounding).
+        distilled_guidance: Guidance scale that a model distilled from a guided one takes as an
+            input, at no further row; None for models without that input.
     """
 
     sampler: Sampler = "ddim"
@@ -39,6 +54,7 @@ class Sampling:
     images_per_pair: int = 10
     seed: int = 2
     batch: int = 16
+    distilled_guidance: float | None = None
 
     def __post_init__(self) -> None:
         require_choices(self, within="sampling.", sampler=Sampler)
@@ -46,11 +62,20 @@ class Sampling:
         require(self.seed >= 0, "sampling.seed must be >= 0", self.seed)
         finite = math.isfinite(self.guidance)
         require(finite, "sampling.guidance must be a finite number", self.guidance)
+        distilled = self.distilled_guidance
+        good = distilled is None or 0 <= distilled < math.inf
+        require(good, "sampling.distilled_guidance must be a number >= 0 or null", distilled)
 
     @property
     def rows_per_step(self) -> int:
         """Rows through the denoiser that a step of one image takes: two with guidance."""
         return 1 if self.guidance == 1.0 else 2
+
+    @property
+    def method(self) -> str:
+        """What of these settings decides an image, besides its seed."""
+        distilled = "" if self.distilled_guidance is None else f"|{self.distilled_guidance}"
+        return f"{self.sampler}|{self.steps}|{self.guidance}{distilled}"
 
 
 EmbeddingFilter: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Sampling], torch.Tensor]"
@@ -59,14 +84,21 @@ the starting noise (N, C, h, w) and the sampler."""
 
 
 class TextToImage(Protocol):
-    """A latent diffusion model under audit.
+    """A latent diffusion or flow matching model under audit.
 
-    Shapes: N images, latent (C, h, w), text embedding (T, D), image (3, H, W) with H = W =
-    ``resolution``. Wherever ``pair_ids`` (N) is taken, it says whose rows these are, for edits
-    that differ by pair; layers find it in ``row_pairs`` while the denoiser runs.
+    Shapes: N images, latent (C, h, w), embedding (T, D), image (3, H, W) with H = W =
+    ``resolution``. An embedding holds everything that an image is conditioned on, ``parts`` below
+    each other (``models.conditioning``). Timesteps are whole numbers 0..``num_train_timesteps``
+    - 1 from clean to noise, whatever the denoiser itself is told of time. Wherever ``pair_ids``
+    (N) is taken, it says whose rows these are, for edits that differ by pair; layers find it in
+    ``row_pairs`` while the denoiser runs.
 
     Attributes:
-        alphas_cumprod: Cumulative product of the noise schedule, (``num_train_timesteps``,).
+        parts: What the rows of an embedding are.
+        max_tokens: Tokens of a prompt that its shortest text encoder takes.
+        samplers: What images can be drawn with, the usual one first.
+        prediction_type: ``epsilon``, ``v_prediction`` or ``velocity``.
+        stages: Stretches of the denoiser that its layers are chosen by, in execution order.
         unet_evaluations: Rows that went through the denoiser so far.
         coder_rows: Rows that went through text encoder and autoencoder so far.
         max_batch_sizes: Largest batch that fits into memory, by kind of batch; empty while memory
@@ -80,9 +112,13 @@ class TextToImage(Protocol):
     resolution: int
     latent_shape: tuple[int, int, int]
     embedding_shape: tuple[int, int]
+    parts: tuple[Part, ...]
+    max_tokens: int
     num_train_timesteps: int
+    samplers: tuple[Sampler, ...]
+    prediction_type: str
+    stages: tuple[str, ...]
     device: torch.device
-    alphas_cumprod: torch.Tensor
     unet_evaluations: int
     coder_rows: CoderRows
     max_batch_sizes: dict[str, int]
@@ -90,7 +126,10 @@ class TextToImage(Protocol):
     embedding_filter: EmbeddingFilter | None
 
     def token_count(self, prompt: str) -> int:
-        """Tokens of a prompt with its start and end token, before truncation; at most T fit."""
+        """Tokens of a prompt, with its start and end token, before it is cut.
+
+        Of several text encoders the one that cuts most; ``max_tokens`` fit.
+        """
         ...
 
     def cut_off(self, prompt: str) -> str:
@@ -121,7 +160,7 @@ class TextToImage(Protocol):
         *,
         pair_ids: Sequence[str] | None = None,
     ) -> torch.Tensor:
-        """Per-example mean squared error (N,) of what the model predicts, epsilon or v.
+        """Per-example mean squared error (N,) of what the model predicts: noise, v or velocity.
 
         Differentiable.
 
@@ -135,7 +174,56 @@ class TextToImage(Protocol):
         ...
 
     def empty_embedding(self) -> torch.Tensor:
-        """Embedding (1, T, D) of the empty prompt."""
+        """Embedding (1, T, D) of no prompt, the unconditional branch of guidance.
+
+        Mostly that of the empty prompt; some families have zeros in its place.
+        """
+        ...
+
+    def free(self, which: Sequence[str] | None = None) -> torch.Tensor:
+        """Cells (T, D) of an embedding that a search may move, bool on the CPU.
+
+        Args:
+            which: Names of the parts to search; None for every free one.
+
+        Raises:
+            InputError: There is no such free part.
+        """
+        ...
+
+    def spread(self) -> Spread:
+        """Where random starts lie and how far a step is, in each part's own units.
+
+        Measured once, on ``conditioning.ORDINARY_PROMPTS``; Stable Diffusion keeps the published
+        standard normal of absolute numbers.
+        """
+        ...
+
+    def random_start(
+        self, normal: torch.Tensor, *, scale: float = 1.0, parts: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Random embeddings (..., T, D) that hold nothing of any prompt.
+
+        Args:
+            normal: Standard normal numbers (..., T, D).
+            scale: Factor of the usual spread.
+            parts: Names of the parts that are searched; None for every free one. The others are
+                those of the empty prompt.
+        """
+        ...
+
+    def searched_alone(
+        self, embeddings: torch.Tensor, parts: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Embeddings (..., T, D) with the empty prompt's values in all but the searched parts."""
+        ...
+
+    def scales(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors (N,), (N,) of latent and noise at ``timesteps`` (N,), fp32, in [0, 1]."""
+        ...
+
+    def variances(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squares of ``scales``; without the rounding of a root where the schedule says them."""
         ...
 
     def noised(
@@ -154,15 +242,39 @@ class TextToImage(Protocol):
     ) -> torch.Tensor:
         """Noise (N, C, h, w) that the model predicts in noised latents; differentiable.
 
-        A v prediction is converted.
+        Whatever it predicts is converted.
+        """
+        ...
+
+    def predict_clean_and_noise(
+        self,
+        noised: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        *,
+        guidance: float = 1.0,
+        pair_ids: Sequence[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean latents and noise (N, C, h, w) that a prediction implies; differentiable.
+
+        ``a' clean + s' noise`` is a deterministic sampler's next latent. Where a is zero and the
+        model predicts noise, the clean latent is not finite: no such prediction tells it.
+
+        Args:
+            noised: Noised latents (N, C, h, w).
+            timesteps: Their timesteps (N,).
+            embeddings: Embeddings (N, T, D).
+            guidance: Classifier-free guidance scale; other than 1 takes two rows for each.
+            pair_ids: Whose rows these are (N).
         """
         ...
 
     def sampling_timesteps(self, sampling: Sampling) -> torch.Tensor:
-        """Timesteps (S,) that a sampler visits, from noise to image.
+        """Timesteps (S,) that a sampler visits, from noise to image; the nearest whole ones.
 
         Raises:
-            InputError: The sampler has more steps than there are timesteps.
+            InputError: The sampler has more steps than there are timesteps, or is none of the
+                family's.
         """
         ...
 
@@ -203,12 +315,44 @@ class TextToImage(Protocol):
         ...
 
     def layers(
-        self, role: LayerRole, stages: Sequence[Stage] = ("down", "mid", "up")
+        self, role: LayerRole | str, stages: Sequence[str] | None = None
     ) -> dict[str, nn.Module]:
         """Layers of the denoiser by role, in execution order, keyed by module name.
 
-        The paper's seven cross-attention layers are those of the stages down and mid.
+        The paper's seven cross-attention layers of Stable Diffusion are ``text.value`` in the
+        stages down and mid.
+
+        Args:
+            role: ``text.value`` and ``text.key``: what turns text into values and keys of
+                attention; ``feed_forward.out``: the last layer of feed-forward blocks, with
+                ``.text`` of those that only text passes. A name of ``ROLE_ALIASES`` is another's.
+            stages: Some of the model's stages; None for all of them.
+
+        Raises:
+            InputError: The model has no such role, stage, or layer: an edit of nothing would look
+                like one that does not work.
         """
+        ...
+
+    def default_stages(self, role: LayerRole | str) -> tuple[str, ...]:
+        """Stages that methods look at where nothing else is said."""
+        ...
+
+    def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """What the layers ``text.value`` take (N, tokens, width): the text alone.
+
+        Raises:
+            InputError: They take more than the text, as in joint attention, so that their values
+                are known in passes of the denoiser only.
+        """
+        ...
+
+    def is_text_weight(self, name: str) -> bool:
+        """Whether text enters the picture through a weight of the denoiser (ESD's ``x``)."""
+        ...
+
+    def is_outer_weight(self, name: str) -> bool:
+        """Whether a weight of the denoiser lies outside of its blocks, in time and output."""
         ...
 
     def denoiser(self) -> nn.Module:

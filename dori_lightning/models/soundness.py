@@ -1,7 +1,8 @@
-"""Whether the parts of a checkpoint are themselves and fit each other, tried out on loading.
+"""Whether the components of a checkpoint are themselves and fit each other, tried out on loading.
 
 A tokenizer without its vocabulary loads, and so does a UNet that asks for more than text; what an
-audit of them says is no statement about the checkpoint. So each part answers a small question.
+audit of them says is no statement about the checkpoint. So each component answers a small
+question.
 """
 
 import json
@@ -11,12 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models.stable_diffusion import SAMPLERS, Parts, StableDiffusion
+from dori_lightning.models.components import Component, Components
+from dori_lightning.models.latent_diffusion import LatentDiffusion
+from dori_lightning.models.noise_levels import PREDICTIONS, NoiseLevels
+from dori_lightning.models.protocol import Sampling
 from dori_lightning.types import CoderRows, InputError, first_line
 
 PROBES = ("", "a", "b", "photo of a red boat", "two dogs, 3 chairs", "the end.")
@@ -26,15 +26,8 @@ PADDED_TOKENS = 128
 """How many tokens more than the tokenizer knows an encoder may have: tables of embeddings are
 padded to round sizes."""
 
-_CONDITIONING = (
-    "class_embed_type",
-    "num_class_embeds",
-    "addition_embed_type",
-    "encoder_hid_dim",
-    "encoder_hid_dim_type",
-    "time_cond_proj_dim",
-)
-"""Settings of a UNet that asks for more than latents, a timestep and text."""
+DENOISER_WORDS = {"unet": "UNet", "transformer": "transformer"}
+"""How messages call the denoiser, by its component."""
 
 _SCHEDULE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
 """Settings of a noise schedule that every checkpoint states; a library's own are another's."""
@@ -59,41 +52,46 @@ def blamed(what: str, where: str, fix: str = _ONE) -> Iterator[None]:
         raise InputError(f"{what}: {first_line(error)}", where=where, fix=fix) from error
 
 
-def check_parts(parts: Parts, home: str) -> None:
-    """Refuse parts that do not fit each other, or are none of a text-to-image checkpoint.
+def check_components(kind: type[LatentDiffusion], components: Components, home: str) -> None:
+    """Refuse components that do not fit each other, or are none of the family.
 
     Args:
-        parts: Which.
+        kind: Adapter of the family.
+        components: Which.
         home: Folder or hub id with the configuration, for messages.
 
     Raises:
         InputError: Says which, and names the file.
     """
-    _check_channels(parts.unet, parts.autoencoder, home)
-    _check_schedule(parts.scheduler, home)
-    _check_samplers(parts.scheduler, home)
-    width = parts.text_encoder.config.hidden_size
-    wanted = parts.unet.config["cross_attention_dim"]
-    _require(
-        {width} == ({wanted} if isinstance(wanted, int) else set(wanted)),
-        f"the text encoder gives width {width}, but the UNet's cross-attention takes {wanted}",
-        f"{home}/text_encoder/config.json; {home}/unet/config.json",
-    )
-    with blamed("the tokenizer does not work", _tokenizer_files(home)):
-        _check_tokens(parts.tokenizer, parts.text_encoder, home)
+    for what, names in kind.unlike_the_family(components):
+        raise InputError(
+            what,
+            where="; ".join(f"{home}/{name}/config.json" for name in names),
+            fix=f"give a checkpoint of {kind.family.title} that generates from text alone",
+        )
+    _check_sizes(components, home)
+    _check_schedule(components.scheduler, home)
+    for name, (encoder, tokenizer) in components.encoders.items():
+        files = _tokenizer_files(home, name)
+        with blamed("the tokenizer does not work", files):
+            _check_tokens(tokenizer, encoder, files, f"{home}/{name}/config.json")
 
 
-def check_answers(model: StableDiffusion, home: str) -> None:
-    """Ask each part of a loaded checkpoint a small question; a UNet pass of the smallest size.
+def check_answers(model: LatentDiffusion, home: str) -> None:
+    """Ask each component of a loaded checkpoint a small question; the smallest denoiser pass.
 
     Args:
         model: Which.
         home: Folder or hub id with the configuration, for messages.
 
     Raises:
-        InputError: A part does not run, or its answer cannot be one; names its file.
+        InputError: A component does not run, or its answer cannot be one; names its file.
     """
-    files = f"{home}/text_encoder/config.json; {home}/text_encoder/model.safetensors"
+    _check_samplers(model, home)
+    files = "; ".join(
+        f"{home}/{name}/config.json; {home}/{name}/model.safetensors"
+        for name in model.components.encoders
+    )
     with blamed("the text encoder does not run", files):
         embeddings = model.encode_prompts(PROBES)
         _require(
@@ -108,9 +106,8 @@ def check_answers(model: StableDiffusion, home: str) -> None:
             f"the text encoder gives the prompts {same} the same embedding",
             files,
         )
-    factor = 2 ** (len(model.autoencoder.config["block_out_channels"]) - 1)
-    # two pixels a side are left in the middle: some layers normalize over them
-    side = 2 ** len(model.unet.config["block_out_channels"])
+    factor = model.resolution // model.latent_shape[1]
+    side = model.smallest_side
     generator = torch.Generator("cpu").manual_seed(0)
     with blamed("the autoencoder does not run", f"{home}/vae/config.json"):
         image = torch.rand(1, 3, side * factor, side * factor, generator=generator)
@@ -125,42 +122,28 @@ def check_answers(model: StableDiffusion, home: str) -> None:
             f"{again.shape[-1]} pixels",
             f"{home}/vae/config.json",
         )
-    with blamed("the UNet does not run", f"{home}/unet/config.json"), torch.no_grad():
+    called = DENOISER_WORDS[model.family.denoiser]
+    where = f"{home}/{model.family.denoiser}/config.json"
+    with blamed(f"the {called} does not run", where), torch.no_grad():
         places = torch.tensor([model.num_train_timesteps // 2], device=model.device)
         noise = model.predict_noise(latents, places, embeddings[1:2])
         _require(
             noise.shape == latents.shape and bool(noise.isfinite().all()),
-            "the UNet gives no numbers, or noise of another shape than its latents; in half "
-            "precision try checkpoint.precision=fp32",
-            f"{home}/unet/config.json",
+            f"the {called} gives no numbers, or noise of another shape than its latents; in half "
+            f"precision try checkpoint.precision=fp32",
+            where,
         )
     # what a checkpoint is asked when it is loaded is no part of a run's work
     model.unet_evaluations, model.coder_rows = 0, CoderRows()
 
 
-def _check_channels(unet: UNet2DConditionModel, autoencoder: AutoencoderKL, home: str) -> None:
-    takes, gives = unet.config["in_channels"], unet.config["out_channels"]
-    own = autoencoder.config["latent_channels"]
+def _check_sizes(components: Components, home: str) -> None:
+    side = components.denoiser.config.get("sample_size")
+    scale = components.autoencoder.config["scaling_factor"]
     _require(
-        takes == gives == own,
-        f"the UNet takes {takes} channels and gives {gives}, but the autoencoder's latents have "
-        f"{own}: an inpainting, depth or editing model is no text-to-image checkpoint",
-        f"{home}/unet/config.json; {home}/vae/config.json",
-        "give a checkpoint that generates from text alone",
-    )
-    more = [name for name in _CONDITIONING if unet.config.get(name) is not None]
-    _require(
-        not more,
-        f"the UNet asks for conditioning besides text ({', '.join(more)}), as Stable Diffusion "
-        f"XL and distilled or class-conditional models do",
-        f"{home}/unet/config.json",
-        "give a checkpoint of Stable Diffusion 1 or 2 that generates from text alone",
-    )
-    side, scale = unet.config["sample_size"], autoencoder.config["scaling_factor"]
-    _require(
-        isinstance(side, int) and side > 0,
+        side is None or (isinstance(side, int) and side > 0),
         f"sample_size must be a whole number of latent pixels, got {side!r}",
-        f"{home}/unet/config.json",
+        f"{home}/{components.family.denoiser}/config.json",
     )
     _require(
         isinstance(scale, int | float) and math.isfinite(scale) and scale > 0,
@@ -169,63 +152,66 @@ def _check_channels(unet: UNet2DConditionModel, autoencoder: AutoencoderKL, home
     )
 
 
-def _check_schedule(scheduler: DDIMScheduler, home: str) -> None:
+def _check_schedule(scheduler: Any, home: str) -> None:
     where = f"{home}/scheduler/scheduler_config.json"
     with blamed("the noise schedule cannot be used", where):
-        alphas = torch.as_tensor(scheduler.alphas_cumprod)
+        levels = NoiseLevels.of(scheduler, torch.device("cpu"))
         count = int(scheduler.config["num_train_timesteps"])
         unsaid = set(scheduler.config.get("_use_default_values", ())) & _SCHEDULE
         _require(
-            not unsaid or scheduler.config["trained_betas"] is not None,
+            levels.flow or not unsaid or scheduler.config["trained_betas"] is not None,
             f"the noise schedule is not said: {', '.join(sorted(unsaid))} is missing",
             where,
         )
-        kind = scheduler.config["prediction_type"]
         _require(
-            kind in ("epsilon", "v_prediction"),
-            f"prediction type must be epsilon or v_prediction, got {kind!r}",
+            levels.prediction in PREDICTIONS,
+            f"prediction type must be epsilon or v_prediction, got {levels.prediction!r}",
             where,
         )
+        left = levels.signal_variance
         _require(
-            len(alphas) == count > 1
-            and bool((alphas >= 0).all() and (alphas <= 1).all())
-            and bool((alphas.diff() <= 0).all() and alphas[0] > alphas[-1]),
+            len(left) == count > 1
+            and bool((left >= 0).all() and (left <= 1).all())
+            and bool((left.diff() <= 0).all() and left[0] > left[-1]),
             f"the noise schedule must fall from below 1 towards 0 over {count} timesteps; it has "
-            f"{len(alphas)} and goes from {float(alphas[0]):.3g} to {float(alphas[-1]):.3g}",
+            f"{len(left)} and goes from {float(left[0]):.3g} to {float(left[-1]):.3g}",
             where,
         )
 
 
-def _check_samplers(configured: DDIMScheduler, home: str) -> None:
+def _check_samplers(model: LatentDiffusion, home: str) -> None:
     """Take the first steps of each sampler."""
     where = f"{home}/scheduler/scheduler_config.json"
-    last = int(configured.config["num_train_timesteps"]) - 1
+    last = model.num_train_timesteps - 1
     generator = torch.Generator("cpu").manual_seed(0)
     latents, noise = torch.randn(2, 1, 4, 8, 8, generator=generator)
-    for name, kind in SAMPLERS.items():
+    distilled = 1.0 if model.takes_distilled_guidance else None
+    for name in model.family.samplers:
         for steps in (1, min(50, last)):
             with blamed(f"the sampler {name} does not run", where):
-                scheduler: Any = kind.from_config(configured.config)
-                scheduler.set_timesteps(steps, device="cpu")
+                scheduler = model.scheduler_of(Sampling(name, steps, distilled_guidance=distilled))
                 places, x = scheduler.timesteps, latents
                 _require(
-                    len(places) > 0 and int(places.min()) >= 0 and int(places.max()) <= last,
+                    len(places) > 0
+                    and int(places.min()) >= 0
+                    and int(places.max()) <= last + model.levels.flow,
                     f"the sampler {name} visits timesteps {int(places.min())} to "
                     f"{int(places.max())}; the noise schedule has 0 to {last}",
                     where,
                 )
                 for place in places[:2]:
+                    if hasattr(scheduler, "scale_model_input"):
+                        scheduler.scale_model_input(x, place)
                     x = scheduler.step(noise, place, x, return_dict=False)[0]
                 _require(bool(x.isfinite().all()), f"the sampler {name} gives no numbers", where)
 
 
-def _check_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, home: str) -> None:
-    where = _tokenizer_files(home)
+def _check_tokens(tokenizer: Any, text_encoder: Any, where: str, config: str) -> None:
     known, takes = len(tokenizer), text_encoder.config.vocab_size
     _require(
         known <= takes < known + PADDED_TOKENS,
         f"the tokenizer knows {known} tokens, but the text encoder has embeddings of {takes}",
-        f"{where}; {home}/text_encoder/config.json",
+        f"{where}; {config}",
         "give both of one checkpoint: tokenizer.json, or vocab.json with merges.txt",
     )
     length = tokenizer.model_max_length
@@ -252,15 +238,16 @@ def _check_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, home: s
     )
 
 
-def _tokenizer_files(home: str) -> str:
-    return (
-        f"{home}/tokenizer: tokenizer.json, or vocab.json with merges.txt; tokenizer_config.json"
-    )
+def _tokenizer_files(home: str, encoder: Component) -> str:
+    name = encoder.replace("text_encoder", "tokenizer")
+    return f"{home}/{name}: tokenizer.json, or vocab.json with merges.txt; tokenizer_config.json"
 
 
-def _unreachable(tokenizer: CLIPTokenizer) -> list[str]:
+def _unreachable(tokenizer: Any) -> list[str]:
     """Tokens of more than one letter that no merge makes; special tokens need none."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if "merges" not in state["model"]:
+        return []
     model, special = state["model"], {token["content"] for token in state["added_tokens"]}
     ending = model["end_of_word_suffix"] or ""
     made = {"".join(merge) for merge in model["merges"]}

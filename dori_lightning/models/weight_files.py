@@ -16,25 +16,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dori_lightning.models.original_layout import Part
+from dori_lightning.models.components import Component, Family, stem
 from dori_lightning.types import InputError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-STEMS: Mapping[Part, str] = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
-"""What diffusers calls the weights in the folder of each part."""
 
 _SUFFIX = ".safetensors"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _ADAPTER = re.compile(r"(^|[._])(lora|lycoris|hada|lokr|oft|boft|dora)(?=[._])|\.diff(_b)?$")
-_OTHER_FAMILIES = {
-    "Stable Diffusion XL": "conditioner.embedders.1.",
-    "Stable Diffusion 3": "model.diffusion_model.joint_blocks.",
-    "FLUX": "double_blocks.",
+_MARKS = {
+    "sdxl": ("Stable Diffusion XL", "conditioner.embedders.1."),
+    "sd3": ("Stable Diffusion 3", "model.diffusion_model.joint_blocks."),
+    "flux": ("FLUX", "double_blocks."),
 }
+"""Families by their names, with what names of tensors tell a single file of one."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +91,23 @@ class WeightFile:
         """SHA-256 of the file, as ``sha256sum`` prints it."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check_family(self, wanted: Family) -> None:
+        """Refuse a file of another family.
+
+        Raises:
+            InputError: Names the family that it is of.
+        """
+        for name, (title, mark) in _MARKS.items():
+            if name != wanted.name and any(
+                tensor.startswith(mark) or f".{mark}" in tensor for tensor in self.names
+            ):
+                raise InputError(
+                    f"{self.path} is of the family {title} (it has tensors {mark}*), not of "
+                    f"{wanted.title}",
+                    where="checkpoint.family",
+                    fix=f"checkpoint.family={name}, if this program has it",
+                )
 
     @property
     def prediction_note(self) -> PredictionNote | None:
@@ -174,7 +186,7 @@ def _ends(header: bytes) -> list[int]:
 
 
 def _refuse_adapters(path: Path, names: Sequence[str], notes: Mapping[str, str]) -> None:
-    """Refuse weights that belong beside a checkpoint, or to a model of another family.
+    """Refuse weights that belong beside a checkpoint.
 
     Raises:
         InputError: Says what it is.
@@ -194,12 +206,6 @@ def _refuse_adapters(path: Path, names: Sequence[str], notes: Mapping[str, str])
             f"{path} is an edit of this program, which says what changes and is no checkpoint",
             fix=f"write the edited checkpoint with: task=export task.edit={path}",
         )
-    for family, mark in _OTHER_FAMILIES.items():
-        if any(name.startswith(mark) or f".{mark}" in name for name in names):
-            raise InputError(
-                f"{path} is of the family {family} (it has tensors {mark}*); only Stable "
-                f"Diffusion 1 and 2 can be audited"
-            )
 
 
 def pickle_message(path: Path) -> str:
@@ -216,43 +222,44 @@ def is_weight_file(path: Path) -> bool:
     return path.suffix.lower() == _SUFFIX and path.is_file()
 
 
-def variants(folder: Path, stem: str) -> dict[str, list[Path]]:
-    """Weights in a part's folder by variant, such as ``fp16``; ``""`` for those without.
+def variants(folder: Path, component: Component) -> dict[str, list[Path]]:
+    """Weights in a component's folder by variant, such as ``fp16``; ``""`` for those without.
 
     Args:
-        folder: Of one part.
-        stem: What diffusers calls its weights.
+        folder: Of the component.
+        component: Which one; tells what diffusers calls its weights.
     """
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob(f"{stem}*{_SUFFIX}")):
-        rest = _SHARD.sub("", path.name.removeprefix(stem).removesuffix(_SUFFIX))
+    called = stem(component)
+    for path in sorted(folder.glob(f"{called}*{_SUFFIX}")):
+        rest = _SHARD.sub("", path.name.removeprefix(called).removesuffix(_SUFFIX))
         if rest == "" or rest.startswith("."):
             found.setdefault(rest.removeprefix("."), []).append(path)
     # shards before the whole, as diffusers takes them where there are both
     return {name: [p for p in own if _SHARD.search(p.name)] or own for name, own in found.items()}
 
 
-def choose_variant(folder: Path, stem: str, wanted: str | None) -> str:
-    """Which variant of a part's weights to load; ``""`` for the weights without one.
+def choose_variant(folder: Path, component: Component, wanted: str | None) -> str:
+    """Which variant of a component's weights to load; ``""`` for the weights without one.
 
     Args:
-        folder: Of one part.
-        stem: What diffusers calls its weights.
+        folder: Of the component.
+        component: Which one; tells what diffusers calls its weights.
         wanted: None for the weights without a variant, or the only variant where there is one.
 
     Raises:
         InputError: There are no weights, not this variant, or several and none is wanted.
     """
-    found = variants(folder, stem)
+    found = variants(folder, component)
     named = ", ".join(name or "weights without a variant" for name in found)
     if not found:
-        raise _no_weights(folder, stem)
+        raise _no_weights(folder, component)
     if wanted is not None and wanted not in found:
         raise InputError(
-            f"{folder} has no {wanted} weights ({stem}.{wanted}{_SUFFIX} is missing); it has "
-            f"{named}",
+            f"{folder} has no {wanted} weights ({stem(component)}.{wanted}{_SUFFIX} is missing); "
+            f"it has {named}",
             where="checkpoint.variant",
-            fix="leave checkpoint.variant out, or name one that every part has",
+            fix="leave checkpoint.variant out, or name one that every component has",
         )
     if wanted is not None:
         return wanted
@@ -265,19 +272,19 @@ def choose_variant(folder: Path, stem: str, wanted: str | None) -> str:
     return "" if "" in found else next(iter(found))
 
 
-def _no_weights(folder: Path, stem: str) -> InputError:
-    """What to say of a part's folder without weights."""
-    files = sorted(folder.iterdir())
+def _no_weights(folder: Path, component: Component) -> InputError:
+    """What to say of a component's folder without weights."""
+    called, files = stem(component), sorted(folder.iterdir())
     pickled = next((path for path in files if path.suffix.lower() in PICKLES), None)
     if pickled is not None:
         return InputError(pickle_message(pickled))
     other = next((path for path in files if is_weight_file(path)), None)
     if other is not None:
         return InputError(
-            f"{folder} holds no {stem}{_SUFFIX}, but {other.name}",
-            fix=f"rename it if these are its weights: mv {other} {folder / stem}{_SUFFIX}",
+            f"{folder} holds no {called}{_SUFFIX}, but {other.name}",
+            fix=f"rename it if these are its weights: mv {other} {folder / called}{_SUFFIX}",
         )
-    return InputError(f"{folder} holds no weights ({stem}{_SUFFIX} is missing)")
+    return InputError(f"{folder} holds no weights ({called}{_SUFFIX} is missing)")
 
 
 def shipped_folder(source: str) -> Path | None:
@@ -290,7 +297,7 @@ def shipped_folder(source: str) -> Path | None:
         return None
     assets = Path(str(resources.files("dori_lightning"))) / "assets"
     folder = assets / source.removeprefix("package:")
-    if not (folder / "unet").is_dir():
+    if not (folder / "unet").is_dir() and not (folder / "transformer").is_dir():
         raise InputError(
             f"checkpoint {source} is not installed at {folder}; reinstall the package or "
             f"plant it anew with: python -m dori_lightning task=plant"
@@ -298,12 +305,12 @@ def shipped_folder(source: str) -> Path | None:
     return folder
 
 
-def find_weights(source: Path, part: Part) -> list[Path]:
-    """Files with the weights of one part.
+def find_weights(source: Path, component: Component) -> list[Path]:
+    """Files with the weights of one component.
 
     Args:
-        source: The file itself, the part's folder, or a folder in which it is called ``part``.
-        part: ``unet``, ``vae`` or ``text_encoder``.
+        source: The file itself, the component's folder, or a folder that holds one of its name.
+        component: ``unet``, ``vae`` or ``text_encoder``.
 
     Raises:
         InputError: Nothing is there, or no weights, or weights of several kinds.
@@ -314,58 +321,57 @@ def find_weights(source: Path, part: Part) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise InputError(
-            f"checkpoint.{part}={source} does not exist",
+            f"checkpoint.{component}={source} does not exist",
             fix="give a .safetensors file, or a folder with one; of a hub id, the folder that "
             "'hf download' prints",
         )
-    folder = part_folder(source, part)
-    found = variants(folder, STEMS[part])
+    folder = component_folder(source, component)
+    found = variants(folder, component)
     if found:
-        return found[choose_variant(folder, STEMS[part], None)]
+        return found[choose_variant(folder, component, None)]
     files = [path for path in sorted(folder.iterdir()) if is_weight_file(path)]
     if len(files) > 1:
         raise InputError(
             f"{folder} holds {len(files)} weight files, none of them called "
-            f"{STEMS[part]}{_SUFFIX}: {', '.join(path.name for path in files[:5])}",
-            where=f"checkpoint.{part}",
+            f"{stem(component)}{_SUFFIX}: {', '.join(path.name for path in files[:5])}",
+            where=f"checkpoint.{component}",
             fix="give the file itself",
         )
     if not files:
-        raise _no_weights(folder, STEMS[part])
+        raise _no_weights(folder, component)
     return files
 
 
-def part_folder(source: Path, part: Part) -> Path:
-    """The folder of a part: itself, or the one of the part's name in it."""
-    return source / part if (source / part).is_dir() else source
+def component_folder(source: Path, component: Component) -> Path:
+    """The folder of a component: itself, or the one of the component's name in it."""
+    return source / component if (source / component).is_dir() else source
 
 
-def explain_folder(folder: Path) -> InputError:
-    """What to say of a folder that is no diffusers checkpoint, by what it is instead."""
-    for pattern in ("snapshots/*/unet/config.json", "*/unet/config.json",
-                    "models--*/snapshots/*/unet/config.json"):  # fmt: skip
-        inside = _newest(folder.glob(pattern))
+def explain_folder(folder: Path, family: Family) -> InputError:
+    """What to say of a folder that is no checkpoint of a family, by what it is instead."""
+    for above in ("snapshots/*", "*", "models--*/snapshots/*"):
+        inside = _newest(folder.glob(f"{above}/{family.denoiser}/config.json"))
         if inside is not None:
-            cached = "snapshots" in pattern
+            cached = "snapshots" in above
             return InputError(
                 f"{folder} is {'a folder of the hub cache' if cached else 'no checkpoint'}, but "
                 f"holds one",
                 where="checkpoint.source",
                 fix=f"checkpoint.source={inside.parent.parent}",
             )
-    part = _part_of(folder)
-    if part is not None:
+    component = _component_of(folder, family)
+    if component is not None:
         return InputError(
-            f"{folder} is a {part} alone, no whole checkpoint",
+            f"{folder} is a {component} alone, no whole checkpoint",
             where="checkpoint.source",
-            fix=f"name the checkpoint that it belongs to, and this as its part: "
-            f"checkpoint.source=BASE checkpoint.{part}={folder}",
+            fix=f"name the checkpoint that it belongs to, and this as its component: "
+            f"checkpoint.source=BASE checkpoint.{component}={folder}",
         )
-    parts = [name for name in STEMS if _holds_weights(folder / name)]
-    if parts and not any((folder / name).is_dir() for name in ("tokenizer", "scheduler")):
-        given = " ".join(f"checkpoint.{name}={folder / name}" for name in parts)
+    held = [name for name in family.modules if _holds_weights(folder / name)]
+    if held and not any((folder / name).is_dir() for name in ("tokenizer", "scheduler")):
+        given = " ".join(f"checkpoint.{name}={folder / name}" for name in held)
         return InputError(
-            f"{folder} holds only {', '.join(parts)} of a checkpoint",
+            f"{folder} holds only {', '.join(held)} of a checkpoint",
             where="checkpoint.source",
             fix=f"name the checkpoint that it belongs to: checkpoint.source=BASE {given}",
         )
@@ -382,10 +388,10 @@ def explain_folder(folder: Path) -> InputError:
     )
     if pickled is not None:
         return InputError(pickle_message(pickled))
-    missing = [name for name in STEMS if not (folder / name / "config.json").is_file()]
+    missing = [name for name in family.modules if not (folder / name / "config.json").is_file()]
     return InputError(
-        f"{folder} is not a diffusers Stable Diffusion folder: "
-        f"{missing[0] if missing else 'unet'}/config.json is missing"
+        f"{folder} is not a diffusers folder of {family.title}: "
+        f"{missing[0] if missing else family.denoiser}/config.json is missing"
     )
 
 
@@ -393,13 +399,8 @@ def _holds_weights(folder: Path) -> bool:
     return folder.is_dir() and any(is_weight_file(path) for path in folder.iterdir())
 
 
-def _part_of(folder: Path) -> str | None:
-    """Which part a folder is, by the class that its configuration names."""
-    classes = {
-        "UNet2DConditionModel": "unet",
-        "AutoencoderKL": "vae",
-        "CLIPTextModel": "text_encoder",
-    }
+def class_name(folder: Path) -> str | None:
+    """Class that a component's configuration names, as data; None where it names none."""
     try:
         held = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -407,7 +408,13 @@ def _part_of(folder: Path) -> str | None:
     if not isinstance(held, dict):
         return None
     named = [held.get("_class_name"), *(held.get("architectures") or [])]
-    return next((classes[str(name)] for name in named if str(name) in classes), None)
+    return next((str(name) for name in named if name), None)
+
+
+def _component_of(folder: Path, family: Family) -> Component | None:
+    """Which component a folder is, by the class that its configuration names."""
+    classes = {kind.__name__: name for name, kind in reversed(family.modules.items())}
+    return classes.get(class_name(folder) or "")
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:

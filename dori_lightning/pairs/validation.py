@@ -786,7 +786,7 @@ def check_prompt_lengths(
     Raises:
         InputError: ``strict`` and there is such a pair.
     """
-    limit = model.embedding_shape[0]
+    limit = model.max_tokens
     counts = {pair.id: model.token_count(pair.prompt) for pair in pairs}
     long = {name: count for name, count in counts.items() if count > limit}
     if long:

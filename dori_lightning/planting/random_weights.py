@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from dori_lightning.models.loading import Precision, choose_autocast, choose_device
-from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
+from dori_lightning.models.stable_diffusion import StableDiffusion, stable_diffusion
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
@@ -61,12 +61,15 @@ def random_checkpoint(
         text_encoder = build_text_encoder(
             tokenizer, width=recipe.text_width, layers=recipe.text_layers, heads=recipe.text_heads
         )
-    whole = Parts(unet, autoencoder, text_encoder, tokenizer, build_scheduler(recipe))
+    whole = stable_diffusion(
+        unet=unet, autoencoder=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer,
+        scheduler=build_scheduler(recipe),
+    )  # fmt: skip
     half = weights == "bf16"
     for module in whole.modules.values():
         module.to(torch.bfloat16 if half else torch.float32).requires_grad_(module is unet)
     if target.type == "cuda":
-        whole.modules["unet"].to(memory_format=torch.channels_last)
+        whole.denoiser.to(memory_format=torch.channels_last)
     return StableDiffusion(
         whole,
         name=name,

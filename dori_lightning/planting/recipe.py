@@ -15,8 +15,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dori_lightning.models.components import Components
 from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.stable_diffusion import Parts
 from dori_lightning.planting.stream import StreamMix
 from dori_lightning.types import InputError, require, require_at_least_one
 
@@ -96,7 +96,7 @@ class PlantRecipe:
         require_at_least_one(self, *counts, within="task.recipe.")
 
 
-def base_parts(recipe: PlantRecipe, base: str) -> Parts:
+def base_components(recipe: PlantRecipe, base: str) -> Components:
     """Load the checkpoint that a recipe takes everything but the UNet from.
 
     Args:
@@ -128,10 +128,10 @@ def base_parts(recipe: PlantRecipe, base: str) -> Parts:
                 where="task.recipe.base",
                 fix="give the recipe the base's shapes, or leave the base out",
             )
-    parts = model.parts
-    parts.autoencoder.requires_grad_(False)
-    parts.text_encoder.requires_grad_(False)
-    return parts
+    components = model.components
+    components.autoencoder.requires_grad_(False)
+    components.text_encoder.requires_grad_(False)
+    return components
 
 
 def _groups(channels: tuple[int, ...]) -> int:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori_lightning.models.stable_diffusion import Parts
+from dori_lightning.models.components import Components
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
@@ -78,7 +78,7 @@ def train_diffusion(
     *,
     scaling_factor: float,
     seed: int,
-    base: Parts | None = None,
+    base: Components | None = None,
     logger: Logger | None = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
     """Train UNet and text encoder on an encoded stream; the averaged weights are returned.

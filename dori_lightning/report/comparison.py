@@ -57,6 +57,7 @@ _SHARED = (
     "sampling.sampler",
     "sampling.steps",
     "sampling.guidance",
+    "sampling.distilled_guidance",
     "sampling.images_per_pair",
     "sampling.seed",
     "attack.lr",
@@ -109,10 +110,14 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
         yield f"not measured by {rule.descriptor}, which decides there"
     # what decides which attacks were stopped cannot be decided again under another rule
     stops, stopped = (_look_up(one, "attack.early_stop") is True for one in (run, base))
+    for key in ("one_image", "futility"):
+        now, then = (_look_up(one, f"attack.{key}", None) or None for one in (run, base))
+        if now != then:
+            yield f"attack.{key} is {now}, there {then}"
     if stops != stopped:
         yield f"attack.early_stop is {stops}, there {stopped}"
     elif stops:
-        steps, others = (_look_up(one, "attack.snapshots") for one in (run, base))
+        steps, others = map(_stops, (run, base))
         if steps != others:
             yield f"attacks may stop after {steps} steps, there after {others}"
         same_threshold = math.isclose(own.threshold, rule.threshold, abs_tol=1e-9)
@@ -121,6 +126,12 @@ def _differences(run: Run, base: Run) -> Iterator[str]:
                 f"attacks were stopped by {own.descriptor} above {own.threshold:.3f}, there by "
                 f"{rule.descriptor} above {rule.threshold:.3f}"
             )
+
+
+def _stops(run: Run) -> list[int]:
+    """Steps after which a run's attacks could be stopped."""
+    keys = ("attack.snapshots", "attack.looks")
+    return sorted({step for key in keys for step in _look_up(run, key, None) or ()})
 
 
 def _pair_differences(run: Run, base: Run) -> Iterator[str]:

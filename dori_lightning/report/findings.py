@@ -18,7 +18,9 @@ from dori_lightning.metrics.replication import (
     Trust,
     attack_trust,
     find_cell,
+    is_copy,
     recommended_budget,
+    search_of,
 )
 from dori_lightning.report.comparison import HeadlineRow
 from dori_lightning.report.record import AuditRecord, AuditReport, Flag, Severity
@@ -54,6 +56,9 @@ moved; on models as trained it ends at about 0.7."""
 
 _ENOUGH_SEARCHES = 8
 """Fewer searches say nothing of how the loss falls: its noise from step to step is large."""
+
+_FALL_STEPS = 8
+"""A search that was stopped after fewer steps had no room to lower its loss."""
 
 UNLIKE = 2.0
 """Listed controls with this many times less or more detail than suspects say little of them."""
@@ -322,6 +327,7 @@ def _search_flags(report: AuditReport) -> Iterator[Flag]:
         and outcome.condition.budget == headline.budget
         and outcome.loss_first
         and outcome.loss_last is not None
+        and (outcome.stopped_at is None or outcome.stopped_at >= _FALL_STEPS)
     ]
     if len(falls) >= _ENOUGH_SEARCHES and not (share := median(falls)) < STANDS_STILL:
         yield _flag("loss_stands_still", "critical", share=share)
@@ -362,6 +368,18 @@ def _pair_flags(report: AuditReport, findings: AuditFindings) -> Iterator[Flag]:
         yield _flag("truncated_prompts", "warning", prompts=cut)
     if any(cell.counted == "up_to_budget" for cell in report.own_cells):
         yield _flag("stopped_early", "info")
+    level = report.provenance.config.get("attack", {}).get("futility")
+    if level is not None:
+        searches = {
+            search: outcome for outcome in report.outcomes if (search := search_of(outcome))
+        }
+        suspects = [o for o in searches.values() if o.pair.kind != "control"]
+        given_up = [
+            o for o in suspects if o.stopped_at is not None and not is_copy(o, report.calibration)
+        ]
+        yield _flag(
+            "search_sequential", "info", level=level, given_up=len(given_up), of=len(suspects)
+        )
     for reason in ("not_auditable", "painted", "copy_few_nulls"):
         if ids := [row.id for row in report.images if row.reason == reason]:
             severity: Severity = "info" if reason == "copy_few_nulls" else "warning"

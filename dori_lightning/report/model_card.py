@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dori_lightning.models.original_layout import Part
+from dori_lightning.models.components import Component
 from dori_lightning.report.record import AuditRecord
 from dori_lightning.report.tables import cells_table, markdown_table
 from dori_lightning.report.words import one_line, render_text
@@ -45,7 +45,7 @@ class Exported:
         revision: Pinned commit of a hub id.
         fingerprint: Of the original.
         exported: Fingerprint of what was written, as the loader finds it.
-        dtypes: Part to the dtype it was written in.
+        dtypes: Component to the dtype it was written in.
         exact: Whether no weight was rounded.
         mitigation: Name of what found the edit; ``none`` where there is none.
         settings: Its settings, plain values.
@@ -65,7 +65,7 @@ class Exported:
     revision: str | None
     fingerprint: str
     exported: str
-    dtypes: Mapping[Part, str]
+    dtypes: Mapping[Component, str]
     exact: bool
     mitigation: str
     settings: Mapping[str, Any]

@@ -34,7 +34,10 @@ START_WORDS = {
 }
 """What attacks start from, for many pairs."""
 
-PART_WORDS = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder"}
+PART_WORDS = {
+    "unet": "UNet", "transformer": "transformer", "vae": "autoencoder",
+    "text_encoder": "text encoder", "text_encoder_2": "second text encoder",
+}  # fmt: skip
 """Parts of a checkpoint."""
 
 NOTHING = "-"

@@ -34,7 +34,7 @@ from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, EmptyEdit, changed_weights
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.pairs.copies import check_evidence, relative_detail
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
@@ -131,6 +131,9 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
             evaluation.outcomes,
             noise_batch=context.attack.noise_batch,
             picture_evaluations=context.sampling.steps * context.sampling.rows_per_step,
+            images_per_pair=context.sampling.images_per_pair,
+            looked=generated.looked,
+            futility=generated.judged,
         ),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
     )
@@ -226,7 +229,7 @@ def audit_context(
         corpus=corpus,
         sampling=sampling,
         attack=attack,
-        budget=attack.budget.resolve(controls.embeddings),
+        budget=attack.budget.resolve(controls.embeddings, own_units=not model.spread().absolute),
         control_prompts=controls,
         mitigation=mitigation,
         utility=utility,
@@ -319,7 +322,7 @@ def make_trainer(cfg: DictConfig, tracker: Tracker | None, /, **settings: Any) -
     return trainer
 
 
-def make_context(cfg: DictConfig, model: StableDiffusion, pairs: Sequence[Pair]) -> Context:
+def make_context(cfg: DictConfig, model: LatentDiffusion, pairs: Sequence[Pair]) -> Context:
     """Context of mitigations for tasks that make an edit and no audit.
 
     Starts the other processes of the run: they make an edit together.
@@ -346,16 +349,22 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
 
     Without ``utility``: what a mitigation costs is measured anew each time.
     """
-    # folders from before attack.early_stop existed can be resumed where it is off
-    unset = () if cfg["attack"].get("early_stop") else ("early_stop",)
+    # folders from before a setting existed can be resumed where it is at its default
+    since = {"early_stop": False, "looks": [], "one_image": False, "futility": None, "parts": None,
+             "family": "sd", "text_encoder_2": None, "storage": "auto", "transformer": None,
+             "prompt_tokens": None}  # fmt: skip
+    checkpoint, attack = (
+        {k: v for k, v in cfg[group].items() if k not in since or v != since[k]}
+        for group in ("checkpoint", "attack")
+    )
     return {
         "seed": cfg["seed"],
         "checkpoint": drop_keys(
-            cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
+            checkpoint, "device", "channels_last", "gradient_checkpointing", "text_encoders"
         ),
         "mitigation": cfg["mitigation"],
         "corpus": cfg["corpus"],
-        "attack": drop_keys(cfg["attack"], "pairs_per_forward", *unset),
+        "attack": drop_keys(attack, "pairs_per_forward", "samples_per_forward"),
         "sampling": drop_keys(cfg["sampling"], "batch"),
         "pairs": drop_keys(cfg["pairs"], "cache"),
     }

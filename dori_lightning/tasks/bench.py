@@ -173,6 +173,13 @@ def _context(cfg: DictConfig, settings: BenchSettings, scratch: Path) -> BenchCo
             f"  fix:   smaller numbers there, or another list with pairs=NAME"
         )
     model = instantiate(cfg.checkpoint)
+    if model.family.name != "sd":
+        raise InputError(
+            f"the loops that the benchmark compares with are those of Stable Diffusion's UNet, "
+            f"and {model.name} is of {model.family.title}",
+            where="checkpoint",
+            fix="checkpoint=dori_tiny, or checkpoint=sd14_shape on a GPU",
+        )
     return BenchContext(model, tuple(pairs), make_context(cfg, model, pairs), scratch)
 
 

@@ -20,6 +20,7 @@ from dori_lightning.audit.targets import aimed_pairs
 from dori_lightning.config import groups
 from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
+from dori_lightning.models.components import Components
 from dori_lightning.models.export import (
     DTYPES,
     Weights,
@@ -29,8 +30,8 @@ from dori_lightning.models.export import (
     write_folder,
     write_single,
 )
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import resolve_source
-from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
 from dori_lightning.report.model_card import Changed, Exported, model_card
 from dori_lightning.report.record import EDIT_FILE, AuditRecord, read_edit_record, read_record
 from dori_lightning.runtime import distributed
@@ -81,7 +82,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     if given is None:  # all processes make the edit
         distributed.launch(make_trainer(cfg, None))
     pairs = [] if given is not None else instantiate(cfg.pairs).read()
-    model: StableDiffusion = instantiate(cfg.checkpoint)
+    model: LatentDiffusion = instantiate(cfg.checkpoint)
     if given is not None:
         # what it was calibrated on is not known
         name = (given.origin and given.origin.mitigation) or "unnamed"
@@ -93,8 +94,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     changed = _changed(model, chosen.edit, chosen.mitigation)
     folder.mkdir(parents=True, exist_ok=True)
     with chosen.edit.applied(model), FileLock(folder / ".export.lock"):
-        parts = model.parts
-        weights = weights_of(parts, cfg.task.dtype)
+        components = model.components
+        weights = weights_of(components, cfg.task.dtype)
         if audit is not None and record is not None:
             _check_audit(audit, record, model=model, edit=chosen.edit, weights=weights)
         exported = _describe(cfg, model, chosen, weights, changed)
@@ -110,7 +111,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model.name}-{chosen.mitigation}").strip(".-")
         with progress_bar("export", len(formats)) as advance:
             if "diffusers" in formats:
-                _write_once(folder / "diffusers", partial(_write_folder, parts, weights, card))
+                _write_once(
+                    folder / "diffusers", partial(_write_folder, components, weights, card)
+                )
                 advance(1)
             if "single_file" in formats:
                 notes = {
@@ -119,7 +122,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
                     "edit": exported.edit,
                 }
                 single = folder / f"{name or 'checkpoint'}.safetensors"
-                _write_once(single, partial(_write_single, parts, weights, notes))
+                _write_once(single, partial(_write_single, components, weights, notes))
                 advance(1)
         home = folder / "diffusers"
         write_atomically((home if home.is_dir() else folder) / "README.md", card)
@@ -139,7 +142,7 @@ def _check_settings(cfg: DictConfig) -> tuple[str, ...]:
 
 
 def _from_mitigation(
-    cfg: DictConfig, model: StableDiffusion, mitigation: Mitigation, listed: Sequence[Pair]
+    cfg: DictConfig, model: LatentDiffusion, mitigation: Mitigation, listed: Sequence[Pair]
 ) -> _Chosen:
     """Find the edit that an audit of the same configuration finds."""
     pairs = [pair for pair in listed if pair.role == "audit"]
@@ -203,7 +206,7 @@ def _unions() -> str:
     return " or ".join(n for n in groups().get("mitigation", {}) if "union" in n) or "NAME"
 
 
-def _changed(model: StableDiffusion, edit: Edit, mitigation: str) -> dict[str, Changed]:
+def _changed(model: LatentDiffusion, edit: Edit, mitigation: str) -> dict[str, Changed]:
     """Count what an edit changes, by block of the UNet; the model carries no edit yet.
 
     Raises:
@@ -229,7 +232,7 @@ def _changed(model: StableDiffusion, edit: Edit, mitigation: str) -> dict[str, C
 
 
 def _check_audit(
-    folder: Path, record: AuditRecord, *, model: StableDiffusion, edit: Edit, weights: Weights
+    folder: Path, record: AuditRecord, *, model: LatentDiffusion, edit: Edit, weights: Weights
 ) -> None:
     """Refuse the audit of anything but this edit of this checkpoint, or the exported weights.
 
@@ -259,7 +262,7 @@ def _check_audit(
 
 def _describe(
     cfg: DictConfig,
-    model: StableDiffusion,
+    model: LatentDiffusion,
     chosen: _Chosen,
     weights: Weights,
     changed: Mapping[str, Changed],
@@ -290,19 +293,21 @@ def _describe(
     )
 
 
-def _write_folder(parts: Parts, weights: Weights, card: bytes, place: Path) -> None:
+def _write_folder(components: Components, weights: Weights, card: bytes, place: Path) -> None:
     """Write a diffusers folder with its card."""
-    write_folder(place, parts, weights)
+    write_folder(place, components, weights)
     (place / "README.md").write_bytes(card)
-    check_written(place, weights)
+    check_written(place, weights, family=components.family.name)
 
 
-def _write_single(parts: Parts, weights: Weights, notes: Mapping[str, str], place: Path) -> None:
+def _write_single(
+    components: Components, weights: Weights, notes: Mapping[str, str], place: Path
+) -> None:
     """Write a single file with ``notes`` in its header."""
     with TemporaryDirectory() as config:
-        write_configs(Path(config), parts)
-        write_single(place, parts, weights, notes)
-        check_written(place, weights, config=Path(config))
+        write_configs(Path(config), components)
+        write_single(place, components, weights, notes)
+        check_written(place, weights, family=components.family.name, config=Path(config))
 
 
 def _write_once(place: Path, write: Callable[[Path], None]) -> None:

@@ -21,6 +21,7 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from rich.table import Table
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
+from dori_lightning.attacks.futility import WINDOW, judged_steps
 from dori_lightning.audit.loss_evidence import LOSS_ROWS
 from dori_lightning.audit.power import PowerSettings
 from dori_lightning.metrics.evidence import EvidenceSettings, nulls_among
@@ -102,13 +103,20 @@ _TWO_CORES = {"two CPU cores": 400 * (0.484e-3 + 0.505e-3) / 4.0}
 _SD1 = CheckpointCost(0.8033, 0.8659, 1.6035, 2.5145, 859_520_964, 77 * 768, 512, _CARDS)
 _SD2 = CheckpointCost(0.8043, 0.8669, 1.6045, 2.5145, 865_910_724, 77 * 1024, 512, _CARDS)
 _SD2_768 = CheckpointCost(2.1491, 2.5138, 4.2941, 5.7543, 865_910_724, 77 * 1024, 768, _CARDS)
+_SDXL = CheckpointCost(6.7612, 7.5146, 13.4696, 10.4704, 2_567_463_684, 79 * 2048, 1024, _CARDS)
 _TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 96, 64, _TWO_CORES)
 
 CHECKPOINTS = {
     "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
+    "sdxl": _SDXL,
     "dori_tiny": _TINY, "dori_tiny_twin": _TINY,
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
+
+KEPT = {"sdxl": (4247, 480), "flux1_dev": (24704, 699)}
+"""MiB that a noise sample keeps for the gradient, in bf16 and at the checkpoint's own resolution:
+of a whole pass, and of the inputs of blocks, which gradient checkpointing keeps. Counted without
+weights."""
 
 
 @dataclass(frozen=True)
@@ -209,14 +217,14 @@ def plan_of(cfg: DictConfig) -> JobPlan:
     config = to_container(cfg)
     part = partial(_part, CHECKPOINTS.get(str(cfg.checkpoint.name)))
     steps = settings.budget.steps
-    snapshots = len(evaluation_steps(settings.snapshots, steps))
+    snapshots = len(evaluation_steps(settings.stops, steps))
     attacks = settings.restarts * sum(
         count * len(settings.inits_of(kind)) for kind, count in pairs.items()
     )
     everyone, suspected = sum(pairs.values()), pairs.get("vm", 0) + pairs.get("tm", 0)
-    images = (everyone + attacks * snapshots) * sampling.images_per_pair
-    attack = Evaluations(attack=attacks * steps * settings.noise_batch)
-    work = attack + Evaluations.of_images(images, sampling)
+    searches = _whole_searches(settings, sampling, pairs)
+    prompts = Evaluations.of_images(everyone * sampling.images_per_pair, sampling)
+    work, images = searches + prompts, searches.decoded + prompts.decoded
     if config["evidence"]["losses"]:  # under the empty prompt, the own one and each start
         asked = 2 * everyone + attacks // settings.restarts
         work += Evaluations(forward=asked * LOSS_ROWS)
@@ -260,7 +268,8 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         pairs=pairs,
         attacks=attacks,
         remarks=(
-            *_remarks(pairs, pairs_from, str(cfg.checkpoint.name), settings),
+            *_remarks(pairs, pairs_from, str(cfg.checkpoint.name)),
+            *_early_remarks(settings, sampling, pairs),
             *_evidence_remarks(pairs, instantiate(cfg.evidence), reference=bool(cfg.reference)),
             *_power_remarks(instantiate(cfg.power), attack=steps * settings.noise_batch),
         ),
@@ -333,9 +342,63 @@ def _part(
     return Part(what, work, cost.hours(work), size, not_counted)
 
 
-def _remarks(
-    pairs: Mapping[Kind, int], pairs_from: str, checkpoint: str, settings: AttackSettings
+def _whole_searches(
+    settings: AttackSettings, sampling: Sampling, pairs: Mapping[Kind, int]
+) -> Evaluations:
+    """Work of searches that take all their steps, and of their images."""
+    steps, noises, drawn = settings.budget.steps, settings.noise_batch, sampling.images_per_pair
+    rated = evaluation_steps(settings.snapshots, steps)
+    work, judged = Evaluations(), set[int]()
+    for kind, count in pairs.items():
+        for init in settings.inits_of(kind):
+            searches = settings.restarts * count
+            looks = [s for s in settings.stops_of(init) if s < steps and s not in rated]
+            each = len(rated) * drawn + len(looks) * (1 if settings.one_image else drawn)
+            work += Evaluations(attack=searches * steps * noises)
+            work += Evaluations.of_images(searches * each, sampling)
+            judged |= {step for look in looks for step in judged_steps(look)}
+    if settings.futility is None:
+        return work
+    # losses under the empty prompt, which starts share
+    losses = settings.restarts * sum(pairs.values()) * len(judged) * noises
+    return work + Evaluations(forward=losses)
+
+
+def _early_remarks(
+    settings: AttackSettings, sampling: Sampling, pairs: Mapping[Kind, int]
 ) -> Iterator[str]:
+    """That searches may end before their last step, and what is left of them then."""
+    if not settings.early_stop:
+        return
+    yield "attack.early_stop: counted as if no image came back before the last step"
+    controls = pairs.get("control", 0)
+    if settings.futility is None or not controls:
+        return
+    noises, image = settings.noise_batch, sampling.steps * sampling.rows_per_step
+    least = max(settings.futility, 2 / (1 + controls))
+    held = unheld = 0.0
+    for kind, count in pairs.items():
+        for init in settings.inits_of(kind):
+            looks = [s for s in settings.stops_of(init) if s < settings.budget.steps]
+            first, *later = [*looks, settings.budget.steps]
+            # of the searches, who goes on after each look
+            shares = [max(least, 0.5**k) for k in range(1, len(looks))] + [least] * bool(looks)
+            steps = first + sum(
+                share * (end - look) for share, look, end in zip(shares, looks, later, strict=True)
+            )
+            judged = sum([1, *shares][: len(looks)])
+            seen = judged + [1, *shares][-1] * sampling.images_per_pair
+            given_up = noises * (steps + WINDOW * judged) + image * seen
+            came_back = 0 if init == "prompt" else noises * first + image
+            unheld += settings.restarts * count * given_up
+            held += settings.restarts * count * (given_up if kind == "control" else came_back)
+    yield (
+        f"attack.futility: searches and their images take about {held:,.0f} evaluations where "
+        f"prompts, or the first look, bring all suspects back, {unheld:,.0f} where none is held"
+    )
+
+
+def _remarks(pairs: Mapping[Kind, int], pairs_from: str, checkpoint: str) -> Iterator[str]:
     """What the numbers of an audit assume."""
     yield f"pairs ({'+'.join(pairs)}) {pairs_from}"
     cost = CHECKPOINTS.get(checkpoint)
@@ -349,10 +412,15 @@ def _remarks(
             f"{_flop(cost.forward + cost.to_weights)} with that of all weights; "
             f"{', '.join(speeds)}"
         )
+        if checkpoint in KEPT:
+            whole, inputs = (_size(kept * 2**20) for kept in KEPT[checkpoint])
+            yield (
+                f"{checkpoint}: {_size(2 * cost.parameters)} of weights in bf16; a noise sample "
+                f"keeps {whole} for the gradient, or with checkpoint.gradient_checkpointing=true "
+                f"{inputs} beside one block; attack.samples_per_forward says how many at once"
+            )
         if cost.speeds is _CARDS:
             yield f"hours are of one card at {PEAK_FRACTION:.0%} of its dense bf16 peak: estimates"
-    if settings.early_stop:
-        yield "attack.early_stop: counted as if no image came back before the last step"
 
 
 def _evidence_remarks(

@@ -22,9 +22,9 @@ from dori_lightning.models.generation import (
 )
 from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.progress import encode_prompts
-from dori_lightning.models.stable_diffusion import Parts
+from dori_lightning.models.stable_diffusion import stable_diffusion
 from dori_lightning.planting.card import write_card
-from dori_lightning.planting.recipe import PlantRecipe, base_parts, build_tokenizer
+from dori_lightning.planting.recipe import PlantRecipe, base_components, build_tokenizer
 from dori_lightning.planting.stream import (
     EncodedStream,
     TrainingStream,
@@ -65,7 +65,7 @@ def _plant(
     cfg: DictConfig, folder: Path, recipe: PlantRecipe, pairs: Sequence[Pair], tracker: Tracker
 ) -> None:
     stream_of = partial(TrainingStream, pairs, size=recipe.resolution, seed=cfg.seed)
-    base = base_parts(recipe, recipe.base) if recipe.base else None
+    base = base_components(recipe, recipe.base) if recipe.base else None
     if base is not None:
         autoencoder, tokenizer = base.autoencoder, base.tokenizer
     else:
@@ -93,8 +93,11 @@ def _plant(
         logger=tracker.training("diffusion"),
     )  # fmt: skip
     target = folder / "checkpoint"
-    parts = Parts(unet, autoencoder, text_encoder, tokenizer, scheduler)
-    write_folder(target, parts, weights_of(parts, "fp16"))
+    components = stable_diffusion(
+        unet=unet, autoencoder=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer,
+        scheduler=scheduler,
+    )  # fmt: skip
+    write_folder(target, components, weights_of(components, "fp16"))
     similarity = measured_similarity(cfg, target, pairs, folder / "pictures")
     write_card(
         target,

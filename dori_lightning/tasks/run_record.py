@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from dori_lightning.config import unescaped
-from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.report.record import Provenance
 from dori_lightning.runtime import peers
 from dori_lightning.runtime.artifacts import content_hash
@@ -63,7 +63,7 @@ FINGERPRINT = "checkpoint.fingerprint"
 """Where a run folder's settings name the checkpoint itself, known once it is loaded."""
 
 
-def with_fingerprint(method: Mapping[str, Any], model: StableDiffusion) -> dict[str, Any]:
+def with_fingerprint(method: Mapping[str, Any], model: LatentDiffusion) -> dict[str, Any]:
     """Settings that decide a task's results, with the checkpoint that they were used on."""
     return {**method, "checkpoint": {**method["checkpoint"], "fingerprint": model.fingerprint}}
 
@@ -111,7 +111,7 @@ def numerics() -> dict[str, bool]:
 
 
 def provenance_of(
-    cfg: DictConfig, model: StableDiffusion, pairs: Sequence[Pair], *, started: datetime
+    cfg: DictConfig, model: LatentDiffusion, pairs: Sequence[Pair], *, started: datetime
 ) -> Provenance:
     """Describe a run that ends now."""
     finished, device = datetime.now(UTC), f"CPU ({platform.machine()})"

@@ -1,5 +1,6 @@
 """How a checkpoint's value neurons react to ordinary prompts, and which layers carry the text."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,24 @@ def _rows(
     ]
 
 
+def _shared_ending(names: Sequence[str]) -> str:
+    """What all names end with, from a dot on."""
+    ending: list[str] = []
+    for parts in zip(*(reversed(name.split(".")) for name in names), strict=False):
+        if len(names) < 2 or len(set(parts)) > 1:
+            break
+        ending.insert(0, parts[0])
+    return "".join(f".{part}" for part in ending)
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="value layers; change and share of the noise when one sees no prompt")
     for heading in ("layer", "neurons", "mean", "std", "change", "share"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
+    shared = _shared_ending([row["layer"] for row in rows])
     for row in rows:
         table.add_row(
-            row["layer"].removesuffix(".transformer_blocks.0.attn2.to_v"),
+            row["layer"].removesuffix(shared),
             str(row["neurons"]),
             *(f"{row[key]:.4f}" for key in ("mean", "std", "change", "share")),
         )

@@ -24,6 +24,7 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError, Pair
 from support.context import make_context, read_pairs
 from support.devices import on_gpu
+from support.families import FAMILIES, load_family
 from support.runs import SMALL as SMALL_AUDIT
 from support.runs import configuration, on_tiny, run_task, write_material
 from support.silence import no_silent_stage
@@ -112,9 +113,9 @@ def guarded_context(
     folder: Path, model: StableDiffusion, pairs: tuple[Pair, ...], *, seed: int = 0
 ) -> tuple[Context, list[Pair]]:
     """A context that hands out suspected pairs and calibration examples only."""
-    context = make_context(
-        folder, model, pairs, seed=seed, sampling=Sampling("ddim", 2, 2.0, 2, batch=8)
-    )
+    distilled = 1.0 if model.takes_distilled_guidance else None
+    sampling = Sampling(model.samplers[0], 2, 2.0, 2, batch=8, distilled_guidance=distilled)
+    context = make_context(folder, model, pairs, seed=seed, sampling=sampling)
     suspected = [pair for pair in pairs if pair.kind != "control"]
     data: Any = Guarded(context.data, {pair.id for pair in suspected})
     return dataclasses.replace(context, data=data), suspected
@@ -135,6 +136,20 @@ def test_names_are_those_of_the_files_and_settings_are_plain(name):
     "name", [pytest.param(n, marks=pytest.mark.slow if n in VARIANTS else ()) for n in NAMES]
 )
 def test_contract(name, tmp_path, model, pairs):
+    check_contract(mitigation_of(name), tmp_path, model, pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sd"])
+@pytest.mark.parametrize("name", NAMES)
+def test_contract_of_every_family(name, family, tmp_path, pairs):
+    """Kept, or refused in one message before anything is changed."""
+    model = load_family(family)
+    if name in FAMILIES[family].undefined:
+        context, suspected = guarded_context(tmp_path, model, pairs)
+        with pytest.raises(InputError), unchanged(model):
+            mitigation_of(name).apply(model, suspected, context)
+        return
     check_contract(mitigation_of(name), tmp_path, model, pairs)
 
 
@@ -194,7 +209,9 @@ def check_contract(
         assert {key: count for key, count in (edit.changed(model) or {}).items() if count} == {
             key: count for key, count in changed.items() if count
         }
-        assert {key for key, count in changed.items() if count} <= set(edit.counts())
+        # a blocked neuron's bias goes with its weights
+        alone = {key for key, count in changed.items() if count} - set(edit.counts())
+        assert {key.replace(".bias", ".weight") for key in alone} <= set(edit.counts())
     for pair_id in ids:
         assert edit.for_pair(pair_id).pairs == ()
     if edit.kind:

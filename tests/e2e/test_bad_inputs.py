@@ -337,7 +337,7 @@ def test_an_attack_that_cannot_search(program, place, monkeypatch, status):
 def test_an_edit_that_changes_nothing(program, place, monkeypatch):
     def nothing(self, model, *_):
         name = next(iter(model.layers("feed_forward.out")))
-        shape = model.unet.get_parameter(f"{name}.weight").shape
+        shape = model.denoiser().get_parameter(f"{name}.weight").shape
         mask = torch.zeros(shape, dtype=torch.bool)
         return MaskEdit(Origin(model.fingerprint), {f"{name}.weight": mask})
 

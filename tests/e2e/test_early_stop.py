@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dori_lightning.attacks import embedding_attack
+from dori_lightning.attacks import embedding_attack, model_check
 from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.signals import Interrupted
@@ -31,6 +31,7 @@ AUDIT = (
     "attack.lr=3", f"{THRESHOLD}=0.03",
 )  # fmt: skip
 STOP = "attack.early_stop=true"
+SEQUENTIAL = (STOP, "attack.one_image=true", "attack.futility=0.34")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,11 @@ def whole(material, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stopped(material, tmp_path_factory):
     return run(material, tmp_path_factory.mktemp("runs") / "stopped", STOP)
+
+
+@pytest.fixture(scope="module")
+def sequential(material, tmp_path_factory):
+    return run(material, tmp_path_factory.mktemp("runs") / "sequential", *SEQUENTIAL)
 
 
 def rows(folder):
@@ -151,37 +157,47 @@ def solved(monkeypatch):
     return made
 
 
-def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, monkeypatch, solved):
-    rows_of = {"with gradient": 0, "forward": 0}
+EACH = SAMPLER * 2  # evaluations of an image: guided
+CHECK = {"with gradient": model_check.IMAGES, "forward": 3 * model_check.IMAGES}
+"""What the check of a model before its search takes."""
+
+
+@pytest.fixture
+def rows_of(monkeypatch):
+    """Rows that went through the denoiser; none of them only fills up a pass."""
+    counted = {"with gradient": 0, "forward": 0}
     unet = StableDiffusion._denoise
 
     def denoise(self, noised, *args):
-        rows_of["with gradient" if torch.is_grad_enabled() else "forward"] += len(noised)
+        counted["with gradient" if torch.is_grad_enabled() else "forward"] += len(noised)
         return unet(self, noised, *args)
 
     # what a checkpoint is asked when it is loaded is no part of a run's work
     monkeypatch.setattr("dori_lightning.models.loading.check_answers", lambda *_: None)
     monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
-    # no rows that only fill up a pass
     monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)
     monkeypatch.setattr(generation, "CPU_IMAGES", IMAGES)
+    return counted
+
+
+def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, solved, rows_of):
     folder = run(material, tmp_path / "run", STOP)
     effort, steps = report_json(folder)["effort"], firsts(folder)
     spent = [first or 4 for first in steps.values()]
-    each = IMAGES * SAMPLER * 2  # guided
+    each = IMAGES * EACH
     looks = [LOOKED_AT.index(k) + 1 for k in spent]
     assert effort == {
         "attack": NOISES * sum(spent),
         "attack_saved": NOISES * (4 * PAIRS - sum(spent)),
         "pictures": each * sum(looks),
         "pictures_saved": each * (len(LOOKED_AT) * PAIRS - sum(looks)),
+        "futility": 0,
     }
     assert effort["attack_saved"] > 0
     prompts = each * (PAIRS + ORDINARY)
-    check = {"with gradient": PAIRS, "forward": 3 * PAIRS}  # of the model, before the search
     assert rows_of == {
-        "with gradient": effort["attack"] + check["with gradient"],
-        "forward": effort["pictures"] + prompts + check["forward"],
+        "with gradient": effort["attack"] + CHECK["with gradient"],
+        "forward": effort["pictures"] + prompts + CHECK["forward"],
     }
     for begin, end in ((0, 1), (1, 2), (2, 4)):
         left = sum(first is None or first > begin for first in steps.values())
@@ -231,9 +247,81 @@ def test_a_folder_holds_attacks_of_one_way_only(material, whole):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_the_same_attacks(material, stopped, tmp_path):
+@pytest.mark.parametrize("way", ["stopped", "sequential"])
+def test_two_processes_stop_the_same_attacks(material, tmp_path, request, way):
+    settings = (STOP,) if way == "stopped" else SEQUENTIAL
     ended(
-        tmp_path, PROGRAM, *on_tiny(material, *AUDIT, STOP), "trainer=ddp",
+        tmp_path, PROGRAM, *on_tiny(material, *AUDIT, *settings), "trainer=ddp",
         "trainer.accelerator=cpu", f"paths.output={tmp_path}", "name=run",
     )  # fmt: skip
-    assert results(tmp_path / "run") == results(stopped)
+    assert results(tmp_path / "run") == results(request.getfixturevalue(way))
+
+
+def searches(folder):
+    """One row for each attack: where it ended, and how many images were drawn there."""
+    found = rows(folder)
+    found = found[found.attack == "dori"]
+    found = found[found.steps == found.steps.max()]
+    return found.groupby("pair_id").agg(
+        kind=("kind", "first"),
+        stop=("stopped_at", "first"),
+        first=("first_success_steps", "first"),
+        drawn=("seed", "count"),
+        image=("image", "first"),
+    )
+
+
+def test_a_sequential_search_ends_at_a_copy_or_where_controls_do_as_well(whole, sequential):
+    found, then = searches(sequential), rows(whole)
+    given_up = found[found["first"].isna() & found.stop.notna()]
+    assert len(given_up)
+    assert set(given_up.drawn) == {1}
+    copies = found[found["first"].notna()]
+    assert len(copies)
+    assert (copies.stop.fillna(4) == copies["first"]).all()
+    for name, row in found.iterrows():
+        at = then[(then.pair_id == name) & (then.seed == 2)]
+        at = at[at.steps == (4 if pd.isna(row.stop) else row.stop)]
+        assert row.image.split("/")[-2:] == [name, "2.png"]
+        own = rows(sequential)
+        own = own[(own.pair_id == name) & (own.attack == "dori") & (own.seed == 2)]
+        last = own[own.steps == own.steps.max()].similarity_local_correlation.iloc[0]
+        assert last in set(at.similarity_local_correlation), "the same image as in a whole attack"
+    report = report_json(sequential)
+    assert [flag["name"] for flag in report["flags"]].count("search_sequential") == 1
+
+
+def test_evaluations_of_a_sequential_search_are_counted(material, tmp_path, rows_of):
+    folder = run(material, tmp_path / "run", *SEQUENTIAL)
+    effort, found = report_json(folder)["effort"], searches(folder)
+    assert effort["attack"] == NOISES * found.stop.fillna(4).sum()
+    assert effort["futility"] > 0
+    prompted = (rows(folder).attack == "prompt").sum()
+    assert prompted < PAIRS * IMAGES, "of some the first image is enough"
+    assert rows_of == {
+        "with gradient": effort["attack"] + CHECK["with gradient"],
+        "forward": effort["pictures"] + effort["futility"] + CHECK["forward"]
+        + EACH * (prompted + ORDINARY * IMAGES),
+    }  # fmt: skip
+    drawn = list(folder.glob("pictures/dori_*/*/*.png"))
+    assert effort["pictures"] == EACH * len(drawn)
+
+
+def test_a_sequential_search_that_was_interrupted_goes_on(
+    material, sequential, tmp_path, monkeypatch, solved
+):
+    real: Callable[..., Any] = embedding_attack.solve
+
+    def interrupted(model, problem, **options):
+        if options["stop_at"] == 4:
+            raise Interrupted(15)
+        return real(model, problem, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embedding_attack, "solve", interrupted)
+        with pytest.raises(Interrupted):
+            run(material, tmp_path / "run", *SEQUENTIAL)
+    solved.clear()
+    run(material, tmp_path / "run", *SEQUENTIAL)
+    assert {until for until, _ in solved} == {4}, "nobody takes a step again"
+    assert results(tmp_path / "run") == results(sequential)

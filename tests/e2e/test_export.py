@@ -91,7 +91,7 @@ class AtInference:
 def material(tmp_path_factory):
     """A checkpoint in half precision, as published ones are, and pairs."""
     place = tmp_path_factory.mktemp("material")
-    made = tiny_model(place / "fp32").parts
+    made = tiny_model(place / "fp32").components
     write_folder(place / "checkpoint", made, weights_of(made, "fp16"))
     write_pairs(place / "pairs")
     return place
@@ -125,7 +125,7 @@ def images(model):
 
 
 def same_weights(first, second):
-    a, b = first.unet.state_dict(), second.unet.state_dict()
+    a, b = first.denoiser().state_dict(), second.denoiser().state_dict()
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -191,7 +191,7 @@ def test_an_edit_is_in_the_weights_of_both_forms_bit_for_bit(material, original,
         diffusers, safety_checker=None, local_files_only=True
     )
     loaded = pipeline.unet.state_dict()
-    assert all(torch.equal(t, loaded[n]) for n, t in model.unet.state_dict().items())
+    assert all(torch.equal(t, loaded[n]) for n, t in model.denoiser().state_dict().items())
 
 
 def test_trained_weights_that_half_precision_would_round_are_kept_exactly(
@@ -295,7 +295,7 @@ def test_a_failure_leaves_nothing_half_written_and_the_next_run_finishes(
         real(source, *args, **options)
 
     monkeypatch.setattr(export_task, "check_written", fails)
-    before = {n: t.clone() for n, t in original.unet.state_dict().items()}
+    before = {n: t.clone() for n, t in original.denoiser().state_dict().items()}
     with pytest.raises(OSError, match="No space left"):
         export(material, tmp_path / "run", mitigation=Pruned)
     folder = tmp_path / "run"
@@ -311,7 +311,7 @@ def test_a_failure_leaves_nothing_half_written_and_the_next_run_finishes(
     assert len(calls) == 3
     finished = load(folder / "tiny-pruned.safetensors", folder / "diffusers")
     assert finished.fingerprint == load(folder / "diffusers").fingerprint
-    assert all(torch.equal(before[n], t) for n, t in original.unet.state_dict().items())
+    assert all(torch.equal(before[n], t) for n, t in original.denoiser().state_dict().items())
 
 
 def test_a_folder_with_another_export_is_refused_by_what_differs(material, tmp_path):

@@ -102,9 +102,9 @@ def test_the_embedding_under_attack_stays_fp32_in_half_precision(model, half):
 
 def test_channels_last_gives_the_same_gradient(model):
     twin = model.frozen_copy()
-    twin.unet.to(memory_format=torch.contiguous_format)
+    twin.denoiser().to(memory_format=torch.contiguous_format)
     plain = gradient(twin)
-    twin.unet.to(memory_format=torch.channels_last)
+    twin.denoiser().to(memory_format=torch.channels_last)
     assert alike(gradient(twin), plain) > 0.9999
 
 
@@ -172,11 +172,11 @@ def test_a_gpu_gives_what_the_cpu_gives(tmp_path, monkeypatch):
 @on_gpu
 def test_checkpointing_takes_less_memory_for_the_same_gradient(large):
     whole, plain = measure_batch(large), gradient(large)
-    large.unet.enable_gradient_checkpointing()
+    large.denoiser().enable_gradient_checkpointing()
     try:
         less, again = measure_batch(large), gradient(large)
     finally:
-        large.unet.disable_gradient_checkpointing()
+        large.denoiser().disable_gradient_checkpointing()
     assert less.sample < 0.6 * whole.sample
     assert alike(again, plain) > 0.999
 

@@ -11,7 +11,7 @@ import torch
 
 from dori_lightning.models.export import weights_of, write_folder, write_single
 from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.stable_diffusion import Parts, StableDiffusion
+from dori_lightning.models.stable_diffusion import StableDiffusion, stable_diffusion
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
@@ -60,7 +60,7 @@ def _made(recipe: PlantRecipe, seed: int) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(WORDS, max_length=recipe.max_length)
-    parts = Parts(
+    components = stable_diffusion(
         unet=build_unet(recipe),
         autoencoder=build_autoencoder(recipe),
         text_encoder=build_text_encoder(
@@ -72,7 +72,7 @@ def _made(recipe: PlantRecipe, seed: int) -> Path:
         tokenizer=tokenizer,
         scheduler=build_scheduler(recipe),
     )
-    write_folder(folder, parts, weights_of(parts, "fp32"))
+    write_folder(folder, components, weights_of(components, "fp32"))
     return folder
 
 
@@ -85,8 +85,8 @@ def write_tiny_single(path: Path, recipe: PlantRecipe | None = None) -> Path:
 @cache
 def _single(recipe: PlantRecipe) -> bytes:
     with tempfile.TemporaryDirectory() as place:
-        parts = tiny_model(Path(place) / "tiny", recipe).parts
-        write_single(Path(place) / "one.safetensors", parts, weights_of(parts))
+        components = tiny_model(Path(place) / "tiny", recipe).components
+        write_single(Path(place) / "one.safetensors", components, weights_of(components))
         return (Path(place) / "one.safetensors").read_bytes()
 
 

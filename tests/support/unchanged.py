@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from dori_lightning.models.stable_diffusion import StableDiffusion
+
+
+def _bytes(parameter: torch.Tensor) -> bytes:
+    """Its bits; numpy has no bf16."""
+    return parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def state_of(model: StableDiffusion) -> dict[str, Any]:
@@ -13,7 +20,7 @@ def state_of(model: StableDiffusion) -> dict[str, Any]:
     unet = model.denoiser()
     return {
         "weights": {
-            name: (p.dtype, hashlib.blake2b(p.detach().cpu().numpy().tobytes()).hexdigest())
+            name: (p.dtype, hashlib.blake2b(_bytes(p)).hexdigest())
             for name, p in unet.named_parameters()
         },
         "requires_grad": [p.requires_grad for p in unet.parameters()],

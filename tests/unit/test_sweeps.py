@@ -17,7 +17,7 @@ from support.fake_audits import write_audit
 from support.fake_reports import PROMPT, dori
 from support.in_process import Program, program_in
 
-SWEEPS = ("headline_table", "headline_table_sd14", "pruning_grid")
+SWEEPS = ("headline_table", "headline_table_sd14", "headline_table_sdxl", "pruning_grid")
 FOUND = {PROMPT: {"vm": [0.9, 0.2, 0.2, 0.2]}, dori(): {"vm": 0.9}}
 
 
@@ -150,7 +150,7 @@ def test_a_sweep_says_how_its_offline_runs_are_uploaded(
     assert "wandb sync 'outputs/sweeps/a b'/*/wandb/offline-run-*\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", [*SWEEPS, "headline_table_sd3", "headline_table_flux"])
 def test_every_sweep_asks_for_its_table_and_its_baseline(name: str) -> None:
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         cfg = compose("config", [f"+experiment={name}"], return_hydra_config=True)

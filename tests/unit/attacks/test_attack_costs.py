@@ -58,7 +58,7 @@ def test_the_attack_fetches_values_at_its_beginning_and_at_snapshots_alone(
 def test_the_sampler_fetches_no_values_between_its_steps(model, sampler):
     sampling = Sampling(sampler, 5, 2.0, 2)
     context, noise = model.encode_prompts(["a cat", "a boat"]), torch.randn(2, *model.latent_shape)
-    with counted(model.unet) as counts, Fetches(context, noise) as methods:
+    with counted(model.denoiser()) as counts, Fetches(context, noise) as methods:
         latents = model.denoise(context, noise, sampling)
         assert methods.found == []
         float(latents.sum())
@@ -70,7 +70,7 @@ def test_scheduler_arithmetic_stays_on_the_host(model, monkeypatch):
     """A step number that lies on a device has to be waited for."""
     monkeypatch.setattr(model, "device", torch.device("meta"))
     for sampler in ("ddim", "dpm++"):
-        scheduler = model._sampler(Sampling(sampler, 5, 2.0, 2))
+        scheduler = model.scheduler_of(Sampling(sampler, 5, 2.0, 2))
         assert scheduler.timesteps.device.type == "cpu"
 
 
@@ -88,11 +88,11 @@ def test_nothing_before_the_first_cross_attention_is_differentiated(model, probl
     def enter(_, arguments):
         inputs.append(arguments[0].requires_grad)
 
-    names = dict(model.unet.named_modules())
+    names = dict(model.denoiser().named_modules())
     block = "down_blocks.0.attentions.0.transformer_blocks.0"
     chosen = ("conv_in", "time_embedding", "down_blocks.0.resnets.0", f"{block}.attn1")
     handles = [names[n].register_forward_hook(note(n)) for n in (*chosen, f"{block}.attn2")]
-    handles.append(model.unet.register_forward_pre_hook(enter))
+    handles.append(model.denoiser().register_forward_pre_hook(enter))
     try:
         solve(model, problem, budget=Budget(steps=1), settings=ONE_NOISE)
     finally:
@@ -105,7 +105,7 @@ def test_nothing_before_the_first_cross_attention_is_differentiated(model, probl
 def test_one_attack_takes_as_few_passes_a_step_as_hold_its_pairs(model, problem):
     others = (model.autoencoder.encoder, model.autoencoder.decoder, model.text_encoder)
     with ExitStack() as stack:
-        counts = stack.enter_context(counted(model.unet))
+        counts = stack.enter_context(counted(model.denoiser()))
         unused = [stack.enter_context(counted(module)) for module in others]
         settings = AttackSettings(noise_batch=2, snapshots=(1, 2))
         solve(model, problem, budget=Budget(steps=3), settings=settings)
@@ -127,7 +127,7 @@ def test_a_compiled_denoiser_is_compiled_once(model, problem, monkeypatch):
 
     torch._dynamo.reset()
     plain = solve(model, problem, budget=Budget(steps=2), settings=ONE_NOISE)
-    monkeypatch.setattr(model, "unet", torch.compile(model.unet, backend=backend))
+    monkeypatch.setattr(model, "_denoiser", torch.compile(model.denoiser(), backend=backend))
     with torch._dynamo.config.patch(error_on_recompile=True):
         once = solve(model, problem, budget=Budget(steps=2), settings=ONE_NOISE)
         graphs = len(compiled)

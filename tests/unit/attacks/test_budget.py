@@ -68,6 +68,30 @@ def test_stopping_needs_a_snapshot_before_the_end(snapshots):
         AttackSettings(budget=BudgetSettings(steps=5), snapshots=snapshots, early_stop=True)
 
 
+def test_looks_are_kept_beside_snapshots_and_are_enough_to_stop_at():
+    settings = AttackSettings(snapshots=(10, 1), looks=(4, 1), early_stop=True)
+    assert (settings.snapshots, settings.stops) == ((1, 10), (1, 4, 10))
+    assert AttackSettings(looks=(1,), early_stop=True, futility=0.05).stops == (1,)
+    settings = AttackSettings(snapshots=(2,), looks=(1, 4, 8), early_stop=True)
+    assert settings.stops_of("prompt") == (1, 2, 4, 8)
+    assert settings.stops_of("random") == settings.stops_of("control_prompt") == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        ({"futility": 0.1}, "attack.futility is for attacks that are looked at"),
+        ({"one_image": True}, "attack.one_image is for attacks that are looked at"),
+        ({"looks": (1,)}, "attack.looks is for attacks that are looked at"),
+        ({"futility": 1.0, "early_stop": True, "looks": (1,)}, "between 0 and 1, got 1.0"),
+        ({"looks": (-1,)}, "attack.looks must be >= 0"),
+    ],
+)
+def test_what_only_stopping_attacks_have_is_refused_elsewhere(asked, part):
+    with pytest.raises(InputError, match=part):
+        AttackSettings(**asked)
+
+
 def test_who_evaluates_no_images_cannot_stop():
     settings = AttackSettings(snapshots=(1,), early_stop=True)
     with pytest.raises(InputError, match=r"attack\.early_stop is for audits"):

@@ -20,7 +20,7 @@ from dori_lightning.attacks.embedding_attack import (
     JobBatches,
     attack_rounds,
     run_attacks,
-    stop_at_success,
+    stop_when_known,
 )
 from dori_lightning.attacks.solver import BrokenAttackError
 from dori_lightning.pairs.datamodule import PairsDataModule
@@ -172,33 +172,41 @@ def test_an_attack_without_a_gradient_is_marked_or_raises(context, pairs, monkey
     assert [c.status for c in run_attacks(context, [jobs])] == ["ok"] + 2 * ["no_gradient"]
 
 
-def test_who_came_back_is_left_out_and_stands_for_later_budgets():
+def test_who_is_known_is_left_out_and_stands_for_later_budgets():
     taken: list[tuple[tuple[str, ...], range]] = []
+
+    def at(pair, steps):
+        return Conditioning(
+            pair, Condition("dori", "prompt", Budget(steps=steps)), 0, torch.tensor(float(steps))
+        )
 
     def attack(jobs, steps):
         taken.append((tuple(job.pair.id for job in jobs), steps))
 
-    def read(job):
-        return [
-            Conditioning(
-                job.pair, Condition("dori", "prompt", Budget(steps=k)), 0, torch.tensor(float(k))
-            )
-            for k in (0, 3, 7, 9)
-        ]
-
-    def reproduced(found):
+    def look(found):
         step = found[0].condition.budget.steps
-        return {c.pair.id for c in found} & {0: {"a"}, 3: {"c"}, 7: set[str](), 9: {"b"}}[step]
+        ended = {c.pair.id for c in found} & {0: {"a"}, 3: {"c"}, 7: set[str](), 9: {"b"}}[step]
+        return [replace(c, seeds=(2,)) for c in found], ended
 
-    jobs = [Job(Pair(name, "vm", "", Path()), "prompt", 0) for name in "abc"]
-    found = stop_at_success(attack, read, jobs, ends=(0, 3, 7, 9), reproduced=reproduced)
+    jobs = [Job(Pair(name, "vm", "", Path()), "prompt", 0) for name in "abcd"]
+    found = stop_when_known(
+        attack,
+        lambda job: [at(job.pair, k) for k in (0, 3, 7, 9)],
+        jobs,
+        ends=(0, 3, 7, 9),
+        look=look,
+        known={"d": at(jobs[3].pair, 0)},
+    )
     assert taken == [
         (("a", "b", "c"), range(0)), (("b", "c"), range(3)), (("b",), range(3, 7)),
         (("b",), range(7, 9)),
     ]  # fmt: skip
+    shown = {"a": (2,), "b": (2,), "c": (2,), "d": None}
+    assert {(c.pair.id, c.seeds) for c in found} == {*shown.items()}
     held = [(c.pair.id, c.condition.budget.steps, c.stopped_at, float(c.embedding)) for c in found]
     assert held == [
         ("a", 0, None, 0), ("a", 3, 0, 0), ("a", 7, 0, 0), ("a", 9, 0, 0),
         ("b", 0, None, 0), ("b", 3, None, 3), ("b", 7, None, 7), ("b", 9, None, 9),
         ("c", 0, None, 0), ("c", 3, None, 3), ("c", 7, 3, 3), ("c", 9, 3, 3),
+        ("d", 0, None, 0), ("d", 3, 0, 0), ("d", 7, 0, 0), ("d", 9, 0, 0),
     ]  # fmt: skip

@@ -29,7 +29,7 @@ def latents(benchmark):
 
 @contextmanager
 def scaled(model, part: str, factor: float):
-    weights = {n: p for n, p in model.unet.named_parameters() if part in n}
+    weights = {n: p for n, p in model.denoiser().named_parameters() if part in n}
     assert weights
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     with torch.no_grad():

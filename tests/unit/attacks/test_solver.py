@@ -81,7 +81,7 @@ def test_each_row_steps_in_its_own_unit(model, problem, whole):
 
 def test_parallel_batches_give_the_same_bits_and_keep_pairs_apart(model, problem, whole):
     name = next(iter(model.layers("cross_attention.value"))) + ".weight"
-    rows_of = len(dict(model.unet.named_parameters())[name])
+    rows_of = len(dict(model.denoiser().named_parameters())[name])
     generator = torch.Generator().manual_seed(1)
     masks = {i: {name: torch.rand(rows_of, generator=generator) < 0.5} for i in problem.ids}
     before = model.unet_evaluations

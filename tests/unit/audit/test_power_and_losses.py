@@ -87,6 +87,12 @@ def test_losses_are_keyed_and_starts_that_no_control_has_do_not_count(
     of_all = [replace(one, condition=attack, embedding=suspect.embedding) for one in prompts]
     after = loss_evidence(context, [*prompts, *of_all])
     assert all(after[name].ratio <= before[name].ratio for name in before)
+    assert after != before
+    ended = [replace(one, stopped_at=0) for one in of_all]
+    assert loss_evidence(context, [*prompts, *ended]) == after, "where copies alone end a search"
+    level = replace(context.attack, early_stop=True, looks=(0,), futility=0.05)
+    sequential = replace(context, attack=level, budget=Budget(steps=1))
+    assert loss_evidence(sequential, [*prompts, *ended]) == before
 
 
 def test_a_suspects_own_copy_is_not_compared_with_the_suspect(

@@ -24,7 +24,7 @@ def test_every_loop_solves_the_same_problem_in_its_own_passes(bench):
         "solver": partial(solver_attack, model),
         "fair": partial(fair, model),
     }.items():
-        with counted(model.unet) as counts:
+        with counted(model.denoiser()) as counts:
             found[name] = attack(task)
         asked[name] = (counts.samples, counts.passes)
         assert torch.allclose(found[name].embeddings, found["ours"].embeddings, atol=2e-4)

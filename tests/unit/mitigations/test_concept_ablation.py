@@ -69,7 +69,7 @@ def test_a_step_pulls_the_caption_to_the_anchor_and_keeps_the_anchor(training, m
             for row in own
         ]
     )
-    alpha = model.alphas_cumprod[t][:, None, None, None]
+    alpha = model.variances(t)[0][:, None, None, None]
     noise = (noised - alpha.sqrt() * clean) / (1 - alpha).sqrt()
     with torch.no_grad():
         anchor = predict(noised, t, own)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dori_lightning.mitigations.esd import ESD, ESDTraining, is_trained, partly_denoised
+from dori_lightning.mitigations.esd import ESD, ESDTraining, partly_denoised
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.runtime.seeding import keyed_generator
@@ -27,8 +27,8 @@ def training(model, suspected, context):
 
 def test_variants_name_the_published_groups(model):
     names = [name for name, _ in model.denoiser().named_parameters()]
-    x = {name for name in names if is_trained(name, "x")}
-    u = {name for name in names if is_trained(name, "u")}
+    x = {name for name in names if METHOD.trains(model, name)}
+    u = {name for name in names if replace(METHOD, variant="u").trains(model, name)}
     assert {name.rsplit(".attn2.")[1] for name in x} == {
         "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias",
     }  # fmt: skip
@@ -46,7 +46,7 @@ def test_partial_sampling_is_the_samplers_way_cut_short(tmp_path, prediction):
     noise = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     sampling = Sampling("ddim", 4, 3.0)
     timesteps = model.sampling_timesteps(sampling)
-    scheduler = model._sampler(sampling)
+    scheduler = model.scheduler_of(sampling)
     wanted, x = [noise], noise
     for t in timesteps[:-1]:
         empty = model.empty_embedding().expand_as(prompts)
@@ -103,7 +103,7 @@ def test_the_teacher_stays_what_it_was_and_its_evaluations_count(training, model
     loss = training.training_step()
     loss.backward()
     trained = {n for n, p in model.denoiser().named_parameters() if p.grad is not None}
-    assert trained == {n for n in before if is_trained(n, "x")}
+    assert trained == {n for n in before if METHOD.trains(model, n)}
     assert all(p.grad is None for p in training._teacher[0].parameters())
     # two rows through the student, twice two through the teacher, and two for each sampler step
     generator = keyed_generator("esd", 0, 0)
@@ -129,6 +129,6 @@ def test_only_the_variants_weights_change_and_each_setting_gives_others(
             ]
         )
     ]
-    wanted = {n for n, _ in model.denoiser().named_parameters() if is_trained(n, "x")}
+    wanted = {n for n, _ in model.denoiser().named_parameters() if METHOD.trains(model, n)}
     assert all(set(edit.weights) == wanted for edit in edits)
     assert len({edit.identity for edit in edits}) == 3

@@ -38,7 +38,7 @@ def loud(tmp_path_factory):
     model = tiny_model(tmp_path_factory.mktemp("loud"))
     for layer in model.layers("cross_attention.value").values():
         layer.weight.data.mul_(30)
-    model.unet.conv_out.weight.data.mul_(3)
+    model.denoiser().conv_out.weight.data.mul_(3)
     return model
 
 
@@ -175,7 +175,7 @@ def test_the_edit_has_masks_for_each_pair_over_the_seven_layers_and_survives_its
     assert found.edit.identity == edit.identity  # the same neurons when made again
     assert set(found.edit.masks) == {pair.id for pair in suspected}
     seven = [f"{n}.weight" for n in loud.layers("cross_attention.value", ("down", "mid"))]
-    parameters = dict(loud.unet.named_parameters())
+    parameters = dict(loud.denoiser().named_parameters())
     for own in found.edit.masks.values():
         assert list(own) == seven
         assert all(mask.shape == parameters[name].shape[:1] for name, mask in own.items())

@@ -67,7 +67,7 @@ def test_score_does_not_depend_on_company(model, rows, noise, scores):
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_samplers_start_from_unscaled_noise(model, sampler):
     """What the score takes for granted."""
-    scheduler = model._sampler(replace(SAMPLING, sampler=sampler))
+    scheduler = model.scheduler_of(replace(SAMPLING, sampler=sampler))
     assert scheduler.init_noise_sigma == 1
     x = torch.randn(1, 4, 2, 2)
     assert torch.equal(scheduler.scale_model_input(x, scheduler.timesteps[0]), x)

@@ -80,7 +80,7 @@ def test_siss_losses_are_the_published_ones(model, draws):
         keep, forget = losses(model, draws, mixture=share)
         wanted_keep = wanted_forget = 0.0
         for k in range(4):
-            alpha = model.alphas_cumprod[draws.timesteps[k]].double()
+            alpha = model.variances(draws.timesteps[k])[0].double()
             gamma, sigma = alpha.sqrt(), (1 - alpha).sqrt()
             x, a = draws.kept[k].double(), draws.forgotten[k].double()
             m = gamma * (a if bool(draws.forgets[k]) else x) + sigma * draws.noise[k].double()

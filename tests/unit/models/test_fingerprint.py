@@ -98,13 +98,13 @@ def test_use_does_not_change_the_fingerprint(folder):
     model = load(folder)
     model.encode_prompts(["a red boat"])
     model.token_count("a red boat at sea")
-    assert weights_of(model.parts).fingerprint == model.fingerprint
+    assert weights_of(model.components).fingerprint == model.fingerprint
 
 
 def test_a_folder_and_a_single_file_of_one_checkpoint_agree(folder, tmp_path):
     model = load(folder)
-    parts = model.parts
-    write_single(tmp_path / "one.safetensors", parts, weights_of(parts))
+    components = model.components
+    write_single(tmp_path / "one.safetensors", components, weights_of(components))
     again = load(tmp_path / "one.safetensors", config=str(folder))
     assert again.fingerprint == model.fingerprint
 
@@ -115,8 +115,8 @@ def test_an_export_samples_as_its_source_where_that_left_values_to_the_sampler(
 ):
     edit(folder / "scheduler" / "scheduler_config.json", timestep_spacing=None)
     model = load(folder)
-    parts = model.parts
-    write_folder(tmp_path / "export", parts, weights_of(parts))
+    components = model.components
+    write_folder(tmp_path / "export", components, weights_of(components))
     again = load(tmp_path / "export")
     assert again.fingerprint == model.fingerprint
     sampling = Sampling(sampler=sampler, steps=3)

@@ -29,7 +29,7 @@ def test_a_second_call_draws_nothing_and_a_lost_image_comes_back_the_same(model,
     assert generate_images(model, requests(model, tmp_path), SAMPLING) == 0
     (tmp_path / "1" / "6.png").unlink()
     (tmp_path / "2" / "5.png").write_bytes(first["2/5.png"][:40])
-    assert generate_images(model, requests(model, tmp_path), SAMPLING) == 4
+    assert generate_images(model, requests(model, tmp_path), SAMPLING) == 2
     assert contents(tmp_path) == first
 
 
@@ -38,6 +38,14 @@ def test_the_order_and_company_of_requests_change_no_bit(model, tmp_path):
     for request in reversed(requests(model, tmp_path / "b")):
         generate_images(model, [request], replace(SAMPLING, batch=3))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_an_image_alone_has_the_bits_that_it_has_among_the_others(model, tmp_path):
+    generate_images(model, requests(model, tmp_path / "together"), SAMPLING)
+    for seeds in ((5,), (6,)):
+        alone = [replace(r, seeds=seeds) for r in requests(model, tmp_path / "alone")]
+        assert generate_images(model, alone, SAMPLING) == 3
+    assert contents(tmp_path / "alone") == contents(tmp_path / "together")
 
 
 def test_images_made_otherwise_are_drawn_again(model, tmp_path):

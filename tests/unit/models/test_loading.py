@@ -4,8 +4,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from dori_lightning.models import loading
@@ -69,7 +71,7 @@ def test_classes_named_by_the_folder_are_ignored(folder):
     index["unet"] = ["os", "system"]
     index["_class_name"] = "EvilPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert type(load(folder).unet).__name__ == "UNet2DConditionModel"
+    assert type(load(folder).denoiser()).__name__ == "UNet2DConditionModel"
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -261,6 +263,25 @@ def test_so_are_those_of_a_hub_id_of_which_only_what_is_needed_is_fetched(
     rewrite(weights_of_part(folder, "vae"), lambda state: state.pop(name))
     with pytest.raises(InputError, match=rf"1 of .* are missing \({name}\)"):
         load("owner/model", variant=variant)
+
+
+def test_a_gated_hub_id_is_told_as_such(monkeypatch):
+    def fetch(*_, **__):
+        raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "")))
+
+    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    with pytest.raises(InputError, match=r"is gated(.|\n)*huggingface\.co/owner/model, then hf"):
+        load("owner/model")
+
+
+def test_the_denoisers_class_tells_another_family(folder):
+    shutil.move(folder / "unet", folder / "transformer")
+    shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
+    config = folder / "transformer" / "config.json"
+    held = {**json.loads(config.read_text()), "_class_name": "SD3Transformer2DModel"}
+    config.write_text(json.dumps(held))
+    with pytest.raises(InputError, match=r"checkpoint\.family=sd3"):
+        load(folder, family="sdxl")
 
 
 def test_a_text_encoder_under_another_prefix_is_refused(folder):

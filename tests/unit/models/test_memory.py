@@ -63,11 +63,11 @@ def test_checkpointing_takes_less_and_gives_the_same_gradient(model):
             return torch.autograd.grad(loss.sum(), rows)[0]
 
     whole, plain = measure_batch(model), gradient()
-    model.unet.enable_gradient_checkpointing()
+    model.denoiser().enable_gradient_checkpointing()
     try:
         less, again = measure_batch(model), gradient()
     finally:
-        model.unet.disable_gradient_checkpointing()
+        model.denoiser().disable_gradient_checkpointing()
     assert less.sample < 0.6 * whole.sample
     assert torch.equal(plain, again)
 

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def model(tmp_path_factory):
 
 def round_to_half(model: StableDiffusion) -> None:
     with torch.no_grad():
-        for part in (model.unet, model.autoencoder, model.text_encoder):
+        for part in (model.denoiser(), model.autoencoder, model.text_encoder):
             for parameter in part.parameters():
                 parameter.copy_(parameter.half())
 
@@ -44,8 +43,8 @@ def load(source: Path, config: Path | None = None) -> StableDiffusion:
 
 
 def states(model: StableDiffusion) -> dict[str, torch.Tensor]:
-    parts = {"u": model.unet, "v": model.autoencoder, "t": model.text_encoder}
-    return {f"{k}{n}": t for k, part in parts.items() for n, t in part.state_dict().items()}
+    components = {"u": model.denoiser(), "v": model.autoencoder, "t": model.text_encoder}
+    return {f"{k}{n}": t for k, part in components.items() for n, t in part.state_dict().items()}
 
 
 def same(first: StableDiffusion, second: StableDiffusion) -> bool:
@@ -59,9 +58,9 @@ def file_dtypes(path: Path) -> set[str]:
 
 
 def test_a_folder_reads_back_bit_for_bit_in_the_narrowest_exact_dtype(model, tmp_path):
-    parts, folder = model.parts, tmp_path / "diffusers"
-    weights = weights_of(parts)
-    write_folder(folder, parts, weights)
+    components, folder = model.components, tmp_path / "diffusers"
+    weights = weights_of(components)
+    write_folder(folder, components, weights)
     assert weights.exact
     assert set(weights.dtypes.values()) == {"fp16"}
     for path in folder.rglob("*.safetensors"):
@@ -71,47 +70,47 @@ def test_a_folder_reads_back_bit_for_bit_in_the_narrowest_exact_dtype(model, tmp
     assert again.fingerprint == weights.fingerprint
     prompts = ["a red boat", "a cat at night"]
     assert torch.equal(again.encode_prompts(prompts), model.encode_prompts(prompts))
-    assert torch.equal(again.alphas_cumprod, model.alphas_cumprod)
+    assert torch.equal(again.levels.signal_variance, model.levels.signal_variance)
     assert again.scheduler.config == load(folder).scheduler.config
     check_written(folder, weights)
 
 
 def test_one_weight_that_needs_more_keeps_its_part_in_full_precision(model, tmp_path):
-    weight = model.unet.conv_in.bias
+    weight = model.denoiser().conv_in.bias
     before = weight.detach().clone()
     try:
         with torch.no_grad():
             weight[0] = 1 + 2**-20
-        weights = weights_of(model.parts)
+        weights = weights_of(model.components)
         assert weights.exact
         assert weights.dtypes == {"unet": "fp32", "vae": "fp16", "text_encoder": "fp16"}
-        write_folder(tmp_path, model.parts, weights)
+        write_folder(tmp_path, model.components, weights)
         assert same(load(tmp_path), model)
         with torch.no_grad():
             weight[0] = 2.0**100
-        assert weights_of(model.parts).dtypes["unet"] == "fp32"
+        assert weights_of(model.components).dtypes["unet"] == "fp32"
         with pytest.raises(InputError, match=r"conv_in\.bias.*too large for fp16"):
-            weights_of(model.parts, "fp16")
+            weights_of(model.components, "fp16")
     finally:
         with torch.no_grad():
             weight.copy_(before)
 
 
 def test_a_dtype_that_is_asked_for_is_used_and_rounding_is_told(model):
-    wide, narrow = weights_of(model.parts, "fp32"), weights_of(model.parts, "bf16")
+    wide, narrow = weights_of(model.components, "fp32"), weights_of(model.components, "bf16")
     assert (wide.exact, narrow.exact) == (True, False)
     assert set(narrow.dtypes.values()) == {"bf16"}
-    assert wide.fingerprint == weights_of(model.parts).fingerprint != narrow.fingerprint
+    assert wide.fingerprint == weights_of(model.components).fingerprint != narrow.fingerprint
     assert next(iter(narrow.states["unet"].values())).dtype == torch.bfloat16
     with pytest.raises(InputError, match="fp16, bf16, fp32 or null, got 'half'"):
-        weights_of(model.parts, "half")
+        weights_of(model.components, "half")
 
 
 @pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
 def test_plain_diffusers_opens_and_runs_the_folder(model, tmp_path, dtype):
-    parts = model.parts
-    weights = weights_of(parts, dtype)
-    write_folder(tmp_path, parts, weights)
+    components = model.components
+    weights = weights_of(components, dtype)
+    write_folder(tmp_path, components, weights)
     pipeline = StableDiffusionPipeline.from_pretrained(
         tmp_path, safety_checker=None, local_files_only=True
     )
@@ -128,11 +127,11 @@ def test_plain_diffusers_opens_and_runs_the_folder(model, tmp_path, dtype):
 
 
 def test_a_single_file_reads_back_bit_for_bit(model, tmp_path):
-    parts, path, config = model.parts, tmp_path / "x.safetensors", tmp_path / "config"
-    weights = weights_of(parts)
-    write_configs(config, parts)
+    components, path, config = model.components, tmp_path / "x.safetensors", tmp_path / "config"
+    weights = weights_of(components)
+    write_configs(config, components)
     assert not list(config.rglob("*.safetensors"))
-    write_single(path, parts, weights, {"edit": "abc"})
+    write_single(path, components, weights, {"edit": "abc"})
     assert file_dtypes(path) == {"F16"}
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"dori_lightning": '{"edit": "abc"}'}
@@ -142,10 +141,10 @@ def test_a_single_file_reads_back_bit_for_bit(model, tmp_path):
 
 
 def test_plain_diffusers_opens_the_single_file_with_a_local_configuration(model, tmp_path):
-    parts, path, config = model.parts, tmp_path / "x.safetensors", tmp_path / "config"
-    weights = weights_of(parts)
-    write_configs(config, parts)
-    write_single(path, parts, weights, {"edit": "abc", "fingerprint": "def"})
+    components, path, config = model.components, tmp_path / "x.safetensors", tmp_path / "config"
+    weights = weights_of(components)
+    write_configs(config, components)
+    write_single(path, components, weights, {"edit": "abc", "fingerprint": "def"})
     pipeline = StableDiffusionPipeline.from_single_file(
         str(path), config=str(config), local_files_only=True, safety_checker=None
     )
@@ -160,10 +159,10 @@ def test_plain_diffusers_opens_the_single_file_with_a_local_configuration(model,
 def test_an_open_clip_encoder_gets_the_layout_of_version_2(model, tmp_path):
     config = CLIPTextConfig(**{**model.text_encoder.config.to_dict(), "hidden_act": "gelu"})
     torch.manual_seed(1)
-    parts = replace(model.parts, text_encoder=CLIPTextModel(config).eval())
-    weights = weights_of(parts)
-    write_folder(tmp_path / "folder", parts, weights)
-    write_single(tmp_path / "x.safetensors", parts, weights)
+    components = model.components.with_module("text_encoder", CLIPTextModel(config).eval())
+    weights = weights_of(components)
+    write_folder(tmp_path / "folder", components, weights)
+    write_single(tmp_path / "x.safetensors", components, weights)
     keys = set(load_file(tmp_path / "x.safetensors"))
     prefix = "cond_stage_model.model"
     assert f"{prefix}.transformer.resblocks.0.attn.in_proj_weight" in keys
@@ -176,7 +175,7 @@ def test_an_open_clip_encoder_gets_the_layout_of_version_2(model, tmp_path):
 
 def test_a_v_predicting_checkpoint_stays_one(tmp_path):
     made = tiny_model(tmp_path / "tiny", tiny_recipe(prediction_type="v_prediction"))
-    write_folder(tmp_path / "out", made.parts, weights_of(made.parts))
+    write_folder(tmp_path / "out", made.components, weights_of(made.components))
     again = load(tmp_path / "out")
     assert again.prediction_type == "v_prediction"
     assert same(again, made)
@@ -184,7 +183,7 @@ def test_a_v_predicting_checkpoint_stays_one(tmp_path):
 
 def test_the_folder_names_no_place_of_this_machine_and_no_code(model, tmp_path):
     source = tmp_path / "source"
-    write_folder(source, model.parts, weights_of(model.parts))
+    write_folder(source, model.components, weights_of(model.components))
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         path = next((source / part).glob("*config.json"))
         config = json.loads(path.read_text())
@@ -193,7 +192,7 @@ def test_the_folder_names_no_place_of_this_machine_and_no_code(model, tmp_path):
     (source / "unet" / "code.py").write_text("raise SystemExit")
     (source / "unet" / "old.bin").write_bytes(b"pickle")
     made = load(source)
-    write_folder(tmp_path / "out", made.parts, weights_of(made.parts))
+    write_folder(tmp_path / "out", made.components, weights_of(made.components))
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
     for path in files:
@@ -205,12 +204,12 @@ def test_the_folder_names_no_place_of_this_machine_and_no_code(model, tmp_path):
 
 
 def test_what_reads_back_differently_is_an_error(model, tmp_path):
-    parts = model.parts
-    write_folder(tmp_path, parts, weights_of(parts))
-    other = weights_of(parts, "bf16")
+    components = model.components
+    write_folder(tmp_path, components, weights_of(components))
+    other = weights_of(components, "bf16")
     with pytest.raises(RuntimeError, match=f"{other.fingerprint}.*{model_fingerprint(model)}"):
         check_written(tmp_path, other)
 
 
 def model_fingerprint(model: StableDiffusion) -> str:
-    return weights_of(model.parts).fingerprint
+    return weights_of(model.components).fingerprint

@@ -26,11 +26,11 @@ PREFIXES = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A base, the same with all parts of another seed (``other``), and that as one file."""
-    place = tmp_path_factory.mktemp("parts")
+    """A base, the same with all components of another seed (``other``), and that as one file."""
+    place = tmp_path_factory.mktemp("components")
     write_tiny(place / "base")
-    parts = load(write_tiny(place / "other", seed=1)).parts
-    write_single(place / "other.safetensors", parts, weights_of(parts))
+    components = load(write_tiny(place / "other", seed=1)).components
+    write_single(place / "other.safetensors", components, weights_of(components))
     return place
 
 
@@ -46,7 +46,11 @@ def load(source: Path, **options: Any) -> StableDiffusion:
 
 
 def state(model, part):
-    module = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.text_encoder}
+    module = {
+        "unet": model.denoiser(),
+        "vae": model.autoencoder,
+        "text_encoder": model.text_encoder,
+    }
     return module[part].state_dict()
 
 
@@ -247,8 +251,8 @@ def test_a_text_encoder_of_the_original_layout_is_put_in_place(tmp_path, hidden_
     for seed, name in enumerate(("base", "other")):
         config = write_tiny(tmp_path / name, seed=seed) / "text_encoder" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": hidden_act}))
-    parts = load(tmp_path / "other").parts
-    write_single(tmp_path / "other.safetensors", parts, weights_of(parts))
+    components = load(tmp_path / "other").components
+    write_single(tmp_path / "other.safetensors", components, weights_of(components))
     model = load(tmp_path / "base", text_encoder=str(tmp_path / "other.safetensors"))
-    held, given = state(model, "text_encoder"), parts.text_encoder.state_dict()
+    held, given = state(model, "text_encoder"), components.text_encoder.state_dict()
     assert all(torch.equal(held[n], given[n]) for n in given)

@@ -45,7 +45,7 @@ def test_the_loss_is_the_error_of_the_predicted_noise_or_velocity(tmp_path, pred
     wanted = noise if prediction_type == "epsilon" else velocity
     with torch.no_grad():
         loss = model.denoising_loss(latents, noise, timesteps, context)
-        output = model.unet(noised, timesteps, encoder_hidden_states=context).sample
+        output = model.denoiser()(noised, timesteps, encoder_hidden_states=context).sample
     assert torch.allclose(loss, ((output - wanted) ** 2).mean((1, 2, 3)), atol=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_sampling_recovers_the_image_that_an_oracle_predicts(
     truth = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
     def oracle(noised, timesteps, *_):
-        alpha = model.alphas_cumprod[timesteps][:, None, None, None]
+        alpha = model.variances(timesteps)[0][:, None, None, None]
         noise = (noised - alpha.sqrt() * truth) / (1 - alpha).sqrt()
         return (
             noise
@@ -105,14 +105,14 @@ def test_guidance_one_needs_no_unconditional_branch(model):
 def test_frozen_puts_everything_back(model):
     weights = list(model.parameters())
     weights[0].requires_grad_(False)
-    model.unet.train()
+    model.denoiser().train()
     with model.frozen():
         assert not any(p.requires_grad for p in weights)
-        training = model.unet.training
+        training = model.denoiser().training
     assert not training
     assert [p.requires_grad for p in weights] == [False] + [True] * (len(weights) - 1)
-    assert model.unet.training
-    model.unet.eval()
+    assert model.denoiser().training
+    model.denoiser().eval()
     weights[0].requires_grad_(True)
 
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.models.weight_files import WeightFile, choose_variant, find_weights
 from dori_lightning.types import InputError
 from support.tiny import write_tiny
@@ -38,7 +39,7 @@ def test_what_is_called_safetensors_and_is_not_is_told(tmp_path, content, words)
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError) as refused:
-        WeightFile.open(path)
+        WeightFile.open(path).check_family(StableDiffusion.family)
     assert words in str(refused.value)
     assert str(path) in str(refused.value)
 
@@ -86,10 +87,10 @@ def weights(folder, *names):
 def test_which_variant_of_a_part_is_loaded(tmp_path, names, wanted, chosen):
     folder = weights(tmp_path / "part", *names)
     if isinstance(chosen, str):
-        assert choose_variant(folder, "model", wanted) == chosen
+        assert choose_variant(folder, "text_encoder", wanted) == chosen
     else:
         with pytest.raises(chosen):
-            choose_variant(folder, "model", wanted)
+            choose_variant(folder, "text_encoder", wanted)
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_duplicate_of_never_names_a_pair_that_the_limit_cut(folder):
 def takes(tokens):
     """A model whose tokens are words, with a start and an end."""
     return SimpleNamespace(
-        embedding_shape=(tokens, 1),
+        max_tokens=tokens,
         token_count=lambda prompt: 2 + len(prompt.split()),
         cut_off=lambda prompt: prompt[-1],
     )

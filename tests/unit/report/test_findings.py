@@ -9,7 +9,7 @@ import pytest
 from dori_lightning.attacks.model_check import ModelCheck
 from dori_lightning.metrics.evidence import ImageEvidence, Power
 from dori_lightning.metrics.replication import headline_condition, recommended_budget
-from dori_lightning.report.findings import audit_findings, audit_verdict
+from dori_lightning.report.findings import audit_findings, audit_verdict, find_flags
 from dori_lightning.report.record import AuditReport
 from dori_lightning.types import INITS, KINDS, Pair, Scale
 from support import fake_reports as fakes
@@ -304,6 +304,32 @@ def test_a_search_whose_loss_stands_still_is_told():
 
     assert "loss_stands_still" in names(report(0.2))
     assert "loss_stands_still" not in names(report(0.14))
+
+
+def test_a_sequential_search_says_what_it_gave_up_and_is_no_search_that_stands_still():
+    def report(stop: int, level: float | None) -> AuditReport:
+        outcomes = tuple(
+            replace(
+                fakes.outcome(Pair(f"{kind}{k}", kind, "", Path()), fakes.dori(), [score]),
+                loss_first=0.2,
+                loss_last=0.2,
+                stopped_at=stop,
+            )
+            for kind, score in (("vm", 0.1), ("vm", 0.9), ("control", 0.1))
+            for k in range(3 if score < 0.5 else 9)
+        )
+        made = audit(prompt=0, attack=9, control=0, check=GOOD, outcomes=outcomes)
+        config = {"attack": {"futility": level}}
+        changed = replace(made, provenance=replace(made.provenance, config=config))
+        return replace(changed, flags=find_flags(changed))
+
+    assert "search_sequential" not in names(report(4, None))
+    sequential = report(4, 0.05)
+    (flag,) = (flag for flag in sequential.flags if flag.name == "search_sequential")
+    assert "3 of 12 searches" in flag.text
+    assert "at most 5 % are searched to the end" in flag.text
+    assert "loss_stands_still" not in names(sequential), "four steps are no room to fall"
+    assert "loss_stands_still" in names(report(8, 0.05))
 
 
 def test_units_of_a_search_that_was_scaled_are_told():

@@ -1,0 +1,690 @@
+"""What every family of checkpoints shares: counted passes, noise, losses, drawing, layers.
+
+An adapter of a family is a subclass that says how prompts become embeddings and how the denoiser
+is called; ``models/README.md`` shows what it has to say.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dori_lightning.models.components import Component, Components, Family
+from dori_lightning.models.conditioning import (
+    ORDINARY_PROMPTS,
+    Part,
+    Spread,
+    free_cells,
+    matrix_shape,
+    pack,
+)
+from dori_lightning.models.noise_levels import NoiseLevels, flow_settings
+from dori_lightning.models.protocol import (
+    ROLE_ALIASES,
+    EmbeddingFilter,
+    LayerRole,
+    Sampler,
+    Sampling,
+)
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
+from dori_lightning.runtime.logging import progress_bar
+from dori_lightning.types import CoderRows, InputError, ReplacedPart
+
+_MEMORY = OomBackoff(
+    "generate",
+    "image",
+    "checkpoint.precision=bf16, a smaller checkpoint.resolution, or a device with more memory",
+)
+
+
+class LatentDiffusion(ABC):
+    """A checkpoint of some family; ``models.protocol.TextToImage`` documents its methods.
+
+    Attributes:
+        family: Its components and their classes.
+        layer_names: Role and stage to a pattern that matches the whole name of such layers; every
+            role in the order of the stages.
+        pruned_stages: Role to the stages that methods look at by default; all where it is not.
+        closed_stages: Stretches of the denoiser with no layers of their own for text, and why
+            nothing can be edited there.
+        text_weights: Pattern at whose match within its name text enters through a weight.
+        outer_weights: The same of weights outside of all blocks.
+        patch: Side of the latent squares that the denoiser takes as one token.
+    """
+
+    family: ClassVar[Family]
+    layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]]
+    pruned_stages: ClassVar[Mapping[LayerRole, tuple[str, ...]]] = {}
+    closed_stages: ClassVar[Mapping[str, str]] = {}
+    text_weights: ClassVar[str]
+    outer_weights: ClassVar[str]
+    patch: int = 1
+
+    def __init__(
+        self,
+        components: Components,
+        *,
+        name: str,
+        fingerprint: str,
+        resolution: int | None = None,
+        autocast: torch.dtype | None = None,
+        replaced: Sequence[ReplacedPart] = (),
+        lend_encoders: bool = False,
+    ) -> None:
+        """Join the components.
+
+        Args:
+            components: What fits each other; see ``models.soundness``.
+            name: How reports call the checkpoint.
+            fingerprint: Hash of everything that decides results; see ``models.fingerprint``.
+            resolution: Image side in pixels; None for the checkpoint's own.
+            autocast: Compute the denoiser and autoencoder in this dtype; None for the weights'
+                own.
+            replaced: Components whose weights are from other files than the checkpoint's.
+            lend_encoders: Keep text encoders in the host's memory; they come to the device for
+                prompts, and go when the denoiser is asked next.
+
+        Raises:
+            InputError: There are no latents of that resolution.
+        """
+        self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
+        self.replaced = tuple(replaced)
+        for module in components.modules.values():
+            module.eval()
+        self._components = components
+        self._denoiser: nn.Module = components.denoiser
+        self.autoencoder, self.scheduler = components.autoencoder, components.scheduler
+        self.device = next(self._denoiser.parameters()).device
+        self.parts = self._lay_out(components)
+        self.embedding_shape = matrix_shape(self.parts)
+        self.max_tokens = min(map(components.prompt_length, components.tokenizers))
+        factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
+        multiple = factor * self.patch
+        self.resolution = resolution or self._latent_side(components) * factor
+        if self.resolution < 1 or self.resolution % multiple:
+            raise InputError(
+                f"the side of an image must be a multiple of {multiple} pixels, got "
+                f"{self.resolution}",
+                where=f"checkpoint.resolution, or sample_size in "
+                f"{self.family.denoiser}/config.json",
+            )
+        side = self.resolution // factor
+        self.latent_shape = (int(self.autoencoder.config["latent_channels"]), side, side)
+        self.num_train_timesteps = int(self.scheduler.config["num_train_timesteps"])
+        self.levels = NoiseLevels.of(self.scheduler, self.device)
+        self.unet_evaluations, self.coder_rows = 0, CoderRows()
+        self.max_batch_sizes: dict[str, int] = {}
+        self.embedding_filter: EmbeddingFilter | None = None
+        self._lend_encoders, self._encoders_on = lend_encoders, torch.device("cpu")
+        self._counting = threading.Lock()
+        self._of_thread = threading.local()
+        self._empty: torch.Tensor | None = None
+        self._spread: Spread | None = None
+
+    # What a family says
+
+    @classmethod
+    @abstractmethod
+    def _lay_out(cls, components: Components) -> tuple[Part, ...]:
+        """The parts of an embedding."""
+
+    @abstractmethod
+    def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
+        """Part name to a prompt's values (1, rows, columns), by the text encoders."""
+
+    @abstractmethod
+    def _forward(
+        self,
+        noised: torch.Tensor,
+        times: torch.Tensor,
+        embeddings: torch.Tensor,
+        distilled_guidance: float | None,
+    ) -> torch.Tensor:
+        """What the denoiser predicts (N, C, h, w), in the dtype of its weights.
+
+        Args:
+            noised: Noised latents (N, C, h, w) in that dtype.
+            times: What the scheduler calls their times (N,).
+            embeddings: Embeddings (N, T, D), fp32.
+            distilled_guidance: For denoisers with such an input; None where a loss is computed.
+        """
+
+    def _latent_side(self, components: Components) -> int:
+        """Side of the latents that the checkpoint was made for."""
+        return int(components.denoiser.config["sample_size"])
+
+    @classmethod
+    @abstractmethod
+    def unlike_the_family(
+        cls, components: Components
+    ) -> Iterator[tuple[str, tuple[Component, ...]]]:
+        """What no checkpoint of the family has, or what does not fit; with the components."""
+
+    @property
+    def smallest_side(self) -> int:
+        """Side of the smallest latents that the denoiser can be tried on."""
+        levels = self._components.denoiser.config.get("block_out_channels", ())
+        # two pixels a side are left in the middle: some layers normalize over them
+        return 2 ** len(levels) if levels else 4 * self.patch
+
+    @property
+    def takes_distilled_guidance(self) -> bool:
+        """Whether the denoiser has an input for the guidance that it was distilled from."""
+        return False
+
+    # What it consists of
+
+    @property
+    def components(self) -> Components:
+        """Its components, with whatever edit it carries now."""
+        return self._components.with_module(self.family.denoiser, self._denoiser)
+
+    @property
+    def text_encoder(self) -> Any:
+        """The first text encoder."""
+        return self._components.text_encoder
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first text encoder's tokenizer."""
+        return self._components.tokenizer
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """What images can be drawn with."""
+        return tuple(self.family.samplers)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts."""
+        return self.levels.prediction
+
+    def denoiser(self) -> nn.Module:
+        """UNet or transformer."""
+        return self._denoiser
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Weights of the denoiser."""
+        return self._denoiser.parameters()
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast where the model has it."""
+        # without a dtype of its own it leaves a Trainer's mixed precision in force
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+    # Prompts and images
+
+    def _cut_most(self, prompt: str) -> tuple[Any, int, list[int]]:
+        """The tokenizer that loses most of a prompt, its limit, and the prompt's tokens."""
+        found = []
+        for name, tokenizer in self._components.tokenizers.items():
+            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+            found.append((tokenizer, self._components.prompt_length(name), ids))
+        return max(found, key=lambda each: len(each[2]) - each[1])
+
+    def token_count(self, prompt: str) -> int:
+        """Tokens of a prompt with its start and end token, before truncation."""
+        _, limit, ids = self._cut_most(prompt)
+        return len(ids) - limit + self.max_tokens
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that does not fit, as the tokenizer spells it."""
+        tokenizer, limit, ids = self._cut_most(prompt)
+        # the end token takes the last place
+        return str(tokenizer.decode(ids[limit - 1 : -1])) if len(ids) > limit else ""
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts to embeddings (N, T, D), fp32."""
+        if self._lend_encoders:
+            self._move_encoders(self.device)
+        with self._counting:
+            self.coder_rows.prompts += len(prompts)
+        # one by one, so that a prompt's embedding never depends on its neighbours
+        return torch.cat([pack(self.parts, self._encode(prompt)) for prompt in prompts])
+
+    def _move_encoders(self, device: torch.device) -> None:
+        """Move lent text encoders, where they are elsewhere."""
+        if self._encoders_on != device:
+            for encoder, _ in self._components.encoders.values():
+                encoder.to(device)
+            self._encoders_on = device
+
+    def _token_ids(self, prompt: str, tokenizer: Component) -> torch.Tensor:
+        """A prompt's tokens (1, length), padded and cut to the text encoder's length."""
+        ids: torch.Tensor = (
+            self._components.tokenizers[tokenizer](
+                prompt,
+                padding="max_length",
+                truncation=True,
+                max_length=self._components.prompt_length(tokenizer),
+                return_tensors="pt",
+            )
+        ).input_ids
+        return ids.to(self.device)
+
+    def empty_embedding(self) -> torch.Tensor:
+        """Embedding (1, T, D) of the empty prompt, the unconditional branch of guidance."""
+        if self._empty is None:
+            self._empty = self._unconditional()
+        return self._empty
+
+    def _unconditional(self) -> torch.Tensor:
+        return self.encode_prompts([""])
+
+    def free(self, which: Sequence[str] | None = None) -> torch.Tensor:
+        """Cells (T, D) that a search may move."""
+        return free_cells(self.parts, which)
+
+    def spread(self) -> Spread:
+        """Usual values of the conditioning, measured once."""
+        if self._spread is None:
+            with progress_bar("usual values of the text", len(ORDINARY_PROMPTS)) as advance:
+
+                def each() -> Iterator[torch.Tensor]:
+                    for prompt in ORDINARY_PROMPTS:
+                        yield self.encode_prompts([prompt])[0]
+                        advance(1)
+
+                self._spread = Spread.measured(self.parts, each())
+        return self._spread
+
+    def random_start(
+        self, normal: torch.Tensor, *, scale: float = 1.0, parts: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Random embeddings, with no trace of a prompt."""
+        start = self.spread().start(normal, scale)
+        return self.searched_alone(start, parts)
+
+    def searched_alone(
+        self, embeddings: torch.Tensor, parts: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Embeddings of which only the searched parts are left."""
+        cells = self.free(parts)
+        if bool(cells.all()):
+            return embeddings
+        empty = self.empty_embedding()[0].to(embeddings)
+        return torch.where(cells.to(embeddings.device), embeddings, empty)
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] to scaled latents (N, C, h, w): posterior mode, fp32."""
+        dtype = next(self.autoencoder.parameters()).dtype
+        images = images.to(self.device, dtype) * 2 - 1
+        with self._counting:
+            self.coder_rows.encoded += len(images)
+        rows = [
+            self.autoencoder.encode(image[None]).latent_dist.mode().float() for image in images
+        ]
+        latents, shift = torch.cat(rows), self._latent_shift
+        return (latents if shift is None else latents - shift) * self._latent_scale
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (N, C, h, w) to images (N, 3, H, W) in [0, 1], fp32."""
+        dtype, shift = next(self.autoencoder.parameters()).dtype, self._latent_shift
+        latents = latents / self._latent_scale
+        latents = (latents if shift is None else latents + shift).to(dtype)
+        with self._counting:
+            self.coder_rows.decoded += len(latents)
+        with self._decoding():
+            images: torch.Tensor = self.autoencoder.decode(latents).sample
+        return (images.float() / 2 + 0.5).clamp_(0, 1)
+
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """Precision of the autoencoder's decoder."""
+        return self.precision()
+
+    @property
+    def _latent_scale(self) -> float:
+        """What latents are multiplied by to have about unit standard deviation."""
+        return float(self.autoencoder.config["scaling_factor"])
+
+    @property
+    def _latent_shift(self) -> float | None:
+        """What is taken from latents before, to have about zero mean; None where nothing is."""
+        shift = self.autoencoder.config.get("shift_factor")
+        return None if shift is None else float(shift)
+
+    # Passes
+
+    @property
+    def row_pairs(self) -> tuple[str, ...] | None:
+        """Whose rows this thread's current or last pass holds."""
+        return getattr(self._of_thread, "row_pairs", None)
+
+    @row_pairs.setter
+    def row_pairs(self, ids: tuple[str, ...] | None) -> None:
+        self._of_thread.row_pairs = ids
+
+    def _denoise(
+        self,
+        noised: torch.Tensor,
+        times: torch.Tensor,
+        embeddings: torch.Tensor,
+        pair_ids: Sequence[str] | None,
+        distilled_guidance: float | None = None,
+    ) -> torch.Tensor:
+        """One pass of the denoiser, at times of the scheduler; counts its rows."""
+        if pair_ids is not None and len(pair_ids) != len(noised):
+            raise ValueError(f"{len(noised)} rows, but {len(pair_ids)} pair ids")
+        # stays until the next pass: gradient checkpointing runs the layers again in the backward
+        self.row_pairs = None if pair_ids is None else tuple(pair_ids)
+        if self._lend_encoders:
+            self._move_encoders(torch.device("cpu"))
+        with self._counting:
+            self.unet_evaluations += len(noised)
+        dtype = next(self._denoiser.parameters()).dtype
+        with self.precision():
+            output = self._forward(noised.to(dtype), times, embeddings, distilled_guidance)
+        return output.float()
+
+    # Noise and losses
+
+    def scales(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of latent and noise."""
+        return self.levels.signal[timesteps], self.levels.noise[timesteps]
+
+    def variances(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squares of the factors."""
+        return self.levels.signal_variance[timesteps], self.levels.noise_variance[timesteps]
+
+    def noised(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Forward process."""
+        return self.levels.noised(latents, noise, timesteps)
+
+    def denoising_loss(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        *,
+        pair_ids: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """Mean squared error of whatever the model predicts."""
+        output = self._denoise(
+            self.noised(latents, noise, timesteps),
+            self.levels.times(timesteps),
+            embeddings,
+            pair_ids,
+        )
+        target = self.levels.target(latents, noise, timesteps)
+        return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+
+    def predict_noise(
+        self,
+        noised: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        *,
+        pair_ids: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """Noise in noised latents, whatever the model predicts."""
+        output = self._denoise(noised, self.levels.times(timesteps), embeddings, pair_ids)
+        return self.levels.implied_noise(output, noised, timesteps)
+
+    def predict_clean_and_noise(
+        self,
+        noised: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        *,
+        guidance: float = 1.0,
+        pair_ids: Sequence[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean latents and noise that a prediction implies."""
+        output = self._guided(
+            noised, self.levels.times(timesteps), embeddings, guidance, pair_ids=pair_ids
+        )
+        return (
+            self.levels.implied_clean(output, noised, timesteps),
+            self.levels.implied_noise(output, noised, timesteps),
+        )
+
+    def _guided(
+        self,
+        noised: torch.Tensor,
+        times: torch.Tensor,
+        embeddings: torch.Tensor,
+        guidance: float,
+        *,
+        distilled_guidance: float | None = None,
+        pair_ids: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """What the denoiser predicts under classifier-free guidance: two rows in one pass."""
+        if guidance == 1.0:
+            return self._denoise(noised, times, embeddings, pair_ids, distilled_guidance)
+        output = self._denoise(
+            torch.cat([noised, noised]),
+            torch.cat([times, times]),
+            torch.cat([self.empty_embedding().expand_as(embeddings), embeddings]),
+            None if pair_ids is None else [*pair_ids, *pair_ids],
+            distilled_guidance,
+        )
+        unconditional, conditional = output.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    # Drawing
+
+    def sampling_timesteps(self, sampling: Sampling) -> torch.Tensor:
+        """Timesteps (S,) that a sampler visits."""
+        return self.levels.nearest(self.scheduler_of(sampling).timesteps).to(self.device)
+
+    def scheduler_of(self, sampling: Sampling) -> Any:
+        """A scheduler of diffusers, set up for its steps.
+
+        Raises:
+            InputError: The family has no such sampler, or not as many steps.
+        """
+        if sampling.steps > self.num_train_timesteps:
+            raise InputError(
+                f"sampling.steps={sampling.steps} is more than the {self.num_train_timesteps} "
+                f"timesteps that {self.name} was trained with"
+            )
+        known = self.family.samplers
+        if sampling.sampler not in known:
+            raise InputError(
+                f"{self.name} cannot be drawn from with sampling.sampler={sampling.sampler}, "
+                f"which does not fit the noise of {self.family.title}",
+                where="sampling.sampler",
+                fix=f"one of {', '.join(known)}, with the steps and guidance that suit it",
+            )
+        distilled = sampling.distilled_guidance
+        if (distilled is not None) != self.takes_distilled_guidance:
+            raise InputError(
+                f"{self.name} has {'an' if self.takes_distilled_guidance else 'no'} input for a "
+                f"guidance that it was distilled from, but sampling.distilled_guidance is "
+                f"{'null' if distilled is None else distilled}",
+                where="sampling.distilled_guidance",
+                fix="give the scale that it is drawn with, such as 3.5"
+                if self.takes_distilled_guidance
+                else "sampling.distilled_guidance=null; sampling.guidance is what it has",
+            )
+        config = self.scheduler.config
+        unsaid = {k: v for k, v in self.family.sampler_settings.items() if k not in config}
+        if sampling.sampler == "flow_dpm++":
+            unsaid |= flow_settings(config)
+        scheduler = known[sampling.sampler].from_config(config, **unsaid)
+        self._set_timesteps(scheduler, sampling.steps)
+        return scheduler
+
+    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        """Choose what a sampler visits."""
+        # on the host: schedulers look tables up by it, and would wait for a GPU at each step
+        scheduler.set_timesteps(steps, device="cpu")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        embeddings: torch.Tensor,
+        noise: torch.Tensor,
+        sampling: Sampling,
+        *,
+        pair_ids: Sequence[str] | None = None,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> torch.Tensor:
+        """Embeddings to images, in batches of ``sampling.batch``."""
+
+        # autograd's mode belongs to a thread
+        @torch.no_grad()
+        def draw(rows: list[int]) -> torch.Tensor:
+            own, starts = embeddings[rows].to(self.device), noise[rows]
+            if self.embedding_filter is not None:
+                own = self.embedding_filter(own, starts.to(self.device), sampling)
+            ids = None if pair_ids is None else [pair_ids[row] for row in rows]
+            return self.decode_latents(self.denoise(own, starts, sampling, ids))
+
+        images = map_batches(
+            draw,
+            range(len(embeddings)),
+            at_once=sampling.batch * parallel_batches(self),
+            model=self,
+            backoff=_MEMORY,
+            pad=False,
+            advance=advance,
+        )
+        return torch.stack(images)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        embeddings: torch.Tensor,
+        noise: torch.Tensor,
+        sampling: Sampling,
+        pair_ids: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """Run the sampler."""
+        scheduler = self.scheduler_of(sampling)
+        context = embeddings.to(self.device)
+        # flow matching begins at the noise itself, and takes latents as they are
+        x: torch.Tensor = noise.to(self.device) * getattr(scheduler, "init_noise_sigma", 1.0)
+        scaled = getattr(scheduler, "scale_model_input", lambda latents, _: latents)
+        places = scheduler.timesteps.to(self.device)
+        for place, t in zip(places, scheduler.timesteps, strict=True):
+            distributed.check()
+            output = self._guided(
+                scaled(x, t),
+                place.expand(len(x)),
+                context,
+                sampling.guidance,
+                distilled_guidance=sampling.distilled_guidance,
+                pair_ids=pair_ids,
+            )
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        return x
+
+    # Layers and weights
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stretches of the denoiser, in execution order."""
+        return tuple(dict.fromkeys(stage for _, stage in self.layer_names))
+
+    def _role(self, role: LayerRole | str) -> LayerRole:
+        """A role by its name or an older one.
+
+        Raises:
+            InputError: The family has no such layers.
+        """
+        known = dict.fromkeys(role for role, _ in self.layer_names)
+        found = ROLE_ALIASES.get(role, role)
+        for name in known:
+            if name == found:
+                return name
+        raise InputError(
+            f"{self.family.title} has no layers of the role {role}",
+            fix=f"one of {', '.join(known)}",
+        )
+
+    def layers(
+        self, role: LayerRole | str, stages: Sequence[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """Layers of the denoiser by role."""
+        role = self._role(role)
+        chosen = self.stages if stages is None else tuple(stages)
+        for stage in chosen:
+            if stage in self.closed_stages:
+                raise InputError(
+                    f"nothing can be edited in the stage {stage} of {self.name}: "
+                    f"{self.closed_stages[stage]}",
+                    where="mitigation.stages",
+                    fix=f"some of {', '.join(self.stages)}, or null for the usual ones",
+                )
+        strangers = [stage for stage in chosen if stage not in self.stages]
+        found = {
+            name: module
+            for stage in self.stages
+            if stage in chosen and (role, stage) in self.layer_names
+            for name, module in self._denoiser.named_modules()
+            if re.fullmatch(self.layer_names[role, stage], name)
+        }
+        if strangers or not found:
+            raise InputError(
+                f"{self.name} has no layers of the role {role} in the stages "
+                f"{', '.join(strangers or chosen) or 'that are named (none)'}",
+                where="mitigation.stages",
+                fix=f"some of {', '.join(self.stages)}, or null for the usual ones",
+            )
+        return found
+
+    def default_stages(self, role: LayerRole | str) -> tuple[str, ...]:
+        """Stages that methods look at where nothing else is said."""
+        role = self._role(role)
+        having = tuple(stage for stage in self.stages if (role, stage) in self.layer_names)
+        return self.pruned_stages.get(role, having)
+
+    def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """What value layers take, in families where that is the text alone."""
+        del embeddings
+        raise InputError(
+            f"the value layers of {self.name} take text that has passed the image, noise and time "
+            f"of earlier blocks, so their values do not follow from a prompt alone; methods that "
+            f"need them are not defined on {self.family.title}",
+            where="mitigation",
+            fix="a mitigation that selects no value neurons; of adversarial fine-tuning "
+            "mitigation.surrogates.source=null, which takes neighbours of the prompts",
+        )
+
+    def is_text_weight(self, name: str) -> bool:
+        """Whether text enters the picture through a weight."""
+        return re.search(self.text_weights, name) is not None
+
+    def is_outer_weight(self, name: str) -> bool:
+        """Whether a weight lies outside of all blocks."""
+        return re.search(self.outer_weights, name) is not None
+
+    def frozen_copy(self) -> Self:
+        """The same model with a copy of the denoiser."""
+        twin = copy.copy(self)
+        twin._denoiser = copy.deepcopy(self._denoiser).eval().requires_grad_(False)
+        twin.unet_evaluations, twin._of_thread = 0, threading.local()
+        return twin
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Evaluation mode and no weight gradients while open."""
+        denoiser = self._denoiser
+        training = denoiser.training
+        flags = [(p, p.requires_grad) for p in denoiser.parameters()]
+        denoiser.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            denoiser.train(training)
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)

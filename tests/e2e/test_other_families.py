@@ -1,0 +1,27 @@
+"""Whole audits of tiny random checkpoints of other families: nothing comes back or crashes."""
+
+import pytest
+
+from support.families import FAMILIES, folder_of
+from support.records import report_json
+from support.runs import SMALL, on_tiny, run_task, write_pairs
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sd"])
+def test_a_random_checkpoint_is_audited(tmp_path, family):
+    write_pairs(tmp_path / "pairs")
+    sampling = FAMILIES[family].sampling[-1]
+    run_task(
+        tmp_path / "run",
+        "checkpoint=custom", f"checkpoint.family={family}",
+        *on_tiny(tmp_path, "corpus=none", *SMALL),
+        f"checkpoint.source={folder_of(family)}", "checkpoint.resolution=32",
+        "attack.inits=[prompt,random]",
+        f"sampling.sampler={sampling.sampler}", f"sampling.guidance={sampling.guidance}",
+        f"+sampling.distilled_guidance={sampling.distilled_guidance or 'null'}",
+        "mitigation=wanda", "mitigation.fraction=0.1", "mitigation.steps=2",
+    )  # fmt: skip
+    report = report_json(tmp_path / "run")
+    assert {cell["mitigation"] for cell in report["cells"]} == {"none", "wanda"}
+    assert {cell["init"] for cell in report["cells"]} == {None, "prompt", "random"}
+    assert not any(cell["mr"] for cell in report["cells"])
