@@ -132,7 +132,7 @@ class FutilityTest:
         self.looks[start] += 1
         halved = 0.5 ** self.looks[start] if conditionings[0].spent < self.last else 0.0
         ended = futile(ratios, controls, max(self.level, halved))
-        return left & ended if suspects - ended else frozenset(left)
+        return frozenset(left & ended) if suspects - ended else frozenset(left)
 
 
 def judged_steps(taken: int) -> range:
