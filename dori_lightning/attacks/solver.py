@@ -281,7 +281,7 @@ def _loss_and_gradient(
         every = index[:, None] * batch + torch.arange(batch, device=model.device)
         embeddings = point[index].detach().requires_grad_(True)
         passes = []
-        for chosen in every.split(at_once, 1):
+        for chosen in torch.split(every, at_once, 1):
             samples, width = chosen.flatten(), chosen.shape[1]
             loss = model.denoising_loss(
                 latents[samples],

@@ -495,7 +495,7 @@ def masked_linear(
     biases = {
         owner: bias.masked_fill(mask, 0)
         for owner in weights
-        if bias is not None and (mask := pruned[owner]).dim() == 1
+        if bias is not None and (mask := pruned.get(owner)) is not None and mask.dim() == 1
     }
     parts = [
         F.linear(

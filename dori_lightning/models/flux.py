@@ -95,7 +95,8 @@ class Flux(LatentDiffusion):
         config = components.autoencoder.config
         if "sample_size" in config.get("_use_default_values", ()):
             return USUAL_SIDE
-        return int(config["sample_size"]) // 2 ** (len(config["block_out_channels"]) - 1)
+        levels = len(config["block_out_channels"])
+        return int(config["sample_size"]) // int(2 ** (levels - 1))
 
     @classmethod
     def unlike_the_family(
@@ -147,7 +148,8 @@ class Flux(LatentDiffusion):
 
     @property
     def _side_in_tokens(self) -> int:
-        return self.latent_shape[1] // self.patch
+        side: int = self.latent_shape[1] // self.patch
+        return side
 
     def _forward(
         self,
@@ -184,7 +186,7 @@ def pack_latents(latents: torch.Tensor) -> torch.Tensor:
 
 def unpack_latents(tokens: torch.Tensor, side: int) -> torch.Tensor:
     """Tokens (N, side * side, 4 C) to latents (N, C, 2 side, 2 side)."""
-    squares = tokens.transpose(1, 2).unflatten(2, (side, side))
+    squares = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
     return torch.nn.functional.pixel_shuffle(squares, Flux.patch)
 
 

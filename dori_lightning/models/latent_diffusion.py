@@ -122,6 +122,9 @@ class LatentDiffusion(ABC):
         self.latent_shape = (int(self.autoencoder.config["latent_channels"]), side, side)
         self.num_train_timesteps = int(self.scheduler.config["num_train_timesteps"])
         self.levels = NoiseLevels.of(self.scheduler, self.device)
+        self.prediction_type = self.levels.prediction
+        self.samplers: tuple[Sampler, ...] = tuple(self.family.samplers)
+        self.stages = tuple(dict.fromkeys(stage for _, stage in self.layer_names))
         self.unet_evaluations, self.coder_rows = 0, CoderRows()
         self.max_batch_sizes: dict[str, int] = {}
         self.embedding_filter: EmbeddingFilter | None = None
@@ -198,16 +201,6 @@ class LatentDiffusion(ABC):
     def tokenizer(self) -> Any:
         """The first text encoder's tokenizer."""
         return self._components.tokenizer
-
-    @property
-    def samplers(self) -> tuple[Sampler, ...]:
-        """What images can be drawn with."""
-        return tuple(self.family.samplers)
-
-    @property
-    def prediction_type(self) -> str:
-        """What the denoiser predicts."""
-        return self.levels.prediction
 
     def denoiser(self) -> nn.Module:
         """UNet or transformer."""
@@ -589,11 +582,6 @@ class LatentDiffusion(ABC):
         return x
 
     # Layers and weights
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Stretches of the denoiser, in execution order."""
-        return tuple(dict.fromkeys(stage for _, stage in self.layer_names))
 
     def _role(self, role: LayerRole | str) -> LayerRole:
         """A role by its name or an older one.

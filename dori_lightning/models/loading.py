@@ -183,7 +183,9 @@ def load_checkpoint(
         file.check_family(kind.family)
         notes += [file.prediction_note] if file.prediction_note and unet is None else []
         home = _home_of_single_file(kind.family, file, config)
-        files = dict.fromkeys(kind.family.modules, (file,))
+        files: dict[Component, tuple[WeightFile, ...]] = dict.fromkeys(
+            kind.family.modules, (file,)
+        )
         components = _load_components(kind.family, home, files, single=file.path)
     else:
         home = (

@@ -69,7 +69,7 @@ class StableDiffusionXL(LatentDiffusion):
         rows = min(map(components.prompt_length, components.tokenizers))
         return stacked(
             ("sequence", rows, _width(components)),
-            ("pooled", 1, int(components.modules["text_encoder_2"].config.projection_dim)),
+            ("pooled", 1, _pooled_width(components)),
             ("time_ids", 1, TIME_IDS),
             fixed=("time_ids",),
         )
@@ -90,7 +90,7 @@ class StableDiffusionXL(LatentDiffusion):
             return
         yield from unet_misfits(components, width=_width(components))
         takes = config["projection_class_embeddings_input_dim"]
-        pooled = int(components.modules["text_encoder_2"].config.projection_dim)
+        pooled = _pooled_width(components)
         gives = TIME_IDS * config["addition_time_embed_dim"] + pooled
         if takes != gives:
             yield (
@@ -163,3 +163,8 @@ class StableDiffusionXL(LatentDiffusion):
 
 def _width(components: Components) -> int:
     return sum(int(encoder.config.hidden_size) for encoder, _ in components.encoders.values())
+
+
+def _pooled_width(components: Components) -> int:
+    encoder: Any = components.modules["text_encoder_2"]
+    return int(encoder.config.projection_dim)

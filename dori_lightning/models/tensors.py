@@ -68,7 +68,8 @@ def empty_component(component: Component, kind: type[Any], folder: Path) -> nn.M
     """
     with init_empty_weights(include_buffers=False):
         if issubclass(kind, PreTrainedModel):
-            settings = kind.config_class.from_pretrained(
+            configuration: Any = kind.config_class
+            settings = configuration.from_pretrained(
                 folder, subfolder=component, local_files_only=True
             )
             # said here, or the folder could name a kernel that is fetched and run

@@ -413,7 +413,7 @@ def class_name(folder: Path) -> str | None:
 
 def _component_of(folder: Path, family: Family) -> Component | None:
     """Which component a folder is, by the class that its configuration names."""
-    classes = {kind.__name__: name for name, kind in reversed(family.modules.items())}
+    classes = {kind.__name__: name for name, kind in reversed([*family.modules.items()])}
     return classes.get(class_name(folder) or "")
 
 

@@ -86,7 +86,7 @@ def _plant(
     encoded = EncodedStream(elements, length=recipe.steps * recipe.batch)
     if base is None:
         scale = latent_scale(encoded)
-        autoencoder.register_to_config(scaling_factor=scale)  # type: ignore[no-untyped-call]
+        autoencoder.register_to_config(scaling_factor=scale)
     unet, text_encoder, scheduler = train_diffusion(
         recipe, encoded, tokenizer, folder / "diffusion", base=base, seed=cfg.seed,
         scaling_factor=float(autoencoder.config["scaling_factor"]),
