@@ -127,6 +127,7 @@ class Pair:
             is cut; known once the checkpoint is loaded.
         copy_of: Id of the suspect whose altered copy this control is (``pairs.self_controls``);
             None for the pairs of a list.
+        alteration: How that copy was altered; None as well.
     """
 
     id: str
@@ -141,6 +142,7 @@ class Pair:
     duplicate_of: str | None = None
     truncated: bool = False
     copy_of: str | None = None
+    alteration: str | None = None
 
     @property
     def references(self) -> tuple[Reference, ...]:
@@ -189,6 +191,21 @@ class Pairs(tuple[Pair, ...]):
     def skipped_ids(self) -> tuple[str, ...]:
         """Ids of the pairs that were left out."""
         return tuple(dict.fromkeys(own.id for own in self.skipped if own.what == "pair"))
+
+
+@dataclass
+class CoderRows:
+    """Rows that went through what stands around a model's denoiser, counted while it is used.
+
+    Attributes:
+        prompts: Prompts through the text encoder.
+        encoded: Images through the autoencoder's encoder.
+        decoded: Latents through its decoder.
+    """
+
+    prompts: int = 0
+    encoded: int = 0
+    decoded: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dori_lightning.attacks.solver import LOSS_SCALE
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.batching import OomBackoff, map_batches
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 
 RESPONSE = 0.06
@@ -87,7 +89,9 @@ def check_model(
             found = model.predict_noise(noised, at, text, pair_ids=owners(part))
             return [*found.float().cpu()]
 
-        found = map_batches(predict, range(rows), at_once=rows, model=model, backoff=_MEMORY)
+        found = map_batches(
+            predict, range(rows), at_once=rows, model=model, backoff=_MEMORY, advance=advance
+        )
         return torch.stack(found)
 
     def response(scale: float) -> float:
@@ -95,32 +99,39 @@ def check_model(
         difference = predicted(next(starts)) - predicted(next(starts))
         return float(difference.square().mean().sqrt())
 
-    with model.frozen(), torch.no_grad():
-        usual = response(1.0)
-        scale = 1.0
-        # units that were measured on the model itself need no other
-        published = model.spread().absolute
-        if published and usual > 0 and not 1 / TOLERANCE <= usual / RESPONSE <= TOLERANCE:
-            answers = {s: response(s) for s in SCALES if (s > 1) == (usual < RESPONSE)}
-            answers = {s: answer for s, answer in answers.items() if answer > 0}
-            scale = min(answers, key=lambda s: abs(math.log(answers[s] / RESPONSE)), default=1.0)
-        empty = model.empty_embedding().cpu().expand(rows, -1, -1)
-        error = float((predicted(empty) - noise).square().mean())
-    kept, added = (table.cpu() for table in model.variances(timesteps.to(model.device)))
-    signal = kept * latents.square().flatten(1).mean(1)
-    linear = signal / (signal + (kept + added) - kept)
-
     def slope(part: list[int]) -> list[float]:
         start = model.random_start(first[part], scale=scale)
         text = start.to(model.device).requires_grad_(True)
         images, added, at = (t[part].to(model.device) for t in (latents, noise, timesteps))
-        losses = model.denoising_loss(images, added, at, text, pair_ids=owners(part))
-        (found,) = torch.autograd.grad(losses.sum(), text)
-        lengths: list[float] = found.flatten(1).norm(dim=1).tolist()
+        with torch.enable_grad():
+            losses = model.denoising_loss(images, added, at, text, pair_ids=owners(part))
+            (found,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), text)
+        lengths: list[float] = (found / LOSS_SCALE).flatten(1).norm(dim=1).tolist()
         return lengths
 
-    with model.frozen(), torch.enable_grad():
-        slopes = map_batches(slope, range(rows), at_once=rows, model=model, backoff=_MEMORY)
+    # units that were measured on the model itself need no other
+    published = model.spread().absolute
+    with (
+        model.frozen(),
+        torch.no_grad(),
+        progress_bar("check of the model", rows * (4 + 2 * len(SCALES))) as advance,
+    ):
+        usual = response(1.0)
+        scale, searched = 1.0, list[float]()
+        if published and usual > 0 and not 1 / TOLERANCE <= usual / RESPONSE <= TOLERANCE:
+            searched = [s for s in SCALES if (s > 1) == (usual < RESPONSE)]
+            answers = {s: response(s) for s in searched}
+            answers = {s: answer for s, answer in answers.items() if answer > 0}
+            scale = min(answers, key=lambda s: abs(math.log(answers[s] / RESPONSE)), default=1.0)
+        advance(2 * rows * (len(SCALES) - len(searched)))
+        empty = model.empty_embedding().cpu().expand(rows, -1, -1)
+        error = float((predicted(empty) - noise).square().mean())
+        slopes = map_batches(
+            slope, range(rows), at_once=rows, model=model, backoff=_MEMORY, advance=advance
+        )
+    kept, added = (table.cpu() for table in model.variances(timesteps.to(model.device)))
+    signal = kept * latents.square().flatten(1).mean(1)
+    linear = signal / (signal + (kept + added) - kept)
     return ModelCheck(
         usual, scale, scale * sum(slopes) / rows, error / float(linear.double().mean())
     )

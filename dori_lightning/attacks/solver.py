@@ -33,7 +33,7 @@ _MEMORY = OomBackoff(
 )
 
 
-_SCALE = 2.0**14
+LOSS_SCALE = 2.0**14
 """Of the loss while it is differentiated: a mean over noise samples and pixels has gradients that
 fp16 rounds to zero. A power of two, so that fp32 and bf16 give the same bits as without."""
 
@@ -293,8 +293,8 @@ def _loss_and_gradient(
             loss = loss.view(len(rows), width).mean(1)
             if width < batch:
                 loss = loss * (width / batch)
-            (gradient,) = torch.autograd.grad(_SCALE * loss.sum(), embeddings)
-            passes.append((loss.detach(), gradient / _SCALE))
+            (gradient,) = torch.autograd.grad(LOSS_SCALE * loss.sum(), embeddings)
+            passes.append((loss.detach(), gradient / LOSS_SCALE))
         losses, gradients = zip(*passes, strict=True)
         return zip(sum(losses), sum(gradients), strict=True)
 

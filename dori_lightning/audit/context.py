@@ -15,7 +15,6 @@ from dori_lightning.metrics.calibration import Measures, ReferenceImages
 from dori_lightning.metrics.evidence import EvidenceSettings
 from dori_lightning.metrics.utility import UtilitySettings
 from dori_lightning.mitigations.base import Context, EditResult, Mitigation
-from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.generation import baseline_cache_key
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.protocol import Sampling
@@ -23,6 +22,7 @@ from dori_lightning.pairs.copies import alterations, altered_copies
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, Corpus
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import image_tensor, square_image
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.types import Budget, InputError, Pair, Pairs
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,12 @@ class AuditContext:
     def unmitigated(self) -> Path:
         """Folder for the images that the checkpoint generates without an edit."""
         return self.cache / "unmitigated" / baseline_cache_key(self.model, self.sampling)
+
+    @property
+    def machine(self) -> str:
+        """Device and precision: what the rounding of a result depends on."""
+        precision = str(getattr(self.model, "autocast", None) or torch.float32)
+        return f"{self.model.device.type}-{precision.removeprefix('torch.')}"
 
     @property
     def for_mitigations(self) -> Context:
@@ -190,7 +196,10 @@ def reference_images(
     pairs: Sequence[Pair], resolution: int, measures: Measures
 ) -> ReferenceImages:
     """Read the pairs' images at the model's resolution and describe them."""
-    images = [image_tensor(square_image(pair.image), resolution) for pair in pairs]
+    images = [
+        image_tensor(square_image(pair.image), resolution)
+        for pair in with_progress("read images", pairs)
+    ]
     others = (
         image_tensor(square_image(own.image), resolution) for pair in pairs for own in pair.others
     )
@@ -208,8 +217,8 @@ def audit_bytes(context: AuditContext) -> int:
     snapshots = len(evaluation_steps(attack.stops, context.budget.steps))
     # of all pairs: controls are attacked from everywhere where the answer rests on it
     attacks = len(context.pairs) * len(attack.inits) * attack.restarts
-    prompts = len(context.pairs) * (1 if isinstance(context.mitigation, NoMitigation) else 2)
-    prompts += ORDINARY_PROMPTS
+    # with and without the edit, or in the run and in the cache
+    prompts = 2 * len(context.pairs) + ORDINARY_PROMPTS
     images = (prompts + attacks * snapshots) * context.sampling.images_per_pair
     # an attack that can be continued also keeps its offset and Adam's two moments
     tensors = snapshots + (3 if attack.early_stop else 0)

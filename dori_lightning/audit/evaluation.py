@@ -1,9 +1,10 @@
 """Attack, generate and score: the images of an audit and what they say."""
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -39,9 +40,12 @@ from dori_lightning.models.generation import (
     image_seeds,
     load_images,
 )
+from dori_lightning.models.progress import encode_prompts
 from dori_lightning.pairs.copies import Alteration, learned_alterations
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS, ordinary_prompts
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import content_hash
+from dori_lightning.runtime.cache import JSON, Cache, Codec, held
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import BASELINE, Calibration, Cell, Condition, Init, Outcome
 
@@ -132,8 +136,14 @@ def attack_and_generate(
         edit: What the mitigation changes.
         on_round: Called with the embeddings of one initial point and restart.
     """
-    generate_ordinary(context)
     prompts, images = prompt_conditionings(context), context.folder / "pictures"
+    # jobs of a sweep share what the model generates without an edit, and wait for the first
+    own = context.unmitigated / f"images-{context.trainer.global_rank}.lock"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    with held(own, "the unmitigated images"):
+        generate_ordinary(context)
+        if not context.attack.early_stop:
+            generate(context, prompts, context.unmitigated, title="before")
     settings, mitigated, calibration = context.attack, not edit.is_empty, None
     baseline: tuple[Conditioning, ...] = prompts if mitigated else ()
     answered = frozenset[str]()
@@ -145,12 +155,10 @@ def attack_and_generate(
                 context, calibration, prompts, folder, edit="none", title=title
             )
             prompts, baseline = (prompts, drawn) if mitigated else (drawn, ())
-    elif mitigated:
-        generate(context, prompts, context.unmitigated, title="before")
 
-    check_before = _check(context) if mitigated else None
+    check_before = _check(context, edited=False) if mitigated else None
     with edit.applied(context.model):
-        check = _check(context)
+        check = _check(context, edited=mitigated)
     scale = check.scale if context.attack.own_units else 1.0
     if scale != 1:
         log.warning(
@@ -247,17 +255,34 @@ def _calibrate_early(
     return distributed.broadcast_object(calibrate(context, outcomes))
 
 
-def _check(context: AuditContext) -> ModelCheck:
+CHECK: Codec[ModelCheck] = JSON.mapped(asdict, lambda fields: ModelCheck(**fields))
+
+
+def _check(context: AuditContext, *, edited: bool) -> ModelCheck:
     """Check the model as it is now, on controls, which a mitigation is not meant to harm.
 
     A few controls are taken several times, with other noise. Without any, the suspects serve. The
-    same on every process.
+    same on every process. Of the model without an edit it is kept for the jobs of a sweep.
     """
     controls = [pair for pair in context.pairs if pair.kind == "control"]
     pairs = list(islice(cycle(controls), IMAGES)) if controls else [*context.pairs[:IMAGES]]
-    latents = context.data.batch(pairs).latents
-    ids = [pair.id for pair in pairs]
-    return distributed.broadcast_object(check_model(context.model, latents, context.seed, ids))
+    ids, latents = [pair.id for pair in pairs], context.data.batch(pairs).latents
+    key: dict[str, str | int] = {
+        "machine": context.machine,
+        "seed": context.seed,
+        "latents": hashlib.sha256(latents.numpy().tobytes()).hexdigest(),
+    }
+
+    def check() -> ModelCheck:
+        return check_model(context.model, latents, context.seed, ids)
+
+    found: ModelCheck | None = None
+    if distributed.is_first():
+        cache, name = Cache(context.unmitigated), f"check-{content_hash(key)[:24]}"
+        found = check() if edited else cache.get(name, key, check, CHECK)
+    found = distributed.broadcast_object(found)
+    assert found is not None
+    return found
 
 
 def evaluate(
@@ -277,7 +302,7 @@ def evaluate(
     results = pair_results(outcomes, calibration)
     learned = learned_alterations(copies, {r.pair.id for r in results if r.reproduced})
     # images that the model was shown are no controls
-    void = {pair.id for pair in copies if learned and pair.id.endswith(learned)}
+    void = {pair.id for pair in copies if pair.alteration in learned}
     results = tuple(result for result in results if result.pair.id not in void)
     outcomes = tuple(outcome for outcome in outcomes if outcome.pair.id not in void)
     baseline = tuple(outcome for outcome in baseline if outcome.pair.id not in void)
@@ -297,19 +322,16 @@ def evaluate(
         there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
         there_losses = reference.generated.losses
     results_there = pair_results(there, calibration)
-    models: dict[str, Any] = {
-        "reference": results_there,
-        "losses": generated.losses,
-        "reference_losses": there_losses,
-    }
+    models: dict[str, Any] = {"reference": results_there, "losses": generated.losses}
+    unseen = unseen_images(results, calibration, **models, reference_losses=there_losses)
     evidence = image_evidence(
         results,
         calibration,
+        unseen,
         rate=context.evidence.rate,
         copies_tie=context.attack.futility is not None,
         **models,
     )
-    unseen = unseen_images(results, calibration, **models)
     return Evaluation(
         outcomes, baseline, calibration, cells, evidence, unseen, there_cells, learned
     )
@@ -353,7 +375,13 @@ def generate(
         title: Title of the progress bar.
     """
     requests = [
-        GenerationRequest(image_folder(folder, c), c.embedding, c.pair.id, c.seeds)
+        GenerationRequest(
+            image_folder(folder, c),
+            c.embedding,
+            c.pair.id,
+            c.seeds,
+            kept=image_folder(context.unmitigated, c) if edit == "none" else None,
+        )
         for c in conditionings
     ]
     _generate_share(context, requests, edit=edit, title=title)
@@ -424,7 +452,8 @@ def generate_ordinary(context: AuditContext) -> None:
 
     Of ordinary prompts, by the checkpoint without an edit; shared by the jobs of a sweep.
     """
-    embeddings = context.model.encode_prompts(ordinary_prompts(context.corpus, ORDINARY_PROMPTS))
+    prompts = ordinary_prompts(context.corpus, ORDINARY_PROMPTS)
+    embeddings = encode_prompts(context.model, prompts, "ordinary prompts")
     requests = [
         GenerationRequest(_ordinary_folder(context, k), embedding.cpu())
         for k, embedding in enumerate(embeddings)

@@ -19,10 +19,13 @@ from dori_lightning.attacks.embedding_attack import Conditioning
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.metrics.evidence import LossEvidence
 from dori_lightning.models.generation import CPU_IMAGES
-from dori_lightning.pairs.copies import ALTER
+from dori_lightning.pairs.copies import ALTER, Alteration
+from dori_lightning.pairs.datamodule import LAYOUT, image_hash
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
+from dori_lightning.runtime.cache import TENSORS, Cache, Tensors
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Pair
@@ -138,14 +141,47 @@ def _ratios(context: AuditContext, questions: Sequence[_Question]) -> list[float
 def _latents(context: AuditContext, questions: Sequence[_Question]) -> dict[str, torch.Tensor]:
     """Pair id to the latents (1 + copies, C, h, w) of its image and of its altered copies."""
     model = context.model
-    found = {}
-    for pair in {question.pair.id: question.pair for question in questions}.values():
-        image = square_image(pair.image)
-        # a mirrored copy that is mirrored again is the suspect itself, which it must not be
-        # compared with
-        kinds = [kind for kind in ALTER if pair.copy_of is None or not pair.id.endswith(kind)]
-        kinds += kinds[: len(ALTER) - len(kinds)]
-        images = [image_tensor(ALTER[kind](image), model.resolution) for kind in kinds]
-        copies = [model.encode_images(copy[None])[0].cpu() for copy in images]
-        found[pair.id] = torch.stack([context.data.encoded(pair).latent, *copies])
-    return found
+    pairs = {question.pair.id: question.pair for question in questions}
+    # by what the copies are made of, so that all jobs of a sweep find them
+    place_of = {
+        name: content_hash([image_hash(pair), _alterations(pair)]) for name, pair in pairs.items()
+    }
+    places = {place: name for name, place in place_of.items()}
+    key = {
+        "layout": LAYOUT,
+        "model": model.fingerprint,
+        "machine": context.machine,
+        "side": model.resolution,
+    }
+    cache = Cache(context.cache / "altered" / content_hash(key)[:24])
+    with progress_bar("encode altered copies", len(places)) as advance:
+
+        def encode(place: str) -> Tensors:
+            pair = pairs[places[place]]
+            image = square_image(pair.image)
+            copies = [
+                image_tensor(ALTER[kind](image), model.resolution) for kind in _alterations(pair)
+            ]
+            latents = [model.encode_images(copy[None])[0].cpu() for copy in copies]
+            advance(1)
+            return {"latents": torch.stack(latents)}
+
+        found = cache.share(
+            dict.fromkeys(places, key), encode, TENSORS, found=lambda _: advance(1)
+        )
+    return {
+        name: torch.cat(
+            [context.data.encoded(pair).latent[None], found[place_of[name]]["latents"]]
+        )
+        for name, pair in pairs.items()
+    }
+
+
+def _alterations(pair: Pair) -> list[Alteration]:
+    """How the copies that an image is compared with are made, as many of each image.
+
+    A mirrored copy that is mirrored again is the suspect itself, which it must not be compared
+    with.
+    """
+    kinds = [kind for kind in ALTER if kind != pair.alteration]
+    return kinds + kinds[: len(ALTER) - len(kinds)]

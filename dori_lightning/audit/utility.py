@@ -7,6 +7,7 @@ evaluation: no mitigation has calibrated on them.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,6 @@ from typing import Any, get_type_hints
 
 import pyarrow as pa
 import torch
-from filelock import FileLock
 
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.metrics.image_distances import (
@@ -44,11 +44,13 @@ from dori_lightning.models.generation import (
     image_seeds,
     load_images,
 )
+from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
+from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import content_hash, write_atomically
 from dori_lightning.runtime.batching import fixed_batches
-from dori_lightning.runtime.cache import TENSORS, Cache
+from dori_lightning.runtime.cache import TENSORS, Cache, held
 from dori_lightning.runtime.documents import json_bytes, parquet_bytes, relative_to
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
@@ -57,6 +59,33 @@ from dori_lightning.types import Calibration, InputError, Pair, first_line
 IMAGES_DESCRIBED_AT_ONCE = 16
 
 log = logging.getLogger(__name__)
+
+
+def generate_shares(context: AuditContext, edit: Edit) -> None:
+    """Generate each process's share of the images that ``measure_utility`` compares.
+
+    Where there is but one process, it generates them there.
+
+    Args:
+        context: The audit; its model carries no edit.
+        edit: What the mitigation changes.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    if world == 1 or edit.is_empty or not context.utility.asked:
+        return
+    share = slice(rank, None, world)
+    own = [
+        replace(images, prompts=images.prompts[share], embeddings=images.embeddings[share])
+        for images in _image_sets(context, {}).values()
+    ]
+    count = sum(images.count for images in own)
+    with progress_bar("utility, unmitigated", count) as advance:
+        for images in own:
+            images.generate(advance)
+    with edit.applied(context.model), progress_bar("utility, mitigated", count) as advance:
+        for images in own:
+            images.generate(advance, edit=edit.identity)
+    distributed.barrier()
 
 
 def measure_utility(context: AuditContext, edit: Edit, calibration: Calibration) -> Utility | None:
@@ -179,11 +208,15 @@ def _run_both_models(
     """Generate the images of both models, and return their denoising losses."""
     model, batch = context.model, context.sampling.batch
     count = sum(images.count for images in image_sets.values())
+    count += len(examples.prompts) * examples.draws if examples is not None else 0
     baseline = _baseline_folder(context)
     unmitigated = mitigated = torch.empty(0)
     baseline.mkdir(parents=True, exist_ok=True)
     # jobs of a sweep wait for the one that computes what they share
-    with FileLock(baseline / "lock"), progress_bar("utility, unmitigated", count) as advance:
+    with (
+        held(baseline / "lock", "the unmitigated images"),
+        progress_bar("utility, unmitigated", count) as advance,
+    ):
         if examples is not None:
             key: dict[str, str | int] = {
                 "checkpoint": model.fingerprint,
@@ -196,14 +229,16 @@ def _run_both_models(
             unmitigated = Cache(baseline).get(
                 f"losses-{content_hash([*key.values()])[:24]}",
                 key,
-                lambda: {"losses": denoising_losses(model, examples, batch=batch)},
+                lambda: {
+                    "losses": denoising_losses(model, examples, batch=batch, advance=advance)
+                },
                 TENSORS,
             )["losses"]
         for images in image_sets.values():
             images.generate(advance)
     with edit.applied(model), progress_bar("utility, mitigated", count) as advance:
         if examples is not None:
-            mitigated = denoising_losses(model, examples, batch=batch)
+            mitigated = denoising_losses(model, examples, batch=batch, advance=advance)
         for images in image_sets.values():
             images.generate(advance, edit=edit.identity)
     if examples is None:
@@ -227,9 +262,7 @@ def _baseline_folder(context: AuditContext) -> Path:
 
     One for each device and precision: their roundings differ, which a ratio near 1 would show.
     """
-    precision = str(getattr(context.model, "autocast", None) or torch.float32)
-    machine = f"{context.model.device.type}-{precision.removeprefix('torch.')}"
-    return context.unmitigated / f"utility-{machine}"
+    return context.unmitigated / f"utility-{context.machine}"
 
 
 def corpus_id(place: int) -> str:
@@ -268,7 +301,13 @@ class LossExamples:
 
 
 @torch.no_grad()
-def denoising_losses(model: TextToImage, examples: LossExamples, *, batch: int) -> torch.Tensor:
+def denoising_losses(
+    model: TextToImage,
+    examples: LossExamples,
+    *,
+    batch: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
     """Denoising loss of every example under every draw.
 
     Under an edit that differs by pair, example k sees the mask that ``edits.owner_of`` gives its
@@ -281,6 +320,7 @@ def denoising_losses(model: TextToImage, examples: LossExamples, *, batch: int) 
         examples: N examples with R draws each.
         batch: Rows of a forward pass on a GPU. On the CPU a pass has ``CPU_IMAGES`` rows, so
             that a model without an edit gives the same bits again.
+        advance: Called with the number of losses that were just measured.
 
     Returns:
         Mean squared errors (N, R), fp64 on the CPU.
@@ -298,6 +338,7 @@ def denoising_losses(model: TextToImage, examples: LossExamples, *, batch: int) 
             pair_ids=[corpus_id(k) for k in rows],
         )
         values.append(losses[:count].double().cpu())
+        advance(count)
     return torch.cat(values).reshape(len(examples.prompts), examples.draws)
 
 
@@ -408,7 +449,8 @@ class PromptImages:
         cls, context: AuditContext, prompts: Sequence[UtilityPrompt], images_each: int
     ) -> PromptImages:
         """Encode prompts, each for ``images_each`` images."""
-        embeddings = context.model.encode_prompts([prompt.text for prompt in prompts])
+        texts = [prompt.text for prompt in prompts]
+        embeddings = encode_prompts(context.model, texts, "utility, prompts")
         sampling = replace(context.sampling, images_per_pair=images_each)
         return cls(context, prompts, embeddings, image_seeds(sampling))
 
@@ -451,11 +493,32 @@ class PromptImages:
                     torch.cat([load_images(self.folder(p, mitigated=m), self.seeds) for p in part])
                     for m in (False, True)
                 ]
-                for found, own in zip(both, images, strict=True):
-                    found.append(features.describe(own.to(self.context.model.device)))
+                both[0].append(self._kept_features(part, images[0], features))
+                both[1].append(features.describe(images[1].to(self.context.model.device)))
                 rows += self._rows(part, images, descriptor)
                 advance(len(part))
         return DescribedImages(rows, torch.cat(both[0]), torch.cat(both[1]))
+
+    def _kept_features(
+        self, prompts: Sequence[UtilityPrompt], images: torch.Tensor, features: Features
+    ) -> torch.Tensor:
+        """Features of the unmitigated model's images (P K, 3, H, W) of some prompts.
+
+        Kept beside the images: every job of a sweep compares with them.
+        """
+        split = torch.split(images, len(self.seeds))
+        name = f"features-{features.identity}"
+        caches = [Cache(self.folder(prompt, mitigated=False)) for prompt in prompts]
+        keys = [{"images": hashlib.sha256(own.numpy().tobytes()).hexdigest()} for own in split]
+        kept = [cache.read(name, key, TENSORS) for cache, key in zip(caches, keys, strict=True)]
+        found = [stored["features"] for stored in kept if stored is not None]
+        if len(found) == len(prompts):
+            return torch.cat(found)
+        described = features.describe(images.to(self.context.model.device))
+        each = torch.split(described, len(self.seeds))
+        for cache, key, own in zip(caches, keys, each, strict=True):
+            cache.write(name, {"features": own}, key, TENSORS)
+        return described
 
     def _rows(
         self, prompts: Sequence[UtilityPrompt], images: Sequence[torch.Tensor], descriptor: str

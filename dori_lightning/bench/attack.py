@@ -43,6 +43,7 @@ from dori_lightning.models.memory import measure_batch, pairs_at_once
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.report.words import number_words
 from dori_lightning.runtime.batching import parallel_batches
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.types import Budget
 
 WAYS = {
@@ -263,7 +264,8 @@ def attack_family(bench: BenchContext, settings: BenchSettings) -> Family:
     # one step of one full pass, which on a CPU is filled up where there are fewer pairs
     full = pairs_at_once(model) if cpu else settings.pairs
     one = replace(task, steps=1).first(full)
-    for name in [name for name, row in rows.items() if row.seconds]:
+    timed = [name for name, row in rows.items() if row.seconds]
+    for name in with_progress("bench: memory", timed):
         step = one.first(1) if name == "B0" else one
         memory = peak_bytes(partial(attacks[name], step), model.device)
         if name in ("ours", "solver") and cpu:

@@ -35,7 +35,7 @@ from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.memory import PeakMemory
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import disable_parallel
-from dori_lightning.runtime.logging import progress_bar, progress_disabled
+from dori_lightning.runtime.logging import progress_bar, progress_disabled, with_progress
 from dori_lightning.types import Pair, first_line, require, require_at_least_one
 
 log = logging.getLogger(__name__)
@@ -313,7 +313,8 @@ def seconds_alone(run: Callable[[], Any], device: torch.device) -> float:
     with disable_parallel(), progress_disabled(), operations:
         run()
     with torch.no_grad():
-        for times, function, shapes in operations.calls.values():
+        calls = [*operations.calls.values()]
+        for times, function, shapes in with_progress("bench: operations alone", calls):
             args, kwargs = tree_map(partial(_like, device=device), shapes)
             total += times * _timer(partial(function, *args, **kwargs)).timeit(3).median
     return total

@@ -19,6 +19,7 @@ from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.models.generation import generation_noise, image_seeds
+from dori_lightning.runtime.logging import with_progress
 
 
 def sampling_family(bench: BenchContext, settings: BenchSettings) -> Family:
@@ -159,10 +160,11 @@ def audit_family(settings: BenchSettings, overrides: Sequence[str], place: Path)
     ]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     rows = []
-    for name, what in (
+    runs = (
         ("ours", f"attack from prompts, {settings.audit_steps} steps, images, report"),
         ("again", "the same command once more: everything is there already"),
-    ):
+    )
+    for name, what in with_progress("bench: audit", runs):
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         seconds = time.perf_counter() - started

@@ -36,7 +36,7 @@ from dori_lightning.locality.estimates import Estimate, mean_estimate, pair_esti
 from dori_lightning.mitigations.wanda import heard_inputs
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.cache import TENSORS, Tensors
-from dori_lightning.runtime.logging import progress_bar
+from dori_lightning.runtime.logging import progress_bar, with_progress
 
 MEMORY = 4 << 30
 """Bytes of activations in memory at once; layers beyond it get passes of their own."""
@@ -120,7 +120,8 @@ def value_distances(layers: Mapping[str, nn.Module], embeddings: torch.Tensor) -
         return F.linear(rows, layer.weight.float(), bias)
 
     with torch.no_grad():
-        return _compared(map(values, layers.values()))
+        shown = with_progress("compare activations", [*layers.values()])
+        return _compared(map(values, shown))
 
 
 def feed_forward_distances(
@@ -183,7 +184,7 @@ def activation_findings(
     """
     rows = []
     for method, (names, tensors) in compared.items():
-        for k, name in enumerate(names):
+        for k, name in enumerate(with_progress(f"{method}: distances", names)):
             for group, place in _places(groups):
                 apart, sizes = tensors["distance"][k, place, place], tensors["length"][k, place]
                 rows.append(
@@ -396,7 +397,7 @@ def weight_findings(
     memorized: dict[str, dict[str, tuple[int, int]]] = {}
     for method, chosen in selections.items():
         blocks = sizes.setdefault(method, {})
-        for parameter, units in chosen[0].units.items():
+        for parameter, units in with_progress(f"{method}: shares", [*chosen[0].units.items()]):
             for group, place in _places(groups):
                 shared = _intersections([one.bits[parameter] for one in chosen[place]])
                 layers.append(_layer(method, parameter, group, shared, units=units, seed=seed))

@@ -21,6 +21,7 @@ from dori_lightning.metrics.descriptors import Descriptor
 from dori_lightning.metrics.perceptual import ClipAlignment, LPIPSDistance
 from dori_lightning.metrics.replication import diversity, per_pair
 from dori_lightning.metrics.statistics import roc_curve
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.types import (
     MARGIN,
     Calibration,
@@ -204,6 +205,10 @@ class Measured:
     closest: dict[str, tuple[Reference, ...]] = field(default_factory=dict)
 
 
+DESCRIBED_AT_ONCE = 64
+"""Images that are described between two steps of progress."""
+
+
 class ReferenceImages:
     """Originals, described once by every descriptor.
 
@@ -230,7 +235,10 @@ class ReferenceImages:
         self.places = {pair.id: k for k, pair in enumerate(pairs)}
         owners = [pair.id for pair in self.pairs for _ in pair.others]
         self._others: dict[str, list[torch.Tensor]] = {}
-        features = {name: [d.describe(images)] for name, d in measures.descriptors.items()}
+        features: dict[str, list[torch.Tensor]] = {name: [] for name in measures.descriptors}
+        for part in with_progress("describe images", torch.split(images, DESCRIBED_AT_ONCE)):
+            for name, descriptor in measures.descriptors.items():
+                features[name].append(descriptor.describe(part))
         self.rows = {name: [place] for name, place in self.places.items()}
         for row, (owner, image) in enumerate(zip(owners, others, strict=True), start=len(images)):
             self.rows[owner].append(row)
@@ -333,11 +341,11 @@ def calibrate_measures(
         features = references.features[name]
         ceilings[name] = [
             float(descriptor.compare(descriptor.describe(image[None]), features[k : k + 1])[0, 0])
-            for k, image in enumerate(reconstructions)
+            for k, image in enumerate(with_progress(f"{name}: ceilings", [*reconstructions]))
         ]
         reached = [
             references.similarities(images, references.pairs, name=name).amax(0).numpy()
-            for images in ordinary
+            for images in with_progress(f"{name}: ordinary images", ordinary)
         ]
         nulls[name] = np.stack(reached, -1) if reached else np.empty((len(names), 0))
         able[name] = sum(

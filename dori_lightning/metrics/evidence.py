@@ -335,9 +335,14 @@ def unseen_images(
     losses: Mapping[str, LossEvidence] = MappingProxyType({}),
     reference_losses: Mapping[str, LossEvidence] = MappingProxyType({}),
 ) -> tuple[UnseenImage, ...]:
-    """How far images came back that the model cannot hold; arguments as of `image_evidence`.
+    """How far images came back that the model cannot hold; those without a score are left out.
 
-    Those without a score are left out.
+    Args:
+        results: One for each pair and condition, controls included.
+        rule: Descriptor, and what similarity means for each image.
+        reference: The same from a model that never saw the images.
+        losses: Pair id to the evidence by loss, controls included; empty where not measured.
+        reference_losses: The same of the reference model, which are nulls.
     """
     tried = tried_conditions(results)
 
@@ -442,11 +447,11 @@ def _tied(scores: ArrayLike) -> np.ndarray:
 def image_evidence(
     results: Sequence[PairResult],
     rule: Calibration,
+    unseen: Sequence[UnseenImage],
     *,
     rate: float,
     reference: Sequence[PairResult] = (),
     losses: Mapping[str, LossEvidence] = MappingProxyType({}),
-    reference_losses: Mapping[str, LossEvidence] = MappingProxyType({}),
     copies_tie: bool = False,
 ) -> tuple[ImageEvidence, ...]:
     """Judge every suspected image, with its own error bound (``judge``).
@@ -456,10 +461,10 @@ def image_evidence(
     Args:
         results: One for each pair and condition, controls included.
         rule: Descriptor, and what similarity means for each image.
+        unseen: How far images came back that the model cannot hold (`unseen_images`).
         rate: False discovery rate over the images, in (0, 1).
-        reference: The same from a model that never saw the images.
-        losses: Pair id to the evidence by loss, controls included; empty where not measured.
-        reference_losses: The same of the reference model, which are nulls.
+        reference: The results of a model that never saw the images.
+        losses: Pair id to the evidence by loss; empty where not measured.
         copies_tie: As of ``judge``.
 
     Returns:
@@ -468,9 +473,6 @@ def image_evidence(
     tried = tried_conditions(results)
     own, other = attacked_scores(results, rule, tried), attacked_scores(reference, rule, tried)
     suspects = {r.pair.id: r.pair for r in results if r.pair.kind != "control"}
-    unseen = unseen_images(
-        results, rule, reference=reference, losses=losses, reference_losses=reference_losses
-    )
     scores = [own[name][0] if name in own else math.nan for name in suspects]
     ratios = [losses[name].ratio if name in losses else math.nan for name in suspects]
     painted = painted_images(unseen)

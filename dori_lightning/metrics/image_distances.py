@@ -4,6 +4,7 @@ The two models draw the same prompts from the same seeds, so the sets are paired
 here takes that into account.
 """
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torchvision.models.inception import Inception3
 
 from dori_lightning.metrics.descriptors import check_images, in_fixed_batches
 from dori_lightning.metrics.sscd import parse_weights, read_weights
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.types import InputError, Number
 
 SUBSETS = 100
@@ -43,6 +45,11 @@ class Features(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """What tells them from other features of one checkpoint's images."""
+        ...
+
+    @property
     def dimension(self) -> int:
         """Features of an image, F."""
         ...
@@ -63,7 +70,7 @@ class LatentFeatures:
     Inception, nor between checkpoints with different autoencoders.
     """
 
-    name = "autoencoder"
+    name = identity = "autoencoder"
 
     def __init__(self, encode: Callable[[Tensor], Tensor], channels: int) -> None:
         """Take an encoder.
@@ -146,7 +153,7 @@ def kernel_distance(
     counts.fill_diagonal_(0)
     rng, subset = np.random.default_rng(seed), len(names) // 2
     values = []
-    for _ in range(SUBSETS):
+    for _ in with_progress("utility, kernel distance", range(SUBSETS)):
         chosen = torch.from_numpy(rng.permutation(len(names))[:subset])
         block = chosen[:, None], chosen[None]
         values.append(float(sums[block].sum() / counts[block].sum()))
@@ -273,6 +280,7 @@ class InceptionFeatures:
         path = Path(weights)
         data = read_weights(path, sha256, what="Inception")
         state = parse_weights(data, path, what="Inception")
+        self.identity = f"inception-{hashlib.sha256(data).hexdigest()[:16]}"
         self.network, self.batch = fid_inception(), batch
         try:
             self.network.load_state_dict(state)

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
+from dori_lightning.models.progress import passes_shown
 from dori_lightning.models.protocol import Sampling, TextToImage
-from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.runtime.cache import tensors_and_note
+from dori_lightning.runtime.artifacts import content_hash, write_atomically
+from dori_lightning.runtime.cache import Cache, Codec, tensors_and_note
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
@@ -72,15 +74,39 @@ class ActivationStatistics:
 
     def save(self, path: Path) -> Path:
         """Write them as safetensors, whole or not at all."""
+        return write_atomically(path, self.encoded())
+
+    def encoded(self, more: Mapping[str, str] = MappingProxyType({})) -> bytes:
+        """The content of their file, with ``more`` in its metadata."""
         tensors = {f"mean|{name}": value.contiguous() for name, value in self.means.items()}
         tensors |= {f"std|{name}": value.contiguous() for name, value in self.stds.items()}
         note = {
+            **more,
             "kind": "activation_statistics",
             "fingerprint": self.fingerprint,
             "prompts": str(self.prompts),
             "identity": self.identity,
         }
-        return write_atomically(path, save(tensors, metadata=note))
+        return save(tensors, metadata=note)
+
+    @classmethod
+    def decoded(cls, data: bytes) -> tuple[ActivationStatistics, dict[str, str]]:
+        """The statistics that ``encoded`` gave, and their file's metadata.
+
+        Raises:
+            KeyError, TypeError or ValueError: It is something else, or damaged.
+        """
+        tensors, note = tensors_and_note(data)
+        if note["kind"] != "activation_statistics":
+            raise ValueError(f"it is a {note['kind']}")
+        parts: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "std": {}}
+        for name, value in tensors.items():
+            which, _, layer = name.partition("|")
+            parts[which][layer] = value
+        found = cls(parts["mean"], parts["std"], int(note["prompts"]), note["fingerprint"])
+        if found.identity != note["identity"]:
+            raise ValueError("its content does not fit the hash in it")
+        return found, note
 
     @classmethod
     def load(cls, path: Path, model: TextToImage) -> ActivationStatistics:
@@ -91,16 +117,7 @@ class ActivationStatistics:
         """
         data = read_statistics(path)
         try:
-            tensors, note = tensors_and_note(data)
-            if note["kind"] != "activation_statistics":
-                raise ValueError(f"it is a {note['kind']}")
-            parts: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "std": {}}
-            for name, value in tensors.items():
-                which, _, layer = name.partition("|")
-                parts[which][layer] = value
-            found = cls(parts["mean"], parts["std"], int(note["prompts"]), note["fingerprint"])
-            if found.identity != note["identity"]:
-                raise ValueError("its content does not fit the hash in it")
+            found, _ = cls.decoded(data)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path} holds no activation statistics, or is damaged: {error}\n{_FIX}"
@@ -175,6 +192,27 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
     )
 
 
+STATISTICS: Codec[ActivationStatistics] = Codec(
+    ".safetensors",
+    ActivationStatistics.encoded,
+    lambda path: ActivationStatistics.decoded(path.read_bytes()),
+)
+
+
+def kept_statistics(
+    model: TextToImage, prompts: Sequence[str], cache: Cache
+) -> ActivationStatistics:
+    """As ``activation_statistics``, computed once for all mitigations of a sweep."""
+    key = {
+        "checkpoint": model.fingerprint,
+        "device": model.device.type,  # roundings differ
+        "prompts": content_hash(list(prompts)),
+    }
+    return cache.get(
+        content_hash(key)[:24], key, lambda: activation_statistics(model, prompts), STATISTICS
+    )
+
+
 def read_statistics(path: Path) -> bytes:
     """Bytes of a statistics file.
 
@@ -246,12 +284,14 @@ def layer_influence(
     )
     timesteps = torch.full((len(prompts),), when, device=model.device)
     empty = model.empty_embedding()
-    with model.frozen():
+    layers = model.layers("text.value")
+    passes = len(model.sampling_timesteps(sampling)) + 2 + len(layers)
+    with model.frozen(), passes_shown(model, "influence of layers", passes):
         noised = model.noised(model.denoise(embeddings, start, sampling), noise, timesteps)
         usual = model.predict_noise(noised, timesteps, embeddings)
         without = model.predict_noise(noised, timesteps, empty.expand_as(embeddings))
         found = {}
-        for name, layer in model.layers("text.value").items():
+        for name, layer in layers.items():
             with layer.register_forward_hook(_empty_instead(model.value_input(empty))):
                 changed = model.predict_noise(noised, timesteps, embeddings)
             found[name] = LayerInfluence(

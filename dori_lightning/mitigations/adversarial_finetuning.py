@@ -45,6 +45,7 @@ from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.datamodule import PairBatch
 from dori_lightning.pairs.encoded_corpus import EncodedCorpus
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Init, Pair
 
@@ -224,6 +225,11 @@ class AdversarialTraining(Finetuning):
     def notes(self) -> dict[str, Any]:
         """Where surrogates come from; attack losses and skipped pairs by round."""
         return {"surrogates": self.surrogates.notes, "rounds": self.pool.rounds}
+
+    @property
+    def reused(self) -> int:
+        """What others spent on its surrogates."""
+        return self.surrogates.reused
 
     def training_step(self, *_: Any) -> torch.Tensor:
         """L_DM on ordinary images plus the weighted L_Adv on triggers and surrogates."""
@@ -515,7 +521,7 @@ class TriggerPool:
         limits = {}
         model, device = self.model, self.model.device
         empty = model.empty_embedding().cpu()[0]
-        for name in self.ids:
+        for name in with_progress("losses before training", self.ids):
             generator = keyed_generator("robust", self.seed, name)
             latents = self.latents[name].expand(_PROBE, *self.latents[name].shape)
             noise = torch.randn(latents.shape, generator=generator)

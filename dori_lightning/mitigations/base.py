@@ -11,20 +11,20 @@ from typing import Any, Protocol
 
 import lightning.pytorch as L
 import torch
-from filelock import FileLock
 from torch import nn
 
 from dori_lightning import types
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
 from dori_lightning.models.loading import FAMILIES
+from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.protocol import LayerRole, Sampling, TextToImage
 from dori_lightning.pairs.corpus import Corpus, Split
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.encoded_corpus import EncodedCorpus
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import content_hash
-from dori_lightning.runtime.cache import Cache
+from dori_lightning.runtime.cache import Cache, held
 from dori_lightning.types import InputError, Pair
 
 STAGES: tuple[str, ...] = tuple(
@@ -157,7 +157,7 @@ class Context:
 
     def prompts(self, model: TextToImage, split: Split, count: int) -> torch.Tensor:
         """Embeddings (N, T, D) of ordinary prompts."""
-        return model.encode_prompts(self.corpus.prompts(split, count))
+        return encode_prompts(model, self.corpus.prompts(split, count), "ordinary prompts")
 
     def ordinary(self, model: TextToImage, split: Split, count: int) -> EncodedCorpus:
         """Ordinary prompts and images, encoded as they are needed and kept beside the edits.
@@ -187,7 +187,8 @@ class Context:
         path = self.folder / f"{key}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         first = distributed.is_first()
-        with FileLock(self.folder / f"{key}.lock") if first else nullcontext():
+        lock, what = self.folder / f"{key}.lock", f"the edit of {mitigation.name}"
+        with held(lock, what) if first else nullcontext():
             if distributed.broadcast_object(path.is_file()):
                 edit = read_edit(path)
                 if edit.origin is not None:
@@ -196,8 +197,10 @@ class Context:
             started, evaluations = time.monotonic(), model.unet_evaluations
             edit = mitigation.apply(model, pairs, self)
             if edit.origin is not None:
+                # an edit costs the same whether or not another one was found before it
+                reused = edit.origin.cost.get("reused_evaluations", 0)
                 cost = {
-                    "unet_evaluations": model.unet_evaluations - evaluations,
+                    "unet_evaluations": model.unet_evaluations - evaluations + reused,
                     "seconds": round(time.monotonic() - started, 2),
                     **edit.origin.cost,
                 }
@@ -243,14 +246,18 @@ def settings_fingerprint(thing: Any) -> Any:
     raise TypeError(f"settings of a mitigation must be plain values, got {thing!r}")
 
 
-def edit_key(
-    mitigation: Mitigation, model: TextToImage, pairs: Sequence[Pair], context: Context
-) -> str:
-    """Hash of everything that decides an edit.
+def edit_key(method: Any, model: TextToImage, pairs: Sequence[Pair], context: Context) -> str:
+    """Hash of everything that decides an edit, or what edits are made from.
 
     A mitigation's name and the width of a generation batch are not among it.
+
+    Args:
+        method: A mitigation, or other settings, such as those of its surrogates.
+        model: Checkpoint.
+        pairs: Pairs to forget.
+        context: What mitigations work with.
     """
-    settings, sampling = settings_fingerprint(mitigation), asdict(context.sampling)
+    settings, sampling = settings_fingerprint(method), asdict(context.sampling)
     settings.pop("name", None)
     sampling.pop("batch")
     what = {

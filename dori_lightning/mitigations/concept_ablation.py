@@ -65,7 +65,8 @@ class ConceptAblation(FinetunedMitigation):
         self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
     ) -> Callable[[], ConceptAblationTraining]:
         """Find anchors with the model as it is, then train."""
-        anchors = find_anchors(model, pairs, context, self.anchors, key=key)
+        del key
+        anchors = find_anchors(model, pairs, context, self.anchors)
         return lambda: ConceptAblationTraining(model, self, pairs, context, anchors=anchors)
 
 
@@ -96,6 +97,11 @@ class ConceptAblationTraining(Finetuning):
     def notes(self) -> dict[str, Any]:
         """How many anchors and targets there are."""
         return self.anchors.notes
+
+    @property
+    def reused(self) -> int:
+        """What others spent on its anchors."""
+        return self.anchors.reused
 
     def training_step(self, *_: Any) -> torch.Tensor:
         """Loss between captions' and anchors' predictions, plus the anchors' ordinary loss.

@@ -114,6 +114,11 @@ class Finetuning(L.LightningModule):
         """What the edit's origin says of the training; plain values."""
         return {}
 
+    @property
+    def reused(self) -> int:
+        """UNet evaluations of other mitigations that this one would have needed as well."""
+        return 0
+
     def trained_weights(self) -> list[nn.Parameter]:
         """Weights that the optimizer changes."""
         return [p for p in self.parameters() if p.requires_grad]
@@ -242,11 +247,12 @@ def finetune(
         # on the CPU, where Lightning leaves what it trained
         trained = {n: value.cpu().to(before[n].dtype) for n, value in after.items()}
         changed = {n: v.clone() for n, v in trained.items() if not torch.equal(v, before[n].cpu())}
-        notes = module.notes
+        notes, reused = module.notes, module.reused
     distributed.barrier()  # the others may still read it
     if distributed.is_first():
         shutil.rmtree(folder, ignore_errors=True)
-    return WeightEdit(Origin(model.fingerprint, notes=notes), changed)
+    cost = {"reused_evaluations": float(reused)} if reused else {}
+    return WeightEdit(Origin(model.fingerprint, notes=notes, cost=cost), changed)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from torch import nn
 
 from dori_lightning.mitigations.activations import (
     ActivationStatistics,
-    activation_statistics,
     activations,
+    kept_statistics,
     read_statistics,
 )
 from dori_lightning.mitigations.base import (
@@ -45,6 +45,7 @@ from dori_lightning.mitigations.nemo_search import (
     search_neurons,
 )
 from dori_lightning.models.protocol import Sampling, TextToImage
+from dori_lightning.runtime.cache import Cache
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Pair
 
@@ -147,7 +148,8 @@ class NeMo:
     ) -> MaskEdit | PairMaskEdit:
         """Find the neurons of every pair and return their masks."""
         require_pairs(pairs, self.name)
-        embeddings = {pair.id: context.data.encoded(pair).embedding for pair in pairs}
+        rows = context.data.batch(pairs).embeddings
+        embeddings = {pair.id: row for pair, row in zip(pairs, rows, strict=True)}
         found = self.find(model, embeddings, context)
         origin = Origin(
             model.fingerprint,
@@ -179,8 +181,10 @@ class NeMo:
         """
         layers = self._value_layers(model)
         statistics = (
-            activation_statistics(
-                model, context.corpus.prompts("calibration", self.statistics_prompts)
+            kept_statistics(
+                model,
+                context.corpus.prompts("calibration", self.statistics_prompts),
+                Cache(context.folder / "statistics"),
             )
             if self.statistics is None
             else ActivationStatistics.load(Path(self.statistics), model)

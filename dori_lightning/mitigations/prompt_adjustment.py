@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dori_lightning.mitigations.base import (
     require_at_least_one,
 )
 from dori_lightning.mitigations.edits import Edit, Origin
+from dori_lightning.models.progress import passes_shown
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.seeding import keyed_generator
@@ -133,7 +135,8 @@ class PromptAdjustment:
         keys = [keyed_generator("prompt adjustment", context.seed, k) for k in range(count)]
         noise = torch.stack([torch.randn(shape, generator=key) for key in keys])
         embeddings = context.prompts(model, "calibration", count)
-        scores = memorization_score(model, embeddings, noise, context.sampling).cpu()
+        with passes_shown(model, f"mitigate: {self.name}", 2 * math.ceil(count / ROWS)):
+            scores = memorization_score(model, embeddings, noise, context.sampling).cpu()
         if not bool(scores.isfinite().all()):
             raise RuntimeError(
                 f"{self.name}: scores of ordinary prompts are not finite, so there is no target; "

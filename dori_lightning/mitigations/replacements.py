@@ -10,10 +10,12 @@ Reference: Ablating Concepts in Text-to-Image Diffusion Models (Kumari et al., 2
 memorized images; there a language model paraphrases the caption, here fixed rules do.
 """
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +25,17 @@ from dori_lightning.mitigations.base import (
     CostEstimate,
     Evaluations,
     Mitigation,
+    edit_key,
     require,
     require_at_least_one,
 )
+from dori_lightning.mitigations.edits import Edit
 from dori_lightning.models.generation import generation_noise
+from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.pairs.corpus import neighbour_prompts
-from dori_lightning.runtime.cache import TENSORS, Cache
-from dori_lightning.runtime.logging import progress_bar
+from dori_lightning.runtime.cache import TENSORS, Cache, Codec, Tensors
+from dori_lightning.runtime.logging import progress_bar, with_progress
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
@@ -99,12 +104,14 @@ class Anchors:
         targets: Pair id to the embeddings (R, T, D) of prompts that bring the image back too;
             R may be 0.
         notes: How many there are, and which pairs have ordinary images; plain values.
+        reused: UNet evaluations that others spent on them.
     """
 
     latents: dict[str, torch.Tensor]
     embeddings: dict[str, torch.Tensor]
     targets: dict[str, torch.Tensor]
     notes: dict[str, Any]
+    reused: int = 0
 
     def draw(
         self, ids: Sequence[str], generator: torch.Generator
@@ -122,59 +129,64 @@ def find_anchors(
     pairs: Sequence[Pair],
     context: Context,
     settings: AnchorSettings,
-    *,
-    key: str,
 ) -> Anchors:
     """Generate from neighbours of each pair's prompt and keep what does not replicate.
 
     Latents are kept as the sampler leaves them, which saves the published detour through the
     autoencoder. Augmentation by scale ("a far away ...") is left out.
 
-    Each pair's images are cached with the checkpoints of the fit of the edit's ``key``.
+    Each pair's images are kept beside the edits: all mitigations of a sweep with these settings
+    have the same anchors, and share the work where they run at the same time.
 
     Raises:
         InputError: Not even an ordinary prompt's image passes.
     """
-    cache = Cache(context.scratch(key) / "anchors")
+    key = edit_key(settings, model, pairs, context)
+    cache, note = Cache(context.folder / "anchors" / key), {"settings": key}
+    reused = 0
 
-    def candidates(
-        name: str, texts: torch.Tensor, images: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (P, K, C, h, w) of P prompts' K images, and their similarities (P, K, N)."""
-        stored = cache.read(name, {"edit": key}, TENSORS)
-        if stored is None:
-            stored = _generate_anchors(model, context, pairs, texts, images, name=name)
-            cache.write(name, stored, {"edit": key}, TENSORS)
-        return stored["latents"], stored["similarity"]
+    def candidates(texts: Mapping[str, torch.Tensor], images: int) -> dict[str, Tensors]:
+        """Name to ``latents`` (P, K, C, h, w) of P prompts' K images, ``similarity`` (P, K, N)."""
+        each = next(iter(texts.values())).shape[0] * images
+        with progress_bar("anchors", len(texts) * each) as advance:
+
+            def generate(name: str) -> Tensors:
+                return _generate_anchors(
+                    model, context, pairs, texts[name], images, name=name, advance=advance
+                )
+
+            def reuse(_: str) -> None:
+                nonlocal reused
+                reused += Evaluations.of_images(each, context.sampling).forward
+                advance(each)
+
+            return cache.share(dict.fromkeys(texts, note), generate, TENSORS, found=reuse)
 
     limit = settings.max_similarity
     latents: dict[str, torch.Tensor] = {}
     embeddings: dict[str, torch.Tensor] = {}
     targets: dict[str, torch.Tensor] = {}
     without: list[str] = []
-    with progress_bar("anchors", len(pairs) * settings.prompts * settings.images) as advance:
-        for k, pair in enumerate(pairs):
-            prompts = neighbour_prompts(
-                pair, settings.prompts, seed=context.seed, split="calibration"
-            )
-            texts = model.encode_prompts(prompts).cpu()
-            images, similarity = candidates(pair.id, texts, settings.images)
-            rate = (similarity[..., k] > limit).float().mean(1)
-            good = vetted(similarity, limit) & (rate <= settings.anchor_rate)[:, None]
-            targets[pair.id] = texts[rate >= settings.target_rate]
-            if good.any():
-                rows, _ = good.nonzero(as_tuple=True)
-                latents[pair.id], embeddings[pair.id] = images[good], texts[rows]
-            else:
-                without.append(pair.id)
-            advance(settings.prompts * settings.images)
+    texts: dict[str, torch.Tensor] = {}
+    for pair in with_progress("anchors: prompts", pairs):
+        prompts = neighbour_prompts(pair, settings.prompts, seed=context.seed, split="calibration")
+        texts[pair.id] = model.encode_prompts(prompts).cpu()
+    found = candidates(texts, settings.images)
+    for k, pair in enumerate(pairs):
+        images, similarity = (found[pair.id].pop(name) for name in ("latents", "similarity"))
+        rate = (similarity[..., k] > limit).float().mean(1)
+        good = vetted(similarity, limit) & (rate <= settings.anchor_rate)[:, None]
+        targets[pair.id] = texts[pair.id][rate >= settings.target_rate]
+        if good.any():
+            rows, _ = good.nonzero(as_tuple=True)
+            latents[pair.id], embeddings[pair.id] = images[good], texts[pair.id][rows]
+        else:
+            without.append(pair.id)
     if without:
         log.warning("no anchor for %s: ordinary images instead", ", ".join(without))
-        texts = model.encode_prompts(
-            context.corpus.prompts("calibration", settings.ordinary)
-        ).cpu()
-        images, similarity = candidates("+ordinary", texts, 1)
-        good = vetted(similarity, limit)[:, 0]
+        ordinary = context.prompts(model, "calibration", settings.ordinary).cpu()
+        drawn = candidates({"+ordinary": ordinary}, 1)["+ordinary"]
+        images, good = drawn["latents"], vetted(drawn["similarity"], limit)[:, 0]
         if not good.any():
             raise InputError(
                 f"no anchor for {', '.join(without)}: even images of ordinary prompts resemble a "
@@ -183,13 +195,13 @@ def find_anchors(
                 f"  fix:   raise it, or choose another metrics.decider"
             )
         for name in without:
-            latents[name], embeddings[name] = images[good][:, 0], texts[good]
+            latents[name], embeddings[name] = images[good][:, 0], ordinary[good]
     notes = {
         "anchors": {name: len(rows) for name, rows in latents.items()},
         "further_targets": {name: len(rows) for name, rows in targets.items() if len(rows)},
         "ordinary_anchors": without,
     }
-    return Anchors(latents, embeddings, targets, notes)
+    return Anchors(latents, embeddings, targets, notes, reused)
 
 
 def _generate_anchors(
@@ -200,7 +212,8 @@ def _generate_anchors(
     images: int,
     *,
     name: str,
-) -> dict[str, torch.Tensor]:
+    advance: Callable[[int], None],
+) -> Tensors:
     """Generate some images from each of P embeddings and compare them with all pairs."""
     shape, count = model.latent_shape, len(texts) * images
     keys = [keyed_generator("anchor", context.seed, name, k) for k in range(count)]
@@ -213,6 +226,7 @@ def _generate_anchors(
         decoded = model.decode_latents(denoised).cpu()
         similarity.append(context.references.similarities(decoded, pairs))
         latents.append(denoised.cpu())
+        advance(len(denoised))
     return {
         "latents": torch.cat(latents).view(len(texts), images, *shape),
         "similarity": torch.cat(similarity).view(len(texts), images, len(pairs)),
@@ -255,15 +269,33 @@ class Surrogates:
     Attributes:
         latents: Pair id to scaled latents (S, C, h, w), S at least 1.
         notes: How many came from where and how many were refused; plain values.
+        evaluations: UNet evaluations that were spent on them.
+        reused: The same where others spent them, else 0.
     """
 
     latents: dict[str, torch.Tensor]
     notes: dict[str, Any]
+    evaluations: int
+    reused: int = 0
 
     def draw(self, ids: Sequence[str], generator: torch.Generator) -> torch.Tensor:
         """Draw a surrogate for each of N pairs: latents (N, C, h, w)."""
         rows = zip(ids, draw_indices(self.latents, ids, generator), strict=True)
         return torch.stack([self.latents[name][k] for name, k in rows])
+
+
+def _encode_surrogates(value: Surrogates, key: dict[str, str]) -> bytes:
+    about = {"notes": value.notes, "evaluations": value.evaluations}
+    return TENSORS.encode(value.latents, {**key, "about": json.dumps(about)})
+
+
+def _decode_surrogates(path: Path) -> tuple[Surrogates, dict[str, str]]:
+    latents, key = TENSORS.decode(path)
+    return Surrogates(latents, **json.loads(key["about"])), key
+
+
+SURROGATES: Codec[Surrogates] = Codec(TENSORS.suffix, _encode_surrogates, _decode_surrogates)
+"""Latents by pair id; the rest is in the file's metadata."""
 
 
 def find_surrogates(
@@ -276,17 +308,40 @@ def find_surrogates(
 
     Tried in turn, until a pair has enough: the source's model with the memorized prompt, the
     model as it is with neighbours of the prompt, one after the other, ordinary images of the
-    corpus.
+    corpus. They are kept beside the edits, for all mitigations of a sweep with these settings.
 
     Raises:
         RuntimeError: Not even an ordinary image passes, so the measure or its limit is wrong.
     """
+    source = settings.source
+    # found by all processes together, so not while others wait for the surrogates
+    edit = None if source is None else context.find(source, model, pairs).edit
+    key = edit_key(settings, model, pairs, context)
+    reused: list[str] = []
+    made = Cache(context.folder / "surrogates").share(
+        {key: {"settings": key}},
+        lambda _: _vetted_surrogates(model, pairs, context, settings, edit),
+        SURROGATES,
+        found=reused.append,
+    )[key]
+    return replace(made, reused=made.evaluations if reused else 0)
+
+
+def _vetted_surrogates(
+    model: TextToImage,
+    pairs: Sequence[Pair],
+    context: Context,
+    settings: SurrogateSettings,
+    edit: Edit | None,
+) -> Surrogates:
+    """Generate from the memorized prompts under ``edit``, then as ``find_surrogates`` says."""
+    before = model.unet_evaluations
     kept: dict[str, list[torch.Tensor]] = {pair.id: [] for pair in pairs}
     accepted: Counter[str] = Counter()
     refused: Counter[str] = Counter()
 
     def vet(source: str, candidates: Mapping[str, torch.Tensor]) -> None:
-        for name, images in candidates.items():
+        for name, images in with_progress("surrogates: compare", [*candidates.items()]):
             similarity = context.references.similarities(images, pairs)
             good = vetted(similarity, settings.max_similarity)
             chosen = list(images[good][: settings.per_pair - len(kept[name])])
@@ -308,8 +363,7 @@ def find_surrogates(
             own, embeddings = zip(*left, strict=True)
             vet(source, _generate(model, context, own, embeddings, seeds))
 
-    if settings.source is not None:
-        edit = context.find(settings.source, model, pairs).edit
+    if edit is not None:
         with edit.applied(model):
             prompts = [context.data.encoded(pair).embedding for pair in pairs]
             candidates("mitigated", pairs, prompts)
@@ -319,7 +373,8 @@ def find_surrogates(
     }
     for k in range(NEIGHBOURS):
         if needy := short():
-            rows = list(model.encode_prompts([texts[pair.id][k] for pair in needy]))
+            near = [texts[pair.id][k] for pair in needy]
+            rows = list(encode_prompts(model, near, "surrogates: prompts"))
             candidates("neighbour", needy, rows)
     if needy := short():
         count = settings.candidates * len(needy)
@@ -333,8 +388,12 @@ def find_surrogates(
             f"mitigation.surrogates.max_similarity or choose another metrics.decider"
         )
     log.info("surrogates: kept %s, refused %s", dict(accepted), dict(refused))
-    latents = {name: model.encode_images(torch.stack(rows)).cpu() for name, rows in kept.items()}
-    return Surrogates(latents, {"kept": dict(accepted), "refused": dict(refused)})
+    latents = {
+        name: model.encode_images(torch.stack(images)).cpu()
+        for name, images in with_progress("surrogates: encode", [*kept.items()])
+    }
+    notes = {"kept": dict(accepted), "refused": dict(refused)}
+    return Surrogates(latents, notes, model.unet_evaluations - before)
 
 
 def _generate(

@@ -25,6 +25,7 @@ from dori_lightning.mitigations.finetuning import (
 from dori_lightning.mitigations.replacements import Anchors, AnchorSettings, find_anchors
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
@@ -88,7 +89,8 @@ class SISS(FinetunedMitigation):
         self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
     ) -> Callable[[], SISSTraining]:
         """Find anchors with the model as it is, then train."""
-        anchors = find_anchors(model, pairs, context, self.anchors, key=key)
+        del key
+        anchors = find_anchors(model, pairs, context, self.anchors)
         return lambda: SISSTraining(model, self, pairs, context, anchors=anchors)
 
 
@@ -122,6 +124,11 @@ class SISSTraining(Finetuning):
     def notes(self) -> dict[str, Any]:
         """How many anchors there are, and the forget gradient's length."""
         return {**self.anchors.notes, "scaling_norm": self.scaling_norm}
+
+    @property
+    def reused(self) -> int:
+        """What others spent on its anchors."""
+        return self.anchors.reused
 
     def training_step(self, *_: Any) -> dict[str, torch.Tensor]:
         """One step along the combined gradient."""
@@ -189,7 +196,7 @@ class SISSTraining(Finetuning):
         """A tenth of the naive deletion gradient's length, averaged over a few batches."""
         lengths = [
             length(self._gradients(self._draws("siss scale", k), naive_loss)[0][0])
-            for k in range(MEASURED_BATCHES)
+            for k in with_progress(f"{self.method.name}: scale", range(MEASURED_BATCHES))
         ]
         return NAIVE_SHARE * float(torch.stack(lengths).mean())
 

@@ -56,12 +56,14 @@ class GenerationRequest:
         embedding: Text embedding (T, D).
         pair_id: Whose images they are, for edits that differ by pair.
         seeds: Their generation seeds; None for those of all K images.
+        kept: Folder where the same images may be kept already.
     """
 
     folder: Path
     embedding: torch.Tensor
     pair_id: str | None = None
     seeds: tuple[int, ...] | None = None
+    kept: Path | None = None
 
 
 def generation_noise(seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -117,13 +119,13 @@ def generate_images(
     advance = advance or (lambda _: None)
     every, missing = image_seeds(sampling), list[tuple[GenerationRequest, int, dict[str, str]]]()
     for request in requests:
-        cache, there = Cache(request.folder), 0
+        there = 0
         for seed in request.seeds or every:
             key = _key(model, sampling, request.embedding, seed, edit)
-            if cache.read(str(seed), key, PNG) is None:
-                missing.append((request, seed, key))
-            else:
+            if _is_there(request, seed, key):
                 there += 1
+            else:
+                missing.append((request, seed, key))
         advance(there)
     cpu, together = model.device.type == "cpu", len(every)
     share = max(1, (CPU_IMAGES if cpu else sampling.batch) // together) * together
@@ -145,6 +147,17 @@ def generate_images(
             Cache(request.folder).write(str(seed), image, key, PNG)
         advance(len(part))
     return len(missing)
+
+
+def _is_there(request: GenerationRequest, seed: int, key: dict[str, str]) -> bool:
+    """Whether an image is in a request's folder, or is kept elsewhere and now copied there."""
+    own = Cache(request.folder)
+    if own.read(str(seed), key, PNG) is not None:
+        return True
+    kept = None if request.kept is None else Cache(request.kept).read(str(seed), key, PNG)
+    if kept is not None:
+        own.write(str(seed), kept, key, PNG)
+    return kept is not None
 
 
 def load_images(folder: Path, seeds: Sequence[int]) -> torch.Tensor:

@@ -38,7 +38,7 @@ from dori_lightning.models.protocol import (
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.types import InputError, ReplacedPart
+from dori_lightning.types import CoderRows, InputError, ReplacedPart
 
 _MEMORY = OomBackoff(
     "generate",
@@ -125,7 +125,7 @@ class LatentDiffusion(ABC):
         self.prediction_type = self.levels.prediction
         self.samplers: tuple[Sampler, ...] = tuple(self.family.samplers)
         self.stages = tuple(dict.fromkeys(stage for _, stage in self.layer_names))
-        self.unet_evaluations = 0
+        self.unet_evaluations, self.coder_rows = 0, CoderRows()
         self.max_batch_sizes: dict[str, int] = {}
         self.embedding_filter: EmbeddingFilter | None = None
         self._lend_encoders, self._encoders_on = lend_encoders, torch.device("cpu")
@@ -243,6 +243,8 @@ class LatentDiffusion(ABC):
         """Prompts to embeddings (N, T, D), fp32."""
         if self._lend_encoders:
             self._move_encoders(self.device)
+        with self._counting:
+            self.coder_rows.prompts += len(prompts)
         # one by one, so that a prompt's embedding never depends on its neighbours
         return torch.cat([pack(self.parts, self._encode(prompt)) for prompt in prompts])
 
@@ -314,6 +316,8 @@ class LatentDiffusion(ABC):
         """Images (N, 3, H, W) in [0, 1] to scaled latents (N, C, h, w): posterior mode, fp32."""
         dtype = next(self.autoencoder.parameters()).dtype
         images = images.to(self.device, dtype) * 2 - 1
+        with self._counting:
+            self.coder_rows.encoded += len(images)
         rows = [
             self.autoencoder.encode(image[None]).latent_dist.mode().float() for image in images
         ]
@@ -326,6 +330,8 @@ class LatentDiffusion(ABC):
         dtype, shift = next(self.autoencoder.parameters()).dtype, self._latent_shift
         latents = latents / self._latent_scale
         latents = (latents if shift is None else latents + shift).to(dtype)
+        with self._counting:
+            self.coder_rows.decoded += len(latents)
         with self._decoding():
             images: torch.Tensor = self.autoencoder.decode(latents).sample
         return (images.float() / 2 + 0.5).clamp_(0, 1)

@@ -56,6 +56,7 @@ from dori_lightning.models.weight_files import (
     shipped_folder,
     variants,
 )
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.types import InputError, first_line
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,8 @@ def load_checkpoint(
     components = replace(components, scheduler=scheduler)
     replaced = tuple(one.apply(components.modules[one.component]) for one in replacements)
     check_components(kind, components, str(home))
-    states = (module.state_dict() for module in components.modules.values())
+    hashed = with_progress("fingerprint of the checkpoint", [*components.modules.values()])
+    states = (module.state_dict() for module in hashed)
     fingerprint = fingerprint_of(states, configuration_of(components))
     kept_in = choose_storage(storage, components.denoiser, target)
     if kept_in is torch.bfloat16:
@@ -520,7 +522,7 @@ def _load_components(
     if single is not None:
         fails = f"{single} does not load with the configuration of {home}"
     modules: dict[Component, Any] = {}
-    for name, own in files.items():
+    for name, own in with_progress("load the checkpoint", [*files.items()]):
         with _loading(fails, home, name):
             modules[name] = empty_component(name, family.modules[name], home)
         paths = ", ".join(str(file.path) for file in own)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dori_lightning.models.conditioning import Part, Spread
-from dori_lightning.types import require, require_at_least_one, require_choices
+from dori_lightning.types import CoderRows, require, require_at_least_one, require_choices
 
 Sampler = Literal["ddim", "dpm++", "euler", "flow_euler", "flow_dpm++"]
 LayerRole = Literal["text.value", "text.key", "feed_forward.out", "feed_forward.out.text"]
@@ -100,6 +100,7 @@ class TextToImage(Protocol):
         prediction_type: ``epsilon``, ``v_prediction`` or ``velocity``.
         stages: Stretches of the denoiser that its layers are chosen by, in execution order.
         unet_evaluations: Rows that went through the denoiser so far.
+        coder_rows: Rows that went through text encoder and autoencoder so far.
         max_batch_sizes: Largest batch that fits into memory, by kind of batch; empty while memory
             has not run out (``OomBackoff``).
         row_pairs: Whose rows the denoiser's current or last pass in this thread holds.
@@ -119,6 +120,7 @@ class TextToImage(Protocol):
     stages: tuple[str, ...]
     device: torch.device
     unet_evaluations: int
+    coder_rows: CoderRows
     max_batch_sizes: dict[str, int]
     row_pairs: tuple[str, ...] | None
     embedding_filter: EmbeddingFilter | None

@@ -153,7 +153,7 @@ def altered_copies(
                 replace(
                     pair, id=name, kind="control", image=path,
                     sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-                    others=(), repeats=0.0, duplicate_of=None, copy_of=pair.id,
+                    others=(), repeats=0.0, duplicate_of=None, copy_of=pair.id, alteration=kind,
                 )
             )  # fmt: skip
     return tuple(made)
@@ -182,7 +182,7 @@ def learned_alterations(
     counts = {
         kind: sum(pair.id in came_back for pair in own)
         for kind in ALTER
-        if (own := [pair for pair in copies if pair.id.endswith(kind)])
+        if (own := [pair for pair in copies if pair.alteration == kind])
     }
     if len(counts) < 2:
         return ()

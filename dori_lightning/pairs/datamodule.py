@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.validation import image_tensor, square_image
+from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.cache import TENSORS, Cache, DamagedError, Tensors
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import Pair
@@ -52,6 +52,11 @@ class PairBatch:
     pairs: tuple[Pair, ...]
     latents: torch.Tensor
     embeddings: torch.Tensor
+
+
+def image_hash(pair: Pair) -> str:
+    """SHA-256 of a pair's image file."""
+    return pair.sha256 or hashlib.sha256(pair.image.read_bytes()).hexdigest()
 
 
 class PairsDataModule(LightningDataModule):
@@ -113,15 +118,30 @@ class PairsDataModule(LightningDataModule):
         missing = [
             p for p in (self.pairs if pairs is None else pairs) if p.id not in self._encoded
         ]
-        cached = 0
-        with progress_bar("encode pairs", len(missing) if len(missing) > 1 else 0) as advance:
-            for pair in missing:
-                encoded = self._read(pair)
-                cached += encoded is not None
-                self._encoded[pair.id] = encoded or self._encode(pair)
+        if not missing:
+            return
+        names = {content_hash(self._key(pair)): pair for pair in missing}
+        cached: list[str] = []
+        with progress_bar("encode pairs", len(names) if len(names) > 1 else 0) as advance:
+
+            def encode(name: str) -> Encoded:
+                encoded = self._encode(names[name])
                 advance(1)
-        if missing:
-            logger.info("encoded %d pairs, %d of them from the cache", len(missing), cached)
+                return encoded
+
+            def reuse(name: str) -> None:
+                cached.append(name)
+                advance(1)
+
+            if self.cache is None:
+                found = {name: encode(name) for name in names}
+            else:
+                keys = {name: self._key(pair) for name, pair in names.items()}
+                found = self.cache.share(keys, encode, self._codec, found=reuse)
+        # pairs of one image and prompt have one file
+        for pair in missing:
+            self._encoded[pair.id] = found[content_hash(self._key(pair))]
+        logger.info("encoded %d pairs, %d of them from the cache", len(missing), len(cached))
 
     def encoded(self, pair: Pair) -> Encoded:
         """Look up one pair's tensors, encoding them if need be."""
@@ -139,7 +159,7 @@ class PairsDataModule(LightningDataModule):
         )
 
     def _encode(self, pair: Pair) -> Encoded:
-        """Encode one pair by itself, so that its tensors depend on no other, and store them."""
+        """Encode one pair by itself, so that its tensors depend on no other."""
         image = image_tensor(square_image(pair.image), self.model.resolution)[None]
         # ordinary tensors even where a trainer predicts in inference mode: attacks need gradients
         with torch.inference_mode(mode=False), torch.no_grad():
@@ -159,28 +179,17 @@ class PairsDataModule(LightningDataModule):
                     f"{self.model.name} encodes {pair.id} to {name} that are not finite; "
                     "with fp16 weights, try fp32 or bf16"
                 )
-        encoded = Encoded(latents[0], embeddings[0])
-        if self.cache is not None:
-            name, key = self._key(pair)
-            self.cache.write(name, encoded, key, self._codec)
-        return encoded
+        return Encoded(latents[0], embeddings[0])
 
-    def _key(self, pair: Pair) -> tuple[str, dict[str, str]]:
-        """Name of a pair's file in the cache, and what its tensors depend on."""
-        key = {
+    def _key(self, pair: Pair) -> dict[str, str]:
+        """What a pair's tensors depend on; its hash is the name of their file."""
+        return {
             "layout": LAYOUT,
             "model": self.model.fingerprint,
             "side": str(self.model.resolution),
-            "image": pair.sha256 or hashlib.sha256(pair.image.read_bytes()).hexdigest(),
+            "image": image_hash(pair),
             "prompt": hashlib.sha256(pair.prompt.encode()).hexdigest(),
         }
-        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(), key
-
-    def _read(self, pair: Pair) -> Encoded | None:
-        """A pair's tensors from the cache; None where there are none or they are damaged."""
-        if self.cache is None:
-            return None
-        return self.cache.read(*self._key(pair), self._codec)
 
     def _checked(self, tensors: Tensors) -> Encoded:
         shapes = {"latent": self.model.latent_shape, "embedding": self.model.embedding_shape}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.corpus import Corpus, Split
 from dori_lightning.pairs.datamodule import LAYOUT
@@ -77,7 +78,7 @@ class EncodedCorpus:
 
     def embeddings(self) -> torch.Tensor:
         """Text embeddings (N, T, D) of all prompts, fp32 on the CPU."""
-        return self._model.encode_prompts(self.prompts).cpu()
+        return encode_prompts(self._model, self.prompts, "ordinary prompts").cpu()
 
     def rows(
         self, places: Sequence[int], *, advance: Callable[[int], None] = lambda _: None

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.types import KINDS, InputError, Kind, Pair, Pairs, Reference, Skipped
 
 if TYPE_CHECKING:
@@ -695,6 +696,9 @@ def validate_rows(
     found: Counter[str] = Counter()
     counts: Counter[Kind] = Counter()
     chosen = 0
+    # names alone are read in no time and before torch is there, archives as they are unpacked
+    if isinstance(rows, list) and not _names_only.get():
+        rows = with_progress(f"read {source}", rows)
     for row in rows:
         if row.problems:
             chosen += 1

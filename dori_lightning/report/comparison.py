@@ -10,9 +10,9 @@ Reference: the main table of Finding DoRI (ICML 2026), https://arxiv.org/abs/250
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -522,6 +522,8 @@ class HeadlineRow:
         kid: Kernel distance of its images to the unmitigated model's.
         kid_std: Its spread over subsets.
         unet_evaluations: UNet evaluations that finding the edit took.
+        work: Rows through each part of the model in all, edit included, by name; of the first
+            process of each run.
         seconds: Seconds that finding the edit took.
         weights_changed: Weights that have another value under the edit (``Edit.changed``).
         published: What the paper gives for the row.
@@ -540,6 +542,7 @@ class HeadlineRow:
     kid: float = math.nan
     kid_std: float = math.nan
     unet_evaluations: float = math.nan
+    work: Mapping[str, int] = field(default_factory=dict)
     seconds: float = math.nan
     weights_changed: float = math.nan
     published: Published | None = None
@@ -621,6 +624,11 @@ def _costs(entry: Entry) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: float(edit.cost[name]) for name in names if edit and name in edit.cost
     }
+    origins = [run.report.provenance for run in entry.runs]
+    work = Counter({"unet_evaluations": sum(origin.unet_evaluations for origin in origins)})
+    for origin in origins:
+        work.update(asdict(origin.coder_rows) if origin.coder_rows else {})
+    found["work"] = work
     if loss:
         found |= {"loss_ratio": loss.ratio, "loss_ratio_ci95": loss.ratio_ci95}
     if kid:

@@ -220,30 +220,39 @@ def could_not_see(report: AuditRecord) -> bool:
     return bool(flags & _SEARCH_DOUBTS) or ("search_rescaled" in flags and report.power is None)
 
 
-def find_flags(
-    report: AuditReport,
-    *,
-    inert: bool = False,
-    skipped: Sequence[str] = (),
-    resolutions: Sequence[int] = (),
-    detail: float = math.nan,
-    learned: Sequence[str] = (),
-) -> tuple[Flag, ...]:
-    """List what limits the meaning of an audit's numbers, gravest first.
+@dataclass(frozen=True)
+class Circumstances:
+    """What an audit's flags are found by besides its measurements.
 
-    Args:
-        report: The audit; its flags are not looked at.
+    Attributes:
         inert: Whether the mitigation's edit changes nothing in the model.
         skipped: Ids of the list's rows that have no image.
         resolutions: Pixels a side of the model's images and of the reference's; empty without one.
         detail: How detailed the listed controls are, times the suspects; NaN without either.
         learned: Alterations whose copies the model seems to have been trained on.
     """
+
+    inert: bool = False
+    skipped: Sequence[str] = ()
+    resolutions: Sequence[int] = ()
+    detail: float = math.nan
+    learned: Sequence[str] = ()
+
+
+def find_flags(report: AuditReport, circumstances: Circumstances) -> tuple[Flag, ...]:
+    """List what limits the meaning of an audit's numbers, gravest first.
+
+    Args:
+        report: The audit; its flags are not looked at.
+        circumstances: How it was made.
+    """
+    detail, learned = circumstances.detail, circumstances.learned
+    resolutions = circumstances.resolutions
     doubts = tuple(_search_flags(report))
     findings = audit_findings(replace(report, flags=doubts))
     flags = [
         *doubts,
-        *_input_flags(report.mitigation, inert=inert, skipped=skipped),
+        *_input_flags(report.mitigation, circumstances),
         *_failed_flags(report),
         *_control_flags(report, findings),
         *_baseline_flags(findings.before, as_it_is=report.mitigation == BASELINE),
@@ -263,8 +272,9 @@ def _flag(name: str, severity: Severity, **values: Any) -> Flag:
     return Flag(name, severity, text_macro("flags.txt.j2", name, **values))
 
 
-def _input_flags(mitigation: str, *, inert: bool, skipped: Sequence[str]) -> Iterator[Flag]:
-    if inert:
+def _input_flags(mitigation: str, circumstances: Circumstances) -> Iterator[Flag]:
+    skipped = circumstances.skipped
+    if circumstances.inert:
         yield _flag("edit_changes_nothing", "invalid", mitigation=mitigation)
     if skipped:
         yield _flag("pairs_skipped", "warning", ids=skipped, named=_NAMED)
@@ -510,34 +520,16 @@ def sweep_verdict(rows: Sequence[HeadlineRow]) -> Verdict:
 
 
 def make_report(
-    *,
-    inert: bool = False,
-    skipped: Sequence[str] = (),
-    resolutions: Sequence[int] = (),
-    detail: float = math.nan,
-    learned: Sequence[str] = (),
-    **measurements: Any,
+    circumstances: Circumstances = Circumstances(), **measurements: Any
 ) -> AuditReport:
     """Put an audit's measurements into one report, with the flags and the verdict they call for.
 
     Args:
-        inert: As of `find_flags`.
-        skipped: The same.
-        resolutions: The same.
-        detail: The same.
-        learned: The same.
+        circumstances: What its flags are found by besides.
         measurements: The other fields of ``AuditReport``.
     """
     measured = AuditReport(verdict="", flags=(), recommended_budget=None, **measurements)
-    flags = find_flags(
-        measured,
-        inert=inert,
-        skipped=skipped,
-        resolutions=resolutions,
-        detail=detail,
-        learned=learned,
-    )
-    measured = replace(measured, flags=flags)
+    measured = replace(measured, flags=find_flags(measured, circumstances))
     if could_not_see(measured):
         # an image that is still there would not have come back either
         images = (

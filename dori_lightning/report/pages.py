@@ -49,6 +49,7 @@ from dori_lightning.report.tables import (
 from dori_lightning.report.words import claims_words, environment
 from dori_lightning.runtime.artifacts import write_atomically
 from dori_lightning.runtime.documents import relative_to
+from dori_lightning.runtime.logging import with_progress
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.types import BASELINE, KINDS, Calibration, Condition, Kind, Outcome, Pair
 
@@ -368,7 +369,7 @@ def audit_pairs(report: AuditReport, *, disclosure: Disclosure, max_pairs: int) 
         ]
     firsts = _first_steps(report, attack)
     rows = []
-    for pair in pairs:
+    for pair in with_progress("page: images", pairs):
         shots = [
             _shot(name, results.get((pair.id, condition)), disclosure)
             for name, _, results, condition in columns
@@ -400,7 +401,7 @@ def sweep_pairs(
     columns: dict[str, list[tuple[Shot, ...]]] = {pair.id: [] for pair in shown}
     originals: dict[str, Path] = {}
     lost = 0
-    for entry in entries:
+    for entry in with_progress("page: images", entries):
         outcomes = with_files_that_exist(o for o in entry.outcomes if o.pair.id in columns)
         originals |= {o.pair.id: o.pair.image for o in outcomes if o.pair.image != NOT_KEPT}
         results = results_by_condition(entry.pair_results)

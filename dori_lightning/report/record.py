@@ -49,6 +49,7 @@ from dori_lightning.types import (
     Budget,
     Calibration,
     Cell,
+    CoderRows,
     Condition,
     InputError,
     Number,
@@ -97,7 +98,9 @@ class Provenance:
         fingerprint: Hash of everything of the checkpoint that decides results.
         image_hashes: Pair id to SHA-256 of the image's file, and ``ID/FILE`` of further
             reference images.
-        unet_evaluations: Forward passes of the UNet, in rows.
+        unet_evaluations: Forward passes of the UNet, in rows, of the first process.
+        coder_rows: Prompts and images through its text encoder and autoencoder; None in records
+            of earlier versions.
         replaced: Parts of the checkpoint whose weights are from other files.
         numerics: Torch's switches that decide how a GPU rounds, TF32 among them; empty elsewhere.
     """
@@ -118,6 +121,7 @@ class Provenance:
     wall_seconds: float
     replaced: tuple[ReplacedPart, ...] = ()
     numerics: dict[str, bool] = field(default_factory=dict)
+    coder_rows: CoderRows | None = None
 
 
 def _cell_fields(row: Any) -> Any:

@@ -212,7 +212,7 @@ _Column = Callable[[HeadlineRow], str]
 
 
 def headline_tables(rows: Sequence[HeadlineRow]) -> tuple[TextTable, ...]:
-    """Write the rows as three tables; columns that hold nothing in any row are left out."""
+    """Write the rows as four tables; columns that hold nothing in any row are left out."""
     names: dict[str, _Column] = {}
     if len({row.checkpoint for row in rows}) > 1:
         names["checkpoint"] = lambda r: r.checkpoint
@@ -237,6 +237,12 @@ def headline_tables(rows: Sequence[HeadlineRow]) -> tuple[TextTable, ...]:
         "seconds": lambda r: _number(r.seconds, ",.0f"),
         "weights changed": lambda r: _number(r.weights_changed, ",.0f"),
     }
+    work: dict[str, _Column] = {
+        "UNet evaluations": _work("unet_evaluations"),
+        "prompts encoded": _work("prompts"),
+        "images encoded": _work("encoded"),
+        "images decoded": _work("decoded"),
+    }
     made = (
         text_table(
             "What comes back",
@@ -259,6 +265,12 @@ def headline_tables(rows: Sequence[HeadlineRow]) -> tuple[TextTable, ...]:
             "(Holm).",
             rows, names, tests, empty=False,
         ),
+        text_table(
+            "Work",
+            "Rows through each part of the model in all, to find the edit and to audit it. What "
+            "jobs of a sweep share is counted in the first that needed it.",
+            rows, names, work, empty=False,
+        ),
     )  # fmt: skip
     return tuple(table for table in made if len(table.header) > table.named)
 
@@ -269,6 +281,10 @@ def _back(init: Init | None) -> _Column:
 
 def _test(init: Init | None, other: Other) -> _Column:
     return lambda row: _test_words(row.tests.get((init, other)))
+
+
+def _work(name: str) -> _Column:
+    return lambda row: _number(row.work.get(name, math.nan), ",.0f")
 
 
 def _both(row: HeadlineRow, kind: Kind, write: Callable[[Cell | None], str]) -> str:
@@ -337,6 +353,7 @@ _TEXTS = {
     "checkpoint", "mitigation", "kind", "attack", "init", "norm", "invalid", "descriptor",
     "aggregation",
 }  # fmt: skip
+_WORK = ("unet_evaluations", "prompts", "encoded", "decoded")
 _WHOLE = {"steps", "hits", "n", "failed", "lost", "gained"}
 
 
@@ -394,6 +411,7 @@ def _headline_values(row: HeadlineRow) -> dict[str, Any]:
     values["loss_ratio_low"], values["loss_ratio_high"] = row.loss_ratio_ci95
     costs = ("kid", "kid_std", "unet_evaluations", "seconds", "weights_changed")
     values |= {name: getattr(row, name) for name in costs}
+    values |= {f"work_{name}": row.work.get(name) for name in _WORK}
     for name in ("prompt", "attacked"):
         figure = _get(row.published, name)
         values[f"published_{name}_mr"] = _get(figure, "rate")

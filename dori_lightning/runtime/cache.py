@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from dori_lightning.runtime import signals
 from dori_lightning.runtime.artifacts import write_atomically
+from dori_lightning.runtime.logging import waiting_for
+from dori_lightning.runtime.signals import Interrupted
 
 T = TypeVar("T")
 Key = Mapping[str, str | int | float | bool | None]
@@ -141,17 +145,98 @@ class Cache:
             compute: Called where there is no valid file.
             codec: File format, `TENSORS` or `JSON` or one derived by `Codec.mapped`.
         """
-        value = self.read(name, key, codec)
-        if value is not None:
-            return value
-        path = self.path(name, codec)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            value = self.read(name, key, codec)
-            if value is None:
-                value = compute()
-                self.write(name, value, key, codec)
-        return value
+        return self.share({name: key}, lambda _: compute(), codec)[name]
+
+    def share(
+        self,
+        keys: Mapping[str, Key],
+        compute: Callable[[str], T],
+        codec: Codec[T],
+        *,
+        found: Callable[[str], object] = lambda _: None,
+    ) -> dict[str, T]:
+        """Read artifacts, or compute the missing ones together with whoever else wants them.
+
+        An artifact that another process is computing is left for last and then waited for, so that
+        jobs of a sweep, or the processes of one job, compute each of them once and side by side.
+
+        Args:
+            keys: File name without suffix, unique in the folder, to everything that the artifact
+                depends on.
+            compute: Given a name; called where there is no valid file. It waits for no process.
+            codec: File format.
+            found: Called with the name of each artifact that was not computed here.
+
+        Returns:
+            Name to artifact, in order.
+        """
+        values: dict[str, T] = {}
+        for wait in (False, True):
+            for name, key in [(name, key) for name, key in keys.items() if name not in values]:
+                path = self.path(name, codec)
+                before, value, made = _version(path), self.read(name, key, codec), False
+                if value is None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    lock = Path(f"{path}.lock")
+                    with suppress(Timeout), held(lock, path.name, wait=wait), _removed(lock):
+                        # somebody else may have written it since
+                        if _version(path) != before:
+                            value = self.read(name, key, codec)
+                        if value is None:
+                            value, made = compute(name), True
+                            self.write(name, value, key, codec)
+                if value is not None:
+                    values[name] = value
+                    if not made:
+                        found(name)
+        return {name: values[name] for name in keys}
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def _removed(lock: Path) -> Iterator[None]:
+    """Remove a lock's file when done; whoever waits for it still sees what was written."""
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: Path, what: str, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock, and say so while another process is waited for.
+
+    Args:
+        path: The lock's file.
+        what: What its holder makes.
+        wait: Whether to wait for it.
+
+    Raises:
+        Timeout: Another process holds it, and it is not to be waited for.
+        Interrupted: The run was told to leave while it waited.
+    """
+    lock = FileLock(path)
+    with waiting_for(f"another process, which makes {what}") if wait else nullcontext():
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=1 if wait else 0)
+            except Timeout:
+                if not wait:
+                    raise
+                if signum := signals.received():
+                    raise Interrupted(signum) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _strings(key: Key) -> dict[str, str]:

@@ -5,13 +5,15 @@ agree on travel between processes. They are started by Lightning, which runs the
 for each further device, by ``torchrun``, or by a cluster with one task for each process.
 """
 
+import atexit
 import functools
 import logging
 import os
 import stat
+import subprocess
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from dori_lightning.runtime import peers, signals
+from dori_lightning.runtime.logging import waiting_for
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.types import InputError, first_line
 
@@ -142,7 +145,8 @@ def barrier(signum: int = 0) -> None:
     told = signum
     if world_size() > 1:
         votes = torch.tensor([signum])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_control())
+        with waiting_for("the other processes") if is_first() else nullcontext():
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_control())
         told = int(votes.item())
     if told:
         raise Interrupted(told, shared=True)
@@ -245,10 +249,40 @@ class Trainer(L.Trainer):
         self._signal_connector = _NoSignals(self)
 
 
+def launch(trainer: L.Trainer) -> None:
+    """Start the other processes of a trainer where Lightning does that; `start` joins them.
+
+    They begin as this one did, so they read and load while this one does. Those that have not
+    joined it when it ends are ended with it.
+
+    Raises:
+        InputError: Fewer or more processes were started than the trainer is set to use.
+    """
+    if dist.is_initialized():
+        return
+    _check_started(trainer)
+    if trainer.world_size > 1:
+        launcher = trainer.strategy.launcher
+        assert launcher is not None
+        launcher.launch(lambda: None, trainer=trainer)
+        atexit.register(_end_alone, getattr(launcher, "procs", []))
+
+
+def _end_alone(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End the processes that wait for this one, which leaves before it joined them."""
+    alone = [*processes]
+    # Lightning ends whoever loses one of these
+    processes.clear()
+    for process in alone:
+        process.kill()
+        process.wait()
+
+
 def start(trainer: L.Trainer) -> None:
     """Have every process of a trainer running and joined; at once where there is but one.
 
-    What comes before runs in the first process alone if Lightning starts the others.
+    What comes before runs in the first process alone if Lightning starts the others and nobody
+    called `launch`.
 
     Raises:
         InputError: Fewer or more processes were started than the trainer is set to use.
@@ -260,7 +294,9 @@ def start(trainer: L.Trainer) -> None:
         return
     launcher = trainer.strategy.launcher
     assert launcher is not None
-    launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    with waiting_for("the other processes") if peers.speaks() else nullcontext():
+        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    atexit.unregister(_end_alone)
     processes = [peers.this_process()] * world_size()
     dist.all_gather_object(processes, peers.this_process(), group=_control())
     peers.register_peers(processes)

@@ -8,7 +8,8 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Event, Thread
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -20,11 +21,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dori_lightning.runtime.peers import label
+from dori_lightning.runtime.peers import label, speaks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +78,7 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         A function that advances the bar by a number of steps.
     """
-    from dori_lightning.runtime.distributed import is_first  # torch: not before it is needed
-
-    if total == 0 or _disabled or not is_first():
+    if total == 0 or _disabled or not speaks():
         yield lambda _: None
         return
     start = time.monotonic()
@@ -106,7 +107,37 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
                 log.info("%s: %d of %d, about %d s left", title, done, total, round(left))
 
         yield advance
-    log.info("%s: done in %.0f s", title, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    # a line for each short stage would hide those that took long
+    log.log(logging.INFO if seconds >= 1 else logging.DEBUG, "%s: done in %.0f s", title, seconds)
+
+
+def with_progress(title: str, items: Sequence[T]) -> Iterator[T]:
+    """Go through items with a progress bar of that title."""
+    with progress_bar(title, len(items)) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Say now and then, while this lasts, that somebody else is waited for."""
+    over = Event()
+
+    def tell() -> None:
+        seconds, pause = 0.0, FIRST_LINE_SECONDS
+        while not over.wait(pause):
+            seconds, pause = seconds + pause, LINE_EVERY_SECONDS
+            log.info("waiting for %s, %.0f s so far", what, seconds)
+
+    thread = Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _tell(title: str, done: int, total: int) -> None:

@@ -28,7 +28,7 @@ from dori_lightning.audit.evaluation import (
 )
 from dori_lightning.audit.power import PowerSettings, check_never_seen, measure_power
 from dori_lightning.audit.targets import aim
-from dori_lightning.audit.utility import measure_utility, write_utility
+from dori_lightning.audit.utility import generate_shares, measure_utility, write_utility
 from dori_lightning.metrics.evidence import Power
 from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult
@@ -40,7 +40,7 @@ from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import check_prompt_lengths
 from dori_lightning.planting.dataset import PositiveControls
-from dori_lightning.report.findings import INVALID, make_report
+from dori_lightning.report.findings import INVALID, Circumstances, make_report
 from dori_lightning.report.pages import write_audit_page
 from dori_lightning.report.record import AuditReport, write_report
 from dori_lightning.report.tables import cells_table, rich_table
@@ -95,6 +95,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     first = context.trainer.is_global_zero
     evaluation = evaluate(context, generated, reference) if first else None
     power = _measure_power(cfg, context, found.edit, evaluation)
+    generate_shares(context, found.edit)
     if evaluation is None:
         return None
     utility = measure_utility(context, found.edit, evaluation.calibration)
@@ -102,7 +103,16 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         write_utility(utility, folder)
     changed = changed_weights(found.edit, context.model)
     _write_edit_record(folder, found, context.mitigation.name, changed=changed)
+    sides = (context.model.resolution, reference.context.model.resolution) if reference else ()
+    circumstances = Circumstances(
+        inert=changed == 0 and context.mitigation.name != BASELINE,
+        skipped=context.pairs.skipped_ids,
+        resolutions=sides,
+        detail=relative_detail(context.pairs),
+        learned=evaluation.learned,
+    )
     report = make_report(
+        circumstances,
         checkpoint=context.model.name,
         mitigation=context.mitigation.name,
         cells=evaluation.cells,
@@ -114,8 +124,6 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         false_discovery_rate=context.evidence.rate,
         reference_model=evaluation.reference,
         power=power,
-        detail=relative_detail(context.pairs),
-        learned=evaluation.learned,
         check=generated.check,
         check_before=generated.check_before,
         utility=utility,
@@ -128,11 +136,6 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
             futility=generated.judged,
         ),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
-        skipped=context.pairs.skipped_ids,
-        resolutions=[c.model.resolution for c in (context, reference.context)]
-        if reference is not None
-        else (),
-        inert=changed == 0 and context.mitigation.name != BASELINE,
     )
     _publish(cfg, report, folder)
     images, max_pairs = cfg.report.images.value, cfg.report.max_pairs
@@ -152,6 +155,8 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
         InputError: An input is missing or does not fit the others, the disk is too full, or
             ``folder`` holds results of other settings.
     """
+    # the other processes read and load while this one does
+    distributed.launch(make_trainer(cfg, tracker))
     listed, copied = instantiate(cfg.pairs).read(), cfg.pairs.self_controls
     check_evidence(listed, copied, instantiate(cfg.evidence), reference=bool(cfg.reference))
     check_never_seen(_own_positive_controls(cfg), listed)

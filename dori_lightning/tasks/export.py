@@ -37,7 +37,7 @@ from dori_lightning.report.record import EDIT_FILE, AuditRecord, read_edit_recor
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import claim_folder, write_atomically
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.tasks.audit import make_context
+from dori_lightning.tasks.audit import make_context, make_trainer
 from dori_lightning.tasks.run_record import git_sha, logged, package_versions
 from dori_lightning.types import InputError, Pair
 
@@ -79,6 +79,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     record = None if audit is None else read_record(audit)
     given = None if cfg.task.edit is None else read_edit(Path(cfg.task.edit).expanduser())
     mitigation = instantiate(cfg.mitigation)
+    if given is None:  # all processes make the edit
+        distributed.launch(make_trainer(cfg, None))
     pairs = [] if given is not None else instantiate(cfg.pairs).read()
     model: LatentDiffusion = instantiate(cfg.checkpoint)
     if given is not None:

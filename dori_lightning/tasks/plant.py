@@ -21,6 +21,7 @@ from dori_lightning.models.generation import (
     load_images,
 )
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.stable_diffusion import stable_diffusion
 from dori_lightning.planting.card import write_card
 from dori_lightning.planting.recipe import PlantRecipe, base_components, build_tokenizer
@@ -141,9 +142,10 @@ def measured_similarity(
     model = load_checkpoint(name="planted", source=str(checkpoint))
     sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
     audited = [pair for pair in pairs if pair.role == "audit"]
+    embeddings = encode_prompts(model, [pair.prompt for pair in audited], "prompts").cpu()
     requests = [
-        GenerationRequest(folder / pair.id, model.encode_prompts([pair.prompt])[0].cpu())
-        for pair in audited
+        GenerationRequest(folder / pair.id, row)
+        for pair, row in zip(audited, embeddings, strict=True)
     ]
     with progress_bar("measure memorization", len(audited) * sampling.images_per_pair) as advance:
         generate_images(model, requests, sampling, advance=advance)

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -133,6 +134,7 @@ def provenance_of(
         started=started,
         finished=finished,
         unet_evaluations=model.unet_evaluations,
+        coder_rows=replace(model.coder_rows),
         wall_seconds=(finished - started).total_seconds(),
         replaced=model.replaced,
         numerics=numerics() if model.device.type == "cuda" else {},

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from dori_lightning.attacks import embedding_attack
+from dori_lightning.attacks.model_check import IMAGES
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.models.generation import CPU_IMAGES
 from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
+from dori_lightning.pairs.copies import ALTER
+from support.context import write_captions
 from support.runs import ORDINARY, SMALL, on_tiny, run_task, write_material
 from support.tiny import write_tiny
 
@@ -23,8 +26,8 @@ COSTS = (
 PASSES = 2
 """Passes that five pairs take, kept together as one attack."""
 
-CHECK = Counter({"forward": 3 * 5, "with gradient": 5})
-"""What the check of a model before its search takes: each pair once."""
+CHECK = Counter({"forward": 3 * IMAGES, "with gradient": IMAGES})
+"""What the check of a model before its search takes."""
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +84,8 @@ def test_budgets_of_an_audit_are_read_off_one_attack(place, asked):
     pairs, one_attack = 5, STEPS * PASSES * PARALLEL_PAIRS * NOISES
     audit(place, "one", f"paths.cache={place / 'own'}")
     one = Counter(asked)
-    # ten images, from prompts and from the attack, fill one pass of sixteen; guided
-    drawn = CPU_IMAGES * (1 + math.ceil(ORDINARY / CPU_IMAGES))
+    # five images from prompts and five from the attack fill a pass of sixteen each; guided
+    drawn = CPU_IMAGES * (2 + math.ceil(ORDINARY / CPU_IMAGES))
     assert one - CHECK == {
         "attacks": 1, "with gradient": one_attack, "forward": drawn * SAMPLER * 2,
         "encode_images": pairs, "encode_prompts": pairs + 1 + ORDINARY,
@@ -111,7 +114,27 @@ def test_a_sweep_prunes_and_attacks_once_for_each_method_and_checkpoint(place, a
             f"checkpoint.source={place / checkpoint}",
         )  # fmt: skip
     assert asked["prunings"] == asked["attacks"] == len(jobs)
-    checks = 2 * len(jobs) * CHECK["with gradient"]  # with and without each edit
+    # with each edit, and once without for each checkpoint
+    checks = (len(jobs) + 2) * CHECK["with gradient"]
     one_attack = STEPS * PASSES * PARALLEL_PAIRS * NOISES
     assert asked["with gradient"] == len(jobs) * one_attack + checks
     assert asked["encode_images"] == 2 * 5, "each checkpoint sees a pair once"
+
+
+def test_the_second_job_of_a_sweep_encodes_what_its_edit_changed_alone(place, asked):
+    """Not the pairs, their altered copies, or the images of the model without an edit."""
+    captions = write_captions(place / "captions.txt")
+    shared = (
+        "evidence.losses=true", "utility=light", "utility.prompts=2", "utility.neighbours=0",
+        "corpus=captions", f"corpus.path={captions}", f"paths.cache={place / 'sweep'}",
+        "mitigation=wanda_10", "mitigation.steps=2",
+    )  # fmt: skip
+    audit(place, "first", *shared)
+    pairs, drawn = 5, 2
+    assert asked["encode_images"] == pairs + len(ALTER) * pairs + 2 * drawn
+    first = Counter(asked)
+    asked.clear()
+    audit(place, "second", *shared, "mitigation.fraction=0.2")
+    assert asked["encode_images"] == drawn
+    assert first["forward"] - asked["forward"] >= CHECK["forward"]
+    assert first["with gradient"] - asked["with gradient"] == CHECK["with gradient"]

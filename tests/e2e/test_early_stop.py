@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dori_lightning.attacks import embedding_attack
+from dori_lightning.attacks import embedding_attack, model_check
 from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.signals import Interrupted
@@ -158,7 +158,8 @@ def solved(monkeypatch):
 
 
 EACH = SAMPLER * 2  # evaluations of an image: guided
-CHECK = {"with gradient": PAIRS, "forward": 3 * PAIRS}  # of the model, before the search
+CHECK = {"with gradient": model_check.IMAGES, "forward": 3 * model_check.IMAGES}
+"""What the check of a model before its search takes."""
 
 
 @pytest.fixture

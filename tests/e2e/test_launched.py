@@ -69,6 +69,15 @@ def test_two_processes_give_what_one_gives(way, material, tmp_path):
     assert results(tmp_path / "two") == results(tmp_path / "one")
 
 
+def test_an_error_found_while_the_other_process_starts_is_said_once(material, tmp_path):
+    """It reads and loads at the same time, and does not wait for one that is gone."""
+    wrong = ("attack.inits=[control_prompt]", "attack.other_inits=null", "pairs.kinds=[vm]")
+    (process,) = start("lightning", tmp_path, *together(material, tmp_path, *wrong))
+    text = said(process)
+    assert process.returncode == 2, text
+    assert text.count("attack.inits has control_prompt") == 1
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_which_names_it_and_the_same_command_goes_on(
     killed, material, tmp_path

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -13,12 +13,13 @@ import numpy as np
 from PIL import Image
 
 from dori_lightning.metrics.evidence import ImageEvidence, Power, Unseen, UnseenImage
-from dori_lightning.report.findings import make_report
+from dori_lightning.report.findings import Circumstances, make_report
 from dori_lightning.report.record import AuditReport, Provenance
 from dori_lightning.types import (
     Budget,
     Calibration,
     Cell,
+    CoderRows,
     Condition,
     Kind,
     Outcome,
@@ -88,6 +89,7 @@ def provenance(config: dict[str, Any] | None = None) -> Provenance:
         finished=start + timedelta(seconds=184),
         unet_evaluations=123_456,
         wall_seconds=184.2,
+        coder_rows=CoderRows(prompts=1_021, encoded=72, decoded=312),
     )
 
 
@@ -148,7 +150,10 @@ def _drawn(seed: int, noise: float) -> bytes:
 
 def measured(cells: Sequence[Cell], *, mitigation: str = "none", **more: Any) -> AuditReport:
     """An audit with these cells, and with the flags and the verdict they call for."""
+    names = {item.name for item in fields(Circumstances)} & more.keys()
+    circumstances = Circumstances(**{name: more.pop(name) for name in names})
     return make_report(
+        circumstances,
         checkpoint="dori_tiny",
         mitigation=mitigation,
         cells=tuple(cells),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dori_lightning import config
 from dori_lightning.planting.scenes import draw_scene
+from support.silence import no_silent_stage
 from support.tiny import write_tiny
 
 SMALL = (
@@ -59,10 +60,13 @@ def configuration(*overrides: str, experiment: str | None = None) -> DictConfig:
 def run_task(
     folder: Path, *overrides: str, experiment: str | None = None, whole: bool = False
 ) -> float | None:
-    """Run the composed task in ``folder``; spared of what takes longest unless ``whole``."""
+    """Run the composed task in ``folder``, spared of what takes longest unless ``whole``.
+
+    Fails where a stage shows no progress, whatever the task.
+    """
     cfg = configuration(*overrides, f"paths.output={folder.parent}", experiment=experiment)
     task = import_module(f"dori_lightning.tasks.{cfg.task.name}")
-    with nullcontext() if whole else spared():
+    with nullcontext() if whole else spared(), no_silent_stage():
         rate: float | None = task.run(cfg, folder)
     return rate
 

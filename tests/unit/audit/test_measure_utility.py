@@ -12,6 +12,7 @@ from PIL import Image
 from dori_lightning.audit.utility import (
     LossExamples,
     corpus_id,
+    generate_shares,
     measure_utility,
     near_prompts,
     write_utility,
@@ -28,6 +29,7 @@ from dori_lightning.mitigations.edits import (
 )
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import CaptionCorpus, Corpus, Examples, NoCorpus, Split
+from dori_lightning.runtime import distributed
 from dori_lightning.types import Calibration, InputError, Pair
 from support.context import FakeCorpus, make_audit_context
 from support.tiny import tiny_model, tiny_recipe
@@ -304,3 +306,37 @@ def test_a_pair_without_enough_neighbours_is_left_out_by_name() -> None:
     prompts, lacking = near_prompts([pair("a", "red boat at sea"), pair("b", "boat")], 30)
     assert "b" in lacking
     assert {item.owner for item in prompts} <= {"a"}
+
+
+def test_processes_share_the_images_of_both_models(
+    model: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_audit_context(tmp_path, model, corpus=EvaluationOnly(), utility=SMALL)
+    edit, shares = damage(model), []
+    for rank in range(2):
+        before = len(list(tmp_path.rglob("*.png")))
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            patch.setattr(distributed, "world_size", lambda: 2)
+            for waits in ("barrier", "check"):
+                patch.setattr(distributed, waits, lambda: None)
+            generate_shares(context, edit)
+        shares.append(len(list(tmp_path.rglob("*.png"))) - before)
+    decoded = model.coder_rows.decoded
+    measured(model, tmp_path, edit)
+    assert model.coder_rows.decoded == decoded, "nothing is left to be drawn"
+    assert min(shares) > 0
+
+
+def test_features_of_the_unmitigated_images_are_kept(
+    model: StableDiffusion, tmp_path: Path
+) -> None:
+    edit, drawn = damage(model), SMALL.prompts * SMALL.pictures
+    only = replace(SMALL, examples=0, neighbours=0)
+    measured(model, tmp_path, edit, settings=only, run="first")
+    encoded = model.coder_rows.encoded
+    again = measured(model, tmp_path, edit, settings=only, run="second")
+    assert model.coder_rows.encoded - encoded == drawn, "the mitigated model's alone"
+    (file, *_) = tmp_path.rglob("features-autoencoder.safetensors")
+    file.write_bytes(b"")
+    assert measured(model, tmp_path, edit, settings=only, run="third").ordinary == again.ordinary

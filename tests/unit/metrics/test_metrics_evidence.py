@@ -145,7 +145,9 @@ def rule(results: Iterable[PairResult], **scales: Scale) -> Calibration:
 
 def judged(results: list[PairResult], **options: Any) -> dict[str, ImageEvidence]:
     calibration = rule([*results, *options.get("reference", ())], **options.pop("scales", {}))
-    rows = image_evidence(results, calibration, rate=0.05, **options)
+    unseen = unseen_images(results, calibration, **options)
+    options.pop("reference_losses", None)
+    rows = image_evidence(results, calibration, unseen, rate=0.05, **options)
     return {row.id: row for row in rows}
 
 

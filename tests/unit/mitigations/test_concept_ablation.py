@@ -105,4 +105,4 @@ def test_a_run_trains_all_weights_and_says_how_many_anchors(model, suspected, co
     edit = METHOD.apply(model, suspected, context)
     assert set(edit.weights) == {n for n, _ in model.denoiser().named_parameters()}
     assert edit.origin.notes["anchors"].keys() == {pair.id for pair in suspected}
-    assert not list((context.folder / "unfinished").iterdir())
+    assert not list(context.folder.rglob("unfinished/*"))

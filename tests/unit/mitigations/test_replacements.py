@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import neighbour_prompts
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
+from support.distributed_fits import METHODS
 
 SETTINGS = AnchorSettings(prompts=3, images=2, max_similarity=0.5, ordinary=4)
 FIRST = [[0.1, 0.2], [0.2, 0.1], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.1]]
@@ -41,7 +42,7 @@ def find(model, suspected, context_of, tmp_path):
     def call(*script, settings=SETTINGS):
         measures = Measures({"scripted": Scripted(list(script))}, "scripted")
         context = context_of(tmp_path, measures=measures)
-        return find_anchors(model, suspected, context, settings, key="edit")
+        return find_anchors(model, suspected, context, settings)
 
     return call
 
@@ -86,7 +87,7 @@ def test_no_anchor_at_all_is_an_error(find):
 def test_only_pairs_to_forget_are_compared_with(model, suspected, context_of, tmp_path):
     descriptor = Scripted([[[0.1]] * 6])
     context = context_of(tmp_path, measures=Measures({"scripted": descriptor}, "scripted"))
-    find_anchors(model, suspected[1:], context, SETTINGS, key="edit")
+    find_anchors(model, suspected[1:], context, SETTINGS)
     assert [row.tolist() for row in descriptor.compared] == [[1.0]]
 
 
@@ -97,8 +98,7 @@ def test_what_a_cut_run_made_is_read_and_damaged_files_are_made_again(
     used = model.unet_evaluations
     again = find()
     assert model.unet_evaluations == used
-    anchors = tmp_path / "edits" / "unfinished" / "edit" / "anchors"
-    path = anchors / f"{suspected[0].id}.safetensors"
+    (path,) = (tmp_path / "edits" / "anchors").rglob(f"{suspected[0].id}.safetensors")
     path.write_bytes(path.read_bytes()[:-8])
     third = find(FIRST)
     assert model.unet_evaluations == used + 6 * 2 * 2, "6 images, 2 steps, 2 rows for guidance"
@@ -120,3 +120,25 @@ def test_draws_keep_images_and_prompts_together(find):
         assert torch.equal(embedding, anchors.embeddings[name][own.index(True)])
         seen[name].add(own.index(True))
     assert seen == {"pair0": {0, 1, 2}, "pair1": {0, 1}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("concept_ablation", "siss"), ("adversarial", "again")]
+)
+def test_mitigations_share_what_they_put_in_place_of_images(
+    model, suspected, context_of, tmp_path, first, second
+):
+    """The second one generates nothing, costs what it would alone, and gives the same edit."""
+    methods = {**METHODS, "again": replace(METHODS["adversarial"], name="again", epochs=1)}
+    context = context_of(tmp_path / "sweep")
+    context.find(methods[first], model, suspected)
+    used, decoded = model.unet_evaluations, model.coder_rows.decoded
+    shared = context.find(methods[second], model, suspected).edit
+    spent = model.unet_evaluations - used
+    assert model.coder_rows.decoded == decoded
+    alone = context_of(tmp_path / "alone").find(methods[second], model, suspected).edit
+    assert shared.identity == alone.identity
+    cost = shared.origin.cost
+    assert cost["reused_evaluations"] > 0
+    assert cost["unet_evaluations"] == alone.origin.cost["unet_evaluations"]
+    assert cost["unet_evaluations"] == spent + cost["reused_evaluations"]

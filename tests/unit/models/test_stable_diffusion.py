@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dori_lightning.models.protocol import Sampling
+from dori_lightning.types import CoderRows
 from support.tiny import tiny_model, tiny_recipe
 
 
@@ -118,3 +119,12 @@ def test_frozen_puts_everything_back(model):
 def test_tokens_are_counted_before_truncation(model):
     assert model.token_count("a red boat") == 5
     assert model.token_count("a red boat on sea at night a cat") == 11
+
+
+def test_rows_through_text_encoder_and_autoencoder_are_counted(tmp_path):
+    model = tiny_model(tmp_path)
+    assert model.coder_rows == CoderRows(), "questions on loading are no work"
+    context = model.encode_prompts(["a cat", "a boat"])
+    model.encode_images(torch.rand(3, 3, 32, 32))
+    model.generate(context, torch.randn(2, 4, 16, 16), Sampling("ddim", 2, 1.0, 1))
+    assert model.frozen_copy().coder_rows == model.coder_rows == CoderRows(2, 3, 2)

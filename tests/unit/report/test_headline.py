@@ -208,7 +208,7 @@ def test_changed_settings_are_not_the_papers(tmp_path):
 
 
 def test_tables_show_hits_intervals_and_the_papers_numbers(rows):
-    back, checks, tests = headline_tables(rows)
+    back, checks, tests, work = headline_tables(rows)
     line = dict(zip(back.header, back.rows[1], strict=True))
     assert line == {
         "mitigation": "nemo",
@@ -227,6 +227,10 @@ def test_tables_show_hits_intervals_and_the_papers_numbers(rows):
     assert line["UNet evaluations"] == "1,234"
     line = dict(zip(tests.header, tests.rows[1], strict=True))
     assert line["+ DoRI, against its prompt"] == "-0 +6  p 0.031"
+    assert dict(zip(work.header, work.rows[1], strict=True)) == {
+        "mitigation": "nemo", "UNet evaluations": "123,456", "prompts encoded": "1,021",
+        "images encoded": "72", "images decoded": "312",
+    }  # fmt: skip
 
 
 def test_columns_without_any_value_are_left_out(tmp_path):
@@ -235,6 +239,7 @@ def test_columns_without_any_value_are_left_out(tmp_path):
     assert [table.header for table in tables] == [
         ("mitigation", "prompt", "paper: prompt"),
         ("mitigation", "similarity", "controls"),
+        ("mitigation", "UNet evaluations", "prompts encoded", "images encoded", "images decoded"),
     ]
 
 
@@ -275,10 +280,10 @@ def test_remarks_name_what_is_missing_and_whose_numbers_these_are(compared, rows
 
 def test_markdown_holds_every_row(compared, rows):
     text = tables_markdown(headline_tables(rows), remarks(compared, rows))
-    assert text.count("### ") == 3
-    assert text.count("| nemo |") == 3
+    assert text.count("### ") == 4
+    assert text.count("| nemo |") == 4
     # without this rule under its header, a table is shown as a paragraph of bars
-    assert len(re.findall(r"^\| --- \|(?: ---:? \|)+$", text, re.MULTILINE)) == 3
+    assert len(re.findall(r"^\| --- \|(?: ---:? \|)+$", text, re.MULTILINE)) == 4
     assert "| mitigation | prompt |" in text
     assert "- tiny: all rows are counted under one threshold" in text
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from dori_lightning.runtime.batching import fixed_batches
 from dori_lightning.runtime.cache import JSON, TENSORS, Cache
@@ -23,6 +24,25 @@ def test_what_was_computed_once_is_read_again(tmp_path):
     assert len(calls) == 1
     assert torch.equal(first["x"], again["x"])
     assert cache.path("part/a").is_file()
+
+
+def test_what_another_process_computes_is_left_for_last_and_then_read(tmp_path):
+    cache, made, reused = Cache(tmp_path), [], []
+    lock = FileLock(tmp_path / "a.safetensors.lock")
+    lock.acquire()
+
+    def compute(name):
+        made.append(name)
+        if name == "c":  # by then the other one is done
+            cache.write("a", {"x": torch.zeros(1)}, KEY, TENSORS)
+            lock.release()
+        return {"x": torch.ones(1)}
+
+    found = cache.share(dict.fromkeys("abc", KEY), compute, TENSORS, found=reused.append)
+    assert (list(found), made, reused) == (["a", "b", "c"], ["b", "c"], ["a"])
+    assert found["a"]["x"].tolist() == [0]
+    assert cache.share(dict.fromkeys("ab", KEY), compute, TENSORS).keys() == {"a", "b"}
+    assert made == ["b", "c"]
 
 
 def test_another_key_is_computed_anew_and_named(tmp_path, caplog):

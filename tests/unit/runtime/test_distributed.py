@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -140,6 +141,14 @@ def test_one_process_that_goes_in_a_search_ends_both_and_they_go_on_to_the_same_
     assert checkpoint_step(last) == 2
     assert two_processes(str(cut), "adversarial") == [0, 0]
     assert written(cut).identity == written(whole).identity
+
+
+def test_processes_that_would_wait_for_this_one_end_with_it():
+    waiting = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)]
+    (process,) = waiting
+    distributed._end_alone(waiting)
+    assert process.returncode == -signal.SIGKILL
+    assert waiting == [], "Lightning looks after them no more"
 
 
 def test_a_wrong_number_of_tasks_is_refused_with_the_right_command(monkeypatch):

@@ -1,6 +1,7 @@
 """Progress, the log file of each process, and which remarks of libraries are heard."""
 
 import logging
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from dori_lightning.report.tables import TextTable, rich_table
 from dori_lightning.runtime import logging as progress
 from dori_lightning.runtime import peers
 from dori_lightning.runtime.logging import ProcessFileHandler, quiet_libraries
+from support.silence import MOST, no_silent_stage
+from support.tiny import tiny_model
 
 RECORD = logging.LogRecord("x", logging.INFO, "file", 1, "a line", None, None)
 
@@ -33,10 +36,30 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(monkeypatch, caplog):
     ]
 
 
+def test_a_stage_without_progress_is_noticed_in_any_task(tmp_path):
+    model = tiny_model(tmp_path)
+    with pytest.raises(AssertionError, match="encode_prompts"), no_silent_stage():
+        model.encode_prompts(["a cat"] * (MOST + 1))
+    with no_silent_stage():
+        for prompt in progress.with_progress("prompts", ["a cat"] * (MOST + 1)):
+            model.encode_prompts([prompt])
+        model.encode_prompts(["a cat"] * MOST)
+
+
+def test_whoever_waits_says_so(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", 0.01)
+    with progress.waiting_for("another process"):
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "waiting for another process" in caplog.text
+
+
 def test_other_processes_and_empty_stages_say_nothing(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as patched:
-        patched.setattr("dori_lightning.runtime.distributed.is_first", lambda: False)
+        patched.setenv("LOCAL_RANK", "1")
         with progress.progress_bar("attack", 10) as advance:
             advance(1)
     with progress.progress_bar("attack", 0) as advance:
