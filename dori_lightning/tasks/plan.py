@@ -104,11 +104,13 @@ _SD1 = CheckpointCost(0.8033, 0.8659, 1.6035, 2.5145, 859_520_964, 77 * 768, 512
 _SD2 = CheckpointCost(0.8043, 0.8669, 1.6045, 2.5145, 865_910_724, 77 * 1024, 512, _CARDS)
 _SD2_768 = CheckpointCost(2.1491, 2.5138, 4.2941, 5.7543, 865_910_724, 77 * 1024, 768, _CARDS)
 _SDXL = CheckpointCost(6.7612, 7.5146, 13.4696, 10.4704, 2_567_463_684, 79 * 2048, 1024, _CARDS)
+_DEV = CheckpointCost(74.39, 89.26, 148.8, 10.472, 11_901_408_320, 513 * 4096, 1024, _CARDS)
+_SCHNELL = CheckpointCost(69.47, 82.73, 138.9, 10.472, 11_891_178_560, 257 * 4096, 1024, _CARDS)
 _TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 96, 64, _TWO_CORES)
 
 CHECKPOINTS = {
     "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
-    "sdxl": _SDXL,
+    "sdxl": _SDXL, "flux1_dev": _DEV, "flux1_schnell": _SCHNELL,
     "dori_tiny": _TINY, "dori_tiny_twin": _TINY,
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""

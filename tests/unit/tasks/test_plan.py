@@ -170,6 +170,19 @@ def test_gradient_of_the_embedding_is_about_as_long_as_the_forward_pass() -> Non
     )
 
 
+def test_large_checkpoints_say_what_a_noise_sample_keeps() -> None:
+    cost = CHECKPOINTS["flux1_dev"]
+    assert cost.tflop(Evaluations(attack=400)) == pytest.approx(65_460, rel=1e-3)
+    few = "task.assume_pairs={vm: 1, tm: 0, control: 0}"
+    job = planned("checkpoint=flux1_dev", "evidence.losses=false", few)
+    said = " ".join(job.remarks)
+    assert "23.8 GB of weights" in said
+    assert "25.9 GB for the gradient" in said
+    assert "733 MB beside one block" in said
+    # guidance is an input: an image takes a row a step
+    assert job.audit.work.forward == 28 * job.audit.work.decoded > 0
+
+
 # --- what the task leaves
 
 
