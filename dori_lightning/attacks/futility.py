@@ -42,6 +42,7 @@ from dori_lightning.models.memory import pairs_at_once
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches
 from dori_lightning.runtime.cache import TENSORS, Cache, Codec, Tensors
+from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import Init
 
 WINDOW = 2
@@ -207,9 +208,14 @@ def _losses(context: AttackContext, asked: Sequence[tuple[Conditioning, int]]) -
         means: list[float] = found.view(len(part), noises).double().mean(1).cpu().tolist()
         return means
 
-    with torch.no_grad(), model.frozen():
+    with torch.no_grad(), model.frozen(), progress_bar("empty prompt", len(asked)) as advance:
         return map_batches(
-            losses, asked, at_once=pairs_at_once(model), model=model, backoff=_MEMORY
+            losses,
+            asked,
+            at_once=pairs_at_once(model),
+            model=model,
+            backoff=_MEMORY,
+            advance=advance,
         )
 
 

@@ -203,10 +203,11 @@ def kept_statistics(
     model: TextToImage, prompts: Sequence[str], cache: Cache
 ) -> ActivationStatistics:
     """As ``activation_statistics``, computed once for all mitigations of a sweep."""
+    # no name that the file's own metadata has
     key = {
         "checkpoint": model.fingerprint,
         "device": model.device.type,  # roundings differ
-        "prompts": content_hash(list(prompts)),
+        "captions": content_hash(list(prompts)),
     }
     return cache.get(
         content_hash(key)[:24], key, lambda: activation_statistics(model, prompts), STATISTICS

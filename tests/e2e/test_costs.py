@@ -94,12 +94,12 @@ def test_budgets_of_an_audit_are_read_off_one_attack(place, asked):
     asked.clear()
     audit(place, "three", "attack.snapshots=[1,2]", f"paths.cache={place / 'own'}")
     assert asked["attacks"] == 1
-    assert (asked - CHECK)["with gradient"] == one_attack
+    assert asked["with gradient"] == one_attack, "the check of the model as it is is kept"
     assert asked["encode_images"] == 0, "the first audit's latents are kept"
     assert asked["encode_prompts"] == 1 + ORDINARY, "the empty prompt, and ordinary ones"
     asked.clear()
     audit(place, "three", "attack.snapshots=[1,2]", f"paths.cache={place / 'own'}")
-    assert asked - CHECK == {"decode_latents": pairs, "encode_prompts": 1 + ORDINARY}, (
+    assert asked == {"decode_latents": pairs, "encode_prompts": 1 + ORDINARY}, (
         "again: the autoencoder's ceiling alone, and the names of the ordinary images"
     )
 

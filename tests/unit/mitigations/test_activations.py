@@ -9,9 +9,11 @@ from dori_lightning.mitigations.activations import (
     ActivationStatistics,
     activation_statistics,
     activations,
+    kept_statistics,
     layer_influence,
 )
 from dori_lightning.models.protocol import Sampling
+from dori_lightning.runtime.cache import Cache
 from dori_lightning.types import InputError
 from support.context import FakeCorpus
 from support.tiny import tiny_model
@@ -132,3 +134,17 @@ def test_layer_influence_is_that_of_the_empty_prompt_in_one_layer(tmp_path):
 def test_layer_influence_wants_a_timestep_of_the_schedule(model):
     with pytest.raises(InputError, match=r"task.timestep must be in 0..999, got 1000"):
         layer_influence(model, PROMPTS[:1], sampling=SAMPLING, timestep=1000)
+
+
+def test_statistics_are_computed_once_for_a_sweep(model, tmp_path, caplog):
+    cache = Cache(tmp_path)
+    first = kept_statistics(model, PROMPTS[:5], cache)
+    encoded = model.coder_rows.prompts
+    assert kept_statistics(model, PROMPTS[:5], cache).identity == first.identity
+    assert model.coder_rows.prompts == encoded
+    kept_statistics(model, PROMPTS[:4], cache)
+    (file,) = (path for path in tmp_path.iterdir() if path.read_bytes().find(b'"5"') > 0)
+    file.write_bytes(file.read_bytes()[:-8])
+    assert kept_statistics(model, PROMPTS[:5], cache).identity == first.identity
+    assert model.coder_rows.prompts == encoded + 4 + 5
+    assert "damaged" in caplog.text
