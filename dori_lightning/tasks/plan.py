@@ -107,12 +107,15 @@ _SDXL = CheckpointCost(6.7612, 7.5146, 13.4696, 10.4704, 2_567_463_684, 79 * 204
 _SD3M = CheckpointCost(8.9043, 11.796, 17.8037, 10.472, 2_028_328_000, 334 * 4096, 1024, _CARDS)
 _SD35M = CheckpointCost(11.2496, 15.4813, 22.4941, 10.472, 2_243_171_520, 334 * 4096, 1024, _CARDS)
 _SD35L = CheckpointCost(31.1211, 38.3712, 62.2343, 10.472, 8_056_627_520, 334 * 4096, 1024, _CARDS)
+_FLUXD = CheckpointCost(74.385, 89.255, 148.755, 10.472, 11_901_408_320, 513 * 4096, 1024, _CARDS)
+_FLUXS = CheckpointCost(69.467, 82.731, 138.925, 10.472, 11_891_178_560, 257 * 4096, 1024, _CARDS)
 _TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 96, 64, _TWO_CORES)
 
 CHECKPOINTS = {
     "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
     "sdxl": _SDXL,
     "sd3_medium": _SD3M, "sd35_medium": _SD35M, "sd35_large": _SD35L,
+    "flux1_dev": _FLUXD, "flux1_schnell": _FLUXS,
     "dori_tiny": _TINY, "dori_tiny_twin": _TINY,
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
