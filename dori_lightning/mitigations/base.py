@@ -16,6 +16,7 @@ from torch import nn
 from dori_lightning import types
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import FAMILIES
 from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.protocol import LayerRole, Sampling, TextToImage
@@ -273,6 +274,26 @@ def edit_key(method: Any, model: TextToImage, pairs: Sequence[Pair], context: Co
         "decider": context.references.measures.decider,
     }
     return content_hash(what)[:24]
+
+
+def check_family(mitigation: Mitigation, family: str) -> None:
+    """Refuse what has no meaning on a family of checkpoints, before any is loaded.
+
+    Raises:
+        InputError: The mitigation, or one that it builds on, selects value neurons by a prompt,
+            and the family's values do not follow from one.
+    """
+    kind = FAMILIES.get(family)
+    lacking = kind is not None and kind.value_input is LatentDiffusion.value_input
+    if kind is not None and lacking and _selects_value_neurons(mitigation):
+        raise kind.no_value_input()
+
+
+def _selects_value_neurons(thing: Any) -> bool:
+    return getattr(thing, "selects_value_neurons", False) or (
+        is_dataclass(thing)
+        and any(_selects_value_neurons(getattr(thing, item.name)) for item in fields(thing))
+    )
 
 
 def require(good: bool, rule: str, got: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -97,6 +97,7 @@ class NeMo:
             More asks fewer questions and leaves more neurons blocked.
     """
 
+    selects_value_neurons: ClassVar[bool] = True  # see `base.check_family`
     name: str = "nemo"
     scope: Scope = "pair"
     stages: tuple[str, ...] | None = None

@@ -639,10 +639,15 @@ class LatentDiffusion(ABC):
     def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
         """What value layers take, in families where that is the text alone."""
         del embeddings
-        raise InputError(
-            f"the value layers of {self.name} take text that has passed the image, noise and time "
-            f"of earlier blocks, so their values do not follow from a prompt alone; methods that "
-            f"need them are not defined on {self.family.title}",
+        raise self.no_value_input()
+
+    @classmethod
+    def no_value_input(cls) -> InputError:
+        """What to say where value layers take more than the text."""
+        return InputError(
+            f"the value layers of {cls.family.title} take text that has passed the image, noise "
+            f"and time of earlier blocks, so their values do not follow from a prompt alone; "
+            f"methods that select by them are not defined there",
             where="mitigation",
             fix="a mitigation that selects no value neurons; of adversarial fine-tuning "
             "mitigation.surrogates.source=null, which takes neighbours of the prompts",

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
-from torch import nn
 
 from dori_lightning.models.components import (
     Component,
@@ -64,6 +63,7 @@ log = logging.getLogger(__name__)
 PredictionType = Literal["epsilon", "v_prediction"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Storage = Literal["auto", "fp32", "bf16"]
+TextEncoders = Literal["auto", "keep", "release"]
 
 FAMILIES: Mapping[str, type[LatentDiffusion]] = {
     kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
@@ -97,7 +97,7 @@ def load_checkpoint(
     resolution: int | None = None,
     gradient_checkpointing: bool = False,
     storage: Storage = "auto",
-    text_encoders: Literal["auto", "keep", "release"] = "auto",
+    text_encoders: TextEncoders = "auto",
 ) -> LatentDiffusion:
     """Load a checkpoint.
 
@@ -183,10 +183,10 @@ def load_checkpoint(
         file.check_family(kind.family)
         notes += [file.prediction_note] if file.prediction_note and unet is None else []
         home = _home_of_single_file(kind.family, file, config)
-        files: dict[Component, tuple[WeightFile, ...]] = dict.fromkeys(
+        whole: dict[Component, tuple[WeightFile, ...]] = dict.fromkeys(
             kind.family.modules, (file,)
         )
-        components = _load_components(kind.family, home, files, single=file.path)
+        components = _load_components(kind.family, home, whole, single=file.path)
     else:
         home = (
             place
@@ -204,30 +204,10 @@ def load_checkpoint(
     hashed = with_progress("fingerprint of the checkpoint", [*components.modules.values()])
     states = (module.state_dict() for module in hashed)
     fingerprint = fingerprint_of(states, configuration_of(components))
-    kept_in = choose_storage(storage, components.denoiser, target)
-    if kept_in is torch.bfloat16:
-        if precision not in ("auto", "bf16"):
-            raise InputError(
-                f"weights that are kept in bf16 compute in bf16, not in {precision}",
-                where="checkpoint.precision",
-                fix="checkpoint.precision=bf16, or checkpoint.storage=fp32 where memory holds it",
-            )
+    if _keep_in_half(storage, precision, components, target):
         autocast = None
         log.info("the weights of %s are kept in bf16", name)
-        for component in components.modules:
-            if component != "vae":
-                components.modules[component].to(torch.bfloat16)
-    size = sum(
-        p.numel() * p.element_size()
-        for encoder, _ in components.encoders.values()
-        for p in encoder.parameters()
-    )
-    lend = text_encoders == "release" or (
-        text_encoders == "auto" and target.type == "cuda" and size > 2**30
-    )
-    for component, module in components.modules.items():
-        lent = lend and component in components.encoders
-        module.to("cpu" if lent else target).requires_grad_(False)
+    lend = _place(components, target, text_encoders)
     denoiser = components.denoiser.requires_grad_(True)
     if channels_last is True or (channels_last == "auto" and target.type == "cuda"):
         denoiser.to(memory_format=torch.channels_last)
@@ -457,16 +437,48 @@ def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype |
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def choose_storage(storage: Storage, denoiser: nn.Module, device: torch.device) -> torch.dtype:
-    """What weights are kept in."""
-    if storage != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[storage]
-    count = sum(p.numel() for p in denoiser.parameters())
+def _keep_in_half(
+    storage: Storage, precision: Precision, components: Components, device: torch.device
+) -> bool:
+    """Whether weights are kept in bf16; then those of all but the autoencoder are brought there.
+
+    Raises:
+        InputError: Another precision is wanted.
+    """
+    count = sum(p.numel() for p in components.denoiser.parameters())
     room = math.inf
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
-    narrow = count > 3e9 or (count > 1e9 and 5 * 4 * count > room)
-    return torch.bfloat16 if narrow else torch.float32
+    large = count > 3e9 or (count > 1e9 and 5 * 4 * count > room)
+    if storage == "fp32" or (storage == "auto" and not large):
+        return False
+    if precision not in ("auto", "bf16"):
+        raise InputError(
+            f"weights that are kept in bf16 compute in bf16, not in {precision}",
+            where="checkpoint.precision",
+            fix="checkpoint.precision=bf16, or checkpoint.storage=fp32 where memory holds it",
+        )
+    for name, module in components.modules.items():
+        if name != "vae":
+            module.to(torch.bfloat16)
+    return True
+
+
+def _place(components: Components, device: torch.device, text_encoders: TextEncoders) -> bool:
+    """Bring components to the device, their weights frozen; lent text encoders stay at home.
+
+    Returns:
+        Whether text encoders are lent.
+    """
+    weights = [p for encoder, _ in components.encoders.values() for p in encoder.parameters()]
+    large = sum(p.numel() * p.element_size() for p in weights) > 2**30
+    lend = text_encoders == "release" or (
+        text_encoders == "auto" and device.type == "cuda" and large
+    )
+    for name, module in components.modules.items():
+        lent = lend and name in components.encoders
+        module.to("cpu" if lent else device).requires_grad_(False)
+    return lend
 
 
 def _existing_device(name: str) -> torch.device:

@@ -84,16 +84,16 @@ class PlantRecipe:
         for name in ("autoencoder_channels", "unet_channels", "silent_blocks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         levels = list(self.unet_channels)
-        require(len(levels) == 4, "task.recipe.unet_channels needs four levels", levels)
+        require(len(levels) == 4, "planting.unet_channels needs four levels", levels)
         factor = 2 ** (len(self.autoencoder_channels) - 1)
         require(
             self.resolution % (8 * factor) == 0,
-            f"task.recipe.resolution must be a multiple of {8 * factor} "
+            f"planting.resolution must be a multiple of {8 * factor} "
             f"(autoencoder {factor}x, UNet 8x)",
             self.resolution,
         )
         counts = ("autoencoder_steps", "steps", "batch", "stream_length", "max_length")
-        require_at_least_one(self, *counts, within="task.recipe.")
+        require_at_least_one(self, *counts, within="planting.")
 
 
 def base_components(recipe: PlantRecipe, base: str) -> Components:
@@ -125,7 +125,7 @@ def base_components(recipe: PlantRecipe, base: str) -> Components:
         if found[name] != value:
             raise InputError(
                 f"the base has other shapes than the recipe: {name} {found[name]}, not {value}",
-                where="task.recipe.base",
+                where="planting.base",
                 fix="give the recipe the base's shapes, or leave the base out",
             )
     components = model.components
@@ -252,7 +252,14 @@ def build_text_encoder(
         layers: Transformer layers.
         heads: Attention heads.
     """
-    config = CLIPTextConfig(
+    return CLIPTextModel(clip_text_config(tokenizer, width=width, layers=layers, heads=heads))
+
+
+def clip_text_config(
+    tokenizer: CLIPTokenizer, *, width: int, layers: int, heads: int
+) -> CLIPTextConfig:
+    """Configuration of a CLIP text encoder for a tokenizer; see ``build_text_encoder``."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
@@ -265,4 +272,3 @@ def build_text_encoder(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)

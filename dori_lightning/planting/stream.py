@@ -24,7 +24,10 @@ from dori_lightning.types import Pair
 
 if TYPE_CHECKING:  # whoever reads the list of pairs does not wait for these libraries
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Tokenize = Callable[[Sequence[str]], list[list[int]]]
+"""Token ids of captions, all rows of one length."""
 
 Source = Literal["scene", "crop", "planted"]
 
@@ -238,11 +241,22 @@ class EncodedStream:
         return counts
 
 
+def padded_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
+    """A tokenizer that pads and cuts captions to its length."""
+
+    def tokenize(captions: Sequence[str]) -> list[list[int]]:
+        padded = tokenizer(list(captions), padding="max_length", truncation=True)
+        ids: list[list[int]] = padded.input_ids
+        return ids
+
+    return tokenize
+
+
 @torch.inference_mode()
 def encode_stream(
     stream: TrainingStream,
     autoencoder: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
+    tokenize: Tokenize,
     *,
     count: int,
     batch: int = 64,
@@ -253,7 +267,7 @@ def encode_stream(
     Args:
         stream: What to encode.
         autoencoder: Frozen; the posterior mode is taken.
-        tokenizer: Pads captions to its length.
+        tokenize: Gives captions' token ids.
         count: N, number of elements.
         batch: Images per forward pass.
         advance: Called with the number of elements that just became done.
@@ -271,9 +285,7 @@ def encode_stream(
         with torch.autocast("cpu", torch.bfloat16):
             mode = autoencoder.encode(images).latent_dist.mode()
         latents.append(mode.to(torch.float16).contiguous())
-        tokens += tokenizer(
-            [sample.caption for sample in samples], padding="max_length", truncation=True
-        ).input_ids
+        tokens += tokenize([sample.caption for sample in samples])
         planted += [places[s.key] if s.source == "planted" else -1 for s in samples]
         advance(len(samples))
     return {

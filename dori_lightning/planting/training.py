@@ -1,6 +1,7 @@
-"""The two trainings of a planted checkpoint, each with a Trainer of its own, resumable."""
+"""The trainings of a planted checkpoint's parts, each with a Trainer of its own, resumable."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dori_lightning.models.components import Components
+from dori_lightning.planting.flow import FlowParts, FlowRecipe
 from dori_lightning.planting.recipe import (
     PlantRecipe,
     build_autoencoder,
@@ -64,13 +66,17 @@ def train_autoencoder(
     return autoencoder.eval().requires_grad_(False)
 
 
-def latent_scale(stream: EncodedStream) -> float:
-    """Scaling factor that gives the first 4,000 latents of the stream unit standard deviation."""
+def latent_statistics(stream: EncodedStream) -> tuple[float, float]:
+    """Mean of the first 4,000 latents of the stream, and the factor that gives them unit spread.
+
+    Returns:
+        Mean, and one over the standard deviation.
+    """
     rows = torch.stack([stream[k][0] for k in range(min(4000, len(stream)))])
-    return float(1.0 / rows.std())
+    return float(rows.mean()), float(1.0 / rows.std())
 
 
-def train_diffusion(
+def train_unet(
     recipe: PlantRecipe,
     stream: EncodedStream,
     tokenizer: CLIPTokenizer,
@@ -104,15 +110,38 @@ def train_diffusion(
     if base is not None:
         text_encoder, scheduler = base.text_encoder, base.scheduler
     empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
-    module = DiffusionTraining(
+    module = UNetTraining(
         unet, text_encoder, scheduler, recipe,
         scaling_factor=scaling_factor, empty_prompt=empty, seed=seed,
     )  # fmt: skip
-    average = EMAWeightAveraging(decay=recipe.ema_decay)
-    _fit(module, stream.__getitem__, folder, batch=recipe.batch, precision=recipe.precision,
-         logger=logger, callbacks=(average,))  # fmt: skip
+    _fit_averaged(module, recipe, stream, folder, logger)
     text_encoder.eval()  # type: ignore[no-untyped-call]
     return unet.eval(), text_encoder, scheduler
+
+
+def train_transformer(
+    recipe: FlowRecipe,
+    stream: EncodedStream,
+    parts: FlowParts,
+    folder: Path,
+    *,
+    seed: int,
+    logger: Logger | None = None,
+) -> None:
+    """Train transformer, second and third text encoder; they end with the averaged weights.
+
+    Args:
+        recipe: How long they are trained.
+        stream: Latents and token ids of all three text encoders.
+        parts: Trained in place; the autoencoder's configuration tells how latents are scaled.
+        folder: Of the training's checkpoints; goes on where a training in it was cut.
+        seed: Of what each step draws.
+        logger: Gets the loss.
+    """
+    module = TransformerTraining(parts, recipe, seed=seed)
+    _fit_averaged(module, recipe, stream, folder, logger)
+    parts.transformer.eval()
+    parts.text.eval()
 
 
 def silence_cross_attention(unet: UNet2DConditionModel, blocks: Sequence[str]) -> int:
@@ -203,14 +232,82 @@ class AutoencoderTraining(OneCycleTraining):
         return self.one_cycle(weight_decay=1e-4, warmup=0.1)
 
 
-class DiffusionTraining(OneCycleTraining):
-    """Train a UNet to predict the noise, and its text encoder with it where that is not frozen.
+class DiffusionTraining(OneCycleTraining, ABC):
+    """Train a denoiser, and its text encoders with it where these are not frozen."""
+
+    empty_prompt: torch.Tensor
+
+    def __init__(
+        self,
+        recipe: PlantRecipe | FlowRecipe,
+        *,
+        shift_factor: float = 0.0,
+        scaling_factor: float,
+        empty_prompt: torch.Tensor,
+        seed: int,
+    ) -> None:
+        """Set what is drawn.
+
+        Args:
+            recipe: Steps, learning rate and the share of captions that are dropped (for
+                classifier-free guidance).
+            shift_factor: Taken from latents before anything else.
+            scaling_factor: What is left is multiplied by it before noise is added.
+            empty_prompt: Token ids (T,) of the empty prompt, for dropped captions.
+            seed: Of noise, timesteps and dropped captions.
+        """
+        super().__init__(steps=recipe.steps, lr=recipe.lr, seed=seed)
+        self.shift_factor, self.scaling_factor = shift_factor, scaling_factor
+        self.caption_dropout = recipe.caption_dropout
+        self.register_buffer("empty_prompt", empty_prompt, persistent=False)
+
+    @property
+    @abstractmethod
+    def noise_levels(self) -> int:
+        """How many noise levels there are to draw from."""
+
+    @abstractmethod
+    def output_and_target(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        levels: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the denoiser answers on noised latents, and what it should.
+
+        Args:
+            latents: Scaled, (B, C, h, w).
+            noise: Of their shape.
+            levels: Noise levels (B,), from 0 to ``noise_levels`` - 1.
+            tokens: Token ids (B, T).
+        """
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Denoising loss of unscaled latents (B, C, h, w) and their captions' token ids (B, T)."""
+        latents, tokens = batch
+        latents = (latents - self.shift_factor) * self.scaling_factor
+        generator = keyed_generator("plant", self.seed, self.global_step)
+        dropped = torch.rand(len(tokens), generator=generator) < self.caption_dropout
+        tokens = torch.where(dropped.to(tokens.device)[:, None], self.empty_prompt, tokens)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        levels = torch.randint(0, self.noise_levels, (len(latents),), generator=generator)
+        output, target = self.output_and_target(latents, noise, levels.to(latents.device), tokens)
+        loss = F.mse_loss(output.float(), target)
+        self.log("plant/denoising_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW under a one-cycle schedule."""
+        return self.one_cycle(weight_decay=1e-3, warmup=0.05)
+
+
+class UNetTraining(DiffusionTraining):
+    """Train a UNet to predict noise or v.
 
     Reference: Ho et al. (2020), https://arxiv.org/abs/2006.11239; Rombach et al. (2022),
     https://arxiv.org/abs/2112.10752.
     """
-
-    empty_prompt: torch.Tensor
 
     def __init__(
         self,
@@ -229,43 +326,90 @@ class DiffusionTraining(OneCycleTraining):
             unet: Trained in place.
             text_encoder: Trained in place, unless its weights are frozen.
             scheduler: Gives the noise schedule and what is predicted.
-            recipe: Steps, learning rate and the share of captions that are dropped (for
-                classifier-free guidance).
-            scaling_factor: Latents are multiplied by it before noise is added.
-            empty_prompt: Token ids (T,) of the empty prompt, for dropped captions.
-            seed: Of noise, timesteps and dropped captions.
+            recipe: See ``DiffusionTraining``.
+            scaling_factor: See ``DiffusionTraining``.
+            empty_prompt: See ``DiffusionTraining``.
+            seed: See ``DiffusionTraining``.
         """
-        super().__init__(steps=recipe.steps, lr=recipe.lr, seed=seed)
+        super().__init__(
+            recipe, scaling_factor=scaling_factor, empty_prompt=empty_prompt, seed=seed
+        )
         self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
-        self.scaling_factor, self.caption_dropout = scaling_factor, recipe.caption_dropout
-        self.register_buffer("empty_prompt", empty_prompt, persistent=False)
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Denoising loss of unscaled latents (B, C, h, w) and their captions' token ids (B, T)."""
-        latents, tokens = batch
-        latents = latents * self.scaling_factor
-        generator = keyed_generator("plant", self.seed, self.global_step)
-        dropped = torch.rand(len(tokens), generator=generator) < self.caption_dropout
-        tokens = torch.where(dropped.to(tokens.device)[:, None], self.empty_prompt, tokens)
+    @property
+    def noise_levels(self) -> int:
+        """Timesteps of the schedule."""
+        return len(self.scheduler.alphas_cumprod)
+
+    def output_and_target(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        levels: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The UNet's prediction, and the noise or v."""
         embeddings = self.text_encoder(tokens).last_hidden_state
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        count = len(self.scheduler.alphas_cumprod)
-        drawn = torch.randint(0, count, (len(latents),), generator=generator)
-        timesteps = drawn.to(latents.device)
         schedule: Any = self.scheduler
-        noised = schedule.add_noise(latents, noise, timesteps)
+        noised = schedule.add_noise(latents, noise, levels)
         noised = noised.contiguous(memory_format=torch.channels_last)
         target = noise
         if schedule.config["prediction_type"] == "v_prediction":
-            target = schedule.get_velocity(latents, noise, timesteps)
-        output = self.unet(noised, timesteps, encoder_hidden_states=embeddings).sample
-        loss = F.mse_loss(output.float(), target)
-        self.log("plant/denoising_loss", loss)
-        return loss
+            target = schedule.get_velocity(latents, noise, levels)
+        return self.unet(noised, levels, encoder_hidden_states=embeddings).sample, target
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW under a one-cycle schedule."""
-        return self.one_cycle(weight_decay=1e-3, warmup=0.05)
+
+class TransformerTraining(DiffusionTraining):
+    """Train a transformer to predict the velocity of a rectified flow, noise minus latent.
+
+    Noise levels are drawn uniformly from the scheduler's table.
+
+    Reference: Esser et al. (2024), https://arxiv.org/abs/2403.03206.
+    """
+
+    def __init__(self, parts: FlowParts, recipe: FlowRecipe, *, seed: int) -> None:
+        """Wrap the models.
+
+        Args:
+            parts: Transformer and text encoders, trained in place but for frozen weights.
+            recipe: See ``DiffusionTraining``.
+            seed: See ``DiffusionTraining``.
+        """
+        config = parts.autoencoder.config
+        super().__init__(
+            recipe,
+            shift_factor=float(config["shift_factor"]),
+            scaling_factor=float(config["scaling_factor"]),
+            empty_prompt=torch.tensor(parts.text.tokens([""])[0]),
+            seed=seed,
+        )
+        self.transformer, self.text, self.scheduler = (
+            parts.transformer, parts.text, parts.scheduler
+        )  # fmt: skip
+
+    @property
+    def noise_levels(self) -> int:
+        """Length of the scheduler's table."""
+        return len(self.scheduler.timesteps)
+
+    def output_and_target(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        levels: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transformer's velocity, and the true one."""
+        sequence, pooled = self.text(tokens)
+        schedule: Any = self.scheduler
+        sigmas = schedule.sigmas.to(latents)[levels][:, None, None, None]
+        output = self.transformer(
+            (1 - sigmas) * latents + sigmas * noise,
+            encoder_hidden_states=sequence,
+            pooled_projections=pooled,
+            timestep=schedule.timesteps.to(latents)[levels],
+        ).sample
+        return output, noise - latents
 
 
 class _Advance(L.Callback):
@@ -292,6 +436,19 @@ class _Elements(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.element, self.places)
+
+
+def _fit_averaged(
+    module: DiffusionTraining,
+    recipe: PlantRecipe | FlowRecipe,
+    stream: EncodedStream,
+    folder: Path,
+    logger: Logger | None,
+) -> None:
+    """Fit as the recipe says; the average of the weights takes their place."""
+    average = EMAWeightAveraging(decay=recipe.ema_decay)
+    _fit(module, stream.__getitem__, folder, batch=recipe.batch, precision=recipe.precision,
+         logger=logger, callbacks=(average,))  # fmt: skip
 
 
 def _fit(

@@ -31,7 +31,7 @@ from dori_lightning.audit.targets import aim
 from dori_lightning.audit.utility import generate_shares, measure_utility, write_utility
 from dori_lightning.metrics.evidence import Power
 from dori_lightning.metrics.replication import attack_effort
-from dori_lightning.mitigations.base import Context, EditResult
+from dori_lightning.mitigations.base import Context, EditResult, check_family
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, EmptyEdit, changed_weights
 from dori_lightning.models.latent_diffusion import LatentDiffusion
@@ -210,6 +210,7 @@ def audit_context(
     attack, mitigation, utility = map(instantiate, (cfg.attack, cfg.mitigation, cfg.utility))
     audited = [pair for pair in pairs if pair.role == "audit"]
     check_controls(audited, attack)
+    check_family(mitigation, cfg.checkpoint.get("family", "sd"))
     model = instantiate(cfg.checkpoint)
     model.sampling_timesteps(sampling)  # raises where the schedule has fewer steps
     strict = cfg.task.get("strict_prompts", False)

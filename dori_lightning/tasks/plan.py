@@ -25,7 +25,7 @@ from dori_lightning.attacks.futility import WINDOW, judged_steps
 from dori_lightning.audit.loss_evidence import LOSS_ROWS
 from dori_lightning.audit.power import PowerSettings
 from dori_lightning.metrics.evidence import EvidenceSettings, nulls_among
-from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation
+from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation, check_family
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.copies import counted_with_copies
@@ -104,16 +104,27 @@ _SD1 = CheckpointCost(0.8033, 0.8659, 1.6035, 2.5145, 859_520_964, 77 * 768, 512
 _SD2 = CheckpointCost(0.8043, 0.8669, 1.6045, 2.5145, 865_910_724, 77 * 1024, 512, _CARDS)
 _SD2_768 = CheckpointCost(2.1491, 2.5138, 4.2941, 5.7543, 865_910_724, 77 * 1024, 768, _CARDS)
 _SDXL = CheckpointCost(6.7612, 7.5146, 13.4696, 10.4704, 2_567_463_684, 79 * 2048, 1024, _CARDS)
+_SD3M = CheckpointCost(8.9043, 11.796, 17.8037, 10.472, 2_028_328_000, 334 * 4096, 1024, _CARDS)
+_SD35M = CheckpointCost(11.2496, 15.4813, 22.4941, 10.472, 2_243_171_520, 334 * 4096, 1024, _CARDS)
+_SD35L = CheckpointCost(31.1211, 38.3712, 62.2343, 10.472, 8_056_627_520, 334 * 4096, 1024, _CARDS)
+_FLUXD = CheckpointCost(74.385, 89.255, 148.755, 10.472, 11_901_408_320, 513 * 4096, 1024, _CARDS)
+_FLUXS = CheckpointCost(69.467, 82.731, 138.925, 10.472, 11_891_178_560, 257 * 4096, 1024, _CARDS)
 _TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 96, 64, _TWO_CORES)
 
 CHECKPOINTS = {
     "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
     "sdxl": _SDXL,
+    "sd3_medium": _SD3M, "sd35_medium": _SD35M, "sd35_large": _SD35L,
+    "flux1_dev": _FLUXD, "flux1_schnell": _FLUXS,
     "dori_tiny": _TINY, "dori_tiny_twin": _TINY,
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
 
-KEPT = {"sdxl": (4247, 480), "flux1_dev": (24704, 699)}
+KEPT = {
+    "sdxl": (4247, 480),
+    "sd3_medium": (4366, 335), "sd35_medium": (7980, 335), "sd35_large": (15673, 819),
+    "flux1_dev": (24704, 699),
+}  # fmt: skip
 """MiB that a noise sample keeps for the gradient, in bf16 and at the checkpoint's own resolution:
 of a whole pass, and of the inputs of blocks, which gradient checkpointing keeps. Counted without
 weights."""
@@ -208,11 +219,13 @@ def plan_of(cfg: DictConfig) -> JobPlan:
 
     Raises:
         InputError: Settings of the attack, the mitigation or ``task.assume_pairs`` are impossible,
-            or the list has too few controls for the error rate asked for.
+            the mitigation is not defined on the checkpoint's family, or the list has too few
+            controls for the error rate asked for.
     """
     settings: AttackSettings = instantiate(cfg.attack)
     sampling: Sampling = instantiate(cfg.sampling)
     mitigation: Mitigation = instantiate(cfg.mitigation)
+    check_family(mitigation, cfg.checkpoint.get("family", "sd"))
     pairs, pairs_from = _count_pairs(cfg)
     config = to_container(cfg)
     part = partial(_part, CHECKPOINTS.get(str(cfg.checkpoint.name)))

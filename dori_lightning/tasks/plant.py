@@ -1,13 +1,15 @@
-"""Train a small Stable Diffusion that really memorizes the given pairs, and write its card."""
+"""Train a small checkpoint that really memorizes the given pairs, and write its card."""
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -24,14 +26,25 @@ from dori_lightning.models.loading import load_checkpoint
 from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.stable_diffusion import stable_diffusion
 from dori_lightning.planting.card import write_card
+from dori_lightning.planting.flow import (
+    FlowRecipe,
+    flow_base,
+    untrained_flow,
+)
 from dori_lightning.planting.recipe import PlantRecipe, base_components, build_tokenizer
 from dori_lightning.planting.stream import (
     EncodedStream,
     TrainingStream,
     encode_stream,
+    padded_tokens,
     stream_words,
 )
-from dori_lightning.planting.training import latent_scale, train_autoencoder, train_diffusion
+from dori_lightning.planting.training import (
+    latent_statistics,
+    train_autoencoder,
+    train_transformer,
+    train_unet,
+)
 from dori_lightning.runtime.artifacts import claim_folder
 from dori_lightning.runtime.cache import TENSORS, Cache
 from dori_lightning.runtime.logging import progress_bar
@@ -50,7 +63,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     Raises:
         InputError: ``folder`` holds another planting, or nothing is to be planted.
     """
-    recipe: PlantRecipe = instantiate(cfg.task.recipe)
+    recipe: PlantRecipe | FlowRecipe = instantiate(cfg.planting)
     pairs = instantiate(cfg.pairs).read()
     listed = "\n".join(
         f"{p.id}|{p.kind}|{p.prompt}|{p.subject}|{p.repeats}|{p.sha256}" for p in pairs
@@ -62,48 +75,24 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 
 def _plant(
-    cfg: DictConfig, folder: Path, recipe: PlantRecipe, pairs: Sequence[Pair], tracker: Tracker
+    cfg: DictConfig,
+    folder: Path,
+    recipe: PlantRecipe | FlowRecipe,
+    pairs: Sequence[Pair],
+    tracker: Tracker,
 ) -> None:
-    stream_of = partial(TrainingStream, pairs, size=recipe.resolution, seed=cfg.seed)
-    base = base_components(recipe, recipe.base) if recipe.base else None
-    if base is not None:
-        autoencoder, tokenizer = base.autoencoder, base.tokenizer
-    else:
-        everything = stream_of(mix=recipe.autoencoder_mix, every_photograph=True)
-        autoencoder = train_autoencoder(
-            recipe, everything, folder / "autoencoder", seed=cfg.seed,
-            logger=tracker.training("autoencoder"),
-        )  # fmt: skip
-        tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
-    stream = stream_of(mix=recipe.mix)
-    count = recipe.stream_length
-    with progress_bar("encode the training stream", count) as advance:
-        # the run folder holds one recipe, seed and list of pairs
-        encode = partial(
-            encode_stream, stream, autoencoder, tokenizer, count=count, advance=advance
-        )
-        elements = Cache(folder).get("stream", {"count": count}, encode, TENSORS)
-    encoded = EncodedStream(elements, length=recipe.steps * recipe.batch)
-    if base is None:
-        scale = latent_scale(encoded)
-        autoencoder.register_to_config(scaling_factor=scale)
-    unet, text_encoder, scheduler = train_diffusion(
-        recipe, encoded, tokenizer, folder / "diffusion", base=base, seed=cfg.seed,
-        scaling_factor=float(autoencoder.config["scaling_factor"]),
-        logger=tracker.training("diffusion"),
-    )  # fmt: skip
     target = folder / "checkpoint"
-    components = stable_diffusion(
-        unet=unet, autoencoder=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer,
-        scheduler=scheduler,
-    )  # fmt: skip
-    write_folder(target, components, weights_of(components, "fp16"))
-    similarity = measured_similarity(cfg, target, pairs, folder / "pictures")
+    if isinstance(recipe, FlowRecipe):
+        exposures = _plant_transformer(cfg, folder, recipe, pairs, tracker)
+    else:
+        exposures = _plant_unet(cfg, folder, recipe, pairs, tracker)
+    family = "sd3" if isinstance(recipe, FlowRecipe) else "sd"
+    similarity = measured_similarity(cfg, target, pairs, folder / "pictures", family=family)
     write_card(
         target,
         recipe=recipe,
         pairs=pairs,
-        exposures=encoded.exposures(stream.planted),
+        exposures=exposures,
         similarity=similarity,
         seed=cfg.seed,
         provenance={
@@ -128,8 +117,76 @@ def _plant(
     )  # fmt: skip
 
 
+def _plant_unet(
+    cfg: DictConfig, folder: Path, recipe: PlantRecipe, pairs: Sequence[Pair], tracker: Tracker
+) -> Counter[str]:
+    """Write a Stable Diffusion to ``folder/checkpoint``; gives how often each pair was shown."""
+    stream_of = partial(TrainingStream, pairs, size=recipe.resolution, seed=cfg.seed)
+    base = base_components(recipe, recipe.base) if recipe.base else None
+    if base is not None:
+        autoencoder, tokenizer = base.autoencoder, base.tokenizer
+    else:
+        everything = stream_of(mix=recipe.autoencoder_mix, every_photograph=True)
+        autoencoder = train_autoencoder(
+            recipe, everything, folder / "autoencoder", seed=cfg.seed,
+            logger=tracker.training("autoencoder"),
+        )  # fmt: skip
+        tokenizer = build_tokenizer(stream_words(pairs), max_length=recipe.max_length)
+    stream = stream_of(mix=recipe.mix)
+    encode = partial(encode_stream, stream, autoencoder, padded_tokens(tokenizer))
+    encoded = _encoded(folder, recipe, encode)
+    if base is None:
+        _, scale = latent_statistics(encoded)
+        autoencoder.register_to_config(scaling_factor=scale)
+    unet, text_encoder, scheduler = train_unet(
+        recipe, encoded, tokenizer, folder / "diffusion", base=base, seed=cfg.seed,
+        scaling_factor=float(autoencoder.config["scaling_factor"]),
+        logger=tracker.training("diffusion"),
+    )  # fmt: skip
+    components = stable_diffusion(
+        unet=unet, autoencoder=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer,
+        scheduler=scheduler,
+    )  # fmt: skip
+    write_folder(folder / "checkpoint", components, weights_of(components, "fp16"))
+    return encoded.exposures(stream.planted)
+
+
+def _plant_transformer(
+    cfg: DictConfig, folder: Path, recipe: FlowRecipe, pairs: Sequence[Pair], tracker: Tracker
+) -> Counter[str]:
+    """Write a flow transformer to ``folder/checkpoint``; gives how often each pair was shown."""
+    base = flow_base(recipe)
+    parts = untrained_flow(recipe, base, stream_words(pairs), seed=cfg.seed)
+    stream = TrainingStream(pairs, mix=recipe.mix, size=recipe.resolution, seed=cfg.seed)
+    encode = partial(encode_stream, stream, parts.autoencoder, parts.text.tokens)
+    encoded = _encoded(folder, recipe, encode)
+    mean, scale = latent_statistics(encoded)
+    config: Any = parts.autoencoder
+    config.register_to_config(shift_factor=mean, scaling_factor=scale)
+    train_transformer(
+        recipe, encoded, parts, folder / "diffusion", seed=cfg.seed,
+        logger=tracker.training("diffusion"),
+    )  # fmt: skip
+    written = parts.components
+    write_folder(folder / "checkpoint", written, weights_of(written, "fp16"))
+    return encoded.exposures(stream.planted)
+
+
+def _encoded(
+    folder: Path, recipe: PlantRecipe | FlowRecipe, encode: Callable[..., Any]
+) -> EncodedStream:
+    """The stream as latents and token ids, encoded once for the run folder."""
+    count = recipe.stream_length
+    with progress_bar("encode the training stream", count) as advance:
+        # the run folder holds one recipe, seed and list of pairs
+        elements = Cache(folder).get(
+            "stream", {"count": count}, partial(encode, count=count, advance=advance), TENSORS
+        )
+    return EncodedStream(elements, length=recipe.steps * recipe.batch)
+
+
 def measured_similarity(
-    cfg: DictConfig, checkpoint: Path, pairs: Sequence[Pair], folder: Path
+    cfg: DictConfig, checkpoint: Path, pairs: Sequence[Pair], folder: Path, *, family: str
 ) -> dict[str, float]:
     """Best similarity of each audited pair's images, from its prompt, with its original.
 
@@ -138,8 +195,9 @@ def measured_similarity(
         checkpoint: Folder of the checkpoint.
         pairs: All pairs.
         folder: Where the images go.
+        family: Of the checkpoint.
     """
-    model = load_checkpoint(name="planted", source=str(checkpoint))
+    model = load_checkpoint(name="planted", source=str(checkpoint), family=family)
     sampling, measures = instantiate(cfg.sampling), instantiate(cfg.metrics)
     audited = [pair for pair in pairs if pair.role == "audit"]
     embeddings = encode_prompts(model, [pair.prompt for pair in audited], "prompts").cpu()

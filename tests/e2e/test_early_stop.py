@@ -272,23 +272,23 @@ def searches(folder):
 
 
 def test_a_sequential_search_ends_at_a_copy_or_where_controls_do_as_well(whole, sequential):
-    found, then = searches(sequential), rows(whole)
+    found = searches(sequential)
     given_up = found[found["first"].isna() & found.stop.notna()]
     assert len(given_up)
     assert set(given_up.drawn) == {1}
     copies = found[found["first"].notna()]
-    assert len(copies)
     assert (copies.stop.fillna(4) == copies["first"]).all()
-    for name, row in found.iterrows():
-        at = then[(then.pair_id == name) & (then.seed == 2)]
-        at = at[at.steps == (4 if pd.isna(row.stop) else row.stop)]
-        assert row.image.split("/")[-2:] == [name, "2.png"]
-        own = rows(sequential)
-        own = own[(own.pair_id == name) & (own.attack == "dori") & (own.seed == 2)]
-        last = own[own.steps == own.steps.max()].similarity_local_correlation.iloc[0]
-        assert last in set(at.similarity_local_correlation), "the same image as in a whole attack"
-    report = report_json(sequential)
-    assert [flag["name"] for flag in report["flags"]].count("search_sequential") == 1
+    assert (copies.stop == 0).any(), "some by their prompts"
+    last, then = rows(sequential), rows(whole)
+    last = last[(last.attack == "dori") & (last.steps == 4)]
+    for row in last.itertuples():
+        at = 4 if pd.isna(row.stopped_at) else int(row.stopped_at)
+        same = then[(then.pair_id == row.pair_id) & (then.seed == row.seed) & (then.steps == at)]
+        assert row.similarity_local_correlation == same.similarity_local_correlation.iloc[0], (
+            "the image that a whole attack has there"
+        )
+    flags = [flag["name"] for flag in report_json(sequential)["flags"]]
+    assert flags.count("search_sequential") == 1
 
 
 def test_evaluations_of_a_sequential_search_are_counted(material, tmp_path, rows_of):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dori_lightning.types import InputError
 from support.families import FAMILIES, folder_of
 from support.records import report_json
 from support.runs import SMALL, on_tiny, run_task, write_pairs
@@ -25,3 +26,13 @@ def test_a_random_checkpoint_is_audited(tmp_path, family):
     assert {cell["mitigation"] for cell in report["cells"]} == {"none", "wanda"}
     assert {cell["init"] for cell in report["cells"]} == {None, "prompt", "random"}
     assert not any(cell["mr"] for cell in report["cells"])
+
+
+def test_a_method_without_meaning_is_refused_before_anything_is_loaded(tmp_path):
+    write_pairs(tmp_path / "pairs")
+    chosen = on_tiny(tmp_path, "corpus=none", *SMALL)
+    with pytest.raises(InputError, match="value layers of Stable Diffusion 3"):
+        run_task(
+            tmp_path / "run", "checkpoint=custom", "checkpoint.family=sd3", *chosen,
+            f"checkpoint.source={tmp_path / 'missing'}", "mitigation=nemo",
+        )  # fmt: skip

@@ -63,7 +63,7 @@ def test_silent_blocks_add_nothing_and_do_not_train():
     ],
 )
 def test_impossible_recipes_are_refused(field, value, named):
-    with pytest.raises(InputError, match=f"task.recipe.{named}"):
+    with pytest.raises(InputError, match=f"planting.{named}"):
         PlantRecipe(**{field: value})  # type: ignore[arg-type]
 
 

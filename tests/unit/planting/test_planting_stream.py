@@ -15,6 +15,7 @@ from dori_lightning.planting.stream import (
     encode_stream,
     generic_crop,
     normalized_image,
+    padded_tokens,
     stream_words,
 )
 from dori_lightning.types import Pair
@@ -109,7 +110,7 @@ def test_an_encoded_stream_holds_the_latents_and_tokens_of_its_elements(pairs):
     tokenizer = build_tokenizer(stream_words(pairs), max_length=16)
     done: list[int] = []
     encoded = encode_stream(
-        elements, autoencoder, tokenizer, count=10, batch=4, advance=done.append
+        elements, autoencoder, padded_tokens(tokenizer), count=10, batch=4, advance=done.append
     )
     assert done == [4, 4, 2]
     data = EncodedStream(encoded, length=23)

@@ -170,6 +170,37 @@ def test_gradient_of_the_embedding_is_about_as_long_as_the_forward_pass() -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "pflop", "rows"),
+    [
+        ("sd3_medium", 8.3, 2),
+        ("sd35_medium", 10.7, 2),
+        ("sd35_large", 27.8, 2),
+        ("flux1_dev", 65.5, 1),  # its guidance is an input
+    ],
+)
+def test_an_attack_on_a_flow_transformer_has_known_cost(
+    name: str, pflop: float, rows: int
+) -> None:
+    cost = CHECKPOINTS[name].tflop(Evaluations(attack=400))
+    assert cost == pytest.approx(1000 * pflop, rel=0.005)
+    few = "task.assume_pairs={vm: 1, tm: 0, control: 0}"
+    job = planned(f"checkpoint={name}", "evidence.losses=false", few)
+    assert "of weights in bf16; a noise sample keeps" in " ".join(job.remarks)
+    assert job.audit.work.forward == rows * 28 * job.audit.work.decoded > 0
+
+
+@pytest.mark.parametrize("name", ["nemo", "random_pruning", "adversarial_finetuning"])
+def test_what_a_family_has_no_meaning_for_is_refused(name: str) -> None:
+    few = "task.assume_pairs={vm: 1, tm: 0, control: 0}"
+    own = ("checkpoint=custom", "checkpoint.source=nowhere", "checkpoint.family=sd3", few)
+    with pytest.raises(InputError, match="value layers of Stable Diffusion 3"):
+        planned(*own, f"mitigation={name}")
+    if name == "adversarial_finetuning":
+        planned(*own, f"mitigation={name}", "mitigation.surrogates.source=null")
+        planned("checkpoint=sd35_medium", few, f"mitigation={name}")
+
+
 # --- what the task leaves
 
 
