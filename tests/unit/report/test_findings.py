@@ -310,7 +310,7 @@ def test_a_sequential_search_says_what_it_gave_up_and_is_no_search_that_stands_s
     def report(stop: int, level: float | None) -> AuditReport:
         outcomes = tuple(
             replace(
-                fakes.outcome(Pair(f"{kind}{k}", kind, "", Path()), fakes.dori(), [score]),
+                fakes.outcome(Pair(f"{kind}{score}{k}", kind, "", Path()), fakes.dori(), [score]),
                 loss_first=0.2,
                 loss_last=0.2,
                 stopped_at=stop,
