@@ -203,7 +203,9 @@ def load_checkpoint(
     check_components(kind, components, str(home))
     hashed = with_progress("fingerprint of the checkpoint", [*components.modules.values()])
     states = (module.state_dict() for module in hashed)
-    fingerprint = fingerprint_of(states, configuration_of(components))
+    with blamed("no sampler takes this schedule", f"{home}/scheduler/scheduler_config.json"):
+        configuration = configuration_of(components)
+    fingerprint = fingerprint_of(states, configuration)
     if _keep_in_half(storage, precision, components, target):
         autocast = None
         log.info("the weights of %s are kept in bf16", name)

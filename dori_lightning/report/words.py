@@ -51,7 +51,9 @@ def number_words(count: int, noun: str) -> str:
 
 def plural_words(noun: str) -> str:
     """Write a noun in the plural: ``images``, ``template copies``."""
-    return noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    if noun.endswith("y"):
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith("ch") else "s")
 
 
 def percent_words(rate: float) -> str:
