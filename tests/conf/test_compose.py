@@ -85,12 +85,20 @@ def test_no_task_needs_a_config_of_its_own():
     [
         ("dori_tiny", 4, 2.0),
         ("dori_tiny_twin", 4, 2.0),
+        ("dori_tiny_flow", 4, 2.0),
         *((name, 10, 7.0) for name in ("sd14", "sd15", "sd20", "sd20_base", "sd21")),
     ],
 )
 def test_checkpoint_brings_its_sampling(checkpoint, images, guidance):
     sampling = composed(f"checkpoint={checkpoint}").sampling
     assert (sampling.images_per_pair, sampling.guidance) == (images, guidance)
+
+
+def test_what_is_planted_brings_a_sampler_of_its_family():
+    assert composed("task=plant").sampling.sampler == "dpm++"
+    assert composed("task=plant", "planting=flow").sampling.sampler == "flow_euler"
+    chosen_by_user = composed("task=plant", "planting=flow", "sampling.sampler=flow_dpm++")
+    assert chosen_by_user.sampling.sampler == "flow_dpm++"
 
 
 def test_users_sampling_beats_the_checkpoints():
