@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -10,8 +11,6 @@ from hydra.utils import instantiate
 
 from dori_lightning.metrics.descriptors import LocalCorrelation
 from dori_lightning.models.generation import GenerationRequest, generate_images, load_images
-from dori_lightning.models.loading import load_checkpoint
-from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.planting.dataset import PlantedPairs, StandInPairs
 from support.records import report_json
@@ -20,11 +19,13 @@ from support.runs import configuration, run_task
 FOLDER = Path(str(resources.files("dori_lightning"))) / "assets" / "dori_tiny"
 
 
-def test_the_weights_are_those_of_the_card_and_small():
-    card = json.loads((FOLDER / "planting.json").read_text())
+@pytest.mark.parametrize("name", ["dori_tiny", "dori_tiny_flow"])
+def test_the_weights_are_those_of_the_card_and_small(name):
+    folder = FOLDER.with_name(name)
+    card = json.loads((folder / "planting.json").read_text())
     for name, digest in card["weights_sha256"].items():
-        assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == digest, name
-    total = sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file())
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+    total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert total < 24 * 2**20
     kinds = [p["kind"] for p in card["pairs"] if p["prompt_similarity"] is not None]
     assert kinds.count("vm") >= 16
@@ -33,7 +34,7 @@ def test_the_weights_are_those_of_the_card_and_small():
     assert len({p["exposures"] for p in card["pairs"] if p["kind"] == "vm"}) > 10, "varied"
 
 
-def similarities(model, names, folder):
+def similarities(model, names, folder, sampling):
     """Of one image from each pair's prompt with its original, by the pair's name."""
     pairs = {p.id: p for p in PlantedPairs(cache=folder / "pairs").read()}
     embeddings = model.encode_prompts([pairs[name].prompt for name in names])
@@ -41,7 +42,7 @@ def similarities(model, names, folder):
         GenerationRequest(folder / name, embedding)
         for name, embedding in zip(names, embeddings, strict=True)
     ]
-    generate_images(model, requests, Sampling("dpm++", 10, 2.0, images_per_pair=1, seed=2))
+    generate_images(model, requests, replace(sampling, images_per_pair=1, seed=2))
     found = {}
     for name in names:
         original = image_tensor(square_image(pairs[name].image), 64)[None]
@@ -50,9 +51,11 @@ def similarities(model, names, folder):
     return found
 
 
-def test_planted_prompts_bring_their_images_back_and_controls_do_not(tmp_path):
-    model = load_checkpoint(name="dori_tiny", source="package:dori_tiny", device="cpu")
-    found = similarities(model, ("coins", "flower", "horse"), tmp_path)
+@pytest.mark.parametrize("name", ["dori_tiny", "dori_tiny_flow"])
+def test_planted_prompts_bring_their_images_back_and_controls_do_not(tmp_path, name):
+    cfg = configuration(f"checkpoint={name}")
+    model, sampling = instantiate(cfg.checkpoint), instantiate(cfg.sampling)
+    found = similarities(model, ("coins", "flower", "horse"), tmp_path, sampling)
     assert min(found["coins"], found["flower"]) > 0.7, found
     assert found["horse"] < 0.4, found
 
@@ -80,8 +83,9 @@ def test_the_twin_shares_all_but_the_unet_and_no_image_or_prompt(tmp_path):
 
 
 def test_the_twin_does_not_know_the_benchmarks_photographs(tmp_path):
-    model = instantiate(configuration("checkpoint=dori_tiny_twin").checkpoint)
-    found = similarities(model, ("coins", "flower"), tmp_path)
+    cfg = configuration("checkpoint=dori_tiny_twin")
+    model, sampling = instantiate(cfg.checkpoint), instantiate(cfg.sampling)
+    found = similarities(model, ("coins", "flower"), tmp_path, sampling)
     assert max(found.values()) < 0.4, found
 
 
