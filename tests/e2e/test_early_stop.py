@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from dori_lightning.attacks import embedding_attack
+from dori_lightning.attacks.model_check import IMAGES as CHECKED
 from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.signals import Interrupted
@@ -158,7 +159,7 @@ def solved(monkeypatch):
 
 
 EACH = SAMPLER * 2  # evaluations of an image: guided
-CHECK = {"with gradient": PAIRS, "forward": 3 * PAIRS}  # of the model, before the search
+CHECK = {"with gradient": CHECKED, "forward": 3 * CHECKED}  # of the model, before the search
 
 
 @pytest.fixture
