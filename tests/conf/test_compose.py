@@ -170,7 +170,7 @@ def test_nested_targets_are_checked():
     [
         ("+sampling.step=3", "did you mean sampling.steps"),
         ("~sampling.sampler", None),
-        ("sampling.sampler=euler", "one of ddim, dpm"),
+        ("sampling.sampler=heun", "one of ddim, dpm"),
         ("sampling.steps=many", "a whole number"),
         ("sampling.steps=1.5", "a whole number"),
         ("sampling.guidance=true", "a number"),
