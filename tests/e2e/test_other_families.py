@@ -32,7 +32,15 @@ def test_a_random_checkpoint_is_audited(tmp_path, family):
     ("experiment", "asked"),
     [
         ("audit", ("mitigation=nemo",)),
-        ("locality", ("attack.restarts=3", "task.images=1", "task.control_images=1")),
+        (
+            "locality",
+            (
+                "attack.inits=[prompt,random]",
+                "attack.restarts=3",
+                "task.images=1",
+                "task.control_images=1",
+            ),
+        ),
         (None, ("task=statistics",)),
     ],
 )

@@ -121,7 +121,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(model):
         passes: list[object] = []
         layer = one.denoiser().transformer_blocks[1]
         embedding = one.encode_prompts([PROMPT]).requires_grad_()
-        with one.frozen(), layer.register_forward_hook(lambda *_: passes.append(None)):
+        with one.frozen(), layer.register_forward_pre_hook(lambda *_: passes.append(None)):
             loss = one.denoising_loss(latents, latents, torch.tensor([500]), embedding)
             return torch.autograd.grad(loss.sum(), embedding)[0], len(passes)
 
