@@ -283,9 +283,18 @@ def check_family(mitigation: Mitigation, family: str) -> None:
         InputError: The mitigation, or one that it builds on, selects value neurons by a prompt,
             and the family's values do not follow from one.
     """
+    if _selects_value_neurons(mitigation):
+        require_value_input(family)
+
+
+def require_value_input(family: str) -> None:
+    """Refuse a family of checkpoints whose values of text do not follow from a prompt.
+
+    Raises:
+        InputError: It is one.
+    """
     kind = FAMILIES.get(family)
-    lacking = kind is not None and kind.value_input is LatentDiffusion.value_input
-    if kind is not None and lacking and _selects_value_neurons(mitigation):
+    if kind is not None and kind.value_input is LatentDiffusion.value_input:
         raise kind.no_value_input()
 
 

@@ -648,9 +648,10 @@ class LatentDiffusion(ABC):
             f"the value layers of {cls.family.title} take text that has passed the image, noise "
             f"and time of earlier blocks, so their values do not follow from a prompt alone; "
             f"methods that select by them are not defined there",
-            where="mitigation",
+            where=f"checkpoint.family={cls.family.name}",
             fix="a mitigation that selects no value neurons; of adversarial fine-tuning "
-            "mitigation.surrogates.source=null, which takes neighbours of the prompts",
+            "mitigation.surrogates.source=null, which takes neighbours of the prompts; of "
+            "task=locality task.parts=[embeddings,triggers]",
         )
 
     def is_text_weight(self, name: str) -> bool:

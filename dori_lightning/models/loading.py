@@ -379,16 +379,21 @@ def _begins(family: Family, component: Component) -> tuple[str, ...]:
 
 def _other_family(folder: Path, family: Family) -> InputError | None:
     """What to say of a folder with the denoiser of another family, by the class that it names."""
-    for other in (kind.family for kind in FAMILIES.values()):
-        theirs = other.modules[other.denoiser]
-        named = class_name(folder / other.denoiser)
-        if theirs is not family.modules[family.denoiser] and named == theirs.__name__:
-            return InputError(
-                f"{folder} is a checkpoint of {other.title}, not of {family.title}",
-                where="checkpoint.family",
-                fix=f"checkpoint.family={other.name}",
-            )
-    return None
+    others = [
+        other
+        for other in (kind.family for kind in FAMILIES.values())
+        if other.modules[other.denoiser] is not family.modules[family.denoiser]
+        and other.modules[other.denoiser].__name__ == class_name(folder / other.denoiser)
+    ]
+    if not others:
+        return None
+    # several families may have a denoiser of one class: the one more of whose components are there
+    likely = max(others, key=lambda other: sum((folder / name).is_dir() for name in other.modules))
+    return InputError(
+        f"{folder} is a checkpoint of {likely.title}, not of {family.title}",
+        where="checkpoint.family",
+        fix=f"checkpoint.family={likely.name}",
+    )
 
 
 def _fetched(

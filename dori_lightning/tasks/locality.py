@@ -28,6 +28,7 @@ from dori_lightning.locality.study import (
     search,
     transfer_findings,
 )
+from dori_lightning.mitigations.base import check_family
 from dori_lightning.mitigations.edits import EmptyEdit
 from dori_lightning.mitigations.nemo import NeMo
 from dori_lightning.mitigations.wanda import Wanda
@@ -139,6 +140,9 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
             other settings.
     """
     settings = read_settings(cfg, instantiate(cfg.attack))
+    by_neurons = {"activations", "weights"} & set(settings.parts)
+    for other in (*([settings.nemo] if by_neurons else []), *settings.transfer_to):
+        check_family(other, cfg.checkpoint.get("family", "sd"))
     pairs = instantiate(cfg.pairs).read()
     chosen = choose_pairs([pair for pair in pairs if pair.role == "audit"], settings)
     values = to_container(cfg)

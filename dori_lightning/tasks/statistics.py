@@ -15,6 +15,7 @@ from dori_lightning.mitigations.activations import (
     activation_statistics,
     layer_influence,
 )
+from dori_lightning.mitigations.base import require_value_input
 from dori_lightning.runtime.artifacts import check_folder, claim_folder, drop_keys, write_json
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import FINGERPRINT, logged, to_container, with_fingerprint
@@ -24,6 +25,7 @@ from dori_lightning.types import InputError
 @logged
 def run(cfg: DictConfig, folder: Path) -> None:
     """Compute the statistics that NeMo selects by, and write them into ``folder``."""
+    require_value_input(cfg.checkpoint.get("family", "sd"))
     corpus, sampling = instantiate(cfg.corpus), instantiate(cfg.sampling)
     if cfg.task.influence_prompts < 1:
         raise InputError(f"task.influence_prompts must be >= 1, got {cfg.task.influence_prompts}")

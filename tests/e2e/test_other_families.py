@@ -28,11 +28,27 @@ def test_a_random_checkpoint_is_audited(tmp_path, family):
     assert not any(cell["mr"] for cell in report["cells"])
 
 
-def test_a_method_without_meaning_is_refused_before_anything_is_loaded(tmp_path):
+@pytest.mark.parametrize(
+    ("experiment", "asked"),
+    [
+        ("audit", ("mitigation=nemo",)),
+        (
+            "locality",
+            (
+                "attack.inits=[prompt,random]",
+                "attack.restarts=3",
+                "task.images=1",
+                "task.control_images=1",
+            ),
+        ),
+        (None, ("task=statistics",)),
+    ],
+)
+def test_what_has_no_meaning_is_refused_before_anything_is_loaded(tmp_path, experiment, asked):
     write_pairs(tmp_path / "pairs")
     chosen = on_tiny(tmp_path, "corpus=none", *SMALL)
     with pytest.raises(InputError, match="value layers of Stable Diffusion 3"):
         run_task(
             tmp_path / "run", "checkpoint=custom", "checkpoint.family=sd3", *chosen,
-            f"checkpoint.source={tmp_path / 'missing'}", "mitigation=nemo",
+            f"checkpoint.source={tmp_path / 'missing'}", *asked, experiment=experiment,
         )  # fmt: skip

@@ -271,7 +271,7 @@ FAMILIES = {
         tiny_sd3,
         (Sampling("flow_euler", 4, 1.0), Sampling("flow_euler", 4, 3.0)),
         call=sd3_call,
-        undefined=OF_VALUE_NEURONS | {"adversarial_finetuning"},
+        undefined=OF_VALUE_NEURONS,
     ),
     "flux": TinyFamily(
         tiny_flux,

@@ -112,3 +112,27 @@ def test_t5s_embeddings_may_have_two_names(folder):
 def test_an_image_without_positions_is_refused():
     with pytest.raises(InputError, match="64 pixels"):
         load_family("sd3", resolution=128)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(model):
+    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+
+    def gradient(one):
+        passes: list[object] = []
+        layer = one.denoiser().transformer_blocks[1]
+        embedding = one.encode_prompts([PROMPT]).requires_grad_()
+        with one.frozen(), layer.register_forward_pre_hook(lambda *_: passes.append(None)):
+            loss = one.denoising_loss(latents, latents, torch.tensor([500]), embedding)
+            return torch.autograd.grad(loss.sum(), embedding)[0], len(passes)
+
+    usual, once = gradient(model)
+    again, twice = gradient(load_family("sd3", gradient_checkpointing=True))
+    assert (once, twice) == (1, 2)
+    assert torch.allclose(usual, again, atol=1e-7)
+    assert usual.any()
+
+
+@pytest.mark.parametrize("other", ["sd", "sdxl", "flux"])
+def test_a_folder_of_another_family_is_called_by_its_name(other):
+    with pytest.raises(InputError, match=rf"checkpoint\.family={other}$"):
+        load_family("sd3", source=str(folder_of(other)))
