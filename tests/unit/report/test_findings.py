@@ -9,7 +9,12 @@ import pytest
 from dori_lightning.attacks.model_check import ModelCheck
 from dori_lightning.metrics.evidence import ImageEvidence, Power
 from dori_lightning.metrics.replication import headline_condition, recommended_budget
-from dori_lightning.report.findings import audit_findings, audit_verdict, find_flags
+from dori_lightning.report.findings import (
+    Circumstances,
+    audit_findings,
+    audit_verdict,
+    find_flags,
+)
 from dori_lightning.report.record import AuditReport
 from dori_lightning.types import INITS, KINDS, Pair, Scale
 from support import fake_reports as fakes
@@ -321,7 +326,7 @@ def test_a_sequential_search_says_what_it_gave_up_and_is_no_search_that_stands_s
         made = audit(prompt=0, attack=9, control=0, check=GOOD, outcomes=outcomes)
         config = {"attack": {"futility": level}}
         changed = replace(made, provenance=replace(made.provenance, config=config))
-        return replace(changed, flags=find_flags(changed))
+        return replace(changed, flags=find_flags(changed, Circumstances()))
 
     assert "search_sequential" not in names(report(4, None))
     sequential = report(4, 0.05)
