@@ -20,7 +20,7 @@ from support.runs import ORDINARY, SMALL, on_tiny, run_task, write_material
 
 NOISES, SAMPLER, IMAGES, WIDTH = 2, 2, 2, 4
 LOOKED_AT = (1, 2, 4)
-PAIRS = 10
+PAIRS, CONTROLS = 10, 5
 THRESHOLD = "metrics.descriptors.local_correlation.threshold"
 AUDIT = (
     *SMALL, "attack.budget.steps=4", "attack.snapshots=[1,2]", f"attack.noise_batch={NOISES}",
@@ -36,7 +36,9 @@ SEQUENTIAL = (STOP, "attack.one_image=true", "attack.futility=0.34")
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    return write_material(tmp_path_factory.mktemp("material"), vm=PAIRS - 3, control=3)
+    return write_material(
+        tmp_path_factory.mktemp("material"), vm=PAIRS - CONTROLS, control=CONTROLS
+    )
 
 
 def run(material, folder, *more):
@@ -105,7 +107,7 @@ def test_the_cumulative_rate_and_the_first_success_are_the_same(whole, stopped):
         kinds = [
             k
             for name, k in firsts(whole).items()
-            if (int(name.removeprefix("pair")) < PAIRS - 3) == (own["kind"] == "vm")
+            if (int(name.removeprefix("pair")) < PAIRS - CONTROLS) == (own["kind"] == "vm")
         ]
         back = sorted(k for k in kinds if k is not None and k <= steps)
         assert own["first_success"]["pairs"] == len(back)
@@ -298,11 +300,11 @@ def test_evaluations_of_a_sequential_search_are_counted(material, tmp_path, rows
     assert effort["futility"] > 0
     prompted = (rows(folder).attack == "prompt").sum()
     assert prompted < PAIRS * IMAGES, "of some the first image is enough"
-    assert rows_of == {
-        "with gradient": effort["attack"] + CHECK["with gradient"],
-        "forward": effort["pictures"] + effort["futility"] + CHECK["forward"]
-        + EACH * (prompted + ORDINARY * IMAGES),
-    }  # fmt: skip
+    assert rows_of["with gradient"] == effort["attack"] + CHECK["with gradient"]
+    wanted = effort["pictures"] + effort["futility"] + CHECK["forward"]
+    wanted += EACH * (prompted + ORDINARY * IMAGES)
+    # an odd image takes a batch of two: prompts twice, and three looks
+    assert rows_of["forward"] - wanted in range(0, EACH * 6, EACH)
     drawn = list(folder.glob("pictures/dori_*/*/*.png"))
     assert effort["pictures"] == EACH * len(drawn)
 
