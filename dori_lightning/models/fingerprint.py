@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dori_lightning.models.components import Component, Components
+from dori_lightning.models.noise_levels import sampler_from
 
 _OF_A_TOKENIZER = ("added_tokens", "model", "normalizer", "pre_tokenizer", "post_processor")
 """Sections of a serialized tokenizer that decide a prompt's tokens. Its padding and truncation are
@@ -56,7 +57,7 @@ def configuration_of(components: Components) -> dict[str, Any]:
     for name, tokenizer in components.tokenizers.items():
         found[name] = _of_tokenizer(tokenizer, components.prompt_length(name))
     found["samplers"] = {
-        name: _unlike_defaults(kind, kind.from_config(components.scheduler.config).config)
+        name: _unlike_defaults(kind, sampler_from(kind, components.scheduler.config).config)
         for name, kind in components.family.samplers.items()
     }
     if components.switches:

@@ -27,7 +27,7 @@ from dori_lightning.models.conditioning import (
     matrix_shape,
     pack,
 )
-from dori_lightning.models.noise_levels import NoiseLevels, flow_settings
+from dori_lightning.models.noise_levels import NoiseLevels, flow_settings, sampler_from
 from dori_lightning.models.protocol import (
     ROLE_ALIASES,
     EmbeddingFilter,
@@ -512,7 +512,7 @@ class LatentDiffusion(ABC):
         unsaid = {k: v for k, v in self.family.sampler_settings.items() if k not in config}
         if sampling.sampler == "flow_dpm++":
             unsaid |= flow_settings(config)
-        scheduler = known[sampling.sampler].from_config(config, **unsaid)
+        scheduler = sampler_from(known[sampling.sampler], config, **unsaid)
         self._set_timesteps(scheduler, sampling.steps)
         return scheduler
 

@@ -7,6 +7,7 @@
 | velocity e - x_0, with a + s = 1 | x - s v | x + a v |
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,21 @@ class NoiseLevels:
         """Factors (N, 1, 1, 1)."""
         a, s = self.signal[timesteps], self.noise[timesteps]
         return a[..., None, None, None], s[..., None, None, None]
+
+
+def sampler_from(kind: type[Any], config: Mapping[str, Any], **settings: Any) -> Any:
+    """A sampler of diffusers out of what it knows of a checkpoint's scheduler.
+
+    What is another sampler's alone is left out: diffusers would warn of it each time.
+
+    Args:
+        kind: Class of the sampler.
+        config: Settings of the checkpoint's scheduler.
+        settings: More, which come before those.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    own = {k: v for k, v in config.items() if k in known or k.startswith("_")}
+    return kind.from_config(own, **settings)
 
 
 def flow_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,12 @@ def test_timesteps_are_those_of_the_noise_that_a_sampler_visits(model, sampler):
     assert torch.allclose(noise, scheduler.sigmas[:-1], atol=2e-3)
 
 
+def test_no_sampler_is_warned_of_anothers_settings(folder, caplog):
+    model = load_family("sd3", source=str(folder))
+    model.scheduler_of(Sampling("flow_dpm++", 10, 1.0))
+    assert "not expected" not in caplog.text
+
+
 def test_training_levels_are_the_schedulers_own(model):
     _, noise = model.scales(torch.arange(1000))
     assert torch.allclose(noise.flip(0), type(model.scheduler)(shift=3.0).sigmas, atol=1e-6)
