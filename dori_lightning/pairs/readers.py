@@ -689,13 +689,13 @@ class NemoCsvPairs(NumberedPairs):
         kind_column: Column that says VM or TM; None where there is none.
         kind: Kind of all rows where the header lacks the default ``kind_column``, as in the
             list of prompts that are not memorized.
-        one_image: Number of the first row's images; 1 where images are counted from 1.
+        first_image: Number of the first row's images; 1 where images are counted from 1.
     """
 
     delimiter: str = ";"
     kind_column: str | None = "type"
     kind: Kind = field(default="control", kw_only=True)
-    one_image: Literal[0, 1] = 0
+    first_image: Literal[0, 1] = 0
 
     def _read(self) -> Pairs:
         by_row: dict[str, list[str]] = defaultdict(list)
@@ -703,8 +703,8 @@ class NemoCsvPairs(NumberedPairs):
         for image in image_files(self.folder):
             by_row[image.name.removeprefix("img_").partition("_")[0]].append(image.name)
             by_index[image.stem].append(image.name)
-        if self.one_image not in (0, 1):
-            raise InputError(f"pairs.one_image must be 0 or 1, got {self.one_image!r}")
+        if self.first_image not in (0, 1):
+            raise InputError(f"pairs.first_image must be 0 or 1, got {self.first_image!r}")
         required = [("Caption",), ("",)]
         if self.kind_column not in (None, "type"):  # named on purpose: its absence is a mistake
             required.append((str(self.kind_column),))
@@ -713,7 +713,7 @@ class NemoCsvPairs(NumberedPairs):
         self._check_numbers(lines, by_row, by_index)
 
         def values_of(line: Row, number: str) -> tuple[dict[str, object], str]:
-            four = f"{int(number) + self.one_image:04d}"
+            four = f"{int(number) + self.first_image:04d}"
             index = str(line.values.get("Index", ""))
             kind = str(line.values[str(self.kind_column)]).lower() if typed else self.kind
             values: dict[str, object] = {
@@ -745,13 +745,13 @@ class NemoCsvPairs(NumberedPairs):
         }
         if not rows or not numbers:
             return
-        first, other = self.one_image, 1 - self.one_image
+        first, other = self.first_image, 1 - self.first_image
         without = sorted(n for n in numbers if n - first not in rows)
         if not without:
             if first == 0 and 0 in rows and 0 not in numbers:
                 logger.warning(
                     "%s: the first row has no image 0000_*; if the images of %s are counted from "
-                    "1, set pairs.one_image=1",
+                    "1, set pairs.first_image=1",
                     self.path,
                     self.images,
                 )
@@ -760,9 +760,9 @@ class NemoCsvPairs(NumberedPairs):
             raise InputError(
                 f"the images of {self.images} are counted from {other} and the rows of "
                 f"{self.path} from 0: {numbers[without[-1]]}_* belongs to no row, but every image "
-                f"to one if pairs.one_image is {other}; as it is, each prompt would get its "
-                f"neighbour's image. Set pairs.one_image={other}, where several lists are read "
-                f"pairs.parts.0.one_image={other}"
+                f"to one if pairs.first_image is {other}; as it is, each prompt would get its "
+                f"neighbour's image. Set pairs.first_image={other}, where several lists are read "
+                f"pairs.parts.0.first_image={other}"
             )
         _tell_unlisted([f"{numbers[n]}_*" for n in without], self.images, self.path)
 

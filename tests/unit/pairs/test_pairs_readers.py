@@ -282,8 +282,8 @@ class TestNemo:
         self.numbered(images, numbers)
         text = complaint(reader(self.ROWS, on_missing="skip"))
         assert "0003_* belongs to no row" in text
-        assert "Set pairs.one_image=1" in text
-        pairs = reader(self.ROWS, on_missing="skip", one_image=1).read()
+        assert "Set pairs.first_image=1" in text
+        pairs = reader(self.ROWS, on_missing="skip", first_image=1).read()
         assert {p.id: p.image.name for p in pairs} == {
             f"vm_{n - 1:04d}": f"{n:04d}_x.jpg" for n in numbers
         }
@@ -291,12 +291,12 @@ class TestNemo:
     def test_images_counted_from_zero_are_not_read_from_one(self, images, reader):
         self.numbered(images, (0, 1, 2))
         assert len(reader(self.ROWS).read()) == 3
-        assert "Set pairs.one_image=0" in complaint(reader(self.ROWS, one_image=1))
-        assert "must be 0 or 1" in complaint(reader(self.ROWS, one_image=2))
+        assert "Set pairs.first_image=0" in complaint(reader(self.ROWS, first_image=1))
+        assert "must be 0 or 1" in complaint(reader(self.ROWS, first_image=2))
 
     @pytest.mark.parametrize(
         ("numbers", "words"),
-        [((0, 1, 2, 7), "1 images of"), ((1, 2), "pairs.one_image=1")],
+        [((0, 1, 2, 7), "1 images of"), ((1, 2), "pairs.first_image=1")],
     )
     def test_images_without_a_row_are_named(self, images, reader, numbers, words, caplog):
         self.numbered(images, numbers)
