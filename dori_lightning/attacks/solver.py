@@ -239,7 +239,7 @@ def solve(
     no_gradient = dead.cpu()
     return AttackResult(
         ids=problem.ids,
-        embeddings=torch.stack(embeddings, 1) if snapshots else initial[:, None][:, :0].cpu(),
+        embeddings=torch.stack(embeddings, 1),
         snapshots=snapshots,
         losses=stacked,
         diverged=~active.cpu() & ~no_gradient,

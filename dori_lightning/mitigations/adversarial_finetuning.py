@@ -11,13 +11,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from dori_lightning.attacks.budget import AttackSettings
+from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.attacks.solver import (
     AttackProblem,
     AttackResult,
@@ -296,6 +296,10 @@ class AdversarialTraining(Finetuning):
         self.pool.restore(checkpoint["trigger_pool"])
 
 
+Found: TypeAlias = tuple[torch.Tensor, float]
+"""Embeddings of one search (S, T, D), the last one where it ended, and its final loss."""
+
+
 class PoolEntry(NamedTuple):
     """One trigger.
 
@@ -453,14 +457,14 @@ class TriggerPool:
 
     def _attack(
         self, restart: int, names: Sequence[str], starts: Sequence[torch.Tensor]
-    ) -> dict[str, tuple[torch.Tensor, float]]:
+    ) -> dict[str, Found]:
         """Search from ``starts``, N embeddings (T, D); processes share the pairs.
 
         Returns:
             Pair id to the embeddings at the snapshots (S, T, D) and the final loss.
         """
         attack = self.settings.attack
-        results: dict[str, tuple[torch.Tensor, float]] = {}
+        results: dict[str, Found] = {}
         shard = range(distributed.rank(), len(names), distributed.world_size())
         if shard:
             estimate_batch_size(
@@ -479,31 +483,33 @@ class TriggerPool:
             results = self._solve(problem, len(names) * attack.noise_batch)
         return distributed.all_gather_dict(results)
 
-    def _solve(self, problem: AttackProblem, rows: int) -> dict[str, tuple[torch.Tensor, float]]:
+    def _solve(self, problem: AttackProblem, rows: int) -> dict[str, Found]:
         """Search this process' share; ``rows`` go through the denoisers of all in a step."""
+        attack, steps = self.settings.attack, self.budget.steps
+        wanted = evaluation_steps(attack.snapshots, steps)
+        end = steps // 2 if self._limits else steps
         search = partial(
             solve,
             self.model,
             budget=self.budget,
-            settings=self.settings.attack,
+            # with the point where a search may end
+            settings=replace(attack, snapshots=(*attack.snapshots, end)),
             seed=self.seed,
             on_step=lambda _: self.worked(rows),
         )
 
-        def found(result: AttackResult) -> dict[str, tuple[torch.Tensor, float]]:
+        def found(result: AttackResult, ends: Sequence[int]) -> dict[str, Found]:
+            points = result.embeddings[:, [s in ends for s in result.snapshots]]
             losses = result.losses[:, -5:].mean(1).tolist()
-            return dict(zip(result.ids, zip(result.embeddings, losses, strict=True), strict=True))
+            return dict(zip(result.ids, zip(points, losses, strict=True), strict=True))
 
-        half = search(problem, stop_at=self.budget.steps // 2 if self._limits else None)
-        refuse_broken(half)
-        results = found(half)
-        if half.state is None:
+        first = search(problem, stop_at=end)
+        refuse_broken(first)
+        results = found(first, (*wanted, end))
+        if first.state is None:
             return results
-        going = [k for k, name in enumerate(half.ids) if not results[name][1] > self._limits[name]]
-        for k in set(range(len(half.ids))) - set(going):
-            snapshots, loss = results[half.ids[k]]
-            point = problem.initial[k] + half.state.delta[k]
-            results[half.ids[k]] = (torch.cat([snapshots, point[None]]), loss)
+        limits = self._limits
+        going = [k for k, name in enumerate(first.ids) if not results[name][1] > limits[name]]
         if going:
             rest = replace(
                 problem,
@@ -512,36 +518,34 @@ class TriggerPool:
                 latents=problem.latents[going],
                 initial=problem.initial[going],
             )
-            results |= found(search(rest, resume_from=concat([half.row(k) for k in going])))
+            last = search(rest, resume_from=concat([first.row(k) for k in going]))
+            results |= found(last, wanted)
         return results
 
     @torch.no_grad()
     def _robust_losses(self, share: float) -> dict[str, float]:
         """Loss beyond which a pair counts as robust, by pair; the model is untrained yet."""
-        limits = {}
-        model, device = self.model, self.model.device
-        empty = model.empty_embedding().cpu()[0]
+        limits, empty = {}, self.model.empty_embedding().cpu()[0]
         for name in with_progress("losses before training", self.ids):
-            generator = keyed_generator("robust", self.seed, name)
-            latents = self.latents[name].expand(_PROBE, *self.latents[name].shape)
-            noise = torch.randn(latents.shape, generator=generator)
-            times = torch.randint(model.num_train_timesteps, (_PROBE,), generator=generator)
-            memorized, other = (
-                0.0
-                if weight == 0
-                else float(
-                    model.denoising_loss(
-                        latents.to(device),
-                        noise.to(device),
-                        times.to(device),
-                        embedding.expand(_PROBE, *embedding.shape).to(device),
-                        pair_ids=[name] * _PROBE,
-                    ).mean()
-                )
-                for embedding, weight in ((self.prompts[name], 1 - share), (empty, share))
-            )
-            limits[name] = (1 - share) * memorized + share * other
+            # all the way to the empty prompt's, the prompt's own counts for nothing
+            memorized = self._probed_loss(name, self.prompts[name]) if share < 1 else 0.0
+            limits[name] = (1 - share) * memorized + share * self._probed_loss(name, empty)
         return limits
+
+    def _probed_loss(self, name: str, embedding: torch.Tensor) -> float:
+        """Mean loss of a pair's image under an embedding (T, D), always at the same noise."""
+        generator, device = keyed_generator("robust", self.seed, name), self.model.device
+        latents = self.latents[name].expand(_PROBE, *self.latents[name].shape)
+        noise = torch.randn(latents.shape, generator=generator)
+        times = torch.randint(self.model.num_train_timesteps, (_PROBE,), generator=generator)
+        losses = self.model.denoising_loss(
+            latents.to(device),
+            noise.to(device),
+            times.to(device),
+            embedding.expand(_PROBE, *embedding.shape).to(device),
+            pair_ids=[name] * _PROBE,
+        )
+        return float(losses.mean())
 
 
 def redirect_loss(

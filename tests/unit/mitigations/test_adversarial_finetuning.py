@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
-from dori_lightning.attacks.solver import solve
+from dori_lightning.attacks.solver import AttackProblem, solve
 from dori_lightning.mitigations import adversarial_finetuning
 from dori_lightning.mitigations.adversarial_finetuning import (
     FIRST_RESTART,
@@ -27,7 +27,8 @@ from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import Examples
 from dori_lightning.runtime.logging import listening
 from dori_lightning.types import Pair
-from support.context import make_context
+from support.context import make_context, read_pairs
+from support.families import load_family
 from support.unchanged import unchanged
 
 ATTACK = AttackSettings(
@@ -311,6 +312,41 @@ def test_a_search_beyond_the_limit_ends_half_way_and_leaves_its_last_point(
     assert len(ends["pair0"]) == len([s for s in snapshots if s <= 2]) + 1
     assert not torch.equal(ends["pair0"][-1], pool.prompts["pair0"])
     assert pool.rounds[0]["robust"] == 1
+
+
+def test_a_search_that_ends_half_way_ends_at_its_point_in_the_units_of_the_family(tmp_path):
+    """Where parts have units of their own, an offset of the search is no offset of embeddings."""
+    other = load_family("sdxl")
+    context = make_context(tmp_path, other, read_pairs(tmp_path))
+    pairs = [pair for pair in context.data.pairs if pair.kind != "control"]
+    attack = AttackSettings(
+        inits=("prompt",), budget=BudgetSettings(steps=4), noise_batch=1, snapshots=()
+    )
+    pool = TriggerPool(
+        other,
+        context.data.batch(pairs),
+        PoolSettings(attack=attack, skip_robust=1.0),
+        ordinary=context.ordinary(other, "calibration", 4),
+        seed=0,
+    )
+    pool._limits = dict.fromkeys(pool.ids, -1.0)
+    pool.search(0)
+    expected = solve(
+        other,
+        AttackProblem(
+            pool.ids,
+            (FIRST_RESTART,) * len(pool.ids),
+            torch.stack([*pool.latents.values()]),
+            torch.stack([*pool.prompts.values()]),
+        ),
+        budget=pool.budget,
+        settings=replace(attack, snapshots=(2,)),
+        seed=0,
+        stop_at=2,
+    )
+    assert [trigger.pair for trigger in pool.found] == list(expected.ids)
+    for trigger, points in zip(pool.found, expected.embeddings, strict=True):
+        assert torch.equal(trigger.embedding, points[0])
 
 
 def test_a_pool_survives_a_checkpoint(pool_of, tmp_path):
