@@ -123,10 +123,9 @@ class Planting(FinetunedMitigation):
     name: str = field(default="planting", init=False)
 
     def training(
-        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> Callable[[], Finetuning]:
         """Train on the pairs' latents under their prompts."""
-        del key
         return lambda: _PlantingTraining(model, self, pairs, context)
 
 

@@ -173,10 +173,9 @@ class AdversarialFinetuning(FinetunedMitigation):
         return 0 if self.low_rank is None else LowRank.count(model.denoiser(), self.low_rank)
 
     def training(
-        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> Callable[[], AdversarialTraining]:
         """Find surrogates, then alternate between searching triggers and training."""
-        del key
         ordinary = context.ordinary(model, "calibration", self.ordinary_examples)
         surrogates = find_surrogates(model, pairs, context, self.surrogates)
         return lambda: AdversarialTraining(

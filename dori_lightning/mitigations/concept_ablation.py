@@ -62,10 +62,9 @@ class ConceptAblation(FinetunedMitigation):
         return self.anchors.estimate_cost(sampling, pairs, training=2 * self.steps * self.batch)
 
     def training(
-        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> Callable[[], ConceptAblationTraining]:
         """Find anchors with the model as it is, then train."""
-        del key
         anchors = find_anchors(model, pairs, context, self.anchors)
         return lambda: ConceptAblationTraining(model, self, pairs, context, anchors=anchors)
 

@@ -103,10 +103,9 @@ class ESD(FinetunedMitigation):
         return not (model.is_text_weight(name) or model.is_outer_weight(name))
 
     def training(
-        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> Callable[[], ESDTraining]:
         """Train on the pairs' captions; their images are not used."""
-        del key
         return lambda: ESDTraining(model, self, pairs, context)
 
 

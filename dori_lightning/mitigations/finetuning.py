@@ -181,9 +181,9 @@ class FinetunedMitigation(ABC):
 
     @abstractmethod
     def training(
-        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> Callable[[], Finetuning]:
-        """Find what is trained on with the model as it is; ``key`` is the edit's.
+        """Find what is trained on with the model as it is.
 
         Returns:
             What builds the module, once the weights are in fp32.
@@ -209,7 +209,7 @@ class FinetunedMitigation(ABC):
         require_pairs(pairs, self.name)
         key = edit_key(self, model, pairs, context)
         _check_disk(self, model, context.scratch(key))
-        make = self.training(model, pairs, context, key)
+        make = self.training(model, pairs, context)
         return finetune(make, model, context, steps=self.steps, key=key, title=self.name)
 
 

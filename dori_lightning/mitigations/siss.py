@@ -86,10 +86,9 @@ class SISS(FinetunedMitigation):
         return self.anchors.estimate_cost(sampling, pairs, training=2 * self.steps * self.batch)
 
     def training(
-        self, model: TextToImage, pairs: Sequence[Pair], context: Context, key: str
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
     ) -> Callable[[], SISSTraining]:
         """Find anchors with the model as it is, then train."""
-        del key
         anchors = find_anchors(model, pairs, context, self.anchors)
         return lambda: SISSTraining(model, self, pairs, context, anchors=anchors)
 
