@@ -22,7 +22,12 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from dori_lightning.models.components import Component, Components, Family
 from dori_lightning.models.conditioning import Part, stacked, unpack
-from dori_lightning.models.flow import shift_of_tokens
+from dori_lightning.models.flow import (
+    JOINT_OUTER_WEIGHTS,
+    JOINT_TEXT_WEIGHTS,
+    joint_layers,
+    shift_of_tokens,
+)
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.protocol import LayerRole
 
@@ -34,8 +39,6 @@ USUAL_SIDE = 128
 
 POSITIONS = 3
 """Numbers of a token's position: one that is always zero, row, column."""
-
-_DOUBLE = r"transformer_blocks\.\d+\."
 
 
 class Flux(LatentDiffusion):
@@ -63,22 +66,14 @@ class Flux(LatentDiffusion):
         index={"feature_extractor": [None, None], "image_encoder": [None, None]},
         max_tokens={"tokenizer_2": 512},
     )
-    layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]] = {
-        ("text.value", "double"): rf"{_DOUBLE}attn\.add_v_proj",
-        ("text.key", "double"): rf"{_DOUBLE}attn\.add_k_proj",
-        ("feed_forward.out", "double"): rf"{_DOUBLE}ff\.net\.2",
-        ("feed_forward.out.text", "double"): rf"{_DOUBLE}ff_context\.net\.2",
-    }
+    layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]] = joint_layers("double")
     closed_stages: ClassVar[Mapping[str, str]] = {
         "single": "the single blocks of FLUX.1 have one layer for tokens of text and of the image "
         "alike, and one output for attention and feed-forward together: an edit there would "
         "change the image's own tokens too"
     }
-    text_weights: ClassVar[str] = (
-        r"^context_embedder\.|\.(add_[qkv]_proj|to_add_out|norm_added_[qk]|ff_context"
-        r"|norm1_context)\."
-    )
-    outer_weights: ClassVar[str] = r"^(time_text_embed|norm_out|proj_out)\."
+    text_weights: ClassVar[str] = JOINT_TEXT_WEIGHTS
+    outer_weights: ClassVar[str] = JOINT_OUTER_WEIGHTS
     patch = 2
 
     @classmethod

@@ -20,6 +20,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from dori_lightning.models.components import Component, Components, Family
 from dori_lightning.models.conditioning import Part, stacked, unpack
+from dori_lightning.models.flow import JOINT_OUTER_WEIGHTS, JOINT_TEXT_WEIGHTS, joint_layers
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.protocol import LayerRole
 from dori_lightning.types import InputError
@@ -28,8 +29,6 @@ T5_TOKENS = 256
 """Tokens that T5's prompts are padded and cut to; as many zeros stand for them without T5."""
 
 CLIPS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
-
-_BLOCK = r"transformer_blocks\.\d+"
 
 
 class StableDiffusion3(LatentDiffusion):
@@ -67,18 +66,9 @@ class StableDiffusion3(LatentDiffusion):
         index={"feature_extractor": [None, None], "image_encoder": [None, None]},
         max_tokens={"tokenizer_3": T5_TOKENS},
     )
-    # attn2, which some blocks have, is a second attention among the image's tokens
-    layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]] = {
-        ("text.value", "joint"): rf"{_BLOCK}\.attn\.add_v_proj",
-        ("text.key", "joint"): rf"{_BLOCK}\.attn\.add_k_proj",
-        ("feed_forward.out", "joint"): rf"{_BLOCK}\.ff\.net\.2",
-        ("feed_forward.out.text", "joint"): rf"{_BLOCK}\.ff_context\.net\.2",
-    }
-    text_weights: ClassVar[str] = (
-        r"\.(add_[qkv]_proj|norm_added_[qk]|to_add_out|ff_context|norm1_context)\."
-        r"|^context_embedder\."
-    )
-    outer_weights: ClassVar[str] = r"^(time_text_embed|norm_out|proj_out)\."
+    layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]] = joint_layers("joint")
+    text_weights: ClassVar[str] = JOINT_TEXT_WEIGHTS
+    outer_weights: ClassVar[str] = JOINT_OUTER_WEIGHTS
     patch = 2
 
     def __init__(self, components: Components, **given: Any) -> None:
