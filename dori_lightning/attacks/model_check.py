@@ -131,7 +131,7 @@ def check_model(
         )
     kept, added = (table.cpu() for table in model.variances(timesteps.to(model.device)))
     signal = kept * latents.square().flatten(1).mean(1)
-    linear = signal / (signal + (kept + added) - kept)
+    linear = signal / (signal + added)
     return ModelCheck(
         usual, scale, scale * sum(slopes) / rows, error / float(linear.double().mean())
     )
