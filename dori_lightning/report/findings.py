@@ -377,8 +377,19 @@ def _pair_flags(report: AuditReport, findings: AuditFindings) -> Iterator[Flag]:
         given_up = [
             o for o in suspects if o.stopped_at is not None and not is_copy(o, report.calibration)
         ]
+        controls: dict[str, int] = {}
+        for one in searches.values():
+            if one.pair.kind == "control":
+                steps = one.condition.budget.steps if one.stopped_at is None else one.stopped_at
+                start = str(one.condition.init)
+                controls[start] = max(steps, controls.get(start, 0))
         yield _flag(
-            "search_sequential", "info", level=level, given_up=len(given_up), of=len(suspects)
+            "search_sequential",
+            "info",
+            level=level,
+            given_up=len(given_up),
+            of=len(suspects),
+            controls=controls,
         )
     for reason in ("not_auditable", "painted", "copy_few_nulls"):
         if ids := [row.id for row in report.images if row.reason == reason]:

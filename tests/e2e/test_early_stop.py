@@ -57,8 +57,14 @@ def stopped(material, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sequential(material, tmp_path_factory):
-    return run(material, tmp_path_factory.mktemp("runs") / "sequential", *SEQUENTIAL)
+def more_controls(tmp_path_factory):
+    """The same images, more of them as controls."""
+    return write_material(tmp_path_factory.mktemp("material"), vm=PAIRS - 6, control=6)
+
+
+@pytest.fixture(scope="module")
+def sequential(more_controls, tmp_path_factory):
+    return run(more_controls, tmp_path_factory.mktemp("runs") / "sequential", *SEQUENTIAL)
 
 
 def rows(folder):
@@ -179,6 +185,7 @@ def rows_of(monkeypatch):
     monkeypatch.setattr(StableDiffusion, "_denoise", denoise)
     monkeypatch.setattr(memory, "PARALLEL_PAIRS", 1)
     monkeypatch.setattr(generation, "CPU_IMAGES", IMAGES)
+    monkeypatch.setattr(generation, "fixed_batches", lambda items, _: [(items, len(items))])
     return counted
 
 
@@ -250,10 +257,10 @@ def test_a_folder_holds_attacks_of_one_way_only(material, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["stopped", "sequential"])
-def test_two_processes_stop_the_same_attacks(material, tmp_path, request, way):
-    settings = (STOP,) if way == "stopped" else SEQUENTIAL
+def test_two_processes_stop_the_same_attacks(material, more_controls, tmp_path, request, way):
+    own, settings = (material, (STOP,)) if way == "stopped" else (more_controls, SEQUENTIAL)
     ended(
-        tmp_path, PROGRAM, *on_tiny(material, *AUDIT, *settings), "trainer=ddp",
+        tmp_path, PROGRAM, *on_tiny(own, *AUDIT, *settings), "trainer=ddp",
         "trainer.accelerator=cpu", f"paths.output={tmp_path}", "name=run",
     )  # fmt: skip
     assert results(tmp_path / "run") == results(request.getfixturevalue(way))
@@ -293,8 +300,8 @@ def test_a_sequential_search_ends_at_a_copy_or_where_controls_do_as_well(whole, 
     assert flags.count("search_sequential") == 1
 
 
-def test_evaluations_of_a_sequential_search_are_counted(material, tmp_path, rows_of):
-    folder = run(material, tmp_path / "run", *SEQUENTIAL)
+def test_evaluations_of_a_sequential_search_are_counted(more_controls, tmp_path, rows_of):
+    folder = run(more_controls, tmp_path / "run", *SEQUENTIAL)
     effort, found = report_json(folder)["effort"], searches(folder)
     assert effort["attack"] == NOISES * found.stop.fillna(4).sum()
     assert effort["futility"] > 0
@@ -310,7 +317,7 @@ def test_evaluations_of_a_sequential_search_are_counted(material, tmp_path, rows
 
 
 def test_a_sequential_search_that_was_interrupted_goes_on(
-    material, sequential, tmp_path, monkeypatch, solved
+    more_controls, sequential, tmp_path, monkeypatch, solved
 ):
     real: Callable[..., Any] = embedding_attack.solve
 
@@ -322,8 +329,8 @@ def test_a_sequential_search_that_was_interrupted_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(embedding_attack, "solve", interrupted)
         with pytest.raises(Interrupted):
-            run(material, tmp_path / "run", *SEQUENTIAL)
+            run(more_controls, tmp_path / "run", *SEQUENTIAL)
     solved.clear()
-    run(material, tmp_path / "run", *SEQUENTIAL)
+    run(more_controls, tmp_path / "run", *SEQUENTIAL)
     assert {until for until, _ in solved} == {4}, "nobody takes a step again"
     assert results(tmp_path / "run") == results(sequential)

@@ -333,6 +333,7 @@ def test_a_sequential_search_says_what_it_gave_up_and_is_no_search_that_stands_s
     (flag,) = (flag for flag in sequential.flags if flag.name == "search_sequential")
     assert "3 of 12 searches" in flag.text
     assert "at most 5 % are searched to the end" in flag.text
+    assert "for at most 4 steps from prompt." in flag.text
     assert "loss_stands_still" not in names(sequential), "four steps are no room to fall"
     assert "loss_stands_still" in names(report(8, 0.05))
 
