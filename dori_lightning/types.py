@@ -285,9 +285,9 @@ class Outcome:
         displacement: Euclidean distance between final and initial embedding; None for ``prompt``.
         images: Paths of the K generated images, or empty where none are stored.
         stopped_at: Steps after which the attack was stopped, because its images were replicas
-            (``attack.early_stop``) or because it was futile (``attack.futility``: the images are
-            no replicas then), fewer than the condition's; images and numbers are those of that
-            step. None where all steps were taken, and for ``prompt``.
+            (``attack.early_stop``), fewer than the condition's; images and numbers are those of
+            that step. 0 where it never began, because its prompt says enough or it would be futile
+            (``attack.futility``). None where all steps were taken, and for ``prompt``.
         closest: Descriptor name to the reference image that each of the K images is closest to;
             empty where the pair has one, or the attack failed.
     """

@@ -18,10 +18,6 @@ from dori_lightning.types import (
     require_at_least_one,
 )
 
-FAR = 8
-"""Steps before which a search from afar is not worth an image: on ``dori_tiny`` 3 of 20 memorized
-images come back from random embeddings after 4 steps, 17 after 8, by their first image."""
-
 _NEEDS_CONTROLS = (
     "a relative budget needs at least two control pairs with different prompts; add pairs of "
     "kind control or set attack.budget.relative=false"
@@ -171,19 +167,11 @@ class AttackSettings:
             trajectory.
         early_stop: Stop a pair's attack at the first snapshot or look whose images are copies; the
             others go on in full batches. Rates are cumulative then, see ``metrics.replication``.
-        looks: Steps at which ``early_stop`` also looks at an attack, without a rate of their own;
-            at one that does not begin at the image's own prompt from ``FAR`` steps on.
+        looks: Steps at which ``early_stop`` also looks at an attack, without a rate of their own.
         one_image: Draw one image at a time: the first of a prompt, and the others only where it is
             no copy; at each look another one. What took all its steps is drawn whole.
-        futility: Share, in (0, 1), of images that the model does not hold whose searches may go on
-            to the end; the others stop on their way, see ``attacks.futility``. Controls go on only
-            as long as a suspect does. None judges none.
-        samples_per_forward: Noise samples of a pair in one pass, where memory does not hold all
-            of them; the gradients of several passes are added, so the result is the same up to
-            rounding. None for all.
-        parts: Names of the parts of the conditioning that are searched; None for every free one.
-            The others stay the prompt's where an attack begins there, and are the empty prompt's
-            where it begins elsewhere, so that no trace of the prompt is left.
+        futility: Share, in (0, 1), of images that the model does not hold that are attacked all
+            the same; the others are not, see ``metrics.evidence.find_futile``. None attacks all.
         pairs_per_forward: Pairs of a batch; changes speed and memory, not results. None chooses by
             the free memory, see ``models.memory.estimate_batch_size``. On the CPU forward passes
             have one shape, whatever the batch.
@@ -253,16 +241,6 @@ class AttackSettings:
     def stops(self) -> tuple[int, ...]:
         """Steps after which attacks may be evaluated, besides the last one, rising."""
         return tuple(sorted({*self.snapshots, *self.looks}))
-
-    def stops_of(self, init: Init) -> tuple[int, ...]:
-        """Those of an attack from one initial point."""
-        near = init == "prompt"
-        return tuple(s for s in self.stops if s in self.snapshots or near or s >= FAR)
-
-    @property
-    def samples_at_once(self) -> int:
-        """Noise samples of a pair in one pass."""
-        return min(self.noise_batch, self.samples_per_forward or self.noise_batch)
 
     def check_whole(self) -> None:
         """Refuse early stop where no images are evaluated during the attack.

@@ -87,8 +87,9 @@ class Conditioning:
         displacement: Euclidean distance to the initial embedding; None for a prompt.
         losses: Attack loss of every step spent (S,); None for a prompt.
         stopped_at: Steps after which the attack was stopped, fewer than the condition's, because
-            its images were copies or because it was futile; None where it took all of them.
+            its images were copies, 0 where it never began; None where it took all of them.
         seeds: Generation seeds of the images that are drawn of it; None for all K.
+        of_prompt: Whether its images are the prompt's, which stands for an attack.
     """
 
     pair: Pair
@@ -102,6 +103,7 @@ class Conditioning:
     losses: torch.Tensor | None = None
     stopped_at: int | None = None
     seeds: tuple[int, ...] | None = None
+    of_prompt: bool = False
 
     @property
     def spent(self) -> int:
@@ -407,7 +409,7 @@ def run_attacks(
     strict: bool = False,
     on_round: Callable[[Sequence[Conditioning]], None] | None = None,
     look: Look | None = None,
-    answered: Mapping[str, Conditioning] = MappingProxyType({}),
+    answered: Callable[[Job], Conditioning | None] = lambda _: None,
 ) -> list[Conditioning]:
     """Attack every job, reusing what is stored.
 
@@ -423,9 +425,9 @@ def run_attacks(
         strict: Raise where an attack has no gradient, instead of marking its result.
         on_round: Called with the conditionings of a round, once all are there.
         look: Says at each snapshot which pairs' attacks end there, the same on every process.
-            Needs rounds from one initial point in which no pair is twice. None ends none.
-        answered: Pair id to its prompt, for those whose attack has its answer before the first
-            step; with ``look``.
+            Needs rounds in which no pair is twice. None ends none.
+        answered: The prompt of a job whose answer is known before the first step: it stands for
+            the attack then; with ``look``.
 
     Returns:
         One conditioning per job and snapshot, the same on every process. After its attack was
@@ -444,17 +446,16 @@ def run_attacks(
             attack(jobs, range(context.budget.steps))
             new = [one for job in jobs for one in context.conditionings(job)]
         else:
-            stops = context.settings.stops_of(jobs[0].init)
-            ends = evaluation_steps(stops, context.budget.steps)
+            ends = evaluation_steps(context.settings.stops, context.budget.steps)
             starts = {
                 job.pair.id: replace(
                     prompt,
-                    condition=Condition("dori", "prompt", replace(context.budget, steps=0)),
+                    condition=Condition("dori", job.init, replace(context.budget, steps=0)),
                     restart=job.restart,
-                    displacement=0.0,
+                    of_prompt=True,
                 )
                 for job in jobs
-                if job.init == "prompt" and (prompt := answered.get(job.pair.id)) is not None
+                if (prompt := answered(job)) is not None
             }
             new = stop_when_known(
                 attack, context.conditionings, jobs, ends=ends, look=look, known=starts

@@ -19,7 +19,6 @@ from dori_lightning.attacks.embedding_attack import (
     attack_rounds,
     run_attacks,
 )
-from dori_lightning.attacks.futility import FutilityTest, log_ratios
 from dori_lightning.attacks.model_check import IMAGES, RESPONSE, ModelCheck, check_model
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.loss_evidence import loss_evidence
@@ -28,6 +27,7 @@ from dori_lightning.metrics.evidence import (
     ImageEvidence,
     LossEvidence,
     UnseenImage,
+    find_futile,
     image_evidence,
     unseen_images,
 )
@@ -64,7 +64,6 @@ class Generated:
         calibration: The thresholds, where generating needed them already.
         losses: Pair id to the evidence by loss; empty where it is not asked for.
         outcomes: Scores of the images of ``conditionings``, where generating needed them already.
-        judged: Evaluations under the empty prompt that ended futile searches.
         looked: Images that were drawn at looks that no rate is counted at.
     """
 
@@ -75,7 +74,6 @@ class Generated:
     calibration: Calibration | None = None
     losses: Mapping[str, LossEvidence] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
-    judged: int = 0
     looked: int = 0
 
 
@@ -146,12 +144,12 @@ def attack_and_generate(
             generate(context, prompts, context.unmitigated, title="before")
     settings, mitigated, calibration = context.attack, not edit.is_empty, None
     baseline: tuple[Conditioning, ...] = prompts if mitigated else ()
-    answered = frozenset[str]()
+    shown = frozenset[str]()
     if settings.early_stop:
         folder, title = (context.unmitigated, "before") if mitigated else (images, "prompts")
         calibration = _calibrate_early(context, prompts, folder, title=title)
         if settings.one_image:
-            drawn, answered = draw_until_copy(
+            drawn, shown = draw_until_copy(
                 context, calibration, prompts, folder, edit="none", title=title
             )
             prompts, baseline = (prompts, drawn) if mitigated else (drawn, ())
@@ -168,35 +166,40 @@ def attack_and_generate(
             scale,
         )
 
-    look, test = None, None
+    look, futile = None, frozenset[str]()
     controls = frozenset(pair.id for pair in context.pairs if pair.kind == "control")
-    suspects = frozenset(pair.id for pair in context.suspected)
-    attack = context.attack_context(edit.identity, scale=scale)
+    losses: Mapping[str, LossEvidence] = {}
     if calibration is not None:
-        if settings.futility is not None:
-            last = max(stop for stop in settings.stops if stop < context.budget.steps)
-            test = FutilityTest(settings.futility, controls, last, partial(log_ratios, attack))
-        look = Looks(context, calibration, edit.identity, test)
-        if settings.one_image and mitigated:
-            with edit.applied(context.model):
-                prompts, answered = draw_until_copy(
+        look = Looks(context, calibration, edit.identity)
+        with edit.applied(context.model):
+            if settings.one_image and mitigated:
+                prompts, shown = draw_until_copy(
                     context, calibration, prompts, images, edit=edit.identity, title="prompts"
                 )
+            if settings.futility is not None:
+                losses = loss_evidence(context, prompts)
+                ratios = {name: evidence.ratio for name, evidence in losses.items()}
+                futile = find_futile(ratios, controls, settings.futility)
 
-    if settings.futility is not None and suspects and suspects <= answered:
-        answered |= controls  # controls go on as long as a suspect does
+    by_prompt = {one.pair.id: one for one in prompts}
+
+    def answered(job: Job) -> Conditioning | None:
+        """The prompt, where it brings its image back or a search from anywhere would be futile."""
+        name = job.pair.id
+        back = job.init == "prompt" if name in shown else name in futile
+        return by_prompt[name] if back else None
 
     def search(
         rounds: Sequence[Sequence[Job]], known: Sequence[Conditioning]
     ) -> tuple[Conditioning, ...]:
         with edit.applied(context.model):
             attacked = run_attacks(
-                attack,
+                context.attack_context(edit.identity, scale=scale),
                 rounds,
                 trainer=context.trainer,
                 on_round=on_round,
                 look=look,
-                answered={c.pair.id: c for c in prompts if c.pair.id in answered},
+                answered=answered,
             )
             found = (*known, *attacked)
             generate(context, found, images, edit=edit.identity, title="generate")
@@ -223,19 +226,17 @@ def attack_and_generate(
             known = len(conditionings)
             conditionings = search(attack_rounds(everywhere, others), conditionings)
             outcomes += measure_shared(context, conditionings[known:], images)
-    losses: Mapping[str, LossEvidence] = {}
     if context.evidence.losses:
         with edit.applied(context.model):
-            losses = loss_evidence(context, conditionings)
+            losses = loss_evidence(context, conditionings, known=losses)
     return Generated(
         conditionings=conditionings,
         baseline=baseline,
         check=check,
         check_before=check_before,
         calibration=calibration,
-        losses=losses,
+        losses=losses if context.evidence.losses else {},
         outcomes=outcomes,
-        judged=settings.noise_batch * len(test.judged) if test else 0,
         looked=look.drawn if look else 0,
     )
 
@@ -329,7 +330,6 @@ def evaluate(
         calibration,
         unseen,
         rate=context.evidence.rate,
-        copies_tie=context.attack.futility is not None,
         **models,
     )
     return Evaluation(
@@ -346,12 +346,9 @@ def prompt_conditionings(context: AuditContext) -> tuple[Conditioning, ...]:
 
 
 def image_folder(folder: Path, conditioning: Conditioning) -> Path:
-    """Where the images of a conditioning lie below ``folder``.
-
-    An attack that begins at a prompt has that prompt's before its first step.
-    """
+    """Where the images of a conditioning lie below ``folder``."""
     condition = conditioning.condition
-    if condition.attack == "prompt" or (condition.init == "prompt" and conditioning.spent == 0):
+    if condition.attack == "prompt" or conditioning.of_prompt:
         return folder / "prompt" / conditioning.pair.id
     name = f"dori_{condition.init}_r{conditioning.restart}_s{conditioning.spent}"
     return folder / name / conditioning.pair.id
@@ -556,13 +553,12 @@ def _one_image_of(context: AuditContext, one: Conditioning, place: int = 0) -> C
 
 @dataclass
 class Looks:
-    """Looks at searches on their way, and ends those whose answer is known.
+    """Looks at searches on their way, and ends those whose images are copies.
 
     Attributes:
         context: The audit; its model carries the edit already.
         calibration: The threshold of replication.
         edit: Identity of the edit.
-        test: Which searches are futile; None ends only those whose images are copies.
         drawn: Images that were drawn at looks that no rate is counted at.
         taken: Initial point and restart to the looks taken so far.
     """
@@ -570,7 +566,6 @@ class Looks:
     context: AuditContext
     calibration: Calibration
     edit: str
-    test: FutilityTest | None
     drawn: int = 0
     taken: Counter[tuple[Init | None, int]] = field(default_factory=Counter)
 
@@ -600,6 +595,4 @@ class Looks:
         if steps not in evaluation_steps(settings.snapshots, last):
             each = 1 if one_image else context.sampling.images_per_pair
             self.drawn += each * len(conditionings)
-        if self.test is None or not 0 < steps < last:
-            return conditionings, copies
-        return conditionings, copies | self.test.futile(conditionings, copies)
+        return conditionings, copies

@@ -10,8 +10,9 @@ What it cannot tell: an image among near-duplicates of itself, one that the mode
 mirrored as well, a model whose denoising is damaged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -59,7 +60,10 @@ class _Question:
 
 
 def loss_evidence(
-    context: AuditContext, conditionings: Sequence[Conditioning]
+    context: AuditContext,
+    conditionings: Sequence[Conditioning],
+    *,
+    known: Mapping[str, LossEvidence] = MappingProxyType({}),
 ) -> dict[str, LossEvidence]:
     """Compare every image with its altered copies, under the empty prompt and its conditionings.
 
@@ -70,37 +74,37 @@ def loss_evidence(
         conditionings: Prompts and attacked embeddings. Of the snapshots of one search the last
             one counts; failed attacks are left out, and so are starts that no control was
             attacked from: an image with more tries than its nulls stands out by that alone. With
-            ``attack.futility`` so are searches that ended before their last step: images, or the
-            loss itself, have given their answer, for controls as for suspects.
+            ``attack.futility`` so are searches that ended early: their images have said more.
+        known: What was measured before, of the prompts and the empty prompt; they are not asked
+            again.
 
     Returns:
         Pair id to the smallest ratio over the conditionings, of all processes.
     """
-    empty = context.model.empty_embedding()[0].cpu()
-    asked = {(pair.id, "empty"): _Question(pair, "empty", empty) for pair in context.pairs}
+    asked: dict[tuple[str, str], _Question] = {}
+    if not known:
+        empty = context.model.empty_embedding()[0].cpu()
+        asked |= {(pair.id, "empty"): _Question(pair, "empty", empty) for pair in context.pairs}
     for one in conditionings:
         ended = one.stopped_at is not None and context.attack.futility is not None
-        if one.status == "ok" and not ended and not _is_prompt(one):
+        asked_before = one.of_prompt or (known and one.condition.attack == "prompt")
+        if one.status == "ok" and not ended and not asked_before:
             name = one.condition.init or "own prompt"
             asked[one.pair.id, name] = _Question(one.pair, name, one.embedding)
+    controlled = any(pair.kind == "control" for pair in context.pairs)
     tried = {q.conditioning for q in asked.values() if q.pair.kind == "control"}
     share = {pair.id for pair in context.pairs[distributed.rank() :: distributed.world_size()]}
     own = [
         question
         for (name, conditioning), question in asked.items()
-        if name in share and (not tried or conditioning in tried)
+        if name in share and (not controlled or conditioning in tried)
     ]
-    found: dict[str, LossEvidence] = {}
+    found = {name: evidence for name, evidence in known.items() if name in share}
     for question, ratio in zip(own, _ratios(context, own), strict=True):
         best = found.get(question.pair.id)
         if best is None or ratio < best.ratio:
             found[question.pair.id] = LossEvidence(ratio, question.conditioning)
     return distributed.all_gather_dict(found)
-
-
-def _is_prompt(one: Conditioning) -> bool:
-    """Whether an attack is still at the prompt, whose losses are asked for anyway."""
-    return one.condition.attack != "prompt" and one.condition.init == "prompt" and one.spent == 0
 
 
 def _ratios(context: AuditContext, questions: Sequence[_Question]) -> list[float]:

@@ -100,6 +100,39 @@ def conformal_p_values(scores: ArrayLike, nulls: ArrayLike) -> np.ndarray:
     return np.where(np.isnan(suspects), np.nan, (1 + as_high) / (1 + len(others)))
 
 
+def find_futile(
+    ratios: Mapping[str, float], controls: Collection[str], share: float
+) -> frozenset[str]:
+    """Images of which nothing says that a search for them is worth its steps.
+
+    A conformal test: an image is searched where at most a share of the controls is denoised as
+    much better than its own altered copies. Of images that the model does not hold, that share is
+    searched, on average, if they and the controls are exchangeable. How many *memorized* images
+    go unsearched is bounded by nothing that controls can say; of planted images it stands in
+    ``experiments/011-sequential``. One control that does as well is no reason, for it may be an
+    oddity.
+
+    Controls are chosen by the same rule, each against the others, so that p-values by image stay
+    valid.
+
+    Args:
+        ratios: Pair id to its loss ratio (``LossEvidence``); NaN is searched.
+        controls: Ids of images that the model cannot hold; without any, none is futile.
+        share: Share of those that are searched all the same, in (0, 1).
+
+    Returns:
+        Ids of images, controls among them, that are not worth a search.
+    """
+    nulls = [(name, ratios[name]) for name in controls if name in ratios]
+    share = max(share, 2 / (1 + len(nulls)))
+
+    def p_value(name: str) -> float:
+        as_low = sum(ratio <= ratios[name] for other, ratio in nulls if other != name)
+        return (1 + as_low) / (1 + len(nulls))
+
+    return frozenset(name for name in ratios if p_value(name) > share)
+
+
 def discoveries(p_values: ArrayLike, rate: float) -> np.ndarray:
     """Which images stand out, at a false discovery rate over all of them.
 
@@ -389,7 +422,6 @@ def judge(
     rate: float,
     auditable: Sequence[bool] | None = None,
     painted: Sequence[bool] | None = None,
-    copies_tie: bool = False,
 ) -> list[Judged]:
     """Answer for each of N suspects, from scores and loss ratios alone.
 
@@ -407,15 +439,11 @@ def judge(
         rate: False discovery rate over the images, in (0, 1).
         auditable: Whether the descriptor can judge each; None for all.
         painted: Whether the reference model reproduces each; None for none.
-        copies_tie: Whether all copies count as equally close, suspects' and nulls': searches ended
-            at their first copy, so how close they would have come is not known.
     """
     fit = np.ones(len(scores), bool) if auditable is None else np.asarray(auditable, bool)
     paints = np.zeros(len(scores), bool) if painted is None else np.asarray(painted, bool)
     nulls = null_scores(unseen)
-    by_image = conformal_p_values(
-        _tied(scores) if copies_tie else scores, _tied(nulls) if copies_tie else nulls
-    )
+    by_image = conformal_p_values(scores, nulls)
     by_loss = conformal_p_values(
         -np.log(np.asarray(ratios, np.float64)), -np.log([image.loss_ratio for image in unseen])
     )
@@ -438,12 +466,6 @@ def judge(
     return found
 
 
-def _tied(scores: ArrayLike) -> np.ndarray:
-    """Scores with the same, highest one for all copies; NaN stays NaN."""
-    values = np.asarray(scores, np.float64)
-    return np.where(values > COPY, math.inf, values)
-
-
 def image_evidence(
     results: Sequence[PairResult],
     rule: Calibration,
@@ -452,7 +474,6 @@ def image_evidence(
     rate: float,
     reference: Sequence[PairResult] = (),
     losses: Mapping[str, LossEvidence] = MappingProxyType({}),
-    copies_tie: bool = False,
 ) -> tuple[ImageEvidence, ...]:
     """Judge every suspected image, with its own error bound (``judge``).
 
@@ -465,7 +486,6 @@ def image_evidence(
         rate: False discovery rate over the images, in (0, 1).
         reference: The results of a model that never saw the images.
         losses: Pair id to the evidence by loss; empty where not measured.
-        copies_tie: As of ``judge``.
 
     Returns:
         One row for each pair that is no control, in order of appearance.
@@ -483,7 +503,6 @@ def image_evidence(
         rate=rate,
         auditable=[name not in rule.not_auditable for name in suspects],
         painted=[name in painted for name in suspects],
-        copies_tie=copies_tie,
     )
     rows = []
     for (name, pair), score, ratio, found in zip(

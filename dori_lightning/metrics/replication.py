@@ -23,7 +23,7 @@ stops at its first success leaves the cumulative rate as it is, since the steps 
 are the same ones. The rate at the budget is lost: the attacks that went on are those that had
 failed. So a cell with stopped attacks counts cumulatively and says so (``Cell.counted``). Its
 similarities are those of the images at which attacks were stopped, which later steps might have
-surpassed. An attack that was futile counts at every later budget as what it was: no copy. A pair
+surpassed. Where an attack never began (``stopped_at`` 0), its prompt stands for it. A pair
 counts in the cumulative rate where it came back, also if its attack diverged
 later, or where it has a result at the budget.
 """
@@ -429,14 +429,12 @@ class AttackEffort:
         pictures: Of generating images from embeddings that the attack found.
         pictures_saved: Of images of later budgets that stopped attacks did not generate, and of
             further images where the first was enough, less those of looks on the way.
-        futility: Of losses under the empty prompt, which say that a search is futile.
     """
 
     attack: int
     attack_saved: int
     pictures: int
     pictures_saved: int
-    futility: int = 0
 
 
 def attack_effort(
@@ -446,7 +444,6 @@ def attack_effort(
     picture_evaluations: int,
     images_per_pair: int,
     looked: int = 0,
-    futility: int = 0,
 ) -> AttackEffort:
     """Count what the attack took, and what stopping it early saved.
 
@@ -456,7 +453,6 @@ def attack_effort(
         picture_evaluations: UNet evaluations that one image takes.
         images_per_pair: K, images of each embedding where none is spared.
         looked: Images that were drawn on the way and are in no outcome.
-        futility: As of ``AttackEffort``.
     """
     taken: dict[object, int] = {}
     planned: dict[object, int] = {}
@@ -477,7 +473,6 @@ def attack_effort(
         attack_saved=(sum(planned.values()) - spent) * noise_batch,
         pictures=(generated + looked) * picture_evaluations,
         pictures_saved=(spared - looked) * picture_evaluations,
-        futility=futility,
     )
 
 

@@ -373,24 +373,15 @@ def _pair_flags(report: AuditReport, findings: AuditFindings) -> Iterator[Flag]:
         searches = {
             search: outcome for outcome in report.outcomes if (search := search_of(outcome))
         }
-        suspects = [o for o in searches.values() if o.pair.kind != "control"]
-        given_up = [
-            o for o in suspects if o.stopped_at is not None and not is_copy(o, report.calibration)
-        ]
-        controls: dict[str, int] = {}
-        for one in searches.values():
-            if one.pair.kind == "control":
-                steps = one.condition.budget.steps if one.stopped_at is None else one.stopped_at
-                start = str(one.condition.init)
-                controls[start] = max(steps, controls.get(start, 0))
-        yield _flag(
-            "search_sequential",
-            "info",
-            level=level,
-            given_up=len(given_up),
-            of=len(suspects),
-            controls=controls,
-        )
+        skipped = {
+            control: [
+                outcome.stopped_at == 0 and not is_copy(outcome, report.calibration)
+                for outcome in searches.values()
+                if (outcome.pair.kind == "control") == control
+            ]
+            for control in (False, True)
+        }
+        yield _flag("search_sequential", "info", level=level, skipped=skipped)
     for reason in ("not_auditable", "painted", "copy_few_nulls"):
         if ids := [row.id for row in report.images if row.reason == reason]:
             severity: Severity = "info" if reason == "copy_few_nulls" else "warning"

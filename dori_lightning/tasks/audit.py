@@ -133,7 +133,6 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
             picture_evaluations=context.sampling.steps * context.sampling.rows_per_step,
             images_per_pair=context.sampling.images_per_pair,
             looked=generated.looked,
-            futility=generated.judged,
         ),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
     )

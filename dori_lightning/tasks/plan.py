@@ -21,7 +21,6 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from rich.table import Table
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
-from dori_lightning.attacks.futility import WINDOW, judged_steps
 from dori_lightning.audit.loss_evidence import LOSS_ROWS
 from dori_lightning.audit.power import PowerSettings
 from dori_lightning.metrics.evidence import EvidenceSettings, nulls_among
@@ -235,7 +234,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         count * len(settings.inits_of(kind)) for kind, count in pairs.items()
     )
     everyone, suspected = sum(pairs.values()), pairs.get("vm", 0) + pairs.get("tm", 0)
-    searches = _whole_searches(settings, sampling, pairs)
+    searches = _searches(settings, sampling, attacks)
     prompts = Evaluations.of_images(everyone * sampling.images_per_pair, sampling)
     work, images = searches + prompts, searches.decoded + prompts.decoded
     if config["evidence"]["losses"]:  # under the empty prompt, the own one and each start
@@ -355,26 +354,14 @@ def _part(
     return Part(what, work, cost.hours(work), size, not_counted)
 
 
-def _whole_searches(
-    settings: AttackSettings, sampling: Sampling, pairs: Mapping[Kind, int]
-) -> Evaluations:
-    """Work of searches that take all their steps, and of their images."""
-    steps, noises, drawn = settings.budget.steps, settings.noise_batch, sampling.images_per_pair
+def _searches(settings: AttackSettings, sampling: Sampling, attacks: float) -> Evaluations:
+    """Work of a number of searches that take all their steps, and of their images."""
+    steps, drawn = settings.budget.steps, sampling.images_per_pair
     rated = evaluation_steps(settings.snapshots, steps)
-    work, judged = Evaluations(), set[int]()
-    for kind, count in pairs.items():
-        for init in settings.inits_of(kind):
-            searches = settings.restarts * count
-            looks = [s for s in settings.stops_of(init) if s < steps and s not in rated]
-            each = len(rated) * drawn + len(looks) * (1 if settings.one_image else drawn)
-            work += Evaluations(attack=searches * steps * noises)
-            work += Evaluations.of_images(searches * each, sampling)
-            judged |= {step for look in looks for step in judged_steps(look)}
-    if settings.futility is None:
-        return work
-    # losses under the empty prompt, which starts share
-    losses = settings.restarts * sum(pairs.values()) * len(judged) * noises
-    return work + Evaluations(forward=losses)
+    looks = [look for look in settings.looks if look < steps and look not in rated]
+    each = len(rated) * drawn + len(looks) * (1 if settings.one_image else drawn)
+    work = Evaluations(attack=round(attacks * steps * settings.noise_batch))
+    return work + Evaluations.of_images(round(attacks * each), sampling)
 
 
 def _early_remarks(
@@ -387,27 +374,22 @@ def _early_remarks(
     controls = pairs.get("control", 0)
     if settings.futility is None or not controls:
         return
-    noises, image = settings.noise_batch, sampling.steps * sampling.rows_per_step
-    least = max(settings.futility, 2 / (1 + controls))
-    held = unheld = 0.0
+    searched = min(1.0, max(settings.futility, 2 / (1 + controls)))
+    held = unheld = Evaluations()
     for kind, count in pairs.items():
         for init in settings.inits_of(kind):
-            looks = [s for s in settings.stops_of(init) if s < settings.budget.steps]
-            first, *later = [*looks, settings.budget.steps]
-            # of the searches, who goes on after each look
-            shares = [max(least, 0.5**k) for k in range(1, len(looks))] + [least] * bool(looks)
-            steps = first + sum(
-                share * (end - look) for share, look, end in zip(shares, looks, later, strict=True)
-            )
-            judged = sum([1, *shares][: len(looks)])
-            seen = judged + [1, *shares][-1] * sampling.images_per_pair
-            given_up = noises * (steps + WINDOW * judged) + image * seen
-            came_back = 0 if init == "prompt" else noises * first + image
-            unheld += settings.restarts * count * given_up
-            held += settings.restarts * count * (given_up if kind == "control" else came_back)
+            attacks = settings.restarts * count
+            chosen = _searches(settings, sampling, attacks * searched)
+            back = Evaluations()
+            if init != "prompt":
+                back = Evaluations(attack=attacks * settings.stops[0] * settings.noise_batch)
+                back += Evaluations.of_images(attacks, sampling)
+            held += chosen if kind == "control" else back
+            unheld += chosen
     yield (
-        f"attack.futility: searches and their images take about {held:,.0f} evaluations where "
-        f"prompts, or the first look, bring all suspects back, {unheld:,.0f} where none is held"
+        f"attack.futility: searches and their images take about {held.attack + held.forward:,} "
+        f"evaluations where prompts, or the first look, bring all suspects back, "
+        f"{unheld.attack + unheld.forward:,} where none is held"
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from dori_lightning.attacks import embedding_attack, model_check
+from dori_lightning.audit.loss_evidence import LOSS_ROWS
 from dori_lightning.models import generation, memory
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.runtime.signals import Interrupted
@@ -57,14 +58,8 @@ def stopped(material, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def more_controls(tmp_path_factory):
-    """The same images, more of them as controls."""
-    return write_material(tmp_path_factory.mktemp("material"), vm=PAIRS - 6, control=6)
-
-
-@pytest.fixture(scope="module")
-def sequential(more_controls, tmp_path_factory):
-    return run(more_controls, tmp_path_factory.mktemp("runs") / "sequential", *SEQUENTIAL)
+def sequential(material, tmp_path_factory):
+    return run(material, tmp_path_factory.mktemp("runs") / "sequential", *SEQUENTIAL)
 
 
 def rows(folder):
@@ -200,7 +195,6 @@ def test_evaluations_are_counted_and_passes_stay_full(material, tmp_path, solved
         "attack_saved": NOISES * (4 * PAIRS - sum(spent)),
         "pictures": each * sum(looks),
         "pictures_saved": each * (len(LOOKED_AT) * PAIRS - sum(looks)),
-        "futility": 0,
     }
     assert effort["attack_saved"] > 0
     prompts = each * (PAIRS + ORDINARY)
@@ -257,10 +251,10 @@ def test_a_folder_holds_attacks_of_one_way_only(material, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["stopped", "sequential"])
-def test_two_processes_stop_the_same_attacks(material, more_controls, tmp_path, request, way):
-    own, settings = (material, (STOP,)) if way == "stopped" else (more_controls, SEQUENTIAL)
+def test_two_processes_stop_the_same_attacks(material, tmp_path, request, way):
+    settings = (STOP,) if way == "stopped" else SEQUENTIAL
     ended(
-        tmp_path, PROGRAM, *on_tiny(own, *AUDIT, *settings), "trainer=ddp",
+        tmp_path, PROGRAM, *on_tiny(material, *AUDIT, *settings), "trainer=ddp",
         "trainer.accelerator=cpu", f"paths.output={tmp_path}", "name=run",
     )  # fmt: skip
     assert results(tmp_path / "run") == results(request.getfixturevalue(way))
@@ -280,11 +274,12 @@ def searches(folder):
     )
 
 
-def test_a_sequential_search_ends_at_a_copy_or_where_controls_do_as_well(whole, sequential):
+def test_a_sequential_search_ends_at_a_copy_or_does_not_begin(whole, sequential):
     found = searches(sequential)
-    given_up = found[found["first"].isna() & found.stop.notna()]
-    assert len(given_up)
-    assert set(given_up.drawn) == {1}
+    left_out = found[found["first"].isna() & found.stop.notna()]
+    assert set(left_out.kind) == {"vm", "control"}
+    assert set(left_out.stop) == {0}
+    assert set(left_out.drawn) == {IMAGES}, "of the prompt, which stands for the search"
     copies = found[found["first"].notna()]
     assert (copies.stop.fillna(4) == copies["first"]).all()
     assert (copies.stop == 0).any(), "some by their prompts"
@@ -300,15 +295,17 @@ def test_a_sequential_search_ends_at_a_copy_or_where_controls_do_as_well(whole, 
     assert flags.count("search_sequential") == 1
 
 
-def test_evaluations_of_a_sequential_search_are_counted(more_controls, tmp_path, rows_of):
-    folder = run(more_controls, tmp_path / "run", *SEQUENTIAL)
+def test_evaluations_of_a_sequential_search_are_counted(material, tmp_path, rows_of):
+    folder = run(material, tmp_path / "run", *SEQUENTIAL)
     effort, found = report_json(folder)["effort"], searches(folder)
-    assert effort["attack"] == NOISES * found.stop.fillna(4).sum()
-    assert effort["futility"] > 0
+    assert 0 < effort["attack"] == NOISES * found.stop.fillna(4).sum()
     prompted = (rows(folder).attack == "prompt").sum()
     assert prompted < PAIRS * IMAGES, "of some the first image is enough"
     assert rows_of["with gradient"] == effort["attack"] + CHECK["with gradient"]
-    wanted = effort["pictures"] + effort["futility"] + CHECK["forward"]
+    losses = (
+        2 * PAIRS * LOSS_ROWS
+    )  # under the empty and the own prompt: they choose who is searched
+    wanted = effort["pictures"] + losses + CHECK["forward"]
     wanted += EACH * (prompted + ORDINARY * IMAGES)
     # an odd image takes a batch of two: prompts twice, and three looks
     assert rows_of["forward"] - wanted in range(0, EACH * 6, EACH)
@@ -317,7 +314,7 @@ def test_evaluations_of_a_sequential_search_are_counted(more_controls, tmp_path,
 
 
 def test_a_sequential_search_that_was_interrupted_goes_on(
-    more_controls, sequential, tmp_path, monkeypatch, solved
+    material, sequential, tmp_path, monkeypatch, solved
 ):
     real: Callable[..., Any] = embedding_attack.solve
 
@@ -329,8 +326,8 @@ def test_a_sequential_search_that_was_interrupted_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(embedding_attack, "solve", interrupted)
         with pytest.raises(Interrupted):
-            run(more_controls, tmp_path / "run", *SEQUENTIAL)
+            run(material, tmp_path / "run", *SEQUENTIAL)
     solved.clear()
-    run(more_controls, tmp_path / "run", *SEQUENTIAL)
+    run(material, tmp_path / "run", *SEQUENTIAL)
     assert {until for until, _ in solved} == {4}, "nobody takes a step again"
     assert results(tmp_path / "run") == results(sequential)

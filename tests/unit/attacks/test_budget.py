@@ -72,9 +72,6 @@ def test_looks_are_kept_beside_snapshots_and_are_enough_to_stop_at():
     settings = AttackSettings(snapshots=(10, 1), looks=(4, 1), early_stop=True)
     assert (settings.snapshots, settings.stops) == ((1, 10), (1, 4, 10))
     assert AttackSettings(looks=(1,), early_stop=True, futility=0.05).stops == (1,)
-    settings = AttackSettings(snapshots=(2,), looks=(1, 4, 8), early_stop=True)
-    assert settings.stops_of("prompt") == (1, 2, 4, 8)
-    assert settings.stops_of("random") == settings.stops_of("control_prompt") == (2, 8)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_a_held_image_is_denoised_better_than_its_copies(
 
 
 def test_losses_are_keyed_and_starts_that_no_control_has_do_not_count(
-    context: AuditContext,
+    context: AuditContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = prompt_conditionings(context)
     before = loss_evidence(context, prompts)
@@ -88,11 +88,14 @@ def test_losses_are_keyed_and_starts_that_no_control_has_do_not_count(
     after = loss_evidence(context, [*prompts, *of_all])
     assert all(after[name].ratio <= before[name].ratio for name in before)
     assert after != before
+    assert loss_evidence(context, [*prompts, *of_all], known=before) == after
     ended = [replace(one, stopped_at=0) for one in of_all]
     assert loss_evidence(context, [*prompts, *ended]) == after, "where copies alone end a search"
     level = replace(context.attack, early_stop=True, looks=(0,), futility=0.05)
     sequential = replace(context, attack=level, budget=Budget(steps=1))
     assert loss_evidence(sequential, [*prompts, *ended]) == before
+    monkeypatch.setattr(context.model, "denoising_loss", lambda *_, **__: pytest.fail("again"))
+    assert loss_evidence(sequential, [*prompts, *ended], known=before) == before
 
 
 def test_a_suspects_own_copy_is_not_compared_with_the_suspect(

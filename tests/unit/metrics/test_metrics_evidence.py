@@ -18,6 +18,7 @@ from dori_lightning.metrics.evidence import (
     conformal_p_values,
     discoveries,
     fewest_together,
+    find_futile,
     image_evidence,
     null_scores,
     nulls_needed,
@@ -54,6 +55,42 @@ def test_an_image_whose_ceiling_does_not_clear_its_null_is_judged_by_nothing(
     assert not scale.auditable
     assert math.isnan(scale.threshold)
     assert math.isnan(scale.score(0.99))
+
+
+def test_an_image_is_searched_where_its_losses_stand_out_from_enough_controls() -> None:
+    controls = {f"control{k:02d}": 1.0 - 0.01 * k for k in range(20)}
+    lowest = sorted(controls)[-4:]
+    ratios = controls | {"held": 0.4, "between": 0.815, "unseen": 1.1, "unknown": math.nan}
+    assert {*ratios} - find_futile(ratios, set(controls), 0.05) == {
+        "held", "between", "unknown", *lowest[-2:],
+    }, "one control that does as well is no reason"  # fmt: skip
+    assert {*ratios} - find_futile(ratios, set(controls), 4 / 21) == {
+        "held", "between", "unknown", *lowest,
+    }  # fmt: skip
+    assert find_futile({"held": 0.4, "unseen": 1.0}, set(), 0.05) == frozenset()
+    few = {"held": 0.4, "a": 1.0, "b": 1.1, "c": 1.2}
+    assert find_futile(few, {"a", "b", "c"}, 0.05) == {"c"}
+
+
+@pytest.mark.parametrize("suspects", [1, 5])
+def test_error_rates_hold_where_only_some_images_are_searched(suspects: int) -> None:
+    """Suspects and 20 controls of one kind; a search raises a score that losses tell of."""
+    rng, level, runs = np.random.default_rng(0), 0.1, 2000 // suspects
+    names = [f"suspect{k}" for k in range(suspects)] + [f"control{k}" for k in range(20)]
+    controls, searched, stood_out = set(names[suspects:]), 0, 0
+    for _ in range(runs):
+        ratios = dict(zip(names, np.exp(rng.normal(0, 0.1, len(names))), strict=True))
+        futile = find_futile(ratios, controls, level)
+        scores = {
+            name: rng.normal() + (0 if name in futile else 3 - 5 * ratios[name]) for name in names
+        }
+        nulls = [scores[name] for name in controls]
+        own = [name for name in names if name not in controls]
+        searched += sum(name not in futile for name in own)
+        stood_out += sum(conformal_p_values([scores[name] for name in own], nulls) <= level)
+    noise = 3 * math.sqrt(level * (1 - level) / (runs * suspects))
+    assert 0 < searched / (runs * suspects) <= level + noise
+    assert 0 < stood_out / (runs * suspects) <= level + noise
 
 
 def test_p_values_count_the_nulls_at_least_as_high() -> None:

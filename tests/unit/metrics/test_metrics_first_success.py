@@ -89,7 +89,7 @@ def test_a_cell_with_stopped_rows_says_that_it_counts_up_to_its_budget():
 
 def test_a_prompt_that_brings_its_image_back_needs_no_step():
     found = [outcome("a", 10, 0.9, stopped_at=0), outcome("a", 50, 0.9, stopped_at=0)]
-    found += [outcome("b", 10, 0.2), outcome("b", 50, 0.2, stopped_at=10)]  # futile
+    found += [outcome("b", 10, 0.2, stopped_at=0), outcome("b", 50, 0.2, stopped_at=0)]  # futile
     assert [*first_successes(found, RULE).values()] == [0]
     cell = at(found, 50)
     assert (cell.hits, cell.n, cell.counted) == (1, 2, "up_to_budget")
@@ -103,10 +103,10 @@ def test_effort_counts_images_on_the_way_and_those_that_were_spared():
         replace(outcome("c", 50, 0.9), seeds=(0,), similarity={"local": np.array([0.9])}),
     ]
     assert attack_effort(
-        found, noise_batch=8, picture_evaluations=20, images_per_pair=4, looked=5, futility=48
+        found, noise_batch=8, picture_evaluations=20, images_per_pair=4, looked=5
     ) == AttackEffort(
         attack=8 * (4 + 50), attack_saved=8 * (50 + 46), pictures=20 * (1 + 5),
-        pictures_saved=20 * (3 * 4 - 1 - 5), futility=48,
+        pictures_saved=20 * (3 * 4 - 1 - 5),
     )  # fmt: skip
 
 

@@ -311,14 +311,14 @@ def test_a_search_whose_loss_stands_still_is_told():
     assert "loss_stands_still" not in names(report(0.14))
 
 
-def test_a_sequential_search_says_what_it_gave_up_and_is_no_search_that_stands_still():
+def test_a_sequential_search_says_what_it_left_out_and_is_no_search_that_stands_still():
     def report(stop: int, level: float | None) -> AuditReport:
         outcomes = tuple(
             replace(
                 fakes.outcome(Pair(f"{kind}{score}{k}", kind, "", Path()), fakes.dori(), [score]),
                 loss_first=0.2,
                 loss_last=0.2,
-                stopped_at=stop,
+                stopped_at=0 if score < 0.5 else stop,
             )
             for kind, score in (("vm", 0.1), ("vm", 0.9), ("control", 0.1))
             for k in range(3 if score < 0.5 else 9)
@@ -329,13 +329,13 @@ def test_a_sequential_search_says_what_it_gave_up_and_is_no_search_that_stands_s
         return replace(changed, flags=find_flags(changed, Circumstances()))
 
     assert "search_sequential" not in names(report(4, None))
-    sequential = report(4, 0.05)
+    sequential = report(4, 0.1)
     (flag,) = (flag for flag in sequential.flags if flag.name == "search_sequential")
     assert "3 of 12 searches" in flag.text
-    assert "at most 5 % are searched to the end" in flag.text
-    assert "for at most 4 steps from prompt." in flag.text
+    assert "3 of 3 for controls" in flag.text
+    assert "about 10 %" in flag.text
     assert "loss_stands_still" not in names(sequential), "four steps are no room to fall"
-    assert "loss_stands_still" in names(report(8, 0.05))
+    assert "loss_stands_still" in names(report(8, 0.1))
 
 
 def test_units_of_a_search_that_was_scaled_are_told():

@@ -235,16 +235,12 @@ def test_a_sequential_search_is_priced_whole_and_as_it_may_be(tmp_path: Path) ->
     looks = ("attack.snapshots=[]", "attack.restarts=1", "attack.looks=[1,2,4]")
     job = planned("attack=dori_sequential", *listed(tmp_path), *looks)
     assert job.audit.work.attack == 7 * 5 * 2
-    # a look draws one image, the end two; from random embeddings there is none so early
-    assert job.audit.work.decoded == 5 * 2 + 5 * (3 + 2) + 2 * 2
-    losses = 5 * len({0, 1, 2, 3}) * 2  # under the empty prompt
-    assert job.audit.work.forward == job.audit.work.decoded * 3 * 2 + losses
-    share, image = 2 / 4, 3 * 2  # all searches but those that two of three controls beat go on
-    prompt = 2 * (1 + share * 4 + 2 * (1 + 2 * share)) + image * (1 + 2 * share + share * 2)
-    random = 2 * 5 + image * 2  # no look before its fifth and last step
+    assert job.audit.work.decoded == 5 * 2 + 7 * (3 + 2), "a look draws one image, the end two"
     (text,) = (text for text in job.remarks if text.startswith("attack.futility"))
-    assert f"{5 * prompt + 2 * random:,.0f} where none is held" in text
-    assert f"about {3 * prompt + 2 * (2 * 5 + image):,.0f} evaluations where prompts" in text
+    image = 3 * 2
+    whole = 5 * 2 + image * (3 + 2)  # half of the images that are not held are searched
+    assert f"about {3 * whole // 2 + 2 * (1 * 2 + image):,} evaluations where prompts" in text
+    assert f"{7 * whole // 2:,} where none is held" in text
 
 
 def test_an_unreadable_list_is_assumed_and_the_reason_said(tmp_path: Path) -> None:
