@@ -242,6 +242,11 @@ class AttackSettings:
         """Steps after which attacks may be evaluated, besides the last one, rising."""
         return tuple(sorted({*self.snapshots, *self.looks}))
 
+    @property
+    def samples_at_once(self) -> int:
+        """Noise samples of a pair in one pass."""
+        return min(self.noise_batch, self.samples_per_forward or self.noise_batch)
+
     def check_whole(self) -> None:
         """Refuse early stop where no images are evaluated during the attack.
 

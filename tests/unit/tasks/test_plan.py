@@ -237,10 +237,10 @@ def test_a_sequential_search_is_priced_whole_and_as_it_may_be(tmp_path: Path) ->
     assert job.audit.work.attack == 7 * 5 * 2
     assert job.audit.work.decoded == 5 * 2 + 7 * (3 + 2), "a look draws one image, the end two"
     (text,) = (text for text in job.remarks if text.startswith("attack.futility"))
-    image = 3 * 2
-    whole = 5 * 2 + image * (3 + 2)  # half of the images that are not held are searched
-    assert f"about {3 * whole // 2 + 2 * (1 * 2 + image):,} evaluations where prompts" in text
-    assert f"{7 * whole // 2:,} where none is held" in text
+    image = 3 * 2  # half of the images that are not held are searched: one of two suspects
+    one, controls = 5 * 2 + image * (3 + 2), 15 + image * 8
+    assert f"about {controls + 2 * (1 * 2 + image):,} evaluations where prompts" in text
+    assert f"{2 * one + controls:,} where none is held" in text
 
 
 def test_an_unreadable_list_is_assumed_and_the_reason_said(tmp_path: Path) -> None:
