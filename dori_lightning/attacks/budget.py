@@ -172,6 +172,12 @@ class AttackSettings:
             no copy; at each look another one. What took all its steps is drawn whole.
         futility: Share, in (0, 1), of images that the model does not hold that are attacked all
             the same; the others are not, see ``metrics.evidence.find_futile``. None attacks all.
+        samples_per_forward: Noise samples of a pair in one pass, where memory does not hold all
+            of them; the gradients of several passes are added, so the result is the same up to
+            rounding. None for all.
+        parts: Names of the parts of the conditioning that are searched; None for every free one.
+            The others stay the prompt's where an attack begins there, and are the empty prompt's
+            where it begins elsewhere, so that no trace of the prompt is left.
         pairs_per_forward: Pairs of a batch; changes speed and memory, not results. None chooses by
             the free memory, see ``models.memory.estimate_batch_size``. On the CPU forward passes
             have one shape, whatever the batch.
