@@ -131,6 +131,7 @@ class Config:
         evidence: How sure the verdict has to be of each image.
         reference: A model that never saw the images; empty for none.
         power: How it is measured whether the attack could have found an image.
+        certify: The attacks of ``task=certify``; empty for other tasks.
         planting: The recipe of ``task=plant``.
         sampling: How images are generated.
         metrics: How images are compared.
@@ -153,6 +154,7 @@ class Config:
     evidence: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, Any] = field(default_factory=dict)
     power: dict[str, Any] = field(default_factory=dict)
+    certify: dict[str, Any] = field(default_factory=dict)
     planting: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)

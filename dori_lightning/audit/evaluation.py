@@ -154,9 +154,9 @@ def attack_and_generate(
             )
             prompts, baseline = (prompts, drawn) if mitigated else (drawn, ())
 
-    check_before = _check(context, edited=False) if mitigated else None
+    check_before = measured_check(context, edited=False) if mitigated else None
     with edit.applied(context.model):
-        check = _check(context, edited=mitigated)
+        check = measured_check(context, edited=mitigated)
     scale = check.scale if context.attack.own_units else 1.0
     if scale != 1:
         log.warning(
@@ -259,7 +259,7 @@ def _calibrate_early(
 CHECK: Codec[ModelCheck] = JSON.mapped(asdict, lambda fields: ModelCheck(**fields))
 
 
-def _check(context: AuditContext, *, edited: bool) -> ModelCheck:
+def measured_check(context: AuditContext, *, edited: bool) -> ModelCheck:
     """Check the model as it is now, on controls, which a mitigation is not meant to harm.
 
     A few controls are taken several times, with other noise. Without any, the suspects serve. The

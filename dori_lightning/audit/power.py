@@ -39,7 +39,7 @@ from dori_lightning.models.protocol import TextToImage
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import image_tensor, square_image
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import InputError, Pair, Pairs
+from dori_lightning.types import Calibration, InputError, Pair, Pairs
 
 log = logging.getLogger(__name__)
 
@@ -206,13 +206,32 @@ def check_never_seen(planted: Sequence[Pair], listed: Sequence[Pair]) -> None:
             )
 
 
-def measure_power(
+@dataclass(frozen=True)
+class Planted:
+    """A copy of a model into which images were planted.
+
+    Attributes:
+        context: The audit of the planted images: random starts, no controls.
+        edit: The mitigation, and the planted weights over it.
+        calibration: When an image is a copy.
+        drawn: Ids of the images that their prompts draw now.
+        steps: Optimizer steps that it took.
+    """
+
+    context: AuditContext
+    edit: Edit
+    calibration: Calibration
+    drawn: frozenset[str]
+    steps: int
+
+
+def plant(
     context: AuditContext, edit: Edit, planted: Sequence[Pair], settings: PowerSettings
-) -> Power:
-    """Plant never-seen images into the mitigated model and look how many the attack finds.
+) -> Planted:
+    """Fine-tune on never-seen images until their prompts draw them, or the rounds are over.
 
     Args:
-        context: The audit; its model carries no edit.
+        context: The audit; its model carries no edit, and ``generate_ordinary`` was called.
         edit: The mitigation's.
         planted: Images that the model cannot hold, with prompts.
         settings: How they are planted.
@@ -237,7 +256,23 @@ def measure_power(
         )
         if len(drawn) == len(planted):
             break
-    generated = attack_and_generate(there, carried)
+    return Planted(there, carried, calibration, drawn, steps)
+
+
+def measure_power(
+    context: AuditContext, edit: Edit, planted: Sequence[Pair], settings: PowerSettings
+) -> Power:
+    """Plant never-seen images into the mitigated model and look how many the attack finds.
+
+    Args:
+        context: The audit; its model carries no edit.
+        edit: The mitigation's.
+        planted: Images that the model cannot hold, with prompts.
+        settings: How they are planted.
+    """
+    copy = plant(context, edit, planted, settings)
+    there, calibration, drawn = copy.context, copy.calibration, copy.drawn
+    generated = attack_and_generate(there, copy.edit)
     pictures = there.folder / "pictures"
     outcomes = measure_all(there, generated.conditionings, pictures, title="score planted")
     results = pair_results(outcomes, calibration)
@@ -249,7 +284,7 @@ def measure_power(
         tried=len(planted),
         found=hits,
         interval=wilson_interval(hits, len(drawn)),
-        steps=steps,
+        steps=copy.steps,
         scores={name: score for name, (score, _) in scored.items()},
     )
 

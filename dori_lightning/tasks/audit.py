@@ -1,7 +1,7 @@
 """Which pairs a checkpoint still reproduces, prompted and attacked, and how sure we are of it."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -144,11 +144,19 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     return objective(report)
 
 
-def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
+def set_up(
+    cfg: DictConfig, folder: Path, tracker: Tracker, *, more: Mapping[str, Any] | None = None
+) -> AuditContext:
     """Build the context, check that the disk holds what will be written, and claim the folder.
 
     What a later stage would refuse is refused here. A reference is loaded, known by its
     fingerprint and let go before the checkpoint is loaded, so that never two are in memory.
+
+    Args:
+        cfg: Composed configuration.
+        folder: Run folder.
+        tracker: Loggers of the run.
+        more: What else decides the results besides what ``method_of`` says.
 
     Raises:
         InputError: An input is missing or does not fit the others, the disk is too full, or
@@ -178,7 +186,8 @@ def set_up(cfg: DictConfig, folder: Path, tracker: Tracker) -> AuditContext:
         "attack.snapshots or sampling.images_per_pair",
     )
     # every input was checked: from here on the folder belongs to these settings
-    claim_folder(folder, with_fingerprint(method_of(to_container(cfg)), context.model))
+    method = {**method_of(to_container(cfg)), **(more or {})}
+    claim_folder(folder, with_fingerprint(method, context.model))
     distributed.start(context.make_trainer())
     write_skipped(context.pairs, folder)
     return aim(context)
@@ -238,14 +247,15 @@ def audit_context(
     )
 
 
-def _attack_reference(cfg: DictConfig, context: AuditContext) -> ReferenceRun | None:
-    """Attack the same pairs, with the same budget, on the model that never saw them."""
+def reference_context(cfg: DictConfig, context: AuditContext) -> AuditContext | None:
+    """The same audit with the model that never saw the images; None without one."""
     if not cfg.reference:
         return None
     model = instantiate(cfg.reference)
     data = PairsDataModule(context.pairs, model, cache=context.cache / "encoded")
     measures = context.references.measures
-    there = replace(
+    data.prepare()
+    return replace(
         context,
         folder=context.folder / "reference",
         model=model,
@@ -256,8 +266,12 @@ def _attack_reference(cfg: DictConfig, context: AuditContext) -> ReferenceRun | 
         control_prompts=control_prompts(context.pairs, data),
         mitigation=NoMitigation(),
     )
-    data.prepare()
-    return ReferenceRun(there, attack_and_generate(there, EmptyEdit()))
+
+
+def _attack_reference(cfg: DictConfig, context: AuditContext) -> ReferenceRun | None:
+    """Attack the same pairs, with the same budget, on the model that never saw them."""
+    there = reference_context(cfg, context)
+    return there and ReferenceRun(there, attack_and_generate(there, EmptyEdit()))
 
 
 def _measure_power(
@@ -280,11 +294,20 @@ def _measure_power(
     )
     if not wanted:
         return None
-    planted: Sequence[Pair] = _own_positive_controls(cfg)
-    if not planted:
-        drawn = PositiveControls(cache=Path(cfg.paths.cache) / "pairs", count=settings.count)
-        planted = drawn.read()
-    return measure_power(context, edit, planted, settings)
+    return measure_power(context, edit, positive_controls(cfg), settings)
+
+
+def positive_controls(cfg: DictConfig) -> Sequence[Pair]:
+    """The images that are planted: the user's, or some that are drawn.
+
+    Raises:
+        InputError: Something is wrong with the user's list.
+    """
+    own = _own_positive_controls(cfg)
+    if own:
+        return own
+    count = instantiate(cfg.power).count
+    return PositiveControls(cache=Path(cfg.paths.cache) / "pairs", count=count).read()
 
 
 def _own_positive_controls(cfg: DictConfig) -> tuple[Pair, ...]:

@@ -1,0 +1,1 @@
+"""Certify: every way into a model, and the work that it takes."""

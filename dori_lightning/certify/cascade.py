@@ -1,0 +1,490 @@
+"""The cascade: attacks one after the other, cheapest first, as AutoAttack runs them.
+
+Only suspects that nothing has brought back go on to the next attack. Controls, the model that
+never saw the images (the reference) and planted images (the positive controls) run through every
+one, and before the suspects do: a level at which images come back that the model cannot hold
+decides nothing, and the attack ends there. An image that the reference draws at a level as well
+was painted, and is not counted against the model.
+
+Work is counted in rows through the denoiser, of one image, over everything that was tried on it so
+far (*Adversarial Work Criterion*).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dori_lightning.certify.base import Attack, Holds, Plan, Role, Subject
+from dori_lightning.metrics.replication import FALSE_POSITIVE_LIMIT
+from dori_lightning.mitigations.base import settings_fingerprint
+from dori_lightning.models.generation import PNG
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import content_hash
+from dori_lightning.runtime.cache import JSON, Cache, Codec
+from dori_lightning.runtime.logging import progress_bar
+from dori_lightning.types import InputError, Kind, Number, Pair
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = "certify-1"
+"""Name and version of the list of attacks and of their budgets; another list is another one."""
+
+
+@dataclass(frozen=True)
+class CertifySettings:
+    """How a model is certified.
+
+    Attributes:
+        paths: Attacks in their order, names of ``attacks``.
+        attacks: Name to attack.
+        max_false_positive: Share of images that the model cannot hold up to which a level counts.
+        group: Images that are attacked side by side and kept together: what an interrupted run
+            does not repeat.
+    """
+
+    paths: tuple[str, ...]
+    attacks: Mapping[str, Attack]
+    max_false_positive: float = FALSE_POSITIVE_LIMIT
+    group: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", tuple(self.paths))
+        known = [name for name, attack in self.attacks.items() if attack]
+        twice = [name for name in dict.fromkeys(self.paths) if self.paths.count(name) > 1]
+        if twice:
+            raise InputError(
+                f"certify.paths names {', '.join(twice)} twice",
+                where="certify.paths",
+                fix="name each attack once; settings of it are certify.attacks."
+                f"{twice[0]}.SETTING",
+            )
+        stray = [name for name in self.paths if name not in known]
+        if stray:
+            raise InputError(
+                f"certify.paths has no attack {', '.join(stray)}",
+                where="certify.paths",
+                fix=f"some of {', '.join(known)}; one of your own is added with "
+                f"+attack@certify.attacks.NAME=NAME",
+            )
+        if not self.paths:
+            raise InputError("certify.paths is empty", where="certify.paths", fix="name an attack")
+        if not 0 <= self.max_false_positive < 1:
+            raise InputError(
+                f"certify.max_false_positive must be in [0, 1), got {self.max_false_positive}"
+            )
+        if self.group < 1:
+            raise InputError(f"certify.group must be >= 1, got {self.group}")
+
+    @property
+    def chosen(self) -> tuple[Attack, ...]:
+        """The attacks, in their order."""
+        return tuple(self.attacks[name] for name in self.paths)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse attacks that mean nothing on what is attacked, before anything is loaded.
+
+        Raises:
+            InputError: One does.
+        """
+        for attack in self.chosen:
+            attack.check(plan)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of one attack on one image.
+
+    Attributes:
+        pair: Pair id.
+        kind: Which kind of pair.
+        role: Whose model was attacked.
+        attack: Name of the attack.
+        levels: Levels that were tried, in order.
+        rows: Rows spent up to each level's images.
+        scores: How far each level's images came, as share of the way from other images to the
+            autoencoder's reconstruction: above 0.5 is a copy (``types.Scale``).
+        back_at: Place of the level at which the image came back; None where it did not.
+        spent: Rows spent in all.
+        image: File of the closest image, relative to the run folder; empty where none was drawn.
+    """
+
+    pair: str
+    kind: Kind
+    role: Role
+    attack: str
+    levels: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+    scores: tuple[Number, ...] = ()
+    back_at: int | None = None
+    spent: int = 0
+    image: str = ""
+
+    @property
+    def level(self) -> str:
+        """Level at which it came back; empty where it did not."""
+        return "" if self.back_at is None else self.levels[self.back_at]
+
+    @property
+    def work(self) -> int:
+        """Rows until it came back, or all that were spent."""
+        return self.spent if self.back_at is None else self.rows[self.back_at]
+
+    @property
+    def best(self) -> float:
+        """The highest score; NaN where none was measured."""
+        known = [score for score in self.scores if not math.isnan(score)]
+        return max(known, default=math.nan)
+
+
+@dataclass(frozen=True)
+class Level:
+    """What images did at one level of an attack.
+
+    Attributes:
+        name: What was done.
+        back: Role or kind to the images that came back at this level or before: ``suspects``,
+            ``controls``, ``reference``, ``planted``.
+        tried: The same names to the images that were tried.
+        sound: Whether it counts: few enough images came back that the model cannot hold.
+    """
+
+    name: str
+    back: Mapping[str, int]
+    tried: Mapping[str, int]
+    sound: bool
+
+
+@dataclass(frozen=True)
+class AttackFindings:
+    """What one attack of a cascade found.
+
+    Attributes:
+        attack: Its name.
+        holds: What its adversary holds.
+        levels: Its levels in the order they were tried, weakest first.
+        tried: What came of it, for each image and subject.
+        painted: Suspects that came back here on the reference as well, at no later a level: they
+            are not counted.
+        convicted: Suspects that it brought back soundly.
+    """
+
+    attack: str
+    holds: Holds
+    levels: tuple[Level, ...]
+    tried: tuple[Tried, ...]
+    painted: tuple[str, ...]
+    convicted: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether any of its levels counts."""
+        return any(level.sound for level in self.levels)
+
+    def count(self, group: str) -> tuple[int, int]:
+        """Images of a group that came back at sound levels, and how many were tried."""
+        sound = [level for level in self.levels if level.sound]
+        last = sound[-1] if sound else None
+        tried = max((level.tried.get(group, 0) for level in self.levels), default=0)
+        return (last.back.get(group, 0) if last else 0, tried)
+
+
+class Recorder:
+    """The `Attempt` of a group of pairs: scores images, and remembers who is left."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        attack: Attack,
+        pairs: Sequence[Pair],
+        *,
+        closed: frozenset[str],
+        folder: Path,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Begin with every pair of this process's share.
+
+        Args:
+            subject: The model.
+            attack: The attack.
+            pairs: The group, all of it.
+            closed: Levels that are not to be tried.
+            folder: Run folder, below which the closest images are kept.
+            advance: Called with the rows that were spent.
+        """
+        own = pairs[distributed.rank() :: distributed.world_size()]
+        self.subject, self.attack, self.closed = subject, attack, closed
+        self.folder, self.advance = folder, advance
+        self.pairs = {pair.id: pair for pair in own}
+        self.tried = {
+            pair.id: Tried(pair.id, pair.kind, subject.role, attack.name) for pair in own
+        }
+
+    def left(self, level: str) -> list[Pair]:
+        """Pairs that are to be tried at a level."""
+        if level in self.closed:
+            return []
+        return [self.pairs[name] for name, own in self.tried.items() if own.back_at is None]
+
+    def add(self, level: str, images: Mapping[str, torch.Tensor], *, rows: int) -> None:
+        """Score images, and keep the closest one."""
+        for name, own in images.items():
+            pair, before = self.pairs[name], self.tried[name]
+            similarity, closest = self.subject.closest(pair, own)
+            score = self.subject.calibration.scales[name].score(similarity)
+            image = before.image
+            if math.isnan(before.best) or score > before.best:
+                place = f"images/{self.subject.role}/{self.attack.name}/{name}"
+                image = str(Cache(self.folder).write(place, own[closest], {}, PNG))
+                image = f"{place}.png"
+            copy = similarity > self.subject.calibration.threshold_of(name)
+            self.tried[name] = replace(
+                before,
+                levels=(*before.levels, level),
+                rows=(*before.rows, before.spent + rows),
+                scores=(*before.scores, score),
+                back_at=len(before.levels) if copy else None,
+                spent=before.spent + rows,
+                image=image,
+            )
+        self.advance(rows * len(images))
+
+
+def _decode(rows: list[dict[str, Any]]) -> list[Tried]:
+    lists = ("levels", "rows", "scores")
+    return [
+        Tried(**{k: tuple(_number(x) for x in v) if k in lists else v for k, v in row.items()})
+        for row in rows
+    ]
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _encode(tried: list[Tried]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(own), "scores": [None if math.isnan(x) else x for x in own.scores]}
+        for own in tried
+    ]
+
+
+TRIED: Codec[list[Tried]] = JSON.mapped(_encode, _decode)
+"""What came of an attack on a group of images."""
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Attacks on a model, with everything that says whether they mean something.
+
+    Attributes:
+        settings: The attacks and their order.
+        plan: What is known before anything is loaded.
+        audited: The model under audit.
+        suspects: Pairs that it may hold.
+        controls: Pairs that it cannot hold.
+        reference: A model that never saw the suspects; None without one.
+        planted: A copy of the model with planted images; None without one.
+        folder: Run folder.
+    """
+
+    settings: CertifySettings
+    plan: Plan
+    audited: Subject
+    suspects: Sequence[Pair]
+    controls: Sequence[Pair]
+    reference: Subject | None
+    planted: Subject | None
+    folder: Path
+    found: list[AttackFindings] = field(default_factory=list)
+
+    def run(self) -> list[AttackFindings]:
+        """Run every attack; what an interrupted run has finished is read."""
+        left = list(self.suspects)
+        for place, attack in enumerate(self.settings.chosen, 1):
+            log.info(
+                "attack %d of %d: %s, %d of %d suspects left",
+                place,
+                len(self.settings.paths),
+                attack.name,
+                len(left),
+                len(self.suspects),
+            )
+            findings = self._attack(attack, left)
+            self.found.append(findings)
+            left = [pair for pair in left if pair.id not in findings.convicted]
+        return self.found
+
+    def _attack(self, attack: Attack, left: Sequence[Pair]) -> AttackFindings:
+        """One attack: first on what the model cannot hold, then on the suspects that are left."""
+        unheld = self._try(attack, self.audited, self.controls)
+        if self.reference is not None:
+            closed = self._closed(unheld)
+            unheld += self._try(attack, self.reference, self.suspects, closed=closed)
+        closed, planted = self._closed(unheld), list[Tried]()
+        if self.planted is not None:
+            pairs = self.planted.context.pairs
+            planted = self._try(attack, self.planted, pairs, closed=closed)
+        own = self._try(attack, self.audited, left, closed=closed)
+        tried = [*own, *unheld, *planted]
+        levels = self._levels(tried)
+        sound = {level.name for level in levels if level.sound}
+        places = {level.name: place for place, level in enumerate(levels)}
+        painted_at = {
+            one.pair: places[one.level]
+            for one in unheld
+            if one.role == "reference" and one.back_at is not None
+        }
+        back = [one for one in own if one.level in sound and one.back_at is not None]
+        painted = [
+            one.pair for one in back if painted_at.get(one.pair, math.inf) <= places[one.level]
+        ]
+        return AttackFindings(
+            attack=attack.name,
+            holds=attack.holds,
+            levels=tuple(levels),
+            tried=tuple(tried),
+            painted=tuple(painted),
+            convicted=tuple(one.pair for one in back if one.pair not in painted),
+        )
+
+    def _closed(self, tried: Sequence[Tried], count: int = 0) -> frozenset[str]:
+        """Levels that do not count.
+
+        Args:
+            tried: Images that the model cannot hold.
+            count: How many there are, where not all were tried yet.
+        """
+        levels = self._levels(tried, at_least=count)
+        return frozenset(level.name for level in levels if not level.sound)
+
+    def _levels(self, tried: Iterable[Tried], *, at_least: int = 0) -> list[Level]:
+        """What happened at each level, weakest first, and whether it counts."""
+        groups: dict[str, list[Tried]] = {}
+        for one in tried:
+            groups.setdefault(group_of(one), []).append(one)
+        names = level_order(one.levels for own in groups.values() for one in own)
+        found, closed = [], False
+        for place, name in enumerate(names):
+            upto = set(names[: place + 1])
+            back = {group: sum(o.level in upto for o in own) for group, own in groups.items()}
+            counts = {group: len(own) for group, own in groups.items()}
+            for group in ("controls", "reference"):
+                n = max(counts.get(group, 0), at_least)
+                closed |= group in back and back[group] / n > self.settings.max_false_positive
+            found.append(Level(name, back, counts, sound=not closed))
+        return found
+
+    def _try(
+        self,
+        attack: Attack,
+        subject: Subject,
+        pairs: Sequence[Pair],
+        *,
+        closed: frozenset[str] = frozenset(),
+    ) -> list[Tried]:
+        """Attack pairs in groups, or read what came of it."""
+        if not attack.applies(subject):
+            return []
+        pairs = [pair for pair in pairs if not math.isnan(subject.threshold(pair))]
+        found: list[Tried] = []
+        title = f"{attack.name} ({subject.role})"
+        total = attack.rows(self.plan) * len(pairs)
+        cache = Cache(self.folder / "attempts" / subject.role)
+        with progress_bar(title, total) as advance:
+            for start in range(0, len(pairs), self.settings.group):
+                group = pairs[start : start + self.settings.group]
+                if subject.role == "reference" or group[0].kind == "control":
+                    closed |= self._closed(found, len(pairs))
+                key = self._key(attack, subject, group, closed)
+                name = f"{attack.name}/{group[0].kind}-{content_hash(key)[:16]}"
+                known = cache.read(name, key, TRIED) if distributed.is_first() else None
+                known = distributed.broadcast_object(known)
+                if known is None:
+                    recorder = Recorder(
+                        subject, attack, group, closed=closed, folder=self.folder, advance=advance
+                    )
+                    attack.run(subject, group, recorder)
+                    gathered = distributed.all_gather_dict(recorder.tried)
+                    known = [gathered[pair.id] for pair in group]
+                    if distributed.is_first():
+                        cache.write(name, known, key, TRIED)
+                else:
+                    advance(attack.rows(self.plan) * len(group))
+                found += known
+        return found
+
+    def _key(
+        self, attack: Attack, subject: Subject, pairs: Sequence[Pair], closed: frozenset[str]
+    ) -> dict[str, str]:
+        """Everything that the outcome depends on."""
+        context, rule = subject.context, subject.calibration
+        inputs = hashlib.sha256()
+        for pair in pairs:
+            scale = rule.scales[pair.id]
+            inputs.update(f"{pair.id}\0{pair.prompt}\0{pair.sha256}\0{scale}\0".encode())
+        return {
+            "protocol": PROTOCOL,
+            "attack": content_hash(settings_fingerprint(attack)),
+            "checkpoint": context.model.fingerprint,
+            "machine": context.machine,
+            "edit": subject.edit.identity,
+            "pairs": inputs.hexdigest(),
+            "closed": content_hash(sorted(closed)),
+            "sampling": f"{context.sampling.method}|{context.sampling.images_per_pair}",
+            "seed": str(context.seed),
+            "descriptor": rule.descriptor,
+        }
+
+
+def group_of(one: Tried) -> str:
+    """Which images one belongs to: ``suspects``, ``controls``, ``reference`` or ``planted``."""
+    if one.role != "audited":
+        return one.role
+    return "controls" if one.kind == "control" else "suspects"
+
+
+def level_order(sequences: Iterable[Sequence[str]]) -> list[str]:
+    """Levels in the order they were tried; a sequence leaves out what its image did not need."""
+    order: list[str] = []
+    for levels in sorted(sequences, key=len, reverse=True):
+        place = 0
+        for level in levels:
+            if level in order:
+                place = order.index(level) + 1
+            else:
+                order.insert(place, level)
+                place += 1
+    return order
+
+
+def work_until_back(found: Sequence[AttackFindings], group: str) -> dict[str, tuple[int, bool]]:
+    """Pair id to the work over all attacks until it came back, and whether it did.
+
+    Suspects come back where they are convicted; what the model cannot hold comes back wherever
+    it does, at a level that counts or not. Others are censored at all that was spent on them.
+
+    Args:
+        found: Attacks in their order.
+        group: ``suspects``, ``controls``, ``reference`` or ``planted``.
+    """
+    work: dict[str, tuple[int, bool]] = {}
+    for findings in found:
+        for one in findings.tried:
+            if group_of(one) != group:
+                continue
+            spent, done = work.get(one.pair, (0, False))
+            if done:
+                continue
+            back = one.back_at is not None
+            if group == "suspects":
+                back = one.pair in findings.convicted
+            work[one.pair] = (spent + (one.work if back else one.spent), back)
+    return work

@@ -1,0 +1,109 @@
+"""DoRI: a search for text embeddings, as an audit runs it, in the order of a cascade."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
+from dori_lightning.attacks.embedding_attack import Job
+from dori_lightning.attacks.solver import AttackProblem, AttackResult, concat, solve
+from dori_lightning.certify.base import AttackBase, Attempt, Holds, Plan, Subject
+from dori_lightning.models.memory import estimate_batch_size
+from dori_lightning.types import Init, Pair
+
+
+@dataclass(frozen=True)
+class EmbeddingSearch(AttackBase):
+    """Search the embedding that makes the model predict an image's noise.
+
+    Attributes:
+        settings: The search, ``conf/attack/dori.yaml``; images are looked at after its snapshots
+            and looks, and ``early_stop`` is how a cascade always goes on.
+    """
+
+    name: str = "dori"
+    settings: AttackSettings = field(default_factory=AttackSettings)
+    holds: Holds = field(default="embedding", init=False)
+
+    def rows(self, plan: Plan) -> int:
+        """All steps from every start, and the images of every look."""
+        settings = self.settings
+        looks = len(evaluation_steps(settings.stops, settings.budget.steps))
+        each = settings.budget.steps * settings.noise_batch + looks * plan.drawing
+        return len(settings.inits) * settings.restarts * each
+
+    def run(self, subject: Subject, pairs: Sequence[Pair], attempt: Attempt) -> None:
+        """Search from each start in turn."""
+        del pairs
+        for restart in range(self.settings.restarts):
+            for init in self.settings.inits:
+                self._search(subject, attempt, init, restart)
+
+    def _search(self, subject: Subject, attempt: Attempt, init: Init, restart: int) -> None:
+        """One start: from look to look, with those whose images are no copies yet."""
+        settings = self.settings
+        more = f", restart {restart}" if restart else ""
+        found: dict[str, AttackResult] = {}
+        begin, sampling = 0, subject.sampling
+        for steps in evaluation_steps(settings.stops, settings.budget.steps):
+            level = f"{steps} steps from {init.replace('_', ' ')}{more}"
+            left = attempt.left(level)
+            if not left:
+                return
+            with subject.carried():
+                found = self._advance(subject, left, found, init, restart, stop_at=steps)
+                images = subject.draw({name: own.embeddings[0, -1] for name, own in found.items()})
+            drawn = sampling.images_per_pair * sampling.steps * sampling.rows_per_step
+            attempt.add(level, images, rows=(steps - begin) * settings.noise_batch + drawn)
+            begin = steps
+
+    def _advance(
+        self,
+        subject: Subject,
+        pairs: Sequence[Pair],
+        before: dict[str, AttackResult],
+        init: Init,
+        restart: int,
+        *,
+        stop_at: int,
+    ) -> dict[str, AttackResult]:
+        """Take searches on to a step; results by pair id, one row each."""
+        settings, model = self.settings, subject.model
+        absolute = model.spread().absolute
+        controls = subject.context.control_prompts.embeddings
+        context = replace(
+            subject.context,
+            attack=settings,
+            budget=settings.budget.resolve(controls, own_units=not absolute),
+        )
+        scale = subject.scale if settings.own_units else 1.0
+        attack = context.attack_context(subject.edit.identity, scale=scale)
+        size = estimate_batch_size(
+            model,
+            noise_batch=settings.samples_at_once,
+            wanted=settings.pairs_per_forward,
+            pair_id=pairs[0].id,
+        )
+        found: dict[str, AttackResult] = {}
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            jobs = [Job(pair, init, restart) for pair in part]
+            known = [before[pair.id] for pair in part if pair.id in before]
+            result = solve(
+                model,
+                AttackProblem(
+                    ids=tuple(pair.id for pair in part),
+                    restarts=(restart,) * len(part),
+                    latents=subject.latents(part),
+                    initial=torch.stack([attack.initial(job) for job in jobs]),
+                    scales=tuple(map(attack.scale_of, jobs)),
+                ),
+                budget=context.budget,
+                settings=settings,
+                seed=context.seed,
+                resume_from=concat(known) if known else None,
+                stop_at=stop_at,
+            )
+            found |= {pair.id: result.row(k) for k, pair in enumerate(part)}
+        return found

@@ -1,0 +1,35 @@
+"""The prompts themselves: what anybody finds who has the training captions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dori_lightning.certify.base import AttackBase, Attempt, Holds, Plan, Subject
+from dori_lightning.types import Pair
+
+
+@dataclass(frozen=True)
+class Prompts(AttackBase):
+    """Draw from each image's own prompt, as an audit does.
+
+    Attributes:
+        name: How reports call it.
+    """
+
+    name: str = "prompts"
+    gradient_free: bool = field(default=True, init=False)
+    holds: Holds = field(default="prompt", init=False)
+
+    def rows(self, plan: Plan) -> int:
+        """K images."""
+        return plan.drawing
+
+    def run(self, subject: Subject, pairs: Sequence[Pair], attempt: Attempt) -> None:
+        """Draw K images of each pair."""
+        del pairs
+        left, sampling = attempt.left("its prompt"), subject.sampling
+        if not left:
+            return
+        with subject.carried():
+            images = subject.draw(subject.prompts(left))
+        each = sampling.images_per_pair * sampling.steps * sampling.rows_per_step
+        attempt.add("its prompt", images, rows=each)

@@ -1,0 +1,94 @@
+"""How much work it takes: survival curves over denoiser evaluations.
+
+An image "survives" while it does not come back; one that never did is censored at the work that
+was spent on it. Reference: *Adversarial Work Criterion* (ICML 2026 workshop); Kaplan and Meier
+(1958); the log-rank test of Mantel (1966).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import CensoredData, ecdf, logrank
+
+from dori_lightning.types import Number
+
+Work = Mapping[str, tuple[int, bool]]
+"""Pair id to the work that was spent on it, in rows, and whether it came back."""
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Kaplan-Meier estimate of the share of images that have not come back.
+
+    Attributes:
+        group: ``suspects``, ``controls``, ``reference`` or ``planted``.
+        n: Images.
+        back: Images that came back.
+        work: Work at which images came back, rising, in rows of one image.
+        share: Share that is not back after each of these.
+        low: Lower end of its 95 % interval (log-log).
+        high: Upper end.
+        first: Work at which the first one came back; None where none did.
+        censored: The most work that was spent on one that did not; 0 where all came back.
+    """
+
+    group: str
+    n: int
+    back: int
+    work: tuple[int, ...]
+    share: tuple[Number, ...]
+    low: tuple[Number, ...]
+    high: tuple[Number, ...]
+    first: int | None
+    censored: int
+
+
+def survival(group: str, work: Work) -> Survival:
+    """Estimate how the images of a group survive work.
+
+    Args:
+        group: Its name.
+        work: Its images.
+    """
+    spent = np.array([rows for rows, _ in work.values()], np.float64)
+    done = np.array([back for _, back in work.values()], bool)
+    if not done.any():
+        return Survival(group, len(work), 0, (), (), (), (), None, int(spent.max(initial=0)))
+    estimate = ecdf(_censored(spent, done)).sf
+    interval = estimate.confidence_interval(method="log-log")
+    places = np.isin(estimate.quantiles, spent[done])
+
+    def values(numbers: np.ndarray) -> tuple[float, ...]:
+        return tuple(map(float, numbers[places]))
+
+    return Survival(
+        group=group,
+        n=len(work),
+        back=int(done.sum()),
+        work=tuple(int(rows) for rows in estimate.quantiles[places]),
+        share=values(estimate.probabilities),
+        low=values(interval.low.probabilities),
+        high=values(interval.high.probabilities),
+        first=int(spent[done].min()),
+        censored=int(spent[~done].max(initial=0)),
+    )
+
+
+def logrank_p(first: Work, second: Work) -> float:
+    """Two-sided p-value of the log-rank test that two groups survive alike.
+
+    NaN where a group is empty or nothing came back in either: there is nothing to compare.
+    """
+    if not first or not second or not any(back for _, back in [*first.values(), *second.values()]):
+        return math.nan
+    groups = []
+    for work in (first, second):
+        spent = np.array([rows for rows, _ in work.values()], np.float64)
+        groups.append(_censored(spent, np.array([back for _, back in work.values()], bool)))
+    return float(logrank(*groups).pvalue)
+
+
+def _censored(spent: np.ndarray, done: np.ndarray) -> CensoredData:
+    return CensoredData.right_censored(spent, ~done)

@@ -1,0 +1,149 @@
+"""Through which door does a model give its training images away, and how much work does it take?
+
+Reference: *Adversarial Work Criterion* (ICML 2026 workshop); Croce and Hein, *Reliable evaluation
+of adversarial robustness with an ensemble of diverse parameter-free attacks* (AutoAttack, 2020).
+"""
+
+import logging
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dori_lightning.audit.context import AuditContext
+from dori_lightning.audit.evaluation import (
+    calibrate,
+    generate_ordinary,
+)
+from dori_lightning.audit.power import PowerSettings, plant
+from dori_lightning.certify.base import Plan, Subject
+from dori_lightning.certify.cascade import PROTOCOL, Cascade, CertifySettings
+from dori_lightning.certify.traces import traces
+from dori_lightning.mitigations.base import settings_fingerprint
+from dori_lightning.mitigations.edits import EmptyEdit
+from dori_lightning.report.certificate import make_certificate, write_certificate
+from dori_lightning.runtime import distributed
+from dori_lightning.runtime.artifacts import check_folder
+from dori_lightning.runtime.cache import held
+from dori_lightning.runtime.logging import answer_console
+from dori_lightning.tasks.audit import (
+    method_of,
+    positive_controls,
+    reference_context,
+    set_up,
+)
+from dori_lightning.tasks.run_record import FINGERPRINT, provenance_of, to_container, tracked
+from dori_lightning.tracking import Tracker
+from dori_lightning.types import Calibration, InputError
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, folder: Path) -> float | None:
+    """Certify a checkpoint under a mitigation; write record, figures and page into ``folder``.
+
+    Returns:
+        Work at which the first suspect came back, for sweepers that look for lasting removal: the
+        more the better; the most that was spent on one where none did.
+    """
+    settings = read_settings(cfg)
+    check_folder(
+        folder, {**method_of(to_container(cfg)), **_more(settings)}, unknown=[FINGERPRINT]
+    )
+    tags = (str(cfg.checkpoint.name), str(cfg.mitigation.name))
+    with tracked(cfg, folder, tags=tags) as tracker:
+        return _certify(cfg, folder, settings, tracker)
+
+
+def read_settings(cfg: DictConfig) -> CertifySettings:
+    """Read and check the attacks, before anything is loaded.
+
+    Raises:
+        InputError: There are none, or one means nothing on this mitigation or family.
+    """
+    if not cfg.certify:
+        raise InputError(
+            "task=certify has no attacks",
+            where="certify",
+            fix="certify=certify_1, or +experiment=certify",
+        )
+    settings: CertifySettings = instantiate(cfg.certify)
+    settings.check(_plan(cfg))
+    return settings
+
+
+def _plan(cfg: DictConfig) -> Plan:
+    return Plan(
+        mitigation=instantiate(cfg.mitigation),
+        family=str(cfg.checkpoint.get("family", "sd")),
+        sampling=instantiate(cfg.sampling),
+    )
+
+
+def _more(settings: CertifySettings) -> dict[str, object]:
+    """What decides a certificate besides what decides an audit."""
+    attacks = {attack.name: settings_fingerprint(attack) for attack in settings.chosen}
+    limit = settings.max_false_positive
+    return {"certify": {"protocol": PROTOCOL, "attacks": attacks, "max_false_positive": limit}}
+
+
+def _certify(
+    cfg: DictConfig, folder: Path, settings: CertifySettings, tracker: Tracker
+) -> float | None:
+    started = datetime.now(UTC)
+    context = set_up(cfg, folder, tracker, more=_more(settings))
+    edit = context.find_edit().edit
+    calibration = find_thresholds(context)
+    audited = Subject("audited", context, edit, calibration)
+    there = reference_context(cfg, context)
+    reference = there and Subject("reference", there, EmptyEdit(), calibration)
+    power: PowerSettings = instantiate(cfg.power)
+    planted = None
+    if power.when != "never":
+        copy = plant(context, edit, positive_controls(cfg), power)
+        planted = Subject("planted", copy.context, copy.edit, copy.calibration)
+    suspects = context.suspected
+    controls = [pair for pair in context.pairs if pair.kind == "control"]
+    cascade = Cascade(
+        settings=settings,
+        plan=_plan(cfg),
+        audited=audited,
+        suspects=suspects,
+        controls=controls,
+        reference=reference,
+        planted=planted,
+        folder=folder,
+    )
+    found = cascade.run()
+    left = traces(audited, reference, suspects, controls) if reference else ()
+    if not distributed.is_first():
+        return None
+    certificate = make_certificate(
+        checkpoint=context.model.name,
+        mitigation=context.mitigation.name,
+        reference=there.model.name if there else "",
+        found=found,
+        suspects=suspects,
+        calibration=calibration,
+        traces=left,
+        planted=None if planted is None else len(planted.context.pairs),
+        provenance=provenance_of(cfg, context.model, context.pairs, started=started),
+    )
+    page = write_certificate(certificate, folder, images=cfg.report.images.value)
+    console = answer_console()
+    console.print(certificate.verdict)
+    console.print(f"page: {page}", soft_wrap=True)
+    first = certificate.first_work
+    return float(first) if first is not None and math.isfinite(first) else None
+
+
+def find_thresholds(context: AuditContext) -> Calibration:
+    """Set each image's threshold on the checkpoint without an edit, as an audit does."""
+    own = context.unmitigated / f"images-{context.trainer.global_rank}.lock"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    with held(own, "the unmitigated images"):
+        generate_ordinary(context)
+    distributed.barrier()
+    return distributed.broadcast_object(calibrate(context, ()))
