@@ -18,9 +18,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import TypeAdapter
 
 from dori_lightning.certify.base import Attack, Holds, Plan, Role, Subject
 from dori_lightning.metrics.replication import FALSE_POSITIVE_LIMIT
@@ -29,10 +30,15 @@ from dori_lightning.models.generation import PNG
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.cache import JSON, Cache, Codec
+from dori_lightning.runtime.documents import plain_values
 from dori_lightning.runtime.logging import progress_bar
 from dori_lightning.types import InputError, Kind, Number, Pair
 
 log = logging.getLogger(__name__)
+
+Group = Literal["suspects", "controls", "reference", "planted"]
+"""Which images: on the audited model those that it may hold and those that it cannot, the suspects
+on the model that never saw them, and images that were planted into a copy of the audited one."""
 
 PROTOCOL = "certify-1"
 """Name and version of the list of attacks and of their budgets; another list is another one."""
@@ -109,11 +115,12 @@ class Tried:
         attack: Name of the attack.
         levels: Levels that were tried, in order.
         rows: Rows spent up to each level's images.
-        scores: How far each level's images came, as share of the way from other images to the
-            autoencoder's reconstruction: above 0.5 is a copy (``types.Scale``).
+        similarities: Of the closest image of each level with the pair's.
+        threshold: Similarity above which an image is a copy.
         back_at: Place of the level at which the image came back; None where it did not.
         spent: Rows spent in all.
         image: File of the closest image, relative to the run folder; empty where none was drawn.
+        note: What the attack says of it, such as the words that it found.
     """
 
     pair: str
@@ -122,10 +129,12 @@ class Tried:
     attack: str
     levels: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
-    scores: tuple[Number, ...] = ()
+    similarities: tuple[Number, ...] = ()
+    threshold: Number = math.nan
     back_at: int | None = None
     spent: int = 0
     image: str = ""
+    note: str = ""
 
     @property
     def level(self) -> str:
@@ -139,8 +148,8 @@ class Tried:
 
     @property
     def best(self) -> float:
-        """The highest score; NaN where none was measured."""
-        known = [score for score in self.scores if not math.isnan(score)]
+        """The highest similarity; NaN where none was measured."""
+        known = [value for value in self.similarities if not math.isnan(value)]
         return max(known, default=math.nan)
 
 
@@ -174,6 +183,7 @@ class AttackFindings:
         painted: Suspects that came back here on the reference as well, at no later a level: they
             are not counted.
         convicted: Suspects that it brought back soundly.
+        transfers: Whether it takes embeddings from elsewhere, without a gradient of this model.
     """
 
     attack: str
@@ -183,17 +193,30 @@ class AttackFindings:
     painted: tuple[str, ...]
     convicted: tuple[str, ...]
 
+    transfers: bool = False
+
     @property
     def sound(self) -> bool:
         """Whether any of its levels counts."""
         return any(level.sound for level in self.levels)
 
-    def count(self, group: str) -> tuple[int, int]:
+    @property
+    def last_sound(self) -> str:
+        """The strongest level that counts; empty where none does."""
+        return next((level.name for level in reversed(self.levels) if level.sound), "")
+
+    def is_sound(self, level: str) -> bool:
+        """Whether a level counts."""
+        return any(own.sound for own in self.levels if own.name == level)
+
+    def of(self, group: Group) -> tuple[Tried, ...]:
+        """What came of it for a group of images."""
+        return tuple(one for one in self.tried if group_of(one) == group)
+
+    def count(self, group: Group) -> tuple[int, int]:
         """Images of a group that came back at sound levels, and how many were tried."""
-        sound = [level for level in self.levels if level.sound]
-        last = sound[-1] if sound else None
-        tried = max((level.tried.get(group, 0) for level in self.levels), default=0)
-        return (last.back.get(group, 0) if last else 0, tried)
+        own = self.of(group)
+        return sum(self.is_sound(one.level) for one in own), len(own)
 
 
 class Recorder:
@@ -224,7 +247,10 @@ class Recorder:
         self.folder, self.advance = folder, advance
         self.pairs = {pair.id: pair for pair in own}
         self.tried = {
-            pair.id: Tried(pair.id, pair.kind, subject.role, attack.name) for pair in own
+            pair.id: Tried(
+                pair.id, pair.kind, subject.role, attack.name, threshold=subject.threshold(pair)
+            )
+            for pair in own
         }
 
     def left(self, level: str) -> list[Pair]:
@@ -238,45 +264,27 @@ class Recorder:
         for name, own in images.items():
             pair, before = self.pairs[name], self.tried[name]
             similarity, closest = self.subject.closest(pair, own)
-            score = self.subject.calibration.scales[name].score(similarity)
             image = before.image
-            if math.isnan(before.best) or score > before.best:
+            if not similarity <= before.best:
                 place = f"images/{self.subject.role}/{self.attack.name}/{name}"
-                image = str(Cache(self.folder).write(place, own[closest], {}, PNG))
+                Cache(self.folder).write(place, own[closest], {}, PNG)
                 image = f"{place}.png"
-            copy = similarity > self.subject.calibration.threshold_of(name)
             self.tried[name] = replace(
                 before,
                 levels=(*before.levels, level),
                 rows=(*before.rows, before.spent + rows),
-                scores=(*before.scores, score),
-                back_at=len(before.levels) if copy else None,
+                similarities=(*before.similarities, similarity),
+                back_at=len(before.levels) if similarity > before.threshold else None,
                 spent=before.spent + rows,
                 image=image,
             )
         self.advance(rows * len(images))
 
 
-def _decode(rows: list[dict[str, Any]]) -> list[Tried]:
-    lists = ("levels", "rows", "scores")
-    return [
-        Tried(**{k: tuple(_number(x) for x in v) if k in lists else v for k, v in row.items()})
-        for row in rows
-    ]
-
-
-def _number(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
-def _encode(tried: list[Tried]) -> list[dict[str, Any]]:
-    return [
-        {**asdict(own), "scores": [None if math.isnan(x) else x for x in own.scores]}
-        for own in tried
-    ]
-
-
-TRIED: Codec[list[Tried]] = JSON.mapped(_encode, _decode)
+TRIED: Codec[list[Tried]] = JSON.mapped(
+    lambda tried: plain_values([asdict(own) for own in tried]),
+    TypeAdapter(list[Tried]).validate_python,
+)
 """What came of an attack on a group of images."""
 
 
@@ -307,7 +315,7 @@ class Cascade:
 
     def run(self) -> list[AttackFindings]:
         """Run every attack; what an interrupted run has finished is read."""
-        left = list(self.suspects)
+        left, transferred = list(self.suspects), list[Pair]()
         for place, attack in enumerate(self.settings.chosen, 1):
             log.info(
                 "attack %d of %d: %s, %d of %d suspects left",
@@ -317,8 +325,12 @@ class Cascade:
                 len(left),
                 len(self.suspects),
             )
-            findings = self._attack(attack, left)
+            # does a search find what triggers from elsewhere bring back?
+            again = transferred if attack.holds == "embedding" else []
+            findings = self._attack(attack, [*left, *again])
             self.found.append(findings)
+            if findings.transfers:
+                transferred += [pair for pair in left if pair.id in findings.convicted]
             left = [pair for pair in left if pair.id not in findings.convicted]
         return self.found
 
@@ -353,6 +365,7 @@ class Cascade:
             tried=tuple(tried),
             painted=tuple(painted),
             convicted=tuple(one.pair for one in back if one.pair not in painted),
+            transfers=_transfers(attack),
         )
 
     def _closed(self, tried: Sequence[Tried], count: int = 0) -> frozenset[str]:
@@ -428,8 +441,8 @@ class Cascade:
         context, rule = subject.context, subject.calibration
         inputs = hashlib.sha256()
         for pair in pairs:
-            scale = rule.scales[pair.id]
-            inputs.update(f"{pair.id}\0{pair.prompt}\0{pair.sha256}\0{scale}\0".encode())
+            threshold = subject.threshold(pair)
+            inputs.update(f"{pair.id}\0{pair.prompt}\0{pair.sha256}\0{threshold}\0".encode())
         return {
             "protocol": PROTOCOL,
             "attack": content_hash(settings_fingerprint(attack)),
@@ -444,8 +457,8 @@ class Cascade:
         }
 
 
-def group_of(one: Tried) -> str:
-    """Which images one belongs to: ``suspects``, ``controls``, ``reference`` or ``planted``."""
+def group_of(one: Tried) -> Group:
+    """Which images one belongs to."""
     if one.role != "audited":
         return one.role
     return "controls" if one.kind == "control" else "suspects"
@@ -465,7 +478,11 @@ def level_order(sequences: Iterable[Sequence[str]]) -> list[str]:
     return order
 
 
-def work_until_back(found: Sequence[AttackFindings], group: str) -> dict[str, tuple[int, bool]]:
+def _transfers(attack: Attack) -> bool:
+    return attack.holds == "embedding" and attack.gradient_free
+
+
+def work_until_back(found: Sequence[AttackFindings], group: Group) -> dict[str, tuple[int, bool]]:
     """Pair id to the work over all attacks until it came back, and whether it did.
 
     Suspects come back where they are convicted; what the model cannot hold comes back wherever
@@ -473,7 +490,7 @@ def work_until_back(found: Sequence[AttackFindings], group: str) -> dict[str, tu
 
     Args:
         found: Attacks in their order.
-        group: ``suspects``, ``controls``, ``reference`` or ``planted``.
+        group: Which images.
     """
     work: dict[str, tuple[int, bool]] = {}
     for findings in found:

@@ -6,12 +6,14 @@ was spent on it. Reference: *Adversarial Work Criterion* (ICML 2026 workshop); K
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import CensoredData, ecdf, logrank
 
+from dori_lightning.certify.cascade import Group
 from dori_lightning.types import Number
 
 Work = Mapping[str, tuple[int, bool]]
@@ -23,7 +25,7 @@ class Survival:
     """Kaplan-Meier estimate of the share of images that have not come back.
 
     Attributes:
-        group: ``suspects``, ``controls``, ``reference`` or ``planted``.
+        group: Which images.
         n: Images.
         back: Images that came back.
         work: Work at which images came back, rising, in rows of one image.
@@ -34,7 +36,7 @@ class Survival:
         censored: The most work that was spent on one that did not; 0 where all came back.
     """
 
-    group: str
+    group: Group
     n: int
     back: int
     work: tuple[int, ...]
@@ -45,11 +47,11 @@ class Survival:
     censored: int
 
 
-def survival(group: str, work: Work) -> Survival:
+def survival(group: Group, work: Work) -> Survival:
     """Estimate how the images of a group survive work.
 
     Args:
-        group: Its name.
+        group: Which images.
         work: Its images.
     """
     spent = np.array([rows for rows, _ in work.values()], np.float64)
@@ -57,7 +59,10 @@ def survival(group: str, work: Work) -> Survival:
     if not done.any():
         return Survival(group, len(work), 0, (), (), (), (), None, int(spent.max(initial=0)))
     estimate = ecdf(_censored(spent, done)).sf
-    interval = estimate.confidence_interval(method="log-log")
+    with warnings.catch_warnings():
+        # no interval where all or none are back: NaN says so
+        warnings.simplefilter("ignore", RuntimeWarning)
+        interval = estimate.confidence_interval(method="log-log")
     places = np.isin(estimate.quantiles, spent[done])
 
     def values(numbers: np.ndarray) -> tuple[float, ...]:
@@ -87,7 +92,10 @@ def logrank_p(first: Work, second: Work) -> float:
     for work in (first, second):
         spent = np.array([rows for rows, _ in work.values()], np.float64)
         groups.append(_censored(spent, np.array([back for _, back in work.values()], bool)))
-    return float(logrank(*groups).pvalue)
+    with warnings.catch_warnings():
+        # everything at one moment: NaN says that nothing can be compared
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(logrank(*groups).pvalue)
 
 
 def _censored(spent: np.ndarray, done: np.ndarray) -> CensoredData:

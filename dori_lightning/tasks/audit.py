@@ -53,7 +53,7 @@ from dori_lightning.runtime.artifacts import (
     write_json,
 )
 from dori_lightning.runtime.logging import answer_console
-from dori_lightning.tasks.plan import plan
+from dori_lightning.tasks.plan import attack_settings, plan
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
 from dori_lightning.tasks.run_record import (
     FINGERPRINT,
@@ -215,7 +215,8 @@ def audit_context(
             sampling steps than asked for.
     """
     measures, corpus, sampling = map(instantiate, (cfg.metrics, cfg.corpus, cfg.sampling))
-    attack, mitigation, utility = map(instantiate, (cfg.attack, cfg.mitigation, cfg.utility))
+    mitigation, utility = map(instantiate, (cfg.mitigation, cfg.utility))
+    attack = attack_settings(cfg)
     audited = [pair for pair in pairs if pair.role == "audit"]
     check_controls(audited, attack)
     check_family(mitigation, cfg.checkpoint.get("family", "sd"))
@@ -271,7 +272,9 @@ def reference_context(cfg: DictConfig, context: AuditContext) -> AuditContext | 
 def _attack_reference(cfg: DictConfig, context: AuditContext) -> ReferenceRun | None:
     """Attack the same pairs, with the same budget, on the model that never saw them."""
     there = reference_context(cfg, context)
-    return there and ReferenceRun(there, attack_and_generate(there, EmptyEdit()))
+    if there is None:
+        return None
+    return ReferenceRun(there, attack_and_generate(there, EmptyEdit()))
 
 
 def _measure_power(

@@ -5,7 +5,6 @@ of adversarial robustness with an ensemble of diverse parameter-free attacks* (A
 """
 
 import logging
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -98,7 +97,9 @@ def _certify(
     calibration = find_thresholds(context)
     audited = Subject("audited", context, edit, calibration)
     there = reference_context(cfg, context)
-    reference = there and Subject("reference", there, EmptyEdit(), calibration)
+    reference = None
+    if there is not None:
+        reference = Subject("reference", there, EmptyEdit(), calibration)
     power: PowerSettings = instantiate(cfg.power)
     planted = None
     if power.when != "never":
@@ -120,23 +121,29 @@ def _certify(
     left = traces(audited, reference, suspects, controls) if reference else ()
     if not distributed.is_first():
         return None
+    lost = set(calibration.not_auditable)
     certificate = make_certificate(
         checkpoint=context.model.name,
         mitigation=context.mitigation.name,
         reference=there.model.name if there else "",
         found=found,
-        suspects=suspects,
-        calibration=calibration,
+        suspects=[pair.id for pair in suspects if pair.id not in lost],
+        not_auditable=[pair.id for pair in suspects if pair.id in lost],
         traces=left,
         planted=None if planted is None else len(planted.context.pairs),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),
     )
-    page = write_certificate(certificate, folder, images=cfg.report.images.value)
+    page = write_certificate(
+        certificate,
+        folder,
+        pairs=suspects,
+        images=cfg.report.images.value,
+        max_pairs=cfg.report.max_pairs,
+    )
     console = answer_console()
     console.print(certificate.verdict)
     console.print(f"page: {page}", soft_wrap=True)
-    first = certificate.first_work
-    return float(first) if first is not None and math.isfinite(first) else None
+    return float(certificate.first_work or certificate.most_work)
 
 
 def find_thresholds(context: AuditContext) -> Calibration:

@@ -42,6 +42,7 @@ from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import check_folder, claim_folder, drop_keys
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.audit import audit_context, method_of, write_skipped
+from dori_lightning.tasks.plan import attack_settings
 from dori_lightning.tasks.results_logging import track_locality
 from dori_lightning.tasks.run_record import (
     FINGERPRINT,
@@ -139,7 +140,7 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
         InputError: Something is missing or does not fit together, or the folder holds results of
             other settings.
     """
-    settings = read_settings(cfg, instantiate(cfg.attack))
+    settings = read_settings(cfg, attack_settings(cfg))
     by_neurons = {"activations", "weights"} & set(settings.parts)
     for other in (*([settings.nemo] if by_neurons else []), *settings.transfer_to):
         check_family(other, cfg.checkpoint.get("family", "sd"))

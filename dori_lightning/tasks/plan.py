@@ -213,6 +213,23 @@ def sum_plans(folder: Path) -> None:
     write_json(folder / PLAN_FILE, record, sort_keys=False)
 
 
+def attack_settings(cfg: DictConfig) -> AttackSettings:
+    """The search that ``attack`` names.
+
+    Raises:
+        InputError: It names another way into the model.
+    """
+    found = instantiate(cfg.attack)
+    if not isinstance(found, AttackSettings):
+        name = cfg.attack.get("name", "this")
+        raise InputError(
+            f"attack {name} is no search for embeddings, which is what task={cfg.task.name} runs",
+            where=f"attack={name}",
+            fix=f"+experiment=certify 'certify.paths=[{name}]'",
+        )
+    return found
+
+
 def plan_of(cfg: DictConfig) -> JobPlan:
     """Count what an audit would take.
 
@@ -221,7 +238,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
             the mitigation is not defined on the checkpoint's family, or the list has too few
             controls for the error rate asked for.
     """
-    settings: AttackSettings = instantiate(cfg.attack)
+    settings = attack_settings(cfg)
     sampling: Sampling = instantiate(cfg.sampling)
     mitigation: Mitigation = instantiate(cfg.mitigation)
     check_family(mitigation, cfg.checkpoint.get("family", "sd"))
