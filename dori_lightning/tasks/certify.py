@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from rich.table import Table
 
 from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.evaluation import (
@@ -20,11 +21,11 @@ from dori_lightning.audit.power import PowerSettings, plant
 from dori_lightning.certify.base import Plan, Subject
 from dori_lightning.certify.cascade import PROTOCOL, Cascade, CertifySettings
 from dori_lightning.certify.traces import traces
-from dori_lightning.mitigations.base import settings_fingerprint
+from dori_lightning.mitigations.base import Evaluations, settings_fingerprint
 from dori_lightning.mitigations.edits import EmptyEdit
 from dori_lightning.report.certificate import make_certificate, write_certificate
 from dori_lightning.runtime import distributed
-from dori_lightning.runtime.artifacts import check_folder
+from dori_lightning.runtime.artifacts import check_folder, write_json
 from dori_lightning.runtime.cache import held
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.audit import (
@@ -33,6 +34,7 @@ from dori_lightning.tasks.audit import (
     reference_context,
     set_up,
 )
+from dori_lightning.tasks.plan import CHECKPOINTS, PLAN_FILE, count_pairs
 from dori_lightning.tasks.run_record import FINGERPRINT, provenance_of, to_container, tracked
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import Calibration, InputError
@@ -48,9 +50,11 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         more the better; the most that was spent on one where none did.
     """
     settings = read_settings(cfg)
-    check_folder(
-        folder, {**method_of(to_container(cfg)), **_more(settings)}, unknown=[FINGERPRINT]
-    )
+    if cfg.task.dry_run:
+        plan_certificate(cfg, settings, folder)
+        return None
+    method = {**method_of(to_container(cfg)), **_more(settings)}
+    check_folder(folder, method, unknown=[FINGERPRINT])
     tags = (str(cfg.checkpoint.name), str(cfg.mitigation.name))
     with tracked(cfg, folder, tags=tags) as tracker:
         return _certify(cfg, folder, settings, tracker)
@@ -79,6 +83,48 @@ def _plan(cfg: DictConfig) -> Plan:
         family=str(cfg.checkpoint.get("family", "sd")),
         sampling=instantiate(cfg.sampling),
     )
+
+
+def plan_certificate(cfg: DictConfig, settings: CertifySettings, folder: Path) -> None:
+    """Print what each attack would take at most, and write ``plan.json``; nothing is loaded."""
+    pairs, pairs_from = count_pairs(cfg)
+    power: PowerSettings = instantiate(cfg.power)
+    planted = 0 if power.when == "never" else power.count
+    suspects = pairs["vm"] + pairs["tm"]
+    images = suspects + pairs["control"] + planted + (suspects if cfg.reference else 0)
+    plan, cost = _plan(cfg), CHECKPOINTS.get(str(cfg.checkpoint.name))
+    rows = {attack.name: attack.rows(plan) for attack in settings.chosen}
+    devices = list(cost.speeds) if cost else []
+
+    def hours(count: int) -> dict[str, float]:
+        # as if each row had the embedding's gradient: an upper bound
+        return cost.hours(Evaluations(attack=count)) if cost else {}
+
+    document = {
+        "protocol": PROTOCOL,
+        "images": images,
+        "attacks": {
+            name: {"rows_per_image": each, "rows": each * images, "hours": hours(each * images)}
+            for name, each in rows.items()
+        },
+    }
+    write_json(folder / PLAN_FILE, document, sort_keys=False)
+    table = Table("attack", "its adversary holds", title=f"Plan of {folder.name}, at most")
+    for name in ("rows per image", "rows", *(f"h, {device}" for device in devices)):
+        table.add_column(name, justify="right")
+    holds = {attack.name: attack.holds for attack in settings.chosen}
+    for name, each in [*rows.items(), ("all", sum(rows.values()))]:
+        times = (f"{time:.2f}" for time in hours(each * images).values())
+        table.add_row(name, holds.get(name, ""), f"{each:,}", f"{each * images:,}", *times)
+    console = answer_console(150)
+    console.print(table)
+    for text in (
+        f"{images} images: {suspects} suspects ({pairs_from}), {pairs['control']} controls, "
+        f"{planted} planted, {suspects if cfg.reference else 0} on the reference",
+        "suspects that come back are not tried again, and attacks end where controls come back",
+        "not counted: the mitigation's edit, planting, loading, descriptors",
+    ):
+        console.print(f"- {text}", highlight=False)
 
 
 def _more(settings: CertifySettings) -> dict[str, object]:

@@ -242,7 +242,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
     sampling: Sampling = instantiate(cfg.sampling)
     mitigation: Mitigation = instantiate(cfg.mitigation)
     check_family(mitigation, cfg.checkpoint.get("family", "sd"))
-    pairs, pairs_from = _count_pairs(cfg)
+    pairs, pairs_from = count_pairs(cfg)
     config = to_container(cfg)
     part = partial(_part, CHECKPOINTS.get(str(cfg.checkpoint.name)))
     steps = settings.budget.steps
@@ -319,7 +319,7 @@ def _edits(
     yield mitigation, estimate
 
 
-def _count_pairs(cfg: DictConfig) -> tuple[dict[Kind, int], str]:
+def count_pairs(cfg: DictConfig) -> tuple[dict[Kind, int], str]:
     """Count the pairs of the list, or take the assumed numbers where it cannot be read."""
     try:
         missing = OmegaConf.missing_keys(cfg.pairs)
