@@ -40,15 +40,19 @@ from dori_lightning.report.figures import (
 )
 from dori_lightning.report.images import thumbnail_uri
 from dori_lightning.report.pages import rendered_page
-from dori_lightning.report.record import Disclosure, Flag, Provenance, Severity
+from dori_lightning.report.record import (
+    CERTIFICATE_FILE,
+    Disclosure,
+    Flag,
+    Provenance,
+    Severity,
+)
 from dori_lightning.report.tables import TextTable, text_table
 from dori_lightning.report.words import NOTHING, mean_words, text_macro
 from dori_lightning.runtime.artifacts import write_atomically
-from dori_lightning.runtime.documents import json_bytes
+from dori_lightning.runtime.documents import json_bytes, stored
 from dori_lightning.runtime.redaction import redact
-from dori_lightning.types import Number, Pair
-
-CERTIFICATE_FILE = "certificate.json"
+from dori_lightning.types import InputError, Number, Pair
 
 POWER = 0.5
 """Share of the planted images to be found where "nothing came back" is to mean anything."""
@@ -486,3 +490,73 @@ def trace_table(certificate: Certificate) -> TextTable | None:
         {"image": lambda own: own.pair},
         {"loss, times the reference's": lambda own: mean_words(own.ratio), "says": says},
     )
+
+
+def read_certificate(folder: Path) -> Certificate:
+    """Read a finished certificate.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    found: Certificate = stored(Certificate, folder / CERTIFICATE_FILE)
+    return found
+
+
+def ranking(certificates: Sequence[Certificate]) -> TextTable:
+    """Certificates side by side, those whose first door takes least work first.
+
+    Raises:
+        InputError: They are of several checkpoints or protocols, whose work cannot be compared.
+    """
+    kinds = {(own.checkpoint, own.protocol) for own in certificates}
+    if len(kinds) > 1:
+        raise InputError(
+            "certificates of several checkpoints or protocols make no ranking: "
+            + ", ".join(f"{checkpoint} ({protocol})" for checkpoint, protocol in sorted(kinds)),
+            where="task.runs",
+            fix="one checkpoint and one protocol at a time",
+        )
+    attacks = list(dict.fromkeys(one.attack for own in certificates for one in own.attacks))
+
+    def order(own: Certificate) -> tuple[float, int]:
+        first = own.first_work
+        return (math.inf if first is None else first, own.most_work)
+
+    counts: dict[str, Callable[[Certificate], str]] = {
+        f"+ {name}" if place else name: partial(_convicted, name)
+        for place, name in enumerate(attacks)
+    }
+    return text_table(
+        f"Certificates of {certificates[0].checkpoint}, {certificates[0].protocol}",
+        text_macro(_TEMPLATE, "ranking_caption"),
+        sorted(certificates, key=order),
+        {"mitigation": lambda own: own.mitigation},
+        {
+            **counts,
+            "back": lambda own: f"{len(own.opened)}/{len(own.suspects)}",
+            "held by loss": lambda own: str(len(own.held)) if own.traces else NOTHING,
+            "first back": lambda own: _work_words(own.first_work, own.most_work),
+            "first control": lambda own: _work_of(own, "controls"),
+            "answer": lambda own: own.answer,
+        },
+    )
+
+
+def _convicted(name: str, own: Certificate) -> str:
+    """How many suspects one attack brought back first, of those that it was tried on."""
+    for findings in own.attacks:
+        if findings.attack == name:
+            if not findings.sound:
+                return "unsound" if findings.levels else NOTHING
+            tried = findings.of("suspects")
+            return f"{len(findings.convicted)}/{len(tried)}" if tried else NOTHING
+    return NOTHING
+
+
+def _work_words(first: int | None, most: int) -> str:
+    return f"> {most:,}" if first is None else f"{first:,}"
+
+
+def _work_of(own: Certificate, group: Group) -> str:
+    found = own.by_group.get(group)
+    return _work_words(found.first, found.censored) if found else NOTHING

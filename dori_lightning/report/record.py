@@ -61,6 +61,7 @@ from dori_lightning.types import (
 
 EDIT_FILE = "edit.json"
 LOCALITY_FILE = "locality.json"
+CERTIFICATE_FILE = "certificate.json"
 
 Disclosure = Literal["full", "blurred", "none"]
 """How images may be shown, from all to nothing; what blurring throws away is gone."""
@@ -710,3 +711,8 @@ def strictest(runs: Iterable[Run], chosen: Disclosure) -> Disclosure:
 def is_locality(folder: Path) -> bool:
     """Whether a run folder holds the result of ``task=locality``."""
     return (folder / LOCALITY_FILE).is_file()
+
+
+def is_certificate(folder: Path) -> bool:
+    """Whether a run folder holds the result of ``task=certify``."""
+    return (folder / CERTIFICATE_FILE).is_file()

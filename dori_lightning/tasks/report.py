@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
+from dori_lightning.report.certificate import ranking, read_certificate
 from dori_lightning.report.claims import CellClaim, CostClaim, check_claims, read_claims
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
 from dori_lightning.report.findings import sweep_verdict
@@ -18,13 +19,20 @@ from dori_lightning.report.pages import write_list, write_page, write_table
 from dori_lightning.report.record import (
     Disclosure,
     Run,
+    is_certificate,
     is_locality,
     read_run,
     shown_report,
     strictest,
 )
-from dori_lightning.report.tables import claims_table, headline_tables, remarks, rich_table
-from dori_lightning.runtime.artifacts import claim_folder
+from dori_lightning.report.tables import (
+    claims_table,
+    headline_tables,
+    remarks,
+    rich_table,
+    tables_markdown,
+)
+from dori_lightning.runtime.artifacts import claim_folder, write_atomically
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import tracked
 from dori_lightning.tasks.status import Jobs, jobs_of, places_of
@@ -38,13 +46,19 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """Put the audits in ``cfg.task.runs`` into one table and one page in ``folder``.
 
     Locality runs among them have pages of their own and are left out. A single audit gets its own
-    page and no table, unless claims are to be checked against it.
+    page and no table, unless claims are to be checked against it. Certificates are ranked among
+    themselves.
 
     Raises:
         InputError: The audits are missing, damaged, or do not belong together.
         ClaimsFailedError: ``cfg.task.expected`` claims numbers that the table does not bear out.
     """
     places = places_of(cfg.task.runs)
+    certified = [place for place in jobs_of(places).folders if is_certificate(place)]
+    if certified:
+        claim_folder(folder, {"runs": [str(place.resolve()) for place in places]})
+        rank(certified, folder)
+        return
     expected = cfg.task.expected
     claims = read_claims(Path(expected)) if expected is not None else ()
     inputs = _collect(places, images=cfg.report.images.value)
@@ -62,6 +76,20 @@ def run(cfg: DictConfig, folder: Path) -> None:
         _track(tracker, folder)
         if expected is not None:
             _check_claims(claims, comparison, rows, sweeps=inputs.sweeps, source=str(expected))
+
+
+def rank(places: Sequence[Path], folder: Path) -> None:
+    """Put certificates into one table, ``ranking.md``, and print it.
+
+    Raises:
+        InputError: One is damaged, or they do not belong together.
+    """
+    table = ranking([read_certificate(place) for place in places])
+    write_atomically(folder / "ranking.md", tables_markdown([table], ()).encode())
+    console = answer_console(150)
+    console.print(rich_table(table))
+    for place in places:
+        console.print(f"page: {place / 'certificate.html'}", soft_wrap=True)
 
 
 def _track(tracker: Tracker, folder: Path) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from rich.text import Text
 
-from dori_lightning.report.record import LOCALITY_FILE
+from dori_lightning.report.record import CERTIFICATE_FILE, LOCALITY_FILE
 from dori_lightning.runtime.artifacts import is_held
 from dori_lightning.runtime.job_status import read_status
 from dori_lightning.runtime.logging import answer_console
@@ -230,7 +230,8 @@ def _jobs_of_sweep(place: Path, *, planned: bool) -> Jobs:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("report.json", LOCALITY_FILE, _OVERRIDES))
+    names = ("report.json", LOCALITY_FILE, CERTIFICATE_FILE, _OVERRIDES)
+    return any((folder / name).is_file() for name in names)
 
 
 def _is_dry(override: str) -> bool:

@@ -159,3 +159,15 @@ def test_a_certificate_without_attacks_is_refused(material, tmp_path, monkeypatc
 def test_an_audit_refuses_what_is_no_search(material, tmp_path):
     with pytest.raises(InputError, match=r"certify\.paths=\[completion\]"):
         run_task(tmp_path / "run", *on_tiny(material), "attack=completion")
+
+
+def test_certificates_are_ranked_by_the_work_that_they_withstand(finished, tmp_path, capsys):
+    folder, _ = finished
+    run_task(tmp_path / "table", "task=report", f"task.runs={folder}")
+    table = (tmp_path / "table" / "ranking.md").read_text("utf-8")
+    header, _, row = [line for line in table.splitlines() if line.startswith("|")]
+    for name in ("mitigation", "prompts", "completion", "dori", "first back"):
+        assert name in header
+    assert "none" in row
+    assert "0/2" in row
+    assert "certificate.html" in capsys.readouterr().out
