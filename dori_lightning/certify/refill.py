@@ -135,8 +135,8 @@ def fill(model: TextToImage, edit: MaskEdit, *, rank: int | None, iterations: in
         weight = parameter.detach().float()
         # a bias is one row
         flat = weight.flatten(1) if weight.dim() > 1 else weight[None]
-        missing = mask.to(weight.device).view(-1, *[1] * (weight.dim() - mask.dim()))
-        missing = missing.expand_as(weight).reshape(flat.shape)
+        rows = mask.to(weight.device).reshape(*mask.shape, *[1] * (weight.dim() - mask.dim()))
+        missing = rows.expand_as(weight).reshape(flat.shape)
         filled = fill_means(flat, missing)
         if rank is not None and weight.dim() > 1:
             filled = complete(filled, missing, rank=rank, iterations=iterations)
