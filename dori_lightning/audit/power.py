@@ -9,13 +9,11 @@ from random embeddings. The share that it finds is its power.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -32,13 +30,11 @@ from dori_lightning.metrics.descriptors import LocalCorrelation
 from dori_lightning.metrics.evidence import Power, attacked_scores
 from dori_lightning.metrics.replication import pair_results
 from dori_lightning.metrics.statistics import wilson_interval
-from dori_lightning.mitigations.base import Context
-from dori_lightning.mitigations.edits import Edit, Origin, WeightEdit
-from dori_lightning.mitigations.finetuning import FinetunedMitigation, FinetuneSettings, Finetuning
-from dori_lightning.models.protocol import TextToImage
+from dori_lightning.mitigations.edits import Edit
+from dori_lightning.mitigations.finetuning import FinetuneSettings
+from dori_lightning.mitigations.image_finetuning import ImageFinetuning, train_over
 from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.validation import image_tensor, square_image
-from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Calibration, InputError, Pair, Pairs
 
 log = logging.getLogger(__name__)
@@ -76,84 +72,6 @@ class PowerSettings:
                 raise InputError(f"power.{name} must be >= 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise InputError(f"power.lr must be positive, got {self.lr}")
-
-
-@dataclass(frozen=True, eq=False)
-class PlantedEdit(Edit):
-    """Weights trained on top of a mitigation's edit.
-
-    Attributes:
-        origin: Of the trained weights.
-        base: The mitigation's edit.
-        planted: Weights that were trained while the model carried it.
-    """
-
-    origin: Origin
-    base: Edit
-    planted: WeightEdit
-
-    @property
-    def identity(self) -> str:
-        """Hash of both."""
-        both = f"{self.base.identity}+{self.planted.identity}"
-        return hashlib.sha256(both.encode()).hexdigest()[:24]
-
-    @contextmanager
-    def applied(self, model: TextToImage) -> Iterator[None]:
-        """Carry the mitigation, and the planted weights over it."""
-        with self.base.applied(model), self.planted.applied(model):
-            yield
-
-
-@dataclass(frozen=True)
-class Planting(FinetunedMitigation):
-    """Fine-tune on a few images until the model draws them: the opposite of a mitigation.
-
-    Attributes:
-        base: Identity of the edit that the model carries meanwhile.
-        rows: Noise samples of a step.
-        steps: Optimizer steps.
-        finetune: Optimizer settings.
-    """
-
-    base: str
-    rows: int
-    steps: int
-    finetune: FinetuneSettings
-    name: str = field(default="planting", init=False)
-
-    def training(
-        self, model: TextToImage, pairs: Sequence[Pair], context: Context
-    ) -> Callable[[], Finetuning]:
-        """Train on the pairs' latents under their prompts."""
-        return lambda: _PlantingTraining(model, self, pairs, context)
-
-
-class _PlantingTraining(Finetuning):
-    """Lower the denoising loss of a few images under their prompts."""
-
-    def __init__(
-        self, model: TextToImage, method: Planting, pairs: Sequence[Pair], context: Context
-    ) -> None:
-        super().__init__(model, method.finetune)
-        self.rows, self.seed = method.rows, context.seed
-        encoded = context.data.batch(pairs)
-        self.latents, self.prompts = encoded.latents, encoded.embeddings
-
-    def training_step(self, *_: Any) -> torch.Tensor:
-        """Mean denoising loss of a batch in which the images take turns."""
-        model = self.model
-        generator = keyed_generator("positive controls", self.seed, self.global_step)
-        places = torch.arange(self.rows) % len(self.latents)
-        latents = self.latents[places].to(model.device)
-        noise = torch.randn(latents.shape, generator=generator).to(model.device)
-        steps = torch.randint(model.num_train_timesteps, (self.rows,), generator=generator)
-        losses = model.denoising_loss(
-            latents, noise, steps.to(model.device), self.prompts[places].to(model.device)
-        )
-        loss = losses.mean()
-        self.log("power/denoising_loss", loss)
-        return loss
 
 
 SIDE = 64
@@ -239,8 +157,14 @@ def plant(
     there = _context_of(context, planted)
     calibration = calibrate(there, ())
     carried, steps, drawn = edit, 0, frozenset[str]()
+    method = ImageFinetuning(
+        rows=settings.rows,
+        steps=settings.steps,
+        finetune=FinetuneSettings(lr=settings.lr, weight_decay=0.0),
+    )
     for _ in range(settings.rounds):
-        carried = _another_round(there, carried, settings)
+        made = train_over(carried, method, there.model, there.pairs, there.for_mitigations)
+        carried = made.edit
         steps += settings.steps
         with carried.applied(there.model):
             drawn = copies_among(
@@ -315,18 +239,3 @@ def _context_of(context: AuditContext, planted: Sequence[Pair]) -> AuditContext:
         control_prompts=ControlPrompts((), None),
         evidence=replace(context.evidence, losses=False),
     )
-
-
-def _another_round(context: AuditContext, carried: Edit, settings: PowerSettings) -> PlantedEdit:
-    """Train some more on top of what the model carries."""
-    method = Planting(
-        base=carried.identity,
-        rows=settings.rows,
-        steps=settings.steps,
-        finetune=FinetuneSettings(lr=settings.lr, weight_decay=0.0),
-    )
-    with carried.applied(context.model):
-        made = context.for_mitigations.find(method, context.model, context.pairs)
-    if not isinstance(made.edit, WeightEdit):
-        raise TypeError(f"planting gives weights, not {type(made.edit).__name__}")
-    return PlantedEdit(made.edit.origin, carried, made.edit)

@@ -146,6 +146,12 @@ class Subject:
         """How images are generated."""
         return self.context.sampling
 
+    @property
+    def drawing(self) -> int:
+        """Rows through the denoiser that the K images of one embedding take."""
+        sampling = self.sampling
+        return sampling.images_per_pair * sampling.steps * sampling.rows_per_step
+
     @cached_property
     def scale(self) -> float:
         """Factor of random starts and of steps from them, by how strongly the model answers."""
@@ -159,6 +165,17 @@ class Subject:
     def with_edit(self, edit: Edit) -> Subject:
         """The same model with another edit."""
         return replace(self, edit=edit)
+
+    def by_weights(self, pairs: Sequence[Pair]) -> list[tuple[Subject, frozenset[str]]]:
+        """The model as pairs see it, with the same weights for all, and ids of those that do.
+
+        One for all pairs, or under an edit that differs by pair one for each.
+        """
+        if not self.edit.pairs:
+            return [(self, frozenset(pair.id for pair in pairs))]
+        return [
+            (self.with_edit(self.edit.for_pair(pair.id)), frozenset({pair.id})) for pair in pairs
+        ]
 
     def prompts(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         """Pair id to the embedding (T, D) of its prompt."""
@@ -257,6 +274,36 @@ class Attempt(Protocol):
                 these images included.
         """
         ...
+
+
+@dataclass
+class Afterwards:
+    """The attempt of an attack on a model that something was done to first; its levels say so.
+
+    Attributes:
+        attempt: Takes the images.
+        done: What was done, such as ``150 ordinary steps``.
+        rows: Rows through the denoiser that this took, of one image: added to its first images.
+        only: Ids of the pairs that it was done for; None for all.
+    """
+
+    attempt: Attempt
+    done: str
+    rows: int = 0
+    only: frozenset[str] | None = None
+    paid: set[str] = field(default_factory=set)
+
+    def left(self, level: str) -> list[Pair]:
+        """Pairs of this process that are to be tried at a level."""
+        left = self.attempt.left(f"{self.done}, then {level}")
+        return [pair for pair in left if self.only is None or pair.id in self.only]
+
+    def add(self, level: str, images: Mapping[str, torch.Tensor], *, rows: int) -> None:
+        """Score images."""
+        for name, own in images.items():
+            more = 0 if name in self.paid else self.rows
+            self.attempt.add(f"{self.done}, then {level}", {name: own}, rows=rows + more)
+        self.paid |= set(images)
 
 
 def deterministic(

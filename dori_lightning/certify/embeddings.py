@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
+from dori_lightning.attacks.budget import AttackSettings, BudgetSettings, evaluation_steps
 from dori_lightning.attacks.embedding_attack import Job
 from dori_lightning.attacks.solver import AttackProblem, AttackResult, concat, solve
 from dori_lightning.certify.base import AttackBase, Attempt, Holds, Plan, Subject
@@ -43,19 +43,18 @@ class EmbeddingSearch(AttackBase):
     def _search(self, subject: Subject, attempt: Attempt, init: Init, restart: int) -> None:
         """One start: from look to look, with those whose images are no copies yet."""
         settings = self.settings
-        more = f", restart {restart}" if restart else ""
         found: dict[str, AttackResult] = {}
-        begin, sampling = 0, subject.sampling
+        begin = 0
         for steps in evaluation_steps(settings.stops, settings.budget.steps):
-            level = f"{steps} steps from {init.replace('_', ' ')}{more}"
+            level = search_level(steps, init, restart)
             left = attempt.left(level)
             if not left:
                 return
             with subject.carried():
                 found = self._advance(subject, left, found, init, restart, stop_at=steps)
                 images = subject.draw({name: own.embeddings[0, -1] for name, own in found.items()})
-            drawn = sampling.images_per_pair * sampling.steps * sampling.rows_per_step
-            attempt.add(level, images, rows=(steps - begin) * settings.noise_batch + drawn)
+            rows = (steps - begin) * settings.noise_batch + subject.drawing
+            attempt.add(level, images, rows=rows)
             begin = steps
 
     def _advance(
@@ -107,3 +106,18 @@ class EmbeddingSearch(AttackBase):
             )
             found |= {pair.id: result.row(k) for k, pair in enumerate(part)}
         return found
+
+
+def search_level(steps: int, init: Init = "prompt", restart: int = 0) -> str:
+    """What a report calls the images after some steps of a search."""
+    more = f", restart {restart}" if restart else ""
+    return f"{steps} steps from {init.replace('_', ' ')}{more}"
+
+
+def search_from_prompt(steps: int) -> EmbeddingSearch:
+    """A short search from each prompt, for a model that something was done to."""
+    # a search from a prompt takes no scale of random starts, so none is measured
+    settings = AttackSettings(
+        inits=("prompt",), budget=BudgetSettings(steps=steps), own_units=False
+    )
+    return EmbeddingSearch(settings=settings)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dori_lightning.certify.base import AttackBase, Attempt, Holds, Plan, Subject
 from dori_lightning.types import Pair
@@ -15,6 +16,7 @@ class Prompts(AttackBase):
         name: How reports call it.
     """
 
+    LEVEL: ClassVar[str] = "its prompt"
     name: str = "prompts"
     gradient_free: bool = field(default=True, init=False)
     holds: Holds = field(default="prompt", init=False)
@@ -26,10 +28,9 @@ class Prompts(AttackBase):
     def run(self, subject: Subject, pairs: Sequence[Pair], attempt: Attempt) -> None:
         """Draw K images of each pair."""
         del pairs
-        left, sampling = attempt.left("its prompt"), subject.sampling
+        left = attempt.left(self.LEVEL)
         if not left:
             return
         with subject.carried():
             images = subject.draw(subject.prompts(left))
-        each = sampling.images_per_pair * sampling.steps * sampling.rows_per_step
-        attempt.add("its prompt", images, rows=each)
+        attempt.add(self.LEVEL, images, rows=subject.drawing)

@@ -7,8 +7,9 @@ was spent on it. Reference: *Adversarial Work Criterion* (ICML 2026 workshop); K
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import CensoredData, ecdf, logrank
@@ -96,6 +97,27 @@ def logrank_p(first: Work, second: Work) -> float:
         # everything at one moment: NaN says that nothing can be compared
         warnings.simplefilter("ignore", RuntimeWarning)
         return float(logrank(*groups).pvalue)
+
+
+def median(work: Sequence[tuple[float, bool]]) -> float:
+    """Work at which the Kaplan-Meier estimate falls to one half; infinite where it does not."""
+    estimate = _survivors(work)
+    below = estimate.probabilities <= 0.5
+    return float(estimate.quantiles[below][0]) if below.any() else math.inf
+
+
+def restricted_mean(work: Sequence[tuple[float, bool]], horizon: float) -> float:
+    """Area under the Kaplan-Meier estimate up to a horizon: mean work, at most that each."""
+    estimate = _survivors(work)
+    within = estimate.quantiles < horizon
+    ends = np.concatenate([[0.0], estimate.quantiles[within], [horizon]])
+    shares = np.concatenate([[1.0], estimate.probabilities[within]])
+    return float(np.sum(np.diff(ends) * shares))
+
+
+def _survivors(work: Sequence[tuple[float, bool]]) -> Any:
+    spent = np.array([amount for amount, _ in work], np.float64)
+    return ecdf(_censored(spent, np.array([back for _, back in work], bool))).sf
 
 
 def _censored(spent: np.ndarray, done: np.ndarray) -> CensoredData:

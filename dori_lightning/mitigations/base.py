@@ -221,6 +221,13 @@ class Context:
                 edit = read_edit(path)
         return EditResult(edit, key, made=True, path=path)
 
+    def discard(self, found: EditResult) -> None:
+        """Remove an edit's file that nobody needs any more; called on every process."""
+        distributed.barrier()  # the others may still read it
+        if distributed.is_first() and found.path is not None:
+            with held(self.folder / f"{found.key}.lock", "an edit that is removed"):
+                found.path.unlink(missing_ok=True)
+
 
 def settings_fingerprint(thing: Any) -> Any:
     """Settings of a mitigation as plain values, those of mitigations in it too.

@@ -200,7 +200,7 @@ class MaskEdit(Edit):
         """Zero the weights while open."""
         saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         try:
-            for _, mask, weights in self._pruned(model):
+            for _, mask, weights in self.pruned(model):
                 parameter = weights.data
                 mask = mask.to(parameter.device)
                 saved.append((parameter, mask, parameter[mask].clone()))
@@ -210,7 +210,7 @@ class MaskEdit(Edit):
             for parameter, mask, values in saved:
                 parameter[mask] = values
 
-    def _pruned(self, model: TextToImage) -> list[tuple[str, torch.Tensor, nn.Parameter]]:
+    def pruned(self, model: TextToImage) -> list[tuple[str, torch.Tensor, nn.Parameter]]:
         """Names, masks and parameters of all that is pruned, biases of whole rows too."""
         parameters = _parameters_of(model, self.origin, self.masks, rows=True)
         known = dict(model.denoiser().named_parameters())
@@ -229,7 +229,7 @@ class MaskEdit(Edit):
         """Pruned weights that are not zero."""
         return {
             name: int(parameter.detach()[mask.to(parameter.device)].count_nonzero())
-            for name, mask, parameter in self._pruned(model)
+            for name, mask, parameter in self.pruned(model)
         }
 
     def masks_by_pair(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -391,6 +391,55 @@ class WeightEdit(Edit):
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights by parameter."""
         return dict(self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class LayeredEdit(Edit):
+    """Weights on top of another edit, such as what was trained while the model carried that.
+
+    Attributes:
+        origin: Of the weights on top.
+        base: The edit below.
+        top: Weights that replace what they have under it.
+    """
+
+    origin: Origin
+    base: Edit
+    top: WeightEdit
+
+    @classmethod
+    def over(cls, base: Edit, top: WeightEdit) -> LayeredEdit:
+        """Weights over an edit; those over weights over an edit are one layer, not two."""
+        if isinstance(base, LayeredEdit):
+            weights = {**base.top.weights, **top.weights}
+            base, top = base.base, WeightEdit(top.origin, weights)
+        return cls(top.origin, base, top)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of both."""
+        both = f"{self.base.identity}+{self.top.identity}"
+        return hashlib.sha256(both.encode()).hexdigest()[:24]
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """Ids of the pairs that have weights of their own below."""
+        return self.base.pairs
+
+    def for_pair(self, pair_id: str) -> LayeredEdit:
+        """The same weights over one pair's edit."""
+        return LayeredEdit(self.origin, self.base.for_pair(pair_id), self.top)
+
+    @contextmanager
+    def applied(self, model: TextToImage) -> Iterator[None]:
+        """Carry the edit below, and the weights over it."""
+        with self.base.applied(model), self.top.applied(model):
+            yield
+
+    def changed(self, model: TextToImage) -> dict[str, int] | None:
+        """Weights that differ, where the edit below changes weights; see `Edit.changed`."""
+        below = self.base.changed(model)
+        return None if below is None else {**below, **self.top.changed(model)}
 
 
 def changed_weights(edit: Edit, model: TextToImage) -> int | None:

@@ -16,8 +16,6 @@ from dori_lightning.audit.context import AuditContext, with_self_controls
 from dori_lightning.audit.evaluation import generate_ordinary, prompt_conditionings
 from dori_lightning.audit.loss_evidence import loss_evidence
 from dori_lightning.audit.power import (
-    PlantedEdit,
-    Planting,
     PowerSettings,
     check_never_seen,
     measure_power,
@@ -25,8 +23,7 @@ from dori_lightning.audit.power import (
 from dori_lightning.metrics.evidence import Power
 from dori_lightning.metrics.statistics import wilson_interval
 from dori_lightning.mitigations.baselines import NoMitigation
-from dori_lightning.mitigations.edits import EmptyEdit, WeightEdit
-from dori_lightning.mitigations.finetuning import FinetuneSettings
+from dori_lightning.mitigations.edits import EmptyEdit
 from dori_lightning.types import Budget, Condition, InputError, Pairs
 from support.context import make_audit_context, quiet_trainer, read_pairs
 from support.runs import grey
@@ -44,13 +41,6 @@ def context(tmp_path: Path) -> AuditContext:
         budget=budget,
         make_trainer=partial(quiet_trainer, inference_mode=False),
     )
-
-
-def plant(context: AuditContext, count: int, *, steps: int) -> WeightEdit:
-    method = Planting("none", rows=8, steps=steps, finetune=FinetuneSettings(lr=3e-3))
-    edit = context.for_mitigations.find(method, context.model, context.pairs[:count]).edit
-    assert isinstance(edit, WeightEdit)
-    return edit
 
 
 def hold(context: AuditContext, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,18 +127,6 @@ def test_a_suspects_image_is_no_positive_control(tmp_path: Path, change: str) ->
         check_never_seen(given, [other, suspect, *controls])
     check_never_seen(given, [other, *controls])  # a control may be planted: no model holds it
     check_never_seen((), [suspect])
-
-
-def test_planted_weights_lie_over_the_mitigations(context: AuditContext) -> None:
-    planted = plant(context, 1, steps=1)
-    name, value = next(iter(planted.weights.items()))
-    parameter = dict(context.model.denoiser().named_parameters())[name]
-    before = parameter.detach().clone()
-    edit = PlantedEdit(planted.origin, EmptyEdit(), planted)
-    assert edit.identity not in (planted.identity, EmptyEdit().identity)
-    with edit.applied(context.model):
-        assert parameter.equal(value)
-    assert parameter.equal(before)
 
 
 @pytest.mark.parametrize(
