@@ -1,0 +1,111 @@
+"""Words that a text encoder knows, each one token, and what it takes them as.
+
+A token that is a piece of a word joins its neighbours when a prompt is typed, and other tokens
+come of it. So the vocabulary holds those that come back as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dori_lightning.models.components import Component, Components
+from dori_lightning.types import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Words of a checkpoint, by their places.
+
+    Attributes:
+        words: The words as somebody types them, V of them.
+        ids: Their tokens, V, rising.
+        inputs: Their rows of the text encoders' input embeddings (V, W), fp32 on the model's
+            device; those of several encoders side by side.
+        limit: Words that a prompt has room for, besides its start and end token.
+        tokenizers: Of the text encoders whose inputs these are.
+    """
+
+    words: tuple[str, ...]
+    ids: tuple[int, ...]
+    inputs: torch.Tensor
+    limit: int
+    tokenizers: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, components: Components, encoders: Sequence[Component], device: torch.device
+    ) -> Vocabulary:
+        """Read the vocabulary of text encoders that share it.
+
+        Args:
+            components: The checkpoint's.
+            encoders: Names of text encoders.
+            device: The model's.
+
+        Raises:
+            InputError: Their tokenizers differ, or no token is a word.
+        """
+        names = [name.replace("text_encoder", "tokenizer") for name in encoders]
+        tokenizers = tuple(components.tokenizers[name] for name in names)
+        first = tokenizers[0]
+        if any(other.get_vocab() != first.get_vocab() for other in tokenizers):
+            raise InputError(
+                f"{' and '.join(names)} of the checkpoint number their tokens differently, so no "
+                f"word has one token in both",
+                where="certify.paths",
+                fix="leave words out of certify.paths",
+            )
+        special = set(first.all_special_ids)
+        tokens = [token for token in range(len(first)) if token not in special]
+        typed = [word.strip() for word in first.batch_decode([[token] for token in tokens])]
+        back = first(typed, add_special_tokens=False).input_ids
+        known = [
+            (word, token)
+            for word, token, again in zip(typed, tokens, back, strict=True)
+            if word and again == [token]
+        ]
+        if not known:
+            raise InputError(
+                f"no token of {names[0]} is a word that comes back when it is typed",
+                where=names[0],
+                fix="give the checkpoint its own tokenizer, or leave words out of certify.paths",
+            )
+        ids = tuple(token for _, token in known)
+        tables = [components.modules[name].get_input_embeddings().weight for name in encoders]
+        inputs = torch.cat([table.detach()[list(ids)].float() for table in tables], 1).to(device)
+        limit = min(map(components.prompt_length, names)) - 2
+        return cls(tuple(word for word, _ in known), ids, inputs, limit, tokenizers)
+
+    def prompt(self, places: Sequence[int]) -> str:
+        """Words at some places as one prompt."""
+        return " ".join(self.words[place] for place in places)
+
+    def places(self, prompt: str) -> list[int]:
+        """Places of a prompt's words; pieces of words and what is cut off are left out."""
+        place_of = {token: place for place, token in enumerate(self.ids)}
+        tokens = self._tokens(self.tokenizers[0], prompt)
+        return [place_of[token] for token in tokens if token in place_of][: self.limit]
+
+    def survives(self, places: Sequence[int]) -> bool:
+        """Whether words, typed as a prompt, become their own tokens again."""
+        wanted, prompt = [self.ids[place] for place in places], self.prompt(places)
+        return all(self._tokens(each, prompt) == wanted for each in self.tokenizers)
+
+    def allowed(self, forbidden: Collection[int] = ()) -> torch.Tensor:
+        """Which words (V,) may be used, bool.
+
+        Args:
+            forbidden: Places of those that may not.
+        """
+        mask = torch.ones(len(self.ids), dtype=torch.bool, device=self.inputs.device)
+        mask[list(forbidden)] = False
+        return mask
+
+    @staticmethod
+    def _tokens(tokenizer: Any, prompt: str) -> list[int]:
+        ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return ids
