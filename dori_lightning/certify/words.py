@@ -242,8 +242,9 @@ class WordSearch(AttackBase):
         for _ in range(_TEXT_STEPS):
             tokens = table[places][None].requires_grad_(True)
             distance = F.mse_loss(model.encode_tokens(tokens)[0], wanted)
-            if float(distance) < lowest and model.vocabulary().survives(places):
-                best, lowest = places, float(distance)
+            value = float(distance.detach())
+            if value < lowest and model.vocabulary().survives(places):
+                best, lowest = places, value
             (gradient,) = torch.autograd.grad(distance, tokens)
             soft.step(gradient)
             places = soft.nearest([allowed])[0]

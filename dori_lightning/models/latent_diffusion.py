@@ -273,7 +273,10 @@ class LatentDiffusion(ABC):
                 fix="leave words out of certify.paths",
             )
         if self._vocabulary is None:
-            self._vocabulary = Vocabulary.of(self._components, self.word_encoders, self.device)
+            encoders = {name: self._components.encoders[name] for name in self.word_encoders}
+            self._vocabulary = Vocabulary.of(
+                encoders, limit=self.max_tokens - 2, device=self.device
+            )
         return self._vocabulary
 
     def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:

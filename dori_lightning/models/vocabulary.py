@@ -6,13 +6,12 @@ come of it. So the vocabulary holds those that come back as they were.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dori_lightning.models.components import Component, Components
 from dori_lightning.types import InputError
 
 
@@ -37,25 +36,24 @@ class Vocabulary:
 
     @classmethod
     def of(
-        cls, components: Components, encoders: Sequence[Component], device: torch.device
+        cls, encoders: Mapping[str, tuple[Any, Any]], *, limit: int, device: torch.device
     ) -> Vocabulary:
         """Read the vocabulary of text encoders that share it.
 
         Args:
-            components: The checkpoint's.
-            encoders: Names of text encoders.
+            encoders: Names to text encoders, each with its tokenizer.
+            limit: Words that a prompt has room for.
             device: The model's.
 
         Raises:
             InputError: Their tokenizers differ, or no token is a word.
         """
-        names = [name.replace("text_encoder", "tokenizer") for name in encoders]
-        tokenizers = tuple(components.tokenizers[name] for name in names)
+        tokenizers = tuple(tokenizer for _, tokenizer in encoders.values())
         first = tokenizers[0]
         if any(other.get_vocab() != first.get_vocab() for other in tokenizers):
             raise InputError(
-                f"{' and '.join(names)} of the checkpoint number their tokens differently, so no "
-                f"word has one token in both",
+                f"the tokenizers of {' and '.join(encoders)} number their tokens differently, so "
+                f"no word has one token in both",
                 where="certify.paths",
                 fix="leave words out of certify.paths",
             )
@@ -70,14 +68,13 @@ class Vocabulary:
         ]
         if not known:
             raise InputError(
-                f"no token of {names[0]} is a word that comes back when it is typed",
-                where=names[0],
+                "no token is a word that comes back when it is typed",
+                where="tokenizer",
                 fix="give the checkpoint its own tokenizer, or leave words out of certify.paths",
             )
         ids = tuple(token for _, token in known)
-        tables = [components.modules[name].get_input_embeddings().weight for name in encoders]
+        tables = [encoder.get_input_embeddings().weight for encoder, _ in encoders.values()]
         inputs = torch.cat([table.detach()[list(ids)].float() for table in tables], 1).to(device)
-        limit = min(map(components.prompt_length, names)) - 2
         return cls(tuple(word for word, _ in known), ids, inputs, limit, tokenizers)
 
     def prompt(self, places: Sequence[int]) -> str:
