@@ -48,6 +48,8 @@ class AttackProblem:
         latents: Latents of the images to reproduce (N, C, h, w).
         initial: Initial embeddings (N, T, D).
         scales: Factors of the learning rate, length N; None for 1 each.
+        ranges: First timestep, and the one after the last, that each row's loss is drawn at,
+            length N; None for all timesteps.
     """
 
     ids: tuple[str, ...]
@@ -55,6 +57,7 @@ class AttackProblem:
     latents: torch.Tensor
     initial: torch.Tensor
     scales: tuple[float, ...] | None = None
+    ranges: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,11 @@ class AttackResult:
 
     def row(self, index: int) -> AttackResult:
         """One search of them."""
-        own, state = slice(index, index + 1), self.state
+        return self.rows(slice(index, index + 1))
+
+    def rows(self, own: slice) -> AttackResult:
+        """Some searches of them."""
+        state = self.state
         return replace(
             self,
             ids=self.ids[own],
@@ -177,7 +184,8 @@ def solve(
     latents = problem.latents.to(model.device, torch.float32)
     rows, noises = len(problem.ids), settings.noise_batch
     spread = model.spread()
-    unit = _units(model, settings)
+    unit = units(model, settings)
+    ranges = problem.ranges or ((0, model.num_train_timesteps),) * rows
     delta = torch.zeros_like(initial)
 
     def point() -> torch.Tensor:
@@ -204,13 +212,15 @@ def solve(
             distributed.check()
             draws = [
                 noise_and_timesteps(
-                    seed, name, restart, step, shape=shape, timesteps=model.num_train_timesteps
+                    seed, name, restart, step, shape=shape, first=first, timesteps=last
                 )
-                for name, restart in zip(problem.ids, problem.restarts, strict=True)
+                for name, restart, (first, last) in zip(
+                    problem.ids, problem.restarts, ranges, strict=True
+                )
             ]
             noise = to_device(torch.cat([d[0] for d in draws]), model.device)
             timesteps = to_device(torch.cat([d[1] for d in draws]), model.device)
-            loss, gradient = _loss_and_gradient(
+            loss, gradient = loss_and_gradient(
                 model, problem.ids, point(), repeated, noise, timesteps,
                 at_once=settings.samples_at_once,
             )  # fmt: skip
@@ -248,7 +258,7 @@ def solve(
     )
 
 
-def _units(model: TextToImage, settings: AttackSettings) -> torch.Tensor | None:
+def units(model: TextToImage, settings: AttackSettings) -> torch.Tensor | None:
     """How far a unit of the search moves each cell (T, D), zero where it may not move one.
 
     None where every cell moves in its own number.
@@ -259,7 +269,7 @@ def _units(model: TextToImage, settings: AttackSettings) -> torch.Tensor | None:
     return (spread.std * cells).to(model.device)
 
 
-def _loss_and_gradient(
+def loss_and_gradient(
     model: TextToImage,
     ids: Sequence[str],
     point: torch.Tensor,
@@ -273,6 +283,15 @@ def _loss_and_gradient(
 
     On the CPU every batch has the same shape, so a pair gets the same bits wherever and with
     whomever it stands.
+
+    Args:
+        model: The model, its weights frozen.
+        ids: Pair ids, length N.
+        point: Embeddings (N, T, D).
+        latents: Latents (N * B, C, h, w), B of each pair in a row.
+        noise: Noise that is added to them.
+        timesteps: Timesteps (N * B,).
+        at_once: Samples of a pair in one pass.
     """
     batch = len(noise) // len(point)
 
@@ -309,7 +328,14 @@ def _loss_and_gradient(
 
 
 def noise_and_timesteps(
-    seed: int, pair_id: str, restart: int, step: int, *, shape: tuple[int, ...], timesteps: int
+    seed: int,
+    pair_id: str,
+    restart: int,
+    step: int,
+    *,
+    shape: tuple[int, ...],
+    timesteps: int,
+    first: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise and timesteps of one attack step for one pair; independent for each of the B elements.
 
@@ -319,14 +345,15 @@ def noise_and_timesteps(
         restart: Which restart.
         step: Attack step, from 0.
         shape: (B, C, h, w).
-        timesteps: T; timesteps are uniform on 0..T-1.
+        timesteps: T; timesteps are uniform on first..T-1.
+        first: The first of them.
 
     Returns:
         Standard normal noise (B, C, h, w) and timesteps (B,).
     """
     generator = keyed_generator("attack", seed, pair_id, restart, step)
     noise = torch.randn(shape, generator=generator)
-    return noise, torch.randint(0, timesteps, shape[:1], generator=generator)
+    return noise, torch.randint(first, timesteps, shape[:1], generator=generator)
 
 
 def random_embedding(

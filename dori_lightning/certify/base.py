@@ -44,11 +44,14 @@ class Plan:
         mitigation: What is done to the checkpoint.
         family: The checkpoint's family, such as ``sd`` or ``flux``.
         sampling: How images are generated.
+        own_tokenizer: Whether the checkpoint has a tokenizer with words, which random weights,
+            made to time things on, have not.
     """
 
     mitigation: Mitigation
     family: str
     sampling: Sampling
+    own_tokenizer: bool = True
 
     @property
     def drawing(self) -> int:
@@ -69,10 +72,25 @@ class Attack(Protocol):
             an image that ``dori`` does not bring back, gradients are masked.
     """
 
-    name: str
-    holds: Holds
-    together: bool
-    gradient_free: bool
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        ...
+
+    @property
+    def holds(self) -> Holds:
+        """What the adversary holds."""
+        ...
+
+    @property
+    def together(self) -> bool:
+        """Whether pairs of a group are attacked together."""
+        ...
+
+    @property
+    def gradient_free(self) -> bool:
+        """Whether it uses no gradient of the model."""
+        ...
 
     def check(self, plan: Plan) -> None:
         """Refuse what this attack cannot be run on, before anything is loaded.
@@ -195,10 +213,16 @@ class Subject:
         own = measured.similarity[self.calibration.descriptor]
         return float(per_pair(own)), int(own.argmax())
 
-    def starting_noise(self) -> torch.Tensor:
-        """Starting noise (K, C, h, w) of a pair's K images, the same for every pair."""
-        shape = self.model.latent_shape
-        return torch.stack([generation_noise(seed, shape) for seed in image_seeds(self.sampling)])
+    def starting_noise(self, images: int | None = None) -> torch.Tensor:
+        """Starting noise (K, C, h, w) of a pair's images, the same for every pair.
+
+        Args:
+            images: K; None for as many as an audit draws.
+        """
+        shape, sampling = self.model.latent_shape, self.sampling
+        if images is not None:
+            sampling = replace(sampling, images_per_pair=images)
+        return torch.stack([generation_noise(seed, shape) for seed in image_seeds(sampling)])
 
     def draw(
         self,
@@ -214,7 +238,7 @@ class Subject:
         company.
 
         Args:
-            embeddings: Pair id to the embedding (T, D) to draw from.
+            embeddings: Pair id to the embedding (T, D) to draw from, or to what ``sample`` takes.
             noise: Pair id to starting noise (K, C, h, w); None for that of the audit's images.
             sampling: How to draw; None for the audit's way.
             sample: Replaces the sampler: takes embeddings (N, T, D), noise (N, C, h, w), pair ids
@@ -264,7 +288,14 @@ class Attempt(Protocol):
         """
         ...
 
-    def add(self, level: str, images: Mapping[str, torch.Tensor], *, rows: int) -> None:
+    def add(
+        self,
+        level: str,
+        images: Mapping[str, torch.Tensor],
+        *,
+        rows: int,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Score images.
 
         Args:
@@ -272,6 +303,8 @@ class Attempt(Protocol):
             images: Pair id to images (K, 3, H, W) in [0, 1]; pairs of ``left``.
             rows: Rows through the denoiser that each of these pairs took since its last images,
                 these images included.
+            notes: Pair id to what its images were drawn from, such as words, where that can be
+                read; the record keeps that of the closest image.
         """
         ...
 
@@ -298,12 +331,26 @@ class Afterwards:
         left = self.attempt.left(f"{self.done}, then {level}")
         return [pair for pair in left if self.only is None or pair.id in self.only]
 
-    def add(self, level: str, images: Mapping[str, torch.Tensor], *, rows: int) -> None:
+    def add(
+        self,
+        level: str,
+        images: Mapping[str, torch.Tensor],
+        *,
+        rows: int,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Score images."""
+        level = f"{self.done}, then {level}"
         for name, own in images.items():
             more = 0 if name in self.paid else self.rows
-            self.attempt.add(f"{self.done}, then {level}", {name: own}, rows=rows + more)
+            self.attempt.add(level, {name: own}, rows=rows + more, notes=notes)
         self.paid |= set(images)
+
+
+def timesteps(model: LatentDiffusion, steps: int) -> torch.Tensor:
+    """Timesteps (S,) from noise to image at equal distances, the noisiest first."""
+    places = torch.arange(steps, 0, -1, dtype=torch.float64) / steps * model.num_train_timesteps
+    return (places.round().long() - 1).to(model.device)
 
 
 def deterministic(
@@ -324,7 +371,7 @@ def deterministic(
         model: The model.
         x: Latents (N, C, h, w) noised to ``timesteps[0]``.
         timesteps: Timesteps (S,), from noise to image.
-        embeddings: Embeddings (N, T, D).
+        embeddings: Embeddings (N, T, D), or (S, N, T, D) for others at each step.
         guidance: Classifier-free guidance scale.
         pair_ids: Whose rows these are (N).
         after: Called after each step with the latents and the timestep that they are at, None at
@@ -334,8 +381,9 @@ def deterministic(
         Clean latents (N, C, h, w).
     """
     for place, now in enumerate(timesteps):
+        own = embeddings[place] if embeddings.dim() == 4 else embeddings
         clean, noise = model.predict_clean_and_noise(
-            x, now.expand(len(x)), embeddings, guidance=guidance, pair_ids=pair_ids
+            x, now.expand(len(x)), own, guidance=guidance, pair_ids=pair_ids
         )
         if place + 1 == len(timesteps):
             return after(clean, None)

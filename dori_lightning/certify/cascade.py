@@ -259,24 +259,35 @@ class Recorder:
             return []
         return [self.pairs[name] for name, own in self.tried.items() if own.back_at is None]
 
-    def add(self, level: str, images: Mapping[str, torch.Tensor], *, rows: int) -> None:
+    def add(
+        self,
+        level: str,
+        images: Mapping[str, torch.Tensor],
+        *,
+        rows: int,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Score images, and keep the closest one."""
         for name, own in images.items():
             pair, before = self.pairs[name], self.tried[name]
             similarity, closest = self.subject.closest(pair, own)
-            image = before.image
+            image, note = before.image, before.note
             if not similarity <= before.best:
                 place = f"images/{self.subject.role}/{self.attack.name}/{name}"
                 Cache(self.folder).write(place, own[closest], {}, PNG)
-                image = f"{place}.png"
+                image, note = f"{place}.png", (notes or {}).get(name, "")
+            copy = similarity > before.threshold
+            if copy and note:
+                log.info("%s comes back from: %s", name, note)
             self.tried[name] = replace(
                 before,
                 levels=(*before.levels, level),
                 rows=(*before.rows, before.spent + rows),
                 similarities=(*before.similarities, similarity),
-                back_at=len(before.levels) if similarity > before.threshold else None,
+                back_at=len(before.levels) if copy else None,
                 spent=before.spent + rows,
                 image=image,
+                note=note,
             )
         self.advance(rows * len(images))
 

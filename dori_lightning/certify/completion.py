@@ -20,8 +20,8 @@ from dori_lightning.certify.base import (
     Plan,
     Subject,
     deterministic,
+    timesteps,
 )
-from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
@@ -143,12 +143,6 @@ class Completion(AttackBase):
             images = subject.draw(where, noise=noise, sample=sample)
         per_step = 2 if prompted and self.guidance != 1 else 1
         attempt.add(level, images, rows=self.images * taken * per_step)
-
-
-def timesteps(model: LatentDiffusion, steps: int) -> torch.Tensor:
-    """Timesteps (S,) from noise to image at equal distances, the noisiest first."""
-    places = torch.arange(steps, 0, -1, dtype=torch.float64) / steps * model.num_train_timesteps
-    return (places.round().long() - 1).to(model.device)
 
 
 def halves(latents: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """DoRI: a search for text embeddings, as an audit runs it, in the order of a cascade."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -50,62 +50,84 @@ class EmbeddingSearch(AttackBase):
             left = attempt.left(level)
             if not left:
                 return
+            found = search(subject, settings, left, init, restart, before=found, stop_at=steps)
             with subject.carried():
-                found = self._advance(subject, left, found, init, restart, stop_at=steps)
                 images = subject.draw({name: own.embeddings[0, -1] for name, own in found.items()})
             rows = (steps - begin) * settings.noise_batch + subject.drawing
             attempt.add(level, images, rows=rows)
             begin = steps
 
-    def _advance(
-        self,
-        subject: Subject,
-        pairs: Sequence[Pair],
-        before: dict[str, AttackResult],
-        init: Init,
-        restart: int,
-        *,
-        stop_at: int,
-    ) -> dict[str, AttackResult]:
-        """Take searches on to a step; results by pair id, one row each."""
-        settings, model = self.settings, subject.model
-        absolute = model.spread().absolute
-        controls = subject.context.control_prompts.embeddings
-        context = replace(
-            subject.context,
-            attack=settings,
-            budget=settings.budget.resolve(controls, own_units=not absolute),
+
+def search(
+    subject: Subject,
+    settings: AttackSettings,
+    pairs: Sequence[Pair],
+    init: Init,
+    restart: int,
+    *,
+    ranges: Sequence[tuple[int, int]] | None = None,
+    before: Mapping[str, AttackResult] | None = None,
+    stop_at: int | None = None,
+) -> dict[str, AttackResult]:
+    """Search embeddings of pairs under the subject's edit.
+
+    Args:
+        subject: The model.
+        settings: The search.
+        pairs: Whose images are looked for.
+        init: Where searches begin.
+        restart: Which random start and noise.
+        ranges: Ranges of timesteps (first, last + 1) that have an embedding each; None for one
+            over all timesteps.
+        before: Pair id to searches on their way, which go on.
+        stop_at: Step to stop at; None takes all of the budget's.
+
+    Returns:
+        Pair id to its results, a row for each range.
+    """
+    model = subject.model
+    absolute = model.spread().absolute
+    controls = subject.context.control_prompts.embeddings
+    budget = settings.budget.resolve(controls, own_units=not absolute)
+    context = replace(subject.context, attack=settings, budget=budget)
+    scale = subject.scale if settings.own_units else 1.0
+    attack = context.attack_context(subject.edit.identity, scale=scale)
+    width = 1 if ranges is None else len(ranges)
+    size = estimate_batch_size(
+        model,
+        noise_batch=settings.samples_at_once,
+        wanted=settings.pairs_per_forward,
+        pair_id=pairs[0].id,
+    )
+    size = max(1, size // width)
+    found: dict[str, AttackResult] = {}
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        jobs = [Job(pair, init, restart) for pair in part for _ in range(width)]
+        known = [before[pair.id] for pair in part if pair.id in before] if before else []
+        problem = AttackProblem(
+            ids=tuple(job.pair.id for job in jobs),
+            # ranges draw noise of their own
+            restarts=tuple(restart * width + k for _ in part for k in range(width)),
+            latents=subject.latents(part).repeat_interleave(width, 0),
+            initial=torch.stack([attack.initial(job) for job in jobs]),
+            scales=tuple(map(attack.scale_of, jobs)),
+            ranges=None if ranges is None else tuple(ranges) * len(part),
         )
-        scale = subject.scale if settings.own_units else 1.0
-        attack = context.attack_context(subject.edit.identity, scale=scale)
-        size = estimate_batch_size(
-            model,
-            noise_batch=settings.samples_at_once,
-            wanted=settings.pairs_per_forward,
-            pair_id=pairs[0].id,
-        )
-        found: dict[str, AttackResult] = {}
-        for start in range(0, len(pairs), size):
-            part = pairs[start : start + size]
-            jobs = [Job(pair, init, restart) for pair in part]
-            known = [before[pair.id] for pair in part if pair.id in before]
+        with subject.carried():
             result = solve(
                 model,
-                AttackProblem(
-                    ids=tuple(pair.id for pair in part),
-                    restarts=(restart,) * len(part),
-                    latents=subject.latents(part),
-                    initial=torch.stack([attack.initial(job) for job in jobs]),
-                    scales=tuple(map(attack.scale_of, jobs)),
-                ),
-                budget=context.budget,
+                problem,
+                budget=budget,
                 settings=settings,
                 seed=context.seed,
                 resume_from=concat(known) if known else None,
                 stop_at=stop_at,
             )
-            found |= {pair.id: result.row(k) for k, pair in enumerate(part)}
-        return found
+        found |= {
+            pair.id: result.rows(slice(k * width, (k + 1) * width)) for k, pair in enumerate(part)
+        }
+    return found
 
 
 def search_level(steps: int, init: Init = "prompt", restart: int = 0) -> str:

@@ -99,7 +99,7 @@ def rounded(weight: torch.Tensor, form: str, *, group: int) -> torch.Tensor:
     bits, flat = int(form.removeprefix("int")), weight.float().flatten(1)
     width = flat.shape[1] if bits == 8 else min(group, flat.shape[1])
     filled = nn.functional.pad(flat, (0, -flat.shape[1] % width))
-    grouped = filled.unflatten(1, (-1, width))
+    grouped = filled.reshape(len(filled), -1, width)
     step = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     grouped = (grouped / step.where(step > 0, 1.0)).round() * step
     return grouped.flatten(1)[:, : flat.shape[1]].reshape(weight.shape).to(weight.dtype)

@@ -11,7 +11,8 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -35,6 +36,7 @@ from dori_lightning.models.protocol import (
     Sampler,
     Sampling,
 )
+from dori_lightning.models.vocabulary import Vocabulary
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.runtime.logging import progress_bar
@@ -45,6 +47,15 @@ _MEMORY = OomBackoff(
     "image",
     "checkpoint.precision=bf16, a smaller checkpoint.resolution, or a device with more memory",
 )
+
+
+def _put_words(
+    words: torch.Tensor, table: nn.Module, ids: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    """Put inputs (1, n, W) of words in the place of a prompt's own, after its start token."""
+    del table, ids
+    count = words.shape[1]
+    return torch.cat([output[:, :1], words.to(output), output[:, count + 1 :]], 1)
 
 
 class LatentDiffusion(ABC):
@@ -59,6 +70,8 @@ class LatentDiffusion(ABC):
             nothing can be edited there.
         text_weights: Pattern at whose match within its name text enters through a weight.
         outer_weights: The same of weights outside of all blocks.
+        word_encoders: Text encoders that share a vocabulary, and all that a prompt is encoded by;
+            none where words cannot be searched.
         patch: Side of the latent squares that the denoiser takes as one token.
     """
 
@@ -68,6 +81,7 @@ class LatentDiffusion(ABC):
     closed_stages: ClassVar[Mapping[str, str]] = {}
     text_weights: ClassVar[str]
     outer_weights: ClassVar[str]
+    word_encoders: ClassVar[tuple[Component, ...]] = ()
     patch: int = 1
 
     def __init__(
@@ -133,6 +147,7 @@ class LatentDiffusion(ABC):
         self._of_thread = threading.local()
         self._empty: torch.Tensor | None = None
         self._spread: Spread | None = None
+        self._vocabulary: Vocabulary | None = None
 
     # What a family says
 
@@ -247,6 +262,45 @@ class LatentDiffusion(ABC):
             self.coder_rows.prompts += len(prompts)
         # one by one, so that a prompt's embedding never depends on its neighbours
         return torch.cat([pack(self.parts, self._encode(prompt)) for prompt in prompts])
+
+    def vocabulary(self) -> Vocabulary:
+        """Words that somebody can type, read once."""
+        if not self.word_encoders:
+            raise InputError(
+                f"{self.family.title} reads a prompt by text encoders of different vocabularies, "
+                f"so no search over one of them is a prompt",
+                where=f"checkpoint.family={self.family.name}",
+                fix="leave words out of certify.paths",
+            )
+        if self._vocabulary is None:
+            encoders = {name: self._components.encoders[name] for name in self.word_encoders}
+            self._vocabulary = Vocabulary.of(
+                encoders, limit=self.max_tokens - 2, device=self.device
+            )
+        return self._vocabulary
+
+    def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Input embeddings of words to embeddings; differentiable."""
+        vocabulary, count = self.vocabulary(), tokens.shape[1]
+        if self._lend_encoders:
+            self._move_encoders(self.device)
+        with self._counting:
+            self.coder_rows.prompts += len(tokens)
+        repeated = ([place] * count for place in range(len(vocabulary.ids)))
+        # its words are replaced; it says where the end token stands
+        prompt = vocabulary.prompt(next(filter(vocabulary.survives, repeated)))
+        encoders = [self._components.modules[name] for name in self.word_encoders]
+        tables: list[Any] = [encoder.get_input_embeddings() for encoder in encoders]  # type: ignore[operator]
+        rows = []
+        # one by one, as prompts are
+        for row in torch.split(tokens.to(self.device), 1):
+            own = torch.split(row, [table.embedding_dim for table in tables], -1)
+            with ExitStack() as hooks:
+                for table, values in zip(tables, own, strict=True):
+                    hook = table.register_forward_hook(partial(_put_words, values))
+                    hooks.callback(hook.remove)
+                rows.append(pack(self.parts, self._encode(prompt)))
+        return torch.cat(rows)
 
     def _move_encoders(self, device: torch.device) -> None:
         """Move lent text encoders, where they are elsewhere."""

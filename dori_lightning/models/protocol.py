@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dori_lightning.models.conditioning import Part, Spread
+from dori_lightning.models.vocabulary import Vocabulary
 from dori_lightning.types import CoderRows, require, require_at_least_one, require_choices
 
 Sampler = Literal["ddim", "dpm++", "euler", "flow_euler", "flow_dpm++"]
@@ -138,6 +139,28 @@ class TextToImage(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts to embeddings (N, T, D), fp32, no gradient."""
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """Words that somebody can type, each one token.
+
+        Raises:
+            InputError: The family's text encoders share no vocabulary.
+        """
+        ...
+
+    def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Input embeddings (N, n, W) of n words to embeddings (N, T, D), fp32; differentiable.
+
+        What ``encode_prompts`` gives for them: start and end token and padding are the prompt's
+        usual ones, and pooled outputs are read at the end token.
+
+        Args:
+            tokens: Rows of ``vocabulary().inputs``, or anything between them; n at most its limit.
+
+        Raises:
+            InputError: The family's text encoders share no vocabulary.
+        """
         ...
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:

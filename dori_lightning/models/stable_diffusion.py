@@ -76,6 +76,7 @@ class StableDiffusion(LatentDiffusion):
     pruned_stages: ClassVar[Mapping[LayerRole, tuple[str, ...]]] = {"text.value": ("down", "mid")}
     text_weights: ClassVar[str] = r"\.attn2\."
     outer_weights: ClassVar[str] = r"^(time_embedding|conv_norm_out|conv_out)\."
+    word_encoders: ClassVar[tuple[Component, ...]] = ("text_encoder",)
 
     @classmethod
     def _lay_out(cls, components: Components) -> tuple[Part, ...]:

@@ -63,6 +63,7 @@ class StableDiffusionXL(LatentDiffusion):
     layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]] = UNET_LAYERS
     text_weights: ClassVar[str] = r"\.attn2\."
     outer_weights: ClassVar[str] = r"^(time_embedding|add_embedding|conv_norm_out|conv_out)\."
+    word_encoders: ClassVar[tuple[Component, ...]] = ("text_encoder", "text_encoder_2")
 
     @classmethod
     def _lay_out(cls, components: Components) -> tuple[Part, ...]:

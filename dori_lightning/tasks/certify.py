@@ -81,6 +81,7 @@ def _plan(cfg: DictConfig) -> Plan:
     return Plan(
         mitigation=instantiate(cfg.mitigation),
         family=str(cfg.checkpoint.get("family", "sd")),
+        own_tokenizer="source" in cfg.checkpoint,
         sampling=instantiate(cfg.sampling),
     )
 
