@@ -98,7 +98,7 @@ def _log_losses(subject: Subject, pairs: Sequence[Pair]) -> Mapping[str, torch.T
         subject.carried(),
         torch.no_grad(),
         model.frozen(),
-        progress_bar("traces", len(rows)) as b,
+        progress_bar("traces", len(rows)) as advance,
     ):
         width = CPU_IMAGES * parallel_batches(model)
         at_once = width if model.device.type == "cpu" else subject.sampling.batch
