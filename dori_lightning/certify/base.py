@@ -25,6 +25,7 @@ from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.protocol import Sampling, TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import fixed_batches, parallel_batches
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Calibration, InputError, Pair
 
 Holds = Literal["prompt", "words", "embedding", "noise", "image", "weights"]
@@ -224,6 +225,25 @@ class Subject:
             sampling = replace(sampling, images_per_pair=images)
         return torch.stack([generation_noise(seed, shape) for seed in image_seeds(sampling)])
 
+    def noise_of(self, pairs: Sequence[Pair], count: int, *what: str) -> dict[str, torch.Tensor]:
+        """Pair id to noise (count, C, h, w) of its own, drawn by key.
+
+        Args:
+            pairs: The pairs.
+            count: Images for each.
+            what: What it is for, such as an attack's name and its level.
+        """
+        shape, seed = self.model.latent_shape, self.context.seed
+        return {
+            pair.id: torch.stack(
+                [
+                    torch.randn(shape, generator=keyed_generator(*what, seed, pair.id, k))
+                    for k in range(count)
+                ]
+            )
+            for pair in pairs
+        }
+
     def draw(
         self,
         embeddings: Mapping[str, torch.Tensor],
@@ -242,7 +262,8 @@ class Subject:
             noise: Pair id to starting noise (K, C, h, w); None for that of the audit's images.
             sampling: How to draw; None for the audit's way.
             sample: Replaces the sampler: takes embeddings (N, T, D), noise (N, C, h, w), pair ids
-                (N) and images' places among their pair's K (N), gives latents (N, C, h, w).
+                (N) and images' places among their pair's K (N), gives latents (N, C, h, w). A
+                defence that filters embeddings is before it, as it is before every sampler.
 
         Returns:
             Pair id to images (K, 3, H, W) in [0, 1].
@@ -269,8 +290,11 @@ class Subject:
                 images = model.generate(where, starts, replace(own, batch=width), pair_ids=ids)
             else:
                 places = [row[3] for row in padded]
+                where, starts = where.to(model.device), starts.to(model.device)
                 with torch.no_grad():
-                    latents = sample(where.to(model.device), starts.to(model.device), ids, places)
+                    if model.embedding_filter is not None:
+                        where = model.embedding_filter(where, starts, own)
+                    latents = sample(where, starts, ids, places)
                     images = model.decode_latents(latents)
             for (name, *_), image in zip(part, images, strict=False):
                 found[name].append(image.cpu())
@@ -359,8 +383,9 @@ def deterministic(
     timesteps: torch.Tensor,
     embeddings: torch.Tensor,
     *,
-    guidance: float,
+    guidance: float | Sequence[float],
     pair_ids: Sequence[str] | None = None,
+    fresh: Callable[[int], torch.Tensor] | None = None,
     after: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = lambda x, _: x,
 ) -> torch.Tensor:
     """Sample from noised latents on: DDIM, or Euler's steps of flow matching, on any family.
@@ -372,25 +397,56 @@ def deterministic(
         x: Latents (N, C, h, w) noised to ``timesteps[0]``.
         timesteps: Timesteps (S,), from noise to image.
         embeddings: Embeddings (N, T, D), or (S, N, T, D) for others at each step.
-        guidance: Classifier-free guidance scale.
+        guidance: Classifier-free guidance scale, or one for each step.
         pair_ids: Whose rows these are (N).
+        fresh: Gives a step's fresh noise (N, C, h, w), for stochastic sampling: see ``renewed``.
         after: Called after each step with the latents and the timestep that they are at, None at
             the end; what it returns goes on.
 
     Returns:
         Clean latents (N, C, h, w).
     """
-    for place, now in enumerate(timesteps):
+    scales = guidance if isinstance(guidance, Sequence) else [guidance] * len(timesteps)
+    for place, (now, scale) in enumerate(zip(timesteps, scales, strict=True)):
         own = embeddings[place] if embeddings.dim() == 4 else embeddings
         clean, noise = model.predict_clean_and_noise(
-            x, now.expand(len(x)), own, guidance=guidance, pair_ids=pair_ids
+            x, now.expand(len(x)), own, guidance=scale, pair_ids=pair_ids
         )
         if place + 1 == len(timesteps):
             return after(clean, None)
         then = timesteps[place + 1]
+        if fresh is not None:
+            noise = renewed(model, noise, fresh(place), now, then)
         a, s = (factor.view(-1, 1, 1, 1) for factor in model.scales(then.expand(len(x))))
         x = after(a * clean + s * noise, then)
     return x
+
+
+def renewed(
+    model: TextToImage,
+    noise: torch.Tensor,
+    fresh: torch.Tensor,
+    now: torch.Tensor,
+    then: torch.Tensor,
+) -> torch.Tensor:
+    """Predicted noise, drawn anew as far as the forward process forgets it between two timesteps.
+
+    With it ``a' clean + s' noise`` is a draw from the posterior of the forward process: a step of
+    DDPM, or of DDIM with eta = 1. In terms of both factors it holds for flow matching as well:
+    what is kept is the ratio of noise to signal at ``then`` to that at ``now``.
+
+    Reference: Song et al., Denoising diffusion implicit models (2010.02502), equation 16.
+
+    Args:
+        model: Knows the factors.
+        noise: Predicted noise (N, C, h, w).
+        fresh: Standard normal noise (N, C, h, w).
+        now: Timestep (scalar) at which it was predicted.
+        then: The next, cleaner one.
+    """
+    (a, s), (later_a, later_s) = (model.scales(t[None]) for t in (now, then))
+    kept = (a * later_s / (later_a * s)).clamp(0, 1)
+    return kept * noise + (1 - kept**2).sqrt() * fresh
 
 
 def refuse_family(attack: Attack, plan: Plan, families: Sequence[str], why: str) -> None:

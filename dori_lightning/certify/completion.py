@@ -22,7 +22,6 @@ from dori_lightning.certify.base import (
     deterministic,
     timesteps,
 )
-from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError, Pair
 
 
@@ -108,18 +107,7 @@ class Completion(AttackBase):
         latents = dict(zip([p.id for p in left], subject.latents(left), strict=True))
         empty = model.empty_embedding()[0].cpu()
         where = subject.prompts(left) if prompted else dict.fromkeys(latents, empty)
-        noise = {
-            name: torch.stack(
-                [
-                    torch.randn(
-                        model.latent_shape,
-                        generator=keyed_generator("completion", subject.context.seed, name, k),
-                    )
-                    for k in range(self.images)
-                ]
-            )
-            for name in latents
-        }
+        noise = subject.noise_of(left, self.images, "completion")
 
         def sample(
             embeddings: torch.Tensor, starts: torch.Tensor, ids: list[str], places: list[int]

@@ -1,6 +1,7 @@
 """What an attack is given on a tiny model: a subject, and an attempt that keeps its images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from dori_lightning.certify.base import Attack, Plan, Subject
 from dori_lightning.mitigations.base import Mitigation
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import Edit, EmptyEdit
+from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.types import Calibration, Pair
 from support.context import make_audit_context, quiet_trainer
@@ -25,14 +27,16 @@ class Kept:
 
     Attributes:
         pairs: The group.
-        back: Level to ids of the pairs that come back there.
+        back: Level to ids of the pairs that come back there, or a function of both that says so.
+        closed: Levels that are not to be tried.
         images: Level to images by pair.
         rows: Pair id to rows in all.
         notes: Level to what the attack said of its images.
     """
 
     pairs: Sequence[Pair]
-    back: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    back: Mapping[str, Sequence[str]] | Callable[[str, str], bool] = field(default_factory=dict)
+    closed: Sequence[str] = ()
     images: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     notes: dict[str, Mapping[str, str] | None] = field(default_factory=dict)
@@ -45,6 +49,8 @@ class Kept:
         return rows
 
     def left(self, level: str) -> list[Pair]:
+        if level in self.closed:
+            return []
         return [pair for pair in self.pairs if pair.id not in self.done]
 
     def add(
@@ -58,9 +64,27 @@ class Kept:
         self.notes[level] = notes
         for name, own in images.items():
             assert name not in self.images.setdefault(level, {})
+            assert own.dim() == 4
+            assert bool(((own >= 0) & (own <= 1)).all())
             self.images[level][name] = own
             self.rows[name] = self.rows.get(name, 0) + rows
-        self.done |= set(self.back.get(level, ()))
+            if self._comes_back(level, name):
+                self.done.add(name)
+
+    def _comes_back(self, level: str, name: str) -> bool:
+        if isinstance(self.back, Mapping):
+            return name in self.back.get(level, ())
+        return self.back(level, name)
+
+    @property
+    def levels(self) -> list[str]:
+        """Levels that were tried, in order."""
+        return list(self.images)
+
+    @property
+    def total(self) -> int:
+        """Rows of all pairs."""
+        return sum(self.rows.values())
 
 
 def make_subject(tmp_path: Path, model: Any, edit: Edit | None = None, **fields: Any) -> Subject:
@@ -97,3 +121,33 @@ def try_on(
     before = model.unet_evaluations
     attack.run(subject, pairs, kept)
     return kept, (model.unet_evaluations - before) / len(pairs)
+
+
+@contextmanager
+def model_unchanged(model: LatentDiffusion) -> Iterator[None]:
+    """Weights, their flags, mode and filter are the same bits afterwards."""
+    denoiser = model.denoiser()
+
+    def state() -> tuple[Any, ...]:
+        return (
+            denoiser.training,
+            model.embedding_filter,
+            [p.requires_grad for p in denoiser.parameters()],
+            [p.grad for p in denoiser.parameters()],
+        )
+
+    weights = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    before = state()
+    yield
+    assert state() == before
+    after = denoiser.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+def attacked(attack: Attack, subject: Subject, pairs: Sequence[Pair], **settings: Any) -> Kept:
+    """Run an attack on pairs, and hold that it leaves the model as it was."""
+    attempt = Kept(pairs, **settings)
+    with model_unchanged(subject.model):
+        attack.run(subject, pairs, attempt)
+    return attempt
