@@ -26,6 +26,8 @@ from dori_lightning.models.conditioning import (
     free_cells,
     matrix_shape,
     pack,
+    read_rows,
+    without_padding,
 )
 from dori_lightning.models.noise_levels import NoiseLevels, flow_settings, sampler_from
 from dori_lightning.models.protocol import (
@@ -221,9 +223,9 @@ class LatentDiffusion(ABC):
 
     def _cut_most(self, prompt: str) -> tuple[Any, int, list[int]]:
         """The tokenizer that loses most of a prompt, its limit, and the prompt's tokens."""
-        found = []
+        found, spelled = [], self._spelled(prompt)
         for name, tokenizer in self._components.tokenizers.items():
-            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+            ids = tokenizer(spelled, truncation=False, verbose=False).input_ids
             found.append((tokenizer, self._components.prompt_length(name), ids))
         return max(found, key=lambda each: len(each[2]) - each[1])
 
@@ -255,18 +257,28 @@ class LatentDiffusion(ABC):
                 encoder.to(device)
             self._encoders_on = device
 
+    def _spelled(self, prompt: str) -> str:
+        """A prompt as its tokenizers are given it."""
+        return prompt
+
+    def _tokens(self, prompt: str, tokenizer: Component) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prompt's tokens (1, length), padded and cut to the text encoder's length, and a mask.
+
+        The mask (1, length) is 1 for tokens and 0 for padding.
+        """
+        found = self._components.tokenizers[tokenizer](
+            self._spelled(prompt),
+            padding="max_length",
+            truncation=True,
+            max_length=self._components.prompt_length(tokenizer),
+            return_tensors="pt",
+            return_attention_mask=True,
+        )
+        return found.input_ids.to(self.device), found.attention_mask.to(self.device)
+
     def _token_ids(self, prompt: str, tokenizer: Component) -> torch.Tensor:
         """A prompt's tokens (1, length), padded and cut to the text encoder's length."""
-        ids: torch.Tensor = (
-            self._components.tokenizers[tokenizer](
-                prompt,
-                padding="max_length",
-                truncation=True,
-                max_length=self._components.prompt_length(tokenizer),
-                return_tensors="pt",
-            )
-        ).input_ids
-        return ids.to(self.device)
+        return self._tokens(prompt, tokenizer)[0]
 
     def empty_embedding(self) -> torch.Tensor:
         """Embedding (1, T, D) of the empty prompt, the unconditional branch of guidance."""
@@ -280,6 +292,10 @@ class LatentDiffusion(ABC):
     def free(self, which: Sequence[str] | None = None) -> torch.Tensor:
         """Cells (T, D) that a search may move."""
         return free_cells(self.parts, which)
+
+    def read(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Rows (..., T) that the denoiser reads."""
+        return read_rows(self.parts, embeddings)
 
     def spread(self) -> Spread:
         """Usual values of the conditioning, measured once."""
@@ -298,14 +314,14 @@ class LatentDiffusion(ABC):
         self, normal: torch.Tensor, *, scale: float = 1.0, parts: Sequence[str] | None = None
     ) -> torch.Tensor:
         """Random embeddings, with no trace of a prompt."""
-        start = self.spread().start(normal, scale)
-        return self.searched_alone(start, parts)
+        start = self.searched_alone(self.spread().start(normal, scale), parts)
+        return without_padding(self.parts, start)
 
     def searched_alone(
         self, embeddings: torch.Tensor, parts: Sequence[str] | None = None
     ) -> torch.Tensor:
         """Embeddings of which only the searched parts are left."""
-        cells = self.free(parts)
+        cells = free_cells(self.parts, parts, with_masks=True)
         if bool(cells.all()):
             return embeddings
         empty = self.empty_embedding()[0].to(embeddings)

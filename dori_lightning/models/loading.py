@@ -31,6 +31,7 @@ from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.flux import Flux
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.original_layout import PREFIXES
+from dori_lightning.models.pixart import PixArt
 from dori_lightning.models.replaced_parts import Replacement
 from dori_lightning.models.soundness import blamed, check_answers, check_components
 from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -66,7 +67,8 @@ Storage = Literal["auto", "fp32", "bf16"]
 TextEncoders = Literal["auto", "keep", "release"]
 
 FAMILIES: Mapping[str, type[LatentDiffusion]] = {
-    kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
+    kind.family.name: kind
+    for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
 }
 """Adapters by ``checkpoint.family``."""
 

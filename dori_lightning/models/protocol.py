@@ -191,6 +191,14 @@ class TextToImage(Protocol):
         """
         ...
 
+    def read(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Rows (..., T) of embeddings (..., T, D) that the denoiser reads, bool.
+
+        All of them but the padding of families that mask it. Padding is zero, has no gradient and
+        stays as it is in every search.
+        """
+        ...
+
     def spread(self) -> Spread:
         """Where random starts lie and how far a step is, in each part's own units.
 
@@ -204,6 +212,8 @@ class TextToImage(Protocol):
     ) -> torch.Tensor:
         """Random embeddings (..., T, D) that hold nothing of any prompt.
 
+        Of parts with a mask, as many rows are read as half of the ordinary prompts have.
+
         Args:
             normal: Standard normal numbers (..., T, D).
             scale: Factor of the usual spread.
@@ -215,7 +225,10 @@ class TextToImage(Protocol):
     def searched_alone(
         self, embeddings: torch.Tensor, parts: Sequence[str] | None = None
     ) -> torch.Tensor:
-        """Embeddings (..., T, D) with the empty prompt's values in all but the searched parts."""
+        """Embeddings (..., T, D) with the empty prompt's values in all but the searched parts.
+
+        The mask of a searched part stays, too.
+        """
         ...
 
     def scales(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -340,6 +353,8 @@ class TextToImage(Protocol):
 
     def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
         """What the layers ``text.value`` take (N, tokens, width): the text alone.
+
+        These are the first rows of the embeddings; ``read`` says which of them count.
 
         Raises:
             InputError: They take more than the text, as in joint attention, so that their values
