@@ -32,6 +32,7 @@ from dori_lightning.models.conditioning import (
 from dori_lightning.models.noise_levels import NoiseLevels, flow_settings, sampler_from
 from dori_lightning.models.protocol import (
     ROLE_ALIASES,
+    Cut,
     EmbeddingFilter,
     LayerRole,
     Sampler,
@@ -82,6 +83,7 @@ class LatentDiffusion(ABC):
         autocast: torch.dtype | None = None,
         replaced: Sequence[ReplacedPart] = (),
         lend_encoders: bool = False,
+        commit: str | None = None,
     ) -> None:
         """Join the components.
 
@@ -95,12 +97,13 @@ class LatentDiffusion(ABC):
             replaced: Components whose weights are from other files than the checkpoint's.
             lend_encoders: Keep text encoders in the host's memory; they come to the device for
                 prompts, and go when the denoiser is asked next.
+            commit: Commit of the hub id that it was loaded from; None for other sources.
 
         Raises:
             InputError: There are no latents of that resolution.
         """
         self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
-        self.replaced = tuple(replaced)
+        self.replaced, self.commit = tuple(replaced), commit
         for module in components.modules.values():
             module.eval()
         self._components = components
@@ -109,7 +112,6 @@ class LatentDiffusion(ABC):
         self.device = next(self._denoiser.parameters()).device
         self.parts = self._lay_out(components)
         self.embedding_shape = matrix_shape(self.parts)
-        self.max_tokens = min(map(components.prompt_length, components.tokenizers))
         factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
         multiple = factor * self.patch
         self.resolution = resolution or self._latent_side(components) * factor
@@ -221,24 +223,18 @@ class LatentDiffusion(ABC):
 
     # Prompts and images
 
-    def _cut_most(self, prompt: str) -> tuple[Any, int, list[int]]:
-        """The tokenizer that loses most of a prompt, its limit, and the prompt's tokens."""
+    def cuts(self, prompt: str) -> tuple[Cut, ...]:
+        """What text encoders leave of a prompt that is too long for them."""
         found, spelled = [], self._spelled(prompt)
-        for name, tokenizer in self._components.tokenizers.items():
+        for name, (encoder, tokenizer) in self._components.encoders.items():
             ids = tokenizer(spelled, truncation=False, verbose=False).input_ids
-            found.append((tokenizer, self._components.prompt_length(name), ids))
-        return max(found, key=lambda each: len(each[2]) - each[1])
-
-    def token_count(self, prompt: str) -> int:
-        """Tokens of a prompt with its start and end token, before truncation."""
-        _, limit, ids = self._cut_most(prompt)
-        return len(ids) - limit + self.max_tokens
-
-    def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that does not fit, as the tokenizer spells it."""
-        tokenizer, limit, ids = self._cut_most(prompt)
-        # the end token takes the last place
-        return str(tokenizer.decode(ids[limit - 1 : -1])) if len(ids) > limit else ""
+            limit = self._components.prompt_length(name.replace("text_encoder", "tokenizer"))
+            if len(ids) > limit:
+                kind = "T5" if type(encoder).__name__.startswith("T5") else "CLIP"
+                # the end token takes the last place
+                lost = str(tokenizer.decode(ids[limit - 1 : -1])).strip()
+                found.append(Cut(f"{kind} ({name})", len(ids), limit, lost))
+        return tuple(found)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -78,6 +78,23 @@ class Sampling:
         return f"{self.sampler}|{self.steps}|{self.guidance}{distilled}"
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A prompt of which a text encoder takes the beginning only.
+
+    Attributes:
+        encoder: Its kind and component, such as ``CLIP (text_encoder)``.
+        tokens: Tokens of the prompt, with those of start and end.
+        limit: Tokens that the encoder takes.
+        lost: The end of the prompt that it does not see, as its tokenizer spells it.
+    """
+
+    encoder: str
+    tokens: int
+    limit: int
+    lost: str
+
+
 EmbeddingFilter: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Sampling], torch.Tensor]"
 """What a defence at inference does to embeddings (N, T, D) before they are generated from, given
 the starting noise (N, C, h, w) and the sampler."""
@@ -95,7 +112,6 @@ class TextToImage(Protocol):
 
     Attributes:
         parts: What the rows of an embedding are.
-        max_tokens: Tokens of a prompt that its shortest text encoder takes.
         samplers: What images can be drawn with, the usual one first.
         prediction_type: ``epsilon``, ``v_prediction`` or ``velocity``.
         stages: Stretches of the denoiser that its layers are chosen by, in execution order.
@@ -113,7 +129,6 @@ class TextToImage(Protocol):
     latent_shape: tuple[int, int, int]
     embedding_shape: tuple[int, int]
     parts: tuple[Part, ...]
-    max_tokens: int
     num_train_timesteps: int
     samplers: tuple[Sampler, ...]
     prediction_type: str
@@ -125,15 +140,8 @@ class TextToImage(Protocol):
     row_pairs: tuple[str, ...] | None
     embedding_filter: EmbeddingFilter | None
 
-    def token_count(self, prompt: str) -> int:
-        """Tokens of a prompt, with its start and end token, before it is cut.
-
-        Of several text encoders the one that cuts most; ``max_tokens`` fit.
-        """
-        ...
-
-    def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that does not fit; empty where all of it does."""
+    def cuts(self, prompt: str) -> tuple[Cut, ...]:
+        """What text encoders leave of a prompt that is too long for them; none where all fits."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
