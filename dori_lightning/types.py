@@ -123,8 +123,8 @@ class Pair:
         sha256: Hash of the image's file.
         others: The further reference images.
         duplicate_of: Id of an earlier pair that shares an image file, which breaks independence.
-        truncated: Whether the prompt has more tokens than the text encoder takes, so that its end
-            is cut; known once the checkpoint is loaded.
+        cut_by: Text encoders that cut the prompt's end, since it has more tokens than they take;
+            known once the checkpoint is loaded.
         copy_of: Id of the suspect whose altered copy this control is (``pairs.self_controls``);
             None for the pairs of a list.
         alteration: How that copy was altered; None as well.
@@ -140,9 +140,14 @@ class Pair:
     sha256: str = ""
     others: tuple[Reference, ...] = ()
     duplicate_of: str | None = None
-    truncated: bool = False
+    cut_by: tuple[str, ...] = ()
     copy_of: str | None = None
     alteration: str | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some text encoder does not see the prompt's end."""
+        return bool(self.cut_by)
 
     @property
     def references(self) -> tuple[Reference, ...]:

@@ -102,12 +102,16 @@ class ActivationFindings:
     layers: tuple[LayerActivation, ...]
 
 
-def value_distances(layers: Mapping[str, nn.Module], embeddings: torch.Tensor) -> Tensors:
+def value_distances(
+    layers: Mapping[str, nn.Module], text: torch.Tensor, read: torch.Tensor | None = None
+) -> Tensors:
     """Compare outputs of cross-attention value layers; the denoiser does not run.
 
     Args:
         layers: L layers by name.
-        embeddings: Text embeddings (N, T, D).
+        text: What they take (N, tokens, width); see ``TextToImage.value_input``.
+        read: Which rows of the embeddings (N, T) the denoiser reads, the tokens first; padding
+            counts as zero. None for all of them.
 
     Returns:
         ``distance`` (L, N, N) and ``length`` (L, N), float64.
@@ -116,8 +120,9 @@ def value_distances(layers: Mapping[str, nn.Module], embeddings: torch.Tensor) -
     def values(layer: nn.Module) -> torch.Tensor:
         assert isinstance(layer, nn.Linear)
         bias = None if layer.bias is None else layer.bias.float()
-        rows = embeddings.to(layer.weight.device, torch.float32)
-        return F.linear(rows, layer.weight.float(), bias)
+        rows = text.to(layer.weight.device, torch.float32)
+        outputs = F.linear(rows, layer.weight.float(), bias)
+        return outputs if read is None else outputs * read[:, : rows.shape[1], None].to(outputs)
 
     with torch.no_grad():
         shown = with_progress("compare activations", [*layers.values()])

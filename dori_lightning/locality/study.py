@@ -373,12 +373,13 @@ def on_lines(
     condition: Condition,
     *,
     count: int,
+    random_start: Callable[[torch.Tensor], torch.Tensor] = lambda normal: normal,
     seed: int = 0,
 ) -> Iterator[tuple[Toward, float, Conditioning]]:
     """Embeddings on straight lines from triggers of each image.
 
     Lines go from trigger k of an image to the next one of the same image, to trigger k of the next
-    image, and to a standard normal embedding. Where an image has one trigger, or is alone, the
+    image, and to a random embedding. Where an image has one trigger, or is alone, the
     lines that would need another are left out.
 
     Args:
@@ -386,6 +387,7 @@ def on_lines(
         places: Shares of the way, 0 at the trigger.
         condition: How the triggers were found.
         count: Lines of each kind and image, at most.
+        random_start: Makes a random embedding of standard normal numbers (T, D).
         seed: Of the random embeddings.
 
     Yields:
@@ -400,9 +402,8 @@ def on_lines(
         lines = 1 if len(own) == 2 else len(own)
         for k, first in enumerate(own[: min(count, lines)]):
             generator = keyed_generator("line", seed, first.pair.id, k)
-            ends: dict[Toward, torch.Tensor] = {
-                "random": torch.randn(first.end.shape, generator=generator)
-            }
+            normal = torch.randn(first.end.shape, generator=generator)
+            ends: dict[Toward, torch.Tensor] = {"random": random_start(normal)}
             if len(own) > 1:
                 ends["same_image"] = own[(k + 1) % len(own)].end
             if len(sets) > 1:
@@ -422,6 +423,7 @@ def _line_points(study: Study, triggers: SearchedTriggers, *, edit: str) -> tupl
             settings.places,
             Condition("dori", settings.start, audit.budget),
             count=settings.lines,
+            random_start=audit.model.random_start,
             seed=audit.seed,
         )
     )
@@ -495,7 +497,9 @@ def compare_activations(study: Study, groups: Sequence[Group]) -> ActivationFind
         "wanda": layers_of(model, "feed_forward.out", settings.wanda.stages),
     }
     compare: dict[Method, Callable[[], Tensors]] = {
-        "nemo": partial(value_distances, layers["nemo"], model.value_input(embeddings)),
+        "nemo": partial(
+            value_distances, layers["nemo"], model.value_input(embeddings), model.read(embeddings)
+        ),
         "wanda": partial(
             feed_forward_distances, model, layers["wanda"], embeddings, timestep=timestep,
             noise=generation_noise(settings.noise_seed, model.latent_shape),

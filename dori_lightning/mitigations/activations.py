@@ -131,21 +131,28 @@ class ActivationStatistics:
 
 
 @torch.no_grad()
-def activations(layer: nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
+def activations(
+    layer: nn.Module, text: torch.Tensor, read: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean over tokens of a value layer's absolute output, (N, C), fp32 on the CPU.
 
     Computed in fp32 whatever the weights are kept in.
 
     Args:
         layer: A linear layer.
-        embeddings: Text embeddings (N, T, D).
+        text: What it takes (N, tokens, width); see ``TextToImage.value_input``.
+        read: Which rows of the embeddings (N, T) the denoiser reads, the tokens first; the mean
+            leaves padding out. None for all of them.
     """
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"a value layer must be linear, got {type(layer).__name__}")
     weight = layer.weight.float()
     bias = None if layer.bias is None else layer.bias.float()
-    values = F.linear(embeddings.to(weight.device, torch.float32), weight, bias)
-    return values.abs().mean(1).cpu()
+    values = F.linear(text.to(weight.device, torch.float32), weight, bias).abs()
+    tokens = None if read is None else read[:, : text.shape[1]].to(values)
+    if tokens is None or bool(tokens.all()):
+        return values.mean(1).cpu()
+    return (values * (tokens / tokens.sum(1, keepdim=True))[..., None]).sum(1).cpu()
 
 
 def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> ActivationStatistics:
@@ -170,10 +177,10 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
     with progress_bar("activation statistics", len(prompts)) as advance:
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             embeddings = model.encode_prompts(prompts[start : start + PROMPTS_AT_ONCE])
-            text = model.value_input(embeddings)
+            text, read = model.value_input(embeddings), model.read(embeddings)
             added = len(embeddings)
             for name, layer in layers.items():
-                values = activations(layer, text).double()
+                values = activations(layer, text, read).double()
                 mean = values.mean(0)
                 square = (values - mean).square().sum(0)
                 if count == 0:

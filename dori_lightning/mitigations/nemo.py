@@ -205,8 +205,9 @@ class NeMo:
             searches = {}
             for pair, probe in probes.items():
                 if probe.memorized or self.criterion.searches_all:
-                    text = model.value_input(pairs[pair][None])
-                    active = {name: activations(m, text)[0] for name, m in layers.items()}
+                    own = pairs[pair][None]
+                    text, read = model.value_input(own), model.read(own)
+                    active = {n: activations(m, text, read)[0] for n, m in layers.items()}
                     levels = self.levels.of(active, statistics)
                     searches[pair] = search_neurons(
                         levels, threshold, refine=self.refine, group=self.refine_group

@@ -9,6 +9,7 @@ part are zero and stay so.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -39,12 +40,15 @@ class Part:
         rows: Its rows of the matrix.
         columns: Its columns.
         free: Whether a search may move it; the others travel with the embedding.
+        masks: Name of the part whose rows it tells apart, in one number for each row: 1 where the
+            denoiser reads it, 0 where it is padding. None for whatever is no mask.
     """
 
     name: str
     rows: slice
     columns: slice
     free: bool = True
+    masks: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,17 +60,23 @@ class Part:
         return matrix[..., self.rows, self.columns]
 
 
-def stacked(*parts: tuple[str, int, int], fixed: Sequence[str] = ()) -> tuple[Part, ...]:
+def stacked(
+    *parts: tuple[str, int, int],
+    fixed: Sequence[str] = (),
+    masks: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Part, ...]:
     """Parts below each other, from the first column on.
 
     Args:
         parts: Name, rows and columns of each.
         fixed: Names of those that no search may move.
+        masks: Names of masks, which no search may move either, to those of what they mask.
     """
     found, row = [], 0
     for name, rows, columns in parts:
-        free = name not in fixed
-        found.append(Part(name, slice(row, row + rows), slice(0, columns), free))
+        free = name not in fixed and name not in masks
+        place = slice(row, row + rows), slice(0, columns)
+        found.append(Part(name, *place, free, masks.get(name)))
         row += rows
     return tuple(found)
 
@@ -77,7 +87,7 @@ def matrix_shape(parts: Sequence[Part]) -> tuple[int, int]:
 
 
 def pack(parts: Sequence[Part], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Lay the values of all parts into matrices (N, T, D), fp32.
+    """Lay the values of all parts into matrices (N, T, D), fp32; padding is zero.
 
     Args:
         parts: Where each belongs.
@@ -89,7 +99,7 @@ def pack(parts: Sequence[Part], values: Mapping[str, torch.Tensor]) -> torch.Ten
     matrix = first.new_zeros((len(first), *matrix_shape(parts)), dtype=torch.float32)
     for part in parts:
         part.of(matrix).copy_(values[part.name])
-    return matrix
+    return without_padding(parts, matrix)
 
 
 def unpack(parts: Sequence[Part], matrix: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -99,17 +109,38 @@ def unpack(parts: Sequence[Part], matrix: torch.Tensor) -> dict[str, torch.Tenso
     return {part.name: part.of(matrix) for part in parts}
 
 
+def read_rows(parts: Sequence[Part], matrix: torch.Tensor) -> torch.Tensor:
+    """Rows (..., T) of matrices (..., T, D) that a denoiser reads, bool: all but padding."""
+    read = torch.ones(matrix.shape[:-1], dtype=torch.bool, device=matrix.device)
+    for part in parts:
+        if part.masks is not None:
+            masked = next(other for other in parts if other.name == part.masks)
+            # between two masks, as on a line from one embedding to another, the nearer one
+            read[..., masked.rows] = part.of(matrix)[..., 0, :] > 0.5
+    return read
+
+
+def without_padding(parts: Sequence[Part], matrix: torch.Tensor) -> torch.Tensor:
+    """Matrices (..., T, D) with zeros in the rows that no denoiser reads."""
+    if not any(part.masks for part in parts):
+        return matrix
+    return matrix * read_rows(parts, matrix)[..., None]
+
+
 def free_names(parts: Sequence[Part]) -> list[str]:
     """Names of the parts that a search may move."""
     return [part.name for part in parts if part.free]
 
 
-def free_cells(parts: Sequence[Part], which: Sequence[str] | None = None) -> torch.Tensor:
+def free_cells(
+    parts: Sequence[Part], which: Sequence[str] | None = None, *, with_masks: bool = False
+) -> torch.Tensor:
     """Cells (T, D) that a search may move, bool.
 
     Args:
         parts: All parts.
         which: Names of those to search; None for every free one.
+        with_masks: Also the masks of these parts, which no search moves but which go with them.
 
     Raises:
         InputError: There is no free part of a name, or none is named.
@@ -124,8 +155,9 @@ def free_cells(parts: Sequence[Part], which: Sequence[str] | None = None) -> tor
             fix=f"attack.parts=[{','.join(known)}], or null for all of them",
         )
     cells = torch.zeros(matrix_shape(parts), dtype=torch.bool)
+    searched = known if which is None else which
     for part in parts:
-        if part.name in (known if which is None else which):
+        if part.name in searched or (with_masks and part.masks in searched):
             part.of(cells).fill_(True)
     return cells
 
@@ -136,7 +168,8 @@ class Spread:
 
     Attributes:
         parts: The free parts.
-        mean: Mean over ordinary prompts (T, D), fp32 on the CPU.
+        mean: Mean over ordinary prompts (T, D), fp32 on the CPU; of rows with a mask over those
+            that have them, and of the mask itself 1 where half of the prompts or more do.
         std: Standard deviation over ordinary prompts (T, D), one number for each free part; zero
             outside of them.
         distances: Norm, ``l2`` or ``linf``, to the median distance of two ordinary prompts in
@@ -169,34 +202,41 @@ class Spread:
         """
         free = tuple(part for part in parts if part.free)
         total = torch.zeros(matrix_shape(parts), dtype=torch.float64)
+        reading = torch.zeros(len(total), dtype=torch.float64)
         squares, count, first = dict.fromkeys(free_names(parts), 0.0), 0, list[torch.Tensor]()
         for embedding in embeddings:
             wide = embedding.detach().cpu().double()
             total, count = total + wide, count + 1
+            reading += read_rows(parts, wide)
             for part in free:
                 squares[part.name] += float(part.of(wide).square().sum())
             if len(first) < _COMPARED:
                 first.append(embedding.detach().cpu().float())
-        mean, std = total / count, torch.zeros_like(total)
+        mean, std = total / reading.clamp_min(1)[:, None], torch.zeros_like(total)
         distances: dict[str, list[float]] = {"l2": [], "linf": []}
         for part in free:
-            cells = part.shape[0] * part.shape[1]
-            left = squares[part.name] / (count * cells) - part.of(mean).square().mean()
+            share = (reading[part.rows] / count)[:, None]
+            cells = float(share.sum()) * part.shape[1]
+            of_means = (share * part.of(mean).square()).mean() / share.mean()
+            left = squares[part.name] / (count * cells) - of_means
             unit = math.sqrt(max(float(left), 0.0))
             part.of(std).fill_(unit)
             rows = torch.stack([part.of(one).flatten() for one in first])
             for norm, p in (("l2", 2.0), ("linf", math.inf)):
                 apart = torch.pdist(rows, p)
                 distances[norm].append(float(apart.median()) / unit if unit else 0.0)
+        for part in parts:
+            if part.masks is not None:
+                part.of(mean).copy_(part.of(mean) >= 0.5)
         return cls(
             free,
-            torch.where(free_cells(parts), mean, 0).float(),
+            torch.where(free_cells(parts, with_masks=True), mean, 0).float(),
             std.float(),
             {norm: tuple(each) for norm, each in distances.items()},
         )
 
     def start(self, normal: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """Random values (..., T, D) of the free parts, zero elsewhere.
+        """Random values (..., T, D) of the free parts and usual masks, zero elsewhere.
 
         Args:
             normal: Standard normal numbers (..., T, D).

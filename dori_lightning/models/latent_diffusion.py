@@ -27,10 +27,13 @@ from dori_lightning.models.conditioning import (
     free_cells,
     matrix_shape,
     pack,
+    read_rows,
+    without_padding,
 )
 from dori_lightning.models.noise_levels import NoiseLevels, flow_settings, sampler_from
 from dori_lightning.models.protocol import (
     ROLE_ALIASES,
+    Cut,
     EmbeddingFilter,
     LayerRole,
     Sampler,
@@ -94,6 +97,7 @@ class LatentDiffusion(ABC):
         autocast: torch.dtype | None = None,
         replaced: Sequence[ReplacedPart] = (),
         lend_encoders: bool = False,
+        commit: str | None = None,
     ) -> None:
         """Join the components.
 
@@ -107,12 +111,13 @@ class LatentDiffusion(ABC):
             replaced: Components whose weights are from other files than the checkpoint's.
             lend_encoders: Keep text encoders in the host's memory; they come to the device for
                 prompts, and go when the denoiser is asked next.
+            commit: Commit of the hub id that it was loaded from; None for other sources.
 
         Raises:
             InputError: There are no latents of that resolution.
         """
         self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
-        self.replaced = tuple(replaced)
+        self.replaced, self.commit = tuple(replaced), commit
         for module in components.modules.values():
             module.eval()
         self._components = components
@@ -121,7 +126,6 @@ class LatentDiffusion(ABC):
         self.device = next(self._denoiser.parameters()).device
         self.parts = self._lay_out(components)
         self.embedding_shape = matrix_shape(self.parts)
-        self.max_tokens = min(map(components.prompt_length, components.tokenizers))
         factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
         multiple = factor * self.patch
         self.resolution = resolution or self._latent_side(components) * factor
@@ -234,24 +238,18 @@ class LatentDiffusion(ABC):
 
     # Prompts and images
 
-    def _cut_most(self, prompt: str) -> tuple[Any, int, list[int]]:
-        """The tokenizer that loses most of a prompt, its limit, and the prompt's tokens."""
-        found = []
-        for name, tokenizer in self._components.tokenizers.items():
-            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-            found.append((tokenizer, self._components.prompt_length(name), ids))
-        return max(found, key=lambda each: len(each[2]) - each[1])
-
-    def token_count(self, prompt: str) -> int:
-        """Tokens of a prompt with its start and end token, before truncation."""
-        _, limit, ids = self._cut_most(prompt)
-        return len(ids) - limit + self.max_tokens
-
-    def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that does not fit, as the tokenizer spells it."""
-        tokenizer, limit, ids = self._cut_most(prompt)
-        # the end token takes the last place
-        return str(tokenizer.decode(ids[limit - 1 : -1])) if len(ids) > limit else ""
+    def cuts(self, prompt: str) -> tuple[Cut, ...]:
+        """What text encoders leave of a prompt that is too long for them."""
+        found, spelled = [], self._spelled(prompt)
+        for name, (encoder, tokenizer) in self._components.encoders.items():
+            ids = tokenizer(spelled, truncation=False, verbose=False).input_ids
+            limit = self._components.prompt_length(name.replace("text_encoder", "tokenizer"))
+            if len(ids) > limit:
+                kind = "T5" if type(encoder).__name__.startswith("T5") else "CLIP"
+                # the end token takes the last place
+                lost = str(tokenizer.decode(ids[limit - 1 : -1])).strip()
+                found.append(Cut(f"{kind} ({name})", len(ids), limit, lost))
+        return tuple(found)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -309,18 +307,28 @@ class LatentDiffusion(ABC):
                 encoder.to(device)
             self._encoders_on = device
 
+    def _spelled(self, prompt: str) -> str:
+        """A prompt as its tokenizers are given it."""
+        return prompt
+
+    def _tokens(self, prompt: str, tokenizer: Component) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prompt's tokens (1, length), padded and cut to the text encoder's length, and a mask.
+
+        The mask (1, length) is 1 for tokens and 0 for padding.
+        """
+        found = self._components.tokenizers[tokenizer](
+            self._spelled(prompt),
+            padding="max_length",
+            truncation=True,
+            max_length=self._components.prompt_length(tokenizer),
+            return_tensors="pt",
+            return_attention_mask=True,
+        )
+        return found.input_ids.to(self.device), found.attention_mask.to(self.device)
+
     def _token_ids(self, prompt: str, tokenizer: Component) -> torch.Tensor:
         """A prompt's tokens (1, length), padded and cut to the text encoder's length."""
-        ids: torch.Tensor = (
-            self._components.tokenizers[tokenizer](
-                prompt,
-                padding="max_length",
-                truncation=True,
-                max_length=self._components.prompt_length(tokenizer),
-                return_tensors="pt",
-            )
-        ).input_ids
-        return ids.to(self.device)
+        return self._tokens(prompt, tokenizer)[0]
 
     def empty_embedding(self) -> torch.Tensor:
         """Embedding (1, T, D) of the empty prompt, the unconditional branch of guidance."""
@@ -334,6 +342,10 @@ class LatentDiffusion(ABC):
     def free(self, which: Sequence[str] | None = None) -> torch.Tensor:
         """Cells (T, D) that a search may move."""
         return free_cells(self.parts, which)
+
+    def read(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Rows (..., T) that the denoiser reads."""
+        return read_rows(self.parts, embeddings)
 
     def spread(self) -> Spread:
         """Usual values of the conditioning, measured once."""
@@ -352,14 +364,14 @@ class LatentDiffusion(ABC):
         self, normal: torch.Tensor, *, scale: float = 1.0, parts: Sequence[str] | None = None
     ) -> torch.Tensor:
         """Random embeddings, with no trace of a prompt."""
-        start = self.spread().start(normal, scale)
-        return self.searched_alone(start, parts)
+        start = self.searched_alone(self.spread().start(normal, scale), parts)
+        return without_padding(self.parts, start)
 
     def searched_alone(
         self, embeddings: torch.Tensor, parts: Sequence[str] | None = None
     ) -> torch.Tensor:
         """Embeddings of which only the searched parts are left."""
-        cells = self.free(parts)
+        cells = free_cells(self.parts, parts, with_masks=True)
         if bool(cells.all()):
             return embeddings
         empty = self.empty_embedding()[0].to(embeddings)

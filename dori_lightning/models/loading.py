@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -31,6 +32,7 @@ from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.flux import Flux
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.original_layout import PREFIXES
+from dori_lightning.models.pixart import PixArt
 from dori_lightning.models.replaced_parts import Replacement
 from dori_lightning.models.soundness import blamed, check_answers, check_components
 from dori_lightning.models.stable_diffusion import StableDiffusion
@@ -66,9 +68,13 @@ Storage = Literal["auto", "fp32", "bf16"]
 TextEncoders = Literal["auto", "keep", "release"]
 
 FAMILIES: Mapping[str, type[LatentDiffusion]] = {
-    kind.family.name: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
+    kind.family.name: kind
+    for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
 }
 """Adapters by ``checkpoint.family``."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A commit of the hub in full."""
 
 _WORDS: dict[Component, str] = {
     "unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder",
@@ -108,7 +114,8 @@ def load_checkpoint(
         name: How reports call it.
         source: See ``resolve_source``.
         family: Which family of checkpoints it is of; one of ``FAMILIES``.
-        revision: Pinned commit of a hub id.
+        revision: Commit of a hub id; a branch or tag, or None for ``main``, pins nothing, which is
+            said together with the commit that was found.
         config: For a single file: the diffusers folder or hub id with its configuration and
             tokenizer.
         unet: File or folder with other weights of the UNet, or some of them; see
@@ -195,6 +202,7 @@ def load_checkpoint(
         )
         files = _files_of_folder(kind.family, home, variant)
         components = _load_components(kind.family, home, files)
+    commit = None if isinstance(place, Path) else _commit_of(home, place, revision)
     if prompt_tokens is not None:
         _cut_prompts(components, prompt_tokens)
     scheduler = _with_prediction_type(components.scheduler, prediction_type, notes)
@@ -226,6 +234,7 @@ def load_checkpoint(
             autocast=autocast,
             replaced=replaced,
             lend_encoders=lend,
+            commit=commit,
         )
     check_answers(model, str(home))
     return model
@@ -427,6 +436,24 @@ def _fetched(
                 fix=f"accept it on https://huggingface.co/{source}, then hf auth login; or name "
                 f"a folder with the checkpoint",
             ) from error
+
+
+def _commit_of(home: Path, source: str, revision: str | None) -> str | None:
+    """Commit of a hub id in the hub's cache; warns where the revision is not that commit.
+
+    None where the folder does not say it.
+    """
+    commit = home.name if _COMMIT.fullmatch(home.name) else None
+    if revision is None or not _COMMIT.fullmatch(revision):
+        log.warning(
+            "checkpoint %s is not pinned (checkpoint.revision=%s may be another one tomorrow); "
+            "this is %s. To use the same again: checkpoint.revision=%s",
+            source,
+            revision or "main",
+            f"commit {commit}" if commit else "a commit that is not known",
+            commit or "SHA",
+        )
+    return commit
 
 
 def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype | None:

@@ -79,6 +79,23 @@ class Sampling:
         return f"{self.sampler}|{self.steps}|{self.guidance}{distilled}"
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A prompt of which a text encoder takes the beginning only.
+
+    Attributes:
+        encoder: Its kind and component, such as ``CLIP (text_encoder)``.
+        tokens: Tokens of the prompt, with those of start and end.
+        limit: Tokens that the encoder takes.
+        lost: The end of the prompt that it does not see, as its tokenizer spells it.
+    """
+
+    encoder: str
+    tokens: int
+    limit: int
+    lost: str
+
+
 EmbeddingFilter: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, Sampling], torch.Tensor]"
 """What a defence at inference does to embeddings (N, T, D) before they are generated from, given
 the starting noise (N, C, h, w) and the sampler."""
@@ -96,7 +113,6 @@ class TextToImage(Protocol):
 
     Attributes:
         parts: What the rows of an embedding are.
-        max_tokens: Tokens of a prompt that its shortest text encoder takes.
         samplers: What images can be drawn with, the usual one first.
         prediction_type: ``epsilon``, ``v_prediction`` or ``velocity``.
         stages: Stretches of the denoiser that its layers are chosen by, in execution order.
@@ -114,7 +130,6 @@ class TextToImage(Protocol):
     latent_shape: tuple[int, int, int]
     embedding_shape: tuple[int, int]
     parts: tuple[Part, ...]
-    max_tokens: int
     num_train_timesteps: int
     samplers: tuple[Sampler, ...]
     prediction_type: str
@@ -126,15 +141,8 @@ class TextToImage(Protocol):
     row_pairs: tuple[str, ...] | None
     embedding_filter: EmbeddingFilter | None
 
-    def token_count(self, prompt: str) -> int:
-        """Tokens of a prompt, with its start and end token, before it is cut.
-
-        Of several text encoders the one that cuts most; ``max_tokens`` fit.
-        """
-        ...
-
-    def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that does not fit; empty where all of it does."""
+    def cuts(self, prompt: str) -> tuple[Cut, ...]:
+        """What text encoders leave of a prompt that is too long for them; none where all fits."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -214,6 +222,14 @@ class TextToImage(Protocol):
         """
         ...
 
+    def read(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Rows (..., T) of embeddings (..., T, D) that the denoiser reads, bool.
+
+        All of them but the padding of families that mask it. Padding is zero, has no gradient and
+        stays as it is in every search.
+        """
+        ...
+
     def spread(self) -> Spread:
         """Where random starts lie and how far a step is, in each part's own units.
 
@@ -227,6 +243,8 @@ class TextToImage(Protocol):
     ) -> torch.Tensor:
         """Random embeddings (..., T, D) that hold nothing of any prompt.
 
+        Of parts with a mask, as many rows are read as half of the ordinary prompts have.
+
         Args:
             normal: Standard normal numbers (..., T, D).
             scale: Factor of the usual spread.
@@ -238,7 +256,10 @@ class TextToImage(Protocol):
     def searched_alone(
         self, embeddings: torch.Tensor, parts: Sequence[str] | None = None
     ) -> torch.Tensor:
-        """Embeddings (..., T, D) with the empty prompt's values in all but the searched parts."""
+        """Embeddings (..., T, D) with the empty prompt's values in all but the searched parts.
+
+        The mask of a searched part stays, too.
+        """
         ...
 
     def scales(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -363,6 +384,8 @@ class TextToImage(Protocol):
 
     def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
         """What the layers ``text.value`` take (N, tokens, width): the text alone.
+
+        These are the first rows of the embeddings; ``read`` says which of them count.
 
         Raises:
             InputError: They take more than the text, as in joint attention, so that their values

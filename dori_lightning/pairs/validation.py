@@ -772,29 +772,37 @@ def _tell_conversions(pairs: Sequence[Pair]) -> None:
 
 def check_prompt_lengths(
     pairs: Sequence[Pair], model: TextToImage, *, strict: bool
-) -> tuple[str, ...]:
-    """Find prompts that the model's text encoder would cut.
+) -> tuple[Pair, ...]:
+    """Find prompts that some of the model's text encoders would cut.
 
     Args:
         pairs: Which pairs.
-        model: Counts the tokens of a prompt.
+        model: Knows its text encoders.
         strict: Refuse such prompts rather than warn of them.
 
     Returns:
-        Ids of the pairs whose prompt is cut.
+        The pairs, each with the text encoders that cut its prompt.
 
     Raises:
         InputError: ``strict`` and there is such a pair.
     """
-    limit = model.max_tokens
-    counts = {pair.id: model.token_count(pair.prompt) for pair in pairs}
-    long = {name: count for name, count in counts.items() if count > limit}
+    long = {pair.id: cuts for pair in pairs if (cuts := model.cuts(pair.prompt))}
     if long:
-        first = next(pair for pair in pairs if pair.id in long)
+        limits = {cut.encoder: cut.limit for cuts in long.values() for cut in cuts}
+        by_encoder = [
+            f"{encoder} takes {limit} tokens of "
+            + some_of(
+                [f"{i} ({c.tokens})" for i, cuts in long.items() for c in cuts
+                 if c.encoder == encoder]
+            )
+            for encoder, limit in limits.items()
+        ]  # fmt: skip
+        first, cuts = next(iter(long.items()))
+        most = max(cuts, key=lambda cut: cut.tokens - cut.limit)
         text = (
-            f"{len(long)} prompts are longer than the {limit} tokens that the text encoder takes: "
-            + some_of([f"{name} ({count})" for name, count in long.items()])
-            + f"; {first.id} loses its end {quote(model.cut_off(first.prompt).strip())}"
+            f"{len(long)} prompts are longer than a text encoder takes: "
+            + "; ".join(by_encoder)
+            + f"; {first} loses its end {quote(most.lost)} to {most.encoder}"
         )
         if strict:
             raise InputError(
@@ -802,4 +810,6 @@ def check_prompt_lengths(
                 f"them be cut: task.strict_prompts=false"
             )
         logger.warning("%s. What does not fit is cut", text)
-    return tuple(long)
+    return tuple(
+        replace(pair, cut_by=tuple(cut.encoder for cut in long.get(pair.id, ()))) for pair in pairs
+    )

@@ -365,7 +365,8 @@ def _pair_flags(report: AuditReport, findings: AuditFindings) -> Iterator[Flag]:
         yield _flag("few_pairs", "info", cell=suspected)
     pairs = {outcome.pair.id: outcome.pair for outcome in report.outcomes}.values()
     if cut := sum(pair.truncated for pair in pairs):
-        yield _flag("truncated_prompts", "warning", prompts=cut)
+        by = Counter(name for pair in pairs for name in pair.cut_by)
+        yield _flag("truncated_prompts", "warning", prompts=cut, by=by)
     if any(cell.counted == "up_to_budget" for cell in report.own_cells):
         yield _flag("stopped_early", "info")
     level = report.provenance.config.get("attack", {}).get("futility")

@@ -103,6 +103,7 @@ class Provenance:
         coder_rows: Prompts and images through its text encoder and autoencoder; None in records
             of earlier versions.
         replaced: Parts of the checkpoint whose weights are from other files.
+        commit: Commit of the hub id that the checkpoint is from; None for other sources.
         numerics: Torch's switches that decide how a GPU rounds, TF32 among them; empty elsewhere.
     """
 
@@ -123,6 +124,7 @@ class Provenance:
     replaced: tuple[ReplacedPart, ...] = ()
     numerics: dict[str, bool] = field(default_factory=dict)
     coder_rows: CoderRows | None = None
+    commit: str | None = None
 
 
 def _cell_fields(row: Any) -> Any:
@@ -300,6 +302,8 @@ def write_report(report: AuditReport, folder: Path) -> Path:
     columns = {**_PAIR_COLUMNS, **dict.fromkeys(names, _NUMBER)}
     if any(outcome.pair.others for outcome in outcomes):
         columns |= _REFERENCE_COLUMNS
+    if any(outcome.pair.cut_by for outcome in outcomes):
+        columns |= _CUT_COLUMNS
     table = parquet_bytes(pair_rows(report, folder), columns)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "pairs.parquet", table)
@@ -354,6 +358,8 @@ def _pair_documents(report: AuditReport) -> list[dict[str, Any]]:
     for result in report.pair_results:
         pair = result.pair
         known = {name: getattr(pair, name) for name in ("id", *_OF_PAIRS)}
+        if pair.cut_by:
+            known["cut_by"] = list(pair.cut_by)
         if pair.others:
             known["references"] = [own.sha256 for own in pair.references]
         row = rows.setdefault(pair.id, {**known, "conditions": []})
@@ -385,7 +391,11 @@ _REFERENCE_COLUMNS: dict[str, pa.DataType] = {
     "other_originals": pa.list_(_TEXT), "other_sha256": pa.list_(_TEXT), "reference": _TEXT,
 }  # fmt: skip
 """Only where a pair has several reference images."""
+_CUT_COLUMNS: dict[str, pa.DataType] = {"cut_by": pa.list_(_TEXT)}
+"""Only where some text encoder cuts a prompt; it names those."""
 _SIMILARITY = "similarity_"
+_UNNAMED = ("the text encoder",)
+"""What records of earlier versions say of who cut a prompt."""
 _OF_PAIRS = ("kind", "prompt", "repeats", "duplicate_of", "truncated")
 _OF_OUTCOMES = ("restart", "status", "diversity", "loss_first", "loss_last", "displacement",
                 "stopped_at")  # fmt: skip
@@ -447,6 +457,8 @@ def _image_rows(outcome: Outcome, report: AuditReport, folder: Path) -> Iterator
         **{name: getattr(pair, name) for name in _OF_PAIRS},
         **{name: getattr(outcome, name) for name in _OF_OUTCOMES},
     }
+    if pair.cut_by:
+        row["cut_by"] = list(pair.cut_by)
     if pair.others:
         row["other_originals"] = [relative_to(own.image, folder) for own in pair.others]
         row["other_sha256"] = [own.sha256 for own in pair.others]
@@ -597,7 +609,7 @@ def _outcome(group: Sequence[Mapping[str, Any]], folder: Path) -> Outcome:
             sha256=original.sha256,
             others=others,
             duplicate_of=first["duplicate_of"],
-            truncated=bool(first.get("truncated")),
+            cut_by=tuple(first.get("cut_by") or _UNNAMED[: bool(first.get("truncated"))]),
         ),
         condition=Condition(
             first["attack"], first["init"], Budget(first["norm"], first["eps"], first["steps"])

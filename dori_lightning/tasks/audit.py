@@ -223,8 +223,7 @@ def audit_context(
     model = instantiate(cfg.checkpoint)
     model.sampling_timesteps(sampling)  # raises where the schedule has fewer steps
     strict = cfg.task.get("strict_prompts", False)
-    cut = check_prompt_lengths(audited, model, strict=strict)
-    audited = [replace(pair, truncated=pair.id in cut) for pair in audited]
+    audited = [*check_prompt_lengths(audited, model, strict=strict)]
     cache = Path(cfg.paths.cache)
     data = PairsDataModule(audited, model, cache=cache / "encoded")
     controls = control_prompts(audited, data)

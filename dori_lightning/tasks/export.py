@@ -274,7 +274,7 @@ def _describe(
     return Exported(
         checkpoint=model.name,
         source=source if public else None,
-        revision=revision if public else None,
+        revision=model.commit or (revision if public else None),
         fingerprint=model.fingerprint,
         exported=weights.fingerprint,
         dtypes=weights.dtypes,

@@ -108,13 +108,14 @@ _SD35M = CheckpointCost(11.2496, 15.4813, 22.4941, 10.472, 2_243_171_520, 334 * 
 _SD35L = CheckpointCost(31.1211, 38.3712, 62.2343, 10.472, 8_056_627_520, 334 * 4096, 1024, _CARDS)
 _FLUXD = CheckpointCost(74.385, 89.255, 148.755, 10.472, 11_901_408_320, 513 * 4096, 1024, _CARDS)
 _FLUXS = CheckpointCost(69.467, 82.731, 138.925, 10.472, 11_891_178_560, 257 * 4096, 1024, _CARDS)
+_PIXART = CheckpointCost(6.6336, 8.7448, 13.2642, 10.4704, 610_856_096, 301 * 4096, 1024, _CARDS)
 _TINY = CheckpointCost(0.484e-3, 0.505e-3, 0.960e-3, 1.259e-3, 8_687_464, 16 * 96, 64, _TWO_CORES)
 
 CHECKPOINTS = {
     "sd14": _SD1, "sd15": _SD1, "sd20_base": _SD2, "sd20": _SD2_768, "sd21": _SD2_768,
     "sdxl": _SDXL,
     "sd3_medium": _SD3M, "sd35_medium": _SD35M, "sd35_large": _SD35L,
-    "flux1_dev": _FLUXD, "flux1_schnell": _FLUXS,
+    "flux1_dev": _FLUXD, "flux1_schnell": _FLUXS, "pixart_sigma": _PIXART,
     "dori_tiny": _TINY, "dori_tiny_twin": _TINY,
 }  # fmt: skip
 """By the name of the checkpoint; others have no known cost."""
@@ -122,7 +123,7 @@ CHECKPOINTS = {
 KEPT = {
     "sdxl": (4247, 480),
     "sd3_medium": (4366, 335), "sd35_medium": (7980, 335), "sd35_large": (15673, 819),
-    "flux1_dev": (24704, 699),
+    "flux1_dev": (24704, 699), "pixart_sigma": (3028, 262),
 }  # fmt: skip
 """MiB that a noise sample keeps for the gradient, in bf16 and at the checkpoint's own resolution:
 of a whole pass, and of the inputs of blocks, which gradient checkpointing keeps. Counted without

@@ -137,6 +137,7 @@ def provenance_of(
         coder_rows=replace(model.coder_rows),
         wall_seconds=(finished - started).total_seconds(),
         replaced=model.replaced,
+        commit=model.commit,
         numerics=numerics() if model.device.type == "cuda" else {},
     )
 

@@ -142,19 +142,41 @@ def test_a_random_start_holds_nothing_of_the_prompt(model):
     normal = random_embedding(0, "a", 0, model.embedding_shape)
     start, prompt = model.random_start(normal), model.encode_prompts(PROMPTS[:1])[0].cpu()
     empty = model.empty_embedding()[0].cpu()
-    spread = model.spread()
+    spread, read = model.spread(), model.read(start)
+    other = model.random_start(-normal)
     for part in model.parts:
+        rows = read[part.rows]
         if part.free:
-            assert not (part.of(start) == part.of(prompt)).any(), part.name
-            away = (part.of(start) - part.of(spread.mean)) / part.of(spread.std)
+            assert not (part.of(start) == part.of(prompt))[rows].any(), part.name
+            away = (part.of(start) - part.of(spread.mean))[rows] / part.of(spread.std)[rows]
             assert float(away.std()) == pytest.approx(1, abs=0.35)
         else:
-            assert torch.equal(part.of(start), part.of(empty))
+            assert torch.equal(part.of(start), part.of(other if part.masks else empty))
     name = next(part.name for part in model.parts if part.free)
     kept = model.random_start(normal, parts=[name])
     for part in model.parts:
-        wanted = start if part.name == name else empty
+        wanted = start if name in (part.name, part.masks) else empty
         assert torch.equal(part.of(kept), part.of(wanted))
+
+
+def test_padding_that_is_masked_is_zero_not_read_and_never_moved(model):
+    normal = random_embedding(0, "a", 0, model.embedding_shape)
+    prompt = model.encode_prompts(PROMPTS[:1])[0].cpu()
+    assert torch.equal(model.searched_alone(prompt), prompt)
+    initial = torch.stack([prompt, model.random_start(normal)])
+    padding = ~model.read(initial)
+    assert bool(padding.any(1).all()) == any(part.masks for part in model.parts)
+    found = attacked(model, ["a", "b"], initial).embeddings[:, -1]
+    assert not initial[padding].any()
+    assert not found[padding].any()
+    assert torch.equal(~model.read(found), padding)
+    _, noise = draws(model, 2)
+    spoiled = found + 100.0 * padding[..., None]
+    with torch.no_grad():
+        clean, other = (
+            model.predict_noise(noise, torch.tensor([5, 700]), rows) for rows in (found, spoiled)
+        )
+    assert torch.equal(clean, other)
 
 
 def test_every_role_has_layers_in_order(model):

@@ -70,6 +70,8 @@ def small(thing: Any) -> Any:
             changes[item.name] = 16
         elif item.name == "z_step":
             changes[item.name] = 2.0  # few levels
+        elif item.name == "layers":
+            changes[item.name] = None  # those that are tuned are one checkpoint's
         elif item.name == "snapshots":
             changes[item.name] = ()
         elif dataclasses.is_dataclass(value):

@@ -215,6 +215,7 @@ def test_long_prompts_and_repeated_images_are_columns_and_flags(finished):
     document = report_json(finished)
     assert {"truncated_prompts", "duplicates"} <= {flag["name"] for flag in document["flags"]}
     assert [pair["truncated"] for pair in document["pairs"]] == [True, *[False] * 4]
+    assert document["pairs"][0]["cut_by"] == ["CLIP (text_encoder)"]
     log = (finished / "dori.log").read_text()
     assert "pair0 (11)" in log
     assert "pair0 loses its end 'on sea'" in log or "pair0 loses its end" in log

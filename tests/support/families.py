@@ -11,9 +11,11 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -31,6 +33,7 @@ from dori_lightning.models.export import weights_of, write_folder
 from dori_lightning.models.flux import Flux
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.pixart import PixArt
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.models.stable_diffusion_3 import StableDiffusion3
 from dori_lightning.models.stable_diffusion_xl import StableDiffusionXL
@@ -237,6 +240,35 @@ def tiny_sd3() -> Components:
     )
 
 
+LONG_PROMPT = 48
+"""Tokens of a prompt for PixArt's T5: most prompts are shorter, and padding is masked."""
+
+
+def tiny_pixart() -> Components:
+    """T5 of width 32 in a transformer of width 16; half of the output is a variance."""
+    tokenizer = t5_tokenizer(LONG_PROMPT)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        caption_channels=32,
+        sample_size=16,
+    )
+    return Components(
+        PixArt.family,
+        {
+            "transformer": transformer,
+            "vae": build_autoencoder(tiny_recipe()),
+            "text_encoder": t5(tokenizer, 32),
+        },
+        {"tokenizer": tokenizer},
+        DPMSolverMultistepScheduler(
+            num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
+        ),
+    )
+
+
 def sd3_call(sampling: Sampling, noise: torch.Tensor) -> dict[str, Any]:
     """T5's prompts have another length than the pipeline's own."""
     return {
@@ -254,6 +286,17 @@ def flux_call(sampling: Sampling, noise: torch.Tensor) -> dict[str, Any]:
         "negative_prompt": "",
         "max_sequence_length": T5_TOKENS,
         "latents": diffusers.FluxPipeline._pack_latents(noise, *noise.shape),
+    }
+
+
+def pixart_call(sampling: Sampling, noise: torch.Tensor) -> dict[str, Any]:
+    """As it draws squares from captions that were cleaned before."""
+    return {
+        "guidance_scale": sampling.guidance,
+        "max_sequence_length": LONG_PROMPT,
+        "clean_caption": False,
+        "use_resolution_binning": False,
+        "latents": noise,
     }
 
 
@@ -281,6 +324,13 @@ FAMILIES = {
         ),
         call=flux_call,
         undefined=OF_VALUE_NEURONS,
+    ),
+    "pixart": TinyFamily(
+        tiny_pixart,
+        (Sampling("dpm++", 4, 1.0), Sampling("dpm++", 4, 3.0), Sampling("ddim", 4, 3.0)),
+        call=pixart_call,
+        # names the stages of a UNet; nemo takes all layers here
+        undefined=frozenset({"nemo_all_layers"}),
     ),
 }
 """A row for each family: all that its contract test needs."""

@@ -6,6 +6,7 @@ from dori_lightning.models.conditioning import (
     free_cells,
     matrix_shape,
     pack,
+    read_rows,
     stacked,
     unpack,
 )
@@ -62,3 +63,22 @@ def test_the_published_start_is_standard_normal():
     spread = Spread.published(parts)
     assert spread.absolute
     assert torch.equal(spread.start(normal, 0.5), 0.5 * normal)
+
+
+def test_padding_counts_in_no_mean_and_no_spread():
+    parts = stacked(("t5", 4, 3), ("mask", 1, 4), masks={"mask": "t5"})
+    lengths = torch.arange(400) % 3 + 1
+    mask = (torch.arange(4) < lengths[:, None]).float()
+    generator = torch.Generator().manual_seed(0)
+    states = 5 + 2 * torch.randn(400, 4, 3, generator=generator)
+    packed = pack(parts, {"t5": states, "mask": mask[:, None]})
+    assert torch.equal(packed[:, :4, :3], states * mask[..., None])
+    assert torch.equal(read_rows(parts, packed)[:, :4].float(), mask)
+    assert [part.free for part in parts] == [True, False]
+    with pytest.raises(InputError, match=r"attack\.parts=\[t5\]"):
+        free_cells(parts, ["mask"])
+    spread = Spread.measured(parts, iter(packed))
+    assert torch.allclose(spread.mean[:3, :3], torch.tensor(5.0), atol=0.6)
+    assert spread.std[:4, :3].unique().tolist() == pytest.approx([2.0], rel=0.1)
+    # one, two or three tokens: two thirds of the prompts have the second one, a third the third
+    assert spread.mean[4].tolist() == [1, 1, 0, 0]

@@ -97,7 +97,7 @@ def test_how_it_is_computed_is_not_in_the_fingerprint(folder):
 def test_use_does_not_change_the_fingerprint(folder):
     model = load(folder)
     model.encode_prompts(["a red boat"])
-    model.token_count("a red boat at sea")
+    model.cuts("a red boat at sea")
     assert weights_of(model.components).fingerprint == model.fingerprint
 
 

@@ -265,6 +265,20 @@ def test_so_are_those_of_a_hub_id_of_which_only_what_is_needed_is_fetched(
         load("owner/model", variant=variant)
 
 
+@pytest.mark.parametrize("revision", ["main", None, "c" * 40])
+def test_a_hub_id_without_a_commit_is_told_which_one_it_got(
+    folder, tmp_path, monkeypatch, caplog, revision
+):
+    snapshot = shutil.copytree(folder, tmp_path / "snapshots" / ("c" * 40))
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: str(snapshot))
+    model = load("owner/model", revision=revision)
+    assert model.commit == "c" * 40
+    said = [r.getMessage() for r in caplog.records if "not pinned" in r.getMessage()]
+    assert len(said) == (revision in ("main", None))
+    assert all(f"checkpoint.revision={'c' * 40}" in one for one in said)
+    assert load(folder).commit is None
+
+
 def test_a_gated_hub_id_is_told_as_such(monkeypatch):
     def fetch(*_, **__):
         raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "")))

@@ -117,8 +117,10 @@ def test_frozen_puts_everything_back(model):
 
 
 def test_tokens_are_counted_before_truncation(model):
-    assert model.token_count("a red boat") == 5
-    assert model.token_count("a red boat on sea at night a cat") == 11
+    assert model.cuts("a red boat") == ()
+    (cut,) = model.cuts("a red boat on sea at night a cat")
+    assert (cut.encoder, cut.tokens, cut.limit) == ("CLIP (text_encoder)", 11, 8)
+    assert cut.lost == "night a cat"
 
 
 def test_rows_through_text_encoder_and_autoencoder_are_counted(tmp_path):

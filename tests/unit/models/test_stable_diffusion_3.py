@@ -115,6 +115,15 @@ def test_t5s_embeddings_may_have_two_names(folder):
         load_family("sd3", source=str(folder))
 
 
+def test_text_encoders_that_cut_a_prompt_are_named(model):
+    clips = ["CLIP (text_encoder)", "CLIP (text_encoder_2)"]
+    long = "a red boat on sea at night a cat"
+    assert [(cut.encoder, cut.limit) for cut in model.cuts(long)] == [(one, 8) for one in clips]
+    *both, t5 = model.cuts(f"{long} on blue sea")
+    assert [cut.encoder for cut in both] == clips
+    assert (t5.encoder, t5.tokens, t5.limit, t5.lost) == ("T5 (text_encoder_3)", 13, 12, "sea")
+
+
 def test_an_image_without_positions_is_refused():
     with pytest.raises(InputError, match="64 pixels"):
         load_family("sd3", resolution=128)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from dori_lightning.models.protocol import Cut
 from dori_lightning.pairs import validation
 from dori_lightning.pairs.validation import (
     SHOWN,
@@ -310,13 +311,16 @@ def test_duplicate_of_never_names_a_pair_that_the_limit_cut(folder):
     assert [pair.duplicate_of for pair in validate(folder, *rows, limit=1)] == [None, None]
 
 
-def takes(tokens):
+def takes(**limits):
     """A model whose tokens are words, with a start and an end."""
-    return SimpleNamespace(
-        max_tokens=tokens,
-        token_count=lambda prompt: 2 + len(prompt.split()),
-        cut_off=lambda prompt: prompt[-1],
-    )
+
+    def cuts(prompt):
+        count = 2 + len(prompt.split())
+        return tuple(
+            Cut(name, count, limit, prompt[-1]) for name, limit in limits.items() if count > limit
+        )
+
+    return SimpleNamespace(cuts=cuts)
 
 
 PAIRS = [
@@ -325,19 +329,22 @@ PAIRS = [
 
 
 def test_long_prompt_is_warned_of_once(caplog):
-    assert check_prompt_lengths(PAIRS, takes(5), strict=False) == ("l",)
+    found = check_prompt_lengths(PAIRS, takes(CLIP=3, T5=5), strict=False)
+    assert [pair.cut_by for pair in found] == [("CLIP",), ("CLIP", "T5")]
+    assert [replace(pair, cut_by=()) for pair in found] == PAIRS
     (record,) = caplog.records
-    assert "l (6)" in record.getMessage()
-    assert "s (" not in record.getMessage()
+    said = record.getMessage()
+    assert "CLIP takes 3 tokens of s (4), l (6)" in said
+    assert "T5 takes 5 tokens of l (6)" in said
 
 
 def test_long_prompt_is_refused_when_strict():
-    with pytest.raises(InputError, match=r"longer than the 5 tokens.*l \(6\)"):
-        check_prompt_lengths(PAIRS, takes(5), strict=True)
+    with pytest.raises(InputError, match=r"CLIP takes 5 tokens of l \(6\)"):
+        check_prompt_lengths(PAIRS, takes(CLIP=5), strict=True)
 
 
 def test_prompts_that_just_fit_pass(caplog):
-    assert check_prompt_lengths(PAIRS, takes(6), strict=True) == ()
+    assert check_prompt_lengths(PAIRS, takes(CLIP=6), strict=True) == tuple(PAIRS)
     assert not caplog.records
 
 

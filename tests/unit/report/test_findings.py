@@ -150,7 +150,7 @@ def test_control_prompts_that_count_show_a_bad_threshold():
 
 def test_duplicates_and_long_prompts_are_flagged(tmp_path):
     outcome = fakes.report(tmp_path, vm=1, control=0).outcomes[0]
-    copy = replace(outcome, pair=replace(outcome.pair, duplicate_of="other", truncated=True))
+    copy = replace(outcome, pair=replace(outcome.pair, duplicate_of="other", cut_by=("T5",)))
     report = audit(prompt=9, attack=9, control=0, outcomes=(copy,))
     assert {"duplicates", "truncated_prompts"} <= names(report)
 

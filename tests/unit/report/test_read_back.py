@@ -95,6 +95,22 @@ def test_originals_that_are_gone_or_others_are_not_shown(tmp_path):
     assert text.count("not kept") == 2
 
 
+def test_who_cut_a_prompt_and_the_commit_come_back(tmp_path):
+    report = kept(tmp_path, vm=2, control=1)
+    first = report.outcomes[0].pair.id
+    outcomes = tuple(
+        replace(o, pair=replace(o.pair, cut_by=("CLIP", "T5") if o.pair.id == first else ()))
+        for o in report.outcomes
+    )
+    origin = replace(report.provenance, commit="c" * 40)
+    write_report(replace(report, outcomes=outcomes, provenance=origin), tmp_path)
+    back = shown_report(read_run(tmp_path))
+    assert {o.pair.id: o.pair.cut_by for o in back.outcomes if o.pair.cut_by} == {
+        first: ("CLIP", "T5")
+    }
+    assert "c" * 40 in render_page(back)
+
+
 def test_a_record_of_another_version_is_refused(tmp_path):
     path = write_report(kept(tmp_path), tmp_path)
     document = json.loads(path.read_text())
