@@ -38,7 +38,7 @@ from dori_lightning.models.protocol import (
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.types import CoderRows, InputError, ReplacedPart
+from dori_lightning.types import CoderRows, FusedLora, InputError, ReplacedPart
 
 _MEMORY = OomBackoff(
     "generate",
@@ -79,6 +79,7 @@ class LatentDiffusion(ABC):
         resolution: int | None = None,
         autocast: torch.dtype | None = None,
         replaced: Sequence[ReplacedPart] = (),
+        loras: Sequence[FusedLora] = (),
         lend_encoders: bool = False,
     ) -> None:
         """Join the components.
@@ -91,6 +92,7 @@ class LatentDiffusion(ABC):
             autocast: Compute the denoiser and autoencoder in this dtype; None for the weights'
                 own.
             replaced: Components whose weights are from other files than the checkpoint's.
+            loras: What was added to the weights since.
             lend_encoders: Keep text encoders in the host's memory; they come to the device for
                 prompts, and go when the denoiser is asked next.
 
@@ -98,7 +100,7 @@ class LatentDiffusion(ABC):
             InputError: There are no latents of that resolution.
         """
         self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
-        self.replaced = tuple(replaced)
+        self.replaced, self.loras = tuple(replaced), tuple(loras)
         for module in components.modules.values():
             module.eval()
         self._components = components

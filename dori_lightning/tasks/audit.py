@@ -353,7 +353,7 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     # folders from before a setting existed can be resumed where it is at its default
     since = {"early_stop": False, "looks": [], "one_image": False, "futility": None, "parts": None,
              "family": "sd", "text_encoder_2": None, "storage": "auto", "transformer": None,
-             "prompt_tokens": None}  # fmt: skip
+             "prompt_tokens": None, "lora": None}  # fmt: skip
     checkpoint, attack = (
         {k: v for k, v in cfg[group].items() if k not in since or v != since[k]}
         for group in ("checkpoint", "attack")
