@@ -90,6 +90,7 @@ def load_checkpoint(
     text_encoder: str | None = None,
     text_encoder_2: str | None = None,
     lora: LoraSetting | None = None,
+    base: str = "auto",  # noqa: ARG001
     prompt_tokens: int | None = None,
     prediction_type: PredictionType | None = None,
     variant: str | None = None,
@@ -121,6 +122,8 @@ def load_checkpoint(
         text_encoder_2: The same of the second text encoder, where the family has one.
         lora: LoRA that is added to the weights: a file, ``{path: FILE, scale: NUMBER}``, or a list
             of either, added one after the other; see ``models.lora``.
+        base: What it was tuned from, which an audit attacks as well (``config.base_checkpoint``);
+            nothing here depends on it.
         prompt_tokens: Tokens of a prompt that T5 takes, with padding: all of them take part. None
             for as many as the family has.
         prediction_type: What the UNet predicts; None for what the checkpoint's scheduler says.

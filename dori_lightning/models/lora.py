@@ -1,7 +1,7 @@
 """LoRA files: low-rank changes of a checkpoint's layers, added to its weights once and for all.
 
 Two layouts are read. sd-scripts, and most trainers and merging tools, name a layer's tensors
-``lora_unet_down_blocks_0_..._to_k.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``; diffusers
+``lora_unet_mid_block_..._to_k.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``; diffusers
 and peft ``unet.down_blocks.0....to_k.lora_A.weight`` and ``.lora_B.weight``, before peft
 ``.lora.down.weight``. diffusers translates names and peft makes the sums. A library skips what it
 does not know with a warning at most; here every tensor of a file is accounted for.
@@ -24,13 +24,6 @@ from typing import Any, TypeAlias
 
 import diffusers
 import torch
-from diffusers.utils import (
-    USE_PEFT_BACKEND,
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-    recurse_remove_peft_layers,
-)
 from torch import Tensor, nn
 
 from dori_lightning.models.components import Component, Components, Family
@@ -39,6 +32,8 @@ from dori_lightning.models.weight_files import PICKLES, WeightFile, is_weight_fi
 from dori_lightning.types import FusedLora, InputError
 
 log = logging.getLogger(__name__)
+
+_LIBRARY: Any = diffusers.utils
 
 LoraSetting: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 """``checkpoint.lora``: a file, ``{path: FILE, scale: NUMBER}``, or a list of either."""
@@ -99,20 +94,14 @@ class Lora:
             InputError: A file is missing or something else, a scale is no number, or peft is not
                 installed; says how to mend it.
         """
-        if setting is None:
-            return ()
-        entries: Sequence[Any] = (
-            setting
-            if isinstance(setting, Sequence) and not isinstance(setting, str)
-            else [setting]
-        )
-        if not USE_PEFT_BACKEND:
+        entries = lora_entries(setting)
+        if entries and not _LIBRARY.USE_PEFT_BACKEND:
             raise InputError(
                 "a LoRA is loaded with peft, which is not installed, or too old for diffusers",
                 where="checkpoint.lora",
                 fix="pip install 'dori_lightning[lora]', or pip install 'peft>=0.18,<1'",
             )
-        return tuple(cls._open(*_path_and_scale(entry)) for entry in entries)
+        return tuple(cls._open(path, scale) for path, scale in entries)
 
     @classmethod
     def _open(cls, source: str, scale: float) -> "Lora":
@@ -248,7 +237,7 @@ class Lora:
         else:
             named = {f"{component}.{name}": tensor for name, tensor in tensors.items()}
             pipeline.load_lora_into_text_encoder(named, None, module, prefix=component, **options)
-        layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        layers: list[Any] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
         if 2 * len(layers) != len(tensors):
             raise ValueError(f"{len(layers)} of {len(tensors) // 2} layers of {component} loaded")
         changed = 0
@@ -257,7 +246,7 @@ class Lora:
             layer.scale_layer(self.scale)
             layer.merge(safe_merge=True)  # raises where the sum is no number
             changed += not torch.equal(before, layer.get_base_layer().weight)
-        recurse_remove_peft_layers(module)
+        _LIBRARY.recurse_remove_peft_layers(module)
         del module.peft_config
         module._hf_peft_config_loaded = False
         return changed
@@ -293,6 +282,18 @@ def looks_like(names: Iterable[str], notes: Mapping[str, str]) -> str | None:
     return None
 
 
+def lora_entries(setting: LoraSetting | None) -> list[tuple[str, float]]:
+    """The files of ``checkpoint.lora`` with their scales; none without one.
+
+    Raises:
+        InputError: An entry is neither a file nor a path with a scale.
+    """
+    if setting is None:
+        return []
+    several = isinstance(setting, Sequence) and not isinstance(setting, str)
+    return [_path_and_scale(entry) for entry in (setting if several else [setting])]
+
+
 def _path_and_scale(entry: Any) -> tuple[str, float]:
     """One entry of ``checkpoint.lora``.
 
@@ -304,7 +305,7 @@ def _path_and_scale(entry: Any) -> tuple[str, float]:
     path = given.get("path") if isinstance(given, Mapping) else None
     if not isinstance(path, str) or set(given) - {"path", "scale"}:
         raise InputError(f"{entry!r} is no LoRA", where="checkpoint.lora", fix=fix)
-    scale = given.get("scale", 1.0)
+    scale: Any = given.get("scale", 1.0)
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if not number or not math.isfinite(scale):
         raise InputError(
@@ -410,8 +411,9 @@ def _by_layer(
     own = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
     module: nn.Module = components.modules[component]
     if component == components.family.denoiser:
-        return dict(convert_unet_state_dict_to_peft(own))
-    found: dict[str, Tensor] = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+        return dict(_LIBRARY.convert_unet_state_dict_to_peft(own))
+    newer = _LIBRARY.convert_state_dict_to_diffusers(own)
+    found: dict[str, Tensor] = _LIBRARY.convert_state_dict_to_peft(newer)
     if hasattr(module, "text_model"):
         return found
     return {name.removeprefix("text_model."): tensor for name, tensor in found.items()}

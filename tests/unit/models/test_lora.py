@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dori_lightning.models import lora as module
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import FAMILIES as ADAPTERS
 from dori_lightning.types import InputError
@@ -287,6 +286,6 @@ def test_layouts_that_diffusers_has_no_names_for_are_refused(bases, tmp_path):
 
 
 def test_without_peft_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "USE_PEFT_BACKEND", False)
+    monkeypatch.setattr("diffusers.utils.USE_PEFT_BACKEND", False)
     with pytest.raises(InputError, match=r"dori_lightning\[lora\]"):
         load_family("sd", lora=str(tmp_path / "one.safetensors"))
