@@ -55,8 +55,8 @@ _RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _FOLDERS = ("paths.output", "paths.cache", "hydra.run.dir", "hydra.sweep.dir")
 _NOT_EMPTY = ("name", "sweep", "paths.output", "paths.cache")
 _READ_FROM = {
-    "audit", "config", "edit", "expected", "path", "source", "statistics", "text_encoder",
-    "text_encoder_2", "transformer", "unet", "vae", "weights",
+    "audit", "base", "config", "edit", "expected", "lora", "path", "source", "statistics",
+    "text_encoder", "text_encoder_2", "transformer", "unet", "vae", "weights",
 }  # fmt: skip
 """Last part of keys that name a file or folder to be read."""
 
@@ -320,6 +320,51 @@ def check_signatures(cfg: DictConfig, *, under: str = "") -> None:
     """
     for path, node in targets(cfg, under):
         _check_arguments(path, node, _import_target(path, node["_target_"], ALLOWED_TARGETS))
+
+
+_OF_THE_MACHINE = (
+    "precision", "channels_last", "gradient_checkpointing", "storage", "text_encoders", "device",
+    "resolution",
+)  # fmt: skip
+"""Settings of a checkpoint under audit that its base shares: how it is computed, at which size."""
+
+_MENDED = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "prediction_type")
+"""Settings by which a checkpoint differs from its source."""
+
+
+def base_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What builds the checkpoint that another one was tuned from; None for none.
+
+    Args:
+        checkpoint: The resolved node of the other one. Its ``base`` is ``none``, an option of
+            ``conf/checkpoint``, or a source as ``checkpoint.source`` takes it, of its family; with
+            ``auto``, a checkpoint with a LoRA was tuned from itself without it.
+
+    Raises:
+        InputError: The option is of another family.
+    """
+    base = str(checkpoint.get("base", "none"))
+    without = {**checkpoint, "lora": None, "base": "none"}
+    if base == "none" or (base == "auto" and not checkpoint.get("lora")):
+        return None
+    if base == "auto":
+        return {**without, "name": f"{checkpoint['name']} without LoRA"}
+    option = CONF / "checkpoint" / f"{base}.yaml"
+    if base in groups()["checkpoint"]:
+        named: Any = OmegaConf.to_container(OmegaConf.load(option))
+        own = {key: value for key, value in named.items() if key != "defaults"}
+        family, other = checkpoint.get("family", "sd"), own.get("family", "sd")
+        if family != other:
+            raise InputError(
+                f"checkpoint.base={base} is of the family {other}, the checkpoint of {family}",
+                where="checkpoint.base",
+                fix="give the checkpoint that it was tuned from, or checkpoint.base=none",
+            )
+        shared = {key: checkpoint[key] for key in _OF_THE_MACHINE if key in checkpoint}
+        shared = {key: value for key, value in shared.items() if key in own}
+        return {**own, **shared}
+    untouched = {key: None for key in (*_MENDED, "revision", "variant") if key in checkpoint}
+    return {**without, **untouched, "source": base, "name": base.rstrip("/").rpartition("/")[2]}
 
 
 def targets(cfg: DictConfig, under: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

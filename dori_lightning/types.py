@@ -235,6 +235,23 @@ class ReplacedPart:
 
 
 @dataclass(frozen=True)
+class FusedLora:
+    """A LoRA that was added to the checkpoint's weights.
+
+    Attributes:
+        source: Name of its file, without its place.
+        sha256: Of the file.
+        scale: Factor of its change.
+        layers: Component to the number of its layers whose weights changed.
+    """
+
+    source: str
+    sha256: str
+    scale: float
+    layers: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Budget:
     """What an attack may spend and how far it may go from the initial embedding.
 

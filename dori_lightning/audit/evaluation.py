@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import cycle, islice
@@ -24,6 +24,7 @@ from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.loss_evidence import loss_evidence
 from dori_lightning.metrics.calibration import calibrate_measures
 from dori_lightning.metrics.evidence import (
+    BaseEvidence,
     ImageEvidence,
     LossEvidence,
     UnseenImage,
@@ -31,8 +32,13 @@ from dori_lightning.metrics.evidence import (
     image_evidence,
     unseen_images,
 )
+from dori_lightning.metrics.replication import (
+    PairResult,
+    is_copy,
+    pair_results,
+    unchecked_starts,
+)
 from dori_lightning.metrics.replication import cells as cells_of
-from dori_lightning.metrics.replication import is_copy, pair_results, unchecked_starts
 from dori_lightning.mitigations.edits import Edit
 from dori_lightning.models.generation import (
     GenerationRequest,
@@ -90,6 +96,7 @@ class Evaluation:
         unseen: How far images came back that the model cannot hold.
         reference: Rows of the model that never saw the images; empty without one.
         learned: Alterations that the model seems to know; their copies are in nothing above.
+        base: What the checkpoint holds that this one was tuned from; None where none is known.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -100,11 +107,12 @@ class Evaluation:
     unseen: tuple[UnseenImage, ...]
     reference: tuple[Cell, ...] = ()
     learned: tuple[Alteration, ...] = ()
+    base: BaseEvidence | None = None
 
 
 @dataclass(frozen=True)
-class ReferenceRun:
-    """The same attacks on a model that never saw the images.
+class OtherRun:
+    """The same attacks on another model: one that never saw the images, or the base.
 
     Attributes:
         context: The audit, with that model.
@@ -287,15 +295,19 @@ def measured_check(context: AuditContext, *, edited: bool) -> ModelCheck:
 
 
 def evaluate(
-    context: AuditContext, generated: Generated, reference: ReferenceRun | None = None
+    context: AuditContext,
+    generated: Generated,
+    reference: OtherRun | None = None,
+    base: OtherRun | None = None,
 ) -> Evaluation:
     """Score every image against its pair's, count the replicas, and judge every suspect.
 
-    The reference's images are judged by the thresholds of the checkpoint under audit.
+    Images of the reference and the base are judged by the thresholds of the checkpoint under
+    audit. What the reference brings back counts for nothing in either; what the base brings back
+    says where an image is from, and is in no p-value of the checkpoint.
     """
-    images = context.folder / "pictures"
     outcomes = generated.outcomes or measure_all(
-        context, generated.conditionings, images, title="score"
+        context, generated.conditionings, context.folder / "pictures", title="score"
     )
     baseline = measure_all(context, generated.baseline, context.unmitigated, title="score before")
     calibration = generated.calibration or calibrate(context, baseline or outcomes)
@@ -315,26 +327,52 @@ def evaluate(
     there_cells: tuple[Cell, ...] = ()
     there_losses: Mapping[str, LossEvidence] = {}
     if reference is not None:
-        own = reference.context
-        there = measure_all(
-            own, reference.generated.conditionings, own.folder / "pictures", title="score there"
-        )
-        there = tuple(outcome for outcome in there if outcome.pair.id not in void)
-        there_cells = count(there, checkpoint=own.model.name, mitigation=BASELINE)
+        there = _outcomes_of(reference, void, title="score there")
+        there_name = reference.context.model.name
+        there_cells = count(there, checkpoint=there_name, mitigation=BASELINE)
         there_losses = reference.generated.losses
     results_there = pair_results(there, calibration)
-    models: dict[str, Any] = {"reference": results_there, "losses": generated.losses}
-    unseen = unseen_images(results, calibration, **models, reference_losses=there_losses)
-    evidence = image_evidence(
-        results,
-        calibration,
-        unseen,
-        rate=context.evidence.rate,
-        **models,
-    )
+
+    def judged(
+        results: Sequence[PairResult], losses: Mapping[str, LossEvidence]
+    ) -> tuple[tuple[UnseenImage, ...], tuple[ImageEvidence, ...]]:
+        models: dict[str, Any] = {"reference": results_there, "losses": losses}
+        unseen = unseen_images(results, calibration, **models, reference_losses=there_losses)
+        evidence = image_evidence(
+            results,
+            calibration,
+            unseen,
+            rate=context.evidence.rate,
+            **models,
+        )
+        return unseen, evidence
+
+    found: BaseEvidence | None = None
+    if base is not None:
+        images = _outcomes_of(base, void, title="score the base")
+        brought_back = pair_results(images, calibration)
+        known = learned_alterations(copies, {r.pair.id for r in brought_back if r.reproduced})
+        model = base.context.model
+        found = BaseEvidence(
+            model.name,
+            model.fingerprint,
+            count(images, checkpoint=model.name, mitigation=BASELINE),
+            judged(
+                [r for r in brought_back if r.pair.alteration not in known],
+                base.generated.losses,
+            )[1],
+        )
+    unseen, evidence = judged(results, generated.losses)
     return Evaluation(
-        outcomes, baseline, calibration, cells, evidence, unseen, there_cells, learned
+        outcomes, baseline, calibration, cells, evidence, unseen, there_cells, learned, found
     )
+
+
+def _outcomes_of(run: OtherRun, void: Collection[str], *, title: str) -> tuple[Outcome, ...]:
+    """Scores of another model's images, without those of pairs that are void."""
+    folder = run.context.folder / "pictures"
+    scored = measure_all(run.context, run.generated.conditionings, folder, title=title)
+    return tuple(outcome for outcome in scored if outcome.pair.id not in void)
 
 
 def prompt_conditionings(context: AuditContext) -> tuple[Conditioning, ...]:

@@ -102,4 +102,5 @@ def rounded(weight: torch.Tensor, form: str, *, group: int) -> torch.Tensor:
     grouped = filled.reshape(len(filled), -1, width)
     step = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     grouped = (grouped / step.where(step > 0, 1.0)).round() * step
-    return grouped.flatten(1)[:, : flat.shape[1]].reshape(weight.shape).to(weight.dtype)
+    found: torch.Tensor = grouped.flatten(1)[:, : flat.shape[1]].reshape(weight.shape)
+    return found.to(weight.dtype)

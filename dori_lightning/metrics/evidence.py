@@ -22,7 +22,16 @@ from numpy.typing import ArrayLike
 from scipy.stats import false_discovery_control
 
 from dori_lightning.metrics.replication import PairResult
-from dori_lightning.types import Calibration, Condition, InputError, Kind, Number, Scale, require
+from dori_lightning.types import (
+    Calibration,
+    Cell,
+    Condition,
+    InputError,
+    Kind,
+    Number,
+    Scale,
+    require,
+)
 
 USUAL_RATE = 0.05
 """False discovery rate where none was asked for."""
@@ -273,6 +282,38 @@ class ImageEvidence:
     p_loss: Number = math.nan
     loss_ratio: Number = math.nan
     reference_similarity: Number = math.nan
+
+
+Origin = Literal["base", "tuning", "neither", "cannot_tell"]
+"""Where an image in a fine-tuned model is from: its base holds it already, it came with the
+fine-tuning, neither model holds it, or nothing can be said."""
+
+
+def origin_of(answer: Answer, base: Answer) -> Origin:
+    """Where an image is from, by the answers for the fine-tuned model and for its base."""
+    held = ("yes", "dormant")
+    if base in held:
+        return "base"
+    if base == "no" and answer != "cannot_tell":
+        return "tuning" if answer in held else "neither"
+    return "cannot_tell"
+
+
+@dataclass(frozen=True)
+class BaseEvidence:
+    """What the same attacks find in the checkpoint that the one under audit was tuned from.
+
+    Attributes:
+        checkpoint: Its name.
+        fingerprint: Hash of everything of it that decides results.
+        cells: Its rows of the answer.
+        images: One row for each suspected image, judged as those of the checkpoint under audit.
+    """
+
+    checkpoint: str
+    fingerprint: str
+    cells: tuple[Cell, ...]
+    images: tuple[ImageEvidence, ...]
 
 
 Unseen = Literal["control", "altered_copy", "reference"]

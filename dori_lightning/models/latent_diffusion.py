@@ -43,7 +43,7 @@ from dori_lightning.models.vocabulary import Vocabulary
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, parallel_batches
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.types import CoderRows, InputError, ReplacedPart
+from dori_lightning.types import CoderRows, FusedLora, InputError, ReplacedPart
 
 _MEMORY = OomBackoff(
     "generate",
@@ -96,6 +96,7 @@ class LatentDiffusion(ABC):
         resolution: int | None = None,
         autocast: torch.dtype | None = None,
         replaced: Sequence[ReplacedPart] = (),
+        loras: Sequence[FusedLora] = (),
         lend_encoders: bool = False,
         commit: str | None = None,
     ) -> None:
@@ -109,6 +110,7 @@ class LatentDiffusion(ABC):
             autocast: Compute the denoiser and autoencoder in this dtype; None for the weights'
                 own.
             replaced: Components whose weights are from other files than the checkpoint's.
+            loras: What was added to the weights since.
             lend_encoders: Keep text encoders in the host's memory; they come to the device for
                 prompts, and go when the denoiser is asked next.
             commit: Commit of the hub id that it was loaded from; None for other sources.
@@ -117,7 +119,7 @@ class LatentDiffusion(ABC):
             InputError: There are no latents of that resolution.
         """
         self.name, self.fingerprint, self.autocast = name, fingerprint, autocast
-        self.replaced, self.commit = tuple(replaced), commit
+        self.replaced, self.loras, self.commit = tuple(replaced), tuple(loras), commit
         for module in components.modules.values():
             module.eval()
         self._components = components
@@ -272,9 +274,9 @@ class LatentDiffusion(ABC):
             )
         if self._vocabulary is None:
             encoders = {name: self._components.encoders[name] for name in self.word_encoders}
-            self._vocabulary = Vocabulary.of(
-                encoders, limit=self.max_tokens - 2, device=self.device
-            )
+            components = self._components
+            limit = min(map(components.prompt_length, components.tokenizers)) - 2
+            self._vocabulary = Vocabulary.of(encoders, limit=limit, device=self.device)
         return self._vocabulary
 
     def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:

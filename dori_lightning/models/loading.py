@@ -31,6 +31,7 @@ from dori_lightning.models.components import (
 from dori_lightning.models.fingerprint import configuration_of, fingerprint_of
 from dori_lightning.models.flux import Flux
 from dori_lightning.models.latent_diffusion import LatentDiffusion
+from dori_lightning.models.lora import Lora, LoraSetting
 from dori_lightning.models.original_layout import PREFIXES
 from dori_lightning.models.pixart import PixArt
 from dori_lightning.models.replaced_parts import Replacement
@@ -94,6 +95,8 @@ def load_checkpoint(
     vae: str | None = None,
     text_encoder: str | None = None,
     text_encoder_2: str | None = None,
+    lora: LoraSetting | None = None,
+    base: str = "auto",  # noqa: ARG001
     prompt_tokens: int | None = None,
     prediction_type: PredictionType | None = None,
     variant: str | None = None,
@@ -124,6 +127,10 @@ def load_checkpoint(
         vae: The same of the autoencoder.
         text_encoder: The same of the text encoder.
         text_encoder_2: The same of the second text encoder, where the family has one.
+        lora: LoRA that is added to the weights: a file, ``{path: FILE, scale: NUMBER}``, or a list
+            of either, added one after the other; see ``models.lora``.
+        base: What it was tuned from, which an audit attacks as well (``config.base_checkpoint``);
+            nothing here depends on it.
         prompt_tokens: Tokens of a prompt that T5 takes, with padding: all of them take part. None
             for as many as the family has.
         prediction_type: What the UNet predicts; None for what the checkpoint's scheduler says.
@@ -178,6 +185,7 @@ def load_checkpoint(
     for replacement in replacements:
         for given_file in replacement.files:
             given_file.check_family(kind.family)
+    loras = Lora.open_all(lora)
     notes = [note for replacement in replacements for note in replacement.prediction_notes()]
     if isinstance(place, Path) and place.is_file():
         if variant is not None:
@@ -209,6 +217,7 @@ def load_checkpoint(
     components = replace(components, scheduler=scheduler)
     replaced = tuple(one.apply(components.modules[one.component]) for one in replacements)
     check_components(kind, components, str(home))
+    fused = tuple(one.fuse(components) for one in loras)
     hashed = with_progress("fingerprint of the checkpoint", [*components.modules.values()])
     states = (module.state_dict() for module in hashed)
     with blamed("no sampler takes this schedule", f"{home}/scheduler/scheduler_config.json"):
@@ -233,6 +242,7 @@ def load_checkpoint(
             resolution=resolution,
             autocast=autocast,
             replaced=replaced,
+            loras=fused,
             lend_encoders=lend,
             commit=commit,
         )

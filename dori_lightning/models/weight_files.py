@@ -62,8 +62,12 @@ class WeightFile:
     notes: Mapping[str, str]
 
     @classmethod
-    def open(cls, path: Path) -> "WeightFile":
+    def open(cls, path: Path, *, adapter: bool = False) -> "WeightFile":
         """Read a header.
+
+        Args:
+            path: The file.
+            adapter: Whether it is to be an adapter, which is refused otherwise.
 
         Raises:
             InputError: The file is something else, damaged, an adapter, or of another family of
@@ -78,7 +82,8 @@ class WeightFile:
                 f"{path} is no safetensors file, whatever its name, or damaged: {error}",
                 fix="get it again",
             ) from error
-        _refuse_adapters(path, names, notes)
+        if not adapter:
+            _refuse_adapters(path, names, notes)
         return cls(path, names, notes)
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -196,10 +201,8 @@ def _refuse_adapters(path: Path, names: Sequence[str], notes: Mapping[str, str])
         raise InputError(
             f"{path} is a LoRA or a similar adapter ({len(adapters)} of its {len(names)} tensors, "
             f"such as {adapters[0]}), which holds no weights of its own",
-            fix="merge it into its checkpoint once, with diffusers: pipe = "
-            "StableDiffusionPipeline.from_pretrained(BASE); pipe.load_lora_weights(FILE); "
-            "pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(FOLDER); then "
-            "checkpoint.source=FOLDER",
+            fix=f"name the checkpoint that it was trained on, and this as its LoRA: "
+            f"checkpoint.source=BASE checkpoint.lora={path}",
         )
     if {"layout", "kind", "identity", "origin"} <= notes.keys():
         raise InputError(

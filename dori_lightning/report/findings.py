@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from dori_lightning.attacks.model_check import RESPONSE
+from dori_lightning.metrics.evidence import ImageEvidence
 from dori_lightning.metrics.replication import (
     FALSE_POSITIVE_LIMIT,
     Trust,
@@ -89,6 +90,7 @@ class AuditFindings:
             could not have found them: it missed planted images, the model is damaged, or the
             search led nowhere. What each image's own evidence says goes before all that.
         images: Suspected images by the answer to their own evidence; empty in old records.
+        origins: Suspected images by where they are from; empty without a base.
         best: The reliable cell with the most hits, of suspected images or, for ``templates``, of
             template copies; None without one.
         upper: Highest rate that the intervals of the reliable cells of suspected images leave
@@ -108,6 +110,7 @@ class AuditFindings:
 
     answer: Answer
     images: Mapping[str, int]
+    origins: Mapping[str, int]
     best: Cell | None
     upper: float
     trust: Trust
@@ -179,6 +182,7 @@ def audit_findings(report: AuditRecord) -> AuditFindings:
     return AuditFindings(
         answer=answer,
         images=images,
+        origins=Counter[str](report.origins.values()),
         best=best,
         upper=max((c.mr_ci95[1] for c in suspected), default=math.nan),
         trust=attack_trust(own, condition),
@@ -534,18 +538,27 @@ def make_report(
     measured = AuditReport(verdict="", flags=(), recommended_budget=None, **measurements)
     measured = replace(measured, flags=find_flags(measured, circumstances))
     if could_not_see(measured):
-        # an image that is still there would not have come back either
-        images = (
-            replace(row, answer="cannot_tell", reason="not_seen") if row.answer == "no" else row
-            for row in measured.images
+        # an image that is still there would not have come back either, nor out of the base
+        base = measured.base
+        measured = replace(
+            measured,
+            images=_not_seen(measured.images),
+            base=base and replace(base, images=_not_seen(base.images)),
         )
-        measured = replace(measured, images=tuple(images))
     headline = measured.headline_condition
     init = headline.init if headline is not None and headline.init is not None else "prompt"
     concluded = replace(
         measured, recommended_budget=recommended_budget(measured.own_cells, init=init)
     )
     return replace(concluded, verdict=verdict_text(concluded))
+
+
+def _not_seen(images: Iterable[ImageEvidence]) -> tuple[ImageEvidence, ...]:
+    """Answers of an audit that could not have seen an image that is there."""
+    return tuple(
+        replace(row, answer="cannot_tell", reason="not_seen") if row.answer == "no" else row
+        for row in images
+    )
 
 
 def verdict_text(report: AuditRecord) -> str:

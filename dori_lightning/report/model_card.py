@@ -14,7 +14,7 @@ from dori_lightning.models.components import Component
 from dori_lightning.report.record import AuditRecord
 from dori_lightning.report.tables import cells_table, markdown_table
 from dori_lightning.report.words import one_line, render_text
-from dori_lightning.types import ReplacedPart
+from dori_lightning.types import FusedLora, ReplacedPart
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -58,6 +58,7 @@ class Exported:
         git_sha: Commit of the code, None outside a checkout.
         packages: Package to version.
         replaced: Parts of the original whose weights were from other files.
+        loras: What was added to the original's weights before.
     """
 
     checkpoint: str
@@ -78,6 +79,7 @@ class Exported:
     git_sha: str | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
     replaced: Sequence[ReplacedPart] = ()
+    loras: Sequence[FusedLora] = ()
 
 
 def model_card(export: Exported, audit: AuditRecord | None) -> str:
@@ -115,6 +117,9 @@ def _command(export: Exported) -> list[str]:
         if export.revision is not None:
             command.append(f"checkpoint.revision={export.revision}")
     command += [f"checkpoint.{replaced.part}=FILE" for replaced in export.replaced]
+    if export.loras:
+        files = ",".join(f"{{path:FILE,scale:{lora.scale:g}}}" for lora in export.loras)
+        command.append(f"checkpoint.lora=[{files}]")
     return [*command, "task.edit=edit.safetensors" if export.changed else "mitigation=none"]
 
 

@@ -20,7 +20,14 @@ import pyarrow as pa
 from pydantic import BeforeValidator
 
 from dori_lightning.attacks.model_check import ModelCheck
-from dori_lightning.metrics.evidence import ImageEvidence, Power, UnseenImage
+from dori_lightning.metrics.evidence import (
+    BaseEvidence,
+    ImageEvidence,
+    Origin,
+    Power,
+    UnseenImage,
+    origin_of,
+)
 from dori_lightning.metrics.replication import (
     AttackEffort,
     PairResult,
@@ -51,6 +58,7 @@ from dori_lightning.types import (
     Cell,
     CoderRows,
     Condition,
+    FusedLora,
     InputError,
     Number,
     Outcome,
@@ -103,6 +111,7 @@ class Provenance:
         coder_rows: Prompts and images through its text encoder and autoencoder; None in records
             of earlier versions.
         replaced: Parts of the checkpoint whose weights are from other files.
+        loras: What was added to its weights.
         commit: Commit of the hub id that the checkpoint is from; None for other sources.
         numerics: Torch's switches that decide how a GPU rounds, TF32 among them; empty elsewhere.
     """
@@ -122,6 +131,7 @@ class Provenance:
     unet_evaluations: int
     wall_seconds: float
     replaced: tuple[ReplacedPart, ...] = ()
+    loras: tuple[FusedLora, ...] = ()
     numerics: dict[str, bool] = field(default_factory=dict)
     coder_rows: CoderRows | None = None
     commit: str | None = None
@@ -138,6 +148,13 @@ def _cell_fields(row: Any) -> Any:
         "condition": {name: row.get(name) for name in ("attack", "init", "budget")},
         **{f"similarity_{name}": spread[name] for name in ("median", "mad") if name in spread},
     }
+
+
+def _base_fields(base: Any) -> Any:
+    """The base of ``report.json`` as the fields of ``BaseEvidence``."""
+    if not isinstance(base, Mapping):
+        return base
+    return {**base, "cells": [_cell_fields(row) for row in base.get("cells", ())]}
 
 
 def _calibration_fields(rule: Any) -> Any:
@@ -195,6 +212,8 @@ class AuditRecord:
         unseen: How far images came back that the model cannot hold.
         false_discovery_rate: Of the images answered yes; NaN in records of earlier versions.
         reference_model: Rows of a model that never saw the images; empty without one.
+        base: What the same attacks find in the checkpoint that this one was tuned from; None
+            where none is known.
         power: How many planted images the attack found; None where it was not measured.
         check: What the attack had to work with; None in records of earlier versions.
         check_before: The same without the mitigation; None where there is none.
@@ -212,6 +231,7 @@ class AuditRecord:
     unseen: tuple[UnseenImage, ...] = ()
     false_discovery_rate: Number = math.nan
     reference_model: tuple[Annotated[Cell, BeforeValidator(_cell_fields)], ...] = ()
+    base: Annotated[BaseEvidence | None, BeforeValidator(_base_fields)] = None
     power: Power | None = None
     check: ModelCheck | None = None
     check_before: ModelCheck | None = None
@@ -231,6 +251,14 @@ class AuditRecord:
     def invalid(self) -> tuple[str, ...]:
         """Names of the flags that make the audit invalid; empty where it is valid."""
         return tuple(flag.name for flag in self.flags if flag.severity == "invalid")
+
+    @cached_property
+    def origins(self) -> dict[str, Origin]:
+        """Suspected image to where it is from; empty without a base."""
+        base = {row.id: row.answer for row in self.base.images} if self.base else {}
+        return {
+            row.id: origin_of(row.answer, base[row.id]) for row in self.images if row.id in base
+        }
 
     @cached_property
     def own_cells(self) -> tuple[Cell, ...]:
@@ -327,6 +355,7 @@ def _document(report: AuditReport) -> dict[str, Any]:
         "unseen": [asdict(row) for row in report.unseen],
         "false_discovery_rate": report.false_discovery_rate,
         "reference_model": [_cell_document(cell) for cell in report.reference_model],
+        "base": _base_document(report),
         "power": asdict(report.power) if report.power else None,
         "check": asdict(report.check) if report.check else None,
         "check_before": asdict(report.check_before) if report.check_before else None,
@@ -343,6 +372,14 @@ def _cell_document(cell: Cell) -> dict[str, Any]:
     condition = row.pop("condition")
     spread = {name: row.pop(f"similarity_{name}") for name in ("median", "mad")}
     return {**row, **condition, "similarity": spread}
+
+
+def _base_document(report: AuditReport) -> dict[str, Any] | None:
+    """The inverse of ``_base_fields``, with where each image is from."""
+    if report.base is None:
+        return None
+    cells = [_cell_document(cell) for cell in report.base.cells]
+    return {**asdict(report.base), "cells": cells, "origins": report.origins}
 
 
 def _calibration_document(calibration: Calibration) -> dict[str, Any]:

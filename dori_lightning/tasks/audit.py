@@ -22,13 +22,14 @@ from dori_lightning.audit.context import (
 )
 from dori_lightning.audit.evaluation import (
     Evaluation,
-    ReferenceRun,
+    OtherRun,
     attack_and_generate,
     evaluate,
 )
 from dori_lightning.audit.power import PowerSettings, check_never_seen, measure_power
 from dori_lightning.audit.targets import aim
 from dori_lightning.audit.utility import generate_shares, measure_utility, write_utility
+from dori_lightning.config import base_checkpoint
 from dori_lightning.metrics.evidence import Power
 from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult, check_family
@@ -57,6 +58,7 @@ from dori_lightning.tasks.plan import attack_settings, plan
 from dori_lightning.tasks.results_logging import objective, track_attack, track_report
 from dori_lightning.tasks.run_record import (
     FINGERPRINT,
+    deciding_settings,
     provenance_of,
     to_container,
     tracked,
@@ -91,9 +93,10 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
     context = set_up(cfg, folder, tracker)
     found = context.find_edit()
     generated = attack_and_generate(context, found.edit, on_round=partial(track_attack, tracker))
-    reference = _attack_reference(cfg, context)
+    reference = _attack_other(cfg.reference, context, "reference")
+    base = _attack_other(base_checkpoint(to_container(cfg)["checkpoint"]), context, "base")
     first = context.trainer.is_global_zero
-    evaluation = evaluate(context, generated, reference) if first else None
+    evaluation = evaluate(context, generated, reference, base) if first else None
     power = _measure_power(cfg, context, found.edit, evaluation)
     generate_shares(context, found.edit)
     if evaluation is None:
@@ -123,6 +126,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         unseen=evaluation.unseen,
         false_discovery_rate=context.evidence.rate,
         reference_model=evaluation.reference,
+        base=evaluation.base,
         power=power,
         check=generated.check,
         check_before=generated.check_before,
@@ -149,8 +153,8 @@ def set_up(
 ) -> AuditContext:
     """Build the context, check that the disk holds what will be written, and claim the folder.
 
-    What a later stage would refuse is refused here. A reference is loaded, known by its
-    fingerprint and let go before the checkpoint is loaded, so that never two are in memory.
+    What a later stage would refuse is refused here. A reference and a base are loaded, known by
+    their fingerprints and let go before the checkpoint is, so that never two are in memory.
 
     Args:
         cfg: Composed configuration.
@@ -167,8 +171,10 @@ def set_up(
     listed, copied = instantiate(cfg.pairs).read(), cfg.pairs.self_controls
     check_evidence(listed, copied, instantiate(cfg.evidence), reference=bool(cfg.reference))
     check_never_seen(_own_positive_controls(cfg), listed)
-    reference = instantiate(cfg.reference).fingerprint if cfg.reference else None
-    gc.collect()  # parts of a model may hold each other
+    reference = _fingerprint_of(cfg.reference)
+    tuned_from = base_checkpoint(to_container(cfg)["checkpoint"])
+    # without its LoRA, a checkpoint cannot be itself
+    base = None if cfg.checkpoint.get("base") == "auto" else _fingerprint_of(tuned_from)
     pairs = with_self_controls(listed, copied, Path(cfg.paths.cache) / "copies")
     context = audit_context(cfg, folder, pairs, tracker=tracker)
     if context.model.fingerprint == reference:
@@ -177,6 +183,12 @@ def set_up(
             f"images",
             where="reference",
             fix="give a checkpoint that was not trained on them, or reference=none",
+        )
+    if context.model.fingerprint == base:
+        raise InputError(
+            f"the base is the checkpoint under audit itself ({base}): nothing was tuned",
+            where="checkpoint.base",
+            fix="give the checkpoint that it was tuned from, or checkpoint.base=none",
         )
     context.data.prepare()
     check_space(
@@ -247,17 +259,32 @@ def audit_context(
     )
 
 
-def reference_context(cfg: DictConfig, context: AuditContext) -> AuditContext | None:
-    """The same audit with the model that never saw the images; None without one."""
-    if not cfg.reference:
+def _fingerprint_of(node: Mapping[str, Any] | None) -> str | None:
+    """Load a checkpoint, take its fingerprint, and let it go; None where there is none."""
+    found: str | None = instantiate(node).fingerprint if node else None
+    gc.collect()  # parts of a model may hold each other
+    return found
+
+
+def other_context(
+    node: Mapping[str, Any] | None, context: AuditContext, name: str
+) -> AuditContext | None:
+    """The same audit of another checkpoint, without a mitigation; None without one.
+
+    Args:
+        node: What builds it; None or empty for none.
+        context: The audit.
+        name: Of its folder in the run's.
+    """
+    if not node:
         return None
-    model = instantiate(cfg.reference)
+    model = instantiate(node)
     data = PairsDataModule(context.pairs, model, cache=context.cache / "encoded")
     measures = context.references.measures
     data.prepare()
     return replace(
         context,
-        folder=context.folder / "reference",
+        folder=context.folder / name,
         model=model,
         data=data,
         references=context.references
@@ -268,12 +295,14 @@ def reference_context(cfg: DictConfig, context: AuditContext) -> AuditContext | 
     )
 
 
-def _attack_reference(cfg: DictConfig, context: AuditContext) -> ReferenceRun | None:
-    """Attack the same pairs, with the same budget, on the model that never saw them."""
-    there = reference_context(cfg, context)
+def _attack_other(
+    node: Mapping[str, Any] | None, context: AuditContext, name: str
+) -> OtherRun | None:
+    """Attack the same pairs, with the same budget, on another checkpoint."""
+    there = other_context(node, context, name)
     if there is None:
         return None
-    return ReferenceRun(there, attack_and_generate(there, EmptyEdit()))
+    return OtherRun(there, attack_and_generate(there, EmptyEdit()))
 
 
 def _measure_power(
@@ -375,18 +404,13 @@ def method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     Without ``utility``: what a mitigation costs is measured anew each time.
     """
     # folders from before a setting existed can be resumed where it is at its default
-    since = {"early_stop": False, "looks": [], "one_image": False, "futility": None, "parts": None,
-             "family": "sd", "text_encoder_2": None, "storage": "auto", "transformer": None,
-             "prompt_tokens": None}  # fmt: skip
-    checkpoint, attack = (
-        {k: v for k, v in cfg[group].items() if k not in since or v != since[k]}
-        for group in ("checkpoint", "attack")
-    )
+    since = {
+        "early_stop": False, "looks": [], "one_image": False, "futility": None, "parts": None,
+    }  # fmt: skip
+    attack = {k: v for k, v in cfg["attack"].items() if k not in since or v != since[k]}
     return {
         "seed": cfg["seed"],
-        "checkpoint": drop_keys(
-            checkpoint, "device", "channels_last", "gradient_checkpointing", "text_encoders"
-        ),
+        "checkpoint": deciding_settings(cfg["checkpoint"]),
         "mitigation": cfg["mitigation"],
         "corpus": cfg["corpus"],
         "attack": drop_keys(attack, "pairs_per_forward", "samples_per_forward"),

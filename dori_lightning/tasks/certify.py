@@ -30,8 +30,8 @@ from dori_lightning.runtime.cache import held
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.audit import (
     method_of,
+    other_context,
     positive_controls,
-    reference_context,
     set_up,
 )
 from dori_lightning.tasks.plan import CHECKPOINTS, PLAN_FILE, count_pairs
@@ -143,7 +143,7 @@ def _certify(
     edit = context.find_edit().edit
     calibration = find_thresholds(context)
     audited = Subject("audited", context, edit, calibration)
-    there = reference_context(cfg, context)
+    there = other_context(cfg.reference, context, "reference")
     reference = None
     if there is not None:
         reference = Subject("reference", there, EmptyEdit(), calibration)

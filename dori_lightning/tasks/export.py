@@ -290,6 +290,7 @@ def _describe(
         git_sha=git_sha(),
         packages=package_versions(),
         replaced=model.replaced,
+        loras=model.loras,
     )
 
 

@@ -23,9 +23,11 @@ from rich.table import Table
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
 from dori_lightning.audit.loss_evidence import LOSS_ROWS
 from dori_lightning.audit.power import PowerSettings
+from dori_lightning.config import base_checkpoint
 from dori_lightning.metrics.evidence import EvidenceSettings, nulls_among
 from dori_lightning.mitigations.base import CostEstimate, Evaluations, Mitigation, check_family
 from dori_lightning.mitigations.baselines import NoMitigation
+from dori_lightning.models.lora import LoraSetting, lora_entries
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.copies import counted_with_copies
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
@@ -260,7 +262,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         work += Evaluations(forward=asked * LOSS_ROWS)
     # all that decides the work which jobs of a sweep may share
     decides = {
-        "checkpoint": drop_keys(config["checkpoint"], "device", "channels_last"),
+        "checkpoint": drop_keys(config["checkpoint"], "device", "channels_last", "base"),
         "pairs": drop_keys(config["pairs"], "cache"),
         "corpus": config["corpus"],
         "sampling": drop_keys(config["sampling"], "batch"),
@@ -276,6 +278,14 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         # attacked in each job's folder: its key is no other job's
         shared[content_hash(["reference", config])] = part(
             "the reference model", work + ordinary, images=images, embeddings=attacks * snapshots
+        )
+    base = base_checkpoint(config["checkpoint"])
+    if base:
+        shared[content_hash(["base", config])] = part(
+            f"its base, {base['name']}",
+            work + ordinary,
+            images=images,
+            embeddings=attacks * snapshots,
         )
     adjusted = 0
     for method, estimate in _edits(mitigation, sampling, suspected):
@@ -299,6 +309,7 @@ def plan_of(cfg: DictConfig) -> JobPlan:
         attacks=attacks,
         remarks=(
             *_remarks(pairs, pairs_from, str(cfg.checkpoint.name)),
+            *_lora_remarks(str(cfg.checkpoint.name), cfg.checkpoint.get("lora")),
             *_early_remarks(settings, sampling, pairs),
             *_evidence_remarks(pairs, instantiate(cfg.evidence), reference=bool(cfg.reference)),
             *_power_remarks(instantiate(cfg.power), attack=steps * settings.noise_batch),
@@ -434,6 +445,12 @@ def _remarks(pairs: Mapping[Kind, int], pairs_from: str, checkpoint: str) -> Ite
             )
         if cost.speeds is _CARDS:
             yield f"hours are of one card at {PEAK_FRACTION:.0%} of its dense bf16 peak: estimates"
+
+
+def _lora_remarks(checkpoint: str, setting: LoraSetting | None) -> Iterator[str]:
+    """What is added to the checkpoint's weights before it is audited."""
+    for path, scale in lora_entries(setting):
+        yield f"{checkpoint} with LoRA {Path(path).name} at scale {scale:g}"
 
 
 def _evidence_remarks(

@@ -25,7 +25,7 @@ from dori_lightning.config import unescaped
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.report.record import Provenance
 from dori_lightning.runtime import peers
-from dori_lightning.runtime.artifacts import content_hash
+from dori_lightning.runtime.artifacts import content_hash, drop_keys
 from dori_lightning.runtime.redaction import redact
 from dori_lightning.runtime.signals import Interrupted
 from dori_lightning.tasks.status import sweep_overrides
@@ -57,6 +57,24 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     return {str(k): v for k, v in resolved.items()}
+
+
+_SINCE = {
+    "family": "sd", "text_encoder_2": None, "storage": "auto", "transformer": None,
+    "prompt_tokens": None, "lora": None,
+}  # fmt: skip
+"""Settings of a checkpoint that folders from before they existed lack, where they are at these."""
+
+
+def deciding_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings that decide the results on it.
+
+    Not ``base``: it says what else is attacked. Settings younger than a folder that could be
+    resumed are left out where they are at their defaults.
+    """
+    free = ("device", "channels_last", "gradient_checkpointing", "text_encoders", "base")
+    kept = {k: v for k, v in checkpoint.items() if k not in _SINCE or v != _SINCE[k]}
+    return drop_keys(kept, *free)
 
 
 FINGERPRINT = "checkpoint.fingerprint"
@@ -137,6 +155,7 @@ def provenance_of(
         coder_rows=replace(model.coder_rows),
         wall_seconds=(finished - started).total_seconds(),
         replaced=model.replaced,
+        loras=model.loras,
         commit=model.commit,
         numerics=numerics() if model.device.type == "cuda" else {},
     )

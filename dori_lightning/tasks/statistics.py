@@ -18,7 +18,13 @@ from dori_lightning.mitigations.activations import (
 from dori_lightning.mitigations.base import require_value_input
 from dori_lightning.runtime.artifacts import check_folder, claim_folder, drop_keys, write_json
 from dori_lightning.runtime.logging import answer_console
-from dori_lightning.tasks.run_record import FINGERPRINT, logged, to_container, with_fingerprint
+from dori_lightning.tasks.run_record import (
+    FINGERPRINT,
+    deciding_settings,
+    logged,
+    to_container,
+    with_fingerprint,
+)
 from dori_lightning.types import InputError
 
 
@@ -62,9 +68,7 @@ def _method_of(cfg: dict[str, Any]) -> dict[str, Any]:
     return {
         "seed": cfg["seed"],
         "task": cfg["task"],
-        "checkpoint": drop_keys(
-            cfg["checkpoint"], "device", "channels_last", "gradient_checkpointing"
-        ),
+        "checkpoint": deciding_settings(cfg["checkpoint"]),
         "corpus": cfg["corpus"],
         "sampling": drop_keys(cfg["sampling"], "batch", "images_per_pair", "seed"),
     }

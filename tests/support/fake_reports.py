@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dori_lightning.metrics.evidence import ImageEvidence, Power, Unseen, UnseenImage
+from dori_lightning.metrics.evidence import (
+    Answer,
+    BaseEvidence,
+    ImageEvidence,
+    Power,
+    Unseen,
+    UnseenImage,
+)
 from dori_lightning.report.findings import Circumstances, make_report
 from dori_lightning.report.record import AuditReport, Provenance
 from dori_lightning.types import (
@@ -128,6 +135,14 @@ def calibration() -> Calibration:
         auc=0.98,
         roc=((0.0, 0.0, math.inf), (0.0, 0.9, 0.72), (0.1, 1.0, 0.4), (1.0, 1.0, -1.0)),
     )
+
+
+def with_base(report: AuditReport, answers: Sequence[Answer]) -> AuditReport:
+    """The audit, which has evidence, with the answers for its images in the base."""
+    rows = zip(report.images, answers, strict=True)
+    images = tuple(replace(row, answer=answer, similarity=0.25) for row, answer in rows)
+    cells = (cell("vm", PROMPT, 1, len(images)),)
+    return replace(report, base=BaseEvidence("sd14", "b" * 16, cells, images))
 
 
 def picture(path: Path, seed: int, *, noise: float = 0.0) -> Path:

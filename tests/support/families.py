@@ -370,8 +370,9 @@ def drawn_by_diffusers(
     sampling: Sampling,
     *,
     folder: Path | None = None,
+    prepare: Callable[[Any], object] = lambda pipeline: None,
 ) -> torch.Tensor:
-    """What the library's own pipeline draws (1, 3, H, W) from the same noise."""
+    """What the library's own pipeline, prepared, draws (1, 3, H, W) from the same noise."""
     kind = getattr(diffusers, model.family.pipeline)
     family = FAMILIES[model.family.name]
     pipeline = kind.from_pretrained(
@@ -382,6 +383,7 @@ def drawn_by_diffusers(
             pipeline.scheduler.config, **model.family.sampler_settings
         )
     pipeline.set_progress_bar_config(disable=True)
+    prepare(pipeline)
     image: torch.Tensor = pipeline(
         prompt,
         num_inference_steps=sampling.steps,

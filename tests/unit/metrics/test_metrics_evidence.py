@@ -22,6 +22,7 @@ from dori_lightning.metrics.evidence import (
     image_evidence,
     null_scores,
     nulls_needed,
+    origin_of,
     unseen_images,
 )
 from dori_lightning.metrics.replication import PairResult
@@ -277,3 +278,21 @@ def test_an_image_held_but_never_drawn_is_dormant() -> None:
     assert [rows[f"held_{k}"].answer for k in range(3)] == ["dormant", "dormant", "no"]
     assert rows["held_0"].p_loss == pytest.approx(1 / 41)
     assert rows["held_0"].loss_ratio == 0.4
+
+
+@pytest.mark.parametrize(
+    ("answer", "base", "origin"),
+    [
+        ("yes", "yes", "base"),
+        ("no", "yes", "base"),
+        ("cannot_tell", "dormant", "base"),
+        ("yes", "no", "tuning"),
+        ("dormant", "no", "tuning"),
+        ("no", "no", "neither"),
+        ("cannot_tell", "no", "cannot_tell"),
+        ("yes", "cannot_tell", "cannot_tell"),
+        ("no", "cannot_tell", "cannot_tell"),
+    ],
+)
+def test_where_an_image_is_from_follows_from_both_answers(answer, base, origin) -> None:
+    assert origin_of(answer, base) == origin

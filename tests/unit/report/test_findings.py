@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dori_lightning.attacks.model_check import ModelCheck
-from dori_lightning.metrics.evidence import ImageEvidence, Power
+from dori_lightning.metrics.evidence import BaseEvidence, ImageEvidence, Power
 from dori_lightning.metrics.replication import headline_condition, recommended_budget
 from dori_lightning.report.findings import (
     Circumstances,
@@ -288,7 +288,8 @@ GOOD = ModelCheck(response=0.07, scale=1.0, gradient=0.006, denoising=0.24)
 )
 def test_where_the_search_could_not_work_nothing_found_is_no_answer(check, before, flag):
     counts = {"prompt": 0, "attack": 0, "control": 0}
-    report = audit(**counts, check=check, check_before=before, images=(MISSED,))
+    base = BaseEvidence("base", "b" * 16, (), (MISSED,))
+    report = audit(**counts, check=check, check_before=before, images=(MISSED,), base=base)
     assert (names(report) & {"model_damaged", "gradient_masked"}) == ({flag} if flag else set())
     found = audit_findings(report)
     assert (found.answer, found.tone) == (("blind", "doubt") if flag else ("clear", "clear"))
@@ -296,6 +297,9 @@ def test_where_the_search_could_not_work_nothing_found_is_no_answer(check, befor
     assert (row.answer, row.reason) == (
         ("cannot_tell", "not_seen") if flag else ("no", "nothing_came_back")
     )
+    assert report.base is not None
+    assert report.base.images == report.images, "the same attack could not have seen it there"
+    assert report.origins == {"cat": "cannot_tell" if flag else "neither"}
     assert ("could not have seen it" in audit_verdict(report).answer) == bool(flag)
 
 

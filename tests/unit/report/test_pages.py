@@ -117,3 +117,16 @@ def test_forty_pairs_stay_small(tmp_path):
     assert path.name == "report.html"
     assert path.stat().st_size < 3_000_000
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_where_each_image_is_from_is_said(tmp_path):
+    report = fakes.with_evidence(fakes.report(tmp_path))
+    assert "from where" not in render_page(report)
+    report = fakes.with_base(report, ("yes", "no", "cannot_tell", "no"))
+    text = render_page(report)
+    said = ["held by the base already", "came with the fine-tuning", "cannot tell", "neither"]
+    assert re.findall("<td>(" + "|".join(said) + ')</td><td class="num">0.25</td>', text) == said
+    assert (
+        "sd14, which it was tuned from, was tested in the same way: it holds 1 of 4 images "
+        "already, and 1 came with the fine-tuning; of 1 this cannot be told."
+    ) in text

@@ -43,11 +43,12 @@ def kept(folder: Path, **more: Any) -> AuditReport:
 
 def test_an_audit_comes_back_as_it_was(tmp_path):
     report = fakes.with_evidence(kept(tmp_path))
+    report = fakes.with_base(report, ("yes", "no", "cannot_tell", "no"))
     write_report(report, tmp_path)
     back = shown_report(read_run(tmp_path))
     for name in (
-        "calibration", "cells", "false_discovery_rate", "flags", "images", "power", "provenance",
-        "recommended_budget", "unseen", "verdict",
+        "base", "calibration", "cells", "false_discovery_rate", "flags", "images", "origins",
+        "power", "provenance", "recommended_budget", "unseen", "verdict",
     ):  # fmt: skip
         assert getattr(back, name) == getattr(report, name)
     for one, other in zip(back.outcomes, report.outcomes, strict=True):

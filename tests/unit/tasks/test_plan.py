@@ -14,6 +14,7 @@ from dori_lightning.mitigations.base import Evaluations
 from dori_lightning.mitigations.wanda import Wanda
 from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
 from dori_lightning.tasks.plan import CHECKPOINTS, UNKNOWN, JobPlan, plan_of, sum_plans
+from dori_lightning.tasks.run_record import to_container
 from dori_lightning.types import InputError
 from support.runs import configuration, run_task, write_pairs
 
@@ -88,6 +89,48 @@ def test_evidence_by_loss_self_controls_and_a_reference_are_priced(tmp_path: Pat
         planned(*listed(tmp_path), "evidence.false_discovery_rate=0.05")
     powered = planned(*listed(tmp_path), "power=planted", "attack.budget.steps=7")
     assert f"and attacked by {4 * 7 * 2}" in powered.remarks[-1]
+
+
+def test_a_lora_is_named_and_its_base_priced(tmp_path: Path) -> None:
+    lora = "checkpoint.lora=[{path:/a/style.safetensors,scale:0.8}]"
+    one, tuned = planned(*listed(tmp_path)), planned(*listed(tmp_path), lora)
+    ordinary, base = tuned.shared.values()
+    assert base.what == "its base, dori_tiny without LoRA"
+    assert base.work == one.audit.work + ordinary.work
+    assert tuned.audit.work == one.audit.work
+    assert "dori_tiny with LoRA style.safetensors at scale 0.8" in tuned.remarks
+    alone = planned(*listed(tmp_path), lora, "checkpoint.base=none")
+    assert [part.what for part in alone.shared.values()] == [ordinary.what]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), None),
+        (("checkpoint.base=none", "checkpoint.lora=a"), None),
+        (("checkpoint.lora=a",), ("package:dori_tiny", None, "dori_tiny without LoRA")),
+        (("checkpoint.base=sd14",), ("CompVis/stable-diffusion-v1-4", None, "sd14")),
+        (
+            ("checkpoint.base=dori_tiny_twin", "checkpoint.lora=a"),
+            ("package:dori_tiny", "package:dori_tiny_twin", "dori_tiny_twin"),
+        ),
+        (("checkpoint.base=/a/base", "checkpoint.unet=b"), ("/a/base", None, "base")),
+        (("checkpoint.base=some/body",), ("some/body", None, "body")),
+    ],
+)
+def test_a_base_is_a_checkpoint_by_name_or_source(overrides, expected) -> None:
+    composed = to_container(configuration("checkpoint.device=cpu", *overrides))["checkpoint"]
+    base = config.base_checkpoint(composed)
+    assert expected == (base and (base["source"], base["unet"], base["name"]))
+    if base is not None:
+        assert (base["lora"], base["device"]) == (None, "cpu")
+        assert config.base_checkpoint(base) is None
+
+
+def test_a_base_of_another_family_is_refused() -> None:
+    composed = to_container(configuration("checkpoint.base=sdxl"))["checkpoint"]
+    with pytest.raises(InputError, match=r"of the family sdxl, the checkpoint of sd"):
+        config.base_checkpoint(composed)
 
 
 def test_without_guidance_a_step_is_one_row(tmp_path: Path) -> None:
