@@ -21,7 +21,7 @@ from dori_lightning.audit.power import PowerSettings, plant
 from dori_lightning.certify.base import Plan, Subject
 from dori_lightning.certify.cascade import PROTOCOL, Cascade, CertifySettings
 from dori_lightning.certify.traces import traces
-from dori_lightning.mitigations.base import Evaluations, settings_fingerprint
+from dori_lightning.mitigations.base import Evaluations
 from dori_lightning.mitigations.edits import EmptyEdit
 from dori_lightning.report.certificate import make_certificate, write_certificate
 from dori_lightning.runtime import distributed
@@ -129,10 +129,11 @@ def plan_certificate(cfg: DictConfig, settings: CertifySettings, folder: Path) -
 
 
 def _more(settings: CertifySettings) -> dict[str, object]:
-    """What decides a certificate besides what decides an audit."""
-    attacks = {attack.name: settings_fingerprint(attack) for attack in settings.chosen}
-    limit = settings.max_false_positive
-    return {"certify": {"protocol": PROTOCOL, "attacks": attacks, "max_false_positive": limit}}
+    """What decides a certificate besides what decides an audit.
+
+    Not the list of attacks: each is kept with its own settings, so a folder may be given more.
+    """
+    return {"certify": {"max_false_positive": settings.max_false_positive}}
 
 
 def _certify(
