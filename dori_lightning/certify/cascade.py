@@ -32,7 +32,7 @@ from dori_lightning.runtime.artifacts import content_hash
 from dori_lightning.runtime.cache import JSON, Cache, Codec
 from dori_lightning.runtime.documents import plain_values
 from dori_lightning.runtime.logging import progress_bar
-from dori_lightning.types import InputError, Kind, Number, Pair
+from dori_lightning.types import InputError, Kind, Number, Pair, first_line
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +49,28 @@ class CertifySettings:
     """How a model is certified.
 
     Attributes:
-        paths: Attacks in their order, names of ``attacks``.
         attacks: Name to attack.
+        protocol: All attacks of the protocol in their order, names of ``attacks``.
+        paths: Those that are run, in their order; None for all of the protocol that mean something
+            on what is attacked.
         max_false_positive: Share of images that the model cannot hold up to which a level counts.
         group: Images that are attacked side by side and kept together: what an interrupted run
             does not repeat.
     """
 
-    paths: tuple[str, ...]
     attacks: Mapping[str, Attack]
+    protocol: tuple[str, ...] = ()
+    paths: tuple[str, ...] | None = None
     max_false_positive: float = FALSE_POSITIVE_LIMIT
     group: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", tuple(self.paths))
+        object.__setattr__(self, "protocol", tuple(self.protocol))
+        if self.paths is not None:
+            object.__setattr__(self, "paths", tuple(self.paths))
+        paths = self.protocol if self.paths is None else self.paths
         known = [name for name, attack in self.attacks.items() if attack]
-        twice = [name for name in dict.fromkeys(self.paths) if self.paths.count(name) > 1]
+        twice = [name for name in dict.fromkeys(paths) if paths.count(name) > 1]
         if twice:
             raise InputError(
                 f"certify.paths names {', '.join(twice)} twice",
@@ -72,7 +78,7 @@ class CertifySettings:
                 fix="name each attack once; settings of it are certify.attacks."
                 f"{twice[0]}.SETTING",
             )
-        stray = [name for name in self.paths if name not in known]
+        stray = [name for name in paths if name not in known]
         if stray:
             raise InputError(
                 f"certify.paths has no attack {', '.join(stray)}",
@@ -80,7 +86,7 @@ class CertifySettings:
                 fix=f"some of {', '.join(known)}; one of your own is added with "
                 f"+attack@certify.attacks.NAME=NAME",
             )
-        if not self.paths:
+        if not paths:
             raise InputError("certify.paths is empty", where="certify.paths", fix="name an attack")
         if not 0 <= self.max_false_positive < 1:
             raise InputError(
@@ -89,19 +95,38 @@ class CertifySettings:
         if self.group < 1:
             raise InputError(f"certify.group must be >= 1, got {self.group}")
 
-    @property
-    def chosen(self) -> tuple[Attack, ...]:
-        """The attacks, in their order."""
-        return tuple(self.attacks[name] for name in self.paths)
-
-    def check(self, plan: Plan) -> None:
-        """Refuse attacks that mean nothing on what is attacked, before anything is loaded.
+    def choose(self, plan: Plan) -> Chosen:
+        """The attacks that are run on what is attacked, before anything is loaded.
 
         Raises:
-            InputError: One does.
+            InputError: One that was asked for by name means nothing there.
         """
-        for attack in self.chosen:
-            attack.check(plan)
+        if self.paths is not None:
+            for name in self.paths:
+                self.attacks[name].check(plan)
+            return Chosen(tuple(self.attacks[name] for name in self.paths), {})
+        found, left_out = list[Attack](), dict[str, str]()
+        for name in self.protocol:
+            try:
+                self.attacks[name].check(plan)
+            except InputError as error:
+                left_out[name] = first_line(error)
+            else:
+                found.append(self.attacks[name])
+        return Chosen(tuple(found), left_out)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The attacks of a cascade.
+
+    Attributes:
+        attacks: In their order.
+        left_out: Name to why an attack of the protocol means nothing here.
+    """
+
+    attacks: tuple[Attack, ...]
+    left_out: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -304,7 +329,8 @@ class Cascade:
     """Attacks on a model, with everything that says whether they mean something.
 
     Attributes:
-        settings: The attacks and their order.
+        settings: What counts, and how images are grouped.
+        attacks: The attacks, in their order.
         plan: What is known before anything is loaded.
         audited: The model under audit.
         suspects: Pairs that it may hold.
@@ -315,6 +341,7 @@ class Cascade:
     """
 
     settings: CertifySettings
+    attacks: Sequence[Attack]
     plan: Plan
     audited: Subject
     suspects: Sequence[Pair]
@@ -327,11 +354,11 @@ class Cascade:
     def run(self) -> list[AttackFindings]:
         """Run every attack; what an interrupted run has finished is read."""
         left, transferred = list(self.suspects), list[Pair]()
-        for place, attack in enumerate(self.settings.chosen, 1):
+        for place, attack in enumerate(self.attacks, 1):
             log.info(
                 "attack %d of %d: %s, %d of %d suspects left",
                 place,
-                len(self.settings.paths),
+                len(self.attacks),
                 attack.name,
                 len(left),
                 len(self.suspects),

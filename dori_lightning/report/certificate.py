@@ -6,7 +6,7 @@ The record is ``certificate.json``, the page ``certificate.html``; the words are
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -84,6 +84,7 @@ class Certificate:
         mitigation: What was done to it.
         reference: Name of the model that never saw the images; empty without one.
         attacks: What each attack found, in their order.
+        left_out: Name to why an attack of the protocol means nothing here.
         suspects: Ids of the suspected pairs that can be told from other images, in their order.
         not_auditable: Ids of suspected pairs that cannot: nothing is certified of them.
         survivals: How images survive work, by group.
@@ -100,6 +101,7 @@ class Certificate:
     mitigation: str
     reference: str
     attacks: tuple[AttackFindings, ...]
+    left_out: Mapping[str, str]
     suspects: tuple[str, ...]
     not_auditable: tuple[str, ...]
     survivals: tuple[Survival, ...]
@@ -210,6 +212,7 @@ def make_certificate(
     found: Sequence[AttackFindings],
     suspects: Sequence[str],
     not_auditable: Sequence[str],
+    left_out: Mapping[str, str],
     traces: Sequence[Trace],
     planted: int | None,
     provenance: Provenance,
@@ -221,6 +224,7 @@ def make_certificate(
         mitigation=mitigation,
         reference=reference,
         attacks=tuple(found),
+        left_out=dict(left_out),
         suspects=tuple(suspects),
         not_auditable=tuple(not_auditable),
         survivals=tuple(survival(group, work) for group, work in works.items() if work),

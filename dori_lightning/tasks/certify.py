@@ -19,7 +19,7 @@ from dori_lightning.audit.evaluation import (
 )
 from dori_lightning.audit.power import PowerSettings, plant
 from dori_lightning.certify.base import Plan, Subject
-from dori_lightning.certify.cascade import PROTOCOL, Cascade, CertifySettings
+from dori_lightning.certify.cascade import PROTOCOL, Cascade, CertifySettings, Chosen
 from dori_lightning.certify.traces import traces
 from dori_lightning.mitigations.base import Evaluations
 from dori_lightning.mitigations.edits import EmptyEdit
@@ -49,18 +49,18 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         Work at which the first suspect came back, for sweepers that look for lasting removal: the
         more the better; the most that was spent on one where none did.
     """
-    settings = read_settings(cfg)
+    settings, chosen = read_settings(cfg)
     if cfg.task.dry_run:
-        plan_certificate(cfg, settings, folder)
+        plan_certificate(cfg, chosen, folder)
         return None
     method = {**method_of(to_container(cfg)), **_more(settings)}
     check_folder(folder, method, unknown=[FINGERPRINT])
     tags = (str(cfg.checkpoint.name), str(cfg.mitigation.name))
     with tracked(cfg, folder, tags=tags) as tracker:
-        return _certify(cfg, folder, settings, tracker)
+        return _certify(cfg, folder, settings, chosen, tracker)
 
 
-def read_settings(cfg: DictConfig) -> CertifySettings:
+def read_settings(cfg: DictConfig) -> tuple[CertifySettings, Chosen]:
     """Read and check the attacks, before anything is loaded.
 
     Raises:
@@ -73,8 +73,7 @@ def read_settings(cfg: DictConfig) -> CertifySettings:
             fix="certify=certify_1, or +experiment=certify",
         )
     settings: CertifySettings = instantiate(cfg.certify)
-    settings.check(_plan(cfg))
-    return settings
+    return settings, settings.choose(_plan(cfg))
 
 
 def _plan(cfg: DictConfig) -> Plan:
@@ -86,7 +85,7 @@ def _plan(cfg: DictConfig) -> Plan:
     )
 
 
-def plan_certificate(cfg: DictConfig, settings: CertifySettings, folder: Path) -> None:
+def plan_certificate(cfg: DictConfig, chosen: Chosen, folder: Path) -> None:
     """Print what each attack would take at most, and write ``plan.json``; nothing is loaded."""
     pairs, pairs_from = count_pairs(cfg)
     power: PowerSettings = instantiate(cfg.power)
@@ -94,7 +93,7 @@ def plan_certificate(cfg: DictConfig, settings: CertifySettings, folder: Path) -
     suspects = pairs["vm"] + pairs["tm"]
     images = suspects + pairs["control"] + planted + (suspects if cfg.reference else 0)
     plan, cost = _plan(cfg), CHECKPOINTS.get(str(cfg.checkpoint.name))
-    rows = {attack.name: attack.rows(plan) for attack in settings.chosen}
+    rows = {attack.name: attack.rows(plan) for attack in chosen.attacks}
     devices = list(cost.speeds) if cost else []
 
     def hours(count: int) -> dict[str, float]:
@@ -113,7 +112,7 @@ def plan_certificate(cfg: DictConfig, settings: CertifySettings, folder: Path) -
     table = Table("attack", "its adversary holds", title=f"Plan of {folder.name}, at most")
     for name in ("rows per image", "rows", *(f"h, {device}" for device in devices)):
         table.add_column(name, justify="right")
-    holds = {attack.name: attack.holds for attack in settings.chosen}
+    holds = {attack.name: attack.holds for attack in chosen.attacks}
     for name, each in [*rows.items(), ("all", sum(rows.values()))]:
         times = (f"{time:.2f}" for time in hours(each * images).values())
         table.add_row(name, holds.get(name, ""), f"{each:,}", f"{each * images:,}", *times)
@@ -123,6 +122,7 @@ def plan_certificate(cfg: DictConfig, settings: CertifySettings, folder: Path) -
         f"{images} images: {suspects} suspects ({pairs_from}), {pairs['control']} controls, "
         f"{planted} planted, {suspects if cfg.reference else 0} on the reference",
         "suspects that come back are not tried again, and attacks end where controls come back",
+        *(f"left out: {name}: {why}" for name, why in chosen.left_out.items()),
         "not counted: the mitigation's edit, planting, loading, descriptors",
     ):
         console.print(f"- {text}", highlight=False)
@@ -137,7 +137,7 @@ def _more(settings: CertifySettings) -> dict[str, object]:
 
 
 def _certify(
-    cfg: DictConfig, folder: Path, settings: CertifySettings, tracker: Tracker
+    cfg: DictConfig, folder: Path, settings: CertifySettings, chosen: Chosen, tracker: Tracker
 ) -> float | None:
     started = datetime.now(UTC)
     context = set_up(cfg, folder, tracker, more=_more(settings))
@@ -157,6 +157,7 @@ def _certify(
     controls = [pair for pair in context.pairs if pair.kind == "control"]
     cascade = Cascade(
         settings=settings,
+        attacks=chosen.attacks,
         plan=_plan(cfg),
         audited=audited,
         suspects=suspects,
@@ -177,6 +178,7 @@ def _certify(
         found=found,
         suspects=[pair.id for pair in suspects if pair.id not in lost],
         not_auditable=[pair.id for pair in suspects if pair.id in lost],
+        left_out=chosen.left_out,
         traces=left,
         planted=None if planted is None else len(planted.context.pairs),
         provenance=provenance_of(cfg, context.model, context.pairs, started=started),

@@ -77,10 +77,13 @@ CONTROLS = pairs("control", *(f"c{k}" for k in range(4)))
 def cascade(tmp_path: Path, *attacks: Scripted, reference: bool = True, limit: float = 0.05):
     calls: list[Any] = []
     settings = CertifySettings(
-        tuple(a.name for a in attacks), {a.name: a for a in attacks}, max_false_positive=limit
+        {a.name: a for a in attacks},
+        max_false_positive=limit,
+        paths=tuple(a.name for a in attacks),
     )
     made = Cascade(
         settings=settings,
+        attacks=attacks,
         plan=PLAN,
         audited=subject("audited", SUSPECTS, calls),
         suspects=SUSPECTS,
@@ -205,4 +208,19 @@ def test_images_belong_to_one_group_each(tmp_path):
 )
 def test_paths_that_name_no_cascade_are_refused(paths, words):
     with pytest.raises(InputError, match=words):
-        CertifySettings(paths, {"one": Scripted("one")})
+        CertifySettings({"one": Scripted("one")}, paths=paths)
+
+
+@dataclass(frozen=True)
+class Nowhere(Scripted):
+    def check(self, plan: Plan) -> None:
+        raise InputError("it means nothing here", fix="leave it out")
+
+
+def test_attacks_that_mean_nothing_are_left_out_of_the_protocol_and_refused_by_name():
+    attacks = {"one": Scripted("one"), "two": Nowhere("two"), "three": Scripted("three")}
+    chosen = CertifySettings(attacks, protocol=("one", "two", "three")).choose(PLAN)
+    assert [attack.name for attack in chosen.attacks] == ["one", "three"]
+    assert chosen.left_out == {"two": "it means nothing here"}
+    with pytest.raises(InputError, match="means nothing here"):
+        CertifySettings(attacks, paths=("two",)).choose(PLAN)
