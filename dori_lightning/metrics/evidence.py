@@ -216,6 +216,7 @@ Reason = Literal[
     "copy",
     "copy_few_nulls",
     "held_by_loss",
+    "loss_few_nulls",
     "nothing_came_back",
     "not_seen",
     "not_auditable",
@@ -224,7 +225,8 @@ Reason = Literal[
     "not_above_nulls",
 ]
 """What an answer rests on; in words on the page of an audit. ``copy_few_nulls``: it is a copy and
-beats every null, but they are too few to support the error rate asked for. ``not_seen``: it did
+beats every null, but they are too few to support the error rate asked for. ``loss_few_nulls``: it
+did not come back, and its loss beats every null, but they are too few as well. ``not_seen``: it did
 not come back, and the audit could not have seen it."""
 
 
@@ -471,7 +473,9 @@ def judge(
     where nulls are too few for that, above every one of them (``copy_few_nulls``). The threshold
     alone knows no error rate, a p-value alone calls anything unusual a copy. An image
     that the reference model reproduces as well proves nothing (``cannot_tell``): the attack
-    paints it. It, and only it: as a null it counts for no other image.
+    paints it. It, and only it: as a null it counts for no other image. Where nothing comes back,
+    an image whose loss stands out from every null is held (``dormant``) if the nulls suffice for
+    the rate, and ``cannot_tell`` if they do not: it is never answered ``no``.
 
     Args:
         scores: Highest score of each; NaN without a result.
@@ -485,9 +489,9 @@ def judge(
     paints = np.zeros(len(scores), bool) if painted is None else np.asarray(painted, bool)
     nulls = null_scores(unseen)
     by_image = conformal_p_values(scores, nulls)
-    by_loss = conformal_p_values(
-        -np.log(np.asarray(ratios, np.float64)), -np.log([image.loss_ratio for image in unseen])
-    )
+    lost = np.log([image.loss_ratio for image in unseen])
+    by_loss = conformal_p_values(-np.log(np.asarray(ratios, np.float64)), -lost)
+    compared = int((~np.isnan(lost)).sum())
     # an image that this descriptor cannot judge has its p-value by loss, but is no part of the
     # family and no null: it may move no other image's answer
     dormant = discoveries(np.where(fit, by_loss, math.nan), rate) | (~fit & (by_loss <= rate))
@@ -500,6 +504,7 @@ def judge(
             # a discovery, or as small a p-value as the nulls allow
             beats_all=copies[k] or by_image[k] * (1 + len(nulls)) < 1.5,
             by_loss=dormant[k],
+            lowest_loss=compared > 0 and by_loss[k] * (1 + compared) < 1.5,
             auditable=fit[k],
             painted=paints[k],
         )
@@ -572,6 +577,7 @@ def _answer(
     by_image: bool,
     beats_all: bool,
     by_loss: bool,
+    lowest_loss: bool,
     auditable: bool,
     painted: bool,
 ) -> tuple[Answer, Reason]:
@@ -585,4 +591,6 @@ def _answer(
         return "cannot_tell", "no_result"
     if score > COPY:
         return "cannot_tell", "painted" if painted else "not_above_nulls"
+    if lowest_loss:
+        return "cannot_tell", "loss_few_nulls"
     return "no", "nothing_came_back"

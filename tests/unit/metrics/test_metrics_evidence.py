@@ -15,11 +15,13 @@ from dori_lightning.metrics.evidence import (
     EvidenceSettings,
     ImageEvidence,
     LossEvidence,
+    UnseenImage,
     conformal_p_values,
     discoveries,
     fewest_together,
     find_futile,
     image_evidence,
+    judge,
     null_scores,
     nulls_needed,
     origin_of,
@@ -210,6 +212,24 @@ def test_with_few_nulls_a_copy_has_to_beat_every_one_of_them_and_says_so() -> No
     assert (rows["held"].answer, rows["held"].reason) == ("yes", "copy_few_nulls")
     rows = judged([result("held", "vm", 0.8), *controls(5, highest=0.85)])
     assert (rows["held"].answer, rows["held"].reason) == ("cannot_tell", "not_above_nulls")
+
+
+@pytest.mark.parametrize(
+    ("controls_of", "ratio", "answer"),
+    [
+        (40, 0.5, ("dormant", "held_by_loss")),
+        (8, 0.5, ("cannot_tell", "loss_few_nulls")),
+        (8, 0.95, ("no", "nothing_came_back")),
+        (0, 0.5, ("no", "nothing_came_back")),
+    ],
+)
+def test_an_image_that_stands_out_by_its_loss_is_never_answered_no(
+    controls_of: int, ratio: float, answer: tuple[str, str]
+) -> None:
+    """Not where the nulls are too few for an error rate either; one of them has a ratio of .9."""
+    unseen = [UnseenImage(f"c{k}", "control", 0.1, 0.9 + 0.01 * k) for k in range(controls_of)]
+    (found,) = judge([0.2], [ratio], unseen, rate=0.05)
+    assert (found.answer, found.reason) == answer
 
 
 def test_without_controls_only_prompts_count() -> None:
