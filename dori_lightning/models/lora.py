@@ -17,13 +17,15 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from dori_lightning.models.components import Component, Components, Family
@@ -236,7 +238,9 @@ class Lora:
             module.load_lora_adapter(dict(tensors), prefix=None, **options)
         else:
             named = {f"{component}.{name}": tensor for name, tensor in tensors.items()}
-            pipeline.load_lora_into_text_encoder(named, None, module, prefix=component, **options)
+            options["prefix"] = component
+            with _no_progress_bar():
+                pipeline.load_lora_into_text_encoder(named, None, module, **options)
         layers: list[Any] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
         if 2 * len(layers) != len(tensors):
             raise ValueError(f"{len(layers)} of {len(tensors) // 2} layers of {component} loaded")
@@ -270,6 +274,19 @@ class Lora:
             f"it looks like a LoRA of another family: give a checkpoint of that, with "
             f"checkpoint.family={likely}"
         )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing one for a few tensors."""
+    logs: Any = transformers.logging
+    shown = logs.is_progress_bar_enabled()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logs.enable_progress_bar()
 
 
 def looks_like(names: Iterable[str], notes: Mapping[str, str]) -> str | None:

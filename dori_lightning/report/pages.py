@@ -218,6 +218,7 @@ def render_page(
         images=images,
         verdict=audit_verdict(report),
         claims=_claims(report),
+        base={row.id: row for row in report.base.images} if report.base else {},
         found=found,
         spoken=[condition for condition in spoken if condition is not None],
         table=audit_pairs(report, disclosure=images, max_pairs=max_pairs),

@@ -3,7 +3,12 @@
 import pytest
 from safetensors.torch import load_file
 
+from dori_lightning.audit import evaluation
+from dori_lightning.metrics.calibration import calibrate_measures
+from dori_lightning.models.generation import load_images
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.pairs.validation import image_tensor, square_image
+from dori_lightning.report import findings
 from dori_lightning.types import InputError
 from support.loras import write_lora
 from support.records import report_json
@@ -15,7 +20,7 @@ pytest.importorskip("peft", reason="peft, of the extra 'lora', is not installed"
 
 @pytest.fixture(scope="module")
 def lora(material, tmp_path_factory):
-    path = tmp_path_factory.mktemp("lora") / "style.safetensors"
+    path = tmp_path_factory.mktemp("lora") / "knots.safetensors"
     write_lora(path, load_tiny(str(material / "checkpoint")), "sd-scripts")
     return path
 
@@ -26,15 +31,50 @@ def chosen(material, lora):
 
 
 @pytest.fixture(scope="module")
-def finished(material, chosen, tmp_path_factory):
+def held(material):
+    """Both models reproduce pair1, the one with the LoRA pair0 too; no model is damaged."""
+
+    def shown(place, seeds):
+        images = load_images(place, seeds)
+        tuned = "tuned" in place.parts and not {"base", "reference"} & {*place.parts}
+        if "pictures" not in place.parts or "reference" in place.parts:
+            return images
+        if place.name == "pair1" or (place.name == "pair0" and tuned):
+            listed = material / "pairs" / f"{place.name[-1]}.png"
+            return image_tensor(square_image(listed), images.shape[-1])[None]
+        return images
+
+    def of_a_perfect_autoencoder(references, prompted, **given):
+        given["reconstructions"] = references.images
+        return calibrate_measures(references, prompted, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_images", shown)
+        patch.setattr(evaluation, "calibrate_measures", of_a_perfect_autoencoder)
+        patch.setattr(findings, "could_not_see", lambda report: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(material, chosen, held, tmp_path_factory):
     """An audit with a LoRA, whose base and a reference are attacked, too."""
     place = tmp_path_factory.mktemp("audit")
     other = write_tiny(place / "other", seed=1)
     run_task(
-        place / "run", *chosen, "reference=checkpoint", f"reference.source={other}",
+        place / "tuned", *chosen, "reference=checkpoint", f"reference.source={other}",
         "reference.name=unseen",
     )  # fmt: skip
-    return place / "run"
+    return place / "tuned"
+
+
+def test_each_image_is_from_the_base_or_from_the_fine_tuning(finished):
+    report = report_json(finished)
+    answers = [[row["answer"] for row in own["images"]] for own in (report, report["base"])]
+    assert answers == [["yes", "yes"], ["no", "yes"]]
+    assert report["base"]["origins"] == {"pair0": "tuning", "pair1": "base"}
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "<td>came with the fine-tuning</td>" in page
+    assert "<td>held by the base already</td>" in page
 
 
 def test_the_base_is_attacked_as_an_audit_of_it_would(material, finished, tmp_path):
@@ -47,7 +87,6 @@ def test_the_base_is_attacked_as_an_audit_of_it_would(material, finished, tmp_pa
     assert [{**cell, "checkpoint": "tiny"} for cell in base["cells"]] == plain["cells"]
     assert report["cells"] != plain["cells"]
     assert plain["base"] is None
-    assert set(base["origins"]) == {row["id"] for row in base["images"]} == {"pair0", "pair1"}
 
 
 def test_the_base_is_in_no_p_value(finished):
@@ -60,10 +99,10 @@ def test_the_base_is_in_no_p_value(finished):
 
 def test_record_and_page_say_what_was_added(finished, lora):
     (found,) = report_json(finished)["provenance"]["loras"]
-    assert (found["source"], found["scale"]) == ("style.safetensors", 0.5)
+    assert (found["source"], found["scale"]) == ("knots.safetensors", 0.5)
     assert set(found["layers"]) == {"unet", "text_encoder"}
     page = (finished / "report.html").read_text(encoding="utf-8")
-    assert "with LoRA style.safetensors at scale 0.5" in page
+    assert "with LoRA knots.safetensors at scale 0.5" in page
     assert found["sha256"] in page
     assert "tiny without LoRA, which it was tuned from, was tested in the same way" in page
     assert '<th scope="col">from where</th>' in page
@@ -103,5 +142,5 @@ def test_the_exported_checkpoint_holds_the_sum(material, lora, chosen, tmp_path)
     assert not [name for name in names if "lora" in name or "base_layer" in name]
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "its weights with a LoRA added at scale 0.5 (changed layers:" in card
-    assert "style" not in card, "a name may tell whose image it is"
+    assert "knots" not in card, "a name may tell whose image it is"
     assert "'checkpoint.lora=[{path:FILE,scale:0.5}]'" in card

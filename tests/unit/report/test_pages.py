@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from dori_lightning.report.findings import audit_verdict
 from dori_lightning.report.pages import render_page, write_page
 from dori_lightning.types import InputError
 from support import fake_reports as fakes
@@ -129,4 +130,4 @@ def test_where_each_image_is_from_is_said(tmp_path):
     assert (
         "sd14, which it was tuned from, was tested in the same way: it holds 1 of 4 images "
         "already, and 1 came with the fine-tuning; of 1 this cannot be told."
-    ) in text
+    ) in audit_verdict(report).plain
