@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -99,6 +99,8 @@ class TextToImage(Protocol):
         samplers: What images can be drawn with, the usual one first.
         prediction_type: ``epsilon``, ``v_prediction`` or ``velocity``.
         stages: Stretches of the denoiser that its layers are chosen by, in execution order.
+        text_stream: Whether text passes the blocks beside the image, as in joint attention, so
+            that what the layers ``text.value`` take depends on noise and time too.
         unet_evaluations: Rows that went through the denoiser so far.
         coder_rows: Rows that went through text encoder and autoencoder so far.
         max_batch_sizes: Largest batch that fits into memory, by kind of batch; empty while memory
@@ -118,6 +120,7 @@ class TextToImage(Protocol):
     samplers: tuple[Sampler, ...]
     prediction_type: str
     stages: tuple[str, ...]
+    text_stream: ClassVar[bool]
     device: torch.device
     unet_evaluations: int
     coder_rows: CoderRows
@@ -342,8 +345,7 @@ class TextToImage(Protocol):
         """What the layers ``text.value`` take (N, tokens, width): the text alone.
 
         Raises:
-            InputError: They take more than the text, as in joint attention, so that their values
-                are known in passes of the denoiser only.
+            InputError: They take more than the text; see ``text_stream``.
         """
         ...
 
