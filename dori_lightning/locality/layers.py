@@ -33,7 +33,7 @@ from dori_lightning.locality.embeddings import (
     relative_distances,
 )
 from dori_lightning.locality.estimates import Estimate, mean_estimate, pair_estimates
-from dori_lightning.mitigations.wanda import heard_inputs
+from dori_lightning.mitigations.activations import heard_inputs
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.cache import TENSORS, Tensors
 from dori_lightning.runtime.logging import progress_bar, with_progress

@@ -1,6 +1,8 @@
 """How value neurons react to ordinary prompts, and which value layers carry the conditioning.
 
-The value layers of cross-attention see the text alone, so their activations need no denoising.
+The value layers of cross-attention see the text alone, so their activations need no denoising. In
+joint attention they see what earlier blocks made of it beside the image: there they are heard in
+passes of the denoiser, at one noise level and under a few noises.
 
 Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.2, https://arxiv.org/abs/2406.02366.
 """
@@ -8,7 +10,8 @@ Reference: Finding NeMo (Hintersdorf et al., 2024), section 3.2, https://arxiv.o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +32,10 @@ from dori_lightning.types import InputError
 
 PROMPTS_AT_ONCE = 32
 """Prompts of a batch; what is kept between batches does not grow with their number."""
+NOISES = 4
+"""Noises under which a text is looked at where its values depend on them."""
+PUBLISHED_STEPS = 50
+"""Steps of the sampler that NeMo looks at the second one of."""
 _FIX = "  fix:   python -m dori_lightning task=statistics writes one"
 
 
@@ -155,6 +162,57 @@ def activations(
     return (values * (tokens / tokens.sum(1, keepdim=True))[..., None]).sum(1).cpu()
 
 
+@contextmanager
+def heard_inputs(
+    layers: Mapping[str, nn.Module], listen: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``listen`` with a layer's name and input at each of its passes while open."""
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(
+                layer.register_forward_pre_hook(lambda _, inputs, name=name: listen(name, *inputs))
+            )
+        yield
+
+
+def even_timestep(model: TextToImage, place: int) -> int:
+    """Timestep at a place in NeMo's 50 steps, taken evenly down a checkpoint's schedule."""
+    steps = model.num_train_timesteps
+    return steps - 1 - place * steps // PUBLISHED_STEPS
+
+
+@torch.no_grad()
+def value_activations(
+    model: TextToImage, layers: Mapping[str, nn.Module], embeddings: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Each value layer's activations (N, C) of embeddings (N, T, D); see ``activations``.
+
+    Where text passes the blocks beside the image, means over its tokens and over passes from
+    `NOISES` noises, the same for every text, at the second of NeMo's 50 steps. An embedding has
+    passes of its own, so its activations do not depend on its company.
+
+    Args:
+        model: Checkpoint; left as it was.
+        layers: Some of its layers ``text.value`` by name.
+        embeddings: Embeddings.
+    """
+    if not model.text_stream:
+        text, read = model.value_input(embeddings), model.read(embeddings)
+        return {name: activations(layer, text, read) for name, layer in layers.items()}
+    generator = keyed_generator("activations of the text stream")
+    noise = torch.randn((NOISES, *model.latent_shape), generator=generator).to(model.device)
+    timesteps = torch.full((NOISES,), even_timestep(model, 1), device=model.device)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def listen(name: str, inputs: torch.Tensor) -> None:
+        found[name].append(activations(layers[name], inputs).mean(0))
+
+    with model.frozen(), heard_inputs(layers, listen):
+        for embedding in embeddings.to(model.device):
+            model.predict_noise(noise, timesteps, embedding.expand(NOISES, -1, -1))
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
 def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> ActivationStatistics:
     """Statistics of all value layers of text of a checkpoint.
 
@@ -171,16 +229,16 @@ def activation_statistics(model: TextToImage, prompts: Sequence[str]) -> Activat
     if len(prompts) < 2:
         raise InputError(f"activation statistics need at least 2 prompts, got {len(prompts)}")
     layers = model.layers("text.value")
+    at_once = 1 if model.text_stream else PROMPTS_AT_ONCE
     count = 0
     means: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
     with progress_bar("activation statistics", len(prompts)) as advance:
-        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            embeddings = model.encode_prompts(prompts[start : start + PROMPTS_AT_ONCE])
-            text, read = model.value_input(embeddings), model.read(embeddings)
+        for start in range(0, len(prompts), at_once):
+            embeddings = model.encode_prompts(prompts[start : start + at_once])
             added = len(embeddings)
-            for name, layer in layers.items():
-                values = activations(layer, text, read).double()
+            for name, activated in value_activations(model, layers, embeddings).items():
+                values = activated.double()
                 mean = values.mean(0)
                 square = (values - mean).square().sum(0)
                 if count == 0:
@@ -262,7 +320,7 @@ def layer_influence(
     seed: int = 0,
     timestep: int | None = None,
 ) -> dict[str, LayerInfluence]:
-    """Measure every cross-attention value layer, in execution order.
+    """Measure every value layer of text, in execution order.
 
     The latents are the model's own images of the prompts, noised again, so that no images are
     needed and the model sees what it would see while it generates.
@@ -291,16 +349,18 @@ def layer_influence(
         for which in ("start", "noise")
     )
     timesteps = torch.full((len(prompts),), when, device=model.device)
-    empty = model.empty_embedding()
+    empty = model.empty_embedding().expand_as(embeddings)
     layers = model.layers("text.value")
+    heard: dict[str, torch.Tensor] = {}
     passes = len(model.sampling_timesteps(sampling)) + 2 + len(layers)
     with model.frozen(), passes_shown(model, "influence of layers", passes):
         noised = model.noised(model.denoise(embeddings, start, sampling), noise, timesteps)
         usual = model.predict_noise(noised, timesteps, embeddings)
-        without = model.predict_noise(noised, timesteps, empty.expand_as(embeddings))
+        with heard_inputs(layers, heard.__setitem__):
+            without = model.predict_noise(noised, timesteps, empty)
         found = {}
         for name, layer in layers.items():
-            with layer.register_forward_hook(_empty_instead(model.value_input(empty))):
+            with layer.register_forward_hook(_instead(heard[name])):
                 changed = model.predict_noise(noised, timesteps, embeddings)
             found[name] = LayerInfluence(
                 change=_ratio(changed - usual, usual),
@@ -309,10 +369,10 @@ def layer_influence(
     return found
 
 
-def _empty_instead(empty: torch.Tensor) -> Any:
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> Any:
+def _instead(given: torch.Tensor) -> Any:
+    def hook(module: nn.Module, *_: Any) -> Any:
         # forward itself, which calls no hooks
-        return module.forward(empty.to(inputs[0].dtype).expand_as(inputs[0]))
+        return module.forward(given)
 
     return hook
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from torch import nn
 from dori_lightning import types
 from dori_lightning.metrics.calibration import ReferenceImages
 from dori_lightning.mitigations.edits import Edit, read_edit, write_edit
-from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.loading import FAMILIES
 from dori_lightning.models.progress import encode_prompts
 from dori_lightning.models.protocol import LayerRole, Sampling, TextToImage
@@ -287,29 +286,55 @@ def check_family(mitigation: Mitigation, family: str) -> None:
     """Refuse what has no meaning on a family of checkpoints, before any is loaded.
 
     Raises:
-        InputError: The mitigation, or one that it builds on, selects value neurons by a prompt,
-            and the family's values do not follow from one.
-    """
-    if _selects_value_neurons(mitigation):
-        require_value_input(family)
-
-
-def require_value_input(family: str) -> None:
-    """Refuse a family of checkpoints whose values of text do not follow from a prompt.
-
-    Raises:
-        InputError: It is one.
+        InputError: The mitigation, or one that it builds on, selects value neurons in another way
+            than the family's follow from text, or edits a stage of the denoiser that cannot be.
     """
     kind = FAMILIES.get(family)
-    if kind is not None and kind.value_input is LatentDiffusion.value_input:
-        raise kind.no_value_input()
+    if kind is None:
+        return
+    for own in _with_those_it_builds_on(mitigation):
+        in_stream = getattr(own, "of_text_stream", None)
+        if in_stream is not None:
+            require_value_neurons(kind.family.title, kind.text_stream, in_stream=in_stream)
+        kind.require_open(getattr(own, "stages", None) or ())
 
 
-def _selects_value_neurons(thing: Any) -> bool:
-    return getattr(thing, "selects_value_neurons", False) or (
-        is_dataclass(thing)
-        and any(_selects_value_neurons(getattr(thing, item.name)) for item in fields(thing))
-    )
+def require_value_neurons(model: str, text_stream: bool, *, in_stream: bool) -> None:
+    """Refuse to select value neurons where they are not what a method selects.
+
+    Args:
+        model: What the model or its family is called.
+        text_stream: See ``TextToImage``.
+        in_stream: Whether the method selects in a stream of text.
+
+    Raises:
+        InputError: The model has no such stream, or has one and the method needs none.
+    """
+    if in_stream and not text_stream:
+        raise InputError(
+            f"{model} has no stream of text beside the image's: its value layers take the "
+            f"prompt's embedding as it is",
+            where="mitigation",
+            fix="mitigation=nemo, or another preset of it that reads neurons off the prompt",
+        )
+    if text_stream and not in_stream:
+        raise InputError(
+            f"the value layers of {model} take text that has passed the image, noise and time of "
+            f"earlier blocks, so their values do not follow from a prompt alone; methods that "
+            f"read neurons off it are not defined there",
+            where="mitigation",
+            fix="mitigation=nemo_text_stream, which looks at passes of the denoiser; of random "
+            "pruning mitigation@mitigation.like=nemo_text_stream; of adversarial fine-tuning "
+            "mitigation.surrogates.source=null, which takes neighbours of the prompts; of "
+            "task=locality task.parts=[embeddings,triggers]",
+        )
+
+
+def _with_those_it_builds_on(thing: Any) -> Iterator[Any]:
+    if is_dataclass(thing):
+        yield thing
+        for item in fields(thing):
+            yield from _with_those_it_builds_on(getattr(thing, item.name))
 
 
 def require(good: bool, rule: str, got: Any) -> None:

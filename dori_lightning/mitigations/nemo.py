@@ -5,7 +5,7 @@ Reference: Finding NeMo (Hintersdorf et al., 2024), https://arxiv.org/abs/2406.0
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,20 +14,23 @@ import torch
 from torch import nn
 
 from dori_lightning.mitigations.activations import (
+    NOISES,
     ActivationStatistics,
-    activations,
     kept_statistics,
     read_statistics,
+    value_activations,
 )
 from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
+    Evaluations,
     layers_of,
     require,
     require_at_least_one,
     require_choices,
     require_pairs,
     require_stages,
+    require_value_neurons,
 )
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit
 from dori_lightning.mitigations.nemo_criteria import (
@@ -97,7 +100,7 @@ class NeMo:
             More asks fewer questions and leaves more neurons blocked.
     """
 
-    selects_value_neurons: ClassVar[bool] = True  # see `base.check_family`
+    of_text_stream: ClassVar[bool] = False  # see `base.check_family`
     name: str = "nemo"
     scope: Scope = "pair"
     stages: tuple[str, ...] | None = None
@@ -180,6 +183,7 @@ class NeMo:
             InputError: The model has no such layers, the statistics belong to another checkpoint,
                 or the corpus has too few prompts.
         """
+        require_value_neurons(model.name, model.text_stream, in_stream=self.of_text_stream)
         layers = self._value_layers(model)
         statistics = (
             kept_statistics(
@@ -205,10 +209,9 @@ class NeMo:
             searches = {}
             for pair, probe in probes.items():
                 if probe.memorized or self.criterion.searches_all:
-                    own = pairs[pair][None]
-                    text, read = model.value_input(own), model.read(own)
-                    active = {n: activations(m, text, read)[0] for n, m in layers.items()}
-                    levels = self.levels.of(active, statistics)
+                    active = value_activations(model, layers, pairs[pair][None])
+                    own = {name: values[0] for name, values in active.items()}
+                    levels = self.levels.of(own, statistics)
                     searches[pair] = search_neurons(
                         levels, threshold, refine=self.refine, group=self.refine_group
                     )
@@ -248,6 +251,27 @@ class NeMo:
                 f"  fix:   modules that hold some of {', '.join(found)}; null takes all of them"
             )
         return {name: module for name, module in found.items() if name.startswith(starts)}
+
+
+@dataclass(frozen=True)
+class NeMoTextStream(NeMo):
+    """NeMo for transformers with joint attention: the value neurons of the stream of text.
+
+    What these neurons are given has passed the image, noise and time of earlier blocks, so a
+    prompt's activations are means over passes of the denoiser (``value_activations``); selection
+    and refinement are NeMo's. Nobody published NeMo for such models: an extension, whose results
+    are no reproduction.
+    """
+
+    of_text_stream: ClassVar[bool] = True
+    name: str = "nemo_text_stream"
+
+    def estimate_cost(self, sampling: Sampling, pairs: int) -> CostEstimate:
+        """Estimate as NeMo does, with the passes in which activations are heard."""
+        seen, texts = super().estimate_cost(sampling, pairs), pairs
+        if self.statistics is None:
+            texts += self.statistics_prompts
+        return replace(seen, work=seen.work + Evaluations(forward=texts * NOISES))
 
 
 def _note(probe: MemorizationProbe, result: SearchResult | None) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from dori_lightning.mitigations.activations import PUBLISHED_STEPS, even_timestep
 from dori_lightning.mitigations.base import Context, Evaluations, require, require_choices
 from dori_lightning.mitigations.edits import Origin, PairMaskEdit
 from dori_lightning.models.generation import generation_noise
@@ -36,9 +37,6 @@ GPU_ROWS = 64
 """Rows of a batch on a GPU, where no copies fill it up; not measured yet."""
 
 BACKOFF = OomBackoff("NeMo", "sample", "checkpoint.precision=bf16, or a device with more memory")
-
-PUBLISHED_STEPS = 50
-"""Steps of the sampler that the published criterion predicts noises for."""
 
 FIRST_SEED = 60_000
 """Generation seeds of `Replication` begin here, far from those of an audit's images."""
@@ -139,10 +137,14 @@ class NoiseDifference(Criterion):
     not memorized. Blocking must bring the similarity of a kept sample with its unblocked self
     down to the threshold.
 
+    Nothing is published for flow matching. There the predicted noise is taken to be all that
+    stands between the latent and its clean one, so that, less its latent, it is the clean latent.
+
     Attributes:
         noise_seed: Of the starting noises, one draw for all pairs.
         timestep: Where noise is predicted, as a place in DDIM's 50 steps. The paper says the
-            first one, the released code predicts at the second one from the unchanged noise.
+            first one, the released code predicts at the second one from the unchanged noise. Of
+            flow matching, in as many even steps down its schedule.
         threshold: Similarity of two samples above which a prompt is memorized; 0.428 for Stable
             Diffusion 1.4. None calibrates: of each ordinary prompt the largest similarity, over
             prompts the mean plus ``threshold_stds`` standard deviations.
@@ -183,7 +185,11 @@ class NoiseDifference(Criterion):
     def forward(self, model: TextToImage, context: Context) -> Forward:
         """Predicted noise."""
         del context
-        return model.predict_noise
+
+        def distance_to_clean(noised: torch.Tensor, *given: Any, **ids: Any) -> torch.Tensor:
+            return noised - model.predict_clean_and_noise(noised, *given, **ids)[0]
+
+        return distance_to_clean if _is_flow(model) else model.predict_noise
 
     def probes(
         self, run: Run, model: TextToImage, *, pairs: Embeddings, context: Context, samples: int
@@ -197,8 +203,12 @@ class NoiseDifference(Criterion):
         # one draw for all samples, as released
         generator = torch.Generator("cpu").manual_seed(self.noise_seed)
         latents = torch.randn((samples, *model.latent_shape), generator=generator).to(model.device)
-        sampler = Sampling("ddim", PUBLISHED_STEPS)
-        timesteps = model.sampling_timesteps(sampler)[self.timestep].expand(samples)
+        if _is_flow(model):
+            timestep = torch.tensor(even_timestep(model, self.timestep), device=model.device)
+        else:
+            sampler = Sampling("ddim", PUBLISHED_STEPS)
+            timestep = model.sampling_timesteps(sampler)[self.timestep]
+        timesteps = timestep.expand(samples)
 
         def unblocked(
             embeddings: Mapping[str, torch.Tensor],
@@ -306,6 +316,10 @@ class Replication(Criterion):
     def work_of_probes(self, sampling: Sampling, *, pairs: int, samples: int) -> Evaluations:
         """An image of every sample."""
         return Evaluations.of_images(pairs * samples, sampling)
+
+
+def _is_flow(model: TextToImage) -> bool:
+    return model.prediction_type == "velocity"
 
 
 def _repeated(embedding: torch.Tensor, samples: int, model: TextToImage) -> torch.Tensor:

@@ -5,8 +5,7 @@ located and deleted (2024); the scores are Wanda's (Sun et al., 2024).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dori_lightning.mitigations.activations import heard_inputs
 from dori_lightning.mitigations.base import (
     Context,
     CostEstimate,
@@ -247,19 +247,6 @@ def input_norms(
                 squares[name][batch[:valid]] = value[:valid]
             advance(valid)
     return {name: value.sqrt() for name, value in squares.items()}
-
-
-@contextmanager
-def heard_inputs(
-    layers: Mapping[str, nn.Module], listen: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    """Call ``listen`` with a layer's name and input at each of its passes while open."""
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(
-                layer.register_forward_pre_hook(lambda _, inputs, name=name: listen(name, *inputs))
-            )
-        yield
 
 
 class _EnoughError(Exception):

@@ -72,6 +72,7 @@ class Flux(LatentDiffusion):
         "alike, and one output for attention and feed-forward together: an edit there would "
         "change the image's own tokens too"
     }
+    text_stream: ClassVar[bool] = True
     text_weights: ClassVar[str] = JOINT_TEXT_WEIGHTS
     outer_weights: ClassVar[str] = JOINT_OUTER_WEIGHTS
     patch = 2

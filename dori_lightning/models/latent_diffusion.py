@@ -71,6 +71,7 @@ class LatentDiffusion(ABC):
         pruned_stages: Role to the stages that methods look at by default; all where it is not.
         closed_stages: Stretches of the denoiser with no layers of their own for text, and why
             nothing can be edited there.
+        text_stream: Whether text passes the blocks beside the image, as in joint attention.
         text_weights: Pattern at whose match within its name text enters through a weight.
         outer_weights: The same of weights outside of all blocks.
         word_encoders: Text encoders that share a vocabulary, and all that a prompt is encoded by;
@@ -82,6 +83,7 @@ class LatentDiffusion(ABC):
     layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]]
     pruned_stages: ClassVar[Mapping[LayerRole, tuple[str, ...]]] = {}
     closed_stages: ClassVar[Mapping[str, str]] = {}
+    text_stream: ClassVar[bool] = False
     text_weights: ClassVar[str]
     outer_weights: ClassVar[str]
     word_encoders: ClassVar[tuple[Component, ...]] = ()
@@ -673,14 +675,7 @@ class LatentDiffusion(ABC):
         """Layers of the denoiser by role."""
         role = self._role(role)
         chosen = self.stages if stages is None else tuple(stages)
-        for stage in chosen:
-            if stage in self.closed_stages:
-                raise InputError(
-                    f"nothing can be edited in the stage {stage} of {self.name}: "
-                    f"{self.closed_stages[stage]}",
-                    where="mitigation.stages",
-                    fix=f"some of {', '.join(self.stages)}, or null for the usual ones",
-                )
+        self.require_open(chosen)
         strangers = [stage for stage in chosen if stage not in self.stages]
         found = {
             name: module
@@ -698,6 +693,23 @@ class LatentDiffusion(ABC):
             )
         return found
 
+    @classmethod
+    def require_open(cls, stages: Sequence[str]) -> None:
+        """Refuse stages in which nothing can be edited.
+
+        Raises:
+            InputError: One is among ``closed_stages``.
+        """
+        for stage in stages:
+            if stage in cls.closed_stages:
+                having = dict.fromkeys(stage for _, stage in cls.layer_names)
+                raise InputError(
+                    f"nothing can be edited in the stage {stage} of {cls.family.title}: "
+                    f"{cls.closed_stages[stage]}",
+                    where="mitigation.stages",
+                    fix=f"some of {', '.join(having)}, or null for the usual ones",
+                )
+
     def default_stages(self, role: LayerRole | str) -> tuple[str, ...]:
         """Stages that methods look at where nothing else is said."""
         role = self._role(role)
@@ -707,19 +719,8 @@ class LatentDiffusion(ABC):
     def value_input(self, embeddings: torch.Tensor) -> torch.Tensor:
         """What value layers take, in families where that is the text alone."""
         del embeddings
-        raise self.no_value_input()
-
-    @classmethod
-    def no_value_input(cls) -> InputError:
-        """What to say where value layers take more than the text."""
-        return InputError(
-            f"the value layers of {cls.family.title} take text that has passed the image, noise "
-            f"and time of earlier blocks, so their values do not follow from a prompt alone; "
-            f"methods that select by them are not defined there",
-            where=f"checkpoint.family={cls.family.name}",
-            fix="a mitigation that selects no value neurons; of adversarial fine-tuning "
-            "mitigation.surrogates.source=null, which takes neighbours of the prompts; of "
-            "task=locality task.parts=[embeddings,triggers]",
+        raise InputError(
+            f"what the value layers of {self.name} take is known in passes of the denoiser only"
         )
 
     def is_text_weight(self, name: str) -> bool:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -116,6 +116,8 @@ class TextToImage(Protocol):
         samplers: What images can be drawn with, the usual one first.
         prediction_type: ``epsilon``, ``v_prediction`` or ``velocity``.
         stages: Stretches of the denoiser that its layers are chosen by, in execution order.
+        text_stream: Whether text passes the blocks beside the image, as in joint attention, so
+            that what the layers ``text.value`` take depends on noise and time too.
         unet_evaluations: Rows that went through the denoiser so far.
         coder_rows: Rows that went through text encoder and autoencoder so far.
         max_batch_sizes: Largest batch that fits into memory, by kind of batch; empty while memory
@@ -134,6 +136,7 @@ class TextToImage(Protocol):
     samplers: tuple[Sampler, ...]
     prediction_type: str
     stages: tuple[str, ...]
+    text_stream: ClassVar[bool]
     device: torch.device
     unet_evaluations: int
     coder_rows: CoderRows
@@ -388,8 +391,7 @@ class TextToImage(Protocol):
         These are the first rows of the embeddings; ``read`` says which of them count.
 
         Raises:
-            InputError: They take more than the text, as in joint attention, so that their values
-                are known in passes of the denoiser only.
+            InputError: They take more than the text; see ``text_stream``.
         """
         ...
 

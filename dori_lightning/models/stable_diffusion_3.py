@@ -67,6 +67,7 @@ class StableDiffusion3(LatentDiffusion):
         max_tokens={"tokenizer_3": T5_TOKENS},
     )
     layer_names: ClassVar[Mapping[tuple[LayerRole, str], str]] = joint_layers("joint")
+    text_stream: ClassVar[bool] = True
     text_weights: ClassVar[str] = JOINT_TEXT_WEIGHTS
     outer_weights: ClassVar[str] = JOINT_OUTER_WEIGHTS
     patch = 2

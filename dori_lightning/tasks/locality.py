@@ -142,8 +142,9 @@ def set_up(cfg: DictConfig, folder: Path) -> Study:
     """
     settings = read_settings(cfg, attack_settings(cfg))
     by_neurons = {"activations", "weights"} & set(settings.parts)
+    family = cfg.checkpoint.get("family", "sd")
     for other in (*([settings.nemo] if by_neurons else []), *settings.transfer_to):
-        check_family(other, cfg.checkpoint.get("family", "sd"))
+        check_family(other, family)
     pairs = instantiate(cfg.pairs).read()
     chosen = choose_pairs([pair for pair in pairs if pair.role == "audit"], settings)
     values = to_container(cfg)

@@ -15,7 +15,6 @@ from dori_lightning.mitigations.activations import (
     activation_statistics,
     layer_influence,
 )
-from dori_lightning.mitigations.base import require_value_input
 from dori_lightning.runtime.artifacts import check_folder, claim_folder, drop_keys, write_json
 from dori_lightning.runtime.logging import answer_console
 from dori_lightning.tasks.run_record import (
@@ -31,7 +30,6 @@ from dori_lightning.types import InputError
 @logged
 def run(cfg: DictConfig, folder: Path) -> None:
     """Compute the statistics that NeMo selects by, and write them into ``folder``."""
-    require_value_input(cfg.checkpoint.get("family", "sd"))
     corpus, sampling = instantiate(cfg.corpus), instantiate(cfg.sampling)
     if cfg.task.influence_prompts < 1:
         raise InputError(f"task.influence_prompts must be >= 1, got {cfg.task.influence_prompts}")
@@ -60,7 +58,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     console = answer_console()
     console.print(_table(summary["layers"]))
     console.print(f"statistics: {path}", soft_wrap=True)
-    console.print(f"use them with mitigation=nemo mitigation.statistics={path}", soft_wrap=True)
+    preset = "nemo_text_stream" if model.text_stream else "nemo"
+    console.print(
+        f"use them with mitigation={preset} mitigation.statistics={path}", soft_wrap=True
+    )
 
 
 def _method_of(cfg: dict[str, Any]) -> dict[str, Any]:

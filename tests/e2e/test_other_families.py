@@ -41,7 +41,6 @@ def test_a_random_checkpoint_is_audited(tmp_path, family):
                 "task.control_images=1",
             ),
         ),
-        (None, ("task=statistics",)),
     ],
 )
 def test_what_has_no_meaning_is_refused_before_anything_is_loaded(tmp_path, experiment, asked):

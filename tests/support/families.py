@@ -48,6 +48,9 @@ OF_VALUE_NEURONS = frozenset(
 )  # fmt: skip
 """Mitigations that need values of text to follow from the prompt alone."""
 
+OF_TEXT_STREAMS = frozenset({"nemo_text_stream"})
+"""Mitigations that need text to pass the blocks beside the image."""
+
 T5_TOKENS = 12
 """Tokens of a prompt for T5."""
 
@@ -305,10 +308,12 @@ FAMILIES = {
         None,
         (Sampling("ddim", 4, 1.0), Sampling("ddim", 4, 3.0)),
         {"safety_checker": None, "requires_safety_checker": False},
+        undefined=OF_TEXT_STREAMS,
     ),
     "sdxl": TinyFamily(
         tiny_sdxl,
         (Sampling("euler", 4, 1.0), Sampling("euler", 4, 3.0), Sampling("ddim", 4, 3.0)),
+        undefined=OF_TEXT_STREAMS,
     ),
     "sd3": TinyFamily(
         tiny_sd3,

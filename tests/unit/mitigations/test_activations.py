@@ -11,11 +11,14 @@ from dori_lightning.mitigations.activations import (
     activations,
     kept_statistics,
     layer_influence,
+    value_activations,
 )
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.runtime.cache import Cache
+from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import InputError
 from support.context import FakeCorpus
+from support.families import load_family
 from support.tiny import tiny_model
 from support.unchanged import unchanged
 
@@ -50,6 +53,33 @@ def test_the_denoiser_does_not_run_and_nothing_changes(model):
     with unchanged(model):
         activation_statistics(model, PROMPTS[:5])
     assert model.unet_evaluations == evaluations
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_text_stream_is_heard_in_passes_of_its_own(family):
+    """By its definition: mean over tokens and four noises of what value layers give."""
+    model = load_family(family)
+    layers = model.layers("text.value")
+    noise = torch.randn(
+        (4, *model.latent_shape), generator=keyed_generator("activations of the text stream")
+    )
+    embeddings, evaluations = model.encode_prompts(PROMPTS[:3]), model.unet_evaluations
+    with unchanged(model):
+        found = value_activations(model, layers, embeddings)
+    assert model.unet_evaluations - evaluations == 4 * len(embeddings)
+    heard: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        hook = layer.register_forward_hook(lambda _, __, out, name=name: heard.update({name: out}))
+        with torch.no_grad(), hook:
+            # 49 fiftieths down the schedule, where NeMo's second of 50 steps lies
+            model.predict_noise(noise, torch.full((4,), 979), embeddings[1].expand(4, -1, -1))
+    alone = value_activations(model, layers, embeddings[1:2])
+    for name, value in heard.items():
+        torch.testing.assert_close(found[name][1], value.abs().mean((0, 1)), rtol=1e-5, atol=1e-7)
+        assert torch.equal(found[name][1], alone[name][0])
+        assert (found[name][0] != found[name][1]).any()
+    statistics = activation_statistics(model, PROMPTS[:3])
+    torch.testing.assert_close(statistics.means[name], found[name].mean(0), rtol=1e-5, atol=1e-7)
 
 
 def test_half_precision_weights_are_computed_with_in_full(model):
@@ -129,6 +159,20 @@ def test_layer_influence_is_that_of_the_empty_prompt_in_one_layer(tmp_path):
     assert found[only].change > 1e-4
     assert found[only].share == pytest.approx(1, abs=1e-4)
     assert not any(layer._forward_hooks for layer in layers.values())
+
+
+def test_layer_influence_of_a_text_stream_is_that_of_the_empty_prompts_passes():
+    """Where the text of a block reaches nothing but values, the last block's can do the least."""
+    model = load_family("sd3")
+    found = layer_influence(
+        model, PROMPTS[:2], sampling=Sampling(model.samplers[0], 2, 2.0), timestep=700
+    )
+    assert list(found) == list(model.layers("text.value"))
+    assert all(own.change > 0 and own.share > 0 for own in found.values())
+    empty = layer_influence(
+        model, ["", ""], sampling=Sampling(model.samplers[0], 2, 2.0), timestep=700
+    )
+    assert not any(own.change for own in empty.values())
 
 
 def test_layer_influence_wants_a_timestep_of_the_schedule(model):

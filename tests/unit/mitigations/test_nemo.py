@@ -6,7 +6,7 @@ import torch
 
 from dori_lightning.mitigations.activations import ActivationStatistics, activation_statistics
 from dori_lightning.mitigations.edits import MaskEdit, Origin, PairMaskEdit, read_edit
-from dori_lightning.mitigations.nemo import NeMo
+from dori_lightning.mitigations.nemo import NeMo, NeMoTextStream
 from dori_lightning.mitigations.nemo_criteria import (
     BlockedModel,
     NoiseDifference,
@@ -16,9 +16,11 @@ from dori_lightning.mitigations.nemo_criteria import (
     noise_difference,
 )
 from dori_lightning.mitigations.nemo_search import Levels
+from dori_lightning.models.protocol import Sampling
 from dori_lightning.pairs.corpus import NoCorpus
 from dori_lightning.types import InputError
 from support.context import make_context
+from support.families import load_family
 from support.threads import threads
 from support.tiny import tiny_model
 
@@ -204,6 +206,36 @@ def test_a_similarity_noted_is_that_under_the_edit(loud, context, suspected, edi
         value = fitting(16)(free, noise_difference(noise, latents)).max()
         noted = edit.origin.notes["pairs"][pair.id]["similarity_refined"]
         assert float(value) == pytest.approx(noted, abs=1e-5)
+
+
+def test_neurons_of_a_text_stream_are_found_by_the_clean_image_it_leads_to(tmp_path, pairs):
+    model = load_family("sd3")
+    context = make_context(tmp_path, model, pairs, sampling=Sampling("flow_euler", 2, 1.0))
+    few = [pair for pair in pairs if pair.kind != "control"][:2]
+    settings = NeMoTextStream(
+        criterion=NOISE, samples=2, statistics_prompts=8, levels=SMALL.levels, refine=False
+    )
+    evaluations = model.unet_evaluations
+    edit = settings.apply(model, few, context)
+    asked = sum(own["unet_evaluations"] for own in edit.origin.notes["pairs"].values())
+    planned = settings.estimate_cost(context.sampling, len(few)).work.forward
+    assert planned + asked <= model.unet_evaluations - evaluations  # passes are filled up
+    assert planned == 2 * 2 + 4 * (8 + 2)
+    latents = torch.randn((2, *model.latent_shape), generator=torch.Generator().manual_seed(1))
+    for pair in few:
+        assert list(edit.masks[pair.id]) == [f"{n}.weight" for n in model.layers("text.value")]
+        noted = edit.origin.notes["pairs"][pair.id]
+        assert noted["refined"] == sum(int(m.sum()) for m in edit.masks[pair.id].values()) > 0
+        rows = context.data.encoded(pair).embedding.expand(2, -1, -1)
+        inputs = (latents, torch.full((2,), 979), rows)
+        with torch.no_grad():
+            free = model.predict_clean_and_noise(*inputs)[0]
+            with edit.applied(model):
+                clean = model.predict_clean_and_noise(*inputs, pair_ids=[pair.id] * 2)[0]
+        # a difference from zero is the opposite
+        maps = (noise_difference(torch.zeros_like(x), x) for x in (free, clean))
+        value = float(fitting(16)(*maps).max())
+        assert value == pytest.approx(noted["similarity_refined"], abs=1e-4)
 
 
 def test_union_blocks_what_any_pair_needs(loud, context, suspected, edit):

@@ -16,6 +16,7 @@ from dori_lightning.pairs.corpus import ORDINARY_PROMPTS
 from dori_lightning.tasks.plan import CHECKPOINTS, UNKNOWN, JobPlan, plan_of, sum_plans
 from dori_lightning.tasks.run_record import to_container
 from dori_lightning.types import InputError
+from support.families import OF_TEXT_STREAMS
 from support.runs import configuration, run_task, write_pairs
 
 SMALL = (
@@ -187,6 +188,8 @@ def test_every_mitigation_is_planned_or_said_to_be_unknown(
     tmp_path: Path, mitigation: str
 ) -> None:
     overrides = (*listed(tmp_path), f"mitigation={mitigation}")
+    if mitigation in OF_TEXT_STREAMS:
+        overrides += ("checkpoint=dori_tiny_flow", "sampling.sampler=flow_euler")
     job = planned(*overrides)
     edits = [part for part in job.shared.values() if part.what == f"edit {job.mitigation}"]
     assert len(edits) == (mitigation != "none")
@@ -236,11 +239,34 @@ def test_an_attack_on_a_transformer_has_known_cost(name: str, pflop: float, rows
 def test_what_a_family_has_no_meaning_for_is_refused(name: str) -> None:
     few = "task.assume_pairs={vm: 1, tm: 0, control: 0}"
     own = ("checkpoint=custom", "checkpoint.source=nowhere", "checkpoint.family=sd3", few)
-    with pytest.raises(InputError, match="value layers of Stable Diffusion 3"):
+    with pytest.raises(InputError, match=r"value layers of Stable Diffusion 3(?s:.)*_text_stream"):
         planned(*own, f"mitigation={name}")
     if name == "adversarial_finetuning":
         planned(*own, f"mitigation={name}", "mitigation.surrogates.source=null")
         planned("checkpoint=sd35_medium", few, f"mitigation={name}")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "mitigation", "said"),
+    [
+        ("sd14", ["nemo_text_stream"], "no stream of text"),
+        ("sdxl", ["random_pruning", "mitigation@mitigation.like=nemo_text_stream"], "no stream"),
+        ("flux1_dev", ["nemo_text_stream", "mitigation.stages=[double,single]"], "tokens of text"),
+        ("flux1_dev", ["wanda", "mitigation.stages=[single]"], "tokens of text and of the image"),
+        ("flux1_dev", ["nemo_text_stream"], None),
+        ("sd3_medium", ["random_pruning", "mitigation@mitigation.like=nemo_text_stream"], None),
+    ],
+)
+def test_neurons_of_a_text_stream_are_searched_where_there_is_one(
+    checkpoint: str, mitigation: list[str], said: str | None
+) -> None:
+    few = "task.assume_pairs={vm: 1, tm: 0, control: 0}"
+    chosen = (f"checkpoint={checkpoint}", few, f"mitigation={mitigation[0]}", *mitigation[1:])
+    if said is None:
+        planned(*chosen)
+        return
+    with pytest.raises(InputError, match=said):
+        planned(*chosen)
 
 
 # --- what the task leaves
