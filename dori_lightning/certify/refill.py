@@ -13,14 +13,13 @@ import torch
 
 from dori_lightning.certify.base import (
     Afterwards,
-    Attack,
     AttackBase,
     Attempt,
     Holds,
     Plan,
     Subject,
 )
-from dori_lightning.certify.embeddings import search_from_prompt, search_level
+from dori_lightning.certify.embeddings import EmbeddingSearch, search_from_prompt, search_level
 from dori_lightning.certify.prompts import Prompts
 from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import LayeredEdit, MaskEdit, PairMaskEdit, WeightEdit
@@ -95,7 +94,7 @@ class Refill(AttackBase):
         """
         if not isinstance(subject.edit, MaskEdit | PairMaskEdit):
             raise self._refused(subject.context.mitigation.name)
-        ways: list[tuple[Attack, str]] = [(Prompts(), Prompts.LEVEL)]
+        ways: list[tuple[Prompts | EmbeddingSearch, str]] = [(Prompts(), Prompts.LEVEL)]
         if self.search:
             ways.append((search_from_prompt(self.search), search_level(self.search)))
         for attack, level in ways:

@@ -31,8 +31,9 @@ def drawn(model, pairs, context, method, monkeypatch) -> list[tuple[list[str], t
         seen.append((pair_ids, noise.clone()))
         return loss(latents, noise, timesteps, embeddings, pair_ids=pair_ids)
 
-    monkeypatch.setattr(model, "denoising_loss", denoising_loss)
-    method.apply(model, pairs, context)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "denoising_loss", denoising_loss)
+        method.apply(model, pairs, context)
     return seen
 
 
