@@ -226,8 +226,8 @@ Reason = Literal[
 ]
 """What an answer rests on; in words on the page of an audit. ``copy_few_nulls``: it is a copy and
 beats every null, but they are too few to support the error rate asked for. ``loss_few_nulls``: it
-did not come back, and its loss beats every null, but they are too few as well. ``not_seen``: it did
-not come back, and the audit could not have seen it."""
+did not come back, and its loss beats every null, but they are too few as well. ``not_seen``: it
+did not come back, and the audit could not have seen it."""
 
 
 @dataclass(frozen=True)
