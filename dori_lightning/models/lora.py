@@ -133,7 +133,7 @@ class Lora:
 
         Raises:
             InputError: A layer has no place in the checkpoint, or another shape there, or nothing
-                changes; no weight was changed then.
+                changes.
         """
         family = components.family
         pipeline = getattr(diffusers, family.pipeline)
@@ -145,7 +145,7 @@ class Lora:
             )
         with blamed(f"{self.file.path} cannot be read", str(self.file.path), self._fix(family)):
             translated = _translated(pipeline, components, self._tensors())
-        places = self._places(components, pipeline._lora_loadable_modules, translated)
+            places = self._places(components, pipeline._lora_loadable_modules, translated)
         with blamed(f"{self.file.path} cannot be added", str(self.file.path), self._fix(family)):
             changed = {
                 component: self._add(pipeline, components, component, tensors)
@@ -201,13 +201,13 @@ class Lora:
                 astray = [name for name in astray if name not in own]
         for component, tensors in found.items():
             modules = dict(components.modules[component].named_modules())
-            for layer in {name.rpartition(".lora_")[0] for name in tensors}:
+            for layer in dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors):
+                down, up = (f"{layer}.lora_{end}.weight" for end in "AB")
                 weight = getattr(modules.get(layer), "weight", None)
                 if not isinstance(weight, Tensor):
-                    astray.append(f"{component}.{layer}")
+                    astray += [f"{component}.{down}", f"{component}.{up}"]
                     continue
-                down, up = (tensors[f"{layer}.lora_{end}.weight"] for end in "AB")
-                shape = (up.shape[0], *down.shape[1:])
+                shape = (tensors[up].shape[0], *tensors[down].shape[1:])
                 if shape != tuple(weight.shape):
                     raise self._misfit(
                         components.family,
@@ -217,7 +217,7 @@ class Lora:
         if astray:
             raise self._misfit(
                 components.family,
-                f"{len(astray)} of its layers have no place in it, such as {min(astray)}",
+                f"{len(astray)} of its tensors have no place in it, such as {min(astray)}",
             )
         return found
 

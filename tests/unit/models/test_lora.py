@@ -289,3 +289,11 @@ def test_without_peft_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("diffusers.utils.USE_PEFT_BACKEND", False)
     with pytest.raises(InputError, match=r"dori_lightning\[lora\]"):
         load_family("sd", lora=str(tmp_path / "one.safetensors"))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in LOADED])
+def test_a_family_that_diffusers_loads_no_lora_into_is_refused(bases, tmp_path, family):
+    path = tmp_path / "one.safetensors"
+    write_lora(path, bases["sd"])
+    with pytest.raises(InputError, match=r"diffusers loads no LoRA into"):
+        load_family(family, lora=str(path))
