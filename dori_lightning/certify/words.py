@@ -88,16 +88,16 @@ class WordSearch(AttackBase):
     starts: tuple[Start, ...] = ("random", "embedding", "caption")
     lengths: tuple[int | None, ...] = (3, 8, None)
     caption: bool = True
-    steps: int = 10
+    steps: int = 30
     embedding_steps: int = 20
-    noise_batch: int = 8
+    noise_batch: int = 4
     between: tuple[float, float] = (0.4, 1.0)
-    lr: float = 0.3
+    lr: float = 1.0
     decay: float = 0.1
     rounds: int = 1
-    swaps: int = 16
+    swaps: int = 8
     candidates: int = 64
-    images: int = 4
+    images: int = 2
     holds: Holds = field(default="words", init=False)
 
     def __post_init__(self) -> None:

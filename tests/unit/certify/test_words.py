@@ -14,7 +14,7 @@ from support.unchanged import unchanged
 
 SAMPLING = {"sd": Sampling("ddim", 1, 2.0, 4), "sdxl": Sampling("euler", 1, 1.0, 4)}
 WORDS = WordSearch(
-    lengths=(2, None), steps=3, embedding_steps=2, noise_batch=2, swaps=4, candidates=3
+    lengths=(2, None), steps=3, embedding_steps=2, noise_batch=2, swaps=4, candidates=3, images=4
 )
 
 
@@ -22,7 +22,9 @@ WORDS = WordSearch(
 def subject(request, tmp_path_factory):
     family = request.param
     folder = tmp_path_factory.mktemp(family)
-    return make_subject(folder, load_family(family), sampling=SAMPLING[family])
+    made = make_subject(folder, load_family(family), sampling=SAMPLING[family])
+    vars(made)["scale"] = 1.0  # measuring it takes a second
+    return made
 
 
 @pytest.fixture(scope="module", autouse=True)
