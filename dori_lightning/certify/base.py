@@ -449,7 +449,7 @@ def renewed(
     return kept * noise + (1 - kept**2).sqrt() * fresh
 
 
-def refuse_family(attack: Attack, plan: Plan, families: Sequence[str], why: str) -> None:
+def refuse_family(attack: AttackBase, plan: Plan, families: Sequence[str], why: str) -> None:
     """Refuse a family of checkpoints that an attack knows no way into.
 
     Raises:

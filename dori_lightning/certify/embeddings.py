@@ -66,6 +66,7 @@ def search(
     restart: int,
     *,
     ranges: Sequence[tuple[int, int]] | None = None,
+    spread: float = 1.0,
     before: Mapping[str, AttackResult] | None = None,
     stop_at: int | None = None,
 ) -> dict[str, AttackResult]:
@@ -79,6 +80,7 @@ def search(
         restart: Which random start and noise.
         ranges: Ranges of timesteps (first, last + 1) that have an embedding each; None for one
             over all timesteps.
+        spread: Factor of random starts, and of the steps from them, besides the subject's own.
         before: Pair id to searches on their way, which go on.
         stop_at: Step to stop at; None takes all of the budget's.
 
@@ -90,7 +92,7 @@ def search(
     controls = subject.context.control_prompts.embeddings
     budget = settings.budget.resolve(controls, own_units=not absolute)
     context = replace(subject.context, attack=settings, budget=budget)
-    scale = subject.scale if settings.own_units else 1.0
+    scale = spread * (subject.scale if settings.own_units else 1.0)
     attack = context.attack_context(subject.edit.identity, scale=scale)
     width = 1 if ranges is None else len(ranges)
     size = estimate_batch_size(

@@ -63,6 +63,7 @@ class Search:
         through: Sampling steps that the loss goes through, from noise to the latent of the image;
             0 for the denoising loss.
         lr: Adam's learning rate, in the units of ``attack.lr``.
+        scale: Factor of random starts, and of the steps from them.
         restarts: Independent searches.
     """
 
@@ -73,6 +74,7 @@ class Search:
     between: tuple[float, float] = (0.0, 1.0)
     through: int = 0
     lr: float = 0.1
+    scale: float = 1.0
     restarts: int = 1
 
     def __post_init__(self) -> None:
@@ -86,8 +88,8 @@ class Search:
             return f"init must be among {', '.join(INITS)}, got {self.init}"
         if least < 1 or self.through < 0:
             return "steps, embeddings, noise_batch and restarts must be >= 1, through >= 0"
-        if not 0 < self.lr < math.inf:
-            return f"lr must be a positive number, got {self.lr}"
+        if not (0 < self.lr < math.inf and 0 < self.scale < math.inf):
+            return f"lr and scale must be positive numbers, got {self.lr} and {self.scale}"
         if not 0 <= low < high <= 1:
             return f"between must rise within 0 and 1, got [{low}, {high}]"
         if self.through and (low, high) != (0.0, 1.0):
@@ -114,6 +116,8 @@ class Search:
         if (low, high) != (0.0, 1.0):
             words.append(f"noise {low:g} to {high:g}")
         words += [f"rate {self.lr:g}", f"{self.noise_batch} noise samples"]
+        if self.scale != 1:
+            words.append(f"starts times {self.scale:g}")
         return ", ".join([*words, f"restart {restart}"] if restart else words)
 
     def ranges(self, count: int) -> list[tuple[int, int]]:
@@ -257,7 +261,7 @@ def _by_denoising(
     """Pair id to embeddings (R, T, D) that lower the denoising loss, each in its range."""
     ranges = own.ranges(subject.model.num_train_timesteps)
     settings = _settings(subject, own)
-    found = search(subject, settings, pairs, own.init, start, ranges=ranges)
+    found = search(subject, settings, pairs, own.init, start, ranges=ranges, spread=own.scale)
     return {name: result.embeddings[:, -1] for name, result in found.items()}
 
 
@@ -278,7 +282,7 @@ def search_through(
         Pair id to embeddings (R, T, D), the cleanest range first.
     """
     model, settings = subject.model, _settings(subject, own)
-    scale = subject.scale if settings.own_units else 1.0
+    scale = own.scale * (subject.scale if settings.own_units else 1.0)
     context = replace(subject.context, attack=settings)
     attack = context.attack_context(subject.edit.identity, scale=scale)
     jobs = [Job(pair, own.init, start) for pair in pairs]

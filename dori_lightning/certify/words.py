@@ -31,6 +31,7 @@ from dori_lightning.certify.base import (
 from dori_lightning.certify.embeddings import search
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.memory import pairs_at_once
+from dori_lightning.models.protocol import Sampling
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches
 from dori_lightning.runtime.seeding import keyed_generator
@@ -67,7 +68,8 @@ class WordSearch(AttackBase):
 
     Attributes:
         starts: Where searches begin, the one that knows least first.
-        lengths: Words of a prompt, rising; None for all that the text encoder takes.
+        lengths: Words of a prompt that is searched from scratch, rising; None for all that the
+            text encoder takes, as from the other starts.
         caption: Whether words of the caption may be used.
         steps: Prompts that are evaluated on the way of soft tokens.
         embedding_steps: Steps of the search for the embedding that words begin at.
@@ -79,21 +81,23 @@ class WordSearch(AttackBase):
         rounds: Rounds of swaps.
         swaps: Prompts that are evaluated in a round, each with one word swapped.
         candidates: Words that the gradient promises most of, at each place.
+        images: Images that are drawn of what a search found.
     """
 
     name: str = "words"
     starts: tuple[Start, ...] = ("random", "embedding", "caption")
     lengths: tuple[int | None, ...] = (3, 8, None)
     caption: bool = True
-    steps: int = 10
+    steps: int = 30
     embedding_steps: int = 20
-    noise_batch: int = 8
+    noise_batch: int = 4
     between: tuple[float, float] = (0.4, 1.0)
-    lr: float = 0.3
+    lr: float = 1.0
     decay: float = 0.1
     rounds: int = 1
-    swaps: int = 16
+    swaps: int = 8
     candidates: int = 64
+    images: int = 2
     holds: Holds = field(default="words", init=False)
 
     def __post_init__(self) -> None:
@@ -112,8 +116,10 @@ class WordSearch(AttackBase):
             return f"starts must be among {', '.join(known)}, got {', '.join(stray)}"
         if not counted or counted != sorted(set(counted)) or counted[0] < 1:
             return f"lengths must rise from 1 on, null at the end, got {list(self.lengths)}"
-        if min(self.steps, self.embedding_steps, self.noise_batch) < 1:
-            return "steps, embedding_steps and noise_batch must be >= 1"
+        if "caption" in self.starts and not self.caption:
+            return "no search starts from the caption without its words: starts=[random,embedding]"
+        if min(self.steps, self.embedding_steps, self.noise_batch, self.images) < 1:
+            return "steps, embedding_steps, noise_batch and images must be >= 1"
         if min(self.rounds, self.swaps, self.candidates) < 0:
             return "rounds, swaps and candidates must be >= 0"
         if not 0 <= low < high <= 1:
@@ -142,9 +148,22 @@ class WordSearch(AttackBase):
 
     def rows(self, plan: Plan) -> int:
         """All prompts from every start, and their images."""
-        each = len(self.lengths) * (self._searched + plan.drawing)
+        each = self._searched + self._drawn(plan.sampling)
         first = self._embedding_rows if "embedding" in self.starts else 0
-        return len(self.starts) * each + first
+        return len(self._levels) * each + first
+
+    @property
+    def _levels(self) -> list[tuple[Start, int | None]]:
+        """Starts and lengths, in order."""
+        return [
+            (start, length)
+            for start in self.starts
+            for length in (self.lengths if start == "random" else (None,))
+        ]
+
+    def _drawn(self, sampling: Sampling) -> int:
+        """Rows through the denoiser of a prompt's images."""
+        return self.images * sampling.steps * sampling.rows_per_step
 
     @property
     def _searched(self) -> int:
@@ -159,30 +178,28 @@ class WordSearch(AttackBase):
     def run(self, subject: Subject, pairs: Sequence[Pair], attempt: Attempt) -> None:
         """Search from each start, short prompts first."""
         del pairs
-        sampling = subject.sampling
-        drawn = sampling.images_per_pair * sampling.steps * sampling.rows_per_step
-        vocabulary = subject.model.vocabulary()
-        for start in self.starts:
-            found: dict[str, torch.Tensor] = {}
-            for length in self.lengths:
-                level = f"{length or 'all'} words {_STARTS[start]}"
-                left = attempt.left(level)
-                if not left:
-                    return
-                rows = self._searched + drawn
-                if start == "embedding" and not found:
-                    found = self._embeddings(subject, left)
-                    rows += self._embedding_rows
-                count = min(length or vocabulary.limit, vocabulary.limit)
-                with subject.carried():
-                    words = self._search(subject, left, start, count, found)
-                    prompts = {name: vocabulary.prompt(own) for name, own in words.items()}
-                    encoded = {
-                        name: subject.model.encode_prompts([prompt])[0].cpu()
-                        for name, prompt in prompts.items()
-                    }
-                    images = subject.draw(encoded)
-                attempt.add(level, images, rows=rows, notes=prompts)
+        model, vocabulary = subject.model, subject.model.vocabulary()
+        noise = subject.starting_noise(self.images)
+        for start, length in self._levels:
+            level = f"{length or 'all'} words {_STARTS[start]}"
+            left = attempt.left(level)
+            if not left:
+                return
+            rows = self._searched + self._drawn(subject.sampling)
+            embeddings: Mapping[str, torch.Tensor] = {}
+            if start == "embedding":
+                embeddings = self._embeddings(subject, left)
+                rows += self._embedding_rows
+            count = min(length or vocabulary.limit, vocabulary.limit)
+            with subject.carried():
+                words = self._search(subject, left, start, count, embeddings)
+                prompts = {name: vocabulary.prompt(own) for name, own in words.items()}
+                encoded = {
+                    name: model.encode_prompts([prompt])[0].cpu()
+                    for name, prompt in prompts.items()
+                }
+                images = subject.draw(encoded, noise=dict.fromkeys(encoded, noise))
+            attempt.add(level, images, rows=rows, notes=prompts)
 
     def _embeddings(self, subject: Subject, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         """Pair id to an adversarial embedding (T, D), searched from its prompt."""
@@ -214,7 +231,7 @@ class WordSearch(AttackBase):
             generator = keyed_generator("words", seed, pair.id, count)
             drawn = torch.randint(len(places), (count,), generator=generator)
             random = places[drawn.to(places.device)].tolist()
-            begin = own[:count] if start == "caption" and self.caption else []
+            begin = own[:count] if start == "caption" else []
             first.append([*begin, *random[len(begin) :]])
         with model.frozen(), torch.enable_grad():
             if start == "embedding":

@@ -318,3 +318,24 @@ def test_row_adam_is_adam_and_standing_rows_keep_their_state():
     for k in (0, 2, 4, 5):
         alone = single.step(alone, gradients[k, 1:2], torch.ones(1, dtype=torch.bool))
     assert torch.equal(paused[1:2], alone)
+
+
+def test_losses_are_drawn_in_the_range_of_each_row(model, problem, whole, monkeypatch):
+    """The whole schedule as a range gives the bits of no range."""
+    count = model.num_train_timesteps
+    everywhere = replace(problem, ranges=((0, count),) * len(problem.ids))
+    assert torch.equal(attack(model, everywhere).embeddings, whole.embeddings)
+
+    seen: dict[str, list[int]] = {name: [] for name in problem.ids[:2]}
+    loss = model.denoising_loss
+
+    def denoising_loss(latents, noise, timesteps, embeddings, *, pair_ids):
+        for name, time in zip(pair_ids, timesteps.tolist(), strict=True):
+            seen[name].append(time)
+        return loss(latents, noise, timesteps, embeddings, pair_ids=pair_ids)
+
+    monkeypatch.setattr(model, "denoising_loss", denoising_loss)
+    attack(model, replace(rows(problem, 0, 1), ranges=((0, 30), (700, 710))))
+    low, high = seen.values()
+    assert max(low) < 30
+    assert 700 <= min(high) <= max(high) < 710

@@ -14,6 +14,7 @@ from dori_lightning.certify.base import AttackBase, Holds, Plan
 from dori_lightning.certify.cascade import (
     Cascade,
     CertifySettings,
+    Recorder,
     group_of,
     level_order,
     work_until_back,
@@ -224,3 +225,15 @@ def test_attacks_that_mean_nothing_are_left_out_of_the_protocol_and_refused_by_n
     assert chosen.left_out == {"two": "it means nothing here"}
     with pytest.raises(InputError, match="means nothing here"):
         CertifySettings(attacks, paths=("two",)).choose(PLAN)
+
+
+def test_the_note_of_the_closest_image_is_kept(tmp_path):
+    own = subject("audited", SUSPECTS, [])
+    recorder = Recorder(
+        own, Scripted("words"), SUSPECTS[:1], closed=frozenset(), folder=tmp_path,
+        advance=lambda _: None,
+    )  # fmt: skip
+    for level, value, note in zip(LEVELS, (0.2, 0.4, 0.3), ("far", "near", "later"), strict=True):
+        image = torch.full((1, 3, 4, 4), value)
+        recorder.add(level, {"s0": image}, rows=1, notes={"s0": note})
+    assert recorder.tried["s0"].note == "near"

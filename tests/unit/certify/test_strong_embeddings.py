@@ -23,7 +23,9 @@ SAMPLING = {
 RANGES = Search(init="random", steps=2, embeddings=2, noise_batch=2)
 THROUGH = Search(init="prompt", steps=2, embeddings=2, noise_batch=2, through=2)
 SEARCHES = {
-    "noisy": Search(init="random", steps=2, embeddings=1, noise_batch=2, between=(0.3, 1), lr=0.3),
+    "noisy": Search(
+        init="random", steps=2, embeddings=1, noise_batch=2, between=(0.3, 1), lr=0.3, scale=2
+    ),
     "ranges": RANGES,
     "through": THROUGH,
 }
@@ -33,7 +35,9 @@ SEARCHES = {
 def subject(request, tmp_path_factory):
     family = request.param
     folder = tmp_path_factory.mktemp(family)
-    return make_subject(folder, load_family(family), sampling=SAMPLING[family])
+    made = make_subject(folder, load_family(family), sampling=SAMPLING[family])
+    vars(made)["scale"] = 1.0  # measuring it takes a second
+    return made
 
 
 def test_every_search_is_a_level_and_its_rows_are_those_that_are_counted(subject):
@@ -42,7 +46,7 @@ def test_every_search_is_a_level_and_its_rows_are_those_that_are_counted(subject
     with unchanged(subject.model):
         found, taken = try_on(attack, subject)
     assert found.levels == [
-        "2 steps from random, noise 0.3 to 1, rate 0.3, 2 noise samples",
+        "2 steps from random, noise 0.3 to 1, rate 0.3, 2 noise samples, starts times 2",
         "2 steps from random, 2 embeddings over time, rate 0.1, 2 noise samples",
         "2 steps from prompt, 2 embeddings over time, through 2 sampling steps, rate 0.1, "
         "2 noise samples",
@@ -124,7 +128,8 @@ def test_a_search_through_sampling_comes_nearer_to_the_image(subject):
     [
         ({"init": "caption"}, "init must be among"),
         ({"steps": 0}, ">= 1"),
-        ({"lr": 0.0}, "lr must be"),
+        ({"lr": 0.0}, "lr and scale"),
+        ({"scale": 0.0}, "lr and scale"),
         ({"between": (0.5, 0.5)}, "between must rise"),
         ({"embeddings": 3, "noise_batch": 8}, "multiple"),
         ({"through": 2, "embeddings": 4}, "no more than"),
