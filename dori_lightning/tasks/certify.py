@@ -35,6 +35,7 @@ from dori_lightning.tasks.audit import (
     set_up,
 )
 from dori_lightning.tasks.plan import CHECKPOINTS, PLAN_FILE, count_pairs
+from dori_lightning.tasks.results_logging import track_certificate
 from dori_lightning.tasks.run_record import FINGERPRINT, provenance_of, to_container, tracked
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import Calibration, InputError
@@ -190,6 +191,7 @@ def _certify(
         images=cfg.report.images.value,
         max_pairs=cfg.report.max_pairs,
     )
+    track_certificate(tracker, certificate, folder)
     console = answer_console()
     console.print(certificate.verdict)
     console.print(f"page: {page}", soft_wrap=True)

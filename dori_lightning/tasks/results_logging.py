@@ -23,9 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 from dori_lightning.attacks.embedding_attack import Conditioning
 from dori_lightning.metrics.replication import find_cell
 from dori_lightning.mitigations.base import EditResult
+from dori_lightning.report.certificate import Certificate, door_table, level_table
 from dori_lightning.report.images import attack_grid, thumbnail
 from dori_lightning.report.locality import LocalityReport, number_tables
-from dori_lightning.report.record import AuditReport, Disclosure
+from dori_lightning.report.record import CERTIFICATE_FILE, AuditReport, Disclosure
 from dori_lightning.report.words import condition_words
 from dori_lightning.tracking import Tracker
 from dori_lightning.types import BASELINE, INITS, KINDS, Condition
@@ -289,6 +290,53 @@ def track_locality(
     files = [*folder.glob("locality.*"), *folder.glob("figures/*")]
     tracker.artifact(
         f"{report.checkpoint}-{report.mitigation}-locality",
+        kind="report",
+        files={path.relative_to(folder).as_posix(): path for path in files},
+    )
+
+
+def track_certificate(tracker: Tracker, certificate: Certificate, folder: Path) -> None:
+    """Log a certificate: who is not back after how much work, doors, images, and its files.
+
+    Args:
+        tracker: Loggers of the run.
+        certificate: What was found; its files are in ``folder`` already.
+        folder: Run folder.
+    """
+    if not tracker.loggers:
+        return
+    curves = [(own.group, own.work, own.share) for own in certificate.survivals]
+    tracker.scalars(
+        _by_step(
+            (work, {f"certify/not_back/{group}": share})
+            for group, works, shares in curves
+            for work, share in zip(works, shares, strict=True)
+        ),
+        step_metric="certify/work",
+    )
+    for name, table in (
+        ("doors", door_table(certificate)), ("levels", level_table(certificate)),
+    ):  # fmt: skip
+        rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+        tracker.table(f"certify/{name}", rows)
+    for path in sorted(folder.glob("figures/certificate_*.png")):
+        with Image.open(path) as figure:
+            tracker.image(f"certify/{path.stem}", figure, caption=path.stem)
+    tracker.summary(
+        {
+            "final/answer": certificate.answer,
+            "final/objective": certificate.first_work or certificate.most_work,
+            "final/first_work": certificate.first_work,
+            "final/most_work": certificate.most_work,
+            "final/back": len(certificate.opened),
+            "final/held_by_loss": len(certificate.held) if certificate.traces else None,
+            "final/planted_found": certificate.planted_found if certificate.planted else None,
+            "final/seconds": certificate.provenance.wall_seconds,
+        }
+    )
+    files = [folder / CERTIFICATE_FILE, folder / "certificate.html", *folder.glob("figures/*")]
+    tracker.artifact(
+        f"{certificate.checkpoint}-{certificate.mitigation}-certificate",
         kind="report",
         files={path.relative_to(folder).as_posix(): path for path in files},
     )
