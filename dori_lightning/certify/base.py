@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -71,7 +71,11 @@ class Attack(Protocol):
             are trained on them; otherwise processes share them.
         gradient_free: Whether it uses no gradient of the model. Where such an attack succeeds on
             an image that ``dori`` does not bring back, gradients are masked.
+        timed: Whether it is asked how long images take beside those that the model cannot hold,
+            so that levels that do not count are tried on all.
     """
+
+    timed: ClassVar[bool]
 
     @property
     def name(self) -> str:
@@ -130,6 +134,7 @@ class AttackBase:
     holds: Holds = field(default="prompt", init=False)
     together: bool = field(default=False, init=False)
     gradient_free: bool = field(default=False, init=False)
+    timed: ClassVar[bool] = False
 
     def check(self, plan: Plan) -> None:
         """Nothing is refused."""

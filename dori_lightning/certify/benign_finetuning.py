@@ -102,7 +102,7 @@ class BenignFinetuning(AttackBase):
         Raises:
             InputError: The corpus has too few images.
         """
-        carried, done = subject.edit, 0
+        done = 0
         for steps in self.steps:
             after = Afterwards(
                 attempt, f"{steps} ordinary steps", rows=self.samples * (steps - done)
@@ -110,26 +110,26 @@ class BenignFinetuning(AttackBase):
             left = after.left(Prompts.LEVEL)
             if not distributed.all_gather_dict({pair.id: True for pair in left}):
                 return
-            carried = train_over(
-                carried,
-                self._training(done, steps),
+            made = train_over(
+                subject.edit,
+                self._training(steps),
                 subject.model,
                 subject.context.pairs,
                 subject.context.for_mitigations,
-            ).edit
-            trained, done = subject.with_edit(carried), steps
+            )
+            trained, done = subject.with_edit(made.edit), steps
             Prompts().run(trained, pairs, after)
             if self.search and steps == self.steps[-1]:
                 search_from_prompt(self.search).run(trained, pairs, after)
 
-    def _training(self, begin: int, end: int) -> OrdinaryFinetuning:
-        """The training from one step to another."""
+    def _training(self, steps: int) -> OrdinaryFinetuning:
+        """The training, up to some steps."""
         return OrdinaryFinetuning(
             name=self.name,
             draws="benign fine-tuning",
             rows=self.samples,
-            begin=begin,
-            steps=end - begin,
+            steps=steps,
+            until=self.steps[-1],
             finetune=FinetuneSettings(lr=self.lr, weight_decay=0.0),
             count=self.images,
         )

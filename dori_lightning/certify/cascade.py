@@ -454,6 +454,8 @@ class Cascade:
                 group = pairs[start : start + self.settings.group]
                 if subject.role == "reference" or group[0].kind == "control":
                     closed |= self._closed(found, len(pairs))
+                if attack.timed:
+                    closed = frozenset()
                 key = self._key(attack, subject, group, closed)
                 name = f"{attack.name}/{group[0].kind}-{content_hash(key)[:16]}"
                 known = cache.read(name, key, TRIED) if distributed.is_first() else None

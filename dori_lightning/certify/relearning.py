@@ -10,8 +10,8 @@ References: *Unstable Unlearning* (2410.08074); the relearning attack of *Erased
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 from dori_lightning.certify.base import AttackBase, Attempt, Holds, Plan, Subject
 from dori_lightning.certify.cascade import AttackFindings, group_of
@@ -21,6 +21,7 @@ from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.image_finetuning import (
     ImageFinetuning,
     TrainingImages,
+    forget,
     train_over,
 )
 from dori_lightning.models.protocol import TextToImage
@@ -50,8 +51,9 @@ class PromptedFinetuning(ImageFinetuning):
 class Relearning(AttackBase):
     """Fine-tune all weights on a few images together, and look after some steps.
 
-    AdamW begins anew at each level, whose weights are kept until the images are through: an
-    interrupted run goes on from the last one.
+    One training, whose weights at each level are kept until the images are through, so that an
+    interrupted run goes on from the last of them. How long images take is asked of suspects too
+    where controls come back as soon (``timed``).
 
     Attributes:
         steps: Steps after which images are drawn, rising.
@@ -69,6 +71,7 @@ class Relearning(AttackBase):
     samples: int = 4
     company: int = 8
     prompts: Literal["own", "exchanged"] = "own"
+    timed: ClassVar[bool] = True
     holds: Holds = field(default="weights", init=False)
     together: bool = field(default=True, init=False)
 
@@ -117,24 +120,24 @@ class Relearning(AttackBase):
                 where=f"certify.attacks.{self.name}.prompts",
                 fix="add control pairs, or prompts=own",
             )
-        carried, kept, done = subject.edit, list[EditResult](), 0
+        kept, done = list[EditResult](), 0
+        method = self._training(len(company))
         for steps in self.steps:
             left = attempt.left(level_of(steps))
             if not distributed.all_gather_dict({pair.id: True for pair in left}):
                 break
-            method = self._training(len(company), done, steps)
-            made = train_over(carried, method, subject.model, company, context)
-            carried, kept = made.edit, [*kept, made]
+            method = replace(method, steps=steps)
+            made = train_over(subject.edit, method, subject.model, company, context)
+            kept.append(made)
             if left:
                 trained = method.images(subject.model, company, context)
                 prompts = dict(zip(trained.ids, trained.prompts, strict=True))
-                with carried.applied(subject.model):
+                with made.edit.applied(subject.model):
                     images = subject.draw({pair.id: prompts[pair.id] for pair in left})
                 rows = self.samples * (steps - done) + subject.drawing
                 attempt.add(level_of(steps), images, rows=rows)
             done = steps
-        for made in kept:
-            context.discard(made)
+        forget(kept, subject.edit, method, subject.model, company, context)
 
     def _company(self, subject: Subject, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs and, where they are few, controls that are trained on with them."""
@@ -146,14 +149,14 @@ class Relearning(AttackBase):
         ]
         return [*pairs, *others[: max(0, self.company - len(pairs))]]
 
-    def _training(self, images: int, begin: int, end: int) -> PromptedFinetuning:
-        """The training on some images from one step to another."""
+    def _training(self, images: int) -> PromptedFinetuning:
+        """The training on some images, all of it."""
         return PromptedFinetuning(
             name=self.name,
             draws="relearning",
             rows=self.samples * images,
-            begin=begin,
-            steps=end - begin,
+            steps=self.steps[-1],
+            until=self.steps[-1],
             finetune=FinetuneSettings(lr=self.lr, weight_decay=0.0),
             exchanged=self.prompts == "exchanged",
         )
@@ -180,8 +183,9 @@ class RelearningRatio:
         others: Steps that the others take.
         measure: ``median`` of the Kaplan-Meier estimates, or, where one of them does not fall to
             one half, the ``restricted mean``: steps until a copy, on average, where each image
-            counts with ``horizon`` at most.
-        horizon: Steps up to which both groups were tried.
+            counts with ``horizon`` at most. Where it does, the ratio is nearer to 1 than the
+            truth.
+        horizon: Steps up to which both groups are known.
     """
 
     ratio: Number
@@ -212,9 +216,17 @@ def relearning_ratio(
     own, others = steps["suspects"], steps[other]
     if not own or not others:
         return RelearningRatio(math.nan, math.nan, math.nan, "median", 0)
-    horizon = min(max(count for count, _ in group) for group in (own, others))
+    horizon = _horizon(own, others)
     medians = [median(group) for group in (own, others)]
     if all(math.isfinite(value) for value in medians):
         return RelearningRatio(medians[0] / medians[1], medians[0], medians[1], "median", horizon)
     means = [restricted_mean(group, horizon) for group in (own, others)]
     return RelearningRatio(means[0] / means[1], means[0], means[1], "restricted mean", horizon)
+
+
+def _horizon(*groups: Sequence[tuple[int, bool]]) -> int:
+    """Steps up to which all groups are known: all of them where every image came back."""
+    known = [
+        max(count for count, _ in group) for group in groups if not all(back for _, back in group)
+    ]
+    return min(known, default=max(count for group in groups for count, _ in group))

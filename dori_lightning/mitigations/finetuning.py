@@ -29,6 +29,7 @@ from dori_lightning.runtime.checkpoints import (
     KEPT,
     FitCheckpoints,
     Saving,
+    checkpoint_step,
     is_done,
     last_checkpoint,
 )
@@ -199,6 +200,12 @@ class FinetunedMitigation(ABC):
         del model
         return 0
 
+    def fit_key(
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
+    ) -> tuple[str, bool]:
+        """Names the fit's checkpoints, and says whether they stay for a longer fit to go on."""
+        return edit_key(self, model, pairs, context), False
+
     def apply(self, model: TextToImage, pairs: Sequence[Pair], context: Context) -> WeightEdit:
         """Train the denoiser, which is put back bit for bit, and return the changed weights.
 
@@ -207,10 +214,12 @@ class FinetunedMitigation(ABC):
             RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
         """
         require_pairs(pairs, self.name)
-        key = edit_key(self, model, pairs, context)
+        key, stays = self.fit_key(model, pairs, context)
         _check_disk(self, model, context.scratch(key))
         make = self.training(model, pairs, context)
-        return finetune(make, model, context, steps=self.steps, key=key, title=self.name)
+        return finetune(
+            make, model, context, steps=self.steps, key=key, title=self.name, stays=stays
+        )
 
 
 def finetune(
@@ -221,11 +230,13 @@ def finetune(
     steps: int,
     key: str,
     title: str,
+    stays: bool = False,
 ) -> WeightEdit:
     """Fit and return the changed weights; the model is put back bit for bit.
 
-    A fit that was interrupted goes on from its last checkpoint, in the folder of its ``key``. The
-    module is made once the weights are in fp32; ``title`` is what the progress line says.
+    A fit that was interrupted goes on from its last checkpoint, in the folder of its ``key``,
+    which ``stays`` where a longer fit goes on from this one's end. The module is made once the
+    weights are in fp32; ``title`` is what the progress line says.
 
     Raises:
         RuntimeError: The loss or the weights stopped being finite, or the fit ended early.
@@ -249,7 +260,7 @@ def finetune(
         changed = {n: v.clone() for n, v in trained.items() if not torch.equal(v, before[n].cpu())}
         notes, reused = module.notes, module.reused
     distributed.barrier()  # the others may still read it
-    if distributed.is_first():
+    if distributed.is_first() and not stays:
         shutil.rmtree(folder, ignore_errors=True)
     cost = {"reused_evaluations": float(reused)} if reused else {}
     return WeightEdit(Origin(model.fingerprint, notes=notes, cost=cost), changed)
@@ -351,9 +362,14 @@ def _fit(
         KeyboardInterrupt: The user stopped it.
     """
     settings = module.settings
-    last = distributed.broadcast_object(
-        last_checkpoint(folder, title) if distributed.is_first() else None
-    )
+    last = None
+    if distributed.is_first():
+        last = last_checkpoint(folder, title)
+        if last is not None and checkpoint_step(last) > steps:
+            # of a longer fit that went on from this one, whose end is not known any more
+            shutil.rmtree(folder)
+            last = None
+    last = distributed.broadcast_object(last)
     if last is not None and is_done(module, last, steps):
         return
     with progress_bar(title, module.work(steps)) as advance:

@@ -6,16 +6,19 @@ they want back or on ordinary ones.
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from dori_lightning.mitigations.base import Context, EditResult
+from dori_lightning.mitigations.base import Context, EditResult, edit_key
 from dori_lightning.mitigations.edits import Edit, LayeredEdit, WeightEdit
 from dori_lightning.mitigations.finetuning import FinetunedMitigation, FinetuneSettings, Finetuning
 from dori_lightning.models.protocol import TextToImage
+from dori_lightning.runtime import distributed
 from dori_lightning.runtime.seeding import keyed_generator
 from dori_lightning.types import Pair
 
@@ -44,7 +47,8 @@ class ImageFinetuning(FinetunedMitigation):
         finetune: Optimizer settings.
         draws: Names the keyed draws, so that those of several methods differ.
         base: Identity of the edit that the model carries meanwhile; see `train_over`.
-        begin: Steps that were taken before, from where the draws go on.
+        until: Steps of the longest of several trainings that go on from each other; 0 for one
+            alone. Each is the beginning of all longer ones, and is not taken again for them.
     """
 
     rows: int
@@ -52,7 +56,7 @@ class ImageFinetuning(FinetunedMitigation):
     finetune: FinetuneSettings
     draws: str = "positive controls"
     base: str = "none"
-    begin: int = 0
+    until: int = 0
     name: str = field(default="planting", kw_only=True)
 
     def images(
@@ -62,6 +66,15 @@ class ImageFinetuning(FinetunedMitigation):
         del model
         batch = context.data.batch(pairs)
         return TrainingImages(tuple(p.id for p in pairs), batch.latents, batch.embeddings)
+
+    def fit_key(
+        self, model: TextToImage, pairs: Sequence[Pair], context: Context
+    ) -> tuple[str, bool]:
+        """The same for trainings that go on from each other; the last one's needs not stay."""
+        if not self.until:
+            return super().fit_key(model, pairs, context)
+        key = edit_key(replace(self, steps=self.until), model, pairs, context)
+        return key, self.steps < self.until
 
     def training(
         self, model: TextToImage, pairs: Sequence[Pair], context: Context
@@ -77,15 +90,17 @@ class _ImageTraining(Finetuning):
     def __init__(
         self, model: TextToImage, method: ImageFinetuning, images: TrainingImages, *, seed: int
     ) -> None:
-        super().__init__(model, method.finetune)
+        every = method.finetune.checkpoint_every
+        if method.until:
+            every = math.gcd(every, method.steps)  # one at the end, to go on from
+        super().__init__(model, replace(method.finetune, checkpoint_every=every))
         self.method, self.images, self.seed = method, images, seed
 
     def training_step(self, *_: Any) -> torch.Tensor:
         """Mean denoising loss of a batch in which the images take turns."""
         model, method, images = self.model, self.method, self.images
-        step = method.begin + self.global_step
-        generator = keyed_generator(method.draws, self.seed, step)
-        places = (step * method.rows + torch.arange(method.rows)) % len(images.ids)
+        generator = keyed_generator(method.draws, self.seed, self.global_step)
+        places = (self.global_step * method.rows + torch.arange(method.rows)) % len(images.ids)
         latents = images.latents[places].to(model.device)
         noise = torch.randn(latents.shape, generator=generator).to(model.device)
         timesteps = torch.randint(
@@ -127,3 +142,30 @@ def train_over(
     if not isinstance(made.edit, WeightEdit):
         raise TypeError(f"{method.name} gives weights, not {type(made.edit).__name__}")
     return replace(made, edit=LayeredEdit.over(carried, made.edit))
+
+
+def forget(
+    made: Sequence[EditResult],
+    carried: Edit,
+    method: ImageFinetuning,
+    model: TextToImage,
+    pairs: Sequence[Pair],
+    context: Context,
+) -> None:
+    """Remove what several trainings that go on from each other have left on the disk.
+
+    Args:
+        made: Their edits.
+        carried: What the model carried; this and the others as in `train_over`.
+        method: Any of them.
+        model: The model.
+        pairs: Whose images were trained on.
+        context: What mitigations work with.
+    """
+    key, _ = replace(method, base=carried.identity).fit_key(model, pairs, context)
+    distributed.barrier()
+    if distributed.is_first():
+        # before the edits: whoever misses one of these trains anew
+        shutil.rmtree(context.scratch(key), ignore_errors=True)
+    for one in made:
+        context.discard(one)

@@ -12,7 +12,7 @@ from dori_lightning.mitigations.edits import (
     WeightEdit,
 )
 from dori_lightning.mitigations.finetuning import FinetuneSettings
-from dori_lightning.mitigations.image_finetuning import ImageFinetuning, train_over
+from dori_lightning.mitigations.image_finetuning import ImageFinetuning, forget, train_over
 from support.edits import value_masks
 from support.unchanged import unchanged
 
@@ -74,16 +74,44 @@ def test_further_training_is_one_layer_more_and_its_file_can_go(model, pairs, co
     assert [one.path.is_file() for one in made] == [False, True]
 
 
-def test_images_take_turns_and_draws_go_on(model, pairs, context, monkeypatch) -> None:
+def test_images_take_turns(model, pairs, context, monkeypatch) -> None:
     method = ImageFinetuning(rows=2, steps=3, finetune=FAST)
     names = [pair.id for pair in pairs[:3]]
-    whole = drawn(model, pairs[:3], context, method, monkeypatch)
-    assert [ids for ids, _ in whole] == [names[:2], [names[2], names[0]], names[1:3]]
-    rest = drawn(model, pairs[:3], context, replace(method, begin=1, steps=2), monkeypatch)
-    assert [ids for ids, _ in rest] == [ids for ids, _ in whole[1:]]
-    assert all(
-        torch.equal(one, other) for (_, one), (_, other) in zip(rest, whole[1:], strict=True)
-    )
+    seen = drawn(model, pairs[:3], context, method, monkeypatch)
+    assert [ids for ids, _ in seen] == [names[:2], [names[2], names[0]], names[1:3]]
+
+
+def test_a_longer_training_goes_on_from_a_shorter_ones_end(
+    model, pairs, context, context_of, tmp_path, monkeypatch
+) -> None:
+    def weights(method, carried=context):
+        return train_over(EmptyEdit(), method, model, pairs[:1], carried).edit.top.weights
+
+    short = ImageFinetuning(rows=2, steps=2, until=3, finetune=FAST)
+    whole = replace(short, steps=3)
+    alone = weights(whole, context_of(tmp_path / "alone"))
+    weights(short)
+    with monkeypatch.context() as patch:
+        steps, loss = [], model.denoising_loss
+        patch.setattr(model, "denoising_loss", lambda *a, **k: (steps.append(1), loss(*a, **k))[1])
+        both = weights(whole)
+    assert len(steps) == 1
+    assert both.keys() == alone.keys()
+    assert all(both[name].equal(value) for name, value in alone.items())
+    assert not [*context.scratch("").glob("*")]
+
+
+def test_where_only_a_longer_training_is_known_a_shorter_one_begins_anew(
+    model, pairs, context
+) -> None:
+    methods = [ImageFinetuning(rows=2, steps=steps, until=9, finetune=FAST) for steps in (1, 2)]
+    made = [train_over(EmptyEdit(), one, model, pairs[:1], context) for one in methods]
+    context.discard(made[0])
+    again = train_over(EmptyEdit(), methods[0], model, pairs[:1], context)
+    assert again.made
+    assert again.edit.identity == made[0].edit.identity
+    forget([again, made[1]], EmptyEdit(), methods[0], model, pairs[:1], context)
+    assert not [*context.folder.glob("*.safetensors"), *context.scratch("").glob("*")]
 
 
 def test_each_row_is_trained_under_its_own_pairs_masks(model, pairs, context) -> None:
