@@ -2,8 +2,8 @@
 
 Who holds both files, or merges the mitigated model with another descendant of the same base, walks
 this line. How far one has to go says how deep the images were buried.
-Reference: linear mode connectivity of unlearned models, *When Are Concepts Erased?* (2505.17013)
-and model merging (2212.04089).
+Reference: *Editing Models with Task Arithmetic* (2212.04089): an edit is a direction in the space
+of weights, and can be taken back by shares.
 """
 
 from collections.abc import Sequence
