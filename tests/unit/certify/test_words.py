@@ -14,7 +14,7 @@ from support.unchanged import unchanged
 
 SAMPLING = {"sd": Sampling("ddim", 1, 2.0, 4), "sdxl": Sampling("euler", 1, 1.0, 4)}
 WORDS = WordSearch(
-    lengths=(2, None), steps=3, embedding_steps=2, noise_batch=2, swaps=4, candidates=3, images=4
+    lengths=(2, None), steps=2, embedding_steps=1, noise_batch=2, swaps=2, candidates=3, images=4
 )
 
 
