@@ -92,7 +92,8 @@ def search(
     controls = subject.context.control_prompts.embeddings
     budget = settings.budget.resolve(controls, own_units=not absolute)
     context = replace(subject.context, attack=settings, budget=budget)
-    scale = spread * (subject.scale if settings.own_units else 1.0)
+    measured = settings.own_units and init == "random"
+    scale = spread * (subject.scale if measured else 1.0)
     attack = context.attack_context(subject.edit.identity, scale=scale)
     width = 1 if ranges is None else len(ranges)
     size = estimate_batch_size(

@@ -282,7 +282,8 @@ def search_through(
         Pair id to embeddings (R, T, D), the cleanest range first.
     """
     model, settings = subject.model, _settings(subject, own)
-    scale = own.scale * (subject.scale if settings.own_units else 1.0)
+    measured = settings.own_units and own.init == "random"
+    scale = own.scale * (subject.scale if measured else 1.0)
     context = replace(subject.context, attack=settings)
     attack = context.attack_context(subject.edit.identity, scale=scale)
     jobs = [Job(pair, own.init, start) for pair in pairs]

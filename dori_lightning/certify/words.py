@@ -42,7 +42,7 @@ Start = Literal["random", "embedding", "caption"]
 embedding, at the caption's own."""
 
 FAMILIES = ("sd", "sdxl")
-"""Families whose text encoders share a vocabulary."""
+"""Families that read prompts with CLIP's text encoders alone."""
 
 _STARTS: Mapping[Start, str] = {
     "random": "from scratch",
@@ -132,11 +132,11 @@ class WordSearch(AttackBase):
         """Refuse what has no words, or words that are no prompt.
 
         Raises:
-            InputError: The family's text encoders share no vocabulary, or the checkpoint has no
+            InputError: The family has other text encoders than CLIP's, or the checkpoint has no
                 tokenizer of its own.
         """
         refuse_family(
-            self, plan, FAMILIES, "its text encoders have different vocabularies, one of T5"
+            self, plan, FAMILIES, "it reads prompts with T5, and words of CLIP are searched"
         )
         if not plan.own_tokenizer:
             raise InputError(

@@ -269,8 +269,8 @@ class LatentDiffusion(ABC):
         """Words that somebody can type, read once."""
         if not self.word_encoders:
             raise InputError(
-                f"{self.family.title} reads a prompt by text encoders of different vocabularies, "
-                f"so no search over one of them is a prompt",
+                f"{self.family.title} reads prompts with T5, besides or instead of CLIP, in whose "
+                f"vocabulary words are searched",
                 where=f"checkpoint.family={self.family.name}",
                 fix="leave words out of certify.paths",
             )

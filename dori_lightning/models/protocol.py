@@ -156,7 +156,7 @@ class TextToImage(Protocol):
         """Words that somebody can type, each one token.
 
         Raises:
-            InputError: The family's text encoders share no vocabulary.
+            InputError: The family reads prompts with other text encoders than CLIP's.
         """
         ...
 
@@ -170,7 +170,7 @@ class TextToImage(Protocol):
             tokens: Rows of ``vocabulary().inputs``, or anything between them; n at most its limit.
 
         Raises:
-            InputError: The family's text encoders share no vocabulary.
+            InputError: The family reads prompts with other text encoders than CLIP's.
         """
         ...
 
