@@ -564,3 +564,12 @@ def _work_words(first: int | None, most: int) -> str:
 def _work_of(own: Certificate, group: Group) -> str:
     found = own.by_group.get(group)
     return _work_words(found.first, found.censored) if found else NOTHING
+
+
+def doors_of(certificates: Sequence[Certificate]) -> dict[tuple[str, str, str], AttackFindings]:
+    """What each attack found, by checkpoint, mitigation and name."""
+    return {
+        (own.checkpoint, own.mitigation, findings.attack): findings
+        for own in certificates
+        for findings in own.attacks
+    }

@@ -6,19 +6,23 @@ A file of claims (``expected.json`` of an experiment) is a list of objects::
 
 ``cell`` has the keys of a cell in ``report.json``: checkpoint, mitigation, attack, init, norm,
 eps, steps, kind. What does not depend on an attack (the cost) names checkpoint and mitigation
-alone. A claim holds where the measured number is within ``tol`` of ``value``. An optional
-``sweep`` names the run folder's sweep that the claim is about, where several are recorded in one
-file.
+alone. Of certificates it has checkpoint, mitigation, attack and group (``suspects``, ``controls``,
+``reference``, ``planted``), and the metric is ``back``: how many of the group that attack brought
+back at levels that count. A claim holds where the measured number is within ``tol`` of ``value``.
+An optional ``sweep`` names the run folder's sweep that the claim is about, where several are
+recorded in one file.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, model_validator
 
+from dori_lightning.certify.cascade import AttackFindings, Group
 from dori_lightning.report.comparison import HeadlineRow
 from dori_lightning.runtime.documents import stored
 from dori_lightning.types import Cell, Init, Kind, Norm
@@ -29,6 +33,7 @@ METRICS: dict[str, tuple[float, float]] = {
     "denoising_loss_ratio": (0.0, math.inf),
     "kid": (-math.inf, math.inf),
     "unet_evaluations": (0.0, math.inf),
+    "back": (0.0, math.inf),
 }
 """What can be claimed, and in which range its numbers lie."""
 
@@ -103,7 +108,31 @@ class CostClaim(_Claim, frozen=True):
         return found
 
 
-Claim = Annotated[CellClaim | CostClaim, Field(discriminator="metric")]
+Door = tuple[str, str, str]
+"""Checkpoint, mitigation and attack."""
+
+
+class DoorKey(RowKey, frozen=True):
+    """Which attack of a certificate, and which images."""
+
+    attack: Annotated[str, Field(min_length=1)]
+    group: Group
+
+
+class DoorClaim(_Claim, frozen=True):
+    """How many images an attack of a certificate brought back."""
+
+    cell: DoorKey
+    metric: Literal["back"]
+
+    def measured(self, doors: Mapping[Door, AttackFindings]) -> float:
+        """The same number of certificates, NaN where those have none."""
+        cell = self.cell
+        found = doors.get((cell.checkpoint, cell.mitigation, cell.attack))
+        return math.nan if found is None else float(found.count(cell.group)[0])
+
+
+Claim = Annotated[CellClaim | CostClaim | DoorClaim, Field(discriminator="metric")]
 
 
 @dataclass(frozen=True)
@@ -115,12 +144,12 @@ class Checked:
         holds: Whether it is within the tolerance.
     """
 
-    claim: CellClaim | CostClaim
+    claim: CellClaim | CostClaim | DoorClaim
     measured: float
     holds: bool
 
 
-def read_claims(path: Path) -> tuple[CellClaim | CostClaim, ...]:
+def read_claims(path: Path) -> tuple[CellClaim | CostClaim | DoorClaim, ...]:
     """Read a file of claims; an empty list claims nothing.
 
     Raises:
@@ -130,20 +159,24 @@ def read_claims(path: Path) -> tuple[CellClaim | CostClaim, ...]:
 
 
 def check_claims(
-    claims: Sequence[CellClaim | CostClaim],
+    claims: Sequence[CellClaim | CostClaim | DoorClaim],
     cells: Sequence[Cell],
     rows: Sequence[HeadlineRow],
     *,
+    doors: Mapping[Door, AttackFindings] = MappingProxyType({}),
     sweeps: Sequence[str] = (),
 ) -> tuple[Checked, ...]:
-    """Hold claims against a table.
+    """Hold claims against a table, or against what attacks of certificates found (``doors``).
 
     Those about a sweep that is not among ``sweeps``, the sweeps that it was made of, are left out.
     """
     checked = []
     for claim in claims:
         if claim.sweep is None or claim.sweep in sweeps:
-            found = claim.measured(cells, rows)
+            if isinstance(claim, DoorClaim):
+                found = claim.measured(doors)
+            else:
+                found = claim.measured(cells, rows)
             checked.append(Checked(claim, found, abs(found - claim.value) <= claim.tol + 1e-12))
     return tuple(checked)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from dori_lightning.report.certificate import ranking, read_certificate
-from dori_lightning.report.claims import CellClaim, CostClaim, check_claims, read_claims
+from dori_lightning.report.certificate import Certificate, doors_of, ranking, read_certificate
+from dori_lightning.report.claims import Checked, check_claims, read_claims
 from dori_lightning.report.comparison import Comparison, HeadlineRow, compare, headline_rows
 from dori_lightning.report.findings import sweep_verdict
 from dori_lightning.report.pages import write_list, write_page, write_table
@@ -54,13 +54,14 @@ def run(cfg: DictConfig, folder: Path) -> None:
         ClaimsFailedError: ``cfg.task.expected`` claims numbers that the table does not bear out.
     """
     places = places_of(cfg.task.runs)
+    expected = cfg.task.expected
+    claims = read_claims(Path(expected)) if expected is not None else ()
     certified = [place for place in jobs_of(places).folders if is_certificate(place)]
     if certified:
         claim_folder(folder, {"runs": [str(place.resolve()) for place in places]})
-        rank(certified, folder)
+        found = rank(certified, folder)
+        _check_claims(check_claims(claims, (), (), doors=doors_of(found)), source=str(expected))
         return
-    expected = cfg.task.expected
-    claims = read_claims(Path(expected)) if expected is not None else ()
     inputs = _collect(places, images=cfg.report.images.value)
     comparison = None
     if expected is not None or len(inputs.runs) != 1 or inputs.unfinished:
@@ -75,21 +76,26 @@ def run(cfg: DictConfig, folder: Path) -> None:
         rows = _publish(comparison, inputs, folder, max_pairs=cfg.report.max_pairs)
         _track(tracker, folder)
         if expected is not None:
-            _check_claims(claims, comparison, rows, sweeps=inputs.sweeps, source=str(expected))
+            checked = check_claims(claims, comparison.cells, rows, sweeps=inputs.sweeps)
+            if not checked:
+                log.warning("%s claims nothing about these runs", expected)
+            _check_claims(checked, source=str(expected))
 
 
-def rank(places: Sequence[Path], folder: Path) -> None:
-    """Put certificates into one table, ``ranking.md``, and print it.
+def rank(places: Sequence[Path], folder: Path) -> list[Certificate]:
+    """Put certificates into one table, ``ranking.md``, print it, and return them.
 
     Raises:
         InputError: One is damaged, or they do not belong together.
     """
-    table = ranking([read_certificate(place) for place in places])
+    found = [read_certificate(place) for place in places]
+    table = ranking(found)
     write_atomically(folder / "ranking.md", tables_markdown([table], ()).encode())
     console = answer_console(150)
     console.print(rich_table(table))
     for place in places:
         console.print(f"page: {place / 'certificate.html'}", soft_wrap=True)
+    return found
 
 
 def _track(tracker: Tracker, folder: Path) -> None:
@@ -212,22 +218,13 @@ def _publish(
     return rows
 
 
-def _check_claims(
-    claims: Sequence[CellClaim | CostClaim],
-    comparison: Comparison,
-    rows: Sequence[HeadlineRow],
-    *,
-    sweeps: Sequence[str],
-    source: str,
-) -> None:
+def _check_claims(checked: Sequence[Checked], *, source: str) -> None:
     """Print every claim beside what was measured.
 
     Raises:
         ClaimsFailedError: One does not hold.
     """
-    checked = check_claims(claims, comparison.cells, rows, sweeps=sweeps)
     if not checked:
-        log.warning("%s claims nothing about these runs", source)
         return
     answer_console(150).print(rich_table(claims_table(checked)))
     failed = sum(not item.holds for item in checked)

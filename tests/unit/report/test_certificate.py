@@ -10,11 +10,13 @@ from dori_lightning.certify.cascade import AttackFindings, Level, Tried
 from dori_lightning.certify.traces import Trace
 from dori_lightning.report.certificate import (
     door_table,
+    doors_of,
     make_certificate,
     ranking,
     read_certificate,
     write_certificate,
 )
+from dori_lightning.report.claims import check_claims, read_claims
 from dori_lightning.tasks.results_logging import track_certificate
 from dori_lightning.types import InputError, Pair
 from support.fake_reports import provenance
@@ -182,3 +184,16 @@ def test_loggers_get_the_curve_the_tables_and_the_files(tmp_path):
     assert told.kept["final/planted_found"] == 1
     assert {"certificate.json", "certificate.html"} <= told.files
     assert math.isfinite(told.kept["final/seconds"])
+
+
+@pytest.mark.parametrize(("recorded", "holds"), [(1, True), (2, False)])
+def test_a_recorded_claim_is_held_against_certificates(tmp_path, recorded, holds):
+    key = {"checkpoint": "tiny", "mitigation": "any", "attack": "dori", "group": "suspects"}
+    claim = {"cell": key, "metric": "back", "value": recorded, "tol": 0}
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps([claim]))
+    made = certificate(findings("other"), findings(back=("s0",)))
+    (checked,) = check_claims(read_claims(path), (), (), doors=doors_of([made]))
+    assert (checked.measured, checked.holds) == (1, holds)
+    (checked,) = check_claims(read_claims(path), (), (), doors={})
+    assert not checked.holds, "nothing was measured"
