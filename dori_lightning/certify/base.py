@@ -153,12 +153,15 @@ class Subject:
         context: Model without any edit, encoded pairs, sampling, seed.
         edit: What the model carries while it is attacked.
         calibration: When an image is a copy.
+        audited: Of a reference, the model under audit: what an attack finds elsewhere to try it on
+            that model is tried on the reference as well. None for other roles.
     """
 
     role: Role
     context: AuditContext
     edit: Edit
     calibration: Calibration
+    audited: Subject | None = None
 
     @property
     def model(self) -> LatentDiffusion:

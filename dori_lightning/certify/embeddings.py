@@ -65,6 +65,7 @@ def search(
     init: Init,
     restart: int,
     *,
+    initial: Mapping[str, torch.Tensor] | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
     spread: float = 1.0,
     before: Mapping[str, AttackResult] | None = None,
@@ -78,6 +79,8 @@ def search(
         pairs: Whose images are looked for.
         init: Where searches begin.
         restart: Which random start and noise.
+        initial: Pair id to an embedding (T, D) that the search goes on from; None for ``init``
+            itself.
         ranges: Ranges of timesteps (first, last + 1) that have an embedding each; None for one
             over all timesteps.
         spread: Factor of random starts, and of the steps from them, besides the subject's own.
@@ -113,7 +116,9 @@ def search(
             # ranges draw noise of their own
             restarts=tuple(restart * width + k for _ in part for k in range(width)),
             latents=subject.latents(part).repeat_interleave(width, 0),
-            initial=torch.stack([attack.initial(job) for job in jobs]),
+            initial=torch.stack(
+                [initial[job.pair.id] if initial else attack.initial(job) for job in jobs]
+            ),
             scales=tuple(map(attack.scale_of, jobs)),
             ranges=None if ranges is None else tuple(ranges) * len(part),
         )

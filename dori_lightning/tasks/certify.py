@@ -148,7 +148,7 @@ def _certify(
     there = other_context(cfg.reference, context, "reference")
     reference = None
     if there is not None:
-        reference = Subject("reference", there, EmptyEdit(), calibration)
+        reference = Subject("reference", there, EmptyEdit(), calibration, audited)
     power: PowerSettings = instantiate(cfg.power)
     planted = None
     if power.when != "never":
