@@ -64,6 +64,14 @@ class Completion(AttackBase):
                 f"{self.images}",
                 where=f"certify.attacks.{self.name}",
             )
+        taken = [self._taken(share) for share in self.shares]
+        if len(set(taken)) < len(taken):
+            raise InputError(
+                f"of {self.steps} steps the shares {list(self.shares)} leave {taken}: two levels "
+                f"are the same",
+                where=f"certify.attacks.{self.name}.shares",
+                fix=f"fewer shares, or more of certify.attacks.{self.name}.steps",
+            )
 
     def rows(self, plan: Plan) -> int:
         """Each level without the prompt, and with it."""
@@ -73,8 +81,8 @@ class Completion(AttackBase):
         return self.images * each * (1 + (1 if self.guidance == 1 else 2))
 
     def _taken(self, share: float) -> int:
-        """Steps that are taken from a share of the schedule on."""
-        return max(1, round(share * self.steps))
+        """Steps that are taken from a share of the schedule on; one is skipped at least."""
+        return min(self.steps - 1, max(1, round(share * self.steps)))
 
     def run(self, subject: Subject, pairs: Sequence[Pair], attempt: Attempt) -> None:
         """Complete from little of the image to more, first without and then with its prompt."""
