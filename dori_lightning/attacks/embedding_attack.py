@@ -254,8 +254,9 @@ class AttackContext:
         return None if result is None else replace(result, ids=(job.pair.id,))
 
     def write(self, job: Job, result: AttackResult) -> None:
-        """Store the result of a job, a single row."""
-        Cache(self.folder).write(job.name, result, self.key(job), RESULT)
+        """Store the result of a job, a single row; the file also says what its rows are."""
+        parts = ", ".join(f"{p.name} {p.shape[0]}x{p.shape[1]}" for p in self.model.parts)
+        Cache(self.folder).write(job.name, result, {**self.key(job), "parts": parts}, RESULT)
 
     def conditionings(self, job: Job) -> list[Conditioning]:
         """One conditioning per snapshot of a job's stored result.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from dori_lightning.models.components import Component, Components, stem
@@ -33,6 +34,9 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
 }
 """Dtypes that weights are written in, the narrowest first."""
+
+SHARD_BYTES = 5_000_000_000
+"""Bytes of weights in one file of a diffusers folder: more are no single upload on the hub."""
 
 _OF_THIS_MACHINE = {"_name_or_path", "name_or_path", "is_local", "local_files_only"}
 _NAMES_CODE = {"auto_map", "custom_pipelines", "trust_remote_code"}
@@ -101,7 +105,13 @@ def _holds(dtype: torch.dtype, state: Mapping[str, torch.Tensor]) -> bool:
     return all(torch.equal(t.to(dtype).float(), t.float()) for t in state.values())
 
 
-def write_folder(folder: Path, components: Components, weights: Weights) -> None:
+def write_folder(
+    folder: Path,
+    components: Components,
+    weights: Weights,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write a diffusers folder that the family's pipeline opens with ``from_pretrained``.
 
     The keys of CLIP's text encoders get the prefix ``text_model.`` of the original releases:
@@ -112,6 +122,7 @@ def write_folder(folder: Path, components: Components, weights: Weights) -> None
         folder: Where to; made if needed.
         components: Give the configurations.
         weights: What is written.
+        shard_bytes: A component of more is written as several files of at most so much each.
     """
     write_configs(folder, components)
     for name, state in weights.states.items():
@@ -124,8 +135,23 @@ def write_folder(folder: Path, components: Components, weights: Weights) -> None
                 for key, tensor in named.items()
                 if not key.endswith("position_ids")
             }  # fmt: skip
-        path = folder / name / f"{stem(name)}.safetensors"
-        save_file(named, path, metadata={"format": "pt"})
+        _write_shards(folder / name, stem(name), named, shard_bytes)
+
+
+def _write_shards(
+    folder: Path, called: str, state: Mapping[str, torch.Tensor], shard_bytes: int
+) -> None:
+    """Write tensors as one file, or as several with an index, under the names of diffusers."""
+    plan = split_torch_state_dict_into_shards(
+        dict(state),
+        filename_pattern=f"{called}{{suffix}}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / f"{called}.safetensors.index.json", index)
 
 
 def write_configs(folder: Path, components: Components) -> None:

@@ -11,15 +11,17 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
+from torch import nn
 
 from dori_lightning.models.components import (
     Component,
@@ -186,6 +188,9 @@ def load_checkpoint(
         for given_file in replacement.files:
             given_file.check_family(kind.family)
     loras = Lora.open_all(lora)
+    # what is put on a component is put on its fp32 values
+    wide = {"vae", *(kind.family.modules if loras else (one.component for one in replacements))}
+    halves = partial(_halves, storage, precision, device=target)
     notes = [note for replacement in replacements for note in replacement.prediction_notes()]
     if isinstance(place, Path) and place.is_file():
         if variant is not None:
@@ -201,7 +206,9 @@ def load_checkpoint(
         whole: dict[Component, tuple[WeightFile, ...]] = dict.fromkeys(
             kind.family.modules, (file,)
         )
-        components = _load_components(kind.family, home, whole, single=file.path)
+        components, half = _load_components(
+            kind.family, home, whole, halves=halves, wide=wide, single=file.path
+        )
     else:
         home = (
             place
@@ -209,7 +216,7 @@ def load_checkpoint(
             else _fetched(kind.family, place, revision or "main", variant)
         )
         files = _files_of_folder(kind.family, home, variant)
-        components = _load_components(kind.family, home, files)
+        components, half = _load_components(kind.family, home, files, halves=halves, wide=wide)
     commit = None if isinstance(place, Path) else _commit_of(home, place, revision)
     if prompt_tokens is not None:
         _cut_prompts(components, prompt_tokens)
@@ -223,8 +230,11 @@ def load_checkpoint(
     with blamed("no sampler takes this schedule", f"{home}/scheduler/scheduler_config.json"):
         configuration = configuration_of(components)
     fingerprint = fingerprint_of(states, configuration)
-    if _keep_in_half(storage, precision, components, target):
+    if half:
         autocast = None
+        for component, module in components.modules.items():
+            if component != "vae":
+                module.to(torch.bfloat16)
         log.info("the weights of %s are kept in bf16", name)
     lend = _place(components, target, text_encoders)
     denoiser = components.denoiser.requires_grad_(True)
@@ -397,17 +407,23 @@ def _begins(family: Family, component: Component) -> tuple[str, ...]:
 
 
 def _other_family(folder: Path, family: Family) -> InputError | None:
-    """What to say of a folder with the denoiser of another family, by the class that it names."""
-    others = [
-        other
-        for other in (kind.family for kind in FAMILIES.values())
-        if other.modules[other.denoiser] is not family.modules[family.denoiser]
-        and other.modules[other.denoiser].__name__ == class_name(folder / other.denoiser)
+    """What to say of a folder of another family, by the names and components in it; data alone."""
+
+    def likeness(one: Family) -> tuple[bool, int, bool]:
+        held = {name for name in one.modules if (folder / name / "config.json").is_file()}
+        return held | one.optional >= one.modules.keys(), len(held), one is family
+
+    pipeline = class_name(folder, "model_index.json")
+    alike = [
+        one
+        for one in (kind.family for kind in FAMILIES.values())
+        if pipeline == one.pipeline
+        or class_name(folder / one.denoiser) == one.modules[one.denoiser].__name__
     ]
-    if not others:
-        return None
     # several families may have a denoiser of one class: the one more of whose components are there
-    likely = max(others, key=lambda other: sum((folder / name).is_dir() for name in other.modules))
+    likely = max(alike, key=likeness, default=family)
+    if likely is family:
+        return None
     return InputError(
         f"{folder} is a checkpoint of {likely.title}, not of {family.title}",
         where="checkpoint.family",
@@ -481,15 +497,15 @@ def choose_autocast(precision: Precision, device: torch.device) -> torch.dtype |
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def _keep_in_half(
-    storage: Storage, precision: Precision, components: Components, device: torch.device
+def _halves(
+    storage: Storage, precision: Precision, denoiser: nn.Module, *, device: torch.device
 ) -> bool:
-    """Whether weights are kept in bf16; then those of all but the autoencoder are brought there.
+    """Whether the weights of all but the autoencoder are kept in bf16.
 
     Raises:
-        InputError: Another precision is wanted.
+        InputError: They are, and another precision is wanted.
     """
-    count = sum(p.numel() for p in components.denoiser.parameters())
+    count = sum(p.numel() for p in denoiser.parameters())
     room = math.inf
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
@@ -502,9 +518,6 @@ def _keep_in_half(
             where="checkpoint.precision",
             fix="checkpoint.precision=bf16, or checkpoint.storage=fp32 where memory holds it",
         )
-    for name, module in components.modules.items():
-        if name != "vae":
-            module.to(torch.bfloat16)
     return True
 
 
@@ -560,15 +573,25 @@ def _load_components(
     home: Path,
     files: Mapping[Component, tuple[WeightFile, ...]],
     *,
+    halves: Callable[[nn.Module], bool],
+    wide: Collection[Component],
     single: Path | None = None,
-) -> Components:
+) -> tuple[Components, bool]:
     """Components out of files, as the configuration in a diffusers folder says.
+
+    In fp32, so that an edit is exact; but as the files have them where they are kept in half, so
+    that no machine needs twice the memory of that while it loads.
 
     Args:
         family: Classes of the components.
         home: The folder.
         files: Weights of each component.
+        halves: Whether weights of a denoiser, which has none yet, will be kept in half.
+        wide: Components that are read in fp32 all the same.
         single: The one file of all components, where there is one.
+
+    Returns:
+        The components, and whether they are to be kept in half.
 
     Raises:
         InputError: The configuration cannot be read, or the tensors are not those that it asks
@@ -578,9 +601,11 @@ def _load_components(
     if single is not None:
         fails = f"{single} does not load with the configuration of {home}"
     modules: dict[Component, Any] = {}
-    for name, own in with_progress("load the checkpoint", [*files.items()]):
+    for name in files:
         with _loading(fails, home, name):
             modules[name] = empty_component(name, family.modules[name], home)
+    half = halves(modules[family.denoiser])
+    for name, own in with_progress("load the checkpoint", [*files.items()]):
         paths = ", ".join(str(file.path) for file in own)
         given = take_tensors(
             name,
@@ -588,6 +613,7 @@ def _load_components(
             own,
             whole=True,
             below=("",) if single is None else _begins(family, name),
+            dtype=None if half and name not in wide else torch.float32,
             what=f"{fails}, its {name} fails",
             where=f"{paths}; {home / name / 'config.json'}",
             fix="get both files of one checkpoint again; a converter that dropped or renamed "
@@ -608,7 +634,8 @@ def _load_components(
         scheduler = family.scheduler.from_pretrained(
             str(home), subfolder="scheduler", local_files_only=True
         )
-    return Components(family, modules, tokenizers, scheduler, _switches_of(family, home))
+    made = Components(family, modules, tokenizers, scheduler, _switches_of(family, home))
+    return made, half
 
 
 def _require_tokenizer_file(folder: Path) -> None:

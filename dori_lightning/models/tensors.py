@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -88,11 +89,12 @@ def take_tensors(
     *,
     whole: bool,
     below: tuple[str, ...] = ("",),
+    dtype: torch.dtype | None = torch.float32,
     what: str,
     where: str,
     fix: str,
 ) -> dict[str, Tensor]:
-    """Read a component's tensors out of files, in fp32 and by the component's own names.
+    """Read a component's tensors out of files, by the component's own names.
 
     Args:
         component: Which one.
@@ -100,6 +102,8 @@ def take_tensors(
         files: Where they are.
         whole: Whether all of them must be there; otherwise those that are must be finite, too.
         below: Only names in the files that begin with one of these are looked at.
+        dtype: What they are brought to; None leaves them as the files have them, where they take
+            no memory of their own: they are the files' pages.
         what: What cannot be done, for the message.
         where: Files, for the message.
         fix: How to mend it, for the message.
@@ -128,7 +132,7 @@ def take_tensors(
             pieces = tensor.chunk(len(known[name])) if tensor.dim() else (tensor,)
             for place, piece in zip(known[name], pieces, strict=False):
                 lost.discard(place)
-                fits = _in_shape(piece, shapes[place])
+                fits = _in_shape(piece, shapes[place], dtype)
                 if fits is None:
                     size, wanted = _size(tuple(piece.shape)), _size(shapes[place])
                     misshapen.append(f"{name} {size} instead of {wanted}")
@@ -246,12 +250,12 @@ def _lies_besides(component: Component, module: nn.Module, name: str) -> bool:
     return bare.startswith(tuple(others)) or _BESIDES.fullmatch(bare) is not None
 
 
-def _in_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """A tensor in fp32 in a shape from which its own may differ by axes of one element."""
+def _in_shape(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor | None:
+    """A tensor in a dtype and a shape from which its own may differ by axes of one element."""
     short, long = sorted((tuple(tensor.shape), shape), key=len)
     if not tensor.is_floating_point() or (*short, *[1] * (len(long) - len(short))) != long:
         return None
-    return tensor.float().reshape(shape)
+    return (tensor if dtype is None else tensor.to(dtype)).reshape(shape)
 
 
 def first_names(names: Sequence[str]) -> str:

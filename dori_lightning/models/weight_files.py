@@ -402,10 +402,10 @@ def _holds_weights(folder: Path) -> bool:
     return folder.is_dir() and any(is_weight_file(path) for path in folder.iterdir())
 
 
-def class_name(folder: Path) -> str | None:
+def class_name(folder: Path, file: str = "config.json") -> str | None:
     """Class that a component's configuration names, as data; None where it names none."""
     try:
-        held = json.loads((folder / "config.json").read_text("utf-8"))
+        held = json.loads((folder / file).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(held, dict):

@@ -1,6 +1,7 @@
 """What every family keeps: a row in ``support.families`` is all that a new one needs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -285,6 +286,24 @@ def test_it_is_written_and_read_back(model, tmp_path):
     again = load_family(model.family.name, source=str(tmp_path))
     assert again.fingerprint == weights.fingerprint == model.fingerprint
     assert torch.equal(again.encode_prompts(PROMPTS), model.encode_prompts(PROMPTS))
+
+
+def test_large_weights_are_written_as_shards_that_the_library_reads_too(model, tmp_path):
+    weights = weights_of(model.components)
+    denoiser, name = weights.states[model.family.denoiser], model.family.denoiser
+    total = sum(tensor.nbytes for tensor in denoiser.values())
+    write_folder(tmp_path, model.components, weights, shard_bytes=total // 2)
+    shards = sorted(path.name for path in (tmp_path / name).glob("*.safetensors"))
+    assert len(shards) >= 2
+    assert all(re.fullmatch(rf"{stem(name)}-\d{{5}}-of-\d{{5}}\.safetensors", s) for s in shards)
+    index = json.loads((tmp_path / name / f"{stem(name)}.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == total
+    assert sorted(set(index["weight_map"].values())) == shards
+    again = load_family(model.family.name, source=str(tmp_path))
+    assert again.fingerprint == weights.fingerprint
+    theirs = type(model.denoiser()).from_pretrained(tmp_path / name, local_files_only=True)
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, denoiser[key].float()), key
 
 
 def test_its_single_file_is_read_here_and_by_the_library(model, tmp_path):

@@ -1,11 +1,19 @@
 """Whole audits of tiny random checkpoints of other families: nothing comes back or crashes."""
 
 import pytest
+from safetensors import safe_open
 
 from dori_lightning.types import InputError
 from support.families import FAMILIES, folder_of
 from support.records import report_json
 from support.runs import SMALL, on_tiny, run_task, write_pairs
+
+PARTS = {
+    "sdxl": ["sequence", "pooled", "time_ids"],
+    "sd3": ["clip", "t5", "pooled"],
+    "flux": ["t5", "pooled"],
+    "pixart": ["t5", "mask"],
+}
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sd"])
@@ -26,6 +34,9 @@ def test_a_random_checkpoint_is_audited(tmp_path, family):
     assert {cell["mitigation"] for cell in report["cells"]} == {"none", "wanda"}
     assert {cell["init"] for cell in report["cells"]} == {None, "prompt", "random"}
     assert not any(cell["mr"] for cell in report["cells"])
+    with safe_open(next((tmp_path / "run").rglob("random/*.r0.safetensors")), "pt") as trigger:
+        parts = trigger.metadata()["parts"].split(", ")
+    assert [part.split()[0] for part in parts] == PARTS[family]
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,18 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from dori_lightning.models import loading
 from dori_lightning.models.convert import convert
+from dori_lightning.models.export import weights_of, write_folder
 from dori_lightning.models.loading import load_checkpoint
+from dori_lightning.models.memory import PeakMemory
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.types import InputError
+from support.families import folder_of, load_family, tiny_sd3
 from support.tiny import tiny_recipe, write_tiny, write_tiny_single
 
 
@@ -265,6 +269,39 @@ def test_so_are_those_of_a_hub_id_of_which_only_what_is_needed_is_fetched(
         load("owner/model", variant=variant)
 
 
+@pytest.mark.parametrize("filed", ["bf16", "fp16", "fp32"])
+def test_loading_takes_no_more_memory_than_weights_are_kept_in(tmp_path, monkeypatch, filed):
+    components = tiny_sd3()
+    config = {**components.denoiser.config, "num_layers": 12, "_use_default_values": []}
+    deep = SD3Transformer2DModel.from_config(config)
+    components = components.with_module("transformer", deep)
+    weights = weights_of(components, filed)
+    write_folder(tmp_path, components, weights)
+    # activations of small models take more than their weights
+    monkeypatch.setattr(loading, "check_answers", lambda *_: None)
+    loaded, peaks = {}, {}
+    for storage in ("fp32", "bf16"):
+        with PeakMemory() as memory:
+            loaded[storage] = load_family(
+                "sd3", source=str(tmp_path), storage=storage, precision="auto"
+            )
+        peaks[storage] = memory.peak
+        assert loaded[storage].fingerprint == weights.fingerprint
+    sizes = {
+        name: [tensor.numel() for tensor in state.values()]
+        for name, state in weights.states.items()
+        if name != "vae"
+    }
+    for name in sizes:
+        exact = loaded["fp32"].components.modules[name].state_dict()
+        for key, tensor in loaded["bf16"].components.modules[name].state_dict().items():
+            assert torch.equal(tensor, exact[key].bfloat16()), f"{name}: {key}"
+    # tensors that are read as they are filed are the file's pages, which are counted here, too
+    count, largest = sum(map(sum, sizes.values())), max(map(max, sizes.values()))
+    less = 0 if filed == "fp32" else 2 * count
+    assert peaks["bf16"] <= peaks["fp32"] - less + 4 * largest, (peaks, less, largest)
+
+
 @pytest.mark.parametrize("revision", ["main", None, "c" * 40])
 def test_a_hub_id_without_a_commit_is_told_which_one_it_got(
     folder, tmp_path, monkeypatch, caplog, revision
@@ -286,6 +323,17 @@ def test_a_gated_hub_id_is_told_as_such(monkeypatch):
     monkeypatch.setattr(loading, "snapshot_download", fetch)
     with pytest.raises(InputError, match=r"is gated(.|\n)*huggingface\.co/owner/model, then hf"):
         load("owner/model")
+
+
+@pytest.mark.parametrize(("own", "wrong"), [("sdxl", "sd"), ("sd", "sdxl"), ("flux", "sd3")])
+def test_a_folder_of_another_family_is_told_by_what_is_in_it(own, wrong, tmp_path):
+    folder = shutil.copytree(folder_of(own), tmp_path / own)
+    for named in (True, False):
+        with pytest.raises(InputError, match=rf"checkpoint\.family={own}$"):
+            load_family(wrong, source=str(folder))
+        assert load_family(own, source=str(folder)).family.name == own
+        if named:
+            (folder / "model_index.json").unlink()
 
 
 def test_the_denoisers_class_tells_another_family(folder):

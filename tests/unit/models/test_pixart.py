@@ -8,6 +8,7 @@ from diffusers import PixArtTransformer2DModel
 from dori_lightning.mitigations.activations import activations
 from dori_lightning.models.pixart import PixArt
 from dori_lightning.models.protocol import Sampling
+from dori_lightning.types import InputError
 from support.families import drawn_by_diffusers, folder_of, load_family, tiny_pixart
 
 PROMPT, EMPTY = "a red boat", ""
@@ -78,3 +79,5 @@ def test_the_published_configuration_names_another_class(model, tmp_path):
     path.write_text(json.dumps({**held, "num_vector_embeds": None, "only_cross_attention": False}))
     again = load_family("pixart", source=str(folder))
     assert again.fingerprint == model.fingerprint
+    with pytest.raises(InputError, match=r"checkpoint\.family=pixart$"):
+        load_family("sd3", source=str(folder))

@@ -147,7 +147,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(model):
     assert usual.any()
 
 
-@pytest.mark.parametrize("other", ["sd", "sdxl", "flux"])
+@pytest.mark.parametrize("other", ["sd", "sdxl", "flux", "pixart"])
 def test_a_folder_of_another_family_is_called_by_its_name(other):
     with pytest.raises(InputError, match=rf"checkpoint\.family={other}$"):
         load_family("sd3", source=str(folder_of(other)))
