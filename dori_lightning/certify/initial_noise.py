@@ -194,7 +194,8 @@ class _Search:
 
 def on_sphere(noise: torch.Tensor) -> torch.Tensor:
     """Noise (C, h, w) scaled to the norm that white noise has on average, sqrt(C h w)."""
-    return noise * (math.sqrt(noise.numel()) / noise.norm())
+    found: torch.Tensor = noise * (math.sqrt(noise.numel()) / noise.norm())
+    return found
 
 
 def frequency_bands(sides: Sequence[int]) -> torch.Tensor:
@@ -244,4 +245,5 @@ def project(
         angle = torch.atan2(length, along).clamp_max(widest)
         aside = across / length.clamp_min(torch.finfo(noise.dtype).tiny)
         result += size * (angle.cos() * axis + angle.sin() * aside)
-    return torch.fft.ifft2(result, norm="ortho").real
+    found: torch.Tensor = torch.fft.ifft2(result, norm="ortho").real
+    return found
