@@ -55,9 +55,7 @@ def main(place: str, *choices: str) -> None:
                 search = (one.pair.id, one.restart)
                 back[search] = min(step, back.get(search, step))
         by_step = {step: sum(own <= step for own in back.values()) for step in best}
-        medians = {
-            step: round(sorted(values)[len(values) // 2], 2) for step, values in best.items()
-        }
+        medians = {step: round(median(values), 2) for step, values in best.items()}
         print(choice, "back by", by_step, "median similarity", medians, flush=True)
 
 
