@@ -320,6 +320,7 @@ def loss_and_gradient(
         latents: Latents (N * B, C, h, w), B of each pair in a row.
         noise: Noise that is added to them.
         timesteps: Timesteps (N * B,).
+        weights: Factors of the samples' losses (N * B,); None for one each.
         at_once: Samples of a pair in one pass.
     """
     batch = len(noise) // len(point)

@@ -185,3 +185,17 @@ def test_a_trigger_pool_takes_strata_but_no_density_of_another_model():
 def test_it_is_chosen_on_the_command_line(chosen):
     settings = instantiate(configuration(f"attack.timesteps={chosen}").attack)
     assert settings.timesteps == ("stratified" if chosen == "stratified" else (0.2, 0.6))
+
+
+def test_searches_with_ranges_of_their_own_take_strata_and_no_density(model, problem):
+    stretches = replace(problem, ranges=((100, 400),) * 4 + ((400, 1000),))
+    settings = AttackSettings(noise_batch=3, timesteps="stratified")
+    found = solve(model, stretches, budget=Budget(steps=1), settings=settings)
+    assert found.losses.isfinite().all()
+    times, _ = drawn(TimestepDraws(100, 400, "stratified"), samples=3)
+    assert ((times - 100) // 100 == torch.arange(3)).all()
+    with pytest.raises(InputError, match="these searches have ranges"):
+        solve(
+            model, stretches, budget=Budget(steps=1),
+            settings=replace(settings, timesteps="importance"), density=PEAKED,
+        )  # fmt: skip
