@@ -1,11 +1,12 @@
 """Budget and settings of an attack: steps, norm and radius around the initial embedding."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from dori_lightning.attacks.timesteps import Timesteps, require_timesteps
 from dori_lightning.models.conditioning import Spread
 from dori_lightning.types import (
     INITS,
@@ -159,6 +160,8 @@ class AttackSettings:
         lr: Adam's learning rate: in CLIP units for Stable Diffusion, as published; for other
             families in standard deviations of each part over ordinary prompts.
         noise_batch: Noise samples and timesteps per pair and step.
+        timesteps: How these timesteps are drawn: ``uniform``, as published, ``stratified``,
+            by ``importance``, or from a range of the schedule; see ``attacks.timesteps``.
         restarts: Independent attacks per pair and init; a pair counts as reproduced if any of
             them succeeds.
         own_units: Whether audits scale random starts, and the steps from them, by how strongly
@@ -188,6 +191,7 @@ class AttackSettings:
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     lr: float = 0.1
     noise_batch: int = 8
+    timesteps: Timesteps = "uniform"
     restarts: int = 1
     own_units: bool = True
     snapshots: tuple[int, ...] = ()
@@ -203,6 +207,9 @@ class AttackSettings:
         object.__setattr__(self, "inits", tuple(self.inits))
         for name in ("snapshots", "looks"):
             object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+        if isinstance(self.timesteps, Sequence) and not isinstance(self.timesteps, str):
+            object.__setattr__(self, "timesteps", tuple(self.timesteps))
+        require_timesteps(self.timesteps)
         if self.parts is not None:
             object.__setattr__(self, "parts", tuple(self.parts))
         if self.other_inits is not None:

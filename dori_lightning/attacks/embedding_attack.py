@@ -8,6 +8,7 @@ a file of its own, which is asked first when the run is started again.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
@@ -20,6 +21,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps
+from dori_lightning.attacks.model_check import IMAGES, text_density
 from dori_lightning.attacks.solver import (
     AttackProblem,
     AttackResult,
@@ -208,6 +210,10 @@ class AttackContext:
             "snapshots": [s for s in self.settings.stops if s <= self.budget.steps],
             "budget": asdict(self.budget),
         }
+        if self.settings.timesteps != "uniform":
+            method["timesteps"] = self.settings.timesteps
+        if self.settings.timesteps == "importance":
+            method["density"] = self._density_key
         if self.settings.parts is not None:
             method["parts"] = sorted(self.settings.parts)
         if not self.model.spread().absolute:
@@ -218,6 +224,45 @@ class AttackContext:
             "attack": content_hash(method)[:16],
             "seed": str(self.seed),
         }
+
+    @property
+    def _examples(self) -> tuple[Pair, ...]:
+        """Images that a density of timesteps is measured on, from all over the list."""
+        pairs = self.data.pairs
+        return pairs[:: max(1, math.ceil(len(pairs) / IMAGES))]
+
+    @property
+    def _density_key(self) -> dict[str, str | int | float]:
+        """What such a density depends on."""
+        return {
+            "checkpoint": self.model.fingerprint,
+            "edit": self.edit,
+            "seed": self.seed,
+            "scale": self.scale,
+            "parts": ",".join(sorted(self.settings.parts or ())),
+            "images": content_hash([pair.sha256 for pair in self._examples])[:16],
+        }
+
+    @cached_property
+    def density(self) -> torch.Tensor | None:
+        """Where the text matters, measured once for an edit; None where nobody asks.
+
+        The model carries the edit where this is asked first.
+        """
+        if self.settings.timesteps != "importance":
+            return None
+
+        def measure() -> Tensors:
+            examples = self.data.batch(self._examples)
+            ids = [pair.id for pair in examples.pairs]
+            found = text_density(
+                self.model, examples.latents, self.seed, ids,
+                scale=self.scale, parts=self.settings.parts,
+            )  # fmt: skip
+            return {"density": found}
+
+        cache = Cache(self.folder)
+        return cache.get("timesteps", self._density_key, measure, TENSORS)["density"]
 
     def key(self, job: Job) -> dict[str, str]:
         """What the result of a job depends on."""
@@ -391,6 +436,7 @@ class EmbeddingAttack(L.LightningModule):
             budget=context.budget,
             settings=context.settings,
             seed=context.seed,
+            density=context.density,
             resume_from=batch.resume_from,
             stop_at=self.stop_at,
             on_step=self.on_step,

@@ -1,4 +1,4 @@
-"""Does the model still denoise, and how strongly does it answer to its text?
+"""Does the model still denoise, and how strongly, and when, does it answer to its text?
 
 A search finds nothing in a model that no longer works, and nothing where its numbers do not fit
 the model. A standard normal start and a step of 0.1 fit models that were trained on CLIP's
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dori_lightning.attacks.solver import LOSS_SCALE
+from dori_lightning.attacks.timesteps import BINS, FLOOR
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime.batching import OomBackoff, map_batches
 from dori_lightning.runtime.logging import progress_bar
@@ -135,3 +136,62 @@ def check_model(
     return ModelCheck(
         usual, scale, scale * sum(slopes) / rows, error / float(linear.double().mean())
     )
+
+
+def text_density(
+    model: TextToImage,
+    latents: torch.Tensor,
+    seed: int,
+    pair_ids: Sequence[str] | None = None,
+    *,
+    scale: float = 1.0,
+    parts: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """Where the text matters: the density (BINS,) that ``importance`` draws by, float64.
+
+    Proportional to the root mean square, over images and noises, of the denoising loss's gradient
+    by a random embedding, in the units of the search; `FLOOR` of it is uniform. It takes `BINS`
+    evaluations with gradient for each image. Which density is chosen decides no answer: losses are
+    weighted, so that it changes their noise alone.
+
+    Args:
+        model: The model, with the edit applied.
+        latents: Latents (N, C, h, w) of some images.
+        seed: Run seed.
+        pair_ids: Whose images these are (N), for edits that differ between pairs.
+        scale: Factor of the random embeddings.
+        parts: Names of the parts that are searched; None for every free one.
+    """
+    rows = len(latents)
+    generator = keyed_generator("density of timesteps", seed)
+    noise = torch.randn((BINS, *latents.shape), generator=generator)
+    normal = torch.randn((rows, *model.embedding_shape), generator=generator)
+    starts = model.random_start(normal, scale=scale, parts=parts)
+    places = torch.arange(BINS)[:, None] + torch.rand((BINS, rows), generator=generator)
+    timesteps = (places / BINS * model.num_train_timesteps).long()
+    timesteps = timesteps.clamp(max=model.num_train_timesteps - 1)
+    unit = (model.spread().std * model.free(parts)).to(model.device)
+
+    def lengths(part: list[tuple[int, int]]) -> torch.Tensor:
+        stretches, images = (torch.tensor(list(column)) for column in zip(*part, strict=True))
+        text = starts[images].to(model.device).requires_grad_(True)
+        with torch.enable_grad():
+            losses = model.denoising_loss(
+                latents[images].to(model.device),
+                noise[stretches, images].to(model.device),
+                timesteps[stretches, images].to(model.device),
+                text,
+                pair_ids=None if pair_ids is None else [pair_ids[k] for _, k in part],
+            )
+            (gradient,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), text)
+        return (unit * gradient / LOSS_SCALE).flatten(1).norm(dim=1).double().cpu()
+
+    asked = [(stretch, image) for stretch in range(BINS) for image in range(rows)]
+    with model.frozen(), progress_bar("density of timesteps", len(asked)) as advance:
+        found = map_batches(
+            lengths, asked, at_once=rows, model=model, backoff=_MEMORY, advance=advance
+        )
+    slopes = torch.stack(found).view(BINS, rows).square().mean(1).sqrt()
+    if not bool(slopes.isfinite().all()) or not float(slopes.sum()):
+        slopes = torch.ones_like(slopes)  # such a search is marked by the solver
+    return FLOOR / BINS + (1 - FLOOR) * slopes / slopes.sum()

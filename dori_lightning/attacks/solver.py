@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from dori_lightning.attacks.budget import AttackSettings, evaluation_steps, project
+from dori_lightning.attacks.timesteps import TimestepDraws
 from dori_lightning.models.memory import ATTACK, pairs_at_once
 from dori_lightning.models.protocol import TextToImage
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.batching import OomBackoff, map_batches, to_device
 from dori_lightning.runtime.seeding import keyed_generator
-from dori_lightning.types import Budget
+from dori_lightning.types import Budget, InputError
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def solve(
     budget: Budget,
     settings: AttackSettings,
     seed: int = 0,
+    density: torch.Tensor | None = None,
     resume_from: AttackResult | None = None,
     stop_at: int | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -170,6 +172,8 @@ def solve(
         budget: Steps and radius.
         settings: Learning rate, noise samples and snapshots.
         seed: Run seed for the draws.
+        density: Where the text matters (``model_check.text_density``), for timesteps by
+            importance.
         resume_from: Result of the same rows up to some step, with their state; None begins at 0.
         stop_at: Step to stop at; None takes all of the budget's.
         on_step: Called after each step with its number.
@@ -185,7 +189,7 @@ def solve(
     rows, noises = len(problem.ids), settings.noise_batch
     spread = model.spread()
     unit = units(model, settings)
-    ranges = problem.ranges or ((0, model.num_train_timesteps),) * rows
+    schedules = _schedules(model, problem, settings, density)
     delta = torch.zeros_like(initial)
 
     def point() -> torch.Tensor:
@@ -211,17 +215,17 @@ def solve(
         for step in steps:
             distributed.check()
             draws = [
-                noise_and_timesteps(
-                    seed, name, restart, step, shape=shape, first=first, timesteps=last
-                )
-                for name, restart, (first, last) in zip(
-                    problem.ids, problem.restarts, ranges, strict=True
+                noise_and_timesteps(seed, name, restart, step, shape=shape, schedule=schedule)
+                for name, restart, schedule in zip(
+                    problem.ids, problem.restarts, schedules, strict=True
                 )
             ]
             noise = to_device(torch.cat([d[0] for d in draws]), model.device)
             timesteps = to_device(torch.cat([d[1] for d in draws]), model.device)
+            weighed = [weights for *_, weights in draws if weights is not None]
             loss, gradient = loss_and_gradient(
                 model, problem.ids, point(), repeated, noise, timesteps,
+                weights=to_device(torch.cat(weighed), model.device) if weighed else None,
                 at_once=settings.samples_at_once,
             )  # fmt: skip
             if unit is not None:
@@ -258,6 +262,30 @@ def solve(
     )
 
 
+def _schedules(
+    model: TextToImage,
+    problem: AttackProblem,
+    settings: AttackSettings,
+    density: torch.Tensor | None,
+) -> list[TimestepDraws]:
+    """How each row's timesteps are drawn.
+
+    Raises:
+        InputError: By importance, where rows have ranges of their own.
+    """
+    count = model.num_train_timesteps
+    if problem.ranges is None:
+        return [TimestepDraws(0, count, settings.timesteps, density)] * len(problem.ids)
+    if settings.timesteps == "importance":
+        raise InputError(
+            "timesteps are drawn by importance from a density over the whole schedule, but these "
+            "searches have ranges of it",
+            where="attack.timesteps",
+            fix="uniform or stratified",
+        )
+    return [TimestepDraws(first, last, settings.timesteps) for first, last in problem.ranges]
+
+
 def units(model: TextToImage, settings: AttackSettings) -> torch.Tensor | None:
     """How far a unit of the search moves each cell (T, D), zero where it may not move one.
 
@@ -277,6 +305,7 @@ def loss_and_gradient(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     *,
+    weights: torch.Tensor | None = None,
     at_once: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss (N,) and gradient (N, T, D) at ``point``, by passes of ``at_once`` samples of a pair.
@@ -291,6 +320,7 @@ def loss_and_gradient(
         latents: Latents (N * B, C, h, w), B of each pair in a row.
         noise: Noise that is added to them.
         timesteps: Timesteps (N * B,).
+        weights: Factors of the samples' losses (N * B,); None for one each.
         at_once: Samples of a pair in one pass.
     """
     batch = len(noise) // len(point)
@@ -309,6 +339,8 @@ def loss_and_gradient(
                 embeddings[:, None].expand(-1, width, -1, -1).flatten(0, 1),
                 pair_ids=[ids[row] for row in rows for _ in range(width)],
             )
+            if weights is not None:
+                loss = weights[samples] * loss
             loss = loss.view(len(rows), width).mean(1)
             if width < batch:
                 loss = loss * (width / batch)
@@ -334,10 +366,9 @@ def noise_and_timesteps(
     step: int,
     *,
     shape: tuple[int, ...],
-    timesteps: int,
-    first: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise and timesteps of one attack step for one pair; independent for each of the B elements.
+    schedule: TimestepDraws,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Noise and timesteps of one attack step for one pair.
 
     Args:
         seed: Run seed.
@@ -345,15 +376,15 @@ def noise_and_timesteps(
         restart: Which restart.
         step: Attack step, from 0.
         shape: (B, C, h, w).
-        timesteps: T; timesteps are uniform on first..T-1.
-        first: The first of them.
+        schedule: How timesteps are drawn.
 
     Returns:
-        Standard normal noise (B, C, h, w) and timesteps (B,).
+        Standard normal noise (B, C, h, w), independent for each of the B elements, timesteps (B,)
+        and, where not all are one, the weights (B,) of their losses.
     """
     generator = keyed_generator("attack", seed, pair_id, restart, step)
     noise = torch.randn(shape, generator=generator)
-    return noise, torch.randint(first, timesteps, shape[:1], generator=generator)
+    return noise, *schedule.draw(shape[0], generator)
 
 
 def random_embedding(

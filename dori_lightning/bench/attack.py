@@ -29,6 +29,7 @@ from dori_lightning.attacks.solver import (
     random_embedding,
     solve,
 )
+from dori_lightning.attacks.timesteps import TimestepDraws
 from dori_lightning.bench.measure import (
     BenchContext,
     BenchSettings,
@@ -93,9 +94,10 @@ class AttackTask:
         self, model: LatentDiffusion, row: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise (B, C, h, w) and timesteps (B,) of a step, on the model's device."""
-        noise, timesteps = noise_and_timesteps(
+        noise, timesteps, _ = noise_and_timesteps(
             self.seed, self.ids[row], 0, step,
-            shape=(self.noise_batch, *self.latents.shape[1:]), timesteps=model.num_train_timesteps,
+            shape=(self.noise_batch, *self.latents.shape[1:]),
+            schedule=TimestepDraws(0, model.num_train_timesteps),
         )  # fmt: skip
         return noise.to(model.device), timesteps.to(model.device)
 

@@ -129,6 +129,7 @@ def search(
                 budget=budget,
                 settings=settings,
                 seed=context.seed,
+                density=attack.density,
                 resume_from=concat(known) if known else None,
                 stop_at=stop_at,
             )

@@ -84,6 +84,12 @@ class PoolSettings:
 
     def __post_init__(self) -> None:
         self.attack.check_whole()
+        require(
+            self.attack.timesteps != "importance",
+            "pool.attack.timesteps cannot be importance, whose density holds for one model: the "
+            "model that is trained changes from round to round",
+            self.attack.timesteps,
+        )
         require_at_least_one(self, "replay", within="pool.")
         share = self.skip_robust
         require(

@@ -296,7 +296,15 @@ def check_family(mitigation: Mitigation, family: str) -> None:
         in_stream = getattr(own, "of_text_stream", None)
         if in_stream is not None:
             require_value_neurons(kind.family.title, kind.text_stream, in_stream=in_stream)
-        kind.require_open(getattr(own, "stages", None) or ())
+        stages = getattr(own, "stages", None) or ()
+        kind.require_open(stages)
+        known = dict.fromkeys(stage for _, stage in kind.layer_names)
+        if strangers := [stage for stage in stages if stage not in known]:
+            raise InputError(
+                f"the denoiser of {kind.family.title} has no stage {', '.join(strangers)}",
+                where="mitigation.stages",
+                fix=f"some of {', '.join(known)}, or null for the usual ones",
+            )
 
 
 def require_value_neurons(model: str, text_stream: bool, *, in_stream: bool) -> None:

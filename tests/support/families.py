@@ -335,7 +335,7 @@ FAMILIES = {
         (Sampling("dpm++", 4, 1.0), Sampling("dpm++", 4, 3.0), Sampling("ddim", 4, 3.0)),
         call=pixart_call,
         # names the stages of a UNet; nemo takes all layers here
-        undefined=frozenset({"nemo_all_layers"}),
+        undefined=OF_TEXT_STREAMS | {"nemo_all_layers"},
     ),
 }
 """A row for each family: all that its contract test needs."""

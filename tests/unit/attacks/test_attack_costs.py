@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from dori_lightning.attacks.budget import AttackSettings
-from dori_lightning.attacks.solver import solve
+from dori_lightning.attacks.solver import AttackProblem, solve
+from dori_lightning.attacks.timesteps import BINS
 from dori_lightning.bench.measure import counted
 from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.protocol import Sampling
 from dori_lightning.types import Budget
+from support.families import FAMILIES, load_family
 from support.fetches import Fetches, FetchingKernels
 
 STEPS = 4
+OTHER_FAMILIES = [name for name in FAMILIES if name != "sd"]
 ONE_NOISE = AttackSettings(noise_batch=1)
 
 
@@ -38,20 +41,50 @@ def test_values_are_noticed_where_they_are_fetched():
     assert len(kernels.found) >= 2
 
 
-@pytest.mark.parametrize("snapshots", [(), (1, 2)])
-def test_the_attack_fetches_values_at_its_beginning_and_at_snapshots_alone(
-    model, problem, snapshots
-):
+def fetched_by_step(model, problem, **settings) -> list[int]:
+    """Values fetched in each step of an attack but the first."""
     seen: list[int] = []
     with watched() as (methods, kernels):
         solve(
             model, problem, budget=Budget("l2", 5.0, STEPS),
-            settings=AttackSettings(noise_batch=2, snapshots=snapshots),
+            settings=AttackSettings(noise_batch=2, **settings),
+            density=torch.full((BINS,), 1 / BINS, dtype=torch.float64),
             on_step=lambda _: seen.append(len(methods.found) + len(kernels.found)),
         )  # fmt: skip
-    by_step = [after - before for before, after in pairwise(seen)]
-    # the embedding that is kept is fetched once; nothing else, whatever the step
-    assert by_step == [int(step in {*snapshots, STEPS}) for step in range(2, STEPS + 1)]
+    return [after - before for before, after in pairwise(seen)]
+
+
+def at(*snapshots: int) -> list[int]:
+    """One fetch, of the embedding that is kept, at each of these steps and at the last."""
+    return [int(step in {*snapshots, STEPS}) for step in range(2, STEPS + 1)]
+
+
+@pytest.mark.parametrize("snapshots", [(), (1, 2)])
+def test_the_attack_fetches_values_at_its_beginning_and_at_snapshots_alone(
+    model, problem, snapshots
+):
+    assert fetched_by_step(model, problem, snapshots=snapshots) == at(*snapshots)
+
+
+@pytest.mark.parametrize("timesteps", ["stratified", "importance", (0.2, 0.6)])
+def test_however_timesteps_are_drawn_nothing_more_is_fetched(model, problem, timesteps):
+    assert fetched_by_step(model, problem, timesteps=timesteps) == at()
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_of_every_family_nothing_more_is_fetched(family):
+    """Neither by searches in parts with units of their own nor between steps of a sampler."""
+    model, generator = load_family(family), torch.Generator().manual_seed(1)
+    latents = torch.randn((2, *model.latent_shape), generator=generator)
+    embeddings = model.encode_prompts(["a cat", "a boat"])
+    problem = AttackProblem(("cat", "boat"), (0, 0), latents, embeddings.cpu())
+    assert fetched_by_step(model, problem, snapshots=(2,)) == at(2)
+    for sampling in FAMILIES[family].sampling:
+        with Fetches(embeddings, latents) as methods:
+            drawn = model.denoise(embeddings, latents, sampling)
+            assert methods.found == [], sampling.sampler
+            float(drawn.sum())
+            assert methods.found == ["__float__"], "it looks"
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])

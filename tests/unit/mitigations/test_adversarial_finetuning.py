@@ -1,5 +1,6 @@
 """Adversarial fine-tuning: surrogates are vetted, triggers kept, the model put back."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,12 +24,14 @@ from dori_lightning.mitigations.baselines import NoMitigation
 from dori_lightning.mitigations.edits import WeightEdit
 from dori_lightning.mitigations.finetuning import FinetuneSettings
 from dori_lightning.mitigations.replacements import SurrogateSettings, find_surrogates
+from dori_lightning.models.memory import PARALLEL_PAIRS
 from dori_lightning.models.stable_diffusion import StableDiffusion
 from dori_lightning.pairs.corpus import Examples
 from dori_lightning.runtime.logging import listening
 from dori_lightning.types import Pair
 from support.context import make_context, read_pairs
 from support.families import load_family
+from support.fetches import Fetches
 from support.unchanged import unchanged
 
 ATTACK = AttackSettings(
@@ -102,6 +105,40 @@ def test_progress_counts_the_rows_of_searches_and_updates(model, suspected, cont
     assert done[0] == 0
     assert max(b - a for a, b in pairwise(done)) == max(update, 2 * 2), "no search in one piece"
     assert done[-1] == 2 * search + 4 * update
+
+
+def test_rows_of_a_cheap_fit_are_counted_and_its_updates_fetch_nothing(
+    model, suspected, context, monkeypatch
+):
+    """Searches fill passes of one shape up; updates take their rows and no more."""
+    rows, fetched = Counter[str](), list[str]()
+    denoise, step = model._denoise, AdversarialTraining.training_step
+
+    def counting(noised, *given):
+        rows["with gradient" if torch.is_grad_enabled() else "forward"] += len(noised)
+        return denoise(noised, *given)
+
+    def watching(self, *given):
+        if self.global_step % self.method.updates == 0:  # begins with a search
+            return step(self, *given)
+        with Fetches() as methods:
+            loss = step(self, *given)
+        fetched.extend(methods.found)
+        return loss
+
+    monkeypatch.setattr(model, "_denoise", counting)
+    monkeypatch.setattr(AdversarialTraining, "training_step", watching)
+    pool = PoolSettings(attack=ATTACK, warm=True, replay=2, skip_robust=1.0)
+    made = method(pool=pool, redirect=0.5)
+    edit = made.apply(model, suspected, context)
+    searched = [own["searched"] for own in edit.origin.notes["rounds"]]
+    assert searched == [2, 2], "none was robust"
+    most = made.epochs * 2 * ATTACK.budget.steps * PARALLEL_PAIRS * ATTACK.noise_batch
+    updates = made.epochs * made.updates * (3 + 2)
+    # a search that ends half-way at a robust trigger takes one step of the two
+    assert updates + most / 2 <= rows["with gradient"] <= updates + most
+    assert made.estimate_cost(context.sampling, 2).work.training == updates
+    assert fetched == []
 
 
 def test_an_interrupted_fit_goes_on_with_its_triggers_to_the_same_weights(

@@ -253,6 +253,7 @@ def test_what_a_family_has_no_meaning_for_is_refused(name: str) -> None:
         ("sdxl", ["random_pruning", "mitigation@mitigation.like=nemo_text_stream"], "no stream"),
         ("flux1_dev", ["nemo_text_stream", "mitigation.stages=[double,single]"], "tokens of text"),
         ("flux1_dev", ["wanda", "mitigation.stages=[single]"], "tokens of text and of the image"),
+        ("sd3_medium", ["wanda", "mitigation.stages=[mid]"], "has no stage mid"),
         ("flux1_dev", ["nemo_text_stream"], None),
         ("sd3_medium", ["random_pruning", "mitigation@mitigation.like=nemo_text_stream"], None),
     ],
