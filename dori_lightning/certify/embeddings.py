@@ -58,6 +58,34 @@ class EmbeddingSearch(AttackBase):
             begin = steps
 
 
+def whole_search(
+    settings: AttackSettings, init: Init, *, steps: int, noise_batch: int, lr: float
+) -> AttackSettings:
+    """Settings of one search without bounds that nothing looks at on its way.
+
+    Args:
+        settings: Those of ``attack=``, whose memory, parts and units are kept.
+        init: Where it begins.
+        steps: Its steps.
+        noise_batch: Noise samples of a step.
+        lr: Learning rate.
+    """
+    return replace(
+        settings,
+        inits=(init,),
+        other_inits=None,
+        budget=BudgetSettings(steps=steps),
+        lr=lr,
+        noise_batch=noise_batch,
+        restarts=1,
+        snapshots=(),
+        looks=(),
+        early_stop=False,
+        one_image=False,
+        futility=None,
+    )
+
+
 def search(
     subject: Subject,
     settings: AttackSettings,

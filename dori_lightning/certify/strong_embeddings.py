@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
+from dori_lightning.attacks.budget import AttackSettings
 from dori_lightning.attacks.embedding_attack import Job
 from dori_lightning.attacks.solver import LOSS_SCALE, RowAdam, units
 from dori_lightning.certify.base import (
@@ -33,7 +33,7 @@ from dori_lightning.certify.base import (
     deterministic,
     timesteps,
 )
-from dori_lightning.certify.embeddings import search
+from dori_lightning.certify.embeddings import search, whole_search
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.memory import estimate_batch_size, pairs_at_once
 from dori_lightning.runtime import distributed
@@ -238,20 +238,10 @@ class StrongSearch(AttackBase):
 
 
 def _settings(subject: Subject, own: Search) -> AttackSettings:
-    """A search's settings for the solver: no snapshots, no bounds."""
-    return replace(
-        subject.context.attack,
-        inits=(own.init,),
-        other_inits=None,
-        budget=BudgetSettings(steps=own.steps),
-        lr=own.lr,
-        noise_batch=max(1, own.noise_batch // own.embeddings),
-        restarts=1,
-        snapshots=(),
-        looks=(),
-        early_stop=False,
-        one_image=False,
-        futility=None,
+    """A search's settings for the solver."""
+    each = max(1, own.noise_batch // own.embeddings)
+    return whole_search(
+        subject.context.attack, own.init, steps=own.steps, noise_batch=each, lr=own.lr
     )
 
 

@@ -18,7 +18,6 @@ from typing import Literal, get_args
 import torch
 from torch.nn import functional as F
 
-from dori_lightning.attacks.budget import AttackSettings, BudgetSettings
 from dori_lightning.attacks.solver import RowAdam, loss_and_gradient
 from dori_lightning.certify.base import (
     AttackBase,
@@ -28,7 +27,7 @@ from dori_lightning.certify.base import (
     Subject,
     refuse_family,
 )
-from dori_lightning.certify.embeddings import search
+from dori_lightning.certify.embeddings import search, whole_search
 from dori_lightning.models.latent_diffusion import LatentDiffusion
 from dori_lightning.models.memory import pairs_at_once
 from dori_lightning.models.protocol import Sampling
@@ -203,10 +202,12 @@ class WordSearch(AttackBase):
 
     def _embeddings(self, subject: Subject, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         """Pair id to an adversarial embedding (T, D), searched from its prompt."""
-        settings = AttackSettings(
-            inits=("prompt",),
-            budget=BudgetSettings(steps=self.embedding_steps),
+        settings = whole_search(
+            subject.context.attack,
+            "prompt",
+            steps=self.embedding_steps,
             noise_batch=self.noise_batch,
+            lr=0.1,  # the published one
         )
         found = search(subject, settings, pairs, "prompt", 0)
         return {name: own.embeddings[0, -1] for name, own in found.items()}
@@ -383,6 +384,7 @@ class _Losses:
         model, seed = subject.model, subject.context.seed
         self.model, self.ids = model, [pair.id for pair in pairs]
         self.vocabulary, self.batch = model.vocabulary(), noise_batch
+        self.at_once = min(noise_batch, subject.context.attack.samples_per_forward or noise_batch)
         shape = (noise_batch, *model.latent_shape)
         noise = [
             torch.randn(shape, generator=keyed_generator("noise of words", seed, name))
@@ -407,7 +409,7 @@ class _Losses:
             self.latents,
             self.noise,
             self.timesteps,
-            at_once=self.batch,
+            at_once=self.at_once,
         )
         (gradient,) = torch.autograd.grad(encoded, tokens, slope)
         return loss.tolist(), gradient
