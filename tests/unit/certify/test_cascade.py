@@ -109,6 +109,24 @@ def test_a_level_at_which_controls_come_back_counts_for_nothing_and_is_not_tried
     assert found.count("suspects") == (1, 3)  # the flat one cannot be told
 
 
+class Timed(Scripted):
+    """Asked how long images take."""
+
+    timed = True
+
+
+def test_how_long_images_take_is_asked_at_levels_that_do_not_count_too(tmp_path):
+    back = {"audited/c1": "more", "audited/s0": "little", "audited/s1": "much"}
+    made, _ = cascade(tmp_path, Timed("one", back=back))
+    (found,) = made.run()
+    assert [level.sound for level in found.levels] == [True, False, False]
+    assert found.convicted == ("s0",)
+    assert {one.pair: one.level for one in found.of("suspects")} == {
+        "s0": "little", "s1": "much", "s2": "",
+    }  # fmt: skip
+    assert {one.levels for one in found.of("reference")} == {LEVELS}
+
+
 def test_a_share_of_controls_up_to_the_limit_leaves_a_level_sound(tmp_path):
     made, _ = cascade(tmp_path, Scripted("one", back={"audited/c1": "more"}), limit=0.25)
     (found,) = made.run()
