@@ -155,6 +155,7 @@ class Subject:
         calibration: When an image is a copy.
         audited: Of a reference, the model under audit: what an attack finds elsewhere to try it on
             that model is tried on the reference as well. None for other roles.
+        alone: Whether it is one pair's model: batches on the CPU then hold one pair's images.
     """
 
     role: Role
@@ -162,6 +163,7 @@ class Subject:
     edit: Edit
     calibration: Calibration
     audited: Subject | None = None
+    alone: bool = False
 
     @property
     def model(self) -> LatentDiffusion:
@@ -196,12 +198,13 @@ class Subject:
     def by_weights(self, pairs: Sequence[Pair]) -> list[tuple[Subject, frozenset[str]]]:
         """The model as pairs see it, with the same weights for all, and ids of those that do.
 
-        One for all pairs, or under an edit that differs by pair one for each.
+        One for all pairs, or under an edit that differs by pair one for each, which is ``alone``.
         """
         if not self.edit.pairs:
             return [(self, frozenset(pair.id for pair in pairs))]
         return [
-            (self.with_edit(self.edit.for_pair(pair.id)), frozenset({pair.id})) for pair in pairs
+            (replace(self, edit=self.edit.for_pair(pair.id), alone=True), frozenset({pair.id}))
+            for pair in pairs
         ]
 
     def prompts(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
@@ -285,6 +288,8 @@ class Subject:
             rows += [(name, embedding, start, k) for k, start in enumerate(starts)]
         cpu = model.device.type == "cpu"
         width = CPU_IMAGES if cpu else own.batch
+        if cpu and self.alone:
+            width = min(width, max(1, len(rows)))
         found: dict[str, list[torch.Tensor]] = {name: [] for name in embeddings}
         at_once = width * (parallel_batches(model) if sample is None else 1)
         for begin in range(0, len(rows), at_once):

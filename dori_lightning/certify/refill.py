@@ -97,12 +97,16 @@ class Refill(AttackBase):
         ways: list[tuple[Prompts | EmbeddingSearch, str]] = [(Prompts(), Prompts.LEVEL)]
         if self.search:
             ways.append((search_from_prompt(self.search), search_level(self.search)))
-        for attack, level in ways:
-            for filling, done in self._fillings.items():
-                left = Afterwards(attempt, done).left(level)
-                for one, ids in subject.by_weights(left):
-                    filled = one.with_edit(self._filled(one, filling))
-                    attack.run(filled, pairs, Afterwards(attempt, done, only=ids))
+        first = Afterwards(attempt, self._fillings["means"]).left(Prompts.LEVEL)
+        for one, ids in subject.by_weights(first):
+            known: dict[Filling, LayeredEdit] = {}
+            for attack, level in ways:
+                for filling, done in self._fillings.items():
+                    after = Afterwards(attempt, done, only=ids)
+                    if after.left(level):
+                        if filling not in known:
+                            known[filling] = self._filled(one, filling)
+                        attack.run(one.with_edit(known[filling]), pairs, after)
 
     @property
     def _fillings(self) -> dict[Filling, str]:
