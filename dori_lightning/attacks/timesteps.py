@@ -23,7 +23,7 @@ import torch
 from dori_lightning.types import require
 
 Choice = Literal["uniform", "stratified", "importance"]
-Timesteps: TypeAlias = "Choice | tuple[float, float]"
+Timesteps: TypeAlias = Choice | tuple[float, float]
 """A name, or the lowest and highest share of the schedule, from clean (0) to noise (1)."""
 
 BINS = 20

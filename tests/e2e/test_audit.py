@@ -62,7 +62,7 @@ def test_the_embeddings_are_kept_with_what_they_were_made_from(finished):
         assert file.get_tensor("embeddings").shape == (2, 8, 12)
         assert file.get_tensor("losses").shape == (3,)
         assert file.get_tensor("snapshots").tolist() == [1, 3]
-    assert metadata.keys() == {"checkpoint", "edit", "seed", "attack", "inputs"}
+    assert metadata.keys() == {"checkpoint", "edit", "seed", "attack", "inputs", "parts"}
 
 
 def test_golden_numbers_of_a_tiny_audit(finished):

@@ -59,10 +59,10 @@ def test_every_attack_is_tried_on_suspects_controls_and_reference(finished):
             *(("audited", f"pair{k}") for k in range(5)),
             *(("reference", f"pair{k}") for k in range(2)),
         }
-    # prompts: an image of 2 guided steps; completion: 0.9 and half, without and with the prompt;
-    # dori: 2 steps of 2 rows, and an image at each of 2 looks
+    # prompts: an image of 2 guided steps; completion: 3 of 4 steps from the noised image, all 4
+    # for half of it, without and with the prompt; dori: 2 steps of 2 rows, an image at 2 looks
     rows = [max(one["spent"] for one in own["tried"]) for own in found["attacks"]]
-    assert rows == [4, 4 * 3 + 4 * 3, 2 * 2 + 2 * 4]
+    assert rows == [4, 3 * 3 + 4 * 3, 2 * 2 + 2 * 4]
     assert work == sum(rows)
     assert found["answer"] in ("unchecked", "held")
     assert len(found["traces"]) == 2

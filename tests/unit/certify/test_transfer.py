@@ -56,12 +56,12 @@ def test_what_the_unmitigated_model_gives_is_drawn_from_the_mitigated_one(subjec
         pair.id: subject.context.attack_context("none").initial(Job(pair, "random", 0))
         for pair in pairs
     }
-    before = search(subject.with_edit(EmptyEdit()), SEARCH, pairs, initial=start)
+    before = search(subject.with_edit(EmptyEdit()), SEARCH, pairs, "random", 0, initial=start)
     found = {name: result.embeddings[0, -1] for name, result in before.items()}
     on = replace(SEARCH, budget=BudgetSettings(steps=3))
     with subject.carried():
         images = subject.draw(found)
-        ends = search(subject, on, pairs, initial=found)
+        ends = search(subject, on, pairs, "random", 0, initial=found)
         further = subject.draw({name: result.embeddings[0, -1] for name, result in ends.items()})
     for pair in pairs:
         assert not torch.equal(found[pair.id], start[pair.id])

@@ -132,7 +132,7 @@ def test_rows_of_a_cheap_fit_are_counted_and_its_updates_fetch_nothing(
     made = method(pool=pool, redirect=0.5)
     edit = made.apply(model, suspected, context)
     searched = [own["searched"] for own in edit.origin.notes["rounds"]]
-    assert searched == [2, 2], "none was robust"
+    assert all(searched), "in each round some were not robust"
     most = made.epochs * 2 * ATTACK.budget.steps * PARALLEL_PAIRS * ATTACK.noise_batch
     updates = made.epochs * made.updates * (3 + 2)
     # a search that ends half-way at a robust trigger takes one step of the two

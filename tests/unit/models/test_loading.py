@@ -299,7 +299,8 @@ def test_loading_takes_no_more_memory_than_weights_are_kept_in(tmp_path, monkeyp
     # tensors that are read as they are filed are the file's pages, which are counted here, too
     count, largest = sum(map(sum, sizes.values())), max(map(max, sizes.values()))
     less = 0 if filed == "fp32" else 2 * count
-    assert peaks["bf16"] <= peaks["fp32"] - less + 4 * largest, (peaks, less, largest)
+    # what else is in memory at the peak is as large as some tensors
+    assert peaks["bf16"] <= peaks["fp32"] - less + 16 * largest, (peaks, less, largest)
 
 
 @pytest.mark.parametrize("revision", ["main", None, "c" * 40])
