@@ -108,7 +108,8 @@ class Search:
     def level(self, restart: int) -> str:
         """What is done, in words."""
         low, high = self.between
-        words = [f"{self.steps} steps from {self.init.replace('_', ' ')}"]
+        steps = f"{self.steps} step{'' if self.steps == 1 else 's'}"
+        words = [f"{steps} from {self.init.replace('_', ' ')}"]
         if self.embeddings > 1:
             words.append(f"{self.embeddings} embeddings over time")
         if self.through:

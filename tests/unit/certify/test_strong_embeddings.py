@@ -21,14 +21,15 @@ SAMPLING = {
     "sd3": Sampling("flow_euler", 2, 2.0, 4),
 }
 RANGES = Search(init="random", steps=2, embeddings=2, noise_batch=2)
-THROUGH = Search(init="prompt", steps=2, embeddings=2, noise_batch=2, through=2)
+THROUGH = Search(init="prompt", steps=1, embeddings=2, noise_batch=2, through=2)
 SEARCHES = {
     "noisy": Search(
-        init="random", steps=2, embeddings=1, noise_batch=2, between=(0.3, 1), lr=0.3, scale=2
+        init="random", steps=1, embeddings=1, noise_batch=2, between=(0.3, 1), lr=0.3, scale=2
     ),
     "ranges": RANGES,
     "through": THROUGH,
 }
+STRONG = StrongSearch(searches=SEARCHES, images=4, drawing_steps=2)
 
 
 @pytest.fixture(scope="module", params=list(SAMPLING))
@@ -40,30 +41,32 @@ def subject(request, tmp_path_factory):
     return made
 
 
-def test_every_search_is_a_level_and_its_rows_are_those_that_are_counted(subject):
-    attack = StrongSearch(searches=SEARCHES, images=4, drawing_steps=3)
-    attack.check(plan_of(family=subject.model.family.name, sampling=subject.sampling))
+@pytest.fixture(scope="module")
+def found(subject):
     with unchanged(subject.model):
-        found, taken = try_on(attack, subject)
-    assert found.levels == [
-        "2 steps from random, noise 0.3 to 1, rate 0.3, 2 noise samples, starts times 2",
+        return try_on(STRONG, subject)
+
+
+def test_every_search_is_a_level_and_its_rows_are_those_that_are_counted(found, subject):
+    kept, taken = found
+    assert kept.levels == [
+        "1 step from random, noise 0.3 to 1, rate 0.3, 2 noise samples, starts times 2",
         "2 steps from random, 2 embeddings over time, rate 0.1, 2 noise samples",
-        "2 steps from prompt, 2 embeddings over time, through 2 sampling steps, rate 0.1, "
+        "1 step from prompt, 2 embeddings over time, through 2 sampling steps, rate 0.1, "
         "2 noise samples",
     ]
-    # two rows a step, times two where the loss goes through two steps; 4 images of 3 guided steps
-    assert found.each == taken == (4 + 24) + (4 + 24) + (8 + 24)
-    assert (
-        attack.rows(plan_of(family=subject.model.family.name, sampling=subject.sampling)) == taken
-    )
-    for images in found.images.values():
+    # two rows a step, times two where the loss goes through two steps; 4 images of 2 guided steps
+    assert kept.each == taken == (2 + 16) + (4 + 16) + (4 + 16)
+    plan = plan_of(family=subject.model.family.name, sampling=subject.sampling)
+    STRONG.check(plan)
+    assert STRONG.rows(plan) == taken
+    for images in kept.images.values():
         assert {image.shape[0] for image in images.values()} == {4}
 
 
-def test_a_pair_has_the_same_images_in_any_company(subject):
-    attack = StrongSearch(searches=SEARCHES, images=4, drawing_steps=2)
-    together, _ = try_on(attack, subject)
-    alone, _ = try_on(attack, subject, [1])
+def test_a_pair_has_the_same_images_in_any_company(found, subject):
+    together, _ = found
+    alone, _ = try_on(STRONG, subject, [1])
     for level, images in alone.images.items():
         for name, own in images.items():
             assert torch.equal(own, together.images[level][name])
