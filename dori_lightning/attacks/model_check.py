@@ -184,7 +184,8 @@ def text_density(
                 pair_ids=None if pair_ids is None else [pair_ids[k] for _, k in part],
             )
             (gradient,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), text)
-        return (unit * gradient / LOSS_SCALE).flatten(1).norm(dim=1).double().cpu()
+        length: torch.Tensor = (unit * gradient / LOSS_SCALE).flatten(1).norm(dim=1)
+        return length.double().cpu()
 
     asked = [(stretch, image) for stretch in range(BINS) for image in range(rows)]
     with model.frozen(), progress_bar("density of timesteps", len(asked)) as advance:
