@@ -369,11 +369,14 @@ def door_table(certificate: Certificate) -> TextTable:
         {
             "attack": lambda own: own.attack,
             "its adversary holds": lambda own: text_macro(_TEMPLATE, "holds", own.holds),
+        },
+        {
+            **counts,
+            "most work": lambda own: f"{max((o.spent for o in own.tried), default=0):,}",
             "counts": lambda own: (
                 NOTHING if not own.levels else f"up to {own.last_sound}" if own.sound else "no"
             ),
         },
-        {**counts, "most work": lambda own: f"{max((o.spent for o in own.tried), default=0):,}"},
     )
 
 
