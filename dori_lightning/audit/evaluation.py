@@ -24,7 +24,6 @@ from dori_lightning.audit.context import AuditContext
 from dori_lightning.audit.loss_evidence import loss_evidence
 from dori_lightning.metrics.calibration import calibrate_measures
 from dori_lightning.metrics.evidence import (
-    BaseEvidence,
     ImageEvidence,
     LossEvidence,
     UnseenImage,
@@ -96,7 +95,7 @@ class Evaluation:
         unseen: How far images came back that the model cannot hold.
         reference: Rows of the model that never saw the images; empty without one.
         learned: Alterations that the model seems to know; their copies are in nothing above.
-        base: What the checkpoint holds that this one was tuned from; None where none is known.
+        base: The same of the checkpoint that this one was tuned from; None where none is known.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -107,7 +106,7 @@ class Evaluation:
     unseen: tuple[UnseenImage, ...]
     reference: tuple[Cell, ...] = ()
     learned: tuple[Alteration, ...] = ()
-    base: BaseEvidence | None = None
+    base: "Evaluation | None" = None
 
 
 @dataclass(frozen=True)
@@ -347,22 +346,20 @@ def evaluate(
         )
         return unseen, evidence
 
-    found: BaseEvidence | None = None
+    unseen, evidence = judged(results, generated.losses)
+    found = None
     if base is not None:
         images = _outcomes_of(base, void, title="score the base")
-        brought_back = pair_results(images, calibration)
-        known = learned_alterations(copies, {r.pair.id for r in brought_back if r.reproduced})
-        model = base.context.model
-        found = BaseEvidence(
-            model.name,
-            model.fingerprint,
-            count(images, checkpoint=model.name, mitigation=BASELINE),
-            judged(
-                [r for r in brought_back if r.pair.alteration not in known],
-                base.generated.losses,
-            )[1],
+        copied = {
+            result.pair.id for result in pair_results(images, calibration) if result.reproduced
+        }
+        known = learned_alterations(copies, copied)
+        images = tuple(outcome for outcome in images if outcome.pair.alteration not in known)
+        base_unseen, base_evidence = judged(
+            pair_results(images, calibration), base.generated.losses
         )
-    unseen, evidence = judged(results, generated.losses)
+        base_cells = count(images, checkpoint=base.context.model.name, mitigation=BASELINE)
+        found = Evaluation(images, (), calibration, base_cells, base_evidence, base_unseen)
     return Evaluation(
         outcomes, baseline, calibration, cells, evidence, unseen, there_cells, learned, found
     )

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from dori_lightning.attacks.model_check import RESPONSE
-from dori_lightning.metrics.evidence import ImageEvidence
+from dori_lightning.metrics.evidence import BaseEvidence
 from dori_lightning.metrics.replication import (
     FALSE_POSITIVE_LIMIT,
     Trust,
@@ -538,13 +538,12 @@ def make_report(
     measured = AuditReport(verdict="", flags=(), recommended_budget=None, **measurements)
     measured = replace(measured, flags=find_flags(measured, circumstances))
     if could_not_see(measured):
-        # an image that is still there would not have come back either, nor out of the base
-        base = measured.base
-        measured = replace(
-            measured,
-            images=_not_seen(measured.images),
-            base=base and replace(base, images=_not_seen(base.images)),
+        # an image that is still there would not have come back either
+        images = (
+            replace(row, answer="cannot_tell", reason="not_seen") if row.answer == "no" else row
+            for row in measured.images
         )
+        measured = replace(measured, images=tuple(images))
     headline = measured.headline_condition
     init = headline.init if headline is not None and headline.init is not None else "prompt"
     concluded = replace(
@@ -553,12 +552,15 @@ def make_report(
     return replace(concluded, verdict=verdict_text(concluded))
 
 
-def _not_seen(images: Iterable[ImageEvidence]) -> tuple[ImageEvidence, ...]:
-    """Answers of an audit that could not have seen an image that is there."""
-    return tuple(
-        replace(row, answer="cannot_tell", reason="not_seen") if row.answer == "no" else row
-        for row in images
-    )
+def base_evidence(fingerprint: str, **measurements: Any) -> BaseEvidence:
+    """What the attacks found in a base: an audit of its own, with its own doubts of the search.
+
+    Args:
+        fingerprint: The base's.
+        measurements: As of ``make_report``.
+    """
+    report = make_report(mitigation=BASELINE, **measurements)
+    return BaseEvidence(report.checkpoint, fingerprint, report.cells, report.images)
 
 
 def verdict_text(report: AuditRecord) -> str:

@@ -30,7 +30,7 @@ from dori_lightning.audit.power import PowerSettings, check_never_seen, measure_
 from dori_lightning.audit.targets import aim
 from dori_lightning.audit.utility import generate_shares, measure_utility, write_utility
 from dori_lightning.config import base_checkpoint
-from dori_lightning.metrics.evidence import Power
+from dori_lightning.metrics.evidence import BaseEvidence, Power
 from dori_lightning.metrics.replication import attack_effort
 from dori_lightning.mitigations.base import Context, EditResult, check_family
 from dori_lightning.mitigations.baselines import NoMitigation
@@ -41,9 +41,9 @@ from dori_lightning.pairs.datamodule import PairsDataModule
 from dori_lightning.pairs.readers import FolderPairs
 from dori_lightning.pairs.validation import check_prompt_lengths
 from dori_lightning.planting.dataset import PositiveControls
-from dori_lightning.report.findings import INVALID, Circumstances, make_report
+from dori_lightning.report.findings import INVALID, Circumstances, base_evidence, make_report
 from dori_lightning.report.pages import write_audit_page
-from dori_lightning.report.record import AuditReport, write_report
+from dori_lightning.report.record import AuditReport, Provenance, write_report
 from dori_lightning.report.tables import cells_table, rich_table
 from dori_lightning.runtime import distributed
 from dori_lightning.runtime.artifacts import (
@@ -114,6 +114,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         detail=relative_detail(context.pairs),
         learned=evaluation.learned,
     )
+    provenance = provenance_of(cfg, context.model, context.pairs, started=started)
     report = make_report(
         circumstances,
         checkpoint=context.model.name,
@@ -126,7 +127,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
         unseen=evaluation.unseen,
         false_discovery_rate=context.evidence.rate,
         reference_model=evaluation.reference,
-        base=evaluation.base,
+        base=_base_evidence(context, evaluation, base, provenance),
         power=power,
         check=generated.check,
         check_before=generated.check_before,
@@ -138,7 +139,7 @@ def _audit(cfg: DictConfig, folder: Path, tracker: Tracker) -> float | None:
             images_per_pair=context.sampling.images_per_pair,
             looked=generated.looked,
         ),
-        provenance=provenance_of(cfg, context.model, context.pairs, started=started),
+        provenance=provenance,
     )
     _publish(cfg, report, folder)
     images, max_pairs = cfg.report.images.value, cfg.report.max_pairs
@@ -303,6 +304,27 @@ def _attack_other(
     if there is None:
         return None
     return OtherRun(there, attack_and_generate(there, EmptyEdit()))
+
+
+def _base_evidence(
+    context: AuditContext, evaluation: Evaluation, base: OtherRun | None, provenance: Provenance
+) -> BaseEvidence | None:
+    """What the same attacks found in the checkpoint that this one was tuned from."""
+    there = evaluation.base
+    if base is None or there is None:
+        return None
+    return base_evidence(
+        base.context.model.fingerprint,
+        checkpoint=base.context.model.name,
+        cells=there.cells,
+        calibration=there.calibration,
+        outcomes=there.outcomes,
+        images=there.evidence,
+        unseen=there.unseen,
+        false_discovery_rate=context.evidence.rate,
+        check=base.generated.check,
+        provenance=provenance,
+    )
 
 
 def _measure_power(

@@ -13,6 +13,7 @@ from dori_lightning.report.findings import (
     Circumstances,
     audit_findings,
     audit_verdict,
+    base_evidence,
     find_flags,
 )
 from dori_lightning.report.record import AuditReport
@@ -297,10 +298,30 @@ def test_where_the_search_could_not_work_nothing_found_is_no_answer(check, befor
     assert (row.answer, row.reason) == (
         ("cannot_tell", "not_seen") if flag else ("no", "nothing_came_back")
     )
-    assert report.base is not None
-    assert report.base.images == report.images, "the same attack could not have seen it there"
+    assert report.base == base, "another model, which the search may work on"
     assert report.origins == {"cat": "cannot_tell" if flag else "neither"}
     assert ("could not have seen it" in audit_verdict(report).answer) == bool(flag)
+
+
+@pytest.mark.parametrize(
+    ("check", "origin"), [(GOOD, "tuning"), (replace(GOOD, denoising=1.2), "cannot_tell")]
+)
+def test_what_a_base_that_could_not_be_searched_lacks_did_not_come_with_the_tuning(check, origin):
+    base = base_evidence(
+        "b" * 16,
+        checkpoint="base",
+        cells=(fakes.cell("vm", fakes.PROMPT, 0, 20),),
+        calibration=fakes.calibration(),
+        outcomes=(),
+        images=(MISSED,),
+        check=check,
+        provenance=fakes.provenance(),
+    )
+    found = replace(MISSED, answer="yes", reason="copy")
+    report = audit(prompt=1, attack=1, control=0, check=GOOD, images=(found,), base=base)
+    assert report.origins == {"cat": origin}
+    counted = "1 came" if origin == "tuning" else "none came"
+    assert f"{counted} with the fine-tuning" in audit_verdict(report).plain
 
 
 def test_a_search_whose_loss_stands_still_is_told():
